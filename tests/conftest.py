@@ -1,0 +1,51 @@
+"""What every test runs under: CPU, eight virtual devices, exact float32 matmuls, no hub."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Read when jax, XLA and huggingface_hub are imported, so set first. Subprocesses inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+
+if TYPE_CHECKING:
+    from softprompt.models.loading import Loaded
+
+# Config rather than environment: a subprocess (the command line, a second process of a cluster)
+# starts with one device as a user's would.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disallow_mesh_context_manager", True)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Float64 for the length of one test: algebra is checked to 1e-9."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text lines beside the repository."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no shared data: {folder} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> "Loaded":
+    """The real SmolLM2-135M in float32, read once a test run."""
+    from softprompt.models.loading import load_model
+
+    return load_model("smollm2-135m-instruct-q4", dtype="float32")
