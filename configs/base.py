@@ -1,0 +1,18 @@
+"""The base: every default, for a first look or for `--config.key=value` alone.
+
+Question: none; this is where every other config starts. `softprompt/schema.py` explains the keys.
+
+Command:
+    softprompt train --config configs/base.py --workdir runs/first
+
+Cost: 100 steps of 32 movie snippets on SmolLM2-135M, about three minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from softprompt.config import base_config
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults."""
+    return base_config()

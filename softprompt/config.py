@@ -1,0 +1,277 @@
+"""The configuration of a trial: setting keys, checking values, and the trial's id.
+
+Whatever is wrong with a config is one line that names the key, the value and what is allowed. The
+keys themselves are in `softprompt/schema.py`; `softprompt/config_files.py` reads config files.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from softprompt.errors import UserError, nearest
+from softprompt.schema import CHOICES, OPEN_MAPPINGS, RANGES, UNSCIENTIFIC_SECTIONS, base_config
+
+__all__ = [
+    "ConfigDict",
+    "base_config",
+    "coerce",
+    "differences",
+    "flatten",
+    "from_dict",
+    "resolve",
+    "scientific",
+    "set_key",
+    "to_dict",
+    "trial_id",
+    "trial_name",
+    "unknown_key",
+    "validate",
+]
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"method.length": 20, ...}, keys sorted; a mapping with free keys stays one value."""
+    tree = config.to_dict() if isinstance(config, ConfigDict) else config
+    flat: dict[str, Any] = {}
+
+    def visit(node: Mapping[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            path = f"{prefix}{key}"
+            if isinstance(value, Mapping) and path not in OPEN_MAPPINGS:
+                visit(value, f"{path}.")
+            else:
+                flat[path] = value
+
+    visit(tree, "")
+    return dict(sorted(flat.items()))
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config as nested plain dicts, ready for JSON."""
+    return config.to_dict()
+
+
+def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
+    """Returns a locked config from nested dicts; absent keys (an older run's) take their defaults.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, or one that is not allowed.
+    """
+    config = base_config()
+    for key, value in flatten(tree).items():
+        set_key(config, key, value)
+    validate(config)
+    return config
+
+
+def set_key(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets one dotted key in place; a string is read as the key's type.
+
+    Args:
+        config: a config as `base_config` lays it out.
+        key: such as "method.length", or "task.verbalizers.LABEL".
+        value: of the key's type, or the command line's string for it.
+
+    Raises:
+        UserError: the key is unknown (near matches are listed) or the value is of another type.
+    """
+    flat = flatten(config)
+    for mapping in OPEN_MAPPINGS:
+        if key.startswith(f"{mapping}.") and len(key) > len(mapping) + 1:
+            merged = {**flat[mapping], key[len(mapping) + 1 :]: value}
+            set_key(config, mapping, merged)
+            return
+    if key not in flat:
+        raise UserError(unknown_key(key, flat))
+    *sections, leaf = key.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    node[leaf] = coerce(key, value, flat[key])
+
+
+def unknown_key(key: str, known: Mapping[str, Any]) -> str:
+    """One line with the near matches, or with the section's keys where nothing is near."""
+    inside = [path for path in known if path.startswith(f"{key.split('.', 1)[0]}.")]
+    if inside and "." not in key:
+        return f"config key {key!r} is a section; its keys: {', '.join(inside)}"
+    leaf = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    near += [
+        path
+        for path in known
+        if difflib.get_close_matches(leaf, [path.rsplit(".", 1)[-1]], cutoff=0.75)
+    ]
+    if near:
+        return f"unknown config key {key!r} (did you mean {', '.join(dict.fromkeys(near))}?)"
+    if inside:
+        return f"unknown config key {key!r}; keys there: {', '.join(inside)}"
+    sections = dict.fromkeys(path.split(".", 1)[0] for path in known)
+    return f"unknown config key {key!r}; sections: {', '.join(sections)}"
+
+
+def coerce(key: str, value: Any, old: Any) -> Any:
+    """The value as the type of `old`, or a UserError that names key, value and type."""
+    parsed = _parse(value, old) if isinstance(value, str) and not isinstance(old, str) else value
+    if isinstance(old, float) and isinstance(parsed, int) and not isinstance(parsed, bool):
+        parsed = float(parsed)
+    if isinstance(old, dict):
+        fine = isinstance(parsed, Mapping) and all(
+            isinstance(text, str) for pair in parsed.items() for text in pair
+        )
+        expected = 'a mapping of strings, as in {"pos": " positive"}'
+    else:
+        fine = type(parsed) is type(old)
+        expected = {
+            bool: "True or False",
+            int: "a whole number",
+            float: "a number",
+            str: "a string",
+        }[type(old)]
+    if not fine:
+        raise UserError(f"config key {key!r} is {value!r}; it takes {expected}")
+    return dict(parsed) if isinstance(old, dict) else parsed
+
+
+def _parse(text: str, old: Any) -> Any:
+    """The command line's text read as the type of `old`; the text itself where it cannot be."""
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+        if isinstance(old, int):
+            return int(text)
+        if isinstance(old, float):
+            return float(text)
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value.
+
+    Raises:
+        UserError: the first key whose value is of the wrong type or not allowed, with what is.
+    """
+    defaults, values = flatten(base_config()), flatten(config)
+    for key, value in values.items():
+        if key not in defaults:
+            raise UserError(unknown_key(key, defaults))
+        coerce(key, value, defaults[key])
+        if key in CHOICES and value not in CHOICES[key]:
+            allowed = ", ".join(CHOICES[key])
+            raise UserError(
+                f"config key {key!r} is {value!r}{nearest(value, CHOICES[key])}; allowed: {allowed}"
+            )
+        if key in RANGES:
+            _check_range(key, value)
+    _check_together(values)
+
+
+def _check_range(key: str, value: float) -> None:
+    low, high = RANGES[key]
+    if not (low <= value <= high and math.isfinite(value)):
+        allowed = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:.10g}"
+        raise UserError(f"config key {key!r} is {value!r}; allowed: {allowed}")
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    """What one key demands of another."""
+    init = values["method.init"]
+    if (
+        values["method.name"] == "prompt"
+        and init in ("text", "file")
+        and not values[f"method.init_{init}"]
+    ):
+        raise UserError(f"config key 'method.init_{init}' is empty; method.init={init} needs it")
+    if values["train.batch"] % values["train.microbatches"]:
+        raise UserError(
+            f"config key 'train.microbatches' is {values['train.microbatches']}; "
+            f"it must divide train.batch, {values['train.batch']}"
+        )
+    if values["optimizer.warmup"] > values["train.steps"] > 0:
+        raise UserError(
+            f"config key 'optimizer.warmup' is {values['optimizer.warmup']}; "
+            f"allowed: at most train.steps, {values['train.steps']}"
+        )
+    if values["mesh.data"] == 0:
+        raise UserError(
+            "config key 'mesh.data' is 0; allowed: -1 (all devices that are left) or at least 1"
+        )
+    source = values["task.source"]
+    if source and not source.startswith(("jsonl:", "tsv:", "tfds:")):
+        raise UserError(
+            f"config key 'task.source' is {source!r}; allowed: jsonl:PATH, tsv:PATH or tfds:NAME"
+        )
+    if source and not values["task.template"]:
+        raise UserError(f"config key 'task.template' is empty; task.source={source} needs it")
+    if source and not values["task.verbalizers"]:
+        raise UserError(f"config key 'task.verbalizers' is empty; task.source={source} needs it")
+
+
+def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> ConfigDict:
+    """Returns a copy in which nothing is "auto", as a trial stores it.
+
+    The dtype becomes bfloat16 on an accelerator, and on a CPU from jax 0.12 on (where it is the
+    faster); float32 elsewhere.
+
+    Args:
+        config: a config, resolved or not.
+        backend: "cpu", "gpu" or "tpu"; "" asks JAX, and only where something is "auto".
+        jax_version: such as "0.12.0"; "" asks JAX.
+    """
+    resolved = ConfigDict(config.to_dict()).lock()
+    if resolved.model.dtype == "auto":
+        import jax  # here, since help texts and tables never need it
+
+        backend = backend or jax.default_backend()
+        major, minor = (int(part) for part in (jax_version or jax.__version__).split(".")[:2])
+        low = backend != "cpu" or (major, minor) >= (0, 12)
+        resolved.model.dtype = "bfloat16" if low else "float32"
+    return resolved
+
+
+def scientific(config: ConfigDict) -> dict[str, Any]:
+    """Returns the flat keys that say what is studied and differ from the defaults, sorted.
+
+    Mesh and logging are not among them. A key that is added later with a default that keeps the
+    old behaviour changes nothing here.
+    """
+    defaults = flatten(base_config())
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key.split(".", 1)[0] not in UNSCIENTIFIC_SECTIONS and value != defaults[key]
+    }
+
+
+def trial_id(config: ConfigDict) -> str:
+    """Returns ten hex digits of a hash of `scientific(resolve(config))`."""
+    canonical = json.dumps(scientific(resolve(config)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+def trial_name(config: ConfigDict) -> str:
+    """Returns a name to read, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial."""
+    method = config.method
+    parts = {
+        "prompt": f"prompt-{method.length}-{method.init}",
+        "none": "zero-shot",
+        "fewshot": f"fewshot-{method.shots}",
+    }
+    return f"{parts[method.name]}-s{config.seed}"
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+    """Returns "key: ours, theirs" for each scientific key in which two resolved configs differ."""
+    left, right = flatten(ours), flatten(theirs)
+    return [
+        f"{key}: {left.get(key)!r}, {right.get(key)!r}"
+        for key in sorted(left.keys() | right.keys())
+        if key.split(".", 1)[0] not in UNSCIENTIFIC_SECTIONS and left.get(key) != right.get(key)
+    ]

@@ -1,0 +1,187 @@
+"""Every key of a trial's configuration: its default, its meaning and what it may be."""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "method.name": ("prompt", "none", "fewshot"),
+    "method.init": ("vocabulary", "uniform", "uniform_paper", "labels", "text", "file"),
+    "method.bos": ("after", "before", "none"),
+    "optimizer.name": ("adamw", "adafactor"),
+    "optimizer.rate_unit": ("absolute", "embedding_rms"),
+    "optimizer.schedule": ("cosine", "constant", "linear"),
+    "eval.score": ("sum", "mean"),
+    "eval.metric": ("accuracy", "macro_f1"),
+    "eval.select": ("best", "last"),
+}
+
+# The smallest and the largest value of each number, both allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "method.length": (0, math.inf),
+    "method.common_tokens": (1, math.inf),
+    "method.shots": (1, math.inf),
+    "task.max_input": (1, math.inf),
+    "task.max_target": (1, math.inf),
+    "data.train_examples": (0, math.inf),
+    "data.subset_seed": (0, 2**32 - 1),
+    "data.validation_examples": (0, math.inf),
+    "data.test_examples": (0, math.inf),
+    "optimizer.rate": (0, math.inf),
+    "optimizer.warmup": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.clip": (0, math.inf),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.eps": (0, math.inf),
+    "optimizer.factored_min": (1, math.inf),
+    "optimizer.decay_rate": (0, 1),
+    "train.steps": (0, math.inf),
+    "train.batch": (1, math.inf),
+    "train.microbatches": (1, math.inf),
+    "train.z_loss": (0, math.inf),
+    "eval.every": (0, math.inf),
+    "eval.patience": (0, math.inf),
+    "log.every": (1, math.inf),
+    "log.checkpoint_every": (1, math.inf),
+    "log.snapshots": (0, math.inf),
+    "mesh.data": (-1, math.inf),
+    "mesh.model": (1, math.inf),
+}
+
+# What may differ between two runs of the same trial: none of it is part of the trial's id.
+UNSCIENTIFIC_SECTIONS = ("log", "mesh")
+
+# Keys that hold a mapping of a user's own names to strings, so its keys are free.
+OPEN_MAPPINGS = ("task.verbalizers",)
+
+
+def base_config() -> ConfigDict:
+    """Returns the locked config that every config file starts from."""
+    config = ConfigDict(
+        {
+            "seed": 0,  # of the prompt's initial values, data order, few-shot draw and dropout
+            "model": _model(),
+            "method": _method(),
+            "task": _task(),
+            "data": _data(),
+            "optimizer": _optimizer(),
+            "train": _train(),
+            "eval": _eval(),
+            "log": _log(),
+            "mesh": _mesh(),
+        }
+    )
+    return config.lock()
+
+
+def _model() -> dict[str, Any]:
+    return {
+        # catalogue name, hub name "org/repo", local folder or local .gguf file
+        "name": "smollm2-135m-instruct-q4",
+        "revision": "",  # hub branch, tag or commit; "" is the hub's default
+        "dtype": "auto",  # of weights and activations: float32, bfloat16, or auto (see `resolve`)
+    }
+
+
+def _method() -> dict[str, Any]:
+    return {
+        # prompt (trained), none (zero-shot) or fewshot (solved examples as the context)
+        "name": "prompt",
+        "length": 20,  # prompt length P, in vectors; 0 is the plain model
+        # vocabulary, uniform (embedding RMS), uniform_paper (U[-0.5, 0.5]), labels, text or file
+        "init": "vocabulary",
+        "init_text": "",  # init=text: the text whose token embeddings start the prompt
+        "init_file": "",  # init=file: a delta.safetensors; truncated or extended to `length`
+        # init=vocabulary and labels: sample from this many most common tokens
+        "common_tokens": 5000,
+        # whose tokens are counted: train (the task's train split) or a text file's path
+        "common_text": "train",
+        # where BOS stands: after the prompt (before the text: what PEFT reads), before it, or none
+        "bos": "after",
+        "shots": 16,  # method=fewshot: number of solved examples
+    }
+
+
+def _task() -> dict[str, Any]:
+    return {
+        # a known task (`softprompt data`), or your own name where `source` is set
+        "name": "movie_sentiment",
+        # own data: jsonl:PATH, tsv:PATH or tfds:NAME; {split} in PATH is train, validation, test
+        "source": "",
+        # text with {field} names, ending where the target begins; "" is the task's own
+        "template": "",
+        "verbalizers": {},  # label -> target text, with its leading space; {} is the task's own
+        "label_field": "label",  # own data: the field that holds the label
+        "id_field": "",  # own data: the field that identifies an example; "" is its line number
+        "max_input": 256,  # tokens; longer inputs lose the end of their longest field
+        "max_target": 32,  # tokens; a longer target is an error
+        "eos": False,  # end each target with EOS (True or False)
+    }
+
+
+def _data() -> dict[str, Any]:
+    return {
+        "train_examples": 0,  # a balanced subset of this many examples; 0 is all
+        "subset_seed": 0,  # which subset
+        "validation_examples": 0,  # 0 is all
+        "test_examples": 0,  # 0 is all
+    }
+
+
+def _optimizer() -> dict[str, Any]:
+    return {
+        "name": "adamw",  # adamw or adafactor
+        "rate": 0.01,  # peak learning rate, in `rate_unit`
+        # absolute, or embedding_rms (multiples of the RMS of the model's embedding table)
+        "rate_unit": "absolute",
+        "schedule": "cosine",  # after the warm-up: cosine or linear to zero, or constant
+        "warmup": 0,  # steps from zero to the peak
+        "weight_decay": 0.0,  # per step, times the rate
+        "clip": 0.0,  # largest global gradient norm; 0 is off
+        "b1": 0.9,  # adamw: decay of the first moment
+        "b2": 0.999,  # adamw: decay of the second moment
+        "eps": 1e-8,  # adamw: added to the denominator
+        "factored_min": 128,  # adafactor: factor the second moment where both dimensions reach this
+        "decay_rate": 0.8,  # adafactor: exponent of the second moment's decay
+    }
+
+
+def _train() -> dict[str, Any]:
+    return {
+        "steps": 100,  # optimizer steps
+        "batch": 32,  # examples a step, over all devices
+        "microbatches": 1,  # a step's rows in this many parts, gradients summed; divides `batch`
+        "z_loss": 0.0,  # weight of the squared log-normaliser in the loss; 0 is off
+    }
+
+
+def _eval() -> dict[str, Any]:
+    return {
+        "every": 0,  # steps between validations; 0 is at step 0 and at the end only
+        "patience": 0,  # stop after this many validations without a new best; 0 is never
+        "score": "sum",  # a verbalizer's score: sum or mean of its tokens' log-probabilities
+        "metric": "accuracy",  # what selection goes by: accuracy or macro_f1
+        "select": "best",  # which delta is tested: best on validation, or last
+    }
+
+
+def _log() -> dict[str, Any]:
+    return {
+        "every": 10,  # steps between log lines
+        # also write TensorBoard events into the trial's folder (True or False)
+        "tensorboard": False,
+        "wandb": False,  # also send to Weights & Biases (True or False)
+        "checkpoint_every": 50,  # steps between checkpoints
+        "snapshots": 0,  # keep the delta every this many steps; 0 is off
+    }
+
+
+def _mesh() -> dict[str, Any]:
+    return {
+        "data": -1,  # devices along the data axis; -1 is all that are left
+        "model": 1,  # devices along the model axis
+    }
