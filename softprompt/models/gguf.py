@@ -1,0 +1,153 @@
+"""GGUF files read without PyTorch: config, tensors, and what the tokenizer needs.
+
+Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+Shapes are stored reversed. llama.cpp stores the query and key rows of each head interleaved for its
+own rotary embedding; they are put back into the order of the original weights here.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from softprompt.errors import UserError, unknown
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.names import Source
+
+ARCHITECTURES = ("llama",)
+
+LLAMA_NAMES = {
+    "embed/embedding": "token_embd.weight",
+    "layers/attn_norm/scale": "blk.{}.attn_norm.weight",
+    "layers/attn/q/kernel": "blk.{}.attn_q.weight",
+    "layers/attn/k/kernel": "blk.{}.attn_k.weight",
+    "layers/attn/v/kernel": "blk.{}.attn_v.weight",
+    "layers/attn/o/kernel": "blk.{}.attn_output.weight",
+    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
+    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
+    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
+    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
+    "final_norm/scale": "output_norm.weight",
+    "head/kernel": "output.weight",
+}
+
+
+class File:
+    """An opened GGUF file: its tensors by name and its metadata.
+
+    Raises:
+        UserError: the file is absent, truncated or no GGUF file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such GGUF file")
+        try:
+            self._reader = gguf.GGUFReader(self.path)
+        except Exception as e:  # the reader meets a broken file as an error of any type
+            raise UserError(f"{self.path}: not a complete GGUF file ({_reason(e)})") from e
+        self.tensors = {t.name: t for t in self._reader.tensors}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The metadata value of a key, as a Python object, or the default where it is absent."""
+        field = self._reader.get_field(key)
+        if field is None:
+            return default
+        try:
+            return field.contents()
+        except Exception as e:
+            raise UserError(f"{self.path}: metadata {key} is unreadable ({_reason(e)})") from e
+
+    def need(self, key: str) -> Any:
+        """The metadata value of a key that must be there.
+
+        Raises:
+            UserError: naming the file and the key.
+        """
+        value = self.get(key)
+        if value is None:
+            raise UserError(f"{self.path}: metadata has no {key}")
+        return value
+
+
+def read_config(file: File) -> DecoderConfig:
+    """The decoder's sizes, from the metadata.
+
+    Raises:
+        UserError: another architecture, a variant that the decoder does not have, or a missing key.
+    """
+    architecture = file.need("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise unknown(f"GGUF architecture in {file.path}:", architecture, ARCHITECTURES)
+    _refuse_variants(file)
+    width, heads = file.need("llama.embedding_length"), file.need("llama.attention.head_count")
+    config = DecoderConfig(
+        vocab=file.get("llama.vocab_size") or len(file.need("tokenizer.ggml.tokens")),
+        width=width,
+        layers=file.need("llama.block_count"),
+        heads=heads,
+        kv_heads=file.get("llama.attention.head_count_kv", heads),
+        head_size=file.get("llama.attention.key_length", width // heads),
+        ffn=file.need("llama.feed_forward_length"),
+        context_length=file.need("llama.context_length"),
+        rope_base=file.get("llama.rope.freq_base", 10000.0),
+        norm_eps=file.need("llama.attention.layer_norm_rms_epsilon"),
+        tied="output.weight" not in file.tensors,
+    )
+    rotated = file.get("llama.rope.dimension_count", config.head_size)
+    if rotated != config.head_size:
+        raise UserError(
+            f"{file.path}: llama.rope.dimension_count {rotated} must be the head size "
+            f"{config.head_size} (partial rotary positions are not supported)"
+        )
+    return config
+
+
+def open_source(file: File, config: DecoderConfig) -> Source:
+    """The file's tensors as a source of weights, dequantised to float32 one at a time."""
+
+    def read(name: str) -> tuple[np.ndarray, np.ndarray]:
+        tensor = file.tensors[name]
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as e:
+            raise UserError(
+                f"{file.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be "
+                "read; known: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K"
+            ) from e
+        values = values.reshape(_shape(tensor))
+        if name.endswith(("attn_q.weight", "attn_k.weight")):
+            values = _uninterleave(values, config.head_size)
+        return values, tensor.data
+
+    tensors = {n: (t.tensor_type.name, _shape(t)) for n, t in file.tensors.items()}
+    return Source(file=str(file.path), tensors=tensors, read=read)
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def _uninterleave(rows: np.ndarray, head_size: int) -> np.ndarray:
+    """Undoes llama.cpp's order of a head's rows: 0, K/2, 1, K/2 + 1, ... becomes 0, 1, 2, ..."""
+    pairs = rows.reshape(-1, head_size // 2, 2, rows.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _refuse_variants(file: File) -> None:
+    """Refuses Llama variants that would load and then compute something else."""
+    experts = file.get("llama.expert_count", 0)
+    if experts:
+        raise UserError(f"{file.path}: llama.expert_count {experts}: experts are not supported")
+    scaling = file.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in file.tensors:
+        kind = scaling if scaling != "none" else "rope_freqs.weight"
+        raise UserError(f"{file.path}: rotary scaling ({kind}) is not supported; allowed: none")
+
+
+def _reason(error: Exception) -> str:
+    """An error on one line, with its type where it says nothing else."""
+    return " ".join(str(error).split()) or type(error).__name__
