@@ -1,0 +1,105 @@
+# Every target does its own set-up: it finds Python, makes a virtual environment in .venv/VERSION
+# and installs what that target needs, once. Nothing outside this folder is changed, but for the
+# cache of downloaded models (SOFTPROMPT_CACHE).
+#
+#   make test PYTHON=python3.11      another interpreter, with an environment of its own
+#   make test ARGS="tests/data -x"   arguments for pytest
+
+SUPPORTED := 3.11 3.12 3.13 3.14
+CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3 /usr/bin/python3
+PARITY_VERSION := 3.11
+
+# $(call find_python,VERSIONS,COMMANDS): the first command of these versions that has venv and pip.
+SUITS := import ensurepip, sys, venv; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])
+find_python = $(shell for p in $(2); do \
+	$$p -c '$(SUITS)' $(1) 2>/dev/null && echo $$p && break; done)
+
+INTERPRETER := $(call find_python,$(SUPPORTED),$(or $(PYTHON),$(CANDIDATES)))
+VERSION := $(if $(INTERPRETER),$(shell \
+	$(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+VENV := .venv/$(or $(VERSION),none)
+PARITY_INTERPRETER = $(call find_python,$(PARITY_VERSION),$(PYTHON) python$(PARITY_VERSION) \
+	/usr/bin/python$(PARITY_VERSION) $(CANDIDATES))
+PARITY_VENV := .venv/parity-$(PARITY_VERSION)
+
+# pip is told not to compile some 12,000 files of which few are imported (about 20 seconds); Python
+# then keeps what it does import, and every later start is quick.
+export PYTHONDONTWRITEBYTECODE =
+PIP_INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+
+# $(call require,PYTHON): stops a target that no Python here suits.
+define require
+	@$(if $(1),,echo "make: needs Python $(NEEDED) with venv and pip$(if $(PYTHON), (PYTHON=$(PYTHON))):" \
+		"found none. Name one with PYTHON=/path/to/python (Debian packages them as python3-venv)" >&2; exit 1)
+endef
+
+# $(call install,PYTHON,VENV,WHAT PIP INSTALLS,HOW LONG). An environment whose installation was
+# interrupted is rebuilt from nothing; the stamp, which is the target, is written last.
+define install
+	$(call require,$(1))
+	@if [ -e $(2)/.installing ]; then rm -rf $(2); fi
+	@mkdir -p $(2) && touch $(2)/.installing
+	@$(2)/bin/python -m pip --version >/dev/null 2>&1 || $(1) -m venv $(2)
+	@echo "installing into $(2) (about $(4)) ..."
+	@$(2)/bin/python $(PIP_INSTALL) $(3)
+	@rm $(2)/.installing
+	@touch $@
+endef
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint format parity lock version clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
+
+quickstart: $(VENV)/.base  ## train a few soft prompts on a real model, into runs/quickstart
+	@$(VENV)/bin/softprompt sweep prompt_length --subset quickstart --workdir runs/quickstart
+
+test: $(VENV)/.test  ## run the tests (ARGS="..." goes to pytest)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test  ## check style, format and types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+format: $(VENV)/.test  ## format the code and mend what ruff can mend
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/ruff check --fix .
+
+parity: $(PARITY_VENV)/.parity  ## compare with live PyTorch, transformers and peft (on Python 3.11)
+	@$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+
+lock: $(VENV)/.lock  ## resolve constraints.txt anew, for every Python at once
+	@echo "resolving constraints.txt ..."
+	@$(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --upgrade --quiet \
+		--python-version $(firstword $(SUPPORTED)) --no-annotate --no-header --no-emit-index-url \
+		--output-file $(VENV)/resolved.txt >/dev/null
+	@{ echo '# Written by make lock. torch and the CUDA libraries are left free: CPU and CUDA machines'; \
+		echo '# want their own.'; \
+		grep -Ev '^(torch|triton|setuptools|nvidia-|cuda-)' $(VENV)/resolved.txt; } > constraints.txt
+
+version:  ## print the Python version that the targets would use
+	$(call require,$(INTERPRETER))
+	@echo $(VERSION)
+
+clean:  ## remove environments and caches (never runs/ or downloaded models)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+NEEDED = $(firstword $(SUPPORTED)) to $(lastword $(SUPPORTED))
+$(PARITY_VENV)/.parity: NEEDED = $(PARITY_VERSION)
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(call install,$(INTERPRETER),$(VENV),-e .,a minute)
+
+$(VENV)/.test: pyproject.toml constraints.txt
+	$(call install,$(INTERPRETER),$(VENV),-e '.[test]',a minute)
+
+$(VENV)/.lock:
+	$(call install,$(INTERPRETER),$(VENV),uv,10 seconds)
+
+PARITY_EXTRAS := .[test,parity]
+$(PARITY_VENV)/.parity: pyproject.toml constraints.txt
+	$(call install,$(PARITY_INTERPRETER),$(PARITY_VENV),-e '$(PARITY_EXTRAS)',2 minutes)
