@@ -204,9 +204,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
             "config key 'mesh.data' is 0; allowed: -1 (all devices that are left) or at least 1"
         )
     source = values["task.source"]
-    if source and not source.startswith(("jsonl:", "tsv:", "tfds:")):
+    if source and not source.startswith(("jsonl:", "tsv:", "csv:", "tfds:")):
         raise UserError(
-            f"config key 'task.source' is {source!r}; allowed: jsonl:PATH, tsv:PATH or tfds:NAME"
+            f"config key 'task.source' is {source!r}; "
+            "allowed: jsonl:PATH, tsv:PATH, csv:PATH or tfds:NAME"
         )
     if source and not values["task.template"]:
         raise UserError(f"config key 'task.template' is empty; task.source={source} needs it")

@@ -110,12 +110,12 @@ def _task() -> dict[str, Any]:
     return {
         # a known task (`softprompt data`), or your own name where `source` is set
         "name": "movie_sentiment",
-        # own data: jsonl:PATH, tsv:PATH or tfds:NAME; {split} in PATH is train, validation, test
+        # own data: jsonl:, tsv: or csv:PATH ({split} in it is train, validation, test) or tfds:NAME
         "source": "",
         # text with {field} names, ending where the target begins; "" is the task's own
         "template": "",
         "verbalizers": {},  # label -> target text, with its leading space; {} is the task's own
-        "label_field": "label",  # own data: the field that holds the label
+        "label_field": "label",  # own data: the field that holds the label; "" is unlabelled
         "id_field": "",  # own data: the field that identifies an example; "" is its line number
         "max_input": 256,  # tokens; longer inputs lose the end of their longest field
         "max_target": 32,  # tokens; a longer target is an error

@@ -1,0 +1,212 @@
+"""Result rows: one a trial, the truth that every table and figure is computed from."""
+
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+from softprompt.config import ConfigDict, to_dict, trial_id, trial_name
+from softprompt.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]
+
+FILE = "result.json"
+_PACKAGES = ("softprompt", "jax", "jaxlib", "flax", "optax", "numpy")
+_NOT_TRIALS = ("checkpoints", "snapshots")
+
+
+def make_row(
+    config: ConfigDict,
+    *,
+    status: str,
+    seconds: float,
+    compile_seconds: float | None = None,
+    steps: int | None = None,
+    flops: float | None = None,
+    peak_share: float | None = None,
+    peak_memory_bytes: int | None = None,
+    trainable: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    error: str = "",
+) -> Row:
+    """Returns a trial's row.
+
+    Args:
+        config: the resolved config.
+        status: "done" or "failed".
+        seconds: wall time of the whole trial, compilation and evaluation included.
+        compile_seconds: of which compiling.
+        steps: optimizer steps taken.
+        flops: floating-point operations of the training, all steps.
+        peak_share: share of the devices' peak that the training reached, 0 to 1.
+        peak_memory_bytes: the largest memory in use, a device.
+        trainable: number of trained parameters.
+        metrics: {"validation": {"accuracy": ..., "examples": ...}, "test": {...}, ...}.
+        error: one line where the trial failed, else "".
+    """
+    return {
+        "trial": trial_id(config),
+        "name": trial_name(config),
+        "status": status,
+        "error": error,
+        "config": to_dict(config),
+        "commit": commit(),
+        "versions": versions(),
+        "devices": devices(),
+        "seconds": seconds,
+        "compile_seconds": compile_seconds,
+        "steps": steps,
+        "flops": flops,
+        "peak_share": peak_share,
+        "peak_memory_bytes": peak_memory_bytes,
+        "trainable": trainable,
+        "metrics": dict(metrics or {}),
+    }
+
+
+@functools.cache
+def commit() -> str:
+    """Returns the repository's commit, with "-dirty" where files differ; "unknown" outside git."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return "unknown"
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
+        return _git(root, "rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(root: Path, *command: str) -> str:
+    """What git says, without its last newline."""
+    done = subprocess.run(
+        ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=30
+    )
+    return done.stdout.strip()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a clone that is not installed
+            found[package] = "unknown"
+    return found
+
+
+def devices() -> dict[str, Any]:
+    """Returns the platform, kind and number of devices, the processes and the host's cores."""
+    import jax  # here, since reading rows never needs it
+
+    found = jax.devices()
+    return {
+        "platform": found[0].platform,
+        "kind": found[0].device_kind,
+        "count": len(found),
+        "processes": jax.process_count(),
+        "host_cores": os.cpu_count(),
+    }
+
+
+def write_result(folder: epath.PathLike, row: Row) -> None:
+    """Writes a trial's row to its folder; a kill leaves the old file or the new one, never half.
+
+    A number that is not finite becomes null, since JSON has no NaN.
+    """
+    write_text(epath.Path(folder) / FILE, json.dumps(_plain(row), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(file: epath.PathLike, text: str) -> None:
+    """Writes a text file whole or not at all, making its folder; local or gs://."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: epath.PathLike, content: bytes) -> None:
+    """Writes a file whole or not at all, making its folder; local or gs://."""
+    file = epath.Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.parent / f".{file.name}.{os.getpid()}.tmp"
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types: arrays' scalars as numbers, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_result(folder: epath.PathLike) -> Row | None:
+    """Returns the row of a trial's folder, None where it has none.
+
+    Raises:
+        UserError: the file is not a row.
+    """
+    file = epath.Path(folder) / FILE
+    if not file.exists():
+        return None
+    try:
+        row = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); delete it to run the trial again") from error
+    if not isinstance(row, dict) or not {"trial", "status", "config"} <= row.keys():
+        raise UserError(f"{file}: not a result row; it needs the keys trial, status and config")
+    return row
+
+
+def is_done(folder: epath.PathLike) -> bool:
+    """Returns whether a trial's folder holds the row of a trial that finished."""
+    row = read_result(folder)
+    return row is not None and row["status"] == "done"
+
+
+def read_rows(folder: epath.PathLike) -> list[Row]:
+    """Returns the rows of all trials in or below a folder, in the order of their folders' names.
+
+    Raises:
+        UserError: the folder does not exist, or a result is unreadable.
+    """
+    root = epath.Path(folder)
+    if not root.is_dir():
+        raise UserError(f"no folder {os.fspath(root)!r}; give one that a sweep or a trial wrote")
+    return list(_rows(root))
+
+
+def _rows(folder: epath.Path) -> Iterator[Row]:
+    """Rows below a folder, depth first; nothing is looked for inside a trial."""
+    row = read_result(folder)
+    if row is not None:
+        yield row
+        return
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and child.name not in _NOT_TRIALS and not child.name.startswith("."):
+            yield from _rows(child)
+
+
+def to_frame(rows: Sequence[Row]) -> "pd.DataFrame":
+    """Returns a frame with a column for each leaf, such as "config.method.length"."""
+    import pandas as pd  # slow to import, and training never needs it
+
+    return pd.json_normalize(list(rows))
