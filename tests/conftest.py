@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Read when jax, XLA and huggingface_hub are imported, so set first. Subprocesses inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +15,7 @@ import jax
 import pytest
 
 if TYPE_CHECKING:
+    from softprompt.models.decoder import Decoder
     from softprompt.models.loading import Loaded
 
 # Config rather than environment: a subprocess (the command line, a second process of a cluster)
@@ -49,3 +50,19 @@ def smollm2() -> "Loaded":
     from softprompt.models.loading import load_model
 
     return load_model("smollm2-135m-instruct-q4", dtype="float32")
+
+
+@pytest.fixture
+def tiny(x64: None) -> "tuple[Decoder, dict[str, Any]]":
+    """A tiny random decoder and its weights in float64, with `x64` switched on."""
+    from tests.tiny import tiny_decoder
+
+    return tiny_decoder()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same decoder as a Hugging Face folder in float32: `load_model(str(tiny_folder))`."""
+    from tests.tiny import write_llama_folder
+
+    return write_llama_folder(tmp_path_factory.mktemp("models") / "tiny")
