@@ -1,6 +1,7 @@
 """Config files: plain Python whose `get_config(arg="")` sets what differs from `base_config()`."""
 
 import importlib.util
+import inspect
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,8 @@ def _from_file(path: str) -> ConfigDict:
         )
     try:
         module = load_module(file)
+        if arg and not inspect.signature(module.get_config).parameters:
+            raise UserError(f"{file}: its get_config takes no argument; {arg!r} was given")
         config = module.get_config(arg) if arg else module.get_config()
     except UserError:
         raise

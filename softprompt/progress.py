@@ -39,6 +39,7 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
                 console=Console(file=self._stream),
                 transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # results that go to a file are left alone
             )
             self._bars.start()
         return self

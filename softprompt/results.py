@@ -125,9 +125,15 @@ def devices() -> dict[str, Any]:
 def write_result(folder: epath.PathLike, row: Row) -> None:
     """Writes a trial's row to its folder; a kill leaves the old file or the new one, never half.
 
-    A number that is not finite becomes null, since JSON has no NaN.
+    Of several processes the first writes. A number that is not finite becomes null, since JSON has
+    no NaN.
     """
-    write_text(epath.Path(folder) / FILE, json.dumps(_plain(row), indent=2, allow_nan=False) + "\n")
+    import jax  # here, since reading rows never needs it
+
+    if jax.process_index() == 0:
+        write_text(
+            epath.Path(folder) / FILE, json.dumps(_plain(row), indent=2, allow_nan=False) + "\n"
+        )
 
 
 def write_text(file: epath.PathLike, text: str) -> None:

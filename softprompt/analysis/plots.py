@@ -1,0 +1,154 @@
+"""The style of all figures, and the plot of a score against prompt length."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+# Okabe and Ito's colours, told apart by colour-blind readers; a marker each, for print in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+GREYS = ("#555555", "#999999")
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean over seeds.
+
+    Args:
+        x: where it stands.
+        mean: of `values`.
+        low: the lower end of its interval.
+        high: the upper end.
+        values: one a seed.
+    """
+
+    x: float
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+
+def length_plot(
+    lines: Mapping[str, Sequence[Point]],
+    bands: Mapping[str, Point],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Figure:
+    """Draws scores against prompt length, a line a series and a horizontal band a baseline.
+
+    Args:
+        lines: series name -> points; small marks are seeds, bars are intervals. An empty series
+            is not drawn but keeps its colour.
+        bands: baseline name -> its point, whose x is not used.
+        xlabel: of the logarithmic axis.
+        ylabel: of the other.
+        title: above the plot.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.0))
+        axes = figure.subplots()
+        labels: list[tuple[float, str, str]] = []
+        for (name, point), colour in zip(bands.items(), GREYS, strict=False):
+            axes.axhspan(point.low, point.high, color=colour, alpha=0.15, linewidth=0)
+            axes.axhline(point.mean, color=colour, linestyle="--", linewidth=1)
+            labels.append((point.mean, name, colour))
+        lengths = sorted({point.x for points in lines.values() for point in points})
+        for number, (name, points) in enumerate(lines.items()):
+            if not points:
+                continue
+            colour, marker = COLOURS[number % 6], MARKERS[number % 6]
+            _draw_line(axes, points, colour, marker, shift=1.0 + 0.03 * (number - 1))
+            last = max(points, key=lambda point: point.x)
+            if last.x == lengths[-1]:
+                labels.append((last.mean, name, colour))
+            else:
+                place = (last.x * 1.08, last.mean)
+                axes.annotate(name, place, (6, 4), textcoords="offset points", color=colour)
+        _scale(axes, lengths)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, loc="left", fontsize=10)
+        _label_right(axes, labels)
+    return figure
+
+
+def _draw_line(
+    axes: Axes, points: Sequence[Point], colour: str, marker: str, *, shift: float
+) -> None:
+    """One series; `shift` keeps intervals at the same length apart."""
+    ordered = sorted(points, key=lambda point: point.x)
+    xs, means = [point.x * shift for point in ordered], [point.mean for point in ordered]
+    below = [max(0.0, point.mean - point.low) for point in ordered]  # never -0 by rounding
+    above = [max(0.0, point.high - point.mean) for point in ordered]
+    axes.errorbar(
+        xs, means, yerr=[below, above], color=colour, marker=marker, markersize=6, capsize=3
+    )
+    for x, point in zip(xs, ordered, strict=True):
+        if len(point.values) > 1:
+            axes.plot(
+                [x] * len(point.values), point.values, ".", color=colour, alpha=0.5, markersize=5
+            )
+
+
+def _scale(axes: Axes, lengths: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks are the lengths themselves."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    if lengths:
+        axes.set_xticks(list(lengths), [f"{length:g}" for length in lengths])
+        axes.set_xlim(min(lengths) / 1.3, max(lengths) * 1.3)
+
+
+def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Names beside the right edge, each at its height and none over another."""
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)
+    ordered = sorted(labels)
+    heights = spread([height for height, _, _ in ordered], gap)
+    for height, (_, name, colour) in zip(heights, ordered, strict=True):
+        axes.annotate(
+            name,
+            (1.0, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Returns sorted heights moved apart to at least `gap`, each group staying about its mean."""
+    groups: list[list[float]] = []
+    for height in sorted(heights):
+        groups.append([height])
+        while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_bottom(group, gap) + gap * place for group in groups for place in range(len(group))]
+
+
+def _bottom(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _top(group: Sequence[float], gap: float) -> float:
+    return _bottom(group, gap) + gap * (len(group) - 1)

@@ -1,0 +1,222 @@
+"""Intervals for few seeds and small test sets, and tables as Markdown, CSV and LaTeX."""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from softprompt.config import flatten
+from softprompt.results import Row
+
+Interval = tuple[float, float]
+
+LEVEL = 0.95
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Returns Student's t-interval for a mean; infinite for fewer than two values."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
+    return mean - half, mean + half
+
+
+def wilson_interval(share: float, examples: int, level: float = LEVEL) -> Interval:
+    """Returns Wilson's score interval for a share of examples.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    z = float(stats.norm.ppf((1 + level) / 2))
+    scale = 1 + z**2 / examples
+    middle = (share + z**2 / (2 * examples)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / examples + z**2 / (4 * examples**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy_interval(values: Sequence[float], examples: Sequence[int]) -> Interval:
+    """Returns the interval of a mean accuracy, clipped to [0, 1].
+
+    Over seeds (Student's t) where there are several, else over the test examples (Wilson).
+
+    Args:
+        values: one accuracy a seed, at least one.
+        examples: how many examples each was measured on.
+    """
+    low, high = t_interval(values) if len(values) > 1 else wilson_interval(values[0], examples[0])
+    return max(0.0, low), min(1.0, high)
+
+
+def summarise(
+    rows: Sequence[Row],
+    by: Mapping[str, Callable[[Row], object]],
+    *,
+    metric: str = "accuracy",
+) -> pd.DataFrame:
+    """Returns one line a group of trials that differ in their seed only.
+
+    Args:
+        rows: result rows; groups stand in the order of their first row.
+        by: column name -> what it says of a row; rows that agree in all are a group.
+        metric: a share of examples that "validation" and "test" of a row's metrics hold.
+
+    Returns:
+        The columns of `by`, then "seeds" (trials that are done), "validation METRIC" and
+        "test METRIC" (means), "low" and "high" (`accuracy_interval`), "trainable", "steps",
+        "seconds" (means), "status" and "values" (test METRIC of each seed). What a group without a
+        finished trial lacks is None.
+    """
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(value(row) for value in by.values()), []).append(row)
+    lines = [
+        {**dict(zip(by, key, strict=True)), **_group(group, metric)}
+        for key, group in groups.items()
+    ]
+    columns = [*by, *_group([], metric)]
+    return pd.DataFrame(lines, columns=columns, dtype=object)
+
+
+def _group(rows: Sequence[Row], metric: str) -> dict[str, object]:
+    """What `summarise` says of one group."""
+    done = [row for row in rows if row["status"] == "done"]
+    test, validation = (_scores(done, split, metric) for split in ("test", "validation"))
+    values = tuple(scores[metric] for scores in test)
+    low, high = (
+        accuracy_interval(values, [scores["examples"] for scores in test])
+        if values
+        else (None, None)
+    )
+    return {
+        "seeds": len(done),
+        f"validation {metric}": _mean([scores[metric] for scores in validation]),
+        f"test {metric}": _mean(values),
+        "low": low,
+        "high": high,
+        "trainable": done[0]["trainable"] if done else None,
+        "steps": done[0]["steps"] if done else None,
+        "seconds": _mean([row["seconds"] for row in done]),
+        "status": _status(rows),
+        "values": values,
+    }
+
+
+def _scores(rows: Sequence[Row], split: str, metric: str) -> list[dict[str, Any]]:
+    """A split's scores in each row that measured the metric there."""
+    scores = [row["metrics"].get(split, {}) for row in rows]
+    return [found for found in scores if found.get(metric) is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _status(rows: Sequence[Row]) -> str:
+    """The word "done", or how many failed and the beginning of the first error."""
+    failed = [row for row in rows if row["status"] != "done"]
+    if not failed:
+        return "done"
+    error = textwrap.shorten(failed[0]["error"], 80)
+    return f"{len(failed)} of {len(rows)} {failed[0]['status']}: {error}"
+
+
+def mark_best(table: pd.DataFrame, *, by: str, among: pd.Series) -> pd.DataFrame:
+    """Returns the table with a column "chosen" that says "yes" in the line with the largest `by`.
+
+    Args:
+        table: as `summarise` returns it.
+        by: the column to go by; None never wins, and of equals the first does.
+        among: True for the lines that may win.
+    """
+    candidates = table.loc[among & table[by].notna(), by].astype(float)
+    best = candidates.idxmax() if len(candidates) else None
+    return table.assign(chosen=["yes" if index == best else "" for index in table.index])
+
+
+def overview(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line a trial: its name and id, the config keys that vary, scores and status."""
+    flat = [flatten(row["config"]) for row in rows]
+    keys = sorted(set().union(*flat))
+    varying = [key for key in keys if len({repr(config.get(key)) for config in flat}) > 1]
+    lines = []
+    for row, config in zip(rows, flat, strict=True):
+        scores = {
+            f"{split} {name}": value
+            for split, found in row["metrics"].items()
+            if isinstance(found, dict)
+            for name, value in found.items()
+            if isinstance(value, int | float) and name != "examples"
+        }
+        status = f"{row['status']}: {row['error']}" if row.get("error") else row["status"]
+        lines.append(
+            {
+                "trial": row.get("name", ""),
+                "id": row["trial"],
+                **{key: config.get(key) for key in varying},
+                **scores,
+                "seconds": row.get("seconds"),
+                "status": status,
+            }
+        )
+    return pd.DataFrame(lines, dtype=object)
+
+
+def to_markdown(table: pd.DataFrame, caption: str = "") -> str:
+    """Returns a Markdown table with aligned columns, the caption below it."""
+    cells = [[str(name) for name in table.columns]]
+    cells += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    numeric = [_is_numeric(table[name]) for name in table.columns]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(numeric))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [
+        "-" * (w - 1) + (":" if right else "-") for w, right in zip(widths, numeric, strict=True)
+    ]
+    body = [line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])]
+    return "\n".join(body) + "\n" + (f"\n{caption}\n" if caption else "")
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """Returns comma-separated text with a header line."""
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def to_latex(table: pd.DataFrame, caption: str = "") -> str:
+    """Returns a LaTeX table (it needs booktabs), every special character escaped."""
+    texts = table.map(_cell)
+    aligned = "".join("r" if _is_numeric(table[name]) else "l" for name in table.columns)
+    return texts.to_latex(
+        index=False, escape=True, column_format=aligned, caption=_escape(caption) or None
+    )
+
+
+def _escape(text: str) -> str:
+    """The caption with LaTeX's special characters escaped."""
+    return "".join(f"\\{sign}" if sign in "%&#_$" else sign for sign in text)
+
+
+def _cell(value: object) -> str:
+    """A cell's text: "" for what is missing, three decimals, thousands set off."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        small = value != 0 and abs(value) < 0.01
+        return f"{value:.3g}" if small else f"{value:.3f}" if abs(value) < 10 else f"{value:,.0f}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _is_numeric(column: pd.Series) -> bool:
+    """Whether a column reads best flush right."""
+    return all(_cell(value) == "" or isinstance(value, int | float | np.number) for value in column)

@@ -1,0 +1,281 @@
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from softprompt import results, sweep
+from softprompt.config import base_config, trial_id, trial_name
+from softprompt.errors import UserError
+from softprompt.progress import Progress, duration
+
+
+def config(length=20, seed=0, name="prompt"):
+    made = base_config()
+    made.method.name = name
+    made.method.length = length
+    made.seed = seed
+    made.model.dtype = "float32"
+    return made
+
+
+def done_row(made, accuracy=0.8):
+    return results.make_row(
+        made,
+        status="done",
+        seconds=1.0,
+        steps=made.train.steps,
+        trainable=made.method.length * 576,
+        metrics={
+            "validation": {"accuracy": accuracy, "examples": 100},
+            "test": {"accuracy": accuracy, "examples": 200},
+        },
+    )
+
+
+class Runner:
+    """A run_trial that only writes the row, and remembers what it was asked for."""
+
+    def __init__(self, errors=None):
+        self.errors = errors or {}
+        self.ran = []
+
+    def __call__(self, made, folder):
+        self.ran.append(made.method.length)
+        if made.method.length in self.errors:
+            raise self.errors[made.method.length]
+        row = done_row(made)
+        results.write_result(folder, row)
+        return row
+
+
+def run(trials, workdir, runner):
+    with Progress() as progress:
+        return sweep.run_sweep(trials, workdir, runner, progress=progress)
+
+
+def test_trials_run_in_order_and_a_rerun_runs_none(tmp_path):
+    runner = Runner()
+    trials = [config(1), config(5), config(20)]
+    assert run(trials, tmp_path, runner) == []
+    assert runner.ran == [1, 5, 20]
+    assert run(trials, tmp_path, runner) == []
+    assert runner.ran == [1, 5, 20]
+    assert run([*trials, config(100)], tmp_path, runner) == []
+    assert runner.ran == [1, 5, 20, 100]
+
+
+def test_a_failed_trial_is_a_row_and_is_tried_again(tmp_path, capsys):
+    trials = [config(1), config(5), config(20)]
+    runner = Runner({5: FloatingPointError("the loss is NaN\nat step 7")})
+    failed = run(trials, tmp_path, runner)
+    assert runner.ran == [1, 5, 20]
+    assert [row["error"] for row in failed] == ["FloatingPointError: the loss is NaN at step 7"]
+    assert "failed: FloatingPointError: the loss is NaN at step 7" in capsys.readouterr().err
+    folder = sweep.trial_folder(tmp_path, trials[1])
+    stored = results.read_result(folder)
+    assert (stored["status"], stored["metrics"]) == ("failed", {})
+    assert "FloatingPointError" in (folder / "traceback.txt").read_text()
+    again = Runner()
+    assert run(trials, tmp_path, again) == []
+    assert again.ran == [5]
+    assert results.is_done(folder)
+
+
+@pytest.mark.parametrize("stop", [SystemExit(75), KeyboardInterrupt()])
+def test_an_interruption_passes_and_leaves_no_row(tmp_path, stop):
+    trials = [config(1), config(5)]
+    with pytest.raises(type(stop)):
+        run(trials, tmp_path, Runner({5: stop}))
+    assert [row["trial"] for row in results.read_rows(tmp_path)] == [trial_id(trials[0])]
+    runner = Runner()
+    run(trials, tmp_path, runner)
+    assert runner.ran == [5]
+
+
+def test_a_trials_folder_is_found_by_its_id(tmp_path):
+    folder = sweep.trial_folder(tmp_path, config(5))
+    assert folder.name == f"prompt-5-vocabulary-s0-{trial_id(config(5))}"
+    renamed = tmp_path / f"older-name-{trial_id(config(5))}"
+    renamed.mkdir()
+    assert Path(sweep.trial_folder(tmp_path, config(5))) == renamed
+
+
+def test_shards_are_disjoint_and_complete():
+    trials = [config(length) for length in range(1, 8)]
+    parts = [sweep.take_shard(trials, (part, 3)) for part in (1, 2, 3)]
+    assert sorted(made.method.length for part in parts for made in part) == list(range(1, 8))
+    assert sweep.parse_shard("2/3") == (2, 3)
+    for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(UserError, match="--shard is"):
+            sweep.parse_shard(text)
+
+
+def test_the_same_trial_twice_is_an_error():
+    experiment = sweep.load_experiment("prompt_length")
+    with pytest.raises(UserError, match="trials 5 and 7 of the sweep are the same"):
+        sweep.make_trials(experiment, "quickstart", [("method.length", "20")])
+
+
+def test_mistakes_in_what_to_sweep(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="unknown experiment 'prompt_lenght' .did you mean"):
+        sweep.load_experiment("prompt_lenght")
+    experiment = sweep.load_experiment("prompt_length")
+    with pytest.raises(UserError, match="unknown subset 'half'; known: full, quickstart"):
+        sweep.make_trials(experiment, "half")
+    with pytest.raises(UserError, match="unknown config key 'method.lenght'"):
+        sweep.make_trials(experiment, "full", [("method.lenght", "3")])
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("CAPTION = ''\n")
+    with pytest.raises(UserError, match="mine.py: no experiment, it lacks sweep, table, figure"):
+        sweep.load_experiment("mine.py")
+    Path("mine.py").write_text("1/0\n")
+    with pytest.raises(UserError, match="mine.py: ZeroDivisionError"):
+        sweep.load_experiment("mine.py")
+
+
+def test_the_working_directorys_experiments_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").mkdir()
+    Path("experiments/prompt_length.py").write_text(
+        "CAPTION = 'mine'\nsweep = table = figure = None\n"
+    )
+    assert sweep.load_experiment("prompt_length").CAPTION == "mine"
+
+
+def test_dry_run_says_what_each_trial_costs(tmp_path):
+    trials = [config(1), config(5), config(20, name="none")]
+    results.write_result(sweep.trial_folder(tmp_path, trials[0]), done_row(trials[0]))
+    cost = {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 90.0}
+    table = sweep.dry_run(trials, tmp_path, lambda made: cost)
+    assert list(table["state"]) == ["done", "to run", "to run", ""]
+    assert list(table["steps"]) == [100, 100, 0, ""]
+    assert list(table["time"])[:2] == ["1 min 30 s"] * 2
+    assert (table["trial"].iloc[-1], table["time"].iloc[-1]) == ("2 to run", "3 min 0 s")
+    assert table["FLOPs"].iloc[-1] == "4e+12"
+    assert table["memory"].iloc[0] == "1.00 GiB"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_go_in_and_come_out(tmp_path):
+    row = done_row(config(5), accuracy=float("nan"))
+    results.write_result(tmp_path / "a" / "b", row)
+    (found,) = results.read_rows(tmp_path)
+    assert found["metrics"]["test"]["accuracy"] is None
+    found["metrics"] = row["metrics"] = {}
+    assert found == row
+    assert found["name"] == trial_name(config(5)) == "prompt-5-vocabulary-s0"
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["devices"]["platform"] == "cpu"
+    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["result.json"]
+    frame = results.to_frame([row])
+    assert frame["config.method.length"].tolist() == [5]
+
+
+def test_unreadable_rows_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        results.read_rows(tmp_path / "nowhere")
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(UserError, match="result.json: not JSON"):
+        results.read_rows(tmp_path)
+    (tmp_path / "result.json").write_text("[]")
+    with pytest.raises(UserError, match="result.json: not a result row"):
+        results.read_rows(tmp_path)
+
+
+def _write_for_ever(file):
+    number = 0
+    while True:
+        results.write_text(file, json.dumps({"number": number}) + " " * 200_000)
+        number += 1
+
+
+def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):
+    """Breaks when write_bytes writes the file itself rather than a temporary one."""
+    file = tmp_path / "result.json"
+    results.write_text(file, "{}")
+    context = multiprocessing.get_context("spawn")
+    for _ in range(2):
+        writer = context.Process(target=_write_for_ever, args=(file,))
+        writer.start()
+        while "number" not in file.read_text():
+            pass
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        assert "number" in json.loads(file.read_text())
+        results.write_text(file, "{}")
+
+
+def experiment_rows(subset):
+    trials = sweep.make_trials(sweep.load_experiment("prompt_length"), subset)
+    return [done_row(made, 0.7 + 0.01 * number) for number, made in enumerate(trials)]
+
+
+def test_prompt_length_sweeps_what_it_says():
+    experiment = sweep.load_experiment("prompt_length")
+    full = sweep.make_trials(experiment, "full")
+    assert len(full) == 4 * 3 * 3 + 4
+    quick = sweep.make_trials(experiment, "quickstart")
+    assert [made.method.name for made in quick] == ["none"] + ["fewshot"] * 3 + ["prompt"] * 4
+    assert {trial_id(made) for made in quick} <= {trial_id(made) for made in full}
+
+
+@pytest.mark.parametrize("subset", ["full", "quickstart"])
+def test_outputs_are_written_and_pure_functions_of_the_rows(tmp_path, subset):
+    experiment, rows = sweep.load_experiment("prompt_length"), experiment_rows(subset)
+    before = json.dumps(rows)
+    table = experiment.table(rows)
+    assert json.dumps(rows) == before
+    assert table.equals(experiment.table(rows[::-1]))
+    assert (table["chosen"] == "yes").sum() == 1
+    assert table["method"].tolist()[:3] == ["zero-shot", "few-shot", "soft prompt"]
+    sweep.write_outputs(experiment, rows, tmp_path)
+    names = {"table.md", "table.csv", "table.tex", "figure.png", "figure.pdf"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert experiment.CAPTION in (tmp_path / "table.md").read_text()
+    assert matplotlib.rcParams["axes.grid"] is False
+
+
+def test_failed_trials_show_in_the_table_and_never_as_zero(tmp_path):
+    experiment, rows = sweep.load_experiment("prompt_length"), experiment_rows("quickstart")
+    for row in rows[-2:]:
+        row.update(status="failed", error="RuntimeError: no memory", metrics={})
+    table = experiment.table(rows)
+    last = table.iloc[-1]
+    assert last["status"] == "1 of 1 failed: RuntimeError: no memory"
+    assert last["test accuracy"] is None
+    assert last["chosen"] == ""
+    for row in rows:
+        row.update(status="failed", error="x", metrics={})
+    sweep.write_outputs(experiment, rows, tmp_path)
+
+
+def test_progress_off_a_terminal_is_plain_lines(capsys):
+    with Progress() as progress:
+        progress.trial("prompt-5-vocabulary-s0", 0, 4, 600.0)
+        progress.stage("load the model")
+        progress.stage("train", 1, 100, "loss 0.7")
+        progress.stage("train", 2, 100, "loss 0.6")
+        progress.stage("train", 100, 100, "loss 0.5")
+    assert capsys.readouterr().err.splitlines() == [
+        "trial 1 of 4: prompt-5-vocabulary-s0, about 10 min 0 s left",
+        "[prompt-5-vocabulary-s0] load the model ...",
+        "[prompt-5-vocabulary-s0] train 1/100: loss 0.7, 0 s left",
+        "[prompt-5-vocabulary-s0] train 100/100: loss 0.5, 0 s left",
+    ]
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 59, 60, 3599, 3600, 7500)] == [
+        "0 s",
+        "59 s",
+        "1 min 0 s",
+        "59 min 59 s",
+        "1 h 0 min",
+        "2 h 5 min",
+    ]
