@@ -1,0 +1,203 @@
+"""Records to token ids: the template filled in, too long inputs cut inside their fields."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from softprompt.data.sources import Record
+from softprompt.data.tasks import Task, pieces, target_text
+from softprompt.errors import UserError
+from softprompt.models.tokenizer import Tokenizer
+
+CHUNK = 4096  # texts tokenised at a time, which bounds the memory for offsets
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A split as token ids.
+
+    Attributes:
+        ids: the examples' ids.
+        inputs: int32 token ids of each input, BOS included where it was asked for.
+        targets: int32 token ids of each target; empty for an unlabelled example.
+        labels: int32 [N], index into the candidates; -1 for an unlabelled example and where there
+            are no candidates.
+        candidates: int32 token ids of each verbalizer in the task's order; () for a generation
+            task.
+        truncated: how many inputs were cut.
+        label_names: the labels' names, in the candidates' order.
+    """
+
+    ids: list[str]
+    inputs: list[np.ndarray]
+    targets: list[np.ndarray]
+    labels: np.ndarray
+    candidates: tuple[np.ndarray, ...]
+    truncated: int
+    label_names: tuple[str, ...] = ()
+
+
+def encode(
+    records: Sequence[Record],
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    max_input: int,
+    max_target: int,
+    bos: bool,
+    eos: bool,
+) -> Encoded:
+    """Tokenises records for a task. Input and target are tokenised apart.
+
+    An input of more than `max_input` tokens loses tokens from the end of its longest field, or of
+    its longest fields in equal measure, until it fits. Only tokens that lie wholly inside a field
+    are dropped, so the template is always complete.
+
+    Args:
+        records: with the fields that the template names.
+        task: template and verbalizers.
+        tokenizer: of the model.
+        max_input: the most tokens of an input, BOS included.
+        max_target: the most tokens of a target, EOS included.
+        bos: begin each input with BOS.
+        eos: end each target and candidate with EOS.
+
+    Raises:
+        UserError: an input's template alone or a target is too long, two verbalizers have the same
+            tokens, or the tokenizer has no BOS or EOS.
+    """
+    prefix = _special(tokenizer.bos_id, "BOS", bos)
+    suffix = _special(tokenizer.eos_id, "EOS", eos)
+    candidates = tuple(
+        _target(tokenizer, target, suffix, max_target, f"verbalizer {target!r}")
+        for target in task.verbalizers.values()
+    )
+    if len({tuple(tokens) for tokens in candidates}) < len(candidates):
+        raise UserError(f"task {task.name!r}: two of its verbalizers have the same tokens")
+    index = {label: place for place, label in enumerate(task.labels)}
+    labels = np.array([index.get(record["label"], -1) for record in records], np.int32)
+    inputs, truncated = _inputs(records, task, tokenizer, prefix, max_input)
+    nothing = np.zeros(0, np.int32)
+    targets = []
+    for record, label in zip(records, labels, strict=True):
+        if record["label"] is None:
+            targets.append(nothing)
+        elif candidates:
+            targets.append(candidates[label])
+        else:
+            text, where = target_text(task, record["label"]), f"target of example {record['id']!r}"
+            targets.append(_target(tokenizer, text, suffix, max_target, where))
+    ids = [record["id"] for record in records]
+    return Encoded(ids, inputs, targets, labels, candidates, truncated, task.labels)
+
+
+def _special(token: int | None, name: str, wanted: bool) -> list[int]:
+    """[token] where it is wanted, else []."""
+    if wanted and token is None:
+        raise UserError(f"the model's tokenizer has no {name} token, and the config asks for one")
+    return [token] if wanted and token is not None else []
+
+
+def _target(
+    tokenizer: Tokenizer, text: str, suffix: list[int], max_target: int, where: str
+) -> np.ndarray:
+    """A target's token ids, never cut."""
+    tokens = [*tokenizer.encode(text), *suffix]
+    if len(tokens) > max_target:
+        raise UserError(f"{where} has {len(tokens)} tokens; task.max_target is {max_target}")
+    if len(tokens) == len(suffix):
+        raise UserError(f"{where} has no tokens")
+    return np.array(tokens, np.int32)
+
+
+def _inputs(
+    records: Sequence[Record], task: Task, tokenizer: Tokenizer, prefix: list[int], limit: int
+) -> tuple[list[np.ndarray], int]:
+    """Token ids of every input, and how many were cut."""
+    cut = pieces(task.template)
+    inputs, truncated = [], 0
+    for start in range(0, len(records), CHUNK):
+        chunk = records[start : start + CHUNK]
+        filled = [_fill(cut, record) for record in chunk]
+        texts = [text for text, _ in filled]
+        encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+        for record, (text, spans), encoding in zip(chunk, filled, encodings, strict=True):
+            tokens = encoding.ids
+            if len(prefix) + len(tokens) > limit:
+                keep = _kept(encoding.offsets, spans, len(text), limit - len(prefix))
+                if len(prefix) + len(keep) > limit:
+                    raise UserError(
+                        f"example {record['id']!r}: the template alone takes "
+                        f"{len(prefix) + len(keep)} tokens; task.max_input is {limit}"
+                    )
+                tokens = [tokens[place] for place in keep]
+                truncated += 1
+            inputs.append(np.array([*prefix, *tokens], np.int32))
+    return inputs, truncated
+
+
+def _fill(cut: list[tuple[str, str]], record: Record) -> tuple[str, list[tuple[int, int]]]:
+    """The template filled in, and the span of characters [start, end) of each field."""
+    text, spans = "", []
+    for literal, name in cut:
+        text += literal
+        if name:
+            spans.append((len(text), len(text) + len(record[name])))
+            text += record[name]
+    return text, spans
+
+
+def _kept(
+    offsets: list[tuple[int, int]], spans: list[tuple[int, int]], length: int, limit: int
+) -> list[int]:
+    """Places of the tokens to keep: at most `limit`, if dropping inside fields can do it."""
+    ranges = [_inside(offsets, span, length) for span in spans]
+    sizes = [stop - start for start, stop in ranges]
+    over = len(offsets) - limit
+    while over > 0 and max(sizes, default=0) > 0:
+        longest = max(range(len(sizes)), key=lambda place: sizes[place])
+        second = max((s for place, s in enumerate(sizes) if place != longest), default=0)
+        dropped = min(over, max(1, sizes[longest] - second))
+        sizes[longest] -= dropped
+        over -= dropped
+    dropped_places: set[int] = set()
+    for (start, stop), size in zip(ranges, sizes, strict=True):
+        cut = start + size
+        while start < cut < stop and offsets[cut - 1][1] > offsets[cut][0]:
+            cut -= 1  # the two are bytes of one character
+        dropped_places.update(range(cut, stop))
+    return [place for place in range(len(offsets)) if place not in dropped_places]
+
+
+def _inside(offsets: list[tuple[int, int]], span: tuple[int, int], length: int) -> tuple[int, int]:
+    """The range of tokens that lie wholly inside a span of characters.
+
+    Characters that no token claims (a tokenizer may trim spaces from its offsets) belong to both
+    neighbours, so that a token which may carry a piece of the template is never counted as inside.
+    """
+    inside = []
+    for place, (start, end) in enumerate(offsets):
+        before = offsets[place - 1][1] if place else 0
+        after = offsets[place + 1][0] if place + 1 < len(offsets) else length
+        if span[0] <= min(start, before) and max(end, after) <= span[1]:
+            inside.append(place)
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def summary(encoded: Encoded) -> dict[str, Any]:
+    """Returns counts for a report: examples, truncated, labels by name, lengths in tokens."""
+    counts = Counter(encoded.labels.tolist())
+    lengths_N = np.array([len(tokens) for tokens in encoded.inputs] or [0])
+    targets_N = np.array([len(tokens) for tokens in encoded.targets] or [0])
+    return {
+        "examples": len(encoded.ids),
+        "truncated": encoded.truncated,
+        "unlabelled": int((targets_N == 0).sum()) if encoded.ids else 0,
+        "labels": {name: counts[place] for place, name in enumerate(encoded.label_names)},
+        "input_tokens_mean": float(lengths_N.mean()),
+        "input_tokens_max": int(lengths_N.max()),
+        "target_tokens_max": int(targets_N.max()),
+    }
