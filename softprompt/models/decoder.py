@@ -1,9 +1,9 @@
 """A causal decoder in the form that makes a prompt cheap: a context once, then one row at a time.
 
-Everything that a row sees of its task is a stack of keys and values that does not depend on the row:
+Everything that a row sees of its task is a stack of keys and values that the row does not change:
 
-    context = model.apply(variables, method="prompt_context")                        once a step
-    x_TD    = model.apply(variables, context, tokens, segments, positions, method="hidden")   one row
+    context = model.apply(variables, method="prompt_context")                   once a step
+    x_TD = model.apply(variables, context, tokens_T, ..., method="hidden")      one row
 
 `jax.vmap` over rows leaves the context unbatched: it is computed once, forward and backward.
 """
@@ -102,7 +102,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer, in the shape that `nn.scan` wants: carry in, carry and keys/values out."""
+    """One pre-norm layer, as `nn.scan` wants it: carry in, carry and keys/values out."""
 
     config: DecoderConfig
     dtype: jnp.dtype
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""

@@ -14,8 +14,8 @@ _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, o
 def read_delta(module: nn.Module, name: str) -> jax.Array | None:
     """The trained variable `name` in the module's own scope, or None where there is none.
 
-    Every read is noted in the collection "read", so that a trial can refuse a delta with a leaf that
-    no module reads (Linen would ignore it silently).
+    Every read is noted in the collection "read", so that a trial can refuse a delta with a leaf
+    that no module reads (Linen would ignore it silently).
     """
     if not module.has_variable("delta", name):
         return None
@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions_T: jax.Array, size: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [T, size / 2] of rotary positions. Source: arXiv 2104.09864, section 3.4.2."""
+    """Cosines and sines [T, size / 2] of rotary positions. Source: arXiv 2104.09864, 3.4.2."""
     dtype = jnp.promote_types(jnp.result_type(float), jnp.float32)
     frequency_K = base ** -(jnp.arange(0, size, 2, dtype=dtype) / size)
     angle_TK = positions_T.astype(dtype)[:, None] * frequency_K

@@ -1,0 +1,169 @@
+"""A finished trial put to use: scores on any split or task, answers to lines of text."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from softprompt.config import ConfigDict, from_dict, to_dict
+from softprompt.data.encode import encode
+from softprompt.data.pipeline import eval_batches, eval_shape, generation_batches
+from softprompt.errors import UserError, unknown
+from softprompt.evaluation.generation import generate, read_labels
+from softprompt.evaluation.metrics import classification
+from softprompt.evaluation.scoring import normalise, probabilities, score_batches
+from softprompt.progress import Progress
+from softprompt.training.delta_file import load_delta
+from softprompt.training.session import SPLITS, Session
+from softprompt.training.sharding import put, replicated
+from softprompt.training.trial import DELTA, Prepared, prepare, read_config, score
+
+GROUP = 64  # lines answered together when they come faster than answers
+
+
+def evaluate_run(
+    folder: epath.PathLike,
+    *,
+    task: str | None = None,
+    split: str = "test",
+    generated: bool = False,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Scores a trial's selected delta.
+
+    Args:
+        folder: of a trial.
+        task: another task for the same prompt (domain shift); None for its own.
+        split: train, validation or test.
+        generated: also let the model write its answers, greedily, and count the illegal ones.
+        progress: where waiting is reported.
+
+    Returns:
+        {"task", "split", "accuracy", "macro_f1", "examples"}, and with `generated` also
+        {"generated": {..., "illegal": share of answers that are no label}}.
+    """
+    if split not in SPLITS:
+        raise unknown("--split", split, SPLITS)
+    config = read_config(folder)
+    if task is not None:
+        tree = to_dict(config)
+        tree["task"] = {"name": task}
+        config = from_dict(tree)
+    prepared, delta = open_run(folder, config, progress)
+    metrics, _ = score(prepared, delta, split)
+    result: dict[str, Any] = {"task": prepared.data.task.name, "split": split, **metrics}
+    if generated:
+        result["generated"] = generated_scores(prepared, delta, split)
+    return result
+
+
+def open_run(
+    folder: epath.PathLike, config: ConfigDict, progress: Progress
+) -> tuple[Prepared, Any]:
+    """A trial's model and data, and its selected delta on the devices.
+
+    Raises:
+        UserError: no delta there yet, or one that was trained on other weights.
+    """
+    file = epath.Path(folder) / DELTA
+    if not file.exists():
+        raise UserError(f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train")
+    delta, origin = load_delta(file)
+    prepared = prepare(config, Session(progress))
+    if origin.get("fingerprint") != prepared.loaded.fingerprint:
+        raise UserError(
+            f"{file} was trained on weights {origin.get('fingerprint')}, "
+            f"{config.model.name} has {prepared.loaded.fingerprint}"
+        )
+    whole = replicated(prepared.mesh)
+    return prepared, jax.tree.map(lambda leaf: put(leaf, whole), delta)
+
+
+def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, float]:
+    """Metrics of greedy answers; one that is no legal label is wrong, and counted."""
+    data, tokenizer = prepared.data, prepared.loaded.tokenizer
+    encoded = data.split(split)
+    longest = max(len(ids) for ids in encoded.candidates) + 1
+    answers = generate(
+        prepared.loaded.model,
+        prepared.loaded.weights,
+        prepared.shared(delta),
+        generation_batches(encoded, batch=GROUP, max_new=longest),
+        max_new=longest,
+        eos_id=tokenizer.eos_id,
+    )
+    texts = list(data.task.verbalizers.values())
+    labels_N, illegal = read_labels(answers, texts, tokenizer)
+    return {**classification(labels_N, encoded.labels, len(texts)), "illegal": illegal}
+
+
+def predict_lines(
+    folder: epath.PathLike, lines: Iterable[str], progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Answers lines of text with a trained prompt.
+
+    A line is the task's only text field; a task with several takes them separated by tabs.
+
+    Args:
+        folder: of a trial.
+        lines: texts, without line ends.
+        progress: where waiting is reported.
+
+    Yields:
+        {"text", "label", "probabilities": {label: share}} for each line, in order.
+
+    Raises:
+        UserError: a line with another number of fields.
+    """
+    config = read_config(folder)
+    prepared, delta = open_run(folder, config, progress)
+    shared = prepared.shared(delta)
+    for number, group in enumerate(_groups(lines)):
+        yield from _answer(prepared, shared, group, first=number * GROUP + 1)
+
+
+def _groups(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Lines in groups; a terminal or a slow pipe is answered line by line by its reader."""
+    source = iter(lines)
+    while group := list(itertools.islice(source, GROUP)):
+        yield group
+
+
+def _answer(
+    prepared: Prepared, shared: Any, lines: list[str], *, first: int
+) -> Iterator[dict[str, Any]]:
+    """Answers one group of lines; `first` is the number of its first line."""
+    task, config = prepared.data.task, prepared.config
+    fields = task.fields
+    records: list[dict[str, str | None]] = []
+    for number, line in enumerate(lines, first):
+        texts = line.split("\t") if len(fields) > 1 else [line]
+        if len(texts) != len(fields):
+            raise UserError(
+                f"line {number} has {len(texts)} tab-separated fields; "
+                f"the task takes {len(fields)}: {', '.join(fields)}"
+            )
+        texts_by_field = dict(zip(fields, texts, strict=True))
+        records.append({"id": f"line {number}", "label": None, **texts_by_field})
+    encoded = encode(
+        records,
+        task,
+        prepared.loaded.tokenizer,
+        max_input=config.task.max_input,
+        max_target=config.task.max_target,
+        bos=prepared.bos,
+        eos=config.task.eos,
+    )
+    rows = prepared.mesh.shape["data"]
+    batches = eval_batches(encoded, eval_shape(encoded, row_multiple=rows))
+    sums_NC, lengths_NC = score_batches(
+        prepared.loaded.model, prepared.loaded.weights, shared, batches, mesh=prepared.mesh
+    )
+    shares_NC = probabilities(normalise(sums_NC, lengths_NC, config.eval.score))
+    labels = list(task.verbalizers)
+    for line, share_C in zip(lines, shares_NC, strict=True):
+        shares = dict(zip(labels, np.round(share_C, 6).tolist(), strict=True))
+        yield {"text": line, "label": labels[int(share_C.argmax())], "probabilities": shares}

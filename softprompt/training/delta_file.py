@@ -1,0 +1,57 @@
+"""A delta as one safetensors file, with where it came from in the header."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from safetensors.numpy import load, save
+
+from softprompt.errors import UserError
+from softprompt.results import write_bytes
+from softprompt.training.sharding import path_name
+
+KEY = "softprompt"  # of the header's one metadata entry
+
+
+def save_delta(file: epath.PathLike, delta: Any, provenance: Mapping[str, Any]) -> None:
+    """Writes a delta whole or not at all.
+
+    Args:
+        file: local or gs://.
+        delta: a tree of dicts; leaf "a/b" is named by its path.
+        provenance: small JSON: the model's name and fingerprint, the method, the trial.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(delta)
+    arrays = {path_name(path): np.ascontiguousarray(leaf) for path, leaf in leaves}
+    write_bytes(file, save(arrays, {KEY: json.dumps(provenance, sort_keys=True)}))
+
+
+def load_delta(file: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a delta and its provenance, {} where another program wrote the file.
+
+    Raises:
+        UserError: no such file, or not a whole safetensors file.
+    """
+    file = epath.Path(file)
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from error
+    try:
+        arrays = load(content)
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        provenance = json.loads(header.get(KEY, "{}"))
+    except Exception as error:  # safetensors raises its own kinds
+        raise UserError(f"{file}: not a readable safetensors file ({error})") from error
+    delta: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, leaf = name.split("/")
+        node = delta
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = array
+    return delta, provenance

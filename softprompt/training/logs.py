@@ -1,0 +1,120 @@
+"""A trial's metrics.jsonl, cut back to the restored step on resume, and optional sinks."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from softprompt.config import ConfigDict
+from softprompt.errors import UserError
+from softprompt.results import write_text
+
+Line = dict[str, Any]
+Sink = Callable[[Line], None]
+
+FILE = "metrics.jsonl"
+TIMING = ("seconds", "tokens_per_second", "examples_per_second", "peak_share")
+
+
+class MetricsLog:
+    """Appends lines {"step": ..., name: number, ...}; the file is the truth, sinks are copies.
+
+    Args:
+        folder: the trial's, local or gs:// (which cannot append, and is rewritten by each line).
+        step: the step that the trial goes on from; later lines of a killed run are cut off.
+        sinks: called with each new line.
+    """
+
+    def __init__(self, folder: epath.PathLike, *, step: int | None, sinks: list[Sink]):
+        self._file = epath.Path(folder) / FILE
+        self._local = "://" not in str(folder)
+        self._sinks = sinks
+        kept = []
+        if step is not None and self._file.exists():
+            for text in self._file.read_text().splitlines():
+                line = read_line(text)
+                if line is not None and line["step"] <= step:
+                    kept.append(text + "\n")
+        self._lines = kept
+        write_text(self._file, "".join(kept))
+
+    def write(self, line: Line) -> None:
+        """Adds a line; numbers that are not finite become null."""
+        text = json.dumps({k: _finite(v) for k, v in line.items()}) + "\n"
+        if self._local:
+            with self._file.open("a") as file:
+                file.write(text)
+        else:
+            self._lines.append(text)
+            write_text(self._file, "".join(self._lines))
+        for sink in self._sinks:
+            sink(line)
+
+
+def read_line(text: str) -> Line | None:
+    """A line of metrics.jsonl, None for one that a kill cut short."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "step" in line else None
+
+
+def read_log(folder: epath.PathLike) -> list[Line]:
+    """All whole lines of a trial's metrics.jsonl."""
+    lines = (read_line(text) for text in (epath.Path(folder) / FILE).read_text().splitlines())
+    return [line for line in lines if line is not None]
+
+
+def open_sinks(config: ConfigDict, folder: epath.PathLike, name: str) -> list[Sink]:
+    """The sinks that the config switches on.
+
+    Raises:
+        UserError: a sink's package is not installed.
+    """
+    sinks: list[Sink] = []
+    if config.log.tensorboard:
+        sinks.append(_tensorboard(folder))
+    if config.log.wandb:
+        sinks.append(_wandb(config, name))
+    return sinks
+
+
+def _tensorboard(folder: epath.PathLike) -> Sink:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "config.log.tensorboard is True; it needs tensorboardX: pip install 'softprompt[sweep]'"
+        ) from error
+    writer = SummaryWriter(str(epath.Path(folder) / "tensorboard"))
+
+    def sink(line: Line) -> None:
+        for key, value in line.items():
+            if key != "step":
+                writer.add_scalar(key, value, line["step"])
+        writer.flush()
+
+    return sink
+
+
+def _wandb(config: ConfigDict, name: str) -> Sink:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "config.log.wandb is True; it needs wandb: pip install 'softprompt[sweep]'"
+        ) from error
+    run = wandb.init(project="softprompt", name=name, config=config.to_dict())
+
+    def sink(line: Line) -> None:
+        run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    return sink
+
+
+def _finite(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

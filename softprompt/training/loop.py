@@ -1,0 +1,279 @@
+"""The loop around the training step: metrics a step behind, evaluations, checkpoints."""
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from softprompt.data.pipeline import TrainSource, train_batches
+from softprompt.errors import UserError
+from softprompt.training import checkpoints
+from softprompt.training.delta_file import save_delta
+from softprompt.training.logs import MetricsLog
+from softprompt.training.optimizers import set_rate
+from softprompt.training.sharding import put_batch
+from softprompt.training.step import TrainStep
+
+Tree = Any
+PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long, and how often what.
+
+    Attributes:
+        steps: updates in all.
+        log_every: updates between log lines.
+        eval_every: updates between validations; 0 for step 0 and the end only.
+        checkpoint_every: updates between checkpoints.
+        snapshots: updates between kept copies of the delta; 0 for none.
+        patience: validations without a new best after which training stops; 0 for never.
+        metric: the validation metric that "best" means, larger is better.
+    """
+
+    steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    snapshots: int
+    patience: int
+    metric: str
+
+
+@dataclasses.dataclass
+class State:
+    """All that a trial changes.
+
+    `best` is the delta that validated best, `step` counts updates, `seconds` is the wall time of
+    the processes before this one, which began at `began`.
+    """
+
+    delta: Tree
+    opt_state: Tree
+    best: Tree
+    step: int = 0
+    best_step: int = 0
+    best_scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    last_scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    waited: int = 0
+    seconds: float = 0.0
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    def elapsed(self) -> float:
+        """Wall seconds spent on the trial so far, by all of its processes up to their last save."""
+        return self.seconds + time.monotonic() - self.began
+
+    def arrays(self) -> Tree:
+        """What a checkpoint holds as arrays."""
+        return {"delta": self.delta, "opt_state": self.opt_state, "best": self.best}
+
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint holds as JSON."""
+        return {
+            "best_step": self.best_step,
+            "best_scores": self.best_scores,
+            "last_scores": self.last_scores,
+            "waited": self.waited,
+            "seconds": self.elapsed(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the loop calls.
+
+    Attributes:
+        step: the compiled training step.
+        weights: the frozen model.
+        source: batches by step.
+        rates: learning rate of each step [steps].
+        key: the trial's random key; a step's is folded from it.
+        mesh: where rows go.
+        evaluate: delta -> validation metrics.
+        folder: the trial's.
+        notes: JSON that every checkpoint carries, the resolved config.
+        step_flops: useful operations of a step, on average.
+        machine_flops: what all devices can do in a second.
+        stage: (what, done, total, note), for the progress display.
+    """
+
+    step: TrainStep
+    weights: Tree
+    source: TrainSource
+    rates: np.ndarray
+    key: jax.Array
+    mesh: jax.sharding.Mesh
+    evaluate: Callable[[Tree], dict[str, float]]
+    folder: epath.Path
+    notes: dict[str, Any]
+    step_flops: float
+    machine_flops: float
+    stage: Callable[[str, int, int, str], None]
+
+
+def restore(manager: Any, state: State) -> State | None:
+    """The state of the newest checkpoint, laid out like `state`; None where there is none."""
+    found = checkpoints.restore(manager, state.arrays())
+    if found is None:
+        return None
+    step, arrays, notes = found
+    names = ("best_step", "best_scores", "last_scores", "waited", "seconds")
+    kept = {name: notes[name] for name in names}
+    return State(**arrays, step=step, began=state.began, **kept)
+
+
+def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager: Any) -> State:
+    """Trains from `state` to the end, or to an early stop.
+
+    Raises:
+        UserError: the loss is not finite; names the step and the last finite metrics.
+        SystemExit: with 75 after SIGTERM, once the state is saved.
+    """
+    pending: tuple[int, dict[str, jax.Array], float] | None = None
+    last: dict[str, float] = {}
+    clock = Clock(parts, state.step)
+    with preemption() as asked:
+        if state.step == 0:
+            validate(loop, parts, state, log)
+        multiple = parts.mesh.shape["data"]
+        batches = iter(
+            train_batches(parts.source, start=state.step, stop=loop.steps, row_multiple=multiple)
+        )
+        while state.step < loop.steps and not stopped(loop, state):
+            batch = put_batch(parts.mesh, next(batches))
+            rate = float(parts.rates[state.step])
+            key = jax.random.fold_in(parts.key, state.step)
+            opt_state = set_rate(state.opt_state, parts.rates[state.step])
+            state.delta, state.opt_state, metrics = parts.step(
+                state.delta, opt_state, parts.weights, batch, key
+            )
+            if pending is not None:
+                last = note(loop, parts, pending, log, clock, last)
+            state.step += 1
+            pending = (state.step, metrics, rate)
+            stop = asked(state.step)
+            if due(loop, state, stop):
+                last = note(loop, parts, pending, log, clock, last)
+                pending = None
+                finish_step(loop, parts, state, log, manager, stop)
+                clock = Clock(parts, state.step)
+    return state
+
+
+def due(loop: LoopConfig, state: State, asked: bool) -> bool:
+    """Whether something happens after this step that needs its metrics to be logged first."""
+    every = (loop.eval_every, loop.checkpoint_every, loop.snapshots)
+    return asked or state.step == loop.steps or any(n and state.step % n == 0 for n in every)
+
+
+def finish_step(
+    loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager: Any, asked: bool
+) -> None:
+    """Validation, snapshot, checkpoint, in this order: a checkpoint knows all that went before."""
+    step, end = state.step, state.step == loop.steps
+    if end or (loop.eval_every and step % loop.eval_every == 0):
+        validate(loop, parts, state, log)
+    if loop.snapshots and step % loop.snapshots == 0 and jax.process_index() == 0:
+        file = parts.folder / "snapshots" / f"{step}.safetensors"
+        save_delta(file, jax.device_get(state.delta), {"step": step, **parts.notes})
+    stop = stopped(loop, state)
+    if end or stop or asked or step % loop.checkpoint_every == 0:
+        checkpoints.save(manager, step, state.arrays(), {**state.notes(), **parts.notes})
+    if asked and not end and not stop:
+        manager.wait_until_finished()
+        raise SystemExit(PREEMPTED)
+
+
+def stopped(loop: LoopConfig, state: State) -> bool:
+    """Whether patience has run out."""
+    return bool(loop.patience) and state.waited >= loop.patience
+
+
+def validate(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog) -> None:
+    """Scores the validation split, logs it and keeps the delta if it is the best so far."""
+    scores = parts.evaluate(state.delta)
+    value = scores[loop.metric]
+    log.write({"step": state.step, **{f"validation/{k}": v for k, v in scores.items()}})
+    parts.stage("train", state.step, loop.steps, f"validation {loop.metric} {value:.4f}")
+    state.last_scores = scores
+    if not state.best_scores or value > state.best_scores[loop.metric]:
+        state.best = jax.tree.map(lambda leaf: leaf.copy(), state.delta)
+        state.best_step, state.best_scores, state.waited = state.step, scores, 0
+    else:
+        state.waited += 1
+
+
+class Clock:
+    """Steps and tokens since the last log line or interruption, on the wall clock."""
+
+    def __init__(self, parts: Parts, step: int):
+        self._parts, self._step, self._began = parts, step, time.monotonic()
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Speeds since the last call, over the steps up to `step`."""
+        parts, now = self._parts, time.monotonic()
+        steps, seconds = range(self._step, step), max(now - self._began, 1e-9)
+        self._step, self._began = step, now
+        tokens = sum(parts.source.tokens(s) for s in steps)
+        return {
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "examples_per_second": len(steps) * parts.source.template.examples / seconds,
+            "peak_share": len(steps) * parts.step_flops / seconds / parts.machine_flops,
+        }
+
+
+def note(
+    loop: LoopConfig,
+    parts: Parts,
+    pending: tuple[int, dict[str, jax.Array], float],
+    log: MetricsLog,
+    clock: Clock,
+    last: dict[str, float],
+) -> dict[str, float]:
+    """Fetches a step's metrics, refuses what is not finite, logs them when due; returns them."""
+    step, device_metrics, rate = pending
+    metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    if not all(math.isfinite(value) for value in metrics.values()):
+        before = ", ".join(f"{k} {v:.4g}" for k, v in last.items()) or "none"
+        log.write({"step": step, **metrics})
+        raise UserError(
+            f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}: not finite at "
+            f"rate {rate:.3g}; last finite metrics: {before}"
+        )
+    if step % loop.log_every == 0 or step == loop.steps:
+        fill = parts.source.fill(step - 1)
+        log.write({"step": step, **metrics, "rate": rate, "fill": fill, **clock.rates(step)})
+    parts.stage("train", step, loop.steps, f"loss {metrics['loss']:.4f}")
+    return metrics
+
+
+@contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Within the block SIGTERM does not kill; the given function of the step says whether it came.
+
+    With several processes all of them hear of it after the same step. Signals reach the main thread
+    only; elsewhere the function always says no.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
+    try:
+        yield lambda step: flag.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

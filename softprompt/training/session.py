@@ -1,0 +1,174 @@
+"""What the trials of one process share: loaded models, encoded data, compiled programs."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from softprompt.config import ConfigDict, to_dict
+from softprompt.data.encode import Encoded, encode
+from softprompt.data.packing import Template
+from softprompt.data.pipeline import EvalBatch, eval_batches, eval_shape, train_template
+from softprompt.data.tasks import Task, balanced_subset, get_task, read_split
+from softprompt.models.loading import Loaded, load_model
+from softprompt.progress import Progress
+from softprompt.training.optimizers import OptimizerConfig, make_optimizer
+from softprompt.training.sharding import by_row, make_mesh, put_weight, replicated
+from softprompt.training.step import StepConfig, TrainStep, train_step
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task's splits as token ids, and the shapes that they are packed into."""
+
+    task: Task
+    train: Encoded
+    validation: Encoded
+    test: Encoded
+
+    def split(self, name: str) -> Encoded:
+        """The split of this name: train, validation or test."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+@dataclasses.dataclass
+class Session:
+    """Caches for trials that run one after another; each thing is made once.
+
+    Attributes:
+        progress: where waiting is reported.
+        compiled: compiled training steps by all that is static in them; its length is the number of
+            compilations (contract 10).
+        compile_seconds: spent on them.
+    """
+
+    progress: Progress
+    compiled: dict[Any, TrainStep] = dataclasses.field(default_factory=dict)
+    compile_seconds: float = 0.0
+    _made: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned for this key (JSON) the first time."""
+        name = json.dumps(key, sort_keys=True)
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def mesh(self, config: ConfigDict) -> Mesh:
+        """The device mesh of a config."""
+        return make_mesh(config.mesh.data, config.mesh.model)
+
+    def model(self, config: ConfigDict) -> Loaded:
+        """The frozen model of a resolved config, on its mesh."""
+        mesh, model = self.mesh(config), config.model
+
+        def make() -> Loaded:
+            self.progress.stage(f"load {model.name}")
+            put = functools.partial(put_weight, mesh)
+            revision = model.revision or None
+            return load_model(model.name, dtype=model.dtype, put=put, revision=revision)
+
+        return self.once(["model", to_dict(model), to_dict(config.mesh)], make)
+
+    def data(self, config: ConfigDict, *, bos: bool) -> TaskData:
+        """The task's splits, cut to the config's sizes and tokenised for its model.
+
+        Args:
+            config: a resolved config.
+            bos: whether each text begins with the tokenizer's BOS.
+        """
+        key = ["data", config.model.name, to_dict(config.task), to_dict(config.data), bos]
+        return self.once(key, lambda: self._encode(config, bos))
+
+    def _encode(self, config: ConfigDict, bos: bool) -> TaskData:
+        """Reads, cuts and tokenises the splits."""
+        task, sizes, tokenizer = get_task(config.task), config.data, self.model(config).tokenizer
+        self.progress.stage(f"read {task.name}")
+        splits = {}
+        for name in SPLITS:
+            records = read_split(task, name)
+            if name == "train" and sizes.train_examples:
+                records = balanced_subset(records, sizes.train_examples, sizes.subset_seed)
+            limit = {"validation": sizes.validation_examples, "test": sizes.test_examples}
+            splits[name] = encode(
+                records[: limit.get(name) or None],
+                task,
+                tokenizer,
+                max_input=config.task.max_input,
+                max_target=config.task.max_target,
+                bos=bos,
+                eos=config.task.eos,
+            )
+        return TaskData(task, **splits)
+
+    def template(self, config: ConfigDict, data: TaskData) -> Template:
+        """The packing of the training split: shapes depend on the data alone, not on a seed."""
+        examples = config.train.batch
+        return self.once(
+            ["template", id(data), examples], lambda: train_template(data.train, examples=examples)
+        )
+
+    def eval_batches(self, data: TaskData, split: str, *, mesh: Mesh) -> list[EvalBatch]:
+        """A split packed for rank scoring; validation and test share one shape."""
+        rows = mesh.shape["data"]
+        shape = self.once(
+            ["shape", id(data), rows],
+            lambda: eval_shape(data.validation, data.test, row_multiple=rows),
+        )
+        return self.once(
+            ["eval", id(data), split, rows], lambda: eval_batches(data.split(split), shape)
+        )
+
+    def train_step(
+        self, step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
+    ) -> TrainStep:
+        """The compiled training step for arguments of these shapes, compiled at its first use."""
+        shapes = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(arguments))
+        key = (step, optimizer, mesh, shapes)
+        if key not in self.compiled:
+            self.progress.stage("compile the training step")
+            began = time.monotonic()
+            self.compiled[key] = compile_step(step, optimizer, mesh, arguments)
+            self.compile_seconds += time.monotonic() - began
+        return self.compiled[key]
+
+
+def compile_step(
+    step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
+) -> TrainStep:
+    """Compiles the training step: weights keep their shards, rows lie over "data".
+
+    Delta and optimizer state are whole on every device, and donated. `arguments` are
+    (delta, opt_state, weights, batch, key), arrays or shapes with shardings.
+    """
+    whole = replicated(mesh)
+    function = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
+    jitted = jax.jit(
+        function,
+        donate_argnums=(0, 1),
+        in_shardings=(whole, whole, None, by_row(mesh), whole),
+        out_shardings=whole,
+    )
+    return jitted.lower(*arguments).compile()
+
+
+def optimizer_config(config: ConfigDict) -> OptimizerConfig:
+    """The static half of a config's optimizer."""
+    o = config.optimizer
+    return OptimizerConfig(
+        name=o.name,
+        weight_decay=o.weight_decay,
+        clip=o.clip,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        decay_rate=o.decay_rate,
+        factored_min=o.factored_min,
+    )

@@ -1,0 +1,102 @@
+"""How arrays lie on a `(data, model)` mesh: one rule table, which must cover every frozen leaf."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from softprompt.errors import UserError
+
+# First match counts. An axis that the mesh does not divide is replicated instead.
+WEIGHT_RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/embedding", P("model", None)),
+    (r"head/kernel", P(None, "model")),
+    (r"layers/attn/[qkv]/kernel", P(None, None, "model", None)),
+    (r"layers/attn/o/kernel", P(None, "model", None, None)),
+    (r"layers/mlp/(gate|up)/kernel", P(None, None, "model")),
+    (r"layers/mlp/down/kernel", P(None, "model", None)),
+    (r"(layers/(attn|mlp)_norm|final_norm)/scale", P()),
+)
+
+
+def make_mesh(data: int = -1, model: int = 1) -> Mesh:
+    """A mesh over all devices of all processes.
+
+    Args:
+        data: devices along which rows are split; -1 takes what `model` leaves.
+        model: devices along which heads, ffn and vocabulary are split.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    count = jax.device_count()
+    if model < 1 or count % model:
+        raise UserError(f"config.mesh.model {model} does not divide the {count} devices")
+    size = count // model if data == -1 else data
+    if size * model != count:
+        raise UserError(
+            f"config.mesh.data {data} x config.mesh.model {model} is not the {count} devices"
+        )
+    return jax.make_mesh((size, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A tree path as "layers/attn/q/kernel"."""
+    return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
+
+
+def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The partition of one frozen leaf: its rule, less the axes that do not divide.
+
+    Raises:
+        UserError: no rule covers the path.
+    """
+    for pattern, spec in WEIGHT_RULES:
+        if re.fullmatch(pattern, path):
+            pairs = zip(spec, shape, strict=False)
+            return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in pairs))
+    raise UserError(f"no sharding rule covers the weight {path!r} of shape {list(shape)}")
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array that every process holds whole, laid out over the mesh."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def put_weight(mesh: Mesh, path: str, array: np.ndarray) -> jax.Array:
+    """One frozen leaf, on its shards."""
+    return put(array, NamedSharding(mesh, weight_spec(path, array.shape, mesh)))
+
+
+def weight_shardings(weights: Any, mesh: Mesh) -> Any:
+    """The tree of shardings of the frozen weights (arrays or shapes)."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, weight_spec(path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, weights)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array: delta, optimizer state, metrics."""
+    return NamedSharding(mesh, P())
+
+
+def by_row(mesh: Mesh) -> NamedSharding:
+    """Rows, the first axis, are split over "data"."""
+    return NamedSharding(mesh, P("data"))
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch whose rows divide by the mesh's data axis, split over it.
+
+    Every process prepares the same batch and hands over only its own rows, so what a step sees
+    depends on neither devices nor hosts.
+    """
+    return {name: put(array, by_row(mesh)) for name, array in batch.items()}

@@ -1,0 +1,156 @@
+"""The training step: a pure function of (delta, opt_state, weights, batch, key).
+
+Gradients are taken with respect to the first argument only; frozen is a fact of the signature.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from softprompt.methods import METHODS
+from softprompt.models.decoder import Context, Decoder
+
+Tree = Any
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class StepConfig(NamedTuple):
+    """All that is static in a training step: trials that agree in it share one compiled program.
+
+    Attributes:
+        model: the decoder, without its weights.
+        method: name of the method that reads and writes the delta.
+        method_config: the static half of the method's configuration.
+        z_loss: weight of the squared log-normaliser. Source: arXiv 2204.02311, section 5.
+        microbatches: in how many parts, one after another, a step's rows are run.
+    """
+
+    model: Decoder
+    method: str
+    method_config: Any
+    z_loss: float = 0.0
+    microbatches: int = 1
+
+
+def shared_part(config: StepConfig, delta: Tree, weights: Tree) -> tuple[Tree, Context]:
+    """What all rows of a step have in common: the method's variables, and the context."""
+    variables = METHODS[config.method].variables(delta, weights, config.method_config, None)
+    collections = {"params": weights, "delta": variables}
+    context: Any = config.model.apply(collections, method="prompt_context")
+    return variables, context
+
+
+def row_logits(
+    model: Decoder, weights: Tree, shared: tuple[Tree, Context], batch: Batch
+) -> jax.Array:
+    """Logits [R, M, V] at the positions `index_RM` of every row."""
+    variables, context = shared
+    collections = {"params": weights, "delta": variables}
+
+    def one(row: Batch) -> Any:
+        inputs = (row["tokens_RT"], row["segments_RT"], row["positions_RT"])
+        x_TD = model.apply(collections, context, *inputs, row.get("branches_RT"), method="hidden")
+        return model.apply(collections, x_TD[row["index_RM"]], method="logits")
+
+    return jax.vmap(one)({k: v for k, v in batch.items() if k in _ROW_INPUTS})
+
+
+_ROW_INPUTS = ("tokens_RT", "segments_RT", "positions_RT", "branches_RT", "index_RM")
+
+
+def rows_loss(
+    config: StepConfig, shared: tuple[Tree, Context], weights: Tree, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    """Cross-entropy of the targets, weighted by `weight_RM`, which sums to 1 over the whole step.
+
+    The weights make the loss a plain sum over rows: neither packing, nor padding rows, nor
+    microbatches, nor devices change what it means.
+    """
+    logits_RMV = row_logits(config.model, weights, shared, batch)
+    norm_RM = jax.nn.logsumexp(logits_RMV, axis=-1)
+    target_RM, weight_RM = batch["target_RM"], batch["weight_RM"]
+    right_RM = jnp.take_along_axis(logits_RMV, target_RM[..., None], axis=-1)[..., 0]
+    cross_entropy = jnp.sum(weight_RM * (norm_RM - right_RM))
+    loss = cross_entropy + config.z_loss * jnp.sum(weight_RM * norm_RM**2)
+    hit_RM = jnp.argmax(logits_RMV, axis=-1) == target_RM
+    return loss, {"loss": cross_entropy, "token_accuracy": jnp.sum(weight_RM * hit_RM)}
+
+
+def loss_fn(
+    delta: Tree, weights: Tree, batch: Batch, key: jax.Array, *, config: StepConfig
+) -> tuple[jax.Array, Metrics]:
+    """Loss of a step and its metrics. `key` is for a method's or model's dropout."""
+    del key
+    return rows_loss(config, shared_part(config, delta, weights), weights, batch)
+
+
+def accumulated(
+    delta: Tree, weights: Tree, batch: Batch, key: jax.Array, *, config: StepConfig
+) -> tuple[tuple[jax.Array, Metrics], Tree]:
+    """Value and gradient of `loss_fn`, a microbatch of rows at a time.
+
+    The context is computed once, outside the microbatches; its cotangents are summed and pulled
+    back once.
+    """
+    del key
+    shared, pull_back = jax.vjp(lambda d: shared_part(config, d, weights), delta)
+    parts = {k: v.reshape(config.microbatches, -1, *v.shape[1:]) for k, v in batch.items()}
+    part_loss = jax.value_and_grad(
+        lambda s, part: rows_loss(config, s, weights, part), has_aux=True
+    )
+
+    def add(total: Tree, part: Batch) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, part_loss(shared, part)), None
+
+    shapes = jax.eval_shape(lambda: part_loss(shared, {k: v[0] for k, v in parts.items()}))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (value, cotangent), _ = jax.lax.scan(add, zeros, parts)
+    return value, pull_back(cotangent)[0]
+
+
+def train_step(
+    delta: Tree,
+    opt_state: Tree,
+    weights: Tree,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    config: StepConfig,
+    tx: optax.GradientTransformation,
+) -> tuple[Tree, Tree, Metrics]:
+    """One update of the delta.
+
+    Args:
+        delta: what is trained. Donated when jitted.
+        opt_state: the optimizer's state, which carries the learning rate. Donated when jitted.
+        weights: the frozen model.
+        batch: see `softprompt.data.pipeline`.
+        key: folded from the trial's seed and the step.
+        config: what is static.
+        tx: the optimizer.
+
+    Returns:
+        The new delta and state, and scalars: loss (nats a target token), token_accuracy, grad_norm,
+        update_norm, delta_norm.
+    """
+    if config.microbatches == 1:
+        loss = functools.partial(loss_fn, config=config)
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(delta, weights, batch, key)
+    else:
+        (_, metrics), grads = accumulated(delta, weights, batch, key, config=config)
+    updates, opt_state = tx.update(grads, opt_state, delta)
+    delta = optax.apply_updates(delta, updates)
+    metrics |= {
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
+        "delta_norm": optax.tree.norm(delta),
+    }
+    return delta, opt_state, metrics
+
+
+TrainStep = Callable[[Tree, Tree, Tree, Batch, jax.Array], tuple[Tree, Tree, Metrics]]
