@@ -278,6 +278,3 @@ class QuestionType(_WheelText):
                 code, text = line.split(" ", 1)
                 label = self.CODES[code.split(":")[0]]
                 yield {"id": str(index), "text": text.strip(), "label": label}
-
-
-OWN = ("snippet_sentiment", "sarcastic_headlines", "sms_spam", "question_type")

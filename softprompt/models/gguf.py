@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from softprompt.errors import UserError, unknown
+from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.names import Source
 
@@ -81,7 +81,10 @@ def read_config(file: File) -> DecoderConfig:
     """
     architecture = file.need("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise unknown(f"GGUF architecture in {file.path}:", architecture, ARCHITECTURES)
+        raise UserError(
+            f"{file.path}: architecture {architecture!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
     _refuse_variants(file)
     width, heads = file.need("llama.embedding_length"), file.need("llama.attention.head_count")
     config = DecoderConfig(

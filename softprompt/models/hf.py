@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from softprompt.cache import cache_dir
-from softprompt.errors import UserError, unknown
+from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.names import Source
 
@@ -58,7 +57,10 @@ def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
     raw = _read_json(file)
     (architecture,) = (raw.get("architectures") or ["(none)"])[:1]
     if architecture not in ARCHITECTURES:
-        raise unknown(f"architecture in {file}:", architecture, ARCHITECTURES)
+        raise UserError(
+            f"{file}: architecture {architecture!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     _refuse_variants(file, raw, rope)
     try:
@@ -130,9 +132,9 @@ def download(repo: str, *, revision: str | None = None) -> Path:
             )
         )
     except Exception as e:  # httpx, OS and hub errors alike: the user's remedy is the same
-        reason = (" ".join(str(e).split()) or type(e).__name__)[:200]
+        reason = next((line for line in str(e).splitlines() if line.strip()), "no reason given")
         raise UserError(
-            f"could not fetch model {where} from the hub ({reason}); "
+            f"could not fetch model {where} from the hub ({type(e).__name__}: {reason[:200]}); "
             "check the name and the network, or give a local folder"
         ) from e
 
@@ -149,7 +151,7 @@ def _weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(set(shards.values()))]
     absent = [file.name for file in files if not file.exists()]
     if absent:
-        raise UserError(f"{index}: names shards that are not there: {_listed(absent)}")
+        raise UserError(f"{index}: names shards that are not there: {', '.join(absent)}")
     return files
 
 
@@ -158,9 +160,10 @@ def _check_tied(files: dict[str, Path]) -> None:
     embed, head = LLAMA_NAMES["embed/embedding"], "lm_head.weight"
     with _open(files[embed]) as a, _open(files[head]) as b:
         ours, theirs = a.get_slice(embed), b.get_slice(head)
-        rows = ours.get_shape()[0]
+        rows, step = ours.get_shape()[0], 4096  # in pieces: the matrix may be the largest tensor
+        pieces = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
         same = ours.get_shape() == theirs.get_shape() and all(
-            np.array_equal(ours[i : i + 4096], theirs[i : i + 4096]) for i in range(0, rows, 4096)
+            np.array_equal(ours[piece], theirs[piece]) for piece in pieces
         )
     if not same:
         raise UserError(
@@ -200,7 +203,3 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file}: not a complete safetensors file ({e})") from e
-
-
-def _listed(items: Iterable[str]) -> str:
-    return ", ".join(items)

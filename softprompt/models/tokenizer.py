@@ -9,7 +9,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import ByteLevel
 
-from softprompt.errors import UserError, unknown
+from softprompt.errors import UserError
 from softprompt.models.gguf import File
 
 # `tokenizer.ggml.pre` -> how text is cut before merging, as transformers reads it from a GGUF file.
@@ -76,10 +76,13 @@ def from_gguf(file: File) -> Tokenizer:
     """
     model = file.need("tokenizer.ggml.model")
     if model != "gpt2":
-        raise unknown(f"tokenizer.ggml.model in {file.path}:", model, ["gpt2"])
+        raise UserError(
+            f"{file.path}: tokenizer.ggml.model {model!r} is not supported; known: gpt2"
+        )
     cut = file.need("tokenizer.ggml.pre")
     if cut not in PRE_TOKENIZERS:
-        raise unknown(f"tokenizer.ggml.pre in {file.path}:", cut, PRE_TOKENIZERS)
+        known = ", ".join(PRE_TOKENIZERS)
+        raise UserError(f"{file.path}: tokenizer.ggml.pre {cut!r} is not supported; known: {known}")
     tokens: list[str] = file.need("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in file.need("tokenizer.ggml.merges")]
     try:
@@ -106,6 +109,8 @@ def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
         UserError: no tokenizer that transformers can read, or none with a fast backend.
     """
     path = Path(path)
+    # Without it, transformers warns at import that PyTorch, which nothing here needs, is absent.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # seconds to import: only when a folder is read
 
     try:

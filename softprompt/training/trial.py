@@ -86,22 +86,19 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
     compiled_before = session.compile_seconds
     prepared = prepare(config, session)
     if config.method.name == "prompt":
-        state, facts = fit(prepared, folder)
-        delta = state.best if config.eval.select == "best" else state.delta
-        facts |= {"seconds": state.elapsed(), "compile_seconds": session.compile_seconds}
-        facts["compile_seconds"] -= compiled_before
+        delta, metrics, facts = fit(prepared, folder)
     else:
-        delta, facts = {}, {}
-    metrics = final_scores(prepared, folder, delta)
-    if config.method.name == "prompt":
-        metrics["selected_step"] = state.best_step if config.eval.select == "best" else state.step
+        delta, metrics, facts = {}, {"validation": score(prepared, {}, "validation")[0]}, {}
+    metrics["test"] = test(prepared, folder, delta)
     row = make_row(
         config,
         status="done",
         metrics=metrics,
+        seconds=facts.pop("seconds", 0.0) + time.monotonic() - began,
+        compile_seconds=session.compile_seconds - compiled_before,
         peak_memory_bytes=peak_memory(),
         trainable=sum(leaf.size for leaf in jax.tree.leaves(delta)),
-        **({"seconds": time.monotonic() - began} | facts),
+        **facts,
     )
     if jax.process_index() == 0:
         save_delta(folder / DELTA, jax.device_get(delta), provenance(prepared))
@@ -173,8 +170,13 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     return Prepared(config, session, loaded, data, mesh, step, bos, shared)
 
 
-def fit(prepared: Prepared, folder: epath.Path) -> tuple[loop.State, dict[str, Any]]:
-    """Trains the delta; returns the last state and facts for the row (steps, flops, peak_share)."""
+def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], dict[str, Any]]:
+    """Trains the delta, from the newest checkpoint where there is one.
+
+    Returns:
+        The selected delta, its metrics, and facts for the row: steps, flops, peak_share, and the
+        seconds that earlier processes spent.
+    """
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
     state = initial_state(prepared)
     source = TrainSource(prepared.data.train, session.template(config, prepared.data), config.seed)
@@ -210,7 +212,10 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[loop.State, dict[str, A
     done = state.step - before
     share = done * parts.step_flops / seconds / parts.machine_flops if done else None
     facts = {"steps": state.step, "flops": state.step * parts.step_flops, "peak_share": share}
-    return state, facts
+    facts["seconds"] = state.seconds
+    if config.eval.select == "last":
+        return state.delta, {"validation": state.last_scores, "selected_step": state.step}, facts
+    return state.best, {"validation": state.best_scores, "selected_step": state.best_step}, facts
 
 
 def initial_state(prepared: Prepared) -> loop.State:
@@ -310,10 +315,9 @@ def score(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, float]
     return classification(scores_NC.argmax(axis=1), labels_N, scores_NC.shape[1]), scores_NC
 
 
-def final_scores(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, Any]:
-    """Scores validation and, once, test; writes the test predictions by example id."""
-    validation, _ = score(prepared, delta, "validation")
-    test, scores_NC = score(prepared, delta, "test")
+def test(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, float]:
+    """Scores the test split, once, and writes the predictions by example id."""
+    metrics, scores_NC = score(prepared, delta, "test")
     if jax.process_index() == 0:
         split, labels = prepared.data.test, list(prepared.data.task.verbalizers)
         lines = []
@@ -326,7 +330,7 @@ def final_scores(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[st
             }
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_text(folder / PREDICTIONS, "".join(lines))
-    return {"validation": validation, "test": test}
+    return metrics
 
 
 def provenance(prepared: Prepared) -> dict[str, Any]:
