@@ -1,0 +1,86 @@
+"""Writes llama.json: ids and logits by transformers on PyTorch, for the tests without PyTorch.
+
+Run in the environment of `make parity`, from the repository root:
+
+    python -m tests.golden.make_golden
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softprompt.models.loading import find
+from tests.tiny import write_llama_folder
+
+TEXTS = (
+    "Review: a warm, funny film.\nSentiment: positive",
+    "It's 1,234.50 dollars, isn't it? They've paid 99% by 2026-01-31.",
+    "  two leading spaces,\ttabs\t\tand   runs of spaces   \n\n\nthree newlines\n",
+    "Crème brûlée, naïve façade, Ελληνικά, русский, 日本語, العربية",
+    "emoji 🙂👩‍👩‍👧 and zero\u200bwidth, ﬁ ligature, ½ ² ① Ⅳ",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "<|im_start|>user\nhello<|im_end|>",
+    "I'll, we'd, YOU'RE, o'clock, 'tis",
+)
+
+TINY = {
+    "tied": {},
+    "untied": {"tied": False},
+    "wide heads, one kv head": {"heads": 3, "kv_heads": 1, "head_size": 24},
+}
+
+TINY_IDS = [7, 300, 12, 45, 45, 2, 319, 81, 100, 263, 0, 64]
+
+
+def reference(text: str, tokenizer: Any, model: Any) -> dict[str, Any]:
+    """Ids of a text, and the five largest and first five logits after it."""
+    ids = tokenizer(text)["input_ids"]
+    last_V = model(torch.tensor([ids])).logits[0, -1]
+    top = torch.topk(last_V, 5)
+    return {
+        "text": text,
+        "ids": ids,
+        "top_ids": top.indices.tolist(),
+        "top_logits": rounded(top.values),
+        "first_logits": rounded(last_V[:5]),
+    }
+
+
+def tiny_reference(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Logits of a tiny folder's model after `TINY_IDS`."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_llama_folder(folder, seed=1, **sizes)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    last_V = model(torch.tensor([TINY_IDS])).logits[0, -1]
+    return {"sizes": sizes, "ids": TINY_IDS, "first_logits": rounded(last_V[:16])}
+
+
+def rounded(values: torch.Tensor) -> list[float]:
+    """Six decimals: below every tolerance that reads them."""
+    return [round(float(v), 6) for v in values]
+
+
+def main() -> None:
+    """Writes llama.json beside this file."""
+    path = find("smollm2-135m-instruct-q4")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    with torch.no_grad():
+        golden = {
+            "made_with": {"transformers": transformers.__version__, "torch": torch.__version__},
+            "smollm2-135m-instruct-q4": [reference(t, tokenizer, model) for t in TEXTS],
+            "tiny": {name: tiny_reference(sizes) for name, sizes in TINY.items()},
+        }
+    text = json.dumps(golden, ensure_ascii=True, indent=1)
+    Path(__file__).with_name("llama.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

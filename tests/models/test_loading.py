@@ -1,0 +1,121 @@
+"""From a name to a model: which names there are, where leaves go, what a fingerprint says."""
+
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from softprompt.errors import UserError
+from softprompt.models import hf
+from softprompt.models.loading import load_model
+from softprompt.models.names import read_weights
+from tests.tiny import tiny_decoder, write_llama_folder
+
+
+def test_tiny_decoder_is_the_tiny_folder(tmp_path, x64):
+    folder = load_model(str(write_llama_folder(tmp_path, seed=3, tied=False)))
+    model, weights = tiny_decoder(seed=3, tied=False)
+    assert model.config == folder.config
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), weights, folder.weights
+    )
+    logits_TV = model.apply({"params": weights}, jnp.arange(20))
+    assert logits_TV.dtype == jnp.float64
+    assert 1 < jnp.std(logits_TV) < 10
+
+
+def test_weights_fit_the_model(tmp_path):
+    loaded = load_model(str(write_llama_folder(tmp_path, tied=False)))
+    made = jax.eval_shape(loaded.model.init, jax.random.key(0), jnp.arange(4))["params"]
+    assert jax.tree.map(jnp.shape, loaded.weights) == jax.tree.map(jnp.shape, made)
+
+
+def test_dtype_is_that_of_every_leaf_and_of_the_model(tmp_path):
+    write_llama_folder(tmp_path)
+    exact = load_model(str(tmp_path))
+    half = load_model(str(tmp_path), dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.weights)} == {jnp.dtype("bfloat16")}
+    assert half.model.dtype == jnp.bfloat16
+    assert half.fingerprint == exact.fingerprint
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)),
+        half.weights,
+        exact.weights,
+    )
+    with pytest.raises(UserError, match="unknown dtype 'float16'.*known: bfloat16, float32"):
+        load_model(str(tmp_path), dtype="float16")
+
+
+def test_put_is_given_every_leaf_once(tmp_path):
+    seen = {}
+
+    def put(path, array):
+        assert path not in seen
+        seen[path] = array.shape
+        return jnp.asarray(array)
+
+    loaded = load_model(str(write_llama_folder(tmp_path)), put=put)
+    leaves = jax.tree_util.tree_leaves_with_path(loaded.weights)
+    assert seen == {"/".join(key.key for key in keys): leaf.shape for keys, leaf in leaves}
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    # Breaks if: _digest leaves out the raw bytes.
+    write_llama_folder(tmp_path)
+    first = load_model(str(tmp_path)).fingerprint
+    assert len(first) == 16
+    assert load_model(str(tmp_path)).fingerprint == first
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert load_model(str(tmp_path)).fingerprint != first
+
+
+def test_one_stacked_leaf_is_in_memory_at_a_time(tmp_path):
+    # Breaks if: read_weights keeps its leaves, or _fill collects a leaf's tensors before stacking.
+    write_llama_folder(tmp_path, width=256, layers=8, ffn=512, heads=8)
+    config = hf.read_config(tmp_path)
+    source = hf.open_source(tmp_path, config)
+    sizes = {}
+    tracemalloc.start()
+    try:
+        read_weights(
+            source,
+            config,
+            hf.LLAMA_NAMES,
+            dtype=np.dtype(np.float32),
+            put=lambda path, leaf: sizes.update({path: leaf.nbytes}),
+        )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    tensor = max(sizes.values()) / config.layers
+    assert peak < max(sizes.values()) + 2.5 * tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2-135m-instruct-q5", "did you mean 'smollm2-135m-instruct-q4'.*; known: Hugging"),
+        ("gpt2", "unknown model 'gpt2'; known: HuggingFaceTB/SmolLM2-1.7B, "),
+        ("./nowhere", "model './nowhere': no such file or folder"),
+        ("/nowhere/at/all", "no such file or folder"),
+        ("nowhere.gguf", "no such file or folder"),
+        ("org/repo", "could not fetch model org/repo from the hub"),
+    ],
+)
+def test_names_that_lead_nowhere(name, message):
+    with pytest.raises(UserError, match=message):
+        load_model(name)
+
+
+def test_a_file_of_another_kind_and_a_revision_out_of_place(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="neither a folder nor a .gguf file"):
+        load_model(str(tmp_path / "model.bin"))
+    for name in (str(tmp_path), "smollm2-135m-instruct-q4"):
+        with pytest.raises(UserError, match="revision 'main' applies to hub models only"):
+            load_model(name, revision="main")
