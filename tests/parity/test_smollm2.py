@@ -1,0 +1,178 @@
+"""The Llama family and its files against transformers on PyTorch, in float32."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softprompt.models.loading import Loaded, find, load_model
+from tests.tiny import tiny_config, write_llama_folder, write_tokenizer
+
+pytestmark = pytest.mark.parity
+
+torch = pytest.importorskip("torch")
+
+AWKWARD = (
+    "",
+    " ",
+    "\n",
+    "  two leading spaces",
+    "trailing spaces   ",
+    "tabs\t\tand\r\nline ends\r\n\r\n",
+    "1 12 123 1234 12345.67 1,000,000 ½ ² ① Ⅳ",
+    "crème brûlée naïve façade ﬁ",
+    "Ελληνικά русский 日本語 한국어 العربية हिन्दी",
+    "🙂 👩‍👩‍👧 🇬🇧 \u200b\u00a0\ufeff\u2028",
+    "it's isn't they've I'll we'd YOU'RE o'clock 'tis",
+    "<|im_start|>user\nhello<|im_end|>\n<|endoftext|>",
+    "https://example.org/a_b?c=d&e=%20#f",
+    "\x00\x01\x7f",
+)
+
+FILES = (
+    "sst2/stsa.binary.test",
+    "wikitext2/test.txt",
+    "superglue/BoolQ/val.jsonl",
+    "gsm8k/test.jsonl",
+    "xquad_en/xquad.en.json",
+    "tinyshakespeare/input.txt",
+    "sms_spam/sms.tsv",
+    "mrpc/msr_paraphrase_test.txt",
+    "banking77/test.csv",
+    "trec/TREC.train.all",
+)
+
+
+def real_lines(shared_data: Path, count: int) -> list[str]:
+    """Lines drawn evenly from `FILES`, their line ends kept."""
+    rng = random.Random(0)
+    lines: list[str] = []
+    for file in FILES:
+        text = (shared_data / file).read_bytes().decode(errors="replace")
+        whole = [line for line in text.splitlines(keepends=True) if len(line) < 4000]
+        lines += rng.sample(whole, count // len(FILES))
+    return lines
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[Any, Any]:
+    """The model and tokenizer that transformers reads from the same GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = find("smollm2-135m-instruct-q4")
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(**where)
+
+
+def reference_logits(model: Any, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def largest_difference(ours: Loaded, model: Any, texts_ids: list[list[int]]) -> float:
+    """Over all positions of all texts; each text is run alone by both."""
+    longest = max(map(len, texts_ids))
+    apply = jax.jit(ours.model.apply)
+    worst = 0.0
+    for ids in texts_ids:
+        padded_T = jnp.array(ids + [0] * (longest - len(ids)))  # causal: padding is not seen
+        logits_TV = np.asarray(apply({"params": ours.weights}, padded_T))[: len(ids)]
+        worst = max(worst, float(np.abs(logits_TV - reference_logits(model, ids)).max()))
+    return worst
+
+
+def test_real_logits(smollm2, reference, shared_data):
+    # Breaks if: rotary halves are swapped, or q/k rows are left in llama.cpp's order.
+    model, tokenizer = reference
+    lines = (shared_data / "sst2" / "stsa.binary.test").read_text().splitlines()
+    texts = [line[2:] for line in lines[:20]]
+    worst = largest_difference(smollm2, model, [tokenizer(text)["input_ids"] for text in texts])
+    print(f"largest difference of logits: {worst:.2e}")
+    assert worst < 1e-3
+
+
+def test_token_ids_and_decoding_on_a_thousand_lines(smollm2, reference, shared_data):
+    # Breaks if: any of from_gguf's pre-tokenizer, merges or special tokens is left out.
+    _, tokenizer = reference
+    lines = real_lines(shared_data, 1000)
+    assert len(lines) == 1000
+    for line in (*lines, *AWKWARD):
+        ids = tokenizer(line)["input_ids"]
+        assert smollm2.tokenizer.encode(line) == ids, line
+        assert smollm2.tokenizer.decode(ids) == tokenizer.decode(ids) == line
+    assert smollm2.tokenizer.vocab_size == len(tokenizer)
+    assert smollm2.tokenizer.bos_id == tokenizer.bos_token_id
+    assert smollm2.tokenizer.eos_id == tokenizer.eos_token_id
+
+
+SIZES = {
+    "tied": {},
+    "untied": {"tied": False},
+    "wide heads, one kv head": {"heads": 3, "kv_heads": 1, "head_size": 24, "tied": False},
+    "every head its own kv": {"heads": 4, "kv_heads": 4},
+}
+
+
+def saved_by_transformers(folder: Path, sizes: dict[str, Any], **options: Any) -> Any:
+    """Saves a random Llama in transformers' own format, the tokenizer beside it; reads it back."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    c = tiny_config(**sizes)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=c.vocab,
+        hidden_size=c.width,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_size,
+        intermediate_size=c.ffn,
+        max_position_embeddings=c.context_length,
+        rms_norm_eps=3e-5,
+        rope_parameters={"rope_theta": 5000.0, "rope_type": "default"},
+        tie_word_embeddings=c.tied,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "norm" in name:
+                tensor.add_(0.2 * torch.randn_like(tensor))
+    model.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
+    write_tokenizer(folder, c)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+TINY_IDS = [[5, 300, 7, 7, 0, 12], list(range(40, 100)), [319]]
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
+def test_folders_saved_by_transformers(tmp_path, sizes):
+    model = saved_by_transformers(tmp_path, sizes)
+    ours = load_model(str(tmp_path))
+    assert np.abs(reference_logits(model, TINY_IDS[1])).max() > 1
+    assert largest_difference(ours, model, TINY_IDS) < 1e-4
+
+
+def test_sharded_bfloat16_folders_saved_by_transformers(tmp_path):
+    model = saved_by_transformers(tmp_path, {}, dtype=torch.bfloat16, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert largest_difference(load_model(str(tmp_path)), model, TINY_IDS) < 1e-4
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
+def test_the_tests_own_tiny_folders_are_read_by_transformers(tmp_path, sizes):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    write_llama_folder(tmp_path, seed=2, **sizes)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours, tokenizer = load_model(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert largest_difference(ours, model, TINY_IDS) < 1e-4
+    for text in AWKWARD:
+        assert ours.tokenizer.encode(text) == tokenizer(text)["input_ids"]
+        assert ours.tokenizer.decode(ours.tokenizer.encode(text)) == text
