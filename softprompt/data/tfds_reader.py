@@ -58,7 +58,7 @@ def read_tfds(
                     f"known: {', '.join(features)}"
                 )
         names = getattr(features[label_field], "names", None) if label_field else None
-        rows = source.__getitems__(list(range(len(source))))
+        rows = [source[index] for index in range(len(source))]
     own_id = "id" in features and isinstance(features["id"], tfds.features.Text)
     records = []
     for index, row in enumerate(rows):

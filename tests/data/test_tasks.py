@@ -1,0 +1,233 @@
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softprompt.config import base_config
+from softprompt.data.tasks import (
+    SPLITS,
+    TASKS,
+    Part,
+    balanced_subset,
+    get_task,
+    label_counts,
+    pieces,
+    read_split,
+    seeded_order,
+    target_text,
+)
+from softprompt.errors import UserError
+
+CATALOGUE = [name for name, task in TASKS.items() if "glue/" in task.source]
+
+
+def records(*labels: str) -> list[dict[str, str]]:
+    return [{"id": str(n), "label": label} for n, label in enumerate(labels)]
+
+
+def config(**values: Any) -> dict[str, Any]:
+    return {**base_config().task.to_dict(), **values}
+
+
+def own(source: str, **values: Any) -> dict[str, Any]:
+    defaults = {"name": "mine", "template": "{text} =>", "verbalizers": {"n": " no", "y": " yes"}}
+    return config(source=source, **(defaults | values))
+
+
+def write(path: Path, count: int, **more: Any) -> str:
+    rows = [{"text": f"t{n}", "label": "ny"[n % 2], **more} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_default_config_names_a_task() -> None:
+    task = get_task(base_config().task)
+    assert task is not None and task.name == "movie_sentiment"
+    assert (task.labels, task.fields) == (("negative", "positive"), ("text",))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_can_be_used(name: str) -> None:
+    task = get_task(config(name=name))
+    assert task.fields and task.about and set(task.splits) == set(SPLITS)
+    assert not task.template[-1].isspace()
+    assert all(target[0] == " " and target[1] != " " for target in task.verbalizers.values())
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_catalogue_tasks_fit_the_features_of_tfds(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when a template's field, a label or a split is not the dataset's own."""
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path))
+    with tfds.testing.mock_data(num_examples=20, policy=tfds.testing.MockPolicy.USE_CODE):
+        splits = {split: read_split(TASKS[name], split) for split in SPLITS}
+    whole = name.endswith("_dev")
+    assert [len(splits[split]) for split in SPLITS] == ([20, 20, 20] if whole else [18, 2, 20])
+    for record in splits["test"]:
+        assert record["label"] in TASKS[name].labels
+        assert all(isinstance(record[field], str) for field in TASKS[name].fields)
+    if not whole:
+        assert not {r["id"] for r in splits["train"]} & {r["id"] for r in splits["validation"]}
+        assert {r["id"].split("-")[0] for r in splits["validation"]} == {"train"}
+
+
+def test_own_task_reads_a_file_per_split(tmp_path: Path) -> None:
+    for split, count in zip(SPLITS, (4, 3, 2), strict=True):
+        write(tmp_path / f"{split}.jsonl", count)
+    task = get_task(own(f"jsonl:{tmp_path}/{{split}}.jsonl"))
+    assert [len(read_split(task, split)) for split in SPLITS] == [4, 3, 2]
+    assert read_split(task, "validation")[0] == {"id": "validation-0", "text": "t0", "label": "n"}
+
+
+@pytest.mark.parametrize("count", [10, 11, 37, 200])
+def test_one_file_is_divided_by_ids(tmp_path: Path, count: int) -> None:
+    """Breaks when two parts overlap or leave a row out."""
+    task = get_task(own("jsonl:" + write(tmp_path / "all.jsonl", count)))
+    parts = [{r["id"] for r in read_split(task, split)} for split in SPLITS]
+    assert set.union(*parts) == {f"row-{n}" for n in range(count)}
+    assert [len(part) for part in parts] == [
+        round(0.8 * count),
+        round(0.9 * count) - round(0.8 * count),
+        count - round(0.9 * count),
+    ]
+
+
+def test_row_keeps_its_part_when_the_file_is_reordered(tmp_path: Path) -> None:
+    rows = [{"key": f"k{n}", "text": "t", "label": "n"} for n in range(40)]
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        lines = [json.dumps(row) for row in order]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    read = [
+        {r["id"] for r in read_split(get_task(own(source, id_field="key")), "test")}
+        for source in (f"jsonl:{tmp_path}/a.jsonl", f"jsonl:{tmp_path}/b.jsonl")
+    ]
+    assert read[0] == read[1] and len(read[0]) == 4
+
+
+def test_empty_split_is_a_user_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.jsonl", 3)
+    with pytest.raises(UserError, match=rf"test split of task 'mine' is empty: {path}"):
+        read_split(get_task(own(f"jsonl:{path}")), "test")
+    (tmp_path / "empty.tsv").write_text("text\tlabel\n")
+    with pytest.raises(UserError, match="test split of task 'mine' is empty: .*empty.tsv"):
+        read_split(get_task(own(f"tsv:{tmp_path}/empty.tsv")), "test")
+
+
+def test_unlabelled_rows_are_for_test_alone(tmp_path: Path) -> None:
+    rows = ['{"text": "a", "label": "n"}', '{"text": "b", "label": null}']
+    for split in SPLITS:
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    task = get_task(own(f"jsonl:{tmp_path}/{{split}}.jsonl"))
+    assert [record["label"] for record in read_split(task, "test")] == ["n", None]
+    with pytest.raises(UserError, match="train split .* example 'train-1' of .* has no label"):
+        read_split(task, "train")
+
+
+def test_label_outside_the_verbalizers_names_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.jsonl", 9)
+    task = get_task(own(f"jsonl:{path}", verbalizers={"n": " no", "N": " never"}))
+    with pytest.raises(UserError, match=rf"^{path}:2: label 'y' has no verbalizer"):
+        read_split(task, "train")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"name": "movie_sentimnt"}, r"unknown task 'movie_sentimnt' \(did you mean 'movie_sent"),
+        ({"template": "Review: {text"}, "template 'Review: {text': .*brace"),
+        ({"template": "Review: {}"}, "not a field's name"),
+        ({"template": "{text!r}"}, "not a field's name"),
+        ({"template": "{text:>9}"}, "not a field's name"),
+        ({"template": "Review:"}, "names no {field}"),
+        ({"verbalizers": {"negative": " bad"}}, "has one verbalizer"),
+        ({"verbalizers": {"negative": " bad", "positive": " "}}, "label 'positive' is ' '"),
+        ({"verbalizers": {"negative": " a", "positive": " a"}}, "more than one label"),
+        ({"source": "jsonl:x"}, "'movie_sentiment' is a built-in task"),
+        (
+            {"source": "jsnl:x", "name": "m"},
+            r"'jsnl:x' \(did you mean 'jsonl'\?\); allowed: jsonl:P",
+        ),
+        ({"source": "tsv:", "name": "m"}, "task.source 'tsv:'"),
+    ],
+)
+def test_config_that_names_no_task_is_one_line(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        get_task(config(**values))
+    assert "\n" not in str(caught.value)
+
+
+def test_template_and_verbalizers_of_a_config_replace_the_tasks() -> None:
+    task = get_task(
+        config(template="{text} is", verbalizers={"positive": " good", "negative": " bad"})
+    )
+    assert (task.template, task.labels) == ("{text} is", ("positive", "negative"))
+    assert task.source == TASKS["movie_sentiment"].source
+
+
+def test_pieces_know_doubled_braces() -> None:
+    assert "".join(a + (f"<{b}>" if b else "") for a, b in pieces("{{x}} {a}{b}.")) == "{x} <a><b>."
+
+
+def test_generated_target_follows_one_space() -> None:
+    mine = get_task(own("jsonl:x", verbalizers={}))
+    assert target_text(mine, "Paris") == " Paris"
+    assert (
+        target_text(get_task(own("jsonl:x", verbalizers={}, template="{text}\n")), "Paris")
+        == "Paris"
+    )
+    assert target_text(TASKS["sms_spam"], "spam") == " yes"
+
+
+LABELS = st.lists(st.sampled_from("abc"), min_size=1, max_size=40)
+
+
+@given(LABELS, st.integers(0, 40), st.integers(0, 5), st.randoms())
+def test_subset_is_balanced_nested_and_seeded(labels: Any, n: int, seed: int, random: Any) -> None:
+    """Breaks when a subset is a plain sample, or depends on the order of the records."""
+    pool = records(*labels)
+    n = min(n, len(pool))
+    subset = balanced_subset(pool, n, seed)
+    ids = [record["id"] for record in subset]
+    assert len(ids) == len(set(ids)) == n
+    counts, whole = Counter(r["label"] for r in subset), Counter(labels)
+    for a in whole:
+        for b in whole:
+            assert counts[a] + 1 >= counts[b] or counts[a] == whole[a]
+    assert balanced_subset(random.sample(pool, len(pool)), n, seed) == subset
+    assert balanced_subset(pool, len(pool), seed)[:n] == subset
+
+
+def test_seeds_draw_different_subsets() -> None:
+    pool = records(*"ab" * 50)
+    assert len({tuple(r["id"] for r in balanced_subset(pool, 7, seed)) for seed in range(9)}) == 9
+
+
+def test_subset_larger_than_the_data_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="subset of 4 examples was asked for; there are 3"):
+        balanced_subset(records(*"aab"), 4, 0)
+
+
+def test_seeded_order_is_fixed_for_all_time() -> None:
+    """Breaks when the hash or its text changes: every split and subset would change with it."""
+    assert seeded_order(list("abcdefgh"), 0) == [6, 5, 2, 1, 4, 3, 0, 7]
+    assert Part("train") == Part("train", 0, 1)
+
+
+def test_label_counts_are_most_common_first() -> None:
+    pool = [*records(*"abb"), {"id": "x", "label": None}]
+    assert list(label_counts(pool).items()) == [("b", 2), ("", 1), ("a", 1)]
+
+
+def test_real_rows_of_boolq_become_records(shared_data: Path) -> None:
+    source = f"jsonl:{shared_data}/superglue/BoolQ/val.jsonl"
+    verbalizers = {"false": " False", "true": " True"}
+    task = get_task(own(source, template="{passage} {question}?", verbalizers=verbalizers))
+    whole = [record for split in SPLITS for record in read_split(task, split)]
+    assert label_counts(whole) == {"true": 2033, "false": 1237}
