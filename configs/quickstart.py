@@ -1,0 +1,31 @@
+"""One of the quickstart's prompts: 20 vectors that start as vocabulary rows, on movie snippets.
+
+Question: how far does a soft prompt lift a frozen SmolLM2-135M-Instruct over zero-shot?
+The argument sets length and initialisation, as in `configs/quickstart.py:length=5,init=labels`.
+
+Command:
+    softprompt train --config configs/quickstart.py --workdir runs/one_prompt
+
+Cost: 120 steps of 32 movie snippets, about three minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from softprompt.config import base_config
+from softprompt.config_files import parse_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the config of one prompt.
+
+    Args:
+        arg: "length=20,init=vocabulary,seed=0", any part of it.
+    """
+    given = parse_arg(arg, length=20, init="vocabulary", seed=0)
+    config = base_config()
+    config.seed = given.seed
+    config.method.length = given.length
+    config.method.init = given.init
+    config.train.steps = 120
+    config.optimizer.warmup = 10
+    return config

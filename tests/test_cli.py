@@ -1,0 +1,381 @@
+"""The command line on a tiny random model and a task of a few lines: commands and mistakes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from softprompt import cli, results
+from softprompt.errors import UserError
+from tests.tiny import write_llama_folder
+
+REPOSITORY = Path(__file__).parents[1]
+LINES = [
+    ("a warm and funny film", "good"),
+    ("the plot is thin", "bad"),
+    ("moving and warm", "good"),
+    ("the ending is a mess", "bad"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, and three splits of a task."""
+    root = tmp_path_factory.mktemp("place")
+    write_llama_folder(root / "model")
+    for split, copies in (("train", 6), ("validation", 2), ("test", 3)):
+        write_lines(root / f"{split}.jsonl", [dict(text=t, label=y) for t, y in LINES] * copies)
+    return root
+
+
+def write_lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def keys(place, **more):
+    """The config keys of the tiny task, as command-line words."""
+    found = {
+        "model.name": place / "model",
+        "model.dtype": "float32",
+        "task.name": "mine",
+        "task.source": f"jsonl:{place}/{{split}}.jsonl",
+        "task.template": "Review: {text}\nSentiment:",
+        "task.verbalizers": '{"good": " positive", "bad": " negative"}',
+        "train.steps": 4,
+        "train.batch": 4,
+        "method.length": 3,
+    }
+    found |= {key.replace("__", "."): value for key, value in more.items()}
+    return [f"--config.{key}={value}" for key, value in found.items()]
+
+
+def mistake(capsys, *argv):
+    """The one line that a wrong command writes."""
+    assert cli.main([str(word) for word in argv]) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    last = written.err.splitlines()[-1]
+    assert last.startswith("softprompt: error: ")
+    assert "Traceback" not in written.err
+    return last.removeprefix("softprompt: error: ")
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """The folder of a finished trial."""
+    assert cli.main(["train", *keys(place), "--workdir", str(place / "run")]) == 0
+    return place / "run"
+
+
+def test_help_is_quick_and_shows_an_example():
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "softprompt", "train", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+    )
+    assert time.monotonic() - began < 1.5  # 0.1 s on an idle machine
+    assert "example:\n  softprompt train --config" in done.stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_with_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main([command, "--help"])
+    assert done.value.code == 0
+    example = cli.COMMANDS[command][1]
+    assert example in capsys.readouterr().out
+    words = example.rsplit("softprompt ", 1)[1].split()
+    assert cli.parse(words)[0].command == command
+
+
+def test_help_imports_no_jax():
+    code = (
+        "import sys; from softprompt import cli\n"
+        "try: cli.main(['sweep', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'jax', 'pandas', 'numpy'} & sys.modules.keys()))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, capture_output=True)
+
+
+def test_overrides_are_taken_out_of_the_words():
+    words = ["--config", "x.py", "--config.a.b=1", "--config.c", "d e", "--workdir", "w"]
+    rest, overrides = cli.split_overrides(words)
+    assert rest == ["--config", "x.py", "--workdir", "w"]
+    assert overrides == [("a.b", "1"), ("c", "d e")]
+    for words in (["--config.a"], ["--config.a", "--workdir"]):
+        with pytest.raises(UserError, match="--config.a has no value"):
+            cli.split_overrides(words)
+
+
+def test_train_writes_a_row_and_a_rerun_does_nothing(place, trained, capsys):
+    row = results.read_result(trained)
+    assert (row["status"], row["steps"], row["trainable"]) == ("done", 4, 3 * 48)
+    before = {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
+    capsys.readouterr()
+    assert cli.main(["train", *keys(place), "--workdir", str(trained)]) == 0
+    written = capsys.readouterr()
+    assert "done already" in written.err
+    assert json.loads(written.out)["trial"] == row["trial"]
+    assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
+
+
+def test_evaluate(trained, capsys):
+    row = results.read_result(trained)
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--run", str(trained)]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["examples"] == 12
+    assert scores["accuracy"] == row["metrics"]["test"]["accuracy"]
+    assert cli.main(["evaluate", "--run", str(trained), "--split", "train", "--generate"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert 0 <= scores["generated"]["illegal"] <= 1
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_predict_answers_each_line(trained, capsys, monkeypatch, form):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\nthe jokes are old\r\n"))
+    assert cli.main(["predict", "--run", str(trained), "--format", form]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 2
+    for text, answer in zip(("a warm film", "the jokes are old"), answers, strict=True):
+        if form == "json":
+            found = json.loads(answer)
+            assert found["text"] == text
+            assert sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+            assert found["label"] == max(found["probabilities"], key=found["probabilities"].get)
+        else:
+            label, *shares = answer.split("\t")
+            assert label in ("good", "bad")
+            assert sorted(share.split("=")[0] for share in shares) == ["bad", "good"]
+
+
+EXPERIMENT = '''
+"""A prompt against none."""
+from softprompt.analysis.plots import length_plot
+from softprompt.analysis.tables import summarise
+from softprompt.config import base_config
+
+CAPTION = "A prompt against none."
+
+
+def sweep(subset="full"):
+    zero, prompt = base_config(), base_config()
+    zero.method.name = "none"
+    return [zero, prompt]
+
+
+def table(rows):
+    return summarise(rows, {"trial": lambda row: row["name"]})
+
+
+def figure(rows):
+    return length_plot({}, {}, xlabel="", ylabel="")
+'''
+
+
+def test_sweep_then_table(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").mkdir()
+    Path("experiments/two.py").write_text(EXPERIMENT)
+    sweep = ["sweep", "two", "--workdir", "out", *keys(place)]
+    assert cli.main([*sweep, "--dry-run"]) == 0
+    assert "2 to run" in capsys.readouterr().out
+    assert not Path("out").exists()
+    assert cli.main([*sweep, "--shard", "1/2"]) == 0
+    assert len(results.read_rows("out")) == 1
+    assert cli.main(sweep) == 0
+    written = capsys.readouterr()
+    assert "1 of 2 trials are done already" in written.err
+    assert "prompt-3-vocabulary-s0" in written.out
+    names = {file.name for file in Path("out").iterdir() if file.is_file()}
+    assert names == {"table.md", "table.csv", "table.tex", "figure.png", "figure.pdf"}
+    first = Path("out/table.csv").read_text()
+    Path("out/table.csv").unlink()
+    assert cli.main(["table", "out", "--experiment", "two"]) == 0
+    assert Path("out/table.csv").read_text() == first
+    capsys.readouterr()
+    assert cli.main(["table", "out"]) == 0
+    assert "method.name" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_sweep_with_a_failed_trial_ends_with_one(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("two.py").write_text(EXPERIMENT)
+    words = keys(place, task__source="jsonl:nowhere/{split}.jsonl")
+    assert cli.main(["sweep", "two.py", "--workdir", "out", *words]) == 1
+    written = capsys.readouterr().err
+    assert "2 of 2 trials failed; the same command tries them again" in written
+    assert "prompt-3-vocabulary-s0 failed: " in written
+    assert all(row["status"] == "failed" for row in results.read_rows("out"))
+    assert "failed: " in Path("out/table.md").read_text()
+
+
+def test_models_and_data(place, capsys):
+    assert cli.main(["models"]) == 0
+    assert "smollm2-135m-instruct-q4" in capsys.readouterr().out
+    assert cli.main(["data"]) == 0
+    assert "movie_sentiment" in capsys.readouterr().out
+    assert cli.main(["data", "show", *keys(place)]) == 0
+    shown = capsys.readouterr().out
+    assert "mine train: 24 examples (bad 12, good 12)" in shown
+    assert '"Review: a warm and funny film\\nSentiment:"' in shown
+    assert '" positive"' in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["tarin"], "invalid choice: 'tarin'"),
+        (["train"], "required: --workdir (see softprompt train --help)"),
+        (["train", "--workdir", "w", "--confg.x=1"], "unrecognized arguments: --confg.x=1"),
+        (["train", "--workdir", "w", "--config", "no.py"], "no config file 'no.py'"),
+        (["evaluate", "--run", "nowhere"], "nowhere: no trial there"),
+        (["evaluate", "--run", "x", "--config.seed=1"], "evaluate takes no config keys"),
+        (["predict", "--run", "nowhere"], "nowhere: no trial there"),
+        (["sweep", "promt_length", "--workdir", "w"], "(did you mean 'prompt_length'?)"),
+        (["sweep", "prompt_length", "--workdir", "w", "--shard", "3/2"], "--shard is '3/2'"),
+        (["sweep", "prompt_length", "--workdir", "w", "--subset", "x"], "unknown subset 'x'"),
+        (["table", "nowhere"], "no folder 'nowhere'"),
+        (["data", "show"], "data show needs a task; known: "),
+        (["data", "show", "movie"], "unknown task 'movie'"),
+    ],
+)
+def test_wrong_commands(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in mistake(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"method__lenght": 3}, "unknown config key 'method.lenght' (did you mean method.length"),
+        (
+            {"method__length": "long"},
+            "config key 'method.length' is 'long'; it takes a whole number",
+        ),
+        ({"task__name": "sms", "task__source": ""}, "unknown task 'sms'"),
+        ({"model__name": "smollm"}, "smollm2-135m-instruct-q4"),
+        ({"method__length": 600}, "config key 'method.length' is 600; allowed: at most"),
+        ({"task__verbalizers": '{"good": " positive", "poor": " bad"}'}, "train.jsonl:2: label"),
+        ({"method__init": "file", "method__init_file": "no.safetensors"}, "no.safetensors"),
+        ({"data__train_examples": 1000}, "a subset of 1000 examples was asked for; there are 24"),
+    ],
+)
+def test_wrong_values(capsys, place, tmp_path, more, message):
+    found = mistake(capsys, "train", *keys(place, **more), "--workdir", tmp_path / "w")
+    assert message in found
+    assert not (tmp_path / "w" / "result.json").exists()
+
+
+def test_a_broken_line_is_named(capsys, place, tmp_path):
+    rows = (place / "train.jsonl").read_text().splitlines()
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join([*rows[:6], '{"text": ', *rows[7:]]))
+    words = keys(place, task__source=f"jsonl:{tmp_path}/{{split}}.jsonl")
+    assert "train.jsonl:7: not valid JSON" in mistake(
+        capsys, "train", *words, "--workdir", tmp_path / "w"
+    )
+
+
+def test_an_empty_split_is_named(capsys, place, tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_bytes((place / f"{split}.jsonl").read_bytes())
+    (tmp_path / "test.jsonl").write_text("")
+    words = keys(place, task__source=f"jsonl:{tmp_path}/{{split}}.jsonl")
+    found = mistake(capsys, "train", *words, "--workdir", tmp_path / "w")
+    assert "test split of task 'mine' is empty" in found
+
+
+def test_a_prompt_file_of_another_width(capsys, place, trained, tmp_path):
+    write_llama_folder(tmp_path / "model", width=32)
+    more = {
+        "model__name": tmp_path / "model",
+        "method__init": "file",
+        "method__init_file": trained / "delta.safetensors",
+    }
+    found = mistake(capsys, "train", *keys(place, **more), "--workdir", tmp_path / "w")
+    assert "delta.safetensors" in found
+    assert "48" in found
+    assert "32" in found
+
+
+def test_the_workdir_of_another_config(capsys, place, trained):
+    before = (trained / "result.json").read_bytes()
+    found = mistake(capsys, "train", *keys(place, method__length=5), "--workdir", trained)
+    assert "holds another trial (method.length: 5, 3" in found
+    assert (trained / "result.json").read_bytes() == before
+
+
+def test_a_gguf_file_that_is_none(capsys, place, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(range(30)))
+    words = keys(place, model__name=tmp_path / "model.gguf")
+    found = mistake(capsys, "train", *words, "--workdir", tmp_path / "w")
+    assert str(tmp_path / "model.gguf") in found
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_weights(capsys, place, tmp_path, damage):
+    write_llama_folder(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        file.unlink()
+    words = keys(place, model__name=tmp_path / "model")
+    found = mistake(capsys, "train", *words, "--workdir", tmp_path / "w")
+    assert str(tmp_path / "model") in found
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(arguments, overrides):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.RUN, "models", interrupted)
+    assert cli.main(["models"]) == 130
+    assert capsys.readouterr().err == "softprompt: interrupted; the same command resumes\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m softprompt models | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert done.stderr == ""
+
+
+def test_a_trial_that_fails_is_a_row_and_exits_with_one(place, tmp_path, monkeypatch, capsys):
+    """Injected at run_trial: nothing a user can do makes it raise this on purpose."""
+
+    def broken(config, folder, *, session):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr("softprompt.training.trial.run_trial", broken)
+    assert cli.main(["train", *keys(place), "--workdir", str(tmp_path / "w")]) == 1
+    assert "trial failed: RuntimeError: RESOURCE_EXHAUSTED" in capsys.readouterr().err
+    row = results.read_result(tmp_path / "w")
+    assert (row["status"], row["error"][:13]) == ("failed", "RuntimeError:")
+
+
+def test_sigterm_passes_through(place, tmp_path, monkeypatch):
+    def stopped(config, folder, *, session):
+        raise SystemExit(75)
+
+    monkeypatch.setattr("softprompt.training.trial.run_trial", stopped)
+    with pytest.raises(SystemExit) as done:
+        cli.main(["train", *keys(place), "--workdir", str(tmp_path / "w")])
+    assert done.value.code == 75

@@ -1,0 +1,148 @@
+import io
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from softprompt.analysis import plots, tables
+from softprompt.config import base_config, set_key, to_dict
+
+
+def row(accuracy=0.8, *, status="done", error="", **keys):
+    config = base_config()
+    for key, value in keys.items():
+        set_key(config, key.replace("__", "."), value)
+    scores = {"accuracy": accuracy, "macro_f1": accuracy, "examples": 100}
+    return {
+        "trial": "0123456789",
+        "name": "a trial",
+        "status": status,
+        "error": error,
+        "config": to_dict(config),
+        "seconds": 10.0,
+        "steps": 100,
+        "trainable": 11520,
+        "metrics": {"validation": scores, "test": scores} if status == "done" else {},
+    }
+
+
+def test_t_interval_is_scipys():
+    values = [0.81, 0.84, 0.86, 0.80]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert tables.t_interval(values) == pytest.approx((low, high))
+    assert tables.t_interval([0.8]) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("right", "examples"), [(0, 10), (10, 10), (1_700, 2_000)])
+def test_wilson_interval_is_scipys(right, examples):
+    found = stats.binomtest(right, examples).proportion_ci(method="wilson")
+    assert tables.wilson_interval(right / examples, examples) == pytest.approx(
+        (found.low, found.high), abs=1e-12
+    )
+
+
+def test_t_interval_covers_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(0.8, 0.02, size=(2000, 3))
+    covered = [low <= 0.8 <= high for low, high in map(tables.t_interval, draws)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+
+
+def test_accuracy_interval_takes_seeds_where_there_are_several():
+    assert tables.accuracy_interval([0.8], [100]) == tables.wilson_interval(0.8, 100)
+    assert tables.accuracy_interval([0.8, 0.82], [100, 100])[1] < 1
+    assert tables.accuracy_interval([0.5, 0.99], [100, 100]) == (0.0, 1.0)
+
+
+def test_summary_groups_seeds():
+    rows = [row(0.80), row(0.84, seed=1), row(0.70, method__length=5)]
+    table = tables.summarise(rows, {"length": lambda row: row["config"]["method"]["length"]})
+    assert table["length"].tolist() == [20, 5]
+    assert table["seeds"].tolist() == [2, 1]
+    assert table["test accuracy"].tolist() == pytest.approx([0.82, 0.70])
+    assert (table["low"][0], table["high"][0]) == tables.accuracy_interval([0.80, 0.84], [100, 100])
+    assert (table["low"][1], table["high"][1]) == tables.wilson_interval(0.70, 100)
+    assert table["values"].tolist() == [(0.80, 0.84), (0.70,)]
+    assert tables.summarise([], {"length": len}).columns[0] == "length"
+
+
+def test_a_failed_or_unscored_trial_counts_for_nothing():
+    unlabelled = row(method__length=5)
+    unlabelled["metrics"]["test"] = {"examples": 0}
+    rows = [row(0.8), row(status="failed", error="out of\nmemory", seed=1), unlabelled]
+    table = tables.summarise(rows, {"length": lambda row: row["config"]["method"]["length"]})
+    assert table["seeds"].tolist() == [1, 1]
+    assert table["test accuracy"].tolist() == [0.8, None]
+    assert table["status"].tolist() == ["1 of 2 failed: out of memory", "done"]
+
+
+def test_the_best_line_is_chosen_among_the_eligible():
+    table = pd.DataFrame({"score": [0.9, 0.7, None, 0.8]}, dtype=object)
+    among = pd.Series([False, True, True, True])
+    marked = tables.mark_best(table, by="score", among=among)
+    assert marked["chosen"].tolist() == ["", "", "", "yes"]
+    nobody = tables.mark_best(table, by="score", among=pd.Series([False] * 4))
+    assert nobody["chosen"].tolist() == [""] * 4
+
+
+def test_overview_shows_what_varies():
+    rows = [row(0.8), row(0.7, seed=1), row(status="failed", error="no memory", seed=2)]
+    table = tables.overview(rows)
+    assert table["seed"].tolist() == [0, 1, 2]
+    assert "method.length" not in table
+    assert table["test accuracy"].tolist()[:2] == [0.8, 0.7]
+    assert math.isnan(table["test accuracy"][2])
+    assert table["status"].tolist()[2] == "failed: no memory"
+
+
+TABLE = pd.DataFrame(
+    {"name": ["a|b", "50 % & more_of #1"], "n": [11520, None], "share": [0.83, 1e-5]}, dtype=object
+)
+
+
+def test_markdown():
+    assert tables.to_markdown(TABLE, "What it is.").splitlines() == [
+        "| name              |      n | share |",
+        "| ----------------- | -----: | ----: |",
+        "| a\\|b              | 11,520 | 0.830 |",
+        "| 50 % & more_of #1 |        | 1e-05 |",
+        "",
+        "What it is.",
+    ]
+
+
+def test_csv_keeps_every_digit():
+    again = pd.read_csv(io.StringIO(tables.to_csv(TABLE)))
+    assert again["name"].tolist() == TABLE["name"].tolist()
+    assert again["share"].tolist() == [0.83, 1e-5]
+
+
+def test_latex_escapes():
+    text = tables.to_latex(TABLE, "95 % of #1")
+    assert "50 \\% \\& more\\_of \\#1" in text
+    assert "\\caption{95 \\% of \\#1}" in text
+    assert "\\begin{tabular}{lrr}" in text
+
+
+def test_labels_are_spread_apart_in_order():
+    found = plots.spread([0.8, 0.5, 0.81, 0.79], gap=0.1)
+    assert found == pytest.approx([0.5, 0.7, 0.8, 0.9])
+    assert plots.spread([0.1, 0.9], gap=0.1) == [0.1, 0.9]
+    many = plots.spread(np.random.default_rng(0).random(30).tolist(), gap=0.05)
+    assert np.diff(many).min() > 0.05 - 1e-9
+
+
+def test_length_plot_draws_every_point_and_band():
+    point = plots.Point(20, 0.8, 0.7, 0.9, (0.75, 0.85))
+    figure = plots.length_plot(
+        {"labels": [point], "uniform": [], "vocabulary": [plots.Point(5, 0.6, 0.5, 0.7, (0.6,))]},
+        {"zero-shot": point},
+        xlabel="length",
+        ylabel="accuracy",
+    )
+    (axes,) = figure.axes
+    assert {text.get_text() for text in axes.texts} == {"labels", "vocabulary", "zero-shot"}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["5", "20"]
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert colours["vocabulary"] == plots.COLOURS[2]
