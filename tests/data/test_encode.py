@@ -1,0 +1,190 @@
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from softprompt.data.encode import encode, summary
+from softprompt.data.tasks import TASKS, Task
+from softprompt.errors import UserError
+from softprompt.models.tokenizer import Tokenizer
+
+SENTENCES = [
+    "Review: a warm, funny film that never loses its way.\nSentiment: positive",
+    "Premise: the plot is thin.\n\nHypothesis: the plot is a mess.\nRelation: negative",
+] * 3
+
+
+def tokenizer(*, trim: bool = False, specials: bool = True) -> Tokenizer:
+    """A byte-level BPE with a few merges; `trim` leaves leading spaces out of the offsets."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if trim:
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    bos, eos = (0, 1) if specials else (None, None)
+    return Tokenizer(backend=backend, bos_id=bos, eos_id=eos, add_bos=specials)
+
+
+PLAIN, TRIMMED = tokenizer(), tokenizer(trim=True)
+MOVIE = TASKS["movie_sentiment"]
+PAIR = replace(MOVIE, template="Premise: {a}\n\nHypothesis: {b}\nRelation:")
+FREE = replace(MOVIE, verbalizers={})
+
+
+def run(records: Any, task: Task = MOVIE, tokens: Tokenizer = PLAIN, **options: Any) -> Any:
+    settings = {"max_input": 64, "max_target": 8, "bos": False, "eos": False}
+    return encode(records, task, tokens, **(settings | options))
+
+
+def movie(*texts: str, label: str | None = "positive") -> list[dict[str, Any]]:
+    return [{"id": f"test-{n}", "text": text, "label": label} for n, text in enumerate(texts)]
+
+
+def test_input_is_the_template_and_target_the_verbalizer() -> None:
+    encoded = run([*movie("fine"), *movie("bad", label="negative"), *movie("so", label=None)])
+    assert PLAIN.decode(encoded.inputs[0]) == "Review: fine\nSentiment:"
+    assert [PLAIN.decode(tokens) for tokens in encoded.candidates] == [" negative", " positive"]
+    assert [PLAIN.decode(tokens) for tokens in encoded.targets] == [" positive", " negative", ""]
+    assert encoded.labels.tolist() == [1, 0, -1]
+    assert encoded.inputs[0].dtype == encoded.targets[2].dtype == encoded.labels.dtype == np.int32
+
+
+def test_bos_begins_inputs_and_eos_ends_targets_and_candidates() -> None:
+    plain, special = run(movie("fine")), run(movie("fine"), bos=True, eos=True)
+    assert special.inputs[0].tolist() == [0, *plain.inputs[0]]
+    assert special.targets[0].tolist() == [*plain.targets[0], 1]
+    assert [c.tolist() for c in special.candidates] == [[*c, 1] for c in plain.candidates]
+
+
+def test_tokenizer_without_bos_is_a_user_error() -> None:
+    bare = tokenizer(specials=False)
+    with pytest.raises(UserError, match="no BOS"):
+        run(movie("fine"), tokens=bare, bos=True)
+    with pytest.raises(UserError, match="no EOS"):
+        run(movie("fine"), tokens=bare, eos=True)
+
+
+TEXT = st.text(st.sampled_from("ab .\n\u00e9\u20ac\U0001f600 lm"), max_size=60)
+
+
+@pytest.mark.parametrize("tokens", [PLAIN, TRIMMED], ids=["offsets", "trimmed offsets"])
+@given(text=TEXT, limit=st.integers(20, 60), bos=st.booleans())
+def test_cut_input_keeps_the_template_and_a_beginning_of_the_field(
+    tokens: Tokenizer, text: str, limit: int, bos: bool
+) -> None:
+    """Breaks when the input's end is cut, a piece of the template goes or a character is split.
+
+    For instance when `_inside` trusts trimmed offsets, or `_kept` loses its last loop.
+    """
+    encoded = run(movie(text), tokens=tokens, max_input=limit, bos=bos)
+    (tokens_T,) = encoded.inputs
+    whole = run(movie(text), tokens=tokens, max_input=10_000, bos=bos).inputs[0]
+    assert len(tokens_T) <= limit
+    assert encoded.truncated == (len(whole) > limit)
+    decoded = tokens.decode(tokens_T[bos:])
+    assert decoded.startswith("Review: ") and decoded.endswith("\nSentiment:")
+    middle = decoded.removeprefix("Review: ").removesuffix("\nSentiment:")
+    # A token that holds the field's last white space and the template's line break stays.
+    cuts = [n for n in range(len(middle) + 1) if not middle[n:].strip()]
+    assert any(text.startswith(middle[:n]) and text.endswith(middle[n:]) for n in cuts)
+    rest = iter(whole.tolist())
+    assert all(token in rest for token in tokens_T.tolist()), "tokens are dropped, never changed"
+
+
+def test_exactly_as_much_is_cut_as_needed() -> None:
+    """Breaks when `over` is off by one."""
+    words = " ".join(f"w{n}" for n in range(40))
+    whole = len(run(movie(words), max_input=10_000).inputs[0])
+    for limit in range(20, whole + 2):
+        encoded = run(movie(words), max_input=limit)
+        assert len(encoded.inputs[0]) == min(limit, whole)
+        assert encoded.truncated == (limit < whole)
+
+
+def test_longest_fields_are_cut_in_equal_measure() -> None:
+    """Breaks when the last field, or every field, is cut instead of the longest."""
+    long, short = "x" * 60, "y" * 5
+    for a, b in ((long, short), (short, long)):
+        (tokens_T,) = run([{"id": "0", "a": a, "b": b, "label": None}], PAIR).inputs
+        decoded = PLAIN.decode(tokens_T)
+        assert short in decoded and long not in decoded and decoded.endswith("\nRelation:")
+    (tokens_T,) = run([{"id": "0", "a": long, "b": "y" * 60, "label": None}], PAIR).inputs
+    decoded = PLAIN.decode(tokens_T).replace("Hypothesis", "")
+    assert abs(decoded.count("x") - decoded.count("y")) <= 1 and len(tokens_T) == 64
+
+
+def test_template_that_does_not_fit_names_the_example() -> None:
+    with pytest.raises(
+        UserError, match=r"example 'test-1': the template alone takes .*max_input is 5"
+    ):
+        run([*movie(""), *movie("", "a long text")][2:], max_input=5)
+
+
+def test_target_is_never_cut() -> None:
+    """Breaks when a target longer than max_target is shortened."""
+    task = replace(MOVIE, verbalizers={"negative": " negative", "positive": " 123"})
+    with pytest.raises(UserError, match="verbalizer ' 123' has .*max_target is 2"):
+        run(movie("fine"), task, max_target=2)
+    with pytest.raises(UserError, match="target of example 'test-0' has .*max_target is 8"):
+        run(movie("fine", label="x" * 9), FREE)
+
+
+def test_generation_has_targets_and_no_candidates() -> None:
+    encoded = run(movie("What?", label="a mess"), FREE)
+    assert PLAIN.decode(encoded.targets[0]) == " a mess"
+    assert encoded.candidates == () and encoded.labels.tolist() == [-1]
+
+
+def test_verbalizers_of_equal_tokens_are_a_user_error() -> None:
+    lower = tokenizer()
+    from tokenizers import normalizers
+
+    lower.backend.normalizer = normalizers.Lowercase()
+    with pytest.raises(UserError, match="two of its verbalizers have the same tokens"):
+        run(movie("x"), replace(MOVIE, verbalizers={"negative": " A", "positive": " a"}), lower)
+
+
+def test_encoding_depends_on_the_example_alone() -> None:
+    """Breaks when a batch is padded or its order changes the ids."""
+    records = movie("fine", "a warm, funny film " * 9, "bad")
+    together = run(records)
+    for place, record in enumerate(records):
+        assert np.array_equal(together.inputs[place], run([record]).inputs[0])
+
+
+def test_summary_counts() -> None:
+    records = [*movie("fine", "x" * 90), *movie("bad", label="negative"), *movie("so", label=None)]
+    report = summary(run(records))
+    assert report["examples"] == 4 and report["truncated"] == 1 and report["unlabelled"] == 1
+    assert report["labels"] == {"negative": 1, "positive": 2}
+    assert report["input_tokens_max"] == 64
+    assert summary(run([]))["examples"] == 0
+
+
+def test_ten_thousand_examples_take_seconds() -> None:
+    records = movie(*[f"a warm, funny film {n} that never loses its way" for n in range(10_000)])
+    started = time.perf_counter()
+    run(records, max_input=30)
+    assert time.perf_counter() - started < 10
+
+
+def test_real_reviews_keep_their_template(shared_data: Path) -> None:
+    lines = (shared_data / "sst2" / "stsa.binary.dev").read_text(encoding="latin-1").splitlines()
+    encoded = run(movie(*[line[2:] for line in lines]), max_input=40)
+    assert encoded.truncated > 100
+    for tokens_T in encoded.inputs:
+        assert len(tokens_T) <= 40 and PLAIN.decode(tokens_T).endswith("\nSentiment:")
