@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
 from softprompt.models.decoder import Decoder, DecoderConfig
@@ -143,6 +143,7 @@ def tiny_tokenizer(vocab: int = 320) -> Tokenizer:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel()  # as GPT-2 has: trims spaces off the offsets
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         special_tokens=[BOS, EOS],

@@ -46,20 +46,16 @@ class File:
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such GGUF file")
         try:
-            self._reader = gguf.GGUFReader(self.path)
+            reader = gguf.GGUFReader(self.path)
+            # Plain values, so that the reader goes: it keeps an array for every token and merge.
+            self.metadata = {key: field.contents() for key, field in reader.fields.items()}
         except Exception as e:  # the reader meets a broken file as an error of any type
             raise UserError(f"{self.path}: not a complete GGUF file ({_reason(e)})") from e
-        self.tensors = {t.name: t for t in self._reader.tensors}
+        self.tensors = {t.name: t for t in reader.tensors}
 
     def get(self, key: str, default: Any = None) -> Any:
         """The metadata value of a key, as a Python object, or the default where it is absent."""
-        field = self._reader.get_field(key)
-        if field is None:
-            return default
-        try:
-            return field.contents()
-        except Exception as e:
-            raise UserError(f"{self.path}: metadata {key} is unreadable ({_reason(e)})") from e
+        return self.metadata.get(key, default)
 
     def need(self, key: str) -> Any:
         """The metadata value of a key that must be there.
