@@ -74,6 +74,7 @@ class Progress:
         new = what != self._stage
         if new:
             self._stage, self._began = what, now
+            self._drop_bar()
         elapsed = now - self._began
         left = elapsed * (total - done) / done if total and done else None
         tail = ", ".join(
@@ -91,10 +92,14 @@ class Progress:
         """The bar of the current stage."""
         assert self._bars is not None
         if self._current is None:
-            self._current = self._bars.add_task(what, note=note)
-        self._bars.update(
-            self._current, description=what, completed=done, total=total or None, note=note
-        )
+            self._current = self._bars.add_task(what, total=total or None, note=note)
+        self._bars.update(self._current, completed=done, total=total or None, note=note)
+
+    def _drop_bar(self) -> None:
+        """Takes the last stage's bar away: rich cannot forget a total."""
+        if self._bars is not None and self._current is not None:
+            self._bars.remove_task(self._current)
+            self._current = None
 
     def trial(self, name: str, done: int, total: int, left: float | None) -> None:
         """Shows how far the sweep is.
@@ -106,13 +111,14 @@ class Progress:
             left: seconds that the rest will take; None where nobody knows.
         """
         self._trial, self._stage = name, ""
+        self._drop_bar()
         note = f"about {duration(left)} left" if left is not None else ""
         if self._bars is None:
             if name:
                 self.say(f"trial {done + 1} of {total}: {name}{', ' + note if note else ''}")
             return
         if self._sweep is None:
-            self._sweep = self._bars.add_task("sweep", note=note)
+            self._sweep = self._bars.add_task("sweep", total=total, note=note)
         title = f"sweep: {name}" if name else "sweep"
         self._bars.update(self._sweep, description=title, completed=done, total=total, note=note)
 

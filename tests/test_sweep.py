@@ -1,7 +1,6 @@
+import io
 import json
-import multiprocessing
-import os
-import signal
+import resource
 import sys
 from pathlib import Path
 
@@ -187,27 +186,19 @@ def test_unreadable_rows_are_one_line(tmp_path):
         results.read_rows(tmp_path)
 
 
-def _write_for_ever(file):
-    number = 0
-    while True:
-        results.write_text(file, json.dumps({"number": number}) + " " * 200_000)
-        number += 1
-
-
-def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):
+def test_a_write_that_stops_half_way_leaves_the_old_file(tmp_path):
     """Breaks when write_bytes writes the file itself rather than a temporary one."""
     file = tmp_path / "result.json"
-    results.write_text(file, "{}")
-    context = multiprocessing.get_context("spawn")
-    for _ in range(2):
-        writer = context.Process(target=_write_for_ever, args=(file,))
-        writer.start()
-        while "number" not in file.read_text():
-            pass
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.join()
-        assert "number" in json.loads(file.read_text())
-        results.write_text(file, "{}")
+    results.write_text(file, "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            results.write_text(file, "new" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def experiment_rows(subset):
@@ -268,6 +259,20 @@ def test_progress_off_a_terminal_is_plain_lines(capsys):
         "[prompt-5-vocabulary-s0] train 1/100: loss 0.7, 0 s left",
         "[prompt-5-vocabulary-s0] train 100/100: loss 0.5, 0 s left",
     ]
+
+
+def test_progress_on_a_terminal_ends_with_what_was_said(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(stream) as progress:
+        progress.trial("prompt-5-vocabulary-s0", 0, 4, None)
+        progress.stage("load the model")
+        progress.stage("train", 50, 100, "loss 0.7")
+        progress.say("validation accuracy 0.8 [best]")
+    written = stream.getvalue()
+    assert "validation accuracy 0.8 [best]\n" in written
+    assert "50/100" in written
 
 
 def test_durations():
