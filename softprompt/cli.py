@@ -253,25 +253,25 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     shard = sweeps.parse_shard(arguments.shard)
     trials = sweeps.make_trials(experiment, arguments.subset, overrides)
     trials = sweeps.take_shard(trials, shard)
-    from softprompt.analysis.flops import estimate
-
-    if arguments.dry_run:
-        from softprompt.analysis.tables import to_markdown
-
-        print(to_markdown(sweeps.dry_run(trials, arguments.workdir, estimate)), end="")
-        return 0
     from softprompt.progress import Progress
+    from softprompt.training.estimate import estimate
     from softprompt.training.session import Session
     from softprompt.training.trial import run_trial
 
     with Progress() as progress:
         session = Session(progress)
+        if arguments.dry_run:
+            from softprompt.analysis.tables import to_markdown
+
+            costs = sweeps.dry_run(trials, arguments.workdir, lambda c: estimate(c, session))
+            print(to_markdown(costs), end="")
+            return 0
         failed = sweeps.run_sweep(
             trials,
             arguments.workdir,
             lambda config, folder: run_trial(config, folder, session=session),
             progress=progress,
-            estimate=estimate,
+            estimate=lambda config: estimate(config, session),
         )
     _write_experiment(experiment, arguments.workdir)
     for row in failed:

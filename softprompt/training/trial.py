@@ -45,8 +45,9 @@ CONFIG, DELTA, PREDICTIONS = "config.json", "delta.safetensors", "predictions.js
 class Prepared:
     """A config with everything it names: model, data, mesh and method.
 
-    `bos`: texts begin with the tokenizer's BOS. `shared` maps a delta to what every row of a
-    forward pass shares (variables and context).
+    `bos`: texts begin with the tokenizer's BOS. `context_length`: P, a BOS before the prompt
+    included. `shared` maps a delta to what every row of a forward pass shares (variables and
+    context).
     """
 
     config: ConfigDict
@@ -56,6 +57,7 @@ class Prepared:
     mesh: jax.sharding.Mesh
     step: StepConfig
     bos: bool
+    context_length: int
     shared: Callable[[Tree], Any]
 
 
@@ -163,11 +165,13 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     if method.name == "fewshot":
         tokens_P = few_shot_tokens(config, loaded, data.train, room=room)
         context = text_context_function(loaded.model)(loaded.weights, jnp.asarray(tokens_P))
+        length = len(tokens_P)
         shared: Callable[[Tree], Any] = lambda delta: ({}, context)  # noqa: E731
     else:
         compiled = shared_function(step, mesh)
+        length = 0 if cfg is None else cfg.length + (cfg.bos_before is not None)
         shared = lambda delta: compiled(delta, loaded.weights)  # noqa: E731
-    return Prepared(config, session, loaded, data, mesh, step, bos, shared)
+    return Prepared(config, session, loaded, data, mesh, step, bos, length, shared)
 
 
 def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], dict[str, Any]]:
@@ -179,7 +183,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     """
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
     state = initial_state(prepared)
-    source = TrainSource(prepared.data.train, session.template(config, prepared.data), config.seed)
+    source = train_source(prepared)
     key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
     batch = put_batch(mesh, pad_rows(source[0], mesh.shape["data"] * config.train.microbatches))
     opt_state = set_rate(state.opt_state, np.float32(0))
@@ -216,6 +220,12 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     if config.eval.select == "last":
         return state.delta, {"validation": state.last_scores, "selected_step": state.step}, facts
     return state.best, {"validation": state.best_scores, "selected_step": state.best_step}, facts
+
+
+def train_source(prepared: Prepared) -> TrainSource:
+    """The training batches of a trial, by step."""
+    config, data = prepared.config, prepared.data
+    return TrainSource(data.train, prepared.session.template(config, data), config.seed)
 
 
 def initial_state(prepared: Prepared) -> loop.State:
@@ -274,8 +284,7 @@ def step_flops(prepared: Prepared, source: TrainSource) -> float:
     """Useful operations of an average step: no padding, the context once."""
     lengths_N = source.lengths_N.astype(np.float64)
     targets_N = np.array([len(t) for t in prepared.data.train.targets])
-    cfg, examples = prepared.step.method_config, source.template.examples
-    context = cfg.length + (cfg.bos_before is not None)
+    context, examples = prepared.context_length, source.template.examples
     keys_N = lengths_N * (lengths_N + 1) / 2 + lengths_N * context
     return train_flops(
         prepared.loaded.config,
