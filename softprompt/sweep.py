@@ -133,7 +133,7 @@ def run_sweep(
     finished = len(trials) - len(todo)
     if finished:
         progress.say(f"{finished} of {len(trials)} trials are done already")
-    weights = {index: estimate(trials[index])["seconds"] if estimate else 1.0 for index in todo}
+    weights = {index: _seconds(trials[index], estimate) for index in todo}
     failed, spent, paid = [], 0.0, 0.0
     for position, index in enumerate(todo):
         rest = sum(weights[other] for other in todo[position:])
@@ -147,6 +147,14 @@ def run_sweep(
             failed.append(row)
     progress.trial("", len(trials), len(trials), 0.0)
     return failed
+
+
+def _seconds(config: ConfigDict, estimate: Estimate | None) -> float:
+    """The seconds a trial should take; 0 where that fails, for then the trial will, and say why."""
+    try:
+        return estimate(config)["seconds"] if estimate else 1.0
+    except Exception:
+        return 0.0
 
 
 def _run_one(

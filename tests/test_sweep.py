@@ -96,6 +96,20 @@ def test_an_interruption_passes_and_leaves_no_row(tmp_path, stop):
     assert runner.ran == [5]
 
 
+def test_the_time_left_comes_from_the_estimates(tmp_path, capsys):
+    def estimate(made):
+        if made.method.length == 5:
+            raise UserError("no data")
+        return {"seconds": 60.0 * made.method.length}
+
+    with Progress() as progress:
+        trials = [config(1), config(5), config(2)]
+        sweep.run_sweep(trials, tmp_path, Runner(), progress=progress, estimate=estimate)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "trial 1 of 3: prompt-1-vocabulary-s0, about 3 min 0 s left"
+    assert lines[2] == "trial 3 of 3: prompt-2-vocabulary-s0, about 0 s left"
+
+
 def test_a_trials_folder_is_found_by_its_id(tmp_path):
     folder = sweep.trial_folder(tmp_path, config(5))
     assert folder.name == f"prompt-5-vocabulary-s0-{trial_id(config(5))}"
