@@ -216,7 +216,7 @@ def dry_run(
         )
     left = sum(row["state"] == "to run" for row in rows)
     total = {"trial": f"{left} to run", "FLOPs": f"{flops:.3g}", "time": duration(seconds)}
-    return pd.DataFrame([*rows, total]).astype(object).fillna("")
+    return pd.DataFrame([*rows, total], dtype=object).fillna("")
 
 
 def write_outputs(experiment: ModuleType, rows: Sequence[Row], folder: epath.PathLike) -> None:

@@ -166,7 +166,7 @@ def test_dry_run_says_what_each_trial_costs(tmp_path):
     cost = {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 90.0}
     table = sweep.dry_run(trials, tmp_path, lambda made: cost)
     assert list(table["state"]) == ["done", "to run", "to run", ""]
-    assert list(table["steps"]) == [100, 100, 0, ""]
+    assert list(map(str, table["steps"])) == ["100", "100", "0", ""]
     assert list(table["time"])[:2] == ["1 min 30 s"] * 2
     assert (table["trial"].iloc[-1], table["time"].iloc[-1]) == ("2 to run", "3 min 0 s")
     assert table["FLOPs"].iloc[-1] == "4e+12"
