@@ -187,6 +187,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     config = load_config(arguments.config, overrides)  # its mistakes show before JAX is imported
     from softprompt.progress import Progress
     from softprompt.sweep import record_failure
+    from softprompt.training.loop import Diverged
     from softprompt.training.session import Session
     from softprompt.training.trial import run_trial
 
@@ -195,6 +196,9 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     try:
         with Progress() as progress:
             row = run_trial(config, arguments.workdir, session=Session(progress))
+    except Diverged as error:
+        record_failure(config, arguments.workdir, error, time.monotonic() - began)
+        raise
     except UserError:
         raise
     except Exception as error:
@@ -235,8 +239,9 @@ def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.progress import Progress
 
     lines = (line.rstrip("\r\n") for line in sys.stdin)
+    group = {"group": 1} if sys.stdin.isatty() else {}
     with Progress() as progress:
-        for answer in predict_lines(arguments.run, lines, progress):
+        for answer in predict_lines(arguments.run, lines, progress, **group):
             if arguments.format == "json":
                 print(json.dumps(answer, ensure_ascii=False), flush=True)
             else:

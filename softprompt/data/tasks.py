@@ -362,6 +362,14 @@ def seeded_order(keys: Sequence[str], seed: int) -> list[int]:
     return sorted(range(len(keys)), key=lambda index: (digests[index], index))
 
 
+def seeded_sample(records: Sequence[Record], n: int) -> list[Record]:
+    """Returns n records (0 or too large an n: all) in their own order, whatever that order is."""
+    if not 0 < n < len(records):
+        return list(records)
+    order = seeded_order([record["id"] for record in records], 0)
+    return [records[index] for index in sorted(order[:n])]
+
+
 def balanced_subset(records: Sequence[Record], n: int, seed: int) -> list[Record]:
     """Returns n records, as evenly over the labels as the records allow.
 

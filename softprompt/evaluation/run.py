@@ -9,8 +9,8 @@ import numpy as np
 from etils import epath
 
 from softprompt.config import ConfigDict, from_dict, to_dict
-from softprompt.data.encode import encode
-from softprompt.data.pipeline import eval_batches, eval_shape, generation_batches
+from softprompt.data.encode import Encoded, encode
+from softprompt.data.pipeline import EvalShape, eval_batches, generation_batches
 from softprompt.errors import UserError, unknown
 from softprompt.evaluation.generation import generate, read_labels
 from softprompt.evaluation.metrics import classification
@@ -21,7 +21,7 @@ from softprompt.training.session import SPLITS, Session
 from softprompt.training.sharding import put, replicated
 from softprompt.training.trial import DELTA, Prepared, prepare, read_config, score
 
-GROUP = 64  # lines answered together when they come faster than answers
+GROUP = 64  # lines answered together
 
 
 def evaluate_run(
@@ -101,7 +101,7 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
 
 
 def predict_lines(
-    folder: epath.PathLike, lines: Iterable[str], progress: Progress
+    folder: epath.PathLike, lines: Iterable[str], progress: Progress, *, group: int = GROUP
 ) -> Iterator[dict[str, Any]]:
     """Answers lines of text with a trained prompt.
 
@@ -111,6 +111,7 @@ def predict_lines(
         folder: of a trial.
         lines: texts, without line ends.
         progress: where waiting is reported.
+        group: lines answered together; 1 answers each as it comes.
 
     Yields:
         {"text", "label", "probabilities": {label: share}} for each line, in order.
@@ -121,15 +122,10 @@ def predict_lines(
     config = read_config(folder)
     prepared, delta = open_run(folder, config, progress)
     shared = prepared.shared(delta)
-    for number, group in enumerate(_groups(lines)):
-        yield from _answer(prepared, shared, group, first=number * GROUP + 1)
-
-
-def _groups(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Lines in groups; a terminal or a slow pipe is answered line by line by its reader."""
-    source = iter(lines)
-    while group := list(itertools.islice(source, GROUP)):
-        yield group
+    source, first = iter(lines), 1
+    while together := list(itertools.islice(source, group)):
+        yield from _answer(prepared, shared, together, first=first)
+        first += len(together)
 
 
 def _answer(
@@ -157,8 +153,7 @@ def _answer(
         bos=prepared.bos,
         eos=config.task.eos,
     )
-    rows = prepared.mesh.shape["data"]
-    batches = eval_batches(encoded, eval_shape(encoded, row_multiple=rows))
+    batches = eval_batches(encoded, _lines_shape(encoded, prepared.mesh.shape["data"]))
     sums_NC, lengths_NC = score_batches(
         prepared.loaded.model, prepared.loaded.weights, shared, batches, mesh=prepared.mesh
     )
@@ -167,3 +162,14 @@ def _answer(
     for line, share_C in zip(lines, shares_NC, strict=True):
         shares = dict(zip(labels, np.round(share_C, 6).tolist(), strict=True))
         yield {"text": line, "label": labels[int(share_C.argmax())], "probabilities": shares}
+
+
+def _lines_shape(encoded: Encoded, row_multiple: int) -> EvalShape:
+    """A shape for a group of lines, one of few, so that few programs are compiled."""
+    own = [len(ids) - 1 for ids in encoded.candidates]
+    lengths = [len(ids) + sum(own) for ids in encoded.inputs]
+    tokens = -(-max(lengths) // 64) * 64
+    places = 1 << (tokens // min(lengths) - 1).bit_length()  # a row of the shortest lines fits
+    rows = -(-(8 if len(lengths) > 1 else 1) // row_multiple) * row_multiple
+    pairs = places * (sum(own) + len(own))
+    return EvalShape(rows, tokens, heads=places * (1 + sum(own)), pairs=pairs)

@@ -92,7 +92,8 @@ def attend(
     """
     (ck_PGK, cv_PGK), (k_SGK, v_SGK) = context, row
     tokens, heads, size = q_THK.shape
-    q_TGQK = (q_THK * size**-0.5).reshape(tokens, k_SGK.shape[1], -1, size)
+    groups = k_SGK.shape[1]
+    q_TGQK = (q_THK * size**-0.5).reshape(tokens, groups, heads // groups, size)
     acc = accumulate(q_THK.dtype)
     shared = jnp.einsum("tgqk,pgk->gqtp", q_TGQK, ck_PGK, preferred_element_type=acc)
     own = jnp.einsum("tgqk,sgk->gqts", q_TGQK, k_SGK, preferred_element_type=acc)

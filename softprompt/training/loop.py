@@ -27,6 +27,10 @@ Tree = Any
 PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again
 
 
+class Diverged(UserError):
+    """The loss or a norm is not finite; the trial's row says so."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """How long, and how often what.
@@ -136,7 +140,7 @@ def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager
     """Trains from `state` to the end, or to an early stop.
 
     Raises:
-        UserError: the loss is not finite; names the step and the last finite metrics.
+        Diverged: the loss is not finite; names the step and the last finite metrics.
         SystemExit: with 75 after SIGTERM, once the state is saved.
     """
     pending: tuple[int, dict[str, jax.Array], float] | None = None
@@ -247,7 +251,7 @@ def note(
     if not all(math.isfinite(value) for value in metrics.values()):
         before = ", ".join(f"{k} {v:.4g}" for k, v in last.items()) or "none"
         log.write({"step": step, **metrics})
-        raise UserError(
+        raise Diverged(
             f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}: not finite at "
             f"rate {rate:.3g}; last finite metrics: {before}"
         )

@@ -14,7 +14,7 @@ from softprompt.config import ConfigDict, to_dict
 from softprompt.data.encode import Encoded, encode
 from softprompt.data.packing import Template
 from softprompt.data.pipeline import EvalBatch, eval_batches, eval_shape, train_template
-from softprompt.data.tasks import Task, balanced_subset, get_task, read_split
+from softprompt.data.tasks import Task, balanced_subset, get_task, read_split, seeded_sample
 from softprompt.models.loading import Loaded, load_model
 from softprompt.progress import Progress
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
@@ -98,7 +98,7 @@ class Session:
                 records = balanced_subset(records, sizes.train_examples, sizes.subset_seed)
             limit = {"validation": sizes.validation_examples, "test": sizes.test_examples}
             splits[name] = encode(
-                records[: limit.get(name) or None],
+                seeded_sample(records, limit.get(name, 0)),
                 task,
                 tokenizer,
                 max_input=config.task.max_input,
