@@ -12,10 +12,12 @@ Command:
     softprompt sweep prompt_length --workdir runs/prompt_length
     softprompt sweep prompt_length --subset quickstart --workdir runs/quickstart   (make quickstart)
 
-Cost: 40 trials (36 prompts of 120 steps, 4 baselines); the quickstart subset has 8 (4 prompts).
+Cost: 40 trials (36 prompts of 240 steps, 4 baselines); the quickstart subset has 8 (4 prompts of 60
+steps, validated on 300 examples).
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -29,7 +31,8 @@ from softprompt.results import Row
 LENGTHS = (1, 5, 20, 100)
 INITS = ("uniform", "vocabulary", "labels")
 SEEDS = (0, 1, 2)
-STEPS = 120
+STEPS = {"full": 240, "quickstart": 60}
+VALIDATION = {"full": 1000, "quickstart": 300}  # examples
 
 CAPTION = (
     "Test accuracy with a 95 % interval: Student's t over seeds where there are several, else "
@@ -37,47 +40,44 @@ CAPTION = (
 )
 
 
-def _prompt(length: int, init: str, seed: int) -> ConfigDict:
-    config = base_config()
-    config.seed = seed
-    config.method.length = length
-    config.method.init = init
-    config.train.steps = STEPS
-    config.optimizer.warmup = 10
-    return config
-
-
-def _baselines() -> list[ConfigDict]:
-    """Zero-shot once, and few-shot with three draws of examples."""
-    zero = base_config()
-    zero.method.name = "none"
-    draws = []
-    for seed in SEEDS:
-        config = base_config()
-        config.method.name = "fewshot"
-        config.seed = seed
-        draws.append(config)
-    return [zero, *draws]
-
-
-def _full() -> list[ConfigDict]:
-    grid = [(length, init, seed) for length in LENGTHS for init in INITS for seed in SEEDS]
-    return _baselines() + [_prompt(*point) for point in grid]
-
-
-def _quickstart() -> list[ConfigDict]:
-    points = [(20, "vocabulary"), (20, "labels"), (5, "vocabulary"), (100, "vocabulary")]
-    return _baselines() + [_prompt(length, init, 0) for length, init in points]
-
-
-SUBSETS: dict[str, Callable[[], list[ConfigDict]]] = {"full": _full, "quickstart": _quickstart}
+# (prompt length, initialisation, seed)
+POINTS = {
+    "full": list(itertools.product(LENGTHS, INITS, SEEDS)),
+    "quickstart": [
+        (1, "vocabulary", 0),
+        (20, "vocabulary", 0),
+        (20, "labels", 0),
+        (100, "vocabulary", 0),
+    ],
+}
 
 
 def sweep(subset: str = "full") -> list[ConfigDict]:
-    """Returns the configs of "full" or "quickstart", baselines first."""
-    if subset not in SUBSETS:
-        raise unknown("subset", subset, SUBSETS)
-    return SUBSETS[subset]()
+    """Returns the configs of "full" or "quickstart", baselines first.
+
+    Raises:
+        UserError: another subset.
+    """
+    if subset not in POINTS:
+        raise unknown("subset", subset, POINTS)
+    baselines = [_trial(subset, "none", 0)] + [_trial(subset, "fewshot", seed) for seed in SEEDS]
+    return baselines + [_prompt(subset, *point) for point in POINTS[subset]]
+
+
+def _trial(subset: str, method: str, seed: int) -> ConfigDict:
+    config = base_config()
+    config.method.name, config.seed = method, seed
+    config.data.validation_examples = VALIDATION[subset]
+    return config
+
+
+def _prompt(subset: str, length: int, init: str, seed: int) -> ConfigDict:
+    config = _trial(subset, "prompt", seed)
+    config.method.length, config.method.init = length, init
+    config.train.steps, config.train.batch = STEPS[subset], 16
+    config.optimizer.warmup = STEPS[subset] // 10
+    config.eval.every = STEPS[subset] // 2
+    return config
 
 
 METHODS = {"none": "zero-shot", "fewshot": "few-shot", "prompt": "soft prompt"}

@@ -130,7 +130,7 @@ def test_shards_are_disjoint_and_complete():
 
 def test_the_same_trial_twice_is_an_error():
     experiment = sweep.load_experiment("prompt_length")
-    with pytest.raises(UserError, match="trials 5 and 7 of the sweep are the same"):
+    with pytest.raises(UserError, match="trials 5 and 6 of the sweep are the same"):
         sweep.make_trials(experiment, "quickstart", [("method.length", "20")])
 
 
@@ -226,7 +226,7 @@ def test_prompt_length_sweeps_what_it_says():
     assert len(full) == 4 * 3 * 3 + 4
     quick = sweep.make_trials(experiment, "quickstart")
     assert [made.method.name for made in quick] == ["none"] + ["fewshot"] * 3 + ["prompt"] * 4
-    assert {trial_id(made) for made in quick} <= {trial_id(made) for made in full}
+    assert {made.method.length for made in quick if made.method.name == "prompt"} == {1, 20, 100}
 
 
 @pytest.mark.parametrize("subset", ["full", "quickstart"])
