@@ -76,7 +76,7 @@ class Progress:
             self._stage, self._began = what, now
             self._drop_bar()
         elapsed = now - self._began
-        left = elapsed * (total - done) / done if total and done else None
+        left = elapsed * (total - done) / done if 0 < done < total else None
         tail = ", ".join(
             part for part in (note, f"{duration(left)} left" if left is not None else "") if part
         )

@@ -11,9 +11,15 @@ import jax
 from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, to_dict
-from softprompt.data.encode import Encoded, encode
+from softprompt.data.encode import Encoded, encode, summary
 from softprompt.data.packing import Template
-from softprompt.data.pipeline import EvalBatch, eval_batches, eval_shape, train_template
+from softprompt.data.pipeline import (
+    EvalBatch,
+    TrainSource,
+    eval_batches,
+    eval_shape,
+    train_template,
+)
 from softprompt.data.tasks import Task, balanced_subset, get_task, read_split, seeded_sample
 from softprompt.models.loading import Loaded, load_model
 from softprompt.progress import Progress
@@ -106,14 +112,23 @@ class Session:
                 bos=bos,
                 eos=config.task.eos,
             )
+            self.progress.say(f"{task.name} {name}: {describe(splits[name])}")
         return TaskData(task, **splits)
 
     def template(self, config: ConfigDict, data: TaskData) -> Template:
         """The packing of the training split: shapes depend on the data alone, not on a seed."""
         examples = config.train.batch
-        return self.once(
-            ["template", id(data), examples], lambda: train_template(data.train, examples=examples)
-        )
+
+        def make() -> Template:
+            made = train_template(data.train, examples=examples)
+            shape, fill = made.shape, TrainSource(data.train, made, 0).epoch_fill()
+            self.progress.say(
+                f"{examples} examples a step in {shape.rows} rows of {shape.tokens} tokens, "
+                f"{fill:.1%} full"
+            )
+            return made
+
+        return self.once(["template", id(data), examples], make)
 
     def eval_batches(self, data: TaskData, split: str, *, mesh: Mesh) -> list[EvalBatch]:
         """A split packed for rank scoring; validation and test share one shape."""
@@ -138,6 +153,18 @@ class Session:
             self.compiled[key] = compile_step(step, optimizer, mesh, arguments)
             self.compile_seconds += time.monotonic() - began
         return self.compiled[key]
+
+
+def describe(encoded: Encoded) -> str:
+    """One line on a split: examples, labels, lengths, and what had to be cut."""
+    facts = summary(encoded)
+    labels = [f"{count:,} {label}" for label, count in facts["labels"].items()]
+    if facts["unlabelled"]:
+        labels.append(f"{facts['unlabelled']:,} unlabelled")
+    return (
+        f"{facts['examples']:,} examples ({', '.join(labels)}), {facts['input_tokens_mean']:.0f} "
+        f"tokens on average and {facts['input_tokens_max']} at most, {facts['truncated']} truncated"
+    )
 
 
 def compile_step(
