@@ -271,7 +271,7 @@ def test_progress_off_a_terminal_is_plain_lines(capsys):
         "trial 1 of 4: prompt-5-vocabulary-s0, about 10 min 0 s left",
         "[prompt-5-vocabulary-s0] load the model ...",
         "[prompt-5-vocabulary-s0] train 1/100: loss 0.7, 0 s left",
-        "[prompt-5-vocabulary-s0] train 100/100: loss 0.5, 0 s left",
+        "[prompt-5-vocabulary-s0] train 100/100: loss 0.5",
     ]
 
 
