@@ -24,7 +24,7 @@ KEY = jax.random.key(0)
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_the_gradient_has_the_structure_of_the_delta(tiny, microbatches):
-    """Mutation: differentiate with respect to (delta, weights)."""
+    """Mutation: differentiate with respect to (delta, weights), in one go or in microbatches."""
     model, weights = tiny
     config, delta = prompted(model, weights, 4, microbatches=microbatches)
     batch = double(packed(random_examples(), [[0, 1, 2], [3, 4, 5]]))
@@ -61,9 +61,7 @@ def stored(folder):
 
 
 def test_a_trial_leaves_the_weights_alone(tiny_folder, tmp_path):
-    """Mutation: the step also returns weights moved by the update; a checkpoint with weights in it,
-    or a state of the optimizer that has moments for the weights.
-    """
+    """Mutation: the loop moves a weight; a checkpoint has a weight in it."""
     config = trial_config(tiny_folder, write_task(tmp_path), optimizer__rate=0.3)
     with session() as shared:
         weights = shared.model(config).weights

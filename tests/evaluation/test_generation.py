@@ -60,7 +60,7 @@ def tokenizer():
     return Tokenizer(tiny_tokenizer(), bos_id=0, eos_id=1, add_bos=False)
 
 
-def read(tokenizer, answers, verbalizers=(" positive", " negative", " neg", " not so sure")):
+def read(tokenizer, answers, verbalizers=(" positive", " negative", " neg", " not", " not so sure")):
     ids = {n: tokenizer.encode(text) for n, text in enumerate(answers)}
     return read_labels(ids, verbalizers, tokenizer)
 
@@ -71,7 +71,7 @@ def test_answers_are_labels_up_to_a_words_end(tokenizer):
         tokenizer,
         [" positive", "positive.\nReview:", " negative", " neg, really", " not so sure", " negate"],
     )
-    assert labels_N.tolist() == [0, 0, 1, 2, 3, -1]
+    assert labels_N.tolist() == [0, 0, 1, 2, 4, -1]
     assert illegal == pytest.approx(1 / 6)
 
 
