@@ -84,7 +84,7 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
     """
     folder = epath.Path(folder)
     began = time.monotonic()
-    claim(folder, config)
+    check_folder(folder, config)
     row = read_result(folder)
     if row is not None and row["status"] == "done":
         session.progress.say(f"{trial_name(config)} is done already (in {folder})")
@@ -94,6 +94,7 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
     if config.method.name == "prompt":
         delta, metrics, facts = fit(prepared, folder)
     else:
+        claim(folder, config)
         delta, metrics, facts = {}, {"validation": score(prepared, {}, "validation")[0]}, {}
     metrics["test"] = test(prepared, folder, delta)
     row = make_row(
@@ -112,22 +113,29 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
     return row
 
 
-def claim(folder: epath.Path, config: ConfigDict) -> None:
-    """Writes the config into a new folder, or checks that the folder is this trial's.
+def check_folder(folder: epath.Path, config: ConfigDict) -> None:
+    """Checks that a folder is new or this trial's.
 
     Raises:
         UserError: the folder holds another config; names what differs.
     """
-    file = folder / CONFIG
-    if file.exists():
-        theirs = read_config(folder)
-        if trial_id(theirs) != trial_id(config):
-            raise UserError(
-                f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
-                "there); give another --workdir"
-            )
+    if not (folder / CONFIG).exists():
         return
-    if jax.process_index() == 0:
+    theirs = read_config(folder)
+    if trial_id(theirs) != trial_id(config):
+        raise UserError(
+            f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
+            "there); give another --workdir"
+        )
+
+
+def claim(folder: epath.Path, config: ConfigDict) -> None:
+    """Writes the config into a new folder, once nothing the user asked for can be wrong any more.
+
+    So a mistake leaves no folder behind that would refuse the corrected command.
+    """
+    file = folder / CONFIG
+    if jax.process_index() == 0 and not file.exists():
         write_text(file, json.dumps(to_dict(config), indent=2) + "\n")
 
 
@@ -210,6 +218,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         stage=session.progress.stage,
     )
     sinks = open_sinks(config, folder, trial_name(config)) if jax.process_index() == 0 else []
+    claim(folder, config)
     with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
         restored = loop.restore(manager, state)
         if restored is not None:
