@@ -248,18 +248,24 @@ def note(
     """Fetches a step's metrics, refuses what is not finite, logs them when due; returns them."""
     step, device_metrics, rate = pending
     metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-    if not all(math.isfinite(value) for value in metrics.values()):
-        before = ", ".join(f"{k} {v:.4g}" for k, v in last.items()) or "none"
+    bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if bad:
         log.write({"step": step, **metrics})
+        fine = {name: value for name, value in metrics.items() if name not in bad}
         raise Diverged(
-            f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}: not finite at "
-            f"rate {rate:.3g}; last finite metrics: {before}"
+            f"step {step}: {_words(bad)}: not finite at rate {rate:.3g} (finite there: "
+            f"{_words(fine)}); last finite metrics: {_words(last)}"
         )
     if step % loop.log_every == 0 or step == loop.steps:
         fill = parts.source.fill(step - 1)
         log.write({"step": step, **metrics, "rate": rate, "fill": fill, **clock.rates(step)})
     parts.stage("train", step, loop.steps, f"loss {metrics['loss']:.4f}")
     return metrics
+
+
+def _words(metrics: dict[str, float]) -> str:
+    """Metrics as "loss 0.4123, grad_norm 1.2"."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "none"
 
 
 @contextmanager
