@@ -32,7 +32,7 @@ def compilations(caplog):
 
 def test_trials_share_one_step(tiny_folder, tmp_path, compilations):
     """Mutation: the initialiser is part of the method's static configuration; the key of a compiled
-    step has the seed or the rate in it, or lacks the shapes.
+    step has the first prompt in it, or lacks the shapes; the step is compiled twice.
     """
     source = write_task(tmp_path)
     with session() as shared:

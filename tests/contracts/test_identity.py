@@ -60,7 +60,7 @@ ROWS = ((0, 1), (2, 3, 4), (5,))
 
 
 def test_no_prompt_is_the_base_model(tiny):
-    """Mutation: positions of a row begin at 1, or the softmax has a key that is always zero."""
+    """Mutation: the softmax has a key that is always zero; positions are counted in twos."""
     model, weights = tiny
     encoded = random_examples()
     config, delta = text_delta(model, weights, [])

@@ -81,7 +81,7 @@ def scores_by_id(config, delta, weights, encoded, *, budget):
 
 
 def test_candidate_scores(tiny):
-    """Mutation: no segments in the mask; a candidate's tokens see the other candidates."""
+    """Mutation: no segments in the mask."""
     model, weights = tiny
     config, delta = prompted(model, weights, 4)
     encoded = random_examples()
@@ -116,8 +116,11 @@ def test_real_logits_and_scores(smollm2, shared_data):
     assert max(np.abs(logits_MV).max() for logits_MV in wanted) > 10
     check_layout(*given, [[3, 0], [2, 1]], wanted, REAL, shape=RowShape(2, 160, 12), noise=77)
     check_layout(*given, [[0], [1, 2, 3]], wanted, REAL, shape=RowShape(2, 160, 12))
-    shares = scores_by_id(*given, budget=4096)
-    for order in ([2], [3, 1]):
-        some = scores_by_id(config, delta, weights, cut(encoded, order), budget=1)
-        for name, score_C in some.items():
-            np.testing.assert_allclose(score_C, shares[name], **REAL)
+    texts = (" not so good", " very good indeed", " bad")
+    candidates = tuple(np.array(smollm2.tokenizer.encode(text), np.int32) for text in texts)
+    encoded = dataclasses.replace(encoded, candidates=candidates)
+    together = scores_by_id(config, delta, weights, encoded, budget=4096)
+    for place in (0, 1):
+        single = dataclasses.replace(cut(encoded, [3, 1]), candidates=(candidates[place],))
+        for name, score_C in scores_by_id(config, delta, weights, single, budget=1).items():
+            np.testing.assert_allclose(score_C[0], together[name][place], **REAL)
