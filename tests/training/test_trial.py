@@ -1,0 +1,245 @@
+"""One trial as an idempotent command on a folder: whose it is, what it holds, when it ends."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from softprompt.config import from_dict, to_dict, trial_id
+from softprompt.errors import UserError
+from softprompt.progress import Progress
+from softprompt.results import read_result
+from softprompt.training.delta_file import load_delta
+from softprompt.training.logs import read_log
+from softprompt.training.session import Session
+from softprompt.training.trial import (
+    check_folder,
+    check_read,
+    claim,
+    prepare,
+    read_config,
+    run_trial,
+)
+from tests.own_task import SIZES, make_config, write_task
+
+
+class Lines(Progress):
+    """Keeps what is said, and which stages there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.said, self.stages = [], []
+
+    def say(self, line):
+        self.said.append(line)
+
+    def stage(self, what, done=0, total=0, note=""):
+        self.stages.append(what)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_task(tmp_path_factory.mktemp("trial"))
+
+
+@pytest.fixture(scope="module")
+def session():
+    return Session(Lines())
+
+
+@pytest.fixture(scope="module")
+def config(place, tiny_folder):
+    return make_config(place, tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def done(place, config, session):
+    """The folder of a finished trial, and its row."""
+    row = run_trial(config, place / "done", session=session)
+    return place / "done", row
+
+
+def test_what_the_folder_holds(done, config):
+    """Mutation: write the result before the delta."""
+    folder, row = done
+    names = {child.name for child in folder.iterdir()}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "delta.safetensors",
+        "predictions.jsonl",
+        "result.json",
+    }
+    assert to_dict(read_config(folder)) == to_dict(config)
+    assert read_result(folder) == json.loads(json.dumps(row))
+    newest = max((folder / name for name in names), key=lambda file: file.stat().st_mtime_ns)
+    assert newest.name == "result.json"
+
+
+def test_the_row(done, config):
+    _, row = done
+    assert (row["trial"], row["status"], row["steps"]) == (trial_id(config), "done", 8)
+    assert row["trainable"] == 3 * 48
+    assert row["metrics"]["validation"]["examples"] == SIZES["validation"]
+    assert row["metrics"]["test"]["examples"] == SIZES["test"]
+    assert row["metrics"]["selected_step"] in (0, 8)
+    assert 0 < row["compile_seconds"] < row["seconds"]
+    assert row["flops"] > 0
+    assert row["peak_memory_bytes"] > 2**20
+    assert (row["devices"]["count"], row["devices"]["processes"]) == (8, 1)
+
+
+def test_the_delta_is_the_selected_one(done, config):
+    """And says where it is from."""
+    folder, row = done
+    delta, provenance = load_delta(folder / "delta.safetensors")
+    assert delta["prompt"].shape == (3, 48)
+    assert delta["prompt"].dtype == np.float32
+    assert provenance["trial"] == row["trial"]
+    assert provenance["model"] == config.model.name
+    assert len(provenance["fingerprint"]) == 16
+    assert provenance["method"] == "prompt"
+
+
+def test_predictions_agree_with_the_row(done, place):
+    folder, row = done
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"test-{n}" for n in range(SIZES["test"])]
+    truth = [json.loads(line)["label"] for line in (place / "test.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == truth
+    for line in lines:
+        assert line["predicted"] == max(line["scores"], key=line["scores"].get)
+        assert all(score < 0 for score in line["scores"].values())
+    hits = np.mean([line["predicted"] == line["label"] for line in lines])
+    assert hits == row["metrics"]["test"]["accuracy"]
+
+
+def test_a_finished_trial_is_not_run_again(done, config, session):
+    """Mutation: load the model before the result is looked for."""
+    folder, row = done
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    progress = Lines()
+    again = run_trial(config, folder, session=Session(progress))
+    assert again == read_result(folder)
+    assert progress.said == [f"prompt-3-vocabulary-s0 is done already (in {folder})"]
+    assert progress.stages == [], "no model, no data, no compilation"
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_logging_and_mesh_may_differ_on_a_rerun(done, place, tiny_folder):
+    """They are not part of what a trial is."""
+    folder, _ = done
+    other = make_config(place, tiny_folder, log__every=5, mesh__model=2)
+    assert run_trial(other, folder, session=Session(Lines()))["status"] == "done"
+
+
+def test_another_config_is_refused(done, place, tiny_folder):
+    """Mutation: compare folders by name, or not at all."""
+    folder, _ = done
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    other = make_config(place, tiny_folder, method__length=5, seed=3)
+    with pytest.raises(UserError) as error:
+        run_trial(other, folder, session=Session(Lines()))
+    assert str(error.value) == (
+        f"{folder} holds another trial (method.length: 5, 3; seed: 3, 0: asked, there); "
+        "give another --workdir"
+    )
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_a_failed_trial_is_tried_again(config, session, tmp_path):
+    """Mutation: take any row for an end."""
+    row = {"trial": trial_id(config), "status": "failed", "config": to_dict(config)}
+    (tmp_path / "result.json").write_text(json.dumps(row))
+    assert run_trial(config, tmp_path, session=session)["status"] == "done"
+    assert read_result(tmp_path)["status"] == "done"
+
+
+@pytest.mark.parametrize("method", ["none", "fewshot"])
+def test_methods_that_train_nothing(place, tiny_folder, session, tmp_path, method):
+    """No log, no checkpoint, an empty delta; and idempotent too."""
+    config = make_config(place, tiny_folder, method__name=method, method__shots=2)
+    row = run_trial(config, tmp_path, session=session)
+    assert row["trainable"] == 0
+    assert row["metrics"]["test"]["examples"] == SIZES["test"]
+    names = {child.name for child in tmp_path.iterdir()}
+    assert names == {"config.json", "delta.safetensors", "predictions.jsonl", "result.json"}
+    assert load_delta(tmp_path / "delta.safetensors")[0] == {}
+    assert run_trial(config, tmp_path, session=session) == read_result(tmp_path)
+
+
+def test_selecting_the_last_delta(place, done, tiny_folder, session, tmp_path):
+    """Mutation: test the best one whatever the config says."""
+    config = make_config(place, tiny_folder, eval__select="last")
+    row = run_trial(config, tmp_path, session=session)
+    assert row["metrics"]["selected_step"] == 8
+    (line,) = [x for x in read_log(tmp_path) if x["step"] == 8 and "validation/accuracy" in x]
+    assert row["metrics"]["validation"]["accuracy"] == line["validation/accuracy"]
+    (trained,) = [x for x in read_log(tmp_path) if x["step"] == 8 and "loss" in x]
+    norm = np.linalg.norm(load_delta(tmp_path / "delta.safetensors")[0]["prompt"])
+    assert norm == pytest.approx(trained["delta_norm"], rel=1e-6)
+
+
+def test_microbatches_change_nothing(place, done, tiny_folder, session, tmp_path):
+    """Mutation: pad the rows to the mesh alone, so that they do not divide."""
+    batch = {"train__batch": 6, "mesh__model": 8}
+    whole = make_config(place, tiny_folder, **batch)
+    split = make_config(place, tiny_folder, **batch, train__microbatches=2)
+    run_trial(whole, tmp_path / "whole", session=session)
+    run_trial(split, tmp_path / "split", session=session)
+    losses = [
+        [line["loss"] for line in read_log(tmp_path / name) if "loss" in line]
+        for name in ("whole", "split")
+    ]
+    assert len(losses[0]) == 8
+    np.testing.assert_allclose(*losses, atol=1e-5)
+
+
+def test_a_mistake_leaves_no_folder(place, tiny_folder, session, tmp_path):
+    """Or the corrected command would be refused. Mutation: claim the folder first."""
+    wrong = make_config(place, tiny_folder, method__init="file", method__init_file="no.safetensors")
+    with pytest.raises(UserError, match=r"no.safetensors: No such file"):
+        run_trial(wrong, tmp_path / "w", session=session)
+    assert not (tmp_path / "w").exists()
+
+
+def test_claiming(config, tmp_path):
+    folder = epath.Path(tmp_path / "new")
+    check_folder(folder, config)
+    assert not folder.exists()
+    claim(folder, config)
+    written = (folder / "config.json").read_text()
+    assert to_dict(from_dict(json.loads(written))) == to_dict(config)
+    claim(folder, config)
+    check_folder(folder, config)
+    assert (folder / "config.json").read_text() == written
+
+
+def test_of_several_processes_the_first_claims(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    claim(epath.Path(tmp_path / "new"), config)
+    assert not (tmp_path / "new").exists()
+
+
+def test_reading_a_config(tmp_path):
+    with pytest.raises(UserError, match=rf"{tmp_path}: no trial there \(it has no config.json\)"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(UserError, match=r"config.json: not JSON \(Expecting value"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"method": {"lenght": 3}}')
+    with pytest.raises(UserError, match=r"unknown config key 'method.lenght' \(did you mean"):
+        read_config(tmp_path)
+
+
+def test_a_variable_that_no_module_reads_is_refused(config, session):
+    """Linen would ignore it. Mutation: do not look."""
+    prepared = prepare(config, session)
+    model, weights, step = prepared.loaded.model, prepared.loaded.weights, prepared.step
+    delta = {"prompt": np.zeros((3, 48), np.float32)}
+    check_read(model, weights, delta, step)
+    with pytest.raises(UserError, match="no module of the model reads the delta's prefix"):
+        check_read(model, weights, delta | {"prefix": np.zeros(3, np.float32)}, step)
