@@ -179,23 +179,6 @@ def test_a_missing_and_an_unexpected_tensor(refuse, place, model):
     )
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda raw: raw.pop("hidden_size"), "config.json: no key 'hidden_size'"),
-        (
-            lambda raw: raw.update(architectures=["GPT2LMHeadModel"]),
-            "config.json: architecture 'GPT2LMHeadModel' is not supported; supported: LlamaFor",
-        ),
-    ],
-)
-def test_a_config_of_another_model(refuse, place, model, spoil, message):
-    raw = json.loads((model / "config.json").read_text())
-    spoil(raw)
-    (model / "config.json").write_text(json.dumps(raw))
-    assert refuse(place, model).startswith(f"{model}/{message}")
-
-
 @pytest.mark.parametrize("keep", [0, 3, 100, 2000, -1000])
 def test_truncated_gguf(refuse, place, tmp_path, keep):
     file = tmp_path / "model.gguf"
