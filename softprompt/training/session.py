@@ -135,7 +135,9 @@ class Session:
         rows = mesh.shape["data"]
         shape = self.once(
             ["shape", id(data), rows],
-            lambda: eval_shape(data.validation, data.test, row_multiple=rows),
+            lambda: eval_shape(
+                data.validation, data.test, budget=scoring_budget(), row_multiple=rows
+            ),
         )
         return self.once(
             ["eval", id(data), split, rows], lambda: eval_batches(data.split(split), shape)
@@ -153,6 +155,11 @@ class Session:
             self.compiled[key] = compile_step(step, optimizer, mesh, arguments)
             self.compile_seconds += time.monotonic() - began
         return self.compiled[key]
+
+
+def scoring_budget() -> int:
+    """Tokens scored at once: what a CPU's caches hold, or enough to fill an accelerator."""
+    return 512 if jax.default_backend() == "cpu" else 16384
 
 
 def describe(encoded: Encoded) -> str:
