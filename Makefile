@@ -25,6 +25,8 @@ PARITY_VENV := .venv/parity-$(PARITY_VERSION)
 # pip is told not to compile some 12,000 files of which few are imported (about 20 seconds); Python
 # then keeps what it does import, and every later start is quick.
 export PYTHONDONTWRITEBYTECODE =
+# Large pages for large arrays: a training step on a CPU takes about a tenth less (glibc 2.35 on).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PIP_INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
 # $(call require,PYTHON): stops a target that no Python here suits.

@@ -12,8 +12,8 @@ Command:
     softprompt sweep prompt_length --workdir runs/prompt_length
     softprompt sweep prompt_length --subset quickstart --workdir runs/quickstart   (make quickstart)
 
-Cost: 40 trials (36 prompts of 240 steps, 4 baselines); the quickstart subset has 8 (4 prompts of 60
-steps, validated on 300 examples).
+Cost: 40 trials (36 prompts of 240 steps, 4 baselines); the quickstart subset has 8 (4 prompts of 40
+steps, validated on 200 examples).
 """
 
 import itertools
@@ -31,8 +31,8 @@ from softprompt.results import Row
 LENGTHS = (1, 5, 20, 100)
 INITS = ("uniform", "vocabulary", "labels")
 SEEDS = (0, 1, 2)
-STEPS = {"full": 240, "quickstart": 60}
-VALIDATION = {"full": 1000, "quickstart": 300}  # examples
+STEPS = {"full": 240, "quickstart": 40}
+VALIDATION = {"full": 1000, "quickstart": 200}  # examples
 
 CAPTION = (
     "Test accuracy with a 95 % interval: Student's t over seeds where there are several, else "

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from etils import epath
 
 from softprompt.config import ConfigDict
@@ -25,12 +26,15 @@ class MetricsLog:
         folder: the trial's, local or gs:// (which cannot append, and is rewritten by each line).
         step: the step that the trial goes on from; later lines of a killed run are cut off.
         sinks: called with each new line.
+
+    Of several processes the first writes.
     """
 
     def __init__(self, folder: epath.PathLike, *, step: int | None, sinks: list[Sink]):
         self._file = epath.Path(folder) / FILE
         self._local = "://" not in str(folder)
         self._sinks = sinks
+        self._writes = jax.process_index() == 0
         kept = []
         if step is not None and self._file.exists():
             for text in self._file.read_text().splitlines():
@@ -38,10 +42,13 @@ class MetricsLog:
                 if line is not None and line["step"] <= step:
                     kept.append(text + "\n")
         self._lines = kept
-        write_text(self._file, "".join(kept))
+        if self._writes:
+            write_text(self._file, "".join(kept))
 
     def write(self, line: Line) -> None:
         """Adds a line; numbers that are not finite become null."""
+        if not self._writes:
+            return
         text = json.dumps({k: _finite(v) for k, v in line.items()}) + "\n"
         if self._local:
             with self._file.open("a") as file:

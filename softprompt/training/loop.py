@@ -103,6 +103,7 @@ class Parts:
         rates: learning rate of each step [steps].
         key: the trial's random key; a step's is folded from it.
         mesh: where rows go.
+        row_multiple: empty rows are added to a batch until its rows are a multiple of this.
         evaluate: delta -> validation metrics.
         folder: the trial's.
         notes: JSON that every checkpoint carries, the resolved config.
@@ -117,6 +118,7 @@ class Parts:
     rates: np.ndarray
     key: jax.Array
     mesh: jax.sharding.Mesh
+    row_multiple: int
     evaluate: Callable[[Tree], dict[str, float]]
     folder: epath.Path
     notes: dict[str, Any]
@@ -149,10 +151,8 @@ def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager
     with preemption() as asked:
         if state.step == 0:
             validate(loop, parts, state, log)
-        multiple = parts.mesh.shape["data"]
-        batches = iter(
-            train_batches(parts.source, start=state.step, stop=loop.steps, row_multiple=multiple)
-        )
+        steps = {"start": state.step, "stop": loop.steps}
+        batches = iter(train_batches(parts.source, **steps, row_multiple=parts.row_multiple))
         while state.step < loop.steps and not stopped(loop, state):
             batch = put_batch(parts.mesh, next(batches))
             rate = float(parts.rates[state.step])

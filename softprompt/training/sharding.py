@@ -92,6 +92,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def random_key(seed: int, mesh: Mesh) -> jax.Array:
+    """A random key that every device of every process holds."""
+    return jax.jit(jax.random.key, out_shardings=replicated(mesh))(np.uint32(seed))
+
+
 def by_row(mesh: Mesh) -> NamedSharding:
     """Rows, the first axis, are split over "data"."""
     return NamedSharding(mesh, P("data"))

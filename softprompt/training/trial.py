@@ -34,7 +34,7 @@ from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog, open_sinks
 from softprompt.training.optimizers import make_optimizer, rates, set_rate
 from softprompt.training.session import Session, TaskData, optimizer_config
-from softprompt.training.sharding import path_name, put_batch, replicated
+from softprompt.training.sharding import path_name, put_batch, random_key, replicated
 from softprompt.training.step import StepConfig
 
 Tree = Any
@@ -184,8 +184,9 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
     state = initial_state(prepared)
     source = train_source(prepared)
-    key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
-    batch = put_batch(mesh, pad_rows(source[0], mesh.shape["data"] * config.train.microbatches))
+    key = random_key(config.seed, mesh)
+    multiple = mesh.shape["data"] * config.train.microbatches
+    batch = put_batch(mesh, pad_rows(source[0], multiple))
     opt_state = set_rate(state.opt_state, np.float32(0))
     arguments = (state.delta, opt_state, prepared.loaded.weights, batch, key)
     step = session.train_step(prepared.step, optimizer_config(config), mesh, arguments)
@@ -196,6 +197,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         rates=learning_rates(prepared),
         key=key,
         mesh=mesh,
+        row_multiple=multiple,
         evaluate=lambda delta: score(prepared, delta, "validation")[0],
         folder=folder,
         notes={"config": to_dict(config), "fingerprint": prepared.loaded.fingerprint},

@@ -93,7 +93,7 @@ def repeated(config, batch):
 
 
 def test_a_step_costs_less_than_a_third(sizes, movies, monkeypatch):
-    """Mutation: the context is computed once a row, or all positions get logits."""
+    """Mutation: the context is computed once a row instead of once a step."""
     source = TrainSource(movies, train_template(movies, examples=EXAMPLES), seed=0)
     longest = [source.lengths_N[source.places(n)[0]].max() for n in range(source.template.steps)]
     step = int(np.argsort(longest)[len(longest) // 2])  # a median batch
@@ -113,7 +113,7 @@ def test_a_step_costs_less_than_a_third(sizes, movies, monkeypatch):
 
 @pytest.mark.parametrize("examples", [16, 32])
 def test_rows_are_full_over_an_epoch(movies, examples):
-    """Mutation: one example a row; rows as long as the longest step."""
+    """Mutation: one example a row."""
     source = TrainSource(movies, train_template(movies, examples=examples), seed=0)
     fills = [source.epoch_fill(epoch) for epoch in range(2)]
     print(f"fill with {examples} examples a step: {fills}, {source.template.shape}")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from softprompt.methods import initializers
 from softprompt.models.loading import Loaded, find, load_model
 from tests.tiny import tiny_config, write_llama_folder, write_tokenizer
 
@@ -94,6 +95,21 @@ def test_real_logits(smollm2, reference, shared_data):
     worst = largest_difference(smollm2, model, [tokenizer(text)["input_ids"] for text in texts])
     print(f"largest difference of logits: {worst:.2e}")
     assert worst < 1e-3
+
+
+def test_a_prompt_of_text_is_that_text(smollm2, reference, shared_data):
+    # Breaks if: positions of a row do not go on after the context, or the context is not rotated.
+    model, _ = reference
+    lines = (shared_data / "sst2" / "stsa.binary.test").read_text().splitlines()
+    for first, second in zip(lines[20:24], lines[24:28], strict=True):
+        prompt, text = (smollm2.tokenizer.encode(line[2:]) for line in (first, second))
+        start = initializers.text(prompt)
+        embedding_VD = smollm2.weights["embed"]["embedding"]
+        delta = {"prompt": start(jax.random.key(0), embedding_VD, len(prompt))}
+        variables = {"params": smollm2.weights, "delta": delta}
+        ours_TV = np.asarray(smollm2.model.apply(variables, jnp.array(text)))
+        theirs_TV = reference_logits(model, prompt + text)[len(prompt) :]
+        assert np.abs(ours_TV - theirs_TV).max() < 1e-3
 
 
 def test_token_ids_and_decoding_on_a_thousand_lines(smollm2, reference, shared_data):

@@ -1,0 +1,54 @@
+"""Metrics against values worked out by hand."""
+
+import numpy as np
+import pytest
+
+from softprompt.evaluation.metrics import classification
+
+
+def metrics(predicted, labels, classes):
+    return classification(np.array(predicted), np.array(labels), classes)
+
+
+def test_accuracy_and_macro_f1_by_hand():
+    """Mutation: micro or weighted F1."""
+    # Class 0: precision 2/3, recall 2/4, F1 4/7. Class 1: precision 1/3, recall 1/2, F1 2/5.
+    found = metrics([0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1], 2)
+    assert found == {
+        "accuracy": pytest.approx(3 / 6),
+        "macro_f1": pytest.approx((4 / 7 + 2 / 5) / 2),
+        "examples": 6,
+    }
+
+
+def test_unlabelled_examples_do_not_count():
+    """Mutation: an unlabelled example is wrong, or right where the prediction is illegal."""
+    counted = metrics([0, 1, 1], [0, 1, 0], 2)
+    assert metrics([0, 1, 0, 1, -1, 1], [0, -1, -1, 1, -1, 0], 2) == counted
+    assert counted["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_nothing_labelled_gives_no_score():
+    """Mutation: an accuracy of 0.0."""
+    assert metrics([0, 1], [-1, -1], 2) == {"examples": 0}
+
+
+def test_illegal_outputs_are_wrong_and_no_class_of_their_own():
+    """Mutation: illegal outputs do not count; -1 enters the mean of F1 as a class."""
+    found = metrics([0, -1, 1, -1], [0, 0, 1, 1], 2)
+    assert found["accuracy"] == pytest.approx(0.5)
+    assert found["macro_f1"] == pytest.approx(2 / 3)  # precision 1 and recall 1/2 for both
+    assert found["examples"] == 4
+
+
+def test_classes_that_neither_occur_nor_are_predicted_do_not_count():
+    """Mutation: the mean is over all classes."""
+    assert metrics([0, 2], [0, 2], 5)["macro_f1"] == pytest.approx(1.0)
+    # Class 3 is predicted and never right: an F1 of zero beside 1 and 2/3.
+    assert metrics([0, 2, 3], [0, 2, 2], 5)["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_results_are_plain_numbers():
+    """Mutation: numpy scalars, which JSON refuses."""
+    found = metrics([0, 1], [0, 1], 2)
+    assert {type(value) for value in found.values()} == {float, int}

@@ -1,0 +1,108 @@
+"""Where a prompt starts."""
+
+import jax
+import numpy as np
+import pytest
+
+from softprompt.errors import UserError
+from softprompt.methods import initializers
+from softprompt.methods.initializers import (
+    common_tokens,
+    embedding_rms,
+    fixed,
+    from_rows,
+    text,
+    uniform,
+    vocabulary,
+)
+
+KEY = jax.random.key(3)
+EMBEDDING = np.asarray(0.13 * jax.random.normal(jax.random.key(0), (50, 64)))
+OTHER = np.arange(6 * 64, dtype=np.float32).reshape(6, 64)
+ALL = {
+    "uniform": uniform(),
+    "uniform_paper": uniform(0.5),
+    "vocabulary": vocabulary(range(50)),
+    "labels": fixed([[3], [4, 5]], vocabulary(range(50))),
+    "file": from_rows(OTHER, uniform(), name="f"),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_key_decides(name):
+    """Mutation: a key of its own; a global random state."""
+    once, again, other = (ALL[name](key, EMBEDDING, 9) for key in (KEY, KEY, jax.random.key(4)))
+    assert once.shape == (9, 64)
+    np.testing.assert_array_equal(once, again)
+    assert np.abs(once - other).max() > 0
+
+
+def test_uniform_has_the_scale_of_the_embeddings():
+    """Mutation: the RMS as the bound (too small by a root of three); a bound that is not used."""
+    assert float(embedding_rms(EMBEDDING)) == pytest.approx(np.sqrt(np.mean(EMBEDDING**2)))
+    rows = np.asarray(uniform()(KEY, EMBEDDING, 2000))
+    assert np.sqrt(np.mean(rows**2)) == pytest.approx(np.sqrt(np.mean(EMBEDDING**2)), rel=0.01)
+    paper = np.asarray(uniform(0.5)(KEY, EMBEDDING, 2000))
+    assert -0.5 <= paper.min() < -0.499 and 0.499 < paper.max() <= 0.5
+    assert np.sqrt(np.mean(paper**2)) == pytest.approx(0.5 / 3**0.5, rel=0.01)
+
+
+def where(rows):
+    """The token whose embedding each row is."""
+    same = np.all(np.asarray(rows)[:, None] == EMBEDDING[None], axis=-1)
+    assert np.all(same.sum(axis=1) == 1)
+    return same.argmax(axis=1).tolist()
+
+
+def test_vocabulary_samples_without_repetition_while_it_can():
+    """Mutation: sample with replacement; sample from all ids."""
+    pool = [3, 7, 11, 20, 48]
+    assert sorted(where(vocabulary(pool)(KEY, EMBEDDING, 5))) == pool
+    more = where(vocabulary(pool)(KEY, EMBEDDING, 40))
+    assert len(more) == 40 and set(more) == set(pool)
+
+
+def test_labels_come_first_and_several_tokens_are_averaged():
+    """Mutation: only a verbalizer's first token; the sampled rows first."""
+    groups = [[3], [4, 5, 6], [7]]
+    init = fixed(groups, vocabulary([20, 21]))
+    rows = np.asarray(init(KEY, EMBEDDING, 5))
+    np.testing.assert_allclose(rows[:3], [EMBEDDING[g].mean(axis=0) for g in groups], rtol=1e-6)
+    assert sorted(where(rows[3:])) == [20, 21]
+    np.testing.assert_allclose(init(KEY, EMBEDDING, 2), rows[:2])
+    np.testing.assert_allclose(init(KEY, EMBEDDING, 3), rows[:3])
+
+
+def test_text_is_cut_or_repeated():
+    """Mutation: pad with zeros; keep the end of a long text."""
+    init = text([9, 8, 7])
+    assert where(init(KEY, EMBEDDING, 2)) == [9, 8]
+    assert where(init(KEY, EMBEDDING, 3)) == [9, 8, 7]
+    assert where(init(KEY, EMBEDDING, 7)) == [9, 8, 7, 9, 8, 7, 9]
+
+
+def test_another_prompt_is_cut_or_extended():
+    """Mutation: keep its end; extend with its own rows; extend in front."""
+    init = from_rows(OTHER, vocabulary([20, 21]), name="other.safetensors")
+    np.testing.assert_array_equal(init(KEY, EMBEDDING, 4), OTHER[:4])
+    np.testing.assert_array_equal(init(KEY, EMBEDDING, 6), OTHER)
+    longer = init(KEY, EMBEDDING, 8)
+    np.testing.assert_array_equal(longer[:6], OTHER)
+    assert sorted(where(longer[6:])) == [20, 21]
+
+
+@pytest.mark.parametrize("shape", [(6, 63), (64,), (2, 3, 64)])
+def test_a_prompt_of_another_width_is_refused(shape):
+    """Mutation: broadcast, or cut its columns."""
+    init = from_rows(np.zeros(shape, np.float32), uniform(), name="other.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors.*allowed: \[any length, 64\]"):
+        init(KEY, EMBEDDING, 4)
+
+
+def test_common_tokens_are_counted():
+    """Mutation: the smallest ids; ties by first appearance; texts counted once a token."""
+    texts = [[9, 9, 9, 5], [5, 30, 2, 9], [2, 40, 40, 40, 40, 40]]
+    assert common_tokens(texts, 4) == [40, 9, 2, 5]
+    assert common_tokens(texts, 100) == [40, 9, 2, 5, 30]
+    with pytest.raises(UserError, match="common_text"):
+        initializers.common_tokens([[], []], 3)

@@ -1,0 +1,181 @@
+"""A config's words become token ids."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from softprompt.data.encode import encode
+from softprompt.errors import UserError
+from softprompt.methods import setup
+from softprompt.methods.setup import balanced_draw, few_shot_tokens, prompt_config, prompt_rows
+from softprompt.models.loading import load_model
+from softprompt.training.delta_file import save_delta
+from softprompt.training.trial import prepare
+from tests.contracts.examples import SNIPPETS, session, trial_config, write_task
+
+KEY = jax.random.key(0)
+TEXTS = ("a warm film", "the plot is old", "good good good", "a mess", "very warm", "not funny")
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_folder):
+    return load_model(str(tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def train(loaded):
+    records = [
+        {"id": str(n), "text": text, "label": SNIPPETS.labels[n % 3]}
+        for n, text in enumerate(TEXTS)
+    ]
+    sizes = {"max_input": 64, "max_target": 8}
+    return encode(records, SNIPPETS, loaded.tokenizer, **sizes, bos=False, eos=False)
+
+
+def rows_of(loaded, train, **method):
+    """The first prompt of a config."""
+    changes = {f"method__{key}": value for key, value in method.items()}
+    config = trial_config("tiny", "jsonl:x", **changes)
+    cfg = prompt_config(config, loaded, train)
+    return np.asarray(cfg.initializer(KEY, embedding(loaded), cfg.length))
+
+
+def embedding(loaded):
+    return np.asarray(loaded.weights["embed"]["embedding"])
+
+
+def test_initializers_by_name(loaded, train, tmp_path):
+    """Mutation: two names swapped; the paper's uniform scaled."""
+    table = embedding(loaded)
+    rms = np.sqrt(np.mean(table**2))
+    paper = rows_of(loaded, train, init="uniform_paper", length=200)
+    scaled = rows_of(loaded, train, init="uniform", length=200)
+    assert np.abs(paper).max() == pytest.approx(0.5, rel=1e-2)
+    assert np.abs(scaled).max() == pytest.approx(rms * 3**0.5, rel=1e-2)
+    ids = loaded.tokenizer.encode("the city")
+    rows = rows_of(loaded, train, init="text", init_text="the city", length=len(ids))
+    np.testing.assert_array_equal(rows, table[ids])
+    rows = rows_of(loaded, train, init="labels", length=5)
+    means = [table[candidate].mean(axis=0) for candidate in train.candidates]
+    assert {len(candidate) for candidate in train.candidates} != {1}
+    np.testing.assert_allclose(rows[:3], means, rtol=1e-5, atol=1e-6)
+    file = tmp_path / "delta.safetensors"
+    save_delta(file, {"prompt": scaled[:4]}, {})
+    np.testing.assert_array_equal(prompt_rows(str(file)), scaled[:4])
+    rows = rows_of(loaded, train, init="file", init_file=str(file), length=6)
+    np.testing.assert_array_equal(rows[:4], scaled[:4])
+
+
+def ids_in(loaded, rows):
+    return set(np.all(rows[:, None] == embedding(loaded)[None], axis=-1).argmax(axis=1).tolist())
+
+
+def test_the_vocabulary_is_that_of_the_named_text(loaded, train, tmp_path):
+    """Mutation: common_text is not read; common_tokens is not used; all ids."""
+    used = {int(token) for tokens in train.inputs for token in tokens}
+    assert len(used) < 100
+    assert ids_in(loaded, rows_of(loaded, train, init="vocabulary", length=200)) == used
+    three = ids_in(loaded, rows_of(loaded, train, init="vocabulary", common_tokens=3, length=60))
+    assert len(three) == 3 and three < used
+    file = tmp_path / "words.txt"
+    file.write_text("zebra\nquiz\n")
+    words = {token for word in ("zebra", "quiz") for token in loaded.tokenizer.encode(word)}
+    rows = rows_of(loaded, train, init="vocabulary", common_text=str(file), length=60)
+    assert ids_in(loaded, rows) == words
+
+
+def test_what_cannot_start_a_prompt_is_refused(loaded, train, tmp_path):
+    """Mutation: start from nothing instead."""
+    with pytest.raises(UserError, match="method.common_text.*nowhere.txt.*allowed: train"):
+        rows_of(loaded, train, init="vocabulary", common_text=str(tmp_path / "nowhere.txt"))
+    with pytest.raises(UserError, match="method.init.*no verbalizers"):
+        rows_of(loaded, dataclasses.replace(train, candidates=()), init="labels")
+    with pytest.raises(UserError, match="nowhere.safetensors"):
+        rows_of(loaded, train, init="file", init_file=str(tmp_path / "nowhere.safetensors"))
+    file = tmp_path / "delta.safetensors"
+    save_delta(file, {"lora": np.ones((2, 2), np.float32)}, {})
+    with pytest.raises(UserError, match="no tensor 'prompt' in it; it has lora"):
+        prompt_rows(str(file))
+
+
+def test_bos_stands_where_the_config_says(tiny_folder, tmp_path, loaded, monkeypatch):
+    """Mutation: "after" puts BOS before the prompt, "before" puts it on both sides."""
+    tokenizer = dataclasses.replace(loaded.tokenizer, add_bos=True, bos_id=0)
+    source = write_task(tmp_path)
+    found = {}
+    with session() as shared:
+        ours = dataclasses.replace(loaded, tokenizer=tokenizer)
+        monkeypatch.setattr(shared, "model", lambda config: ours)
+        for bos in ("after", "before", "none"):
+            prepared = prepare(trial_config(tiny_folder, source, method__bos=bos), shared)
+            starts = {tokens[0] == 0 for tokens in prepared.data.train.inputs}
+            before = prepared.step.method_config.bos_before
+            found[bos] = starts, before, prepared.context_length
+    assert found == {
+        "after": ({True}, None, 5),
+        "before": ({False}, 0, 6),
+        "none": ({False}, None, 5),
+    }
+
+
+def test_a_bos_that_the_tokenizer_lacks_is_refused(loaded, train):
+    """Mutation: train without BOS and say nothing."""
+    without = dataclasses.replace(
+        loaded, tokenizer=dataclasses.replace(loaded.tokenizer, bos_id=None)
+    )
+    config = trial_config("tiny", "jsonl:x", method__bos="before")
+    with pytest.raises(UserError, match="method.bos.*no BOS"):
+        prompt_config(config, without, train)
+
+
+def shots(loaded, train, *, room=400, **changes):
+    config = trial_config("tiny", "jsonl:x", method__name="fewshot", **changes)
+    return few_shot_tokens(config, loaded, train, room=room)
+
+
+def test_few_shot_examples_are_solved_balanced_and_seeded(loaded, train):
+    """Mutation: leave out targets; draw without regard to labels; one draw for all seeds."""
+    text = loaded.tokenizer.decode(shots(loaded, train, method__shots=3).tolist())
+    assert text.count("Review: ") == text.count("\nSentiment:") == 3
+    for verbalizer in SNIPPETS.verbalizers.values():
+        assert text.count(f"Sentiment:{verbalizer}\n\n") == 1
+    draws = {tuple(shots(loaded, train, method__shots=3, seed=seed)) for seed in range(5)}
+    assert len(draws) > 1
+    again = shots(loaded, train, method__shots=3, seed=4)
+    assert tuple(again) in draws
+    everything = loaded.tokenizer.decode(shots(loaded, train, method__shots=6).tolist())
+    assert all(f"Review: {one}\n" in everything for one in TEXTS)
+
+
+def test_few_shot_limits(loaded, train):
+    """Mutation: cut the text, or repeat examples."""
+    with pytest.raises(UserError, match="method.shots.*7; allowed: at most 6"):
+        shots(loaded, train, method__shots=7)
+    with pytest.raises(UserError, match="method.shots.*room for 20"):
+        shots(loaded, train, method__shots=3, room=20)
+
+
+def test_few_shot_begins_with_bos_where_the_model_wants_one(loaded, train):
+    """Mutation: a BOS before each example."""
+    tokenizer = dataclasses.replace(loaded.tokenizer, add_bos=True, bos_id=0)
+    ours = dataclasses.replace(loaded, tokenizer=tokenizer)
+    plain = shots(loaded, train, method__shots=3)
+    np.testing.assert_array_equal(shots(ours, train, method__shots=3), [0, *plain])
+    np.testing.assert_array_equal(shots(ours, train, method__shots=3, method__bos="none"), plain)
+
+
+def test_draws_are_balanced_while_the_labels_last():
+    """Mutation: the first examples of each label; unlabelled examples drawn."""
+    labels_N = np.array([0] * 20 + [1] * 20 + [2] * 3 + [-1] * 9)
+    seen = set()
+    for seed in range(20):
+        drawn = balanced_draw(labels_N, 12, np.random.default_rng(seed))
+        assert len(set(drawn.tolist())) == 12
+        counts = np.bincount(labels_N[drawn], minlength=3)
+        assert counts.sum() == 12 and counts[2] == 3 and abs(counts[0] - counts[1]) <= 1
+        seen |= set(drawn.tolist())
+    assert len(seen) > 30
+    assert len(balanced_draw(labels_N, 99, np.random.default_rng(0))) == 43
+    assert setup.balanced_draw(np.array([-1, -1]), 3, np.random.default_rng(0)).size == 0

@@ -1,0 +1,133 @@
+"""Optimizers against optax's own, and schedules against their shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from softprompt.errors import UserError
+from softprompt.training.optimizers import OptimizerConfig, make_optimizer, rates, set_rate
+
+RATES = np.array([0.1, 0.03, 0.2, 0.05, 0.01], np.float32)
+
+
+def walk(tx, delta, *, given=True):
+    """Deltas after each of some steps with different gradients; rates are set from outside."""
+    state, path = tx.init(delta), []
+    update = jax.jit(tx.update)
+    for step, rate in enumerate(RATES):
+        grads = jax.tree.map(
+            lambda leaf, step=step: jax.random.normal(jax.random.key(step), leaf.shape) * 4**step,
+            delta,
+        )
+        if given:
+            state = set_rate(state, rate)
+        updates, state = update(grads, state, delta)
+        delta = optax.apply_updates(delta, updates)
+        path.append(delta["prompt"])
+    return np.array(path)
+
+
+def schedule(step):
+    return jnp.asarray(RATES)[step]
+
+
+@pytest.fixture
+def delta():
+    return {"prompt": jax.random.normal(jax.random.key(9), (12, 16))}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_optax_adamw(delta, decay):
+    """Mutation: weight decay after the rate; the first rate for all steps; b1 for b2."""
+    cfg = OptimizerConfig(weight_decay=decay, b1=0.8, b2=0.95, eps=1e-3)
+    wanted = optax.adamw(schedule, 0.8, 0.95, 1e-3, weight_decay=decay)
+    np.testing.assert_allclose(
+        walk(make_optimizer(cfg), delta), walk(wanted, delta, given=False), rtol=2e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("factored_min", [8, 128], ids=["factored", "whole"])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_adafactor_is_optax_adafactor(delta, factored_min, decay):
+    """Mutation: no clipping of the update's RMS; scaling by the parameters; decay with the rate."""
+    cfg = OptimizerConfig("adafactor", decay, decay_rate=0.7, factored_min=factored_min)
+    wanted = optax.adafactor(
+        schedule,
+        min_dim_size_to_factor=factored_min,
+        decay_rate=0.7,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=decay or None,
+    )
+    np.testing.assert_allclose(
+        walk(make_optimizer(cfg), delta), walk(wanted, delta, given=False), rtol=2e-6, atol=1e-6
+    )
+
+
+def test_factored_moments_are_vectors(delta):
+    """Mutation: `factored_min` is not handed on."""
+    shapes = {}
+    for least in (8, 13):
+        state = make_optimizer(OptimizerConfig("adafactor", factored_min=least)).init(delta)
+        shapes[least] = {leaf.shape for leaf in jax.tree.leaves(state)}
+    assert (12, 16) not in shapes[8] and {(12,), (16,)} <= shapes[8]
+    assert (12, 16) in shapes[13]
+
+
+def test_clipping_bounds_the_global_norm(delta):
+    """Mutation: clip after the moments; clip by value; clip 0 clips to zero."""
+    clipped = walk(make_optimizer(OptimizerConfig(clip=0.5)), delta)
+    wanted = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(schedule, weight_decay=0.0))
+    np.testing.assert_allclose(clipped, walk(wanted, delta, given=False), rtol=2e-6, atol=1e-6)
+    free = walk(make_optimizer(OptimizerConfig(clip=0.0)), delta)
+    assert np.abs(free - clipped).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_the_rate_reaches_the_update_without_a_new_program(delta, name):
+    """Mutation: `set_rate` sets nothing; the rate is a constant of the optimizer."""
+    tx = make_optimizer(OptimizerConfig(name))
+    state = tx.init(delta)
+    traced = []
+
+    @jax.jit
+    def update(grads, state, delta):
+        traced.append(1)
+        return tx.update(grads, state, delta)[0]["prompt"]
+
+    moves = [update(delta, set_rate(state, rate), delta) for rate in RATES]
+    assert len(traced) == 1
+    for rate, move in zip(RATES, moves, strict=True):
+        np.testing.assert_allclose(move, moves[0] * (rate / RATES[0]), rtol=1e-5)
+    assert np.abs(update(delta, set_rate(state, np.float32(0)), delta)).max() == 0
+
+
+def test_schedules():
+    """Mutation: a first step of rate zero; a warm-up that peaks a step late; no fall."""
+    np.testing.assert_allclose(rates("constant", peak=2.0, warmup=0, steps=4), [2, 2, 2, 2])
+    np.testing.assert_allclose(rates("linear", peak=2.0, warmup=0, steps=4), [2, 1.5, 1, 0.5])
+    cosine = 1 + np.cos(np.pi * np.arange(6) / 6)
+    np.testing.assert_allclose(rates("cosine", peak=2.0, warmup=0, steps=6), cosine, rtol=1e-6)
+    warm = rates("cosine", peak=3.0, warmup=3, steps=12)
+    np.testing.assert_allclose(warm[:3], [1, 2, 3], rtol=1e-6)
+    assert warm[2] == warm.max() and np.all(np.diff(warm[2:]) < 0) and 0 < warm[-1] < 0.3
+    climb = rates("constant", peak=1.0, warmup=4, steps=6)
+    np.testing.assert_allclose(climb, [0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("warmup, steps", [(0, 1), (1, 1), (5, 5), (0, 0)])
+def test_short_schedules_are_finite(name, warmup, steps):
+    """Mutation: divide by `steps - warmup`."""
+    some = rates(name, peak=0.5, warmup=warmup, steps=steps)
+    assert some.shape == (steps,) and some.dtype == np.float32
+    assert np.all((some > 0) & (some <= 0.5))
+
+
+def test_unknown_names_are_refused():
+    """Mutation: fall back to AdamW, or to a constant rate."""
+    with pytest.raises(UserError, match="adamww.*adamw"):
+        make_optimizer(OptimizerConfig("adamww"))
+    with pytest.raises(UserError, match="cosin.*cosine"):
+        rates("cosin", peak=1.0, warmup=0, steps=3)
