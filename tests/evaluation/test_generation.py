@@ -60,7 +60,9 @@ def tokenizer():
     return Tokenizer(tiny_tokenizer(), bos_id=0, eos_id=1, add_bos=False)
 
 
-def read(tokenizer, answers, verbalizers=(" positive", " negative", " neg", " not", " not so sure")):
+def read(
+    tokenizer, answers, verbalizers=(" positive", " negative", " neg", " not", " not so sure")
+):
     ids = {n: tokenizer.encode(text) for n, text in enumerate(answers)}
     return read_labels(ids, verbalizers, tokenizer)
 
