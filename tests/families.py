@@ -1,7 +1,7 @@
 """Tiny variants of every decoder family: what their config.json says, and random weights.
 
-Sizes are awkward on purpose: heads times head size is not the width where the family allows it, some
-have one kv head, the vocabulary is odd, and windows end inside a row and inside its context.
+Sizes are awkward on purpose: heads times head size is not the width where the family allows it,
+some have one kv head, the vocabulary is odd, and windows end inside a row and inside its context.
 """
 
 import json
