@@ -6,7 +6,7 @@ The argument sets length and initialisation, as in `configs/quickstart.py:length
 Command:
     softprompt train --config configs/quickstart.py --workdir runs/one_prompt
 
-Cost: 40 steps of 16 movie snippets, COST.
+Cost: 60 steps of 16 movie snippets, COST.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.method.length = given.length
     config.method.init = given.init
     config.data.validation_examples = 200
-    config.train.steps, config.train.batch = 40, 16
-    config.optimizer.warmup = 4
-    config.eval.every = 20
+    config.train.steps, config.train.batch = 60, 16
+    config.optimizer.warmup = 6
+    config.eval.every = 30
     return config

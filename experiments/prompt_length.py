@@ -12,7 +12,7 @@ Command:
     softprompt sweep prompt_length --workdir runs/prompt_length
     softprompt sweep prompt_length --subset quickstart --workdir runs/quickstart   (make quickstart)
 
-Cost: 40 trials (36 prompts of 240 steps, 4 baselines); the quickstart subset has 8 (4 prompts of 40
+Cost: 40 trials (36 prompts of 240 steps, 4 baselines); the quickstart subset has 8 (4 prompts of 60
 steps, validated on 200 examples).
 """
 
@@ -31,7 +31,7 @@ from softprompt.results import Row
 LENGTHS = (1, 5, 20, 100)
 INITS = ("uniform", "vocabulary", "labels")
 SEEDS = (0, 1, 2)
-STEPS = {"full": 240, "quickstart": 40}
+STEPS = {"full": 240, "quickstart": 60}
 VALIDATION = {"full": 1000, "quickstart": 200}  # examples
 
 CAPTION = (

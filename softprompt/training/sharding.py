@@ -1,7 +1,7 @@
 """How arrays lie on a `(data, model)` mesh: one rule table, which must cover every frozen leaf."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,17 +27,20 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(data: int = -1, model: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over all devices of all processes.
 
     Args:
         data: devices along which rows are split; -1 takes what `model` leaves.
         model: devices along which heads, ffn and vocabulary are split.
+        devices: these instead of all.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count()
+    count = len(jax.devices() if devices is None else devices)
     if model < 1 or count % model:
         raise UserError(f"config.mesh.model {model} does not divide the {count} devices")
     size = count // model if data == -1 else data
@@ -45,7 +48,8 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
         raise UserError(
             f"config.mesh.data {data} x config.mesh.model {model} is not the {count} devices"
         )
-    return jax.make_mesh((size, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    axis_types = (AxisType.Auto,) * 2
+    return jax.make_mesh((size, model), ("data", "model"), axis_types=axis_types, devices=devices)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -31,7 +31,7 @@ from softprompt.models.loading import Loaded
 from softprompt.results import Row, make_row, read_result, write_result, write_text
 from softprompt.training import checkpoints, loop
 from softprompt.training.delta_file import save_delta
-from softprompt.training.logs import MetricsLog, open_sinks
+from softprompt.training.logs import MetricsLog, open_sinks, read_log
 from softprompt.training.optimizers import make_optimizer, rates, set_rate
 from softprompt.training.session import Session, TaskData, optimizer_config
 from softprompt.training.sharding import path_name, put_batch, random_key, replicated
@@ -63,6 +63,10 @@ class Prepared:
 
 def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -> Row:
     """Trains and tests one config, going on from where an earlier run of it stopped.
+
+    On several hosts, call `jax.distributed.initialize()` first in each process and then this with
+    the same arguments, `folder` on storage that all of them reach. The mesh spans the devices of
+    all processes; the first process writes; a SIGTERM to one of them stops all.
 
     Args:
         config: resolved and valid.
@@ -212,16 +216,23 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
             session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
         state = restored or state
         log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
-        before, started = state.step, time.monotonic()
         state = loop.train(loop_config(config), parts, state, log, manager)
-        seconds = time.monotonic() - started
-    done = state.step - before
-    share = done * parts.step_flops / seconds / parts.machine_flops if done else None
-    facts = {"steps": state.step, "flops": state.step * parts.step_flops, "peak_share": share}
-    facts["seconds"] = state.seconds
+    facts = {
+        "steps": state.step,
+        "flops": state.step * parts.step_flops,
+        "peak_share": mean_share(folder),
+        "seconds": state.seconds,
+    }
     if config.eval.select == "last":
         return state.delta, {"validation": state.last_scores, "selected_step": state.step}, facts
     return state.best, {"validation": state.best_scores, "selected_step": state.best_step}, facts
+
+
+def mean_share(folder: epath.Path) -> float | None:
+    """Share of the machine's peak over all logged training steps, evaluations left out."""
+    lines = [line for line in read_log(folder) if "peak_share" in line]
+    seconds = sum(line["seconds"] for line in lines)
+    return sum(line["peak_share"] * line["seconds"] for line in lines) / seconds if lines else None
 
 
 def train_source(prepared: Prepared) -> TrainSource:
