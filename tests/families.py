@@ -156,6 +156,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What the golden values of tests/golden/families.json follow: longer than the windows.
+FAMILY_IDS = [7, 300, 12, 45, 45, 2, 319, 81, 100, 263, 0, 64, 330, 5, 17]
+
+
+def golden_prompt(width: int) -> np.ndarray:
+    """The soft prompt [9, D] before them."""
+    return np.random.default_rng(9).standard_normal((9, width)).astype(np.float32)
+
+
 SLIDING = ("mistral", "qwen2-sliding", "qwen3-sliding", "gemma2", "gemma3", "gemma3-scaled")
 
 

@@ -78,7 +78,8 @@ def rope(raw: Raw, *, base: float = 10000.0) -> dict[str, Any]:
         UserError: another kind of scaling.
     """
     found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    only(found, "partial_rotary_factor", 1.0)
+    for part in (raw, found):
+        only(part, "partial_rotary_factor", 1.0)
     theta = found.get("rope_theta") or raw.get("rope_theta") or base
     return {"rope_base": float(theta), "rope_scaling": rope_scaling(found)}
 
