@@ -68,6 +68,13 @@ def test_tables_and_rules_cover_every_leaf(name):
             assert axis is None or size % mesh.shape[axis] == 0
 
 
+def test_every_rule_is_some_leafs():
+    """Mutation: a rule that nothing needs, or a second one for the same leaf."""
+    paths = {path for raw in VARIANTS.values() for path in decoder_shapes(read_family(raw)[1])}
+    for rule, _ in WEIGHT_RULES:
+        assert any(re.fullmatch(rule, path) for path in paths), rule
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma3"])
 def test_scales_and_biases_stay_float32(tmp_path, name):
     """Mutation: they get the matrices' dtype; a 1 added in bfloat16 would cost them seven bits."""
