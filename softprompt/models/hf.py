@@ -13,6 +13,7 @@ from softprompt.cache import cache_dir
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.names import Source
+from softprompt.models.t5_layers import T5Config
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 
@@ -54,7 +55,7 @@ def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
             not have, or a missing key.
     """
     file = Path(folder) / "config.json"
-    raw = _read_json(file)
+    raw = read_json(file)
     (architecture,) = (raw.get("architectures") or ["(none)"])[:1]
     if architecture not in ARCHITECTURES:
         raise UserError(
@@ -81,7 +82,7 @@ def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
         raise UserError(f"{file}: no key {e}") from e
 
 
-def open_source(folder: str | os.PathLike[str], config: DecoderConfig) -> Source:
+def open_source(folder: str | os.PathLike[str], config: DecoderConfig | T5Config) -> Source:
     """The folder's tensors as a source of weights; reads headers only.
 
     Raises:
@@ -145,7 +146,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if not single.exists():
             raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
         return [single]
-    shards: Any = _read_json(index).get("weight_map")
+    shards: Any = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index}: no weight_map")
     files = [folder / name for name in sorted(set(shards.values()))]
@@ -186,7 +187,12 @@ def _refuse_variants(file: Path, raw: dict[str, Any], rope: dict[str, Any]) -> N
             raise UserError(f"{file}: {key} {value!r} is not supported; allowed: {only!r}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: no such file, or no JSON object in it.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

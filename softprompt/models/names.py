@@ -8,6 +8,7 @@ A source (a GGUF file, a Hugging Face folder) gives tensors in the layout of `to
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,11 +39,25 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """How a tensor of shape `source` becomes a leaf (or its layer) of shape `leaf`."""
+    """How a tensor of shape `source` becomes a leaf (or its layer) of shape `leaf`.
+
+    `layers`: how many tensors are stacked in the leaf, None where it is one tensor.
+    """
 
     source: tuple[int, ...]
     leaf: tuple[int, ...]
     convert: Callable[[np.ndarray], np.ndarray]
+    layers: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole leaf's shape."""
+        return self.leaf if self.layers is None else (self.layers, *self.leaf)
+
+
+def parameter_count(parts: Mapping[str, Part]) -> int:
+    """Exact number of parameters of a weights tree; a tied head counts once."""
+    return sum(math.prod(part.shape) for part in parts.values())
 
 
 def llama_parts(config: DecoderConfig) -> dict[str, Part]:
@@ -77,12 +92,15 @@ def llama_parts(config: DecoderConfig) -> dict[str, Part]:
     }
     if not c.tied:
         parts["head/kernel"] = linear(c.width, c.vocab)
-    return parts
+    return {
+        path: dataclasses.replace(part, layers=c.layers) if path.startswith("layers/") else part
+        for path, part in parts.items()
+    }
 
 
 def read_weights(
     source: Source,
-    config: DecoderConfig,
+    parts: Mapping[str, Part] | DecoderConfig,
     names: Mapping[str, str],
     *,
     dtype: np.dtype,
@@ -94,9 +112,10 @@ def read_weights(
 
     Args:
         source: opened weights.
-        config: the sizes that the tensors must have.
+        parts: leaf path -> how its tensors become the leaf; a decoder's config stands for
+            `llama_parts` of it.
         names: leaf path -> tensor name in the source, with `{}` for the layer where stacked.
-        dtype: dtype of the leaves.
+        dtype: dtype of the leaves; norm scales and relative biases are at least float32.
         put: called as `put(path, array)` on each finished leaf; what it returns is kept.
 
     Returns:
@@ -106,40 +125,40 @@ def read_weights(
     Raises:
         UserError: listing every missing, unexpected and misshapen tensor.
     """
-    parts = llama_parts(config)
-    tensors = {path: _tensor_names(names[path], config.layers) for path in parts}
+    if isinstance(parts, DecoderConfig):
+        parts = llama_parts(parts)
+    tensors = {path: _tensor_names(names[path], part.layers) for path, part in parts.items()}
     _check(source, {name: parts[path].source for path in parts for name in tensors[path]})
     digests: list[str] = []
     weights: dict[str, Any] = {}
     for path, part in parts.items():
-        count = config.layers if "{}" in names[path] else None
-        leaf = _fill(source, tensors[path], part, count=count, dtype=dtype, digests=digests)
+        leaf = _fill(source, tensors[path], part, dtype=leaf_dtype(path, dtype), digests=digests)
         _insert(weights, path, put(path, leaf))
         del leaf  # the next one is allocated without this one beside it
     fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:16]
     return weights, fingerprint
 
 
+def leaf_dtype(path: str, dtype: np.dtype) -> np.dtype:
+    """Dtype of a leaf: that of the model, but at least float32 for scales and relative biases."""
+    small = path.endswith(("/scale", "relative_bias/embedding"))
+    return np.promote_types(dtype, np.float32) if small else dtype
+
+
 def _fill(
-    source: Source,
-    tensors: list[str],
-    part: Part,
-    *,
-    count: int | None,
-    dtype: np.dtype,
-    digests: list[str],
+    source: Source, tensors: list[str], part: Part, *, dtype: np.dtype, digests: list[str]
 ) -> np.ndarray:
-    """One leaf, stacked where there is a count of layers; appends its tensors' digests."""
-    leaf = np.empty(part.leaf if count is None else (count, *part.leaf), dtype)
+    """One leaf, stacked where it has layers; appends its tensors' digests."""
+    leaf = np.empty(part.shape, dtype)
     for layer, name in enumerate(tensors):
         values, raw = source.read(name)
-        leaf[... if count is None else layer] = part.convert(values)
+        leaf[... if part.layers is None else layer] = part.convert(values)
         digests.append(_digest(name, source.tensors[name], raw))
     return leaf
 
 
-def _tensor_names(pattern: str, layers: int) -> list[str]:
-    return [pattern.format(i) for i in range(layers)] if "{}" in pattern else [pattern]
+def _tensor_names(pattern: str, layers: int | None) -> list[str]:
+    return [pattern] if layers is None else [pattern.format(i) for i in range(layers)]
 
 
 def _check(source: Source, wanted: dict[str, tuple[int, ...]]) -> None:

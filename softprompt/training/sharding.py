@@ -20,6 +20,12 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
     (r"layers/mlp/(gate|up)/kernel", P(None, None, "model")),
     (r"layers/mlp/down/kernel", P(None, "model", None)),
     (r"(layers/(attn|mlp)_norm|final_norm)/scale", P()),
+    (r"(encoder|decoder)/relative_bias/embedding", P(None, "model")),
+    (r"(encoder|decoder)/layers/(attn|cross)/[qkv]/kernel", P(None, None, "model", None)),
+    (r"(encoder|decoder)/layers/(attn|cross)/o/kernel", P(None, "model", None, None)),
+    (r"(encoder|decoder)/layers/mlp/(gate|up)/kernel", P(None, None, "model")),
+    (r"(encoder|decoder)/layers/mlp/down/kernel", P(None, "model", None)),
+    (r"(encoder|decoder)/(layers/(attn|cross|mlp)_norm|final_norm)/scale", P()),
 )
 
 
