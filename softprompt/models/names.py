@@ -41,13 +41,15 @@ class Source:
 class Part:
     """How a tensor of shape `source` becomes a leaf (or its layer) of shape `leaf`.
 
-    `layers`: how many tensors are stacked in the leaf, None where it is one tensor.
+    `layers`: how many tensors are stacked in the leaf, None where it is one tensor. `exact`: the
+    leaf is at least float32, whatever dtype the others have.
     """
 
     source: tuple[int, ...]
     leaf: tuple[int, ...]
     convert: Callable[[np.ndarray], np.ndarray]
     layers: int | None = None
+    exact: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,7 +117,7 @@ def read_weights(
         parts: leaf path -> how its tensors become the leaf; a decoder's config stands for
             `llama_parts` of it.
         names: leaf path -> tensor name in the source, with `{}` for the layer where stacked.
-        dtype: dtype of the leaves; norm scales and relative biases are at least float32.
+        dtype: dtype of the leaves; those that are `exact` are at least float32.
         put: called as `put(path, array)` on each finished leaf; what it returns is kept.
 
     Returns:
@@ -132,24 +134,19 @@ def read_weights(
     digests: list[str] = []
     weights: dict[str, Any] = {}
     for path, part in parts.items():
-        leaf = _fill(source, tensors[path], part, dtype=leaf_dtype(path, dtype), digests=digests)
+        leaf = _fill(source, tensors[path], part, dtype=dtype, digests=digests)
         _insert(weights, path, put(path, leaf))
         del leaf  # the next one is allocated without this one beside it
     fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:16]
     return weights, fingerprint
 
 
-def leaf_dtype(path: str, dtype: np.dtype) -> np.dtype:
-    """Dtype of a leaf: that of the model, but at least float32 for scales and relative biases."""
-    small = path.endswith(("/scale", "relative_bias/embedding"))
-    return np.promote_types(dtype, np.float32) if small else dtype
-
-
 def _fill(
     source: Source, tensors: list[str], part: Part, *, dtype: np.dtype, digests: list[str]
 ) -> np.ndarray:
     """One leaf, stacked where it has layers; appends its tensors' digests."""
-    leaf = np.empty(part.shape, dtype)
+    wanted = np.promote_types(dtype, np.float32) if part.exact else dtype
+    leaf = np.empty(part.shape, wanted)
     for layer, name in enumerate(tensors):
         values, raw = source.read(name)
         leaf[... if part.layers is None else layer] = part.convert(values)

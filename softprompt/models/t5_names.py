@@ -89,12 +89,15 @@ def kernel_matrix(path: str, leaf: tuple[int, ...]) -> tuple[int, int]:
 
 
 def t5_parts(config: T5Config) -> dict[str, Part]:
-    """Leaf path -> part: PyTorch stores a kernel as [out, in], and all else as it is here."""
+    """Leaf path -> part: PyTorch stores a kernel as [out, in], and all else as it is here.
+
+    Norm scales and relative biases stay in float32 where the matrices are bfloat16.
+    """
 
     def one(path: str, leaf: tuple[int, ...]) -> Part:
         layers = layer_count(config, path)
         if not path.endswith("/kernel"):
-            return Part(leaf, leaf, lambda x: x, layers)
+            return Part(leaf, leaf, lambda x: x, layers, exact=path != "embed/embedding")
         return Part(kernel_matrix(path, leaf)[::-1], leaf, lambda x: x.T.reshape(leaf), layers)
 
     return {path: one(path, leaf) for path, leaf in t5_shapes(config).items()}
