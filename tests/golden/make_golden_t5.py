@@ -26,12 +26,12 @@ def rounded(values: Any) -> list[float]:
 
 
 def reference(family: dict[str, Any]) -> list[dict[str, Any]]:
-    """Logits at the last target position: a short input, a long one, and one behind a prompt."""
+    """Logits at the last target position: a long input, and one behind a prompt."""
     with tempfile.TemporaryDirectory() as folder:
         write_t5_folder(folder, seed=1, **family)
         model = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     cases = []
-    for length, prompt_length in ((7, 0), (150, 0), (9, 3)):
+    for length, prompt_length in ((150, 0), (9, 3)):
         rng = np.random.default_rng([length, prompt_length])
         ids = rng.integers(2, 99, length).tolist()
         prompt = np.round(rng.standard_normal((prompt_length, 20)), 3)

@@ -1,5 +1,6 @@
 """Algebra of the T5 in float64: packing, prompts inline and as contexts, biases; 1e-9 relative."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,40 @@ def collections(weights: Any, delta: Any = None) -> dict[str, Any]:
     return {"params": weights, "delta": delta or {}}
 
 
+@functools.cache
+def compiled(model: T5) -> Any:
+    """The model on one pair, compiled once a shape whichever test asks."""
+    return jax.jit(lambda variables, tokens_S, tokens_T: model.apply(variables, tokens_S, tokens_T))
+
+
 def alone(model: T5, variables: Any, tokens_S: list[int], tokens_T: list[int]) -> np.ndarray:
     """Logits [T, V] of one pair."""
-    return np.asarray(model.apply(variables, jnp.array(tokens_S), jnp.array(tokens_T)))
+    return np.asarray(compiled(model)(variables, jnp.array(tokens_S), jnp.array(tokens_T)))
+
+
+@functools.cache
+def compiled_row(model: T5) -> Any:
+    """The model on a row of the encoder and one of the decoder: logits [T, V]."""
+
+    def run(variables: Any, encoder: Any, decoder: Any, branches_T: Any = None) -> jax.Array:
+        contexts = model.apply(variables, method="prompt_contexts")
+        states_SD = model.apply(variables, contexts, *encoder, method="encode")
+        row = (encoder[1], *decoder, branches_T)
+        x_TD = model.apply(variables, contexts, states_SD, *row, method="decode")
+        return model.apply(variables, x_TD, method="logits")
+
+    return jax.jit(run)
 
 
 def packed(
-    sequences: list[list[int]], segments: list[int], *, slots: int, padding: int
+    sequences: list[list[int]], segments: list[int], *, slots: int, length: int
 ) -> tuple[jax.Array, ...]:
-    """Tokens, segments, positions and prompt index of a row, each segment behind its own slots."""
+    """Tokens, segments, positions and prompt index of a row, each segment behind its slots."""
     columns: list[tuple[int, int, int, int]] = []
     for tokens, segment in zip(sequences, segments, strict=True):
         columns += [(0, segment, 0, p) for p in range(slots)]
         columns += [(t, segment, i, -1) for i, t in enumerate(tokens)]
-    columns += [(3, 0, i, -1) for i in range(padding)]
+    columns += [(3, 0, i, -1) for i in range(length - len(columns))]
     return tuple(jnp.array(column) for column in zip(*columns, strict=True))
 
 
@@ -54,12 +75,10 @@ def packed_logits(
 ) -> dict[int, np.ndarray]:
     """Logits of each example where all share a row, in the given order, with padding behind."""
     segments = [10 * (i + 1) for i in order]
-    encoder = packed([INPUTS[i] for i in order], segments, slots=encoder_slots, padding=4)
-    decoder = packed([TARGETS[i] for i in order], segments, slots=decoder_slots, padding=3)
-    contexts = model.apply(variables, method="prompt_contexts")
-    states_SD = model.apply(variables, contexts, *encoder, method="encode")
-    x_TD = model.apply(variables, contexts, states_SD, encoder[1], *decoder, method="decode")
-    logits_TV = np.asarray(model.apply(variables, x_TD, method="logits"))
+    inputs, targets = ([x[i] for i in order] for x in (INPUTS, TARGETS))
+    encoder = packed(inputs, segments, slots=encoder_slots, length=30)
+    decoder = packed(targets, segments, slots=decoder_slots, length=18)
+    logits_TV = np.asarray(compiled_row(model)(variables, encoder, decoder))
     is_token = np.asarray(decoder[3]) < 0
     return {i: logits_TV[(np.asarray(decoder[1]) == 10 * (i + 1)) & is_token] for i in order}
 
@@ -69,7 +88,7 @@ def close(a: Any, b: Any) -> None:
 
 
 @pytest.mark.parametrize("inline", [True, False], ids=["inline", "once"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["T5 1.0", "ByT5"])
 def test_logits_do_not_depend_on_what_a_row_is_packed_with(family, inline):
     # Breaks if: any of the three masks forgets segments, or a bias counts from the row's start.
     model, weights = tiny_t5(prompt_to_input=inline, **FAMILIES[family])
@@ -84,9 +103,9 @@ def test_rows_under_vmap_equal_rows_alone():
     model, weights = tiny_t5(prompt_to_input=False)
     variables = collections(weights, prompts(encoder=3, decoder=2))
     rows = jnp.array([INPUTS[0], INPUTS[0][::-1]]), jnp.array([TARGETS[0], TARGETS[0][::-1]])
-    together = jax.vmap(lambda s, t: model.apply(variables, s, t))(*rows)
+    together = jax.jit(jax.vmap(lambda s, t: model.apply(variables, s, t)))(*rows)
     for logits_TV, tokens_S, tokens_T in zip(together, *rows, strict=True):
-        close(logits_TV, model.apply(variables, tokens_S, tokens_T))
+        close(logits_TV, alone(model, variables, tokens_S, tokens_T))
 
 
 def shapes_under_vmap(jaxpr: Any) -> set[tuple[int, ...]]:
@@ -94,8 +113,9 @@ def shapes_under_vmap(jaxpr: Any) -> set[tuple[int, ...]]:
     shapes = set()
     for eqn in jaxpr.eqns:
         shapes |= {v.aval.shape for v in eqn.outvars}
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            shapes |= shapes_under_vmap(inner)
+        for inner in jax.tree.leaves(eqn.params):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                shapes |= shapes_under_vmap(getattr(inner, "jaxpr", inner))
     return shapes
 
 
@@ -222,11 +242,10 @@ def repeated(model: T5, weights: Any, delta: Any, pair: tuple[Any, Any]) -> jax.
     return x @ weights["head"]["kernel"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_once_equals_repeated_behind_a_mask(family):
+def test_once_equals_repeated_behind_a_mask():
     # Breaks if: a context's biases count from 0, the decoder loses the prompt's states, or a
     # context's own run is masked otherwise.
-    model, weights = tiny_t5(prompt_to_input=False, **FAMILIES[family])
+    model, weights = tiny_t5(prompt_to_input=False, **FAMILIES["ByT5"])
     delta = prompts(encoder=5, decoder=3)
     pair = INPUTS[1], TARGETS[2]
 
@@ -249,18 +268,13 @@ def test_once_equals_repeated_behind_a_mask(family):
 def test_branches_of_one_example_equal_rows_of_their_own(inline):
     # Breaks if: the decoder's mask forgets branches.
     model, weights = tiny_t5(prompt_to_input=inline)
-    variables = collections(weights, prompts(encoder=2, decoder=2))
+    variables = collections(weights, prompts(encoder=3, decoder=2))
     slots = 2 * inline
-    encoder = packed([INPUTS[0]], [1], slots=slots, padding=1)
-    decoder = packed(list(TARGETS), [1, 1, 1], slots=slots, padding=0)
+    encoder = packed([INPUTS[0]], [1], slots=3 * inline, length=9)
+    decoder = packed(list(TARGETS), [1, 1, 1], slots=slots, length=0)
     lengths = [slots + len(t) for t in TARGETS]
     branches_T = jnp.repeat(jnp.arange(3), np.array(lengths))
-    contexts = model.apply(variables, method="prompt_contexts")
-    states_SD = model.apply(variables, contexts, *encoder, method="encode")
-    x_TD = model.apply(
-        variables, contexts, states_SD, encoder[1], *decoder, branches_T, method="decode"
-    )
-    logits_TV = np.asarray(model.apply(variables, x_TD, method="logits"))
+    logits_TV = np.asarray(compiled_row(model)(variables, encoder, decoder, branches_T))
     ends = np.cumsum(lengths)
     for end, target in zip(ends, TARGETS, strict=True):
         close(logits_TV[end - len(target) : end], alone(model, variables, INPUTS[0], target))
@@ -276,9 +290,8 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     )
     for case in golden:
         delta = {"encoder": {"prompt": jnp.asarray(case["prompt"], jnp.float32).reshape(-1, 20)}}
-        logits_TV = T5(config).apply(
-            collections(weights, delta), jnp.array(case["input"]), jnp.array(case["target"])
-        )
+        variables = collections(weights, delta)
+        logits_TV = alone(T5(config), variables, case["input"], case["target"])
         expected = np.array(case["first_logits"])
         np.testing.assert_allclose(logits_TV[-1, : expected.size], expected, atol=1e-4)
 
@@ -302,8 +315,8 @@ def test_bfloat16_matrices_keep_scales_and_biases_exact(tmp_path):
         path = "/".join(key.key for key in keys)
         exact = path.endswith("scale") or "relative_bias" in path
         assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), path
-    pair = jnp.array(INPUTS[1]), jnp.array(TARGETS[2])
-    half = T5(config, dtype=jnp.dtype(jnp.bfloat16)).apply(collections(weights), *pair)
-    full = T5(config).apply(collections(jax.tree.map(jnp.float32, weights)), *pair)
+    pair = INPUTS[1], TARGETS[2]
+    half = alone(T5(config, dtype=jnp.dtype(jnp.bfloat16)), collections(weights), *pair)
+    full = alone(T5(config), collections(jax.tree.map(jnp.float32, weights)), *pair)
     assert half.dtype == jnp.float32
     assert np.abs(half - full).max() < 0.1 * np.abs(full).max()
