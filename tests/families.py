@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from softprompt.models.decoder import Decoder
 from softprompt.models.families import read_family
-from softprompt.models.names import Source, read_weights
+from softprompt.models.names import Source, read_weights, tensor_names
 from tests.tiny import tiny_config, write_tokenizer
 
 VOCAB = 331
@@ -173,8 +173,7 @@ def family_tensors(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     family, config = read_family(VARIANTS[name])
     tensors = {}
     for path, part in family.table(config).items():
-        for layer in range(config.layers if "{}" in part.name else 1):
-            tensor = part.name.format(layer)
+        for tensor in tensor_names(part):
             rng = np.random.default_rng([seed, zlib.crc32(tensor.encode())])
             tensors[tensor] = _scaled(path, rng.standard_normal(part.source), name)
     return tensors
@@ -199,7 +198,6 @@ def family_decoder(name: str, *, seed: int = 0, dtype: str = "float64") -> tuple
     weights, _ = read_weights(
         source,
         family.table(config),
-        layers=config.layers,
         dtype=np.dtype(jnp.dtype(dtype)),
         put=lambda path, leaf: jnp.asarray(leaf),
     )

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 
 from softprompt.models.decoder import Decoder, DecoderConfig
 from softprompt.models.families.llama import table
-from softprompt.models.names import Source, read_weights
+from softprompt.models.names import Source, read_weights, tensor_names
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 
@@ -60,8 +60,7 @@ def tiny_tensors(config: DecoderConfig, seed: int) -> dict[str, np.ndarray]:
     """Random tensors under their Hugging Face names, scaled so that logits are of order 1 to 10."""
     tensors = {}
     for path, part in table(config).items():
-        for layer in range(config.layers if "{}" in part.name else 1):
-            name = part.name.format(layer)
+        for name in tensor_names(part):
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             x = rng.standard_normal(part.source)
             if path.endswith("scale"):
@@ -91,7 +90,6 @@ def tiny_decoder(
     weights, _ = read_weights(
         source,
         table(config),
-        layers=config.layers,
         dtype=np.dtype(jnp.dtype(dtype)),
         put=lambda path, leaf: jnp.asarray(leaf),
     )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +43,58 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, Table, S
     """The folder's decoder, which tensors fill its leaves, and these tensors; reads headers only.
 
     Raises:
-        UserError: what `read_config` raises; no safetensors file, a shard named in the index that
-            is absent, or a broken file.
+        UserError: what `read_config` and `open_source` raise.
     """
     folder = Path(folder)
     family, config = _read_family(folder)
     table = family.table(config)
+    source = open_source(
+        folder,
+        original=table["embed/embedding"].name,
+        copies=[_head_name(family, config)] if config.tied else [],
+        harmless=family.harmless,
+        spellings=family.spellings,
+    )
+    return config, table, source
+
+
+def open_source(
+    folder: str | os.PathLike[str],
+    *,
+    original: str,
+    copies: Sequence[str],
+    harmless: str,
+    spellings: Sequence[tuple[str, str]] = (),
+) -> Source:
+    """The folder's tensors as a source of weights; reads headers, and copies where there are any.
+
+    Args:
+        folder: holds model.safetensors, or an index and shards.
+        original: the name of the embeddings.
+        copies: names of tensors that may lie beside the embeddings and must then equal them.
+        harmless: pattern of other tensors that no leaf asks for.
+        spellings: as in `Family`.
+
+    Raises:
+        UserError: no safetensors file, a shard named in the index that is absent, a broken file, or
+            a copy that is none.
+    """
+    folder = Path(folder)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     where: dict[str, tuple[Path, str]] = {}
     for file in _weight_files(folder):
         with _open(file) as opened:
             for stored in opened.keys():
-                name = _canonical(stored, family)
+                name = _canonical(stored, spellings)
                 if name in where:
                     raise UserError(f"{file}: tensor {stored} is also in {where[name][0].name}")
                 part = opened.get_slice(stored)
                 tensors[name] = (part.get_dtype(), tuple(part.get_shape()))
                 where[name] = file, stored
 
-    embed, head = table["embed/embedding"].name, _head_name(family, config)
-    if config.tied and {embed, head} <= set(where):
-        _check_tied(where[embed], where[head])
+    for copy in copies:
+        if {original, copy} <= set(where):
+            _check_copy(where[original], where[copy])
 
     def read(name: str) -> tuple[np.ndarray, np.ndarray]:
         file, stored = where[name]
@@ -70,10 +102,10 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, Table, S
             values = opened.get_tensor(stored)
         return values, values
 
-    def harmless(name: str) -> bool:
-        return bool(re.fullmatch(family.harmless, name)) or (config.tied and name == head)
+    def may_be_left(name: str) -> bool:
+        return bool(re.fullmatch(harmless, name)) or name in copies
 
-    return config, table, Source(str(folder), tensors, read, harmless)
+    return Source(str(folder), tensors, read, may_be_left)
 
 
 def download(repo: str, *, revision: str | None = None) -> Path:
@@ -108,7 +140,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if not single.exists():
             raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
         return [single]
-    shards: Any = _read_json(index).get("weight_map")
+    shards: Any = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index}: no weight_map")
     files = [folder / name for name in sorted(set(shards.values()))]
@@ -120,12 +152,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_family(folder: Path) -> tuple[Family, DecoderConfig]:
     file = folder / "config.json"
-    return read_family(_read_json(file), file=str(file))
+    return read_family(read_json(file), file=str(file))
 
 
-def _canonical(stored: str, family: Family) -> str:
+def _canonical(stored: str, spellings: Sequence[tuple[str, str]]) -> str:
     """A tensor's name as the family's table has it."""
-    for pattern, replacement in family.spellings:
+    for pattern, replacement in spellings:
         name, found = re.subn(f"^{pattern}", replacement, stored)
         if found:
             return name
@@ -137,10 +169,10 @@ def _head_name(family: Family, config: DecoderConfig) -> str:
     return family.table(dataclasses.replace(config, tied=False))["head/kernel"].name
 
 
-def _check_tied(embed: tuple[Path, str], head: tuple[Path, str]) -> None:
-    """Refuses a head that is stored beside the embeddings it is said to be tied to, yet differs."""
-    with _open(embed[0]) as a, _open(head[0]) as b:
-        ours, theirs = a.get_slice(embed[1]), b.get_slice(head[1])
+def _check_copy(original: tuple[Path, str], copy: tuple[Path, str]) -> None:
+    """Refuses a tensor that is said to be the embeddings once more, a tied head's, yet differs."""
+    with _open(original[0]) as a, _open(copy[0]) as b:
+        ours, theirs = a.get_slice(original[1]), b.get_slice(copy[1])
         rows, step = ours.get_shape()[0], 4096  # in pieces: the matrix may be the largest tensor
         pieces = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
         same = ours.get_shape() == theirs.get_shape() and all(
@@ -148,12 +180,17 @@ def _check_tied(embed: tuple[Path, str], head: tuple[Path, str]) -> None:
         )
     if not same:
         raise UserError(
-            f"{head[0]}: {head[1]} differs from {embed[1]}, but config.json ties them; "
-            "set tie_word_embeddings to false there"
+            f"{copy[0]}: {copy[1]} differs from {original[1]}, but config.json ties them; "
+            "set tie_word_embeddings to false there if it is a head of its own"
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: no such file, or no JSON object in it.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

@@ -69,7 +69,7 @@ def load_model(
             f"{path}: the tokenizer has {text.vocab_size} tokens, the model embeds {config.vocab}"
         )
     weights, fingerprint = read_weights(
-        source, table, layers=config.layers, dtype=jnp.dtype(dtype), put=put or _put_whole
+        source, table, dtype=jnp.dtype(dtype), put=put or _put_whole
     )
     model = Decoder(config, dtype=jnp.dtype(dtype))
     return Loaded(model, weights, text, fingerprint, name, config)

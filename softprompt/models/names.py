@@ -42,14 +42,20 @@ class Source:
 class Part:
     """How the tensor `name`, of shape `source`, becomes a leaf (or its layer) of shape `leaf`.
 
-    `name` has `{}` for the layer where the leaf is stacked. Several leaves may each take their part
-    of one fused tensor.
+    `layers`: how many tensors are stacked in the leaf, None where it is one tensor; `name` has `{}`
+    for the layer. Several leaves may each take their part of one fused tensor.
     """
 
     name: str
     source: tuple[int, ...]
     leaf: tuple[int, ...]
     convert: Callable[[np.ndarray], np.ndarray]
+    layers: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole leaf's shape."""
+        return self.leaf if self.layers is None else (self.layers, *self.leaf)
 
 
 Table = Mapping[str, Part]
@@ -107,23 +113,30 @@ def decoder_table(config: DecoderConfig, names: Mapping[str, str]) -> dict[str, 
     for path, leaf in decoder_shapes(config).items():
         module, _, kind = path.rpartition("/")
         name = f"{names[module]}.{'bias' if kind == 'bias' else 'weight'}"
-        table[path] = torch_part(path, name, leaf)
+        layers = config.layers if path.startswith("layers/") else None
+        table[path] = torch_part(path, name, leaf, layers=layers)
     return table
 
 
-def torch_part(path: str, name: str, leaf: tuple[int, ...]) -> Part:
+def torch_part(path: str, name: str, leaf: tuple[int, ...], *, layers: int | None) -> Part:
     """A leaf as `torch.nn` stores it: a kernel is [out, in], each axis flat; the rest as it is."""
     if path.endswith("/embedding"):
-        return Part(name, leaf, leaf, lambda x: x)
+        return Part(name, leaf, leaf, lambda x: x, layers)
     if not path.endswith("/kernel"):
-        return Part(name, (math.prod(leaf),), leaf, lambda x: x.reshape(leaf))
-    inputs = 2 if path.endswith("attn/o/kernel") else 1
+        return Part(name, (math.prod(leaf),), leaf, lambda x: x.reshape(leaf), layers)
+    inputs = 2 if path.endswith("/o/kernel") else 1
     source = (math.prod(leaf[inputs:]), math.prod(leaf[:inputs]))
-    return Part(name, source, leaf, lambda x: x.T.reshape(leaf))
+    return Part(name, source, leaf, lambda x: x.T.reshape(leaf), layers)
+
+
+def straight(part: Part) -> Part:
+    """The part of a kernel that its source stores as [in, out]."""
+    source = part.source[::-1]
+    return dataclasses.replace(part, source=source, convert=lambda x: x.reshape(part.leaf))
 
 
 def read_weights(
-    source: Source, table: Table, *, layers: int, dtype: np.dtype, put: Put
+    source: Source, table: Table, *, dtype: np.dtype, put: Put
 ) -> tuple[dict[str, Any], str]:
     """Reads every leaf of the weights tree, one tensor at a time.
 
@@ -132,7 +145,6 @@ def read_weights(
     Args:
         source: opened weights.
         table: leaf path -> part, for every leaf.
-        layers: L, the length of stacked leaves.
         dtype: dtype of the matrices. Scales and biases are at least float32.
         put: called as `put(path, array)` on each finished leaf; what it returns is kept.
 
@@ -143,7 +155,7 @@ def read_weights(
     Raises:
         UserError: listing every missing, unexpected and misshapen tensor.
     """
-    tensors = {path: _tensor_names(part.name, layers) for path, part in table.items()}
+    tensors = {path: tensor_names(part) for path, part in table.items()}
     _check(source, {name: table[path].source for path in table for name in tensors[path]})
     digests: dict[str, str] = {}
     weights: dict[str, Any] = {}
@@ -157,27 +169,30 @@ def read_weights(
 
 
 def leaf_dtype(path: str, dtype: np.dtype) -> np.dtype:
-    """Dtype of a leaf: that of the model for matrices; at least float32 for scales and biases."""
-    small = path.endswith(("/scale", "/bias"))
+    """Dtype of a leaf: that of the model for matrices; at least float32 for scales and biases.
+
+    The table of a relative bias is added to the scores of attention: a bias, whatever its shape.
+    """
+    small = path.endswith(("/scale", "/bias", "/relative_bias/embedding"))
     return np.promote_types(dtype, np.float32) if small else dtype
 
 
 def _fill(
     source: Source, tensors: list[str], part: Part, *, dtype: np.dtype, digests: dict[str, str]
 ) -> np.ndarray:
-    """One leaf, stacked where its part is one of a layer; adds its tensors' digests by name."""
-    stacked = "{}" in part.name
-    leaf = np.empty((len(tensors), *part.leaf) if stacked else part.leaf, dtype)
+    """One leaf, stacked where it has layers; adds its tensors' digests by name."""
+    leaf = np.empty(part.shape, dtype)
     for layer, name in enumerate(tensors):
         values, raw = source.read(name)
-        leaf[layer if stacked else ...] = part.convert(values)
+        leaf[... if part.layers is None else layer] = part.convert(values)
         if name not in digests:
             digests[name] = _digest(name, source.tensors[name], raw)
     return leaf
 
 
-def _tensor_names(pattern: str, layers: int) -> list[str]:
-    return [pattern.format(i) for i in range(layers)] if "{}" in pattern else [pattern]
+def tensor_names(part: Part) -> list[str]:
+    """The names of a leaf's tensors, one a layer where it has layers."""
+    return [part.name] if part.layers is None else [part.name.format(i) for i in range(part.layers)]
 
 
 def _check(source: Source, wanted: dict[str, tuple[int, ...]]) -> None:

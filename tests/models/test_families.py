@@ -18,9 +18,11 @@ from softprompt.models.families import FAMILIES, read_family
 from softprompt.models.layers import RopeScaling
 from softprompt.models.loading import load_model
 from softprompt.models.names import decoder_shapes
+from softprompt.models.t5_names import t5_shapes
 from softprompt.training.sharding import WEIGHT_RULES, make_mesh, path_name, weight_spec
 from tests.contracts.examples import quick_jit
 from tests.families import FAMILY_IDS, VARIANTS, family_tensors, golden_prompt, write_family_folder
+from tests.tiny_t5 import tiny_t5_config
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "families.json").read_text())
 
@@ -71,6 +73,7 @@ def test_tables_and_rules_cover_every_leaf(name):
 def test_every_rule_is_some_leafs():
     """Mutation: a rule that nothing needs, or a second one for the same leaf."""
     paths = {path for raw in VARIANTS.values() for path in decoder_shapes(read_family(raw)[1])}
+    paths |= set(t5_shapes(tiny_t5_config()))
     for rule, _ in WEIGHT_RULES:
         assert any(re.fullmatch(rule, path) for path in paths), rule
 

@@ -85,7 +85,6 @@ def test_one_stacked_leaf_is_in_memory_at_a_time(tmp_path):
         read_weights(
             source,
             table,
-            layers=config.layers,
             dtype=np.dtype(np.float32),
             put=lambda path, leaf: sizes.update({path: leaf.nbytes}),
         )

@@ -8,7 +8,7 @@ import numpy as np
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import base
 from softprompt.models.families.base import Family, Raw, only
-from softprompt.models.names import Part, Table, decoder_table
+from softprompt.models.names import Part, Table, decoder_table, straight
 
 NAMES = {
     "embed": "transformer.wte",
@@ -58,14 +58,8 @@ def _table(config: DecoderConfig) -> Table:
         if path.startswith("layers/attn/") and path.split("/")[2] in "qkv":
             parts[path] = _third(part, "qkv".index(path.split("/")[2]))
         elif path.startswith("layers/") and path.endswith("/kernel"):
-            parts[path] = _straight(part)
+            parts[path] = straight(part)
     return parts
-
-
-def _straight(part: Part) -> Part:
-    """A matrix stored [in, out]."""
-    source = part.source[::-1]
-    return dataclasses.replace(part, source=source, convert=lambda x: x.reshape(part.leaf))
 
 
 def _third(part: Part, nth: int) -> Part:
