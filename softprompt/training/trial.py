@@ -165,10 +165,12 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     method = config.method
     bos = loaded.tokenizer.add_bos and method.name != "fewshot" and method.bos == "after"
     room = loaded.config.context_length - config.task.max_input - config.task.max_target
-    if method.name == "prompt" and method.length + (method.bos == "before") > room:
+    most = room - (method.bos == "before")
+    if method.name == "prompt" and method.length > most:
         raise UserError(
-            f"config key 'method.length' is {method.length}; allowed: at most {room} (the model's "
-            f"context of {loaded.config.context_length} less task.max_input and task.max_target)"
+            f"config key 'method.length' is {method.length}; allowed: at most {most} (the model's "
+            f"context of {loaded.config.context_length} less task.max_input and task.max_target"
+            f"{', and a BOS before the prompt' if most < room else ''})"
         )
     data = session.data(config, bos=bos)
     name = "prompt" if method.name == "prompt" else "none"
