@@ -188,6 +188,8 @@ class StopAt(Progress):
     def stage(self, what, done=0, total=0, note=""):
         if what == "train" and done == self.step and "loss" in note:
             self.step = -1
+            if self.number == signal.SIGINT:
+                raise KeyboardInterrupt  # the signal itself is ignored in a shell's background
             os.kill(os.getpid(), self.number)
 
 
@@ -225,8 +227,16 @@ def whole(place, tiny_folder, session):
     return place / "whole"
 
 
-@pytest.mark.parametrize("steps", [[2], [4, 8, 13], [11, 20, 22]])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "steps"),
+    [
+        (signal.SIGINT, [2]),
+        (signal.SIGINT, [4, 8, 13]),
+        (signal.SIGINT, [11, 20, 22]),
+        (signal.SIGTERM, [4, 8, 13]),
+        (signal.SIGTERM, [11, 20, 22]),
+    ],
+)
 def test_interrupted_in_process(place, whole, tiny_folder, session, tmp_path, number, steps):
     """As above, at steps with and without a checkpoint, an evaluation or a snapshot."""
     config = make_config(place, tiny_folder, **SHORT)
