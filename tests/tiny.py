@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
 from softprompt.models.decoder import Decoder, DecoderConfig
-from softprompt.models.hf import LLAMA_NAMES
-from softprompt.models.names import Source, llama_parts, read_weights
+from softprompt.models.families.llama import table
+from softprompt.models.names import Source, read_weights, tensor_names
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 
@@ -59,9 +59,8 @@ def tiny_config(
 def tiny_tensors(config: DecoderConfig, seed: int) -> dict[str, np.ndarray]:
     """Random tensors under their Hugging Face names, scaled so that logits are of order 1 to 10."""
     tensors = {}
-    for path, part in llama_parts(config).items():
-        for layer in range(config.layers if "{}" in LLAMA_NAMES[path] else 1):
-            name = LLAMA_NAMES[path].format(layer)
+    for path, part in table(config).items():
+        for name in tensor_names(part):
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             x = rng.standard_normal(part.source)
             if path.endswith("scale"):
@@ -90,8 +89,7 @@ def tiny_decoder(
     )
     weights, _ = read_weights(
         source,
-        config,
-        LLAMA_NAMES,
+        table(config),
         dtype=np.dtype(jnp.dtype(dtype)),
         put=lambda path, leaf: jnp.asarray(leaf),
     )

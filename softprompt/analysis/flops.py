@@ -13,7 +13,7 @@ def layer_parameters(config: DecoderConfig) -> int:
     """N: entries of the matrices that every token is multiplied with; no embeddings, no norms."""
     c = config
     attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
-    return c.layers * (attention + 3 * c.width * c.ffn)
+    return c.layers * (attention + (3 if c.gated else 2) * c.width * c.ffn)
 
 
 def forward_flops(
@@ -31,7 +31,7 @@ def forward_flops(
     products = 2 * layer_parameters(config) * (tokens + context)
     pairs = keys + context * (context + 1) / 2
     attention = 4 * config.layers * config.heads * config.head_size * pairs
-    return products + attention + 2 * targets * config.vocab * config.width
+    return products + attention + 2 * targets * config.vocab * config.prompt_width
 
 
 def train_flops(

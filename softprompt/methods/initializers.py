@@ -1,5 +1,7 @@
 """Where a prompt starts: functions (key, embedding_VD, P) -> prompt_PD, reproducible by key.
 
+The embeddings are those that the layers see: scaled, in a model that scales them.
+
 Source: Lester et al. 2021, section 3.2, "Prompt initialization".
 """
 

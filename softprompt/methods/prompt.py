@@ -24,16 +24,22 @@ class PromptConfig:
             PEFT reads a prompt).
         initializer: where the first prompt comes from. It only matters to `init`, so that trials
             which differ in nothing else share a compiled step.
+        embed_scale: the model's. A prompt enters after the embeddings' scaling, so what it starts
+            from, and BOS before it, are scaled embeddings.
     """
 
     length: int
     bos_before: int | None = None
     initializer: Initializer | None = dataclasses.field(default=None, compare=False)
+    embed_scale: float = 1.0
 
 
 def init(key: jax.Array, model: Decoder, weights: Any, cfg: PromptConfig) -> dict[str, jax.Array]:
-    """Returns {"prompt": [P, D]} in float32 (float64 where the weights are)."""
-    embedding_VD = weights["embed"]["embedding"]
+    """Returns {"prompt": [P, D]} in float32 (float64 where the weights are).
+
+    D is the width of the embeddings.
+    """
+    embedding_VD = _scaled(weights["embed"]["embedding"], cfg)
     dtype = jnp.promote_types(embedding_VD.dtype, jnp.float32)
     if cfg.length == 0:
         return {"prompt": jnp.zeros((0, embedding_VD.shape[1]), dtype)}
@@ -47,9 +53,13 @@ def variables(
     """What the context is computed from: the prompt, behind BOS where that comes first."""
     if cfg.bos_before is None:
         return delta
-    bos_D = weights["embed"]["embedding"][cfg.bos_before]
+    bos_D = _scaled(weights["embed"]["embedding"][cfg.bos_before], cfg)
     prompt_PD = delta["prompt"]
     return {"prompt": jnp.concatenate([bos_D[None].astype(prompt_PD.dtype), prompt_PD])}
+
+
+def _scaled(x: jax.Array, cfg: PromptConfig) -> jax.Array:
+    return x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, x.dtype)
 
 
 def fold(delta: dict[str, jax.Array], cfg: PromptConfig) -> dict[str, jax.Array]:

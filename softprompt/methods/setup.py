@@ -21,7 +21,8 @@ def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptC
     if method.bos == "before" and bos is None:
         raise UserError("config key 'method.bos' is 'before'; this model's tokenizer has no BOS")
     before = bos if method.bos == "before" else None
-    return PromptConfig(method.length, before, initializer(config, loaded, train))
+    scale = loaded.config.embed_scale
+    return PromptConfig(method.length, before, initializer(config, loaded, train), scale)
 
 
 def initializer(config: ConfigDict, loaded: Loaded, train: Encoded) -> initializers.Initializer:

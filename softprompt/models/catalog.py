@@ -5,7 +5,7 @@ import math
 
 from softprompt.cache import Wheel
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.names import llama_parts
+from softprompt.models.names import decoder_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Entry:
 def parameter_count(config: DecoderConfig) -> int:
     """Exact number of parameters of a decoder, counted from its config; a tied head counts once."""
     return sum(
-        math.prod(part.leaf) * (config.layers if path.startswith("layers/") else 1)
-        for path, part in llama_parts(config).items()
+        math.prod(shape) * (config.layers if path.startswith("layers/") else 1)
+        for path, shape in decoder_shapes(config).items()
     )
 
 

@@ -9,6 +9,7 @@ Everything that a row sees of its task is a stack of keys and values that the ro
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +17,61 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.layers import (
+    ACTIVATIONS,
+    NORMS,
+    Embed,
     Linear,
-    RMSNorm,
+    RopeScaling,
     accumulate,
     attend,
     read_delta,
     rotary_table,
     rotate,
+    window_masks,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a Llama-style decoder (RMSNorm, rotary positions, grouped queries, SwiGLU).
+    """What a decoder is built of; the defaults are a Llama's.
 
-    `context_length` is the largest number of positions, prompt included, that the model was trained
-    for. `tied`: the output head is the embedding matrix.
+    Attributes:
+        vocab: V, rows of the embedding matrix.
+        width: D, of the residual stream.
+        layers: L.
+        heads: H, of queries.
+        kv_heads: G, of keys and values.
+        head_size: K.
+        ffn: F.
+        context_length: largest number of positions, prompt included, that it was trained for.
+        tied: the output head is the embedding matrix.
+        embed_width: of the embedding matrix, and so of a prompt, where it is not `width` and
+            projections lead in and out (OPT-350m); 0 where it is.
+        embed_scale: what token embeddings are multiplied by (Gemma). A prompt is not: it enters
+            after the scaling.
+        final_softcap: c in c tanh(logit / c); 0 for none.
+        positions: "rotary" or "learned". Both count from 0 with the prompt's first vector.
+        position_offset: rows of the learned matrix before that of position 0 (OPT).
+        rope_base: of rotary positions.
+        rope_base_local: of layers with a window, where those differ; 0 where they do not.
+        rope_scaling: of layers without a window of their own base.
+        rotary_size: entries of a head that are rotated, where not all are; 0 for all.
+        windows: for each layer, how many positions back it sees, its own included; 0 for all. ()
+            where no layer has a window. The context leaves a window like any other token.
+        query_scale: what queries are multiplied by; 0 for head_size ** -0.5.
+        attn_softcap: as `final_softcap`, of attention scores.
+        qk_norm: queries and keys are normalised, head by head, before they are rotated.
+        qkv_bias: the projections to queries, keys and values have biases.
+        out_bias: the projection of attention's output has a bias.
+        mlp_bias: the feed-forward's projections have biases.
+        gated: the feed-forward is act(gate x) * (up x), not act(up x).
+        activation: of the feed-forward, a name of `layers.ACTIVATIONS`.
+        norm: "rms" or "layer".
+        norm_eps: added to the mean square.
+        norms: "before" attention and feed-forward; "both", before them and on what they add
+            (Gemma 2); "after", on the sum (OPT-350m).
+        final_norm: there is a norm before the head.
+        parallel: attention and feed-forward read the same input (GPT-NeoX).
     """
 
     vocab: int
@@ -42,9 +82,35 @@ class DecoderConfig:
     head_size: int
     ffn: int
     context_length: int
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
     tied: bool = True
+    embed_width: int = 0
+    embed_scale: float = 1.0
+    final_softcap: float = 0.0
+    positions: str = "rotary"
+    position_offset: int = 0
+    rope_base: float = 10000.0
+    rope_base_local: float = 0.0
+    rope_scaling: RopeScaling | None = None
+    rotary_size: int = 0
+    windows: tuple[int, ...] = ()
+    query_scale: float = 0.0
+    attn_softcap: float = 0.0
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    norms: str = "before"
+    final_norm: bool = True
+    parallel: bool = False
+
+    @property
+    def prompt_width(self) -> int:
+        """Width of the embedding matrix and of a prompt's vectors."""
+        return self.embed_width or self.width
 
 
 @struct.dataclass
@@ -60,6 +126,32 @@ class Context:
         return self.k_LPGK.shape[-3]
 
 
+@struct.dataclass
+class Layer:
+    """What differs from layer to layer, scanned along the first axis: [L, ...] outside."""
+
+    context: tuple[jax.Array, jax.Array]
+    window: jax.Array | None  # a scalar; None where no layer of the model has a window
+
+
+@struct.dataclass
+class Row:
+    """What all layers are told of the row.
+
+    `positions_T` is there when a window can end inside the row or its context; `local` is the
+    rotary table of layers with a window, where they have their own.
+    """
+
+    mask_TS: jax.Array
+    positions_T: jax.Array | None
+    table: tuple[jax.Array, jax.Array] | None
+    local: tuple[jax.Array, jax.Array] | None
+
+
+KeysValues = tuple[jax.Array, jax.Array]
+UNBOUNDED = 2**30  # the window of a layer that sees everything
+
+
 class Attention(nn.Module):
     """Self-attention of a row over `[context; the row]`."""
 
@@ -67,27 +159,39 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self,
-        x_TD: jax.Array,
-        context: tuple[jax.Array, jax.Array],
-        mask_TS: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, KeysValues]:
         """Returns the mixed values [T, D], and the row's own keys and values [T, G, K]."""
-        c = self.config
-        width, size = c.width, c.head_size
-        q = Linear("td,dhk->thk", (width, c.heads, size), self.dtype, name="q")(x_TD)
-        k = Linear("td,dgk->tgk", (width, c.kv_heads, size), self.dtype, name="k")(x_TD)
-        v = Linear("td,dgk->tgk", (width, c.kv_heads, size), self.dtype, name="v")(x_TD)
-        q, k = rotate(q, table), rotate(k, table)
-        mixed_THK = attend(q, context, (k, v), mask_TS)
-        out = Linear("thk,hkd->td", (c.heads, size, width), self.dtype, name="o")(mixed_THK)
-        return out, (k, v)
+        c, dtype = self.config, self.dtype
+        wide, narrow = ((c.width, n, c.head_size) for n in (c.heads, c.kv_heads))
+        q = Linear("td,dhk->thk", wide, dtype, c.qkv_bias, name="q")(x_TD)
+        k = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="k")(x_TD)
+        v = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="v")(x_TD)
+        if c.qk_norm:
+            q = NORMS[c.norm](c.norm_eps, dtype, name="q_norm")(q)
+            k = NORMS[c.norm](c.norm_eps, dtype, name="k_norm")(k)
+        if row.table is not None:
+            table = _table(layer, row)
+            q, k = rotate(q, table), rotate(k, table)
+        masks: tuple[jax.Array | None, jax.Array] = None, row.mask_TS
+        if layer.window is not None and row.positions_T is not None:
+            length = layer.context[0].shape[0]
+            masks = window_masks(layer.window, row.mask_TS, row.positions_T, length)
+        scale = c.query_scale or c.head_size**-0.5
+        mixed_THK = attend(q, layer.context, (k, v), masks, scale=scale, softcap=c.attn_softcap)
+        shape = (c.heads, c.head_size, c.width)
+        return Linear("thk,hkd->td", shape, dtype, c.out_bias, name="o")(mixed_THK), (k, v)
+
+
+def _table(layer: Layer, row: Row) -> Any:
+    """The layer's rotary table: chosen by its window, for a scan has no branches."""
+    if row.local is None or layer.window is None:
+        return row.table
+    has_window = layer.window < UNBOUNDED
+    return jax.tree.map(lambda a, b: jnp.where(has_window, a, b), row.local, row.table)
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward. Source: arXiv 2002.05202."""
+    """Feed-forward, gated or plain. Source: arXiv 2002.05202."""
 
     config: DecoderConfig
     dtype: jnp.dtype
@@ -95,63 +199,52 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         """Returns [T, D]."""
-        width, ffn = self.config.width, self.config.ffn
-        gate = Linear("td,df->tf", (width, ffn), self.dtype, name="gate")(x_TD)
-        up = Linear("td,df->tf", (width, ffn), self.dtype, name="up")(x_TD)
-        return Linear("tf,fd->td", (ffn, width), self.dtype, name="down")(jax.nn.silu(gate) * up)
+        c, dtype = self.config, self.dtype
+        act, bias = ACTIVATIONS[c.activation], c.mlp_bias
+        x_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="up")(x_TD)
+        if c.gated:
+            gate_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="gate")(x_TD)
+            x_TF = act(gate_TF) * x_TF
+        else:
+            x_TF = act(x_TF)
+        return Linear("tf,fd->td", (c.ffn, c.width), dtype, bias, name="down")(x_TF)
 
 
 class Block(nn.Module):
-    """One pre-norm layer, as `nn.scan` wants it: carry in, carry and keys/values out."""
+    """One layer, as `nn.scan` wants it: carry in, carry and keys/values out."""
 
     config: DecoderConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self,
-        x_TD: jax.Array,
-        context: tuple[jax.Array, jax.Array],
-        mask_TS: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, KeysValues]:
         """Returns the residual stream [T, D], and this layer's keys and values [T, G, K]."""
-        eps = self.config.norm_eps
-        y = RMSNorm(eps, self.dtype, name="attn_norm")(x_TD)
-        y, kv = Attention(self.config, self.dtype, name="attn")(y, context, mask_TS, table)
-        x_TD = x_TD + y
-        y = RMSNorm(eps, self.dtype, name="mlp_norm")(x_TD)
-        return x_TD + MLP(self.config, self.dtype, name="mlp")(y), kv
+        c = self.config
 
+        def norm(x_TD: jax.Array, name: str, *places: str) -> jax.Array:
+            here = c.norms in places
+            return NORMS[c.norm](c.norm_eps, self.dtype, name=name)(x_TD) if here else x_TD
 
-class Embed(nn.Module):
-    """The embedding matrix, which a tied head reads too."""
-
-    config: DecoderConfig
-    dtype: jnp.dtype
-
-    def setup(self) -> None:
-        """Declares the matrix."""
-        shape = (self.config.vocab, self.config.width)
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
-
-    def __call__(self, tokens_T: jax.Array) -> jax.Array:
-        """Rows of the matrix, [T, D]."""
-        return self.embedding[tokens_T].astype(self.dtype)
-
-    def attend(self, x_MD: jax.Array) -> jax.Array:
-        """Products with every row, [M, V]."""
-        matrix_VD = self.embedding.astype(self.dtype)
-        acc = accumulate(self.dtype)
-        return jnp.einsum("md,vd->mv", x_MD, matrix_VD, preferred_element_type=acc)
+        y_TD = norm(x_TD, "attn_norm", "before", "both")
+        y_TD, kv = Attention(c, self.dtype, name="attn")(y_TD, layer, row)
+        y_TD = norm(y_TD, "attn_post_norm", "both")
+        mid_TD = norm(x_TD + y_TD, "attn_norm", "after")
+        y_TD = norm(x_TD if c.parallel else mid_TD, "mlp_norm", "before", "both")
+        y_TD = MLP(c, self.dtype, name="mlp")(y_TD)
+        y_TD = norm(y_TD, "mlp_post_norm", "both")
+        return norm(mid_TD + y_TD, "mlp_norm", "after"), kv
 
 
 class Decoder(nn.Module):
     """The model. Each method takes one row; `jax.vmap` over rows is the caller's.
 
+    A soft prompt enters after the embeddings' scaling and before what leads from the embedding
+    width into the model's; with learned positions it gets its positions added like any token. It is
+    what transformers does with `inputs_embeds`, and PEFT with a prompt.
+
     Attributes:
-        config: sizes.
-        dtype: what it computes in. Norms, softmax and logits are at least float32.
+        config: sizes and parts.
+        dtype: what it computes in. Norms, biases, softmax and logits are at least float32.
     """
 
     config: DecoderConfig
@@ -160,17 +253,24 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
         c = self.config
-        self.embed = Embed(c, self.dtype)
+        self.embed = Embed(c.vocab, c.prompt_width, self.dtype, c.embed_scale)
+        if c.embed_width:
+            self.project_in = Linear("te,ed->td", (c.embed_width, c.width), self.dtype)
+            self.project_out = Linear("md,de->me", (c.width, c.embed_width), self.dtype)
+        if c.positions == "learned":
+            rows = c.context_length + c.position_offset
+            self.positions = Embed(rows, c.width, self.dtype)
         self.layers = nn.scan(
             Block,
             variable_axes={"params": 0, "delta": 0, "read": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast),
             length=c.layers,
         )(c, self.dtype)
-        self.final_norm = RMSNorm(c.norm_eps, self.dtype)
+        if c.final_norm:
+            self.final_norm = NORMS[c.norm](c.norm_eps, self.dtype)
         if not c.tied:
-            self.head = Linear("md,dv->mv", (c.width, c.vocab), self.dtype)
+            self.head = Linear("md,dv->mv", (c.prompt_width, c.vocab), self.dtype)
 
     def empty_context(self) -> Context:
         """The context of the plain base model: no positions."""
@@ -203,7 +303,8 @@ class Decoder(nn.Module):
             context: what every segment of the row sees.
             tokens_T: token ids; several examples may share the row.
             segments_T: which example a token belongs to; it sees that example only. 0 is padding.
-            positions_T: position of each token in its example, from 0; the context comes before.
+            positions_T: position of each token in its example, from 0 and below T; the context
+                comes before.
             branches_T: 0 for what a segment's branches share, else the branch (a candidate answer);
                 a token sees the shared part and its own branch.
 
@@ -219,9 +320,14 @@ class Decoder(nn.Module):
 
     def logits(self, x_MD: jax.Array) -> jax.Array:
         """Logits [M, V] of positions of the residual stream, at least float32."""
-        x_MD = self.final_norm(x_MD)
-        logits_MV = self.embed.attend(x_MD) if self.config.tied else self.head(x_MD)
-        return logits_MV.astype(accumulate(self.dtype))
+        c = self.config
+        x_MD = self.final_norm(x_MD) if c.final_norm else x_MD
+        x_ME = self.project_out(x_MD) if c.embed_width else x_MD
+        logits_MV = self.embed.attend(x_ME) if c.tied else self.head(x_ME)
+        logits_MV = logits_MV.astype(accumulate(self.dtype))
+        if c.final_softcap:
+            logits_MV = c.final_softcap * jnp.tanh(logits_MV / c.final_softcap)
+        return logits_MV
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
         """Logits [T, V] of one plain text after the trained prompt, if there is one."""
@@ -238,7 +344,22 @@ class Decoder(nn.Module):
 
     def _run(
         self, x_TD: jax.Array, context: Context, mask_TS: jax.Array, positions_T: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The layers; the rotary table is computed once, outside the scan."""
-        table = rotary_table(positions_T, self.config.head_size, self.config.rope_base)
-        return self.layers(x_TD, (context.k_LPGK, context.v_LPGK), mask_TS, table)
+    ) -> tuple[jax.Array, KeysValues]:
+        """The layers, from vectors of the embedding width; what they share is computed once."""
+        c = self.config
+        if c.embed_width:
+            x_TD = self.project_in(x_TD)
+        if c.positions == "learned":
+            x_TD = x_TD + self.positions(positions_T + c.position_offset)
+        table = local = window_L = None
+        if c.positions == "rotary":
+            size = c.rotary_size or c.head_size
+            table = rotary_table(positions_T, size, c.rope_base, c.rope_scaling)
+            if c.rope_base_local:
+                local = rotary_table(positions_T, size, c.rope_base_local)
+        if c.windows:
+            window_L = jnp.array([window or UNBOUNDED for window in c.windows])
+        reach = context.length + x_TD.shape[0]
+        cuts = any(0 < window < reach for window in c.windows)
+        row = Row(mask_TS, positions_T if cuts else None, table, local)
+        return self.layers(x_TD, Layer((context.k_LPGK, context.v_LPGK), window_L), row)

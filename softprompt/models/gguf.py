@@ -14,23 +14,23 @@ import numpy as np
 
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.names import Source
+from softprompt.models.names import Source, Table, decoder_table
 
 ARCHITECTURES = ("llama",)
 
-LLAMA_NAMES = {
-    "embed/embedding": "token_embd.weight",
-    "layers/attn_norm/scale": "blk.{}.attn_norm.weight",
-    "layers/attn/q/kernel": "blk.{}.attn_q.weight",
-    "layers/attn/k/kernel": "blk.{}.attn_k.weight",
-    "layers/attn/v/kernel": "blk.{}.attn_v.weight",
-    "layers/attn/o/kernel": "blk.{}.attn_output.weight",
-    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
-    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
-    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
-    "final_norm/scale": "output_norm.weight",
-    "head/kernel": "output.weight",
+NAMES = {
+    "embed": "token_embd",
+    "layers/attn_norm": "blk.{}.attn_norm",
+    "layers/attn/q": "blk.{}.attn_q",
+    "layers/attn/k": "blk.{}.attn_k",
+    "layers/attn/v": "blk.{}.attn_v",
+    "layers/attn/o": "blk.{}.attn_output",
+    "layers/mlp_norm": "blk.{}.ffn_norm",
+    "layers/mlp/gate": "blk.{}.ffn_gate",
+    "layers/mlp/up": "blk.{}.ffn_up",
+    "layers/mlp/down": "blk.{}.ffn_down",
+    "final_norm": "output_norm",
+    "head": "output",
 }
 
 
@@ -103,6 +103,11 @@ def read_config(file: File) -> DecoderConfig:
             f"{config.head_size} (partial rotary positions are not supported)"
         )
     return config
+
+
+def table(config: DecoderConfig) -> Table:
+    """Which tensor fills which leaf."""
+    return decoder_table(config, NAMES)
 
 
 def open_source(file: File, config: DecoderConfig) -> Source:

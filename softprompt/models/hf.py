@@ -1,8 +1,10 @@
 """Hugging Face folders: config.json, safetensors (single or sharded), and the hub."""
 
+import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +14,8 @@ from safetensors import SafetensorError, safe_open
 from softprompt.cache import cache_dir
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.names import Source
-
-ARCHITECTURES = ("LlamaForCausalLM",)
-
-LLAMA_NAMES = {
-    "embed/embedding": "model.embed_tokens.weight",
-    "layers/attn_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/attn/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/attn/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/attn/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/attn/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
-    "layers/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
-    "final_norm/scale": "model.norm.weight",
-    "head/kernel": "lm_head.weight",
-}
-
-# Buffers that older versions of transformers saved; they follow from the config.
-ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+from softprompt.models.families import Family, read_family
+from softprompt.models.names import Source, Table
 
 FILES = (
     "config.json",
@@ -47,70 +30,82 @@ FILES = (
 
 
 def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
-    """The decoder's sizes, from config.json.
+    """The decoder that config.json describes.
 
     Raises:
         UserError: no readable config.json, another architecture, a variant that the decoder does
             not have, or a missing key.
     """
-    file = Path(folder) / "config.json"
-    raw = _read_json(file)
-    (architecture,) = (raw.get("architectures") or ["(none)"])[:1]
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"{file}: architecture {architecture!r} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
-        )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    _refuse_variants(file, raw, rope)
-    try:
-        return DecoderConfig(
-            vocab=raw["vocab_size"],
-            width=raw["hidden_size"],
-            layers=raw["num_hidden_layers"],
-            heads=raw["num_attention_heads"],
-            kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_size=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            ffn=raw["intermediate_size"],
-            context_length=raw["max_position_embeddings"],
-            rope_base=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
-            norm_eps=raw["rms_norm_eps"],
-            tied=raw.get("tie_word_embeddings", False),
-        )
-    except KeyError as e:
-        raise UserError(f"{file}: no key {e}") from e
+    return _read_family(Path(folder))[1]
 
 
-def open_source(folder: str | os.PathLike[str], config: DecoderConfig) -> Source:
-    """The folder's tensors as a source of weights; reads headers only.
+def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, Table, Source]:
+    """The folder's decoder, which tensors fill its leaves, and these tensors; reads headers only.
 
     Raises:
-        UserError: no safetensors file, a shard named in the index that is absent, or a broken file.
+        UserError: what `read_config` and `open_source` raise.
+    """
+    folder = Path(folder)
+    family, config = _read_family(folder)
+    table = family.table(config)
+    source = open_source(
+        folder,
+        original=table["embed/embedding"].name,
+        copies=[_head_name(family, config)] if config.tied else [],
+        harmless=family.harmless,
+        spellings=family.spellings,
+    )
+    return config, table, source
+
+
+def open_source(
+    folder: str | os.PathLike[str],
+    *,
+    original: str,
+    copies: Sequence[str],
+    harmless: str,
+    spellings: Sequence[tuple[str, str]] = (),
+) -> Source:
+    """The folder's tensors as a source of weights; reads headers, and copies where there are any.
+
+    Args:
+        folder: holds model.safetensors, or an index and shards.
+        original: the name of the embeddings.
+        copies: names of tensors that may lie beside the embeddings and must then equal them.
+        harmless: pattern of other tensors that no leaf asks for.
+        spellings: as in `Family`.
+
+    Raises:
+        UserError: no safetensors file, a shard named in the index that is absent, a broken file, or
+            a copy that is none.
     """
     folder = Path(folder)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    files: dict[str, Path] = {}
+    where: dict[str, tuple[Path, str]] = {}
     for file in _weight_files(folder):
         with _open(file) as opened:
-            for name in opened.keys():
-                if name in files:
-                    raise UserError(f"{file}: tensor {name} is also in {files[name].name}")
-                part = opened.get_slice(name)
+            for stored in opened.keys():
+                name = _canonical(stored, spellings)
+                if name in where:
+                    raise UserError(f"{file}: tensor {stored} is also in {where[name][0].name}")
+                part = opened.get_slice(stored)
                 tensors[name] = (part.get_dtype(), tuple(part.get_shape()))
-                files[name] = file
+                where[name] = file, stored
 
-    if config.tied and {LLAMA_NAMES["embed/embedding"], "lm_head.weight"} <= set(files):
-        _check_tied(files)
+    for copy in copies:
+        if {original, copy} <= set(where):
+            _check_copy(where[original], where[copy])
 
     def read(name: str) -> tuple[np.ndarray, np.ndarray]:
-        with _open(files[name]) as opened:
-            values = opened.get_tensor(name)
+        file, stored = where[name]
+        with _open(file) as opened:
+            values = opened.get_tensor(stored)
         return values, values
 
-    def harmless(name: str) -> bool:
-        return bool(ROTARY_BUFFER.fullmatch(name)) or (config.tied and name == "lm_head.weight")
+    def may_be_left(name: str) -> bool:
+        return bool(re.fullmatch(harmless, name)) or name in copies
 
-    return Source(file=str(folder), tensors=tensors, read=read, harmless=harmless)
+    return Source(str(folder), tensors, read, may_be_left)
 
 
 def download(repo: str, *, revision: str | None = None) -> Path:
@@ -145,7 +140,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if not single.exists():
             raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
         return [single]
-    shards: Any = _read_json(index).get("weight_map")
+    shards: Any = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index}: no weight_map")
     files = [folder / name for name in sorted(set(shards.values()))]
@@ -155,11 +150,29 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_tied(files: dict[str, Path]) -> None:
-    """Refuses a head that is stored beside the embeddings it is said to be tied to, yet differs."""
-    embed, head = LLAMA_NAMES["embed/embedding"], "lm_head.weight"
-    with _open(files[embed]) as a, _open(files[head]) as b:
-        ours, theirs = a.get_slice(embed), b.get_slice(head)
+def _read_family(folder: Path) -> tuple[Family, DecoderConfig]:
+    file = folder / "config.json"
+    return read_family(read_json(file), file=str(file))
+
+
+def _canonical(stored: str, spellings: Sequence[tuple[str, str]]) -> str:
+    """A tensor's name as the family's table has it."""
+    for pattern, replacement in spellings:
+        name, found = re.subn(f"^{pattern}", replacement, stored)
+        if found:
+            return name
+    return stored
+
+
+def _head_name(family: Family, config: DecoderConfig) -> str:
+    """What the head would be called if it were not tied."""
+    return family.table(dataclasses.replace(config, tied=False))["head/kernel"].name
+
+
+def _check_copy(original: tuple[Path, str], copy: tuple[Path, str]) -> None:
+    """Refuses a tensor that is said to be the embeddings once more, a tied head's, yet differs."""
+    with _open(original[0]) as a, _open(copy[0]) as b:
+        ours, theirs = a.get_slice(original[1]), b.get_slice(copy[1])
         rows, step = ours.get_shape()[0], 4096  # in pieces: the matrix may be the largest tensor
         pieces = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
         same = ours.get_shape() == theirs.get_shape() and all(
@@ -167,26 +180,17 @@ def _check_tied(files: dict[str, Path]) -> None:
         )
     if not same:
         raise UserError(
-            f"{files[head]}: {head} differs from {embed}, but config.json ties them; "
-            "set tie_word_embeddings to false there"
+            f"{copy[0]}: {copy[1]} differs from {original[1]}, but config.json ties them; "
+            "set tie_word_embeddings to false there if it is a head of its own"
         )
 
 
-def _refuse_variants(file: Path, raw: dict[str, Any], rope: dict[str, Any]) -> None:
-    """Refuses Llama variants that would load and then compute something else."""
-    allowed = {
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (raw.get("attention_bias", False), False),
-        "mlp_bias": (raw.get("mlp_bias", False), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
-    }
-    for key, (value, only) in allowed.items():
-        if value != only:
-            raise UserError(f"{file}: {key} {value!r} is not supported; allowed: {only!r}")
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
 
-
-def _read_json(file: Path) -> dict[str, Any]:
+    Raises:
+        UserError: no such file, or no JSON object in it.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as e:

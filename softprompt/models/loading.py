@@ -43,7 +43,7 @@ def load_model(
     Args:
         name: a name of the catalogue, a local Hugging Face folder, a local .gguf file, or the name
             of a hub repository such as "HuggingFaceTB/SmolLM2-360M".
-        dtype: dtype of weights and compute, "float32" or "bfloat16".
+        dtype: dtype of weights and compute, "float32" or "bfloat16"; norms and biases are float32.
         put: called with each leaf's path, such as "layers/attn/q/kernel", and its array as soon as
             it is read; returns what is kept, a sharded array for instance. Default: the array on
             the default device.
@@ -57,20 +57,19 @@ def load_model(
         raise unknown("dtype", dtype, DTYPES)
     path = find(name, revision=revision)
     if path.is_dir():
-        config = hf.read_config(path)
-        source, names = hf.open_source(path, config), hf.LLAMA_NAMES
+        config, table, source = hf.open_folder(path)
         text = tokenizer.from_folder(path)
     else:
         file = gguf.File(path)
         config = gguf.read_config(file)
-        source, names = gguf.open_source(file, config), gguf.LLAMA_NAMES
+        table, source = gguf.table(config), gguf.open_source(file, config)
         text = tokenizer.from_gguf(file)
     if text.vocab_size > config.vocab:
         raise UserError(
             f"{path}: the tokenizer has {text.vocab_size} tokens, the model embeds {config.vocab}"
         )
     weights, fingerprint = read_weights(
-        source, config, names, dtype=jnp.dtype(dtype), put=put or _put_whole
+        source, table, dtype=jnp.dtype(dtype), put=put or _put_whole
     )
     model = Decoder(config, dtype=jnp.dtype(dtype))
     return Loaded(model, weights, text, fingerprint, name, config)

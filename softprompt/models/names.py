@@ -1,13 +1,15 @@
 """Name tables: which source tensor fills which leaf, each matched exactly once.
 
-A source (a GGUF file, a Hugging Face folder) gives tensors in the layout of `torch.nn.Linear`,
-[out, in]. A table says for every leaf of the weights tree what its tensors are called there, and a
-`Part` how one of them is turned into the leaf's own layout. Layers are stacked: leaf
-`layers/attn/q/kernel` [L, D, H, K] is filled in place, one layer at a time, from L tensors.
+A source (a GGUF file, a Hugging Face folder) gives tensors in a layout of its own, mostly that of
+`torch.nn.Linear`, [out, in]. A table has for every leaf of the weights tree a `Part`: what its
+tensors are called there, and how one of them is turned into the leaf's own layout. Layers are
+stacked: leaf `layers/attn/q/kernel` [L, D, H, K] is filled in place, one layer at a time, from L
+tensors.
 """
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +27,7 @@ class Source:
 
     Args:
         file: what to call them in an error.
-        tensors: name -> (stored type, shape [out, in]).
+        tensors: name -> (stored type, shape).
         read: name -> (values in that shape, the raw bytes as stored).
         harmless: whether a tensor that no leaf asks for may be left out without a word.
     """
@@ -38,55 +40,103 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """How a tensor of shape `source` becomes a leaf (or its layer) of shape `leaf`."""
+    """How the tensor `name`, of shape `source`, becomes a leaf (or its layer) of shape `leaf`.
 
+    `layers`: how many tensors are stacked in the leaf, None where it is one tensor; `name` has `{}`
+    for the layer. Several leaves may each take their part of one fused tensor.
+    """
+
+    name: str
     source: tuple[int, ...]
     leaf: tuple[int, ...]
     convert: Callable[[np.ndarray], np.ndarray]
+    layers: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole leaf's shape."""
+        return self.leaf if self.layers is None else (self.layers, *self.leaf)
 
 
-def llama_parts(config: DecoderConfig) -> dict[str, Part]:
-    """Leaf path -> part, for every leaf of a Llama-style decoder's weights."""
+Table = Mapping[str, Part]
+
+
+def decoder_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Leaf path -> its shape (one layer's, under "layers/"), for every leaf of the weights."""
     c = config
+    shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (c.vocab, c.prompt_width)}
 
-    def same(*shape: int) -> Part:
-        return Part(shape, shape, lambda x: x)
+    def norm(path: str, size: int) -> None:
+        shapes[f"{path}/scale"] = (size,)
+        if c.norm == "layer":
+            shapes[f"{path}/bias"] = (size,)
 
-    def linear(n_in: int, n_out: int) -> Part:
-        return Part((n_out, n_in), (n_in, n_out), np.transpose)
+    def linear(path: str, inputs: tuple[int, ...], out: tuple[int, ...], bias: bool) -> None:
+        shapes[f"{path}/kernel"] = (*inputs, *out)
+        if bias:
+            shapes[f"{path}/bias"] = out
 
-    def heads(count: int) -> Part:
-        leaf = (c.width, count, c.head_size)
-        return Part((count * c.head_size, c.width), leaf, lambda x: x.T.reshape(leaf))
-
-    merged = (c.heads, c.head_size, c.width)
-    parts = {
-        "embed/embedding": same(c.vocab, c.width),
-        "layers/attn_norm/scale": same(c.width),
-        "layers/attn/q/kernel": heads(c.heads),
-        "layers/attn/k/kernel": heads(c.kv_heads),
-        "layers/attn/v/kernel": heads(c.kv_heads),
-        "layers/attn/o/kernel": Part(
-            (c.width, c.heads * c.head_size), merged, lambda x: x.T.reshape(merged)
-        ),
-        "layers/mlp_norm/scale": same(c.width),
-        "layers/mlp/gate/kernel": linear(c.width, c.ffn),
-        "layers/mlp/up/kernel": linear(c.width, c.ffn),
-        "layers/mlp/down/kernel": linear(c.ffn, c.width),
-        "final_norm/scale": same(c.width),
-    }
+    if c.positions == "learned":
+        shapes["positions/embedding"] = (c.context_length + c.position_offset, c.width)
+    if c.embed_width:
+        linear("project_in", (c.embed_width,), (c.width,), False)
+    norm("layers/attn_norm", c.width)
+    for name, heads in {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}.items():
+        linear(f"layers/attn/{name}", (c.width,), (heads, c.head_size), c.qkv_bias)
+    for name in ("q_norm", "k_norm") if c.qk_norm else ():
+        norm(f"layers/attn/{name}", c.head_size)
+    linear("layers/attn/o", (c.heads, c.head_size), (c.width,), c.out_bias)
+    norm("layers/mlp_norm", c.width)
+    for name in ("gate", "up") if c.gated else ("up",):
+        linear(f"layers/mlp/{name}", (c.width,), (c.ffn,), c.mlp_bias)
+    linear("layers/mlp/down", (c.ffn,), (c.width,), c.mlp_bias)
+    for name in ("attn_post_norm", "mlp_post_norm") if c.norms == "both" else ():
+        norm(f"layers/{name}", c.width)
+    if c.final_norm:
+        norm("final_norm", c.width)
+    if c.embed_width:
+        linear("project_out", (c.width,), (c.embed_width,), False)
     if not c.tied:
-        parts["head/kernel"] = linear(c.width, c.vocab)
-    return parts
+        linear("head", (c.prompt_width,), (c.vocab,), False)
+    return shapes
+
+
+def decoder_table(config: DecoderConfig, names: Mapping[str, str]) -> dict[str, Part]:
+    """The table of a source that stores every leaf apart, matrices as [out, in].
+
+    Args:
+        config: which leaves there are.
+        names: module path -> name, `{}` for the layer. The module's `bias` is NAME.bias; its
+            `kernel`, `scale` or `embedding` is NAME.weight.
+    """
+    table = {}
+    for path, leaf in decoder_shapes(config).items():
+        module, _, kind = path.rpartition("/")
+        name = f"{names[module]}.{'bias' if kind == 'bias' else 'weight'}"
+        layers = config.layers if path.startswith("layers/") else None
+        table[path] = torch_part(path, name, leaf, layers=layers)
+    return table
+
+
+def torch_part(path: str, name: str, leaf: tuple[int, ...], *, layers: int | None) -> Part:
+    """A leaf as `torch.nn` stores it: a kernel is [out, in], each axis flat; the rest as it is."""
+    if path.endswith("/embedding"):
+        return Part(name, leaf, leaf, lambda x: x, layers)
+    if not path.endswith("/kernel"):
+        return Part(name, (math.prod(leaf),), leaf, lambda x: x.reshape(leaf), layers)
+    inputs = 2 if path.endswith("/o/kernel") else 1
+    source = (math.prod(leaf[inputs:]), math.prod(leaf[:inputs]))
+    return Part(name, source, leaf, lambda x: x.T.reshape(leaf), layers)
+
+
+def straight(part: Part) -> Part:
+    """The part of a kernel that its source stores as [in, out]."""
+    source = part.source[::-1]
+    return dataclasses.replace(part, source=source, convert=lambda x: x.reshape(part.leaf))
 
 
 def read_weights(
-    source: Source,
-    config: DecoderConfig,
-    names: Mapping[str, str],
-    *,
-    dtype: np.dtype,
-    put: Put,
+    source: Source, table: Table, *, dtype: np.dtype, put: Put
 ) -> tuple[dict[str, Any], str]:
     """Reads every leaf of the weights tree, one tensor at a time.
 
@@ -94,9 +144,8 @@ def read_weights(
 
     Args:
         source: opened weights.
-        config: the sizes that the tensors must have.
-        names: leaf path -> tensor name in the source, with `{}` for the layer where stacked.
-        dtype: dtype of the leaves.
+        table: leaf path -> part, for every leaf.
+        dtype: dtype of the matrices. Scales and biases are at least float32.
         put: called as `put(path, array)` on each finished leaf; what it returns is kept.
 
     Returns:
@@ -106,40 +155,44 @@ def read_weights(
     Raises:
         UserError: listing every missing, unexpected and misshapen tensor.
     """
-    parts = llama_parts(config)
-    tensors = {path: _tensor_names(names[path], config.layers) for path in parts}
-    _check(source, {name: parts[path].source for path in parts for name in tensors[path]})
-    digests: list[str] = []
+    tensors = {path: tensor_names(part) for path, part in table.items()}
+    _check(source, {name: table[path].source for path in table for name in tensors[path]})
+    digests: dict[str, str] = {}
     weights: dict[str, Any] = {}
-    for path, part in parts.items():
-        count = config.layers if "{}" in names[path] else None
-        leaf = _fill(source, tensors[path], part, count=count, dtype=dtype, digests=digests)
+    for path, part in table.items():
+        wanted = leaf_dtype(path, dtype)
+        leaf = _fill(source, tensors[path], part, dtype=wanted, digests=digests)
         _insert(weights, path, put(path, leaf))
         del leaf  # the next one is allocated without this one beside it
-    fingerprint = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256("\n".join(sorted(digests.values())).encode()).hexdigest()[:16]
     return weights, fingerprint
 
 
+def leaf_dtype(path: str, dtype: np.dtype) -> np.dtype:
+    """Dtype of a leaf: that of the model for matrices; at least float32 for scales and biases.
+
+    The table of a relative bias is added to the scores of attention: a bias, whatever its shape.
+    """
+    small = path.endswith(("/scale", "/bias", "/relative_bias/embedding"))
+    return np.promote_types(dtype, np.float32) if small else dtype
+
+
 def _fill(
-    source: Source,
-    tensors: list[str],
-    part: Part,
-    *,
-    count: int | None,
-    dtype: np.dtype,
-    digests: list[str],
+    source: Source, tensors: list[str], part: Part, *, dtype: np.dtype, digests: dict[str, str]
 ) -> np.ndarray:
-    """One leaf, stacked where there is a count of layers; appends its tensors' digests."""
-    leaf = np.empty(part.leaf if count is None else (count, *part.leaf), dtype)
+    """One leaf, stacked where it has layers; adds its tensors' digests by name."""
+    leaf = np.empty(part.shape, dtype)
     for layer, name in enumerate(tensors):
         values, raw = source.read(name)
-        leaf[... if count is None else layer] = part.convert(values)
-        digests.append(_digest(name, source.tensors[name], raw))
+        leaf[... if part.layers is None else layer] = part.convert(values)
+        if name not in digests:
+            digests[name] = _digest(name, source.tensors[name], raw)
     return leaf
 
 
-def _tensor_names(pattern: str, layers: int) -> list[str]:
-    return [pattern.format(i) for i in range(layers)] if "{}" in pattern else [pattern]
+def tensor_names(part: Part) -> list[str]:
+    """The names of a leaf's tensors, one a layer where it has layers."""
+    return [part.name] if part.layers is None else [part.name.format(i) for i in range(part.layers)]
 
 
 def _check(source: Source, wanted: dict[str, tuple[int, ...]]) -> None:

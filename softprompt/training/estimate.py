@@ -40,7 +40,7 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
         shape = source.template.shape
         rows = shape.rows / config.train.microbatches
         memory += step_memory(sizes, rows * shape.tokens, shape.tokens + context, config)
-        trainable = config.method.length * sizes.width
+        trainable = config.method.length * sizes.prompt_width
     seconds = flops / machine_flops(config.model.dtype) / SHARE
     return {
         "trainable": trainable,

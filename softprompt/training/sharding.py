@@ -17,9 +17,19 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
     (r"head/kernel", P(None, "model")),
     (r"layers/attn/[qkv]/kernel", P(None, None, "model", None)),
     (r"layers/attn/o/kernel", P(None, "model", None, None)),
+    (r"layers/attn/[qkv]/bias", P(None, "model", None)),
     (r"layers/mlp/(gate|up)/kernel", P(None, None, "model")),
+    (r"layers/mlp/(gate|up)/bias", P(None, "model")),
     (r"layers/mlp/down/kernel", P(None, "model", None)),
-    (r"(layers/(attn|mlp)_norm|final_norm)/scale", P()),
+    (r"layers/(attn/o|mlp/down)/bias", P()),
+    (r"(layers/((attn|mlp)(_post)?_norm|attn/[qk]_norm)|final_norm)/(scale|bias)", P()),
+    (r"positions/embedding|project_(in|out)/kernel", P()),
+    (r"(encoder|decoder)/relative_bias/embedding", P(None, "model")),
+    (r"(encoder|decoder)/layers/(attn|cross)/[qkv]/kernel", P(None, None, "model", None)),
+    (r"(encoder|decoder)/layers/(attn|cross)/o/kernel", P(None, "model", None, None)),
+    (r"(encoder|decoder)/layers/mlp/(gate|up)/kernel", P(None, None, "model")),
+    (r"(encoder|decoder)/layers/mlp/down/kernel", P(None, "model", None)),
+    (r"(encoder|decoder)/(layers/(attn|cross|mlp)_norm|final_norm)/scale", P()),
 )
 
 

@@ -300,7 +300,9 @@ def learning_rates(prepared: Prepared) -> np.ndarray:
 
     o, peak = prepared.config.optimizer, prepared.config.optimizer.rate
     if o.rate_unit == "embedding_rms":
-        peak *= float(jax.jit(embedding_rms)(prepared.loaded.weights["embed"]["embedding"]))
+        loaded = prepared.loaded
+        peak *= float(jax.jit(embedding_rms)(loaded.weights["embed"]["embedding"]))
+        peak *= loaded.config.embed_scale
     return rates(o.schedule, peak=peak, warmup=o.warmup, steps=prepared.config.train.steps)
 
 

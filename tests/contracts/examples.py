@@ -94,7 +94,7 @@ def prompted(
     """A step with a prompt of sampled rows, moved a little off the vocabulary; and the delta."""
     bos_before = step.pop("bos_before", None)
     ids = range(model.config.vocab)
-    cfg = PromptConfig(length, bos_before, vocabulary(ids))
+    cfg = PromptConfig(length, bos_before, vocabulary(ids), model.config.embed_scale)
     key = jax.random.key(seed)
     delta = init(key, model, weights, cfg)
     prompt_PD = delta["prompt"]

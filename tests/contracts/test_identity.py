@@ -27,7 +27,7 @@ KEY = jax.random.key(0)
 
 
 def text_delta(model, weights, ids, *, bos_before=None):
-    cfg = PromptConfig(len(ids), bos_before, text(ids))
+    cfg = PromptConfig(len(ids), bos_before, text(ids), model.config.embed_scale)
     return StepConfig(model, "prompt", cfg), init(KEY, model, weights, cfg)
 
 

@@ -1,4 +1,5 @@
-"""Writes llama.json: ids and logits by transformers on PyTorch, for the tests without PyTorch.
+"""Writes llama.json and families.json: ids and logits by transformers on PyTorch, for the tests
+without PyTorch.
 
 Run in the environment of `make parity`, from the repository root:
 
@@ -15,6 +16,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt.models.loading import find
+from tests.families import FAMILY_IDS, VARIANTS, golden_prompt, write_family_folder
 from tests.tiny import write_llama_folder
 
 TEXTS = (
@@ -60,26 +62,43 @@ def tiny_reference(sizes: dict[str, Any]) -> dict[str, Any]:
     return {"sizes": sizes, "ids": TINY_IDS, "first_logits": rounded(last_V[:16])}
 
 
+def family_reference(name: str) -> list[float]:
+    """Logits of a family's tiny variant after a soft prompt and `FAMILY_IDS`."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_family_folder(Path(folder), name)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    x_1TD = model.get_input_embeddings()(torch.tensor([FAMILY_IDS]))
+    prompt_PD = torch.tensor(golden_prompt(x_1TD.shape[-1]))
+    logits_1TV = model(inputs_embeds=torch.cat([prompt_PD[None], x_1TD], 1)).logits
+    return rounded(logits_1TV[0, -1, :16])
+
+
 def rounded(values: torch.Tensor) -> list[float]:
     """Six decimals: below every tolerance that reads them."""
     return [round(float(v), 6) for v in values]
 
 
+def write(name: str, golden: dict[str, Any]) -> None:
+    """Writes a file beside this one, with the versions that it was made with."""
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    text = json.dumps({"made_with": versions, **golden}, ensure_ascii=True, indent=1)
+    Path(__file__).with_name(name).write_text(text + "\n")
+
+
 def main() -> None:
-    """Writes llama.json beside this file."""
+    """Writes llama.json and families.json beside this file."""
     path = find("smollm2-135m-instruct-q4")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     with torch.no_grad():
+        write("families.json", {name: family_reference(name) for name in VARIANTS})
         golden = {
-            "made_with": {"transformers": transformers.__version__, "torch": torch.__version__},
             "smollm2-135m-instruct-q4": [reference(t, tokenizer, model) for t in TEXTS],
             "tiny": {name: tiny_reference(sizes) for name, sizes in TINY.items()},
         }
-    text = json.dumps(golden, ensure_ascii=True, indent=1)
-    Path(__file__).with_name("llama.json").write_text(text + "\n")
+        write("llama.json", golden)
 
 
 if __name__ == "__main__":

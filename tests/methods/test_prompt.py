@@ -62,3 +62,12 @@ def test_every_method_has_the_three_functions():
     assert prompt.fold(delta, PromptConfig(2)) is delta
     assert none.init(KEY, None, WEIGHTS, None) == none.variables({}, WEIGHTS, None, None) == {}
     assert none.fold({}, None) == {}
+
+
+def test_a_prompt_enters_after_the_embeddings_scaling(x64):
+    """Mutation: start from embeddings as they are stored, or scale the trained rows too."""
+    weights = {"embed": {"embedding": jax.random.normal(KEY, (20, 8), jnp.float64)}}
+    cfg = PromptConfig(3, 7, text([4, 5, 6]), embed_scale=2.5)
+    spelled = prompt.variables(prompt.init(KEY, None, weights, cfg), weights, cfg, None)["prompt"]
+    wanted = 2.5 * weights["embed"]["embedding"][jnp.array([7, 4, 5, 6])]
+    np.testing.assert_allclose(spelled, wanted, rtol=1e-12)

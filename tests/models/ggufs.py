@@ -8,10 +8,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from softprompt.models import gguf as ours
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.gguf import LLAMA_NAMES
-from softprompt.models.hf import LLAMA_NAMES as HF_NAMES
-from softprompt.models.names import llama_parts
+from softprompt.models.families import llama
 from tests.tiny import tiny_config, tiny_tensors, tiny_tokenizer
 
 Quant = gguf.GGMLQuantizationType
@@ -117,10 +116,11 @@ def _tensors(config: DecoderConfig, seed: int) -> dict[str, np.ndarray]:
     values = tiny_tensors(config, seed)
     heads = {"layers/attn/q/kernel": config.heads, "layers/attn/k/kernel": config.kv_heads}
     tensors = {}
-    for path in llama_parts(config):
-        for layer in range(config.layers if "{}" in LLAMA_NAMES[path] else 1):
-            tensor = values[HF_NAMES[path].format(layer)].astype(np.float32)
+    names = ours.table(config)
+    for path, part in llama.table(config).items():
+        for layer in range(config.layers if "{}" in part.name else 1):
+            tensor = values[part.name.format(layer)].astype(np.float32)
             if path in heads:
                 tensor = permute(tensor, heads[path])
-            tensors[LLAMA_NAMES[path].format(layer)] = tensor
+            tensors[names[path].name.format(layer)] = tensor
     return tensors

@@ -49,7 +49,7 @@ def shard(folder: Path, count: int = 3) -> Path:
 
 @pytest.mark.parametrize("case", GOLDEN["tiny"].values(), ids=list(GOLDEN["tiny"]))
 def test_logits_are_those_of_transformers(tmp_path, case):
-    # Breaks if: two entries of LLAMA_NAMES are swapped, or rope_theta is not read.
+    # Breaks if: two entries of NAMES are swapped, or rope_theta is not read.
     loaded = load_model(str(write_llama_folder(tmp_path, seed=1, **case["sizes"])))
     logits_TV = loaded.model.apply({"params": loaded.weights}, jnp.array(case["ids"]))
     np.testing.assert_allclose(logits_TV[-1, :16], case["first_logits"], atol=1e-4)
@@ -148,13 +148,16 @@ def test_a_truncated_file_is_one_line_that_names_it(folder, keep):
     [
         (
             {"architectures": ["BloomForCausalLM"]},
-            "json: architecture 'BloomForCausalLM' is not supported; supported: Ll",
+            "json: architecture 'BloomForCausalLM' is not supported; supported: GPT2LM",
         ),
-        ({"architectures": None}, "supported: LlamaForCausalLM"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type 'llama3' is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' is not supported"),
-        ({"attention_bias": True}, "attention_bias True is not supported; allowed: False"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; allowed: 'silu'"),
+        ({"architectures": None}, "supported: GPT2LMHeadModel, "),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "json: rope_type 'yarn' is not supported; allowed: 'default', 'linear', 'llama3'",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "json: no key 'factor'"),
+        ({"attention_bias": "some"}, "attention_bias 'some' is not supported; allowed: False, T"),
+        ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported; allowed: 'silu', 'swish'"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused(folder, changes, message):

@@ -33,15 +33,16 @@ def test_weights_fit_the_model(tmp_path):
     assert jax.tree.map(jnp.shape, loaded.weights) == jax.tree.map(jnp.shape, made)
 
 
-def test_dtype_is_that_of_every_leaf_and_of_the_model(tmp_path):
+def test_dtype_is_that_of_every_matrix_and_of_the_model(tmp_path):
     write_llama_folder(tmp_path)
     exact = load_model(str(tmp_path))
     half = load_model(str(tmp_path), dtype="bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(half.weights)} == {jnp.dtype("bfloat16")}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(half.weights):
+        assert leaf.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
     assert half.model.dtype == jnp.bfloat16
     assert half.fingerprint == exact.fingerprint
     jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)),
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)),
         half.weights,
         exact.weights,
     )
@@ -77,15 +78,13 @@ def test_fingerprint_follows_the_content(tmp_path):
 def test_one_stacked_leaf_is_in_memory_at_a_time(tmp_path):
     # Breaks if: read_weights keeps its leaves, or _fill collects a leaf's tensors before stacking.
     write_llama_folder(tmp_path, width=256, layers=8, ffn=512, heads=8)
-    config = hf.read_config(tmp_path)
-    source = hf.open_source(tmp_path, config)
+    config, table, source = hf.open_folder(tmp_path)
     sizes = {}
     tracemalloc.start()
     try:
         read_weights(
             source,
-            config,
-            hf.LLAMA_NAMES,
+            table,
             dtype=np.dtype(np.float32),
             put=lambda path, leaf: sizes.update({path: leaf.nbytes}),
         )

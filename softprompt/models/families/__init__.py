@@ -1,0 +1,49 @@
+"""The decoder families that Hugging Face folders may hold: one short file each."""
+
+from softprompt.errors import UserError
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.families.base import Family, Raw
+from softprompt.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from softprompt.models.families.gpt2 import GPT2
+from softprompt.models.families.gpt_neox import GPT_NEOX
+from softprompt.models.families.llama import LLAMA, MISTRAL
+from softprompt.models.families.opt import OPT
+from softprompt.models.families.qwen import QWEN2, QWEN3
+
+FAMILIES: dict[str, Family] = {
+    "GPT2LMHeadModel": GPT2,
+    "GPTNeoXForCausalLM": GPT_NEOX,
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
+    "GemmaForCausalLM": GEMMA,
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": MISTRAL,
+    "OPTForCausalLM": OPT,
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
+}
+
+
+def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, DecoderConfig]:
+    """The family of a config.json's content, and the decoder that it describes.
+
+    Args:
+        raw: the content; `architectures` names the family.
+        file: what to call it in an error.
+
+    Raises:
+        UserError: another architecture, a variant that the decoder does not have, or a missing key.
+    """
+    (architecture,) = (raw.get("architectures") or ["(none)"])[:1]
+    if architecture not in FAMILIES:
+        raise UserError(
+            f"{file}: architecture {architecture!r} is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[architecture]
+    try:
+        return family, family.config(raw)
+    except KeyError as e:
+        raise UserError(f"{file}: no key {e}") from e
+    except UserError as e:
+        raise UserError(f"{file}: {e}") from None

@@ -1,0 +1,104 @@
+"""Gemma 1, 2 and 3 (text).
+
+Their norms multiply by 1 + w: the 1 is added when w is read. Their embeddings are scaled by the
+root of the width.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.families import base
+from softprompt.models.families.base import Family, Raw, only, refuse
+from softprompt.models.families.llama import NAMES, ROTARY_BUFFERS, sizes
+from softprompt.models.names import Table, decoder_table
+
+SANDWICH = {
+    **NAMES,
+    "layers/attn_post_norm": "model.layers.{}.post_attention_layernorm",
+    "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
+    "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+TANH = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")  # "gelu" is an old way to say tanh
+
+
+def table(config: DecoderConfig) -> Table:
+    """Llama's names, but for the norms around attention and feed-forward."""
+    parts = decoder_table(config, SANDWICH if config.norms == "both" else NAMES)
+    for path, part in parts.items():
+        if path.endswith("/scale"):
+            parts[path] = dataclasses.replace(part, convert=_add_one)
+    return parts
+
+
+def _add_one(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.promote_types(x.dtype, np.float32)) + 1
+
+
+def _shared(raw: Raw) -> dict[str, Any]:
+    bias = only(raw, "attention_bias", False, True)
+    only(raw, "use_bidirectional_attention", None, False)
+    return {
+        **sizes(raw),
+        "tied": raw.get("tie_word_embeddings", True),
+        "embed_scale": raw["hidden_size"] ** 0.5,
+        "activation": "gelu_tanh",
+        "qkv_bias": bias,
+        "out_bias": bias,
+    }
+
+
+def _gemma(raw: Raw) -> DecoderConfig:
+    only(raw, "hidden_act", *TANH)
+    return DecoderConfig(**_shared(raw), **base.rope(raw))
+
+
+def _gemma2(raw: Raw) -> DecoderConfig:
+    only(raw, "hidden_activation", *TANH[:1], *TANH[2:])
+    return DecoderConfig(
+        **_shared(raw),
+        **base.rope(raw),
+        norms="both",
+        query_scale=raw.get("query_pre_attn_scalar", 256) ** -0.5,
+        attn_softcap=raw.get("attn_logit_softcapping", 50.0) or 0.0,
+        final_softcap=raw.get("final_logit_softcapping", 30.0) or 0.0,
+        windows=base.windows({"sliding_window": 4096, **raw}, lambda n: n % 2 == 0),
+    )
+
+
+def _gemma3(raw: Raw) -> DecoderConfig:
+    only(raw, "hidden_activation", *TANH[:1], *TANH[2:])
+    only(raw, "attn_logit_softcapping", None)
+    pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
+    return DecoderConfig(
+        **_shared(raw),
+        **_two_ropes(raw),
+        norms="both",
+        qk_norm=True,
+        query_scale=raw.get("query_pre_attn_scalar", 256) ** -0.5,
+        final_softcap=raw.get("final_logit_softcapping") or 0.0,
+        windows=base.windows({"sliding_window": 4096, **raw}, lambda n: (n + 1) % pattern > 0),
+    )
+
+
+def _two_ropes(raw: Raw) -> dict[str, Any]:
+    """Rotary bases of layers without and with a window, from a config of either generation."""
+    ropes = raw.get("rope_parameters") or {}
+    whole = ropes.get("full_attention") or {
+        **(raw.get("rope_scaling") or {}),
+        "rope_theta": raw.get("rope_theta", 1e6),
+    }
+    local = ropes.get("sliding_attention") or {"rope_theta": raw.get("rope_local_base_freq", 1e4)}
+    if base.rope_scaling(local) is not None:
+        raise refuse("rope_type of sliding_attention", local["rope_type"], "default")
+    return {
+        **base.rope({"rope_parameters": whole}, base=1e6),
+        "rope_base_local": float(local.get("rope_theta", 1e4)),
+    }
+
+
+GEMMA = Family(_gemma, table, ROTARY_BUFFERS)
+GEMMA2 = Family(_gemma2, table, ROTARY_BUFFERS)
+GEMMA3 = Family(_gemma3, table, ROTARY_BUFFERS)

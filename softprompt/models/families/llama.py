@@ -1,0 +1,78 @@
+"""Llama 1 to 3, SmolLM2 and Mistral: the names and the keys that Qwen and Gemma use too."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.families import base
+from softprompt.models.families.base import Family, Raw, only
+from softprompt.models.names import Table, decoder_table
+
+NAMES: Mapping[str, str] = {
+    "embed": "model.embed_tokens",
+    "layers/attn_norm": "model.layers.{}.input_layernorm",
+    "layers/attn/q": "model.layers.{}.self_attn.q_proj",
+    "layers/attn/k": "model.layers.{}.self_attn.k_proj",
+    "layers/attn/v": "model.layers.{}.self_attn.v_proj",
+    "layers/attn/o": "model.layers.{}.self_attn.o_proj",
+    "layers/attn/q_norm": "model.layers.{}.self_attn.q_norm",
+    "layers/attn/k_norm": "model.layers.{}.self_attn.k_norm",
+    "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
+    "layers/mlp/up": "model.layers.{}.mlp.up_proj",
+    "layers/mlp/down": "model.layers.{}.mlp.down_proj",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+
+# Saved by older versions of transformers.
+ROTARY_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+
+
+def sizes(raw: Raw) -> dict[str, Any]:
+    """What Llama, Mistral, Qwen and Gemma configs call alike."""
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    return {
+        "vocab": raw["vocab_size"],
+        "width": width,
+        "layers": raw["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": raw.get("num_key_value_heads") or heads,
+        "head_size": raw.get("head_dim") or width // heads,
+        "ffn": raw["intermediate_size"],
+        "context_length": raw["max_position_embeddings"],
+        "norm_eps": raw["rms_norm_eps"],
+    }
+
+
+def table(config: DecoderConfig) -> Table:
+    """Every leaf apart, under Llama's names."""
+    return decoder_table(config, NAMES)
+
+
+def _llama(raw: Raw) -> DecoderConfig:
+    bias = only(raw, "attention_bias", False, True)
+    return DecoderConfig(
+        **sizes(raw),
+        **base.rope(raw),
+        tied=raw.get("tie_word_embeddings", False),
+        activation=base.activation(raw, "hidden_act", "silu"),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=only(raw, "mlp_bias", False, True),
+    )
+
+
+def _mistral(raw: Raw) -> DecoderConfig:
+    window = raw.get("sliding_window", 4096)
+    return DecoderConfig(
+        **sizes(raw),
+        **base.rope(raw),
+        tied=raw.get("tie_word_embeddings", False),
+        activation=base.activation(raw, "hidden_act", "silu"),
+        windows=(int(window),) * raw["num_hidden_layers"] if window else (),
+    )
+
+
+LLAMA = Family(_llama, table, ROTARY_BUFFERS)
+MISTRAL = Family(_mistral, table, ROTARY_BUFFERS)

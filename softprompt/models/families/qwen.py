@@ -1,0 +1,35 @@
+"""Qwen2 and Qwen2.5 (biases before attention) and Qwen3 (normalised queries and keys)."""
+
+from typing import Any
+
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.families import base
+from softprompt.models.families.base import Family, Raw, only
+from softprompt.models.families.llama import ROTARY_BUFFERS, sizes, table
+
+
+def _shared(raw: Raw) -> dict[str, Any]:
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
+    first = raw.get("max_window_layers", 28)
+    return {
+        **sizes(raw),
+        **base.rope(raw),
+        "tied": raw.get("tie_word_embeddings", False),
+        "activation": base.activation(raw, "hidden_act", "silu"),
+        "windows": base.windows(
+            {**raw, "sliding_window": window}, lambda n: bool(window) and n >= first
+        ),
+    }
+
+
+def _qwen2(raw: Raw) -> DecoderConfig:
+    return DecoderConfig(**_shared(raw), qkv_bias=True)
+
+
+def _qwen3(raw: Raw) -> DecoderConfig:
+    bias = only(raw, "attention_bias", False, True)
+    return DecoderConfig(**_shared(raw), qk_norm=True, qkv_bias=bias, out_bias=bias)
+
+
+QWEN2 = Family(_qwen2, table, ROTARY_BUFFERS)
+QWEN3 = Family(_qwen3, table, ROTARY_BUFFERS)

@@ -1,0 +1,159 @@
+"""Contract 1: every decoder family against transformers on PyTorch, in float32.
+
+Models are random, made and saved by transformers in its own format.
+"""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softprompt.models.decoder import Decoder
+from softprompt.models.families import FAMILIES
+from softprompt.models.loading import Loaded, load_model
+from tests.contracts.examples import quick_jit
+from tests.families import SLIDING, VARIANTS, VOCAB, write_family_folder, write_small_tokenizer
+
+pytestmark = pytest.mark.parity
+
+torch = pytest.importorskip("torch")
+
+LENGTHS = (40, 9, 1, 23)
+TOLERANCE = 1e-4
+PROMPT = 9  # longer than the windows
+
+
+def random_model(name: str) -> Any:
+    """A model of transformers whose every parameter is random, of a size that matters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = dict(VARIANTS[name])
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter, tensor in model.named_parameters():
+        noise = torch.randn_like(tensor)
+        if tensor.ndim == 2:
+            scale = 0.5 if "embed" in parameter or "wte" in parameter else 1.3
+            tensor.data = noise * scale / (1 if scale == 0.5 else min(tensor.shape) ** 0.5)
+        else:
+            tensor.data += 0.2 * noise
+    return model
+
+
+@functools.cache
+def both(name: str) -> tuple[Any, Loaded]:
+    """A random model of a family in transformers, and ours, read from what transformers saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(name).save_pretrained(folder)
+        write_small_tokenizer(Path(folder))
+        return read_back(folder), load_model(folder)
+
+
+def read_back(folder: str | Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def texts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, VOCAB, length).tolist() for length in LENGTHS]
+
+
+def theirs(model: Any, ids: list[list[int]], prompt_PD: np.ndarray | None = None) -> list[Any]:
+    """Logits [T, V] of each text, all in one batch padded on the right, after a prompt if any."""
+    longest = max(map(len, ids))
+    tokens_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    inputs: dict[str, Any] = {"input_ids": tokens_BT, "attention_mask": mask_BT}
+    length = 0
+    if prompt_PD is not None:
+        length = len(prompt_PD)
+        x_BTD = model.get_input_embeddings()(tokens_BT)
+        x_BPD = torch.tensor(prompt_PD).expand(len(ids), *prompt_PD.shape)
+        ones = torch.ones(len(ids), length, dtype=torch.long)
+        inputs = {
+            "inputs_embeds": torch.cat([x_BPD, x_BTD], 1),
+            "attention_mask": torch.cat([ones, mask_BT], 1),
+        }
+    with torch.no_grad():
+        logits_BTV = model(**inputs).logits.numpy()
+    return [x[length : length + len(row)] for x, row in zip(logits_BTV, ids, strict=True)]
+
+
+@functools.partial(quick_jit, static_argnames="model")
+def row_logits(model: Decoder, variables: Any, *row: jax.Array) -> Any:
+    context = model.apply(variables, method="prompt_context")
+    x_TD = model.apply(variables, context, *row, method="hidden")
+    return model.apply(variables, x_TD, method="logits")
+
+
+def packed(
+    ours: Loaded, rows: list[list[int]], prompt_PD: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Logits [T, V] of each text, all in one row after one context, padding behind."""
+    tokens, segments, positions = (np.zeros(sum(LENGTHS) + 5, np.int32) for _ in range(3))
+    first, spans = 0, []
+    for number, row in enumerate(rows):
+        span = slice(first, first + len(row))
+        tokens[span], segments[span], positions[span] = row, number + 1, np.arange(len(row))
+        first += len(row)
+        spans.append(span)
+    delta = {} if prompt_PD is None else {"prompt": jnp.asarray(prompt_PD)}
+    variables = {"params": ours.weights, "delta": delta}
+    logits_TV = np.asarray(row_logits(ours.model, variables, tokens, segments, positions))
+    return [logits_TV[span] for span in spans]
+
+
+def largest(a: list[Any], b: list[Any]) -> float:
+    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
+
+
+def prompt_of(ours: Loaded) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    width = ours.config.prompt_width
+    return (ours.config.embed_scale * 0.5 * rng.standard_normal((PROMPT, width))).astype("float32")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_alone_padded_and_packed(name):
+    model, ours = both(name)
+    ids = texts()
+    wanted = theirs(model, ids)
+    assert 1 < np.std(wanted[0]) < 30
+    assert largest([packed(ours, [row])[0] for row in ids], wanted) < TOLERANCE
+    assert largest(packed(ours, ids), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_soft_prompt_is_a_context(name):
+    """A prompt enters where `inputs_embeds` does; in a window, it is left behind."""
+    model, ours = both(name)
+    ids, prompt_PD = texts(), prompt_of(ours)
+    wanted = theirs(model, ids, prompt_PD)
+    assert largest(wanted, theirs(model, ids)) > 0.1
+    assert largest(packed(ours, ids, prompt_PD), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_rows_reach_past_the_window(name):
+    _, ours = both(name)
+    windows = [window for window in ours.config.windows if window]
+    assert windows and max(windows) < min(PROMPT, max(LENGTHS))
+
+
+def test_every_architecture_has_a_variant():
+    assert {raw["architectures"][0] for raw in VARIANTS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_tests_own_folders_are_read_by_transformers(tmp_path, name):
+    write_family_folder(tmp_path, name)
+    model, ours = read_back(tmp_path), load_model(str(tmp_path))
+    assert largest(packed(ours, texts()), theirs(model, texts())) < TOLERANCE
