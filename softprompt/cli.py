@@ -358,7 +358,8 @@ def _show(task: "Task", *, examples: int) -> None:
     """Prints a task's examples and label counts, a split at a time; reading prepares the data."""
     import json
 
-    from softprompt.data.tasks import SPLITS, label_counts, read_split, target_text
+    from softprompt.data.subsets import label_counts
+    from softprompt.data.tasks import SPLITS, read_split, target_text
 
     for split in SPLITS:
         records = read_split(task, split)

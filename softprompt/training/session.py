@@ -20,7 +20,8 @@ from softprompt.data.pipeline import (
     eval_shape,
     train_template,
 )
-from softprompt.data.tasks import Task, balanced_subset, get_task, read_split, seeded_sample
+from softprompt.data.subsets import balanced_subset, seeded_sample
+from softprompt.data.tasks import Task, get_task, read_split
 from softprompt.models.loading import Loaded, load_model
 from softprompt.progress import Progress
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer

@@ -8,16 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.config import base_config
+from softprompt.data.subsets import balanced_subset, label_counts, seeded_order, seeded_sample
 from softprompt.data.tasks import (
     SPLITS,
     TASKS,
     Part,
-    balanced_subset,
     get_task,
-    label_counts,
     pieces,
     read_split,
-    seeded_order,
     target_text,
 )
 from softprompt.errors import UserError
@@ -212,6 +210,15 @@ def test_seeds_draw_different_subsets() -> None:
 def test_subset_larger_than_the_data_is_a_user_error() -> None:
     with pytest.raises(UserError, match="subset of 4 examples was asked for; there are 3"):
         balanced_subset(records(*"aab"), 4, 0)
+
+
+def test_a_sample_keeps_order_and_goes_by_ids() -> None:
+    # Breaks if: the first n records are taken, which in a file sorted by label are of one label.
+    pool = records(*"aaaabbbb")
+    sample = seeded_sample(pool, 4)
+    assert sample == [record for record in pool if record in sample] and len(sample) == 4
+    assert {record["label"] for record in sample} == {"a", "b"}
+    assert seeded_sample(pool, 0) == seeded_sample(pool, 9) == pool
 
 
 def test_seeded_order_is_fixed_for_all_time() -> None:
