@@ -60,7 +60,7 @@ def machine_flops(dtype: str) -> float:
     product = jax.jit(lambda a, b: a @ b)
     product(x, x).block_until_ready()
     best = float("inf")
-    for _ in range(8):
+    for _ in range(64):  # a shared machine shows its best only now and then
         began = time.perf_counter()
         product(x, x).block_until_ready()
         best = min(best, time.perf_counter() - began)
