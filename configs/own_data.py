@@ -7,8 +7,7 @@ Command:
     softprompt data show --config configs/own_data.py
     softprompt train --config configs/own_data.py --workdir runs/mine
 
-Cost: as the base config for texts of a sentence or two, about three minutes on two CPU cores; in
-proportion to tokens.
+Cost: as the base config for texts of a sentence or two; in proportion to tokens.
 """
 
 from ml_collections import ConfigDict

@@ -14,6 +14,10 @@ Command:
 
 Cost: 40 trials (36 prompts of 240 steps, 4 baselines); the quickstart subset has 8 (4 prompts of 50
 steps, validated on 200 examples).
+
+Expected, quickstart, seed 0: zero-shot 0.800; few-shot 0.805, 0.700, 0.779; prompts of 1, 20 and
+100 vocabulary rows 0.813, 0.851, 0.869; 20 vectors from labels 0.860. The full grid has not
+been run.
 """
 
 import itertools
