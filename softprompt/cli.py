@@ -332,7 +332,7 @@ def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
         for name, entry in CATALOG.items()
     ]
     _print_columns(("NAME", "PARAMETERS", "FAMILY", "SOURCE", "LICENCE"), lines)
-    print("model.name also takes any Llama-family hub name (org/repo), local folder or .gguf file.")
+    print("model.name also takes a hub name (org/repo), a folder or a Llama-family .gguf file.")
     return 0
 
 
