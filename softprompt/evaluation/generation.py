@@ -41,7 +41,7 @@ def greedy_function(model: Decoder, max_new: int) -> Callable[..., jax.Array]:
 
 
 def generate(
-    model: Decoder,
+    model: Any,
     weights: Tree,
     shared: tuple[Tree, Context],
     batches: Sequence[GenerationBatch],

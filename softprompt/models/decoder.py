@@ -2,13 +2,17 @@
 
 Everything that a row sees of its task is a stack of keys and values that the row does not change:
 
-    context = model.apply(variables, method="prompt_context")                   once a step
-    x_TD = model.apply(variables, context, tokens_T, ..., method="hidden")      one row
+    context = model.apply(variables, method="prompt_context")           once a step
+    x_MD = model.apply(variables, context, row, method="targets")       one row
+    logits_MV = model.apply(variables, x_MD, method="logits")
+
+The encoder-decoder (softprompt/models/t5.py) has the same three methods.
 
 `jax.vmap` over rows leaves the context unbatched: it is computed once, forward and backward.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -317,6 +321,14 @@ class Decoder(nn.Module):
             mask_TS &= (branches_T == 0) | (branches_T[:, None] == branches_T)
         x_TD, _ = self._run(self.embed(tokens_T), context, mask_TS, positions_T + context.length)
         return x_TD
+
+    def targets(self, context: Context, row: Mapping[str, jax.Array]) -> jax.Array:
+        """The residual stream [M, D] at a row's positions "index_M".
+
+        The other arrays of `row` are the arguments of `hidden` by name.
+        """
+        arrays = {name: array for name, array in row.items() if name != "index_M"}
+        return self.hidden(context, **arrays)[row["index_M"]]
 
     def logits(self, x_MD: jax.Array) -> jax.Array:
         """Logits [M, V] of positions of the residual stream, at least float32."""

@@ -11,7 +11,7 @@ both ways; the decoder's prompt is causal and sees the input by cross-attention.
 Once (`prompt_to_input` off): the prompt does not see the input, hence is the same for all: a
 context, computed once a step and seen by every segment as if it stood right before its tokens.
 
-    contexts = model.apply(variables, method="prompt_contexts")                    once a step
+    contexts = model.apply(variables, method="prompt_context")                     once a step
     states_SD = model.apply(variables, contexts, *encoder_row, method="encode")    one row
     x_TD = model.apply(variables, contexts, states_SD, encoder_segments_S, *decoder_row,
                        method="decode")                                            one row
@@ -19,6 +19,8 @@ context, computed once a step and seen by every segment as if it stood right bef
 Inline, the contexts are empty and the same calls apply. A segment's positions, its slots first,
 must lie side by side in the row: the relative bias is that of row indices.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +133,7 @@ class T5(nn.Module):
         if not c.tied:
             self.head = Head(c, self.dtype)
 
-    def prompt_contexts(self) -> Contexts:
+    def prompt_context(self) -> Contexts:
         """The contexts of the trained prompts; empty inline, and where there is no prompt."""
         if self.prompt_to_input:
             none = jnp.zeros((0, self.config.width), self.dtype)
@@ -203,6 +205,22 @@ class T5(nn.Module):
         x_TD, _ = self.decoder(x_TD, contexts.decoder, mask_TS, positions_T, cross)
         return x_TD
 
+    def targets(self, contexts: Contexts, row: Mapping[str, jax.Array]) -> jax.Array:
+        """The decoder's residual stream [M, D] at the positions "index_M" of a row of both stacks.
+
+        Args:
+            contexts: what every segment sees besides itself.
+            row: of the encoder "inputs_S", "input_segments_S", "input_positions_S" and, inline,
+                "input_prompt_S"; of the decoder "tokens_T", "segments_T", "positions_T" and
+                perhaps "prompt_T" and "branches_T": the arguments of `encode` and `decode`.
+        """
+        segments_S = row["input_segments_S"]
+        encoder = row["inputs_S"], segments_S, row["input_positions_S"], row.get("input_prompt_S")
+        states_SD = self.encode(contexts, *encoder)
+        own = row["tokens_T"], row["segments_T"], row["positions_T"], row.get("prompt_T")
+        x_TD = self.decode(contexts, states_SD, segments_S, *own, row.get("branches_T"))
+        return x_TD[row["index_M"]]
+
     def logits(self, x_MD: jax.Array) -> jax.Array:
         """Logits [M, V] of positions of the decoder's residual stream, at least float32."""
         x_MD = self.decoder.final_norm(x_MD)
@@ -218,7 +236,7 @@ class T5(nn.Module):
 
         Trained prompts, if there are any, precede both in the form `prompt_to_input` says.
         """
-        contexts = self.prompt_contexts()
+        contexts = self.prompt_context()
         tokens_S, positions_S, index_S = self._plain_row(self.encoder, tokens_S)
         row_T, positions_T, index_T = self._plain_row(self.decoder, tokens_T)
         same_S, same_T = jnp.ones_like(tokens_S), jnp.ones_like(row_T)

@@ -26,6 +26,7 @@ class T5Config:
     (1.0). `tied`: the head is the embedding matrix and its input is scaled by width**-0.5 (1.0),
     else a matrix of its own, unscaled. `buckets` and `max_distance` are those of the relative bias.
     `context_length` is what the model was pretrained on; relative positions run on beyond it.
+    `start`: the id that every sequence of the decoder begins with.
     """
 
     vocab: int
@@ -41,6 +42,17 @@ class T5Config:
     buckets: int = 32
     max_distance: int = 128
     context_length: int = 512
+    start: int = 0
+
+    @property
+    def prompt_width(self) -> int:
+        """Width of the embedding matrix and of a prompt's vectors."""
+        return self.width
+
+    @property
+    def embed_scale(self) -> float:
+        """Embeddings are not scaled."""
+        return 1.0
 
 
 def bucket(distance: np.ndarray, *, buckets: int, max_distance: int, causal: bool) -> np.ndarray:

@@ -7,13 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt.data.encode import Encoded
+from softprompt.data.eval_batches import EvalBatch, EvalShape, collect, eval_batches, eval_shape
 from softprompt.data.pipeline import (
-    EvalBatch,
-    EvalShape,
     TrainSource,
-    collect,
-    eval_batches,
-    eval_shape,
     generation_batches,
     pad_rows,
     train_batches,
