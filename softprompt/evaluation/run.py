@@ -10,11 +10,12 @@ from etils import epath
 
 from softprompt.config import ConfigDict, from_dict, to_dict
 from softprompt.data.encode import Encoded, encode
-from softprompt.data.pipeline import EvalShape, eval_batches, generation_batches
+from softprompt.data.pipeline import EvalShape, eval_batches
 from softprompt.errors import UserError, unknown
-from softprompt.evaluation.generation import generate, read_labels
+from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification
 from softprompt.evaluation.scoring import normalise, probabilities, score_batches
+from softprompt.inference.decode import generate
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
 from softprompt.training.session import SPLITS, Session
@@ -91,9 +92,11 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
         prepared.loaded.model,
         prepared.loaded.weights,
         prepared.shared(delta),
-        generation_batches(encoded, batch=GROUP, max_new=longest),
+        encoded.inputs,
         max_new=longest,
         eos_id=tokenizer.eos_id,
+        batch=GROUP,
+        mesh=prepared.mesh,
     )
     texts = list(data.task.verbalizers.values())
     labels_N, illegal = read_labels(answers, texts, tokenizer)
