@@ -1,8 +1,7 @@
-"""Batches of fixed shape: packed rows for training, padded inputs for generation."""
+"""Batches of fixed shape: packed rows for training."""
 
 import functools
 from collections import Counter
-from dataclasses import dataclass
 
 import grain
 import numpy as np
@@ -140,45 +139,3 @@ def train_batches(
     steps = grain.MapDataset.range(start, stop)
     batches = steps.map(lambda step: pad_rows(source[step], row_multiple))
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-
-
-@dataclass(frozen=True)
-class GenerationBatch:
-    """Inputs to be continued, right-padded, with room for what is generated.
-
-    Attributes:
-        tokens_BT: each input, then zeros.
-        lengths_B: tokens in each input; 1 where there is no example.
-        example_B: the index of each example, -1 where there is none.
-    """
-
-    tokens_BT: np.ndarray
-    lengths_B: np.ndarray
-    example_B: np.ndarray
-
-
-def generation_batches(
-    encoded: Encoded, *, batch: int, max_new: int, multiple: int = 64
-) -> list[GenerationBatch]:
-    """Batches inputs of similar length for generation.
-
-    Args:
-        encoded: the split; only its inputs are read.
-        batch: B, examples in a batch; the last one is padded.
-        max_new: tokens that may be generated; T leaves room for them after the longest input.
-        multiple: T is a multiple of this, so that few shapes are compiled.
-    """
-    lengths_N = np.array([len(tokens) for tokens in encoded.inputs])
-    order = np.argsort(lengths_N, kind="stable")
-    batches = []
-    for first in range(0, len(order), batch):
-        members = order[first : first + batch]
-        room = -(-(int(lengths_N[members].max()) + max_new) // multiple) * multiple
-        tokens_BT = np.zeros((batch, room), np.int32)
-        for place, example in enumerate(members.tolist()):
-            tokens_BT[place, : lengths_N[example]] = encoded.inputs[example]
-        spare = (0, batch - len(members))
-        lengths_B = np.pad(lengths_N[members], spare, constant_values=1).astype(np.int32)
-        example_B = np.pad(members, spare, constant_values=-1)
-        batches.append(GenerationBatch(tokens_BT, lengths_B, example_B))
-    return batches

@@ -10,11 +10,11 @@ from etils import epath
 
 from softprompt.config import ConfigDict, from_dict, to_dict
 from softprompt.data.eval_batches import coarse_shape, eval_batches
-from softprompt.data.pipeline import generation_batches
 from softprompt.errors import UserError, unknown
-from softprompt.evaluation.generation import generate, read_labels
+from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification
 from softprompt.evaluation.scoring import normalise, probabilities, score_batches
+from softprompt.inference.decode import generate
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
 from softprompt.training.prepare import Prepared, behind, prepare
@@ -89,12 +89,14 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
     encoded = data.split(split)
     longest = max(len(ids) for ids in encoded.candidates) + 1
     answers = generate(
-        prepared.loaded.model,
+        prepared.step.model,
         prepared.loaded.weights,
         prepared.shared(delta),
-        generation_batches(encoded, batch=GROUP, max_new=longest),
+        encoded.inputs,
         max_new=longest,
         eos_id=tokenizer.eos_id,
+        batch=GROUP,
+        mesh=prepared.mesh,
     )
     texts = list(data.task.verbalizers.values())
     labels_N, illegal = read_labels(answers, texts, tokenizer)
