@@ -16,6 +16,7 @@ from softprompt.models.catalog import CATALOG, WheelMember
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import T5_ARCHITECTURES
 from softprompt.models.names import Put, read_weights
+from softprompt.models.quantize import KINDS
 from softprompt.models.t5_layers import T5Config
 
 DTYPES = ("bfloat16", "float32")
@@ -43,7 +44,12 @@ class Loaded:
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", put: Put | None = None, revision: str | None = None
+    name: str,
+    *,
+    dtype: str = "float32",
+    quantize: str = "none",
+    put: Put | None = None,
+    revision: str | None = None,
 ) -> Loaded:
     """Loads a frozen model, fetching it first where it is not in the cache.
 
@@ -51,6 +57,7 @@ def load_model(
         name: a name of the catalogue, a local Hugging Face folder, a local .gguf file, or the name
             of a hub repository such as "HuggingFaceTB/SmolLM2-360M".
         dtype: dtype of weights and compute, "float32" or "bfloat16"; norms and biases are float32.
+        quantize: "none", or "int8" or "int4" for matrices that are dequantised where they are used.
         put: called with each leaf's path, such as "layers/attn/q/kernel", and its array as soon as
             it is read; returns what is kept, a sharded array for instance. Default: the array on
             the default device.
@@ -62,6 +69,8 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if quantize not in KINDS:
+        raise unknown("quantize", quantize, KINDS)
     path = find(name, revision=revision)
     config: DecoderConfig | T5Config
     if path.is_dir():
@@ -78,7 +87,7 @@ def load_model(
             f"{path}: the tokenizer has {text.vocab_size} tokens, the model embeds {config.vocab}"
         )
     weights, fingerprint = read_weights(
-        source, table, dtype=jnp.dtype(dtype), put=put or _put_whole
+        source, table, dtype=jnp.dtype(dtype), put=put or _put_whole, quantize=quantize
     )
     return Loaded(make_model(config, dtype), weights, text, fingerprint, name, config)
 

@@ -77,7 +77,13 @@ class Session:
             self.progress.stage(f"load {model.name}")
             put = functools.partial(put_weight, mesh)
             revision = model.revision or None
-            return load_model(model.name, dtype=model.dtype, put=put, revision=revision)
+            return load_model(
+                model.name,
+                dtype=model.dtype,
+                quantize=model.quantize,
+                put=put,
+                revision=revision,
+            )
 
         return self.once(["model", to_dict(model), to_dict(config.mesh)], make)
 

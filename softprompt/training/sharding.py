@@ -69,8 +69,9 @@ def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises:
         UserError: no rule covers the path.
     """
+    matrix = re.sub(r"(_q|_scale)$", "", path)  # what is quantised lies as the matrix would
     for pattern, spec in WEIGHT_RULES:
-        if re.fullmatch(pattern, path):
+        if re.fullmatch(pattern, matrix):
             pairs = zip(spec, shape, strict=False)
             return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in pairs))
     raise UserError(f"no sharding rule covers the weight {path!r} of shape {list(shape)}")
