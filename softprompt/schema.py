@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.score": ("sum", "mean"),
     "eval.metric": ("accuracy", "macro_f1"),
     "eval.select": ("best", "last"),
+    "mesh.weights": ("replicated", "sharded"),
 }
 
 # The smallest and the largest value of each number, both allowed.
@@ -184,4 +185,7 @@ def _mesh() -> dict[str, Any]:
     return {
         "data": -1,  # devices along the data axis; -1 is all that are left
         "model": 1,  # devices along the model axis
+        # what the model axis leaves of the weights: replicated over the data axis, or sharded
+        # (each layer is gathered when it is computed; for models too large to be whole)
+        "weights": "replicated",
     }

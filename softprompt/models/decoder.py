@@ -29,6 +29,7 @@ from softprompt.models.layers import (
     rotate,
     window_masks,
 )
+from softprompt.models.stack import Gather, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,10 +246,12 @@ class Decoder(nn.Module):
     Attributes:
         config: sizes and parts.
         dtype: what it computes in. Norms, biases, softmax and logits are at least float32.
+        gather: see `stack`; None where weights lie as they are computed with.
     """
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.dtype("float32")
+    gather: Gather | None = None
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
@@ -260,13 +263,9 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             rows = c.context_length + c.position_offset
             self.positions = Embed(rows, c.width, self.dtype)
-        self.layers = nn.scan(
-            Block,
-            variable_axes={"params": 0, "delta": 0, "read": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.layers,
-        )(c, self.dtype)
+        axes = (0, nn.broadcast)
+        layers = stack(Block, length=c.layers, in_axes=axes, gather=self.gather)
+        self.layers = layers(c, self.dtype)
         if c.final_norm:
             self.final_norm = NORMS[c.norm](c.norm_eps, self.dtype)
         if not c.tied:

@@ -27,6 +27,7 @@ from flax import struct
 
 from softprompt.models.decoder import Context
 from softprompt.models.layers import RMSNorm, accumulate, read_delta
+from softprompt.models.stack import Gather, stack
 from softprompt.models.t5_layers import Block, Cross, Head, KeysValues, RelativeBias, T5Config
 
 
@@ -50,17 +51,15 @@ class Stack(nn.Module):
     layer_count: int
     causal: bool
     dtype: jnp.dtype
+    gather: Gather | None = None
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
         self.relative_bias = RelativeBias(self.config, self.causal, self.dtype)
-        self.layers = nn.scan(
-            Block,
-            variable_axes={"params": 0, "delta": 0, "read": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.layer_count,
-        )(self.config, self.dtype)
+        axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        path = "/".join([*self.path, "layers"])
+        layers = stack(Block, length=self.layer_count, in_axes=axes, gather=self.gather, path=path)
+        self.layers = layers(self.config, self.dtype)
         self.final_norm = RMSNorm(self.config.norm_eps, self.dtype)
 
     def prompt(self) -> jax.Array | None:
@@ -116,18 +115,21 @@ class T5(nn.Module):
         config: sizes.
         dtype: what it computes in. Norms, softmax, relative biases and logits are at least float32.
         prompt_to_input: whether a prompt sees the input; see the module's own docstring.
+        gather: see `stack`; None where weights lie as they are computed with.
     """
 
     config: T5Config
     dtype: jnp.dtype = jnp.dtype("float32")
     prompt_to_input: bool = True
+    gather: Gather | None = None
 
     def setup(self) -> None:
         """Declares embeddings, the two stacks, and the head where it is not tied."""
         c = self.config
         self.embed = nn.Embed(c.vocab, c.width, dtype=self.dtype)
-        self.encoder = Stack(c, c.encoder_layers, causal=False, dtype=self.dtype)
-        self.decoder = Stack(c, c.decoder_layers, causal=True, dtype=self.dtype)
+        encoder, decoder = (c.encoder_layers, False), (c.decoder_layers, True)
+        self.encoder = Stack(c, *encoder, dtype=self.dtype, gather=self.gather)
+        self.decoder = Stack(c, *decoder, dtype=self.dtype, gather=self.gather)
         if not c.tied:
             self.head = Head(c, self.dtype)
 
