@@ -13,16 +13,15 @@ def stack(
     block: type[nn.Module],
     *,
     length: int,
-    in_axes: tuple[Any, ...],
     gather: Gather | None = None,
     path: str = "layers",
 ) -> type[nn.Module]:
     """The block's class, scanned over `length` layers.
 
     Args:
-        block: takes the residual stream and what `in_axes` says; returns the stream and an output.
+        block: takes the residual stream, what differs from layer to layer ([L, ...] outside) and
+            what all layers share; returns the stream and what is stacked.
         length: L.
-        in_axes: of the further arguments: 0 is one slice a layer, `nn.broadcast` the same for all.
         gather: called as `gather(path, leaf)` on each of a layer's weights where the layer is
             computed, and again for its backward pass, so that gathered weights are never kept:
             what it returns must come from `jax.lax.with_sharding_constraint`.
@@ -34,7 +33,7 @@ def stack(
         block,
         variable_axes={"params": 0, "delta": 0, "read": 0},
         split_rngs={"params": True},
-        in_axes=in_axes,
+        in_axes=(0, nn.broadcast),
         length=length,
     )
 

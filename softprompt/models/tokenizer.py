@@ -25,13 +25,14 @@ class Tokenizer:
     """A model's tokenizer, with what the model expects around a text.
 
     `bos_id` and `eos_id` are None where the model has none. `add_bos`: the model was trained with a
-    BOS before every text. `encode` never adds either.
+    BOS before every text; `add_eos`: with an EOS after it (T5). `encode` never adds either.
     """
 
     backend: Backend
     bos_id: int | None
     eos_id: int | None
     add_bos: bool
+    add_eos: bool = False
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone."""
@@ -123,10 +124,11 @@ def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
         raise UserError(f"{path}: {type(fast).__name__} has no fast backend (no tokenizer.json)")
     ids = fast("a")["input_ids"]
     add_bos = fast.bos_token_id is not None and ids[:1] == [fast.bos_token_id]
+    add_eos = fast.eos_token_id is not None and ids[-1:] == [fast.eos_token_id]
     backend.post_processor = None  # it only adds special tokens, and trims spaces off the offsets
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(backend, bos_id=fast.bos_token_id, eos_id=fast.eos_token_id, add_bos=add_bos)
+    return Tokenizer(backend, fast.bos_token_id, fast.eos_token_id, add_bos, add_eos)
 
 
 def _added(tokens: list[str], types: list[int], kind: int) -> list[AddedToken]:

@@ -17,11 +17,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from softprompt.columns import print_columns
-from softprompt.data.pipeline import TRAIN
+from softprompt.data.packing import RowShape
+from softprompt.data.pipeline import train_widths
+from softprompt.data.rows import DECODER, TRAIN, Layout, empty
 from softprompt.methods import METHODS, initializers
 from softprompt.methods.prompt import PromptConfig
+from softprompt.models import T5, Decoder, Model
 from softprompt.models.catalog import Entry, leaf_shapes, select
-from softprompt.models.decoder import Decoder, DecoderConfig
+from softprompt.models.decoder_layers import DecoderConfig
 from softprompt.models.names import leaf_dtype
 from softprompt.models.t5_layers import T5Config
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
@@ -32,7 +35,8 @@ from softprompt.training.step import StepConfig, train_step
 Tree = Any
 Sizes = DecoderConfig | T5Config
 
-PROMPT, ROWS, TOKENS, TARGETS = 100, 32, 512, 8  # P, R, T and M of the step that is checked
+# P, R, T and M of the step that is checked; a T5's encoder reads P + T.
+PROMPT, ROWS, TOKENS, TARGETS = 100, 32, 512, 8
 DTYPE = jnp.dtype("bfloat16")
 OPTIMIZER = OptimizerConfig(name="adafactor")
 ALLOWANCE = 0.25  # of a chip's memory: activations, gathered weights, the program, what XLA needs
@@ -91,14 +95,23 @@ class Step:
 
 
 def abstract_step(config: Sizes) -> Step:
-    """A prompt-tuning step of a model of these sizes, weights in bfloat16, nothing in memory."""
-    prompt = PromptConfig(PROMPT, initializer=initializers.uniform())
-    static = StepConfig(Decoder(config, dtype=DTYPE), "prompt", prompt)
-    init = functools.partial(METHODS["prompt"].init, model=static.model, cfg=prompt)
+    """A prompt-tuning step of a model of these sizes, weights in bfloat16, nothing in memory.
+
+    T5 is prompted as in the paper: before the encoder's input, and seen by it.
+    """
+    model: Model
+    places: tuple[str, ...] = ()
+    if isinstance(config, T5Config):
+        model, places, layout = T5(config, DTYPE), ("encoder",), Layout(0, input_slots=PROMPT)
+    else:
+        model, layout = Decoder(config, DTYPE), DECODER
+    prompt = PromptConfig(PROMPT, initializer=initializers.uniform(), places=places)
+    init = functools.partial(METHODS["prompt"].init, model=model, cfg=prompt)
     weights, key = abstract_weights(config), jax.eval_shape(lambda: jax.random.key(0))
     delta = jax.eval_shape(lambda key, weights: init(key, weights=weights), key, weights)
     state = jax.eval_shape(make_optimizer(OPTIMIZER).init, delta)
-    return Step(static, (delta, state, weights, abstract_batch(), key))
+    step = StepConfig(model, "prompt", prompt)
+    return Step(step, (delta, state, weights, abstract_batch(layout), key))
 
 
 def abstract_weights(config: Sizes) -> Tree:
@@ -111,14 +124,15 @@ def abstract_weights(config: Sizes) -> Tree:
     return tree
 
 
-def abstract_batch() -> dict[str, jax.ShapeDtypeStruct]:
-    """A step's rows."""
-    widths = {"T": TOKENS, "M": TARGETS}
+def abstract_batch(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """A step's rows, one example in each."""
+    shape = RowShape(ROWS, TOKENS + layout.input_slots, TARGETS, examples=1)
+    arrays = empty(ROWS, train_widths(shape, layout), layout.names(*TRAIN))
     return {
         name: jax.ShapeDtypeStruct(
-            (ROWS, widths[name[-1]]), jnp.float32 if name.startswith("weight") else jnp.int32
+            array.shape, jnp.float32 if name.startswith("weight") else array.dtype
         )
-        for name in TRAIN
+        for name, array in arrays.items()
     }
 
 

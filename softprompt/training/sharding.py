@@ -44,7 +44,9 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
 WEIGHTS = ("replicated", "sharded")  # what `config.mesh.weights` may be
 
 # Too small to be worth a gather: they stay whole along "data".
-SMALL = ("/scale", "/bias", "/relative_bias/embedding")
+SMALL = ("scale", "/bias", "/relative_bias/embedding")
+
+QUANTIZED = "(_q|_scale)?"  # the two leaves of a quantised matrix lie as the matrix would
 
 
 def make_mesh(
@@ -93,7 +95,7 @@ def weight_spec(
         UserError: no rule covers the path.
     """
     for pattern, spec in WEIGHT_RULES:
-        if re.fullmatch(pattern, path):
+        if re.fullmatch(pattern + QUANTIZED, path):
             pairs = zip(spec, shape, strict=False)
             axes = [a if a and n % mesh.shape[a] == 0 else None for a, n in pairs]
             return P(*(_over_data(path, shape, axes, mesh) if weights == "sharded" else axes))

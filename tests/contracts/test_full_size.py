@@ -12,7 +12,7 @@ from softprompt.training.full_size import check_shapes
 from softprompt.training.sharding import WEIGHT_RULES
 
 # One name for each that has sizes of its own.
-ENTRIES = {entry.config: entry.name for entry in CATALOG.values() if entry.kind == "decoder"}
+ENTRIES = {entry.config: entry.name for entry in CATALOG.values()}
 
 
 @pytest.mark.parametrize("config", ENTRIES, ids=ENTRIES.values())
