@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from softprompt.columns import print_columns
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +92,14 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
             ("--experiment", {"metavar": "NAME", "help": "whose table and figure to write"}),
         ],
     ),
-    "models": ("list the models that have a name here", "softprompt models", []),
+    "models": (
+        "list the models that have a name here, or check their training steps at full size",
+        "softprompt models 'EleutherAI/*' --check",
+        [
+            ("names", {"nargs": "*", "metavar": "NAME", "help": "a name, pattern or family"}),
+            ("--check", {"action": "store_true", "help": "shapes, shards, and what fits a slice"}),
+        ],
+    ),
     "data": (
         "list the tasks, prepare one's data, or show its examples",
         "softprompt data show movie_sentiment",
@@ -369,15 +377,15 @@ def _write_experiment(experiment: "ModuleType", folder: str) -> None:
 
 
 def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    """Prints the catalogue."""
-    from softprompt.models.catalog import CATALOG
+    """Prints the catalogue, or checks it at full size."""
+    if arguments.check:
+        from softprompt.training import full_size
 
-    lines = [
-        (name, f"{entry.parameters / 1e6:,.0f}M", entry.family, str(entry.source), entry.licence)
-        for name, entry in CATALOG.items()
-    ]
-    _print_columns(("NAME", "PARAMETERS", "FAMILY", "SOURCE", "LICENCE"), lines)
-    print("model.name also takes a hub name (org/repo), a folder or a Llama-family .gguf file.")
+        return full_size.run(arguments.names)
+    from softprompt.models.catalog import listing
+
+    print_columns(*listing(arguments.names))
+    print("model.name also takes a hub name (org/repo), a folder or a .gguf file.")
     return 0
 
 
@@ -388,7 +396,7 @@ def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
     if arguments.action == "list":
         lines = [(task.name, task.source, task.about) for task in TASKS.values()]
-        _print_columns(("NAME", "SOURCE", "ABOUT"), lines)
+        print_columns(("NAME", "SOURCE", "ABOUT"), lines)
         print("For your own data see configs/own_data.py.")
         return 0
     if not (arguments.task or arguments.config or overrides):
@@ -422,13 +430,6 @@ def _print_json(value: object) -> None:
     import json
 
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print_columns(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Prints aligned columns."""
-    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    for line in (header, *lines):
-        print("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip())
 
 
 RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {

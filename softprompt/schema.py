@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.score": ("sum", "mean"),
     "eval.metric": ("accuracy", "macro_f1"),
     "eval.select": ("best", "last"),
+    "mesh.weights": ("replicated", "sharded"),
 }
 
 # The smallest and the largest value of each number, both allowed.
@@ -195,4 +196,7 @@ def _mesh() -> dict[str, Any]:
         # what the backward pass computes again to save memory: none, dots (all but products with
         # frozen matrices) or layer (all but the layers' inputs)
         "remat": "none",
+        # what the model axis leaves of the weights: replicated over the data axis, or sharded
+        # (each layer is gathered when it is computed; for models too large to be whole)
+        "weights": "replicated",
     }

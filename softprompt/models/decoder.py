@@ -33,15 +33,8 @@ from softprompt.models.decoder_layers import (
     Layer,
     Row,
 )
-from softprompt.models.layers import (
-    NORMS,
-    Embed,
-    Linear,
-    accumulate,
-    layer_stack,
-    read_delta,
-    rotary_table,
-)
+from softprompt.models.layers import NORMS, Embed, Linear, accumulate, read_delta, rotary_table
+from softprompt.models.stack import Gather, stack
 
 
 @struct.dataclass
@@ -92,12 +85,14 @@ class Decoder(nn.Module):
     Attributes:
         config: sizes and parts.
         dtype: what it computes in. Norms, biases, softmax and logits are at least float32.
-        remat: what the backward pass computes again, see `layer_stack`.
+        remat: what the backward pass computes again, see `stack`.
+        gather: see `stack`; None where weights lie as they are computed with.
     """
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
+    gather: Gather | None = None
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
@@ -109,9 +104,8 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             rows = c.context_length + c.position_offset
             self.positions = Embed(rows, c.width, self.dtype)
-        axes = (0, nn.broadcast)
-        stack = layer_stack(Block, remat=self.remat, length=c.layers, in_axes=axes)
-        self.layers = stack(c, self.dtype)
+        layers = stack(Block, length=c.layers, remat=self.remat, gather=self.gather)
+        self.layers = layers(c, self.dtype)
         if c.final_norm:
             self.final_norm = NORMS[c.norm](c.norm_eps, self.dtype)
         if not c.tied:

@@ -132,31 +132,6 @@ class LayerNorm(nn.Module):
         return (x * scale.astype(x.dtype) + bias.astype(x.dtype)).astype(self.dtype)
 
 
-def layer_stack(
-    block: type[nn.Module], *, remat: str, length: int, in_axes: tuple[Any, ...]
-) -> Any:
-    """A block scanned over layers, with stacked weights [L, ...].
-
-    Args:
-        block: maps (residual stream, ...) to (residual stream, what each layer gives).
-        remat: what the backward pass computes again: "none", "layer" (everything but the layers'
-            inputs), or "dots" (everything but products with frozen matrices).
-        length: L.
-        in_axes: of the block's other arguments: 0 for what differs from layer to layer.
-    """
-    if remat != "none":
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        policy = kept if remat == "dots" else None
-        block = nn.remat(block, policy=policy, prevent_cse=False)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, "delta": 0, "read": 0},
-        split_rngs={"params": True},
-        in_axes=in_axes,
-        length=length,
-    )
-
-
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

