@@ -61,13 +61,15 @@ def load_model(
         text = tokenizer.from_folder(path)
     else:
         file = gguf.File(path)
-        config = gguf.read_config(file)
-        table, source = gguf.table(config), gguf.open_source(file, config)
-        text = tokenizer.from_gguf(file)
-    if text.vocab_size > config.vocab:
-        raise UserError(
-            f"{path}: the tokenizer has {text.vocab_size} tokens, the model embeds {config.vocab}"
-        )
+        found, table, source = gguf.open_model(file)
+        if not isinstance(found, DecoderConfig):
+            raise UserError(f"{path}: architecture {file.architecture!r} is no decoder")
+        config = found
+        text = gguf.read_tokenizer(file)
+    try:
+        text = text.within(config.vocab)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     weights, fingerprint = read_weights(
         source, table, dtype=jnp.dtype(dtype), put=put or _put_whole
     )
