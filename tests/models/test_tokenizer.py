@@ -93,7 +93,9 @@ def test_unknown_pre_tokenizer_lists_the_known(tmp_path):
 
 
 def test_other_kinds_of_tokenizer_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"a\.gguf: tokenizer.ggml.model 'bert' .*known: gpt2, llama, t5"):
+    with pytest.raises(
+        UserError, match=r"a\.gguf: tokenizer.ggml.model 'bert' .*known: gpt2, llama, t5"
+    ):
         read_tokenizer(File(write_gguf(tmp_path / "a.gguf", tokenizer_model="bert")))
 
 
