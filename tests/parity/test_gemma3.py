@@ -11,7 +11,8 @@ from softprompt.errors import UserError
 from softprompt.models import gguf
 from softprompt.models.catalog import CATALOG
 from softprompt.models.loading import find, load_model
-from tests.parity.real import AWKWARD, largest_difference, real_lines
+from tests.parity.real import largest_difference
+from tests.texts import AWKWARD, real_lines
 
 pytestmark = pytest.mark.parity
 
@@ -56,10 +57,10 @@ def test_logits(file, reference, shared_data):
 
 
 def test_token_ids_and_decoding(file, reference, shared_data):
-    # Breaks if: merges follow the scores, runs of spaces are left as spaces, or user-defined
-    # tokens are not added.
+    # Breaks if: merges follow the scores, or user-defined tokens are not added.
     ours = gguf.read_tokenizer(file)
-    for line in (*real_lines(shared_data, 1000), *AWKWARD):
+    marked = "<start_of_turn>user\n\n\n\thi<end_of_turn>[multimodal]<start_of_image> a <unused7>"
+    for line in (*real_lines(shared_data, 1000), *AWKWARD, marked):
         ids = reference(line)["input_ids"]
         assert [ours.bos_id, *ours.encode(line)] == ids, line
         assert ours.decode(ids) == reference.decode(ids)

@@ -9,7 +9,8 @@ import pytest
 
 from softprompt.methods import initializers
 from softprompt.models.loading import find, load_model
-from tests.parity.real import AWKWARD, largest_difference, real_lines, reference_logits
+from tests.parity.real import largest_difference, reference_logits
+from tests.texts import AWKWARD, real_lines
 from tests.tiny import tiny_config, write_llama_folder, write_tokenizer
 
 pytestmark = pytest.mark.parity
