@@ -7,6 +7,7 @@ Everything slow to import is imported by the command that needs it.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -22,6 +23,16 @@ Overrides = list[tuple[str, str]]
 
 DESCRIPTION = "Prompt tuning on frozen language models, and sweeps that study how it scales."
 
+DISTRIBUTED: tuple[str, dict] = (
+    "--distributed",
+    {
+        "nargs": "?",
+        "const": "auto",
+        "metavar": "HOST:PORT,I,N",
+        "help": "be one of several processes (on a TPU slice or under SLURM, without a value)",
+    },
+)
+
 # command -> (one line, example, flags as (name, argparse's keywords))
 COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
     "train": (
@@ -30,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         [
             ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "default: base config"}),
             ("--workdir", {"required": True, "metavar": "DIR", "help": "the trial's folder"}),
+            DISTRIBUTED,
         ],
     ),
     "evaluate": (
@@ -68,6 +80,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
                 "--dry-run",
                 {"action": "store_true", "help": "print what it would cost, run nothing"},
             ),
+            DISTRIBUTED,
         ],
     ),
     "table": (
@@ -177,6 +190,35 @@ def _version() -> str:
     return f"softprompt {__version__}"
 
 
+def join(distributed: str | None) -> None:
+    """Joins the other processes of a run; nothing where it has one.
+
+    Args:
+        distributed: "auto" (JAX asks the TPU slice, SLURM or Open MPI), or "host:port,i,n": the
+            address of process 0, this one's number and how many there are. None: one process.
+
+    Raises:
+        UserError: another form, or nothing to join.
+    """
+    if distributed is None:
+        return
+    import jax
+
+    found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", distributed)
+    if distributed != "auto" and not (found and int(found[2]) < int(found[3])):
+        raise UserError(
+            f"--distributed is {distributed!r}; allowed: no value, or HOST:PORT,I,N "
+            "with I from 0 to N - 1"
+        )
+    try:
+        if found:
+            jax.distributed.initialize(found[1], int(found[3]), int(found[2]))
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed {distributed}: {error}") from error
+
+
 def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Trains one trial and prints its scores."""
     import time
@@ -185,16 +227,17 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.config_files import load_config
 
     config = load_config(arguments.config, overrides)  # its mistakes show before JAX is imported
+    join(arguments.distributed)
     from softprompt.progress import Progress
     from softprompt.sweep import record_failure
-    from softprompt.training.loop import Diverged
+    from softprompt.training.loop import Diverged, terminable
     from softprompt.training.session import Session
     from softprompt.training.trial import run_trial
 
     config = resolve(config)
     began = time.monotonic()
     try:
-        with Progress() as progress:
+        with Progress() as progress, terminable():
             row = run_trial(config, arguments.workdir, session=Session(progress))
     except Diverged as error:
         record_failure(config, arguments.workdir, error, time.monotonic() - began)
@@ -258,12 +301,14 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     shard = sweeps.parse_shard(arguments.shard)
     trials = sweeps.make_trials(experiment, arguments.subset, overrides)
     trials = sweeps.take_shard(trials, shard)
+    join(arguments.distributed)
     from softprompt.progress import Progress
     from softprompt.training.estimate import estimate
+    from softprompt.training.loop import terminable
     from softprompt.training.session import Session
     from softprompt.training.trial import run_trial
 
-    with Progress() as progress:
+    with Progress() as progress, terminable():
         session = Session(progress)
         if arguments.dry_run:
             from softprompt.analysis.tables import to_markdown

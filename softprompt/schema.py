@@ -10,6 +10,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": ("prompt", "none", "fewshot"),
     "method.init": ("vocabulary", "uniform", "uniform_paper", "labels", "text", "file"),
     "method.bos": ("after", "before", "none"),
+    "method.place": ("encoder", "decoder", "both"),
     "optimizer.name": ("adamw", "adafactor"),
     "optimizer.rate_unit": ("absolute", "embedding_rms"),
     "optimizer.schedule": ("cosine", "constant", "linear"),
@@ -102,6 +103,10 @@ def _method() -> dict[str, Any]:
         "common_text": "train",
         # where BOS stands: after the prompt (before the text: what PEFT reads), before it, or none
         "bos": "after",
+        # encoder-decoders: before the encoder's input, the decoder's, or both
+        "place": "encoder",
+        # encoder-decoders: the prompt and the input see each other, as in the paper (True or False)
+        "prompt_to_input": True,
         "shots": 16,  # method=fewshot: number of solved examples
     }
 

@@ -1,8 +1,8 @@
-"""One process of several that train one trial together: what a user's own launch script does.
+"""One process of several that train one trial together, by the command line.
 
-Arguments: process id, number of processes, port, devices of each, trial's folder, config as JSON.
-Prints the files below the trial's folder that the process opened to write, moved or removed,
-checkpoints left out (orbax lets every process write its shards).
+Arguments: its devices, the trial's folder, and those of `softprompt train`. Prints the files below
+the trial's folder that the process opened to write, moved or removed, checkpoints left out (orbax
+lets every process write its shards).
 """
 
 import json
@@ -11,6 +11,8 @@ import sys
 from typing import Any
 
 import jax
+
+from softprompt import cli
 
 FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir")
 
@@ -33,21 +35,14 @@ def watch_writes(folder: str) -> set[str]:
 
 
 def main() -> None:
-    number, count, port, devices = map(int, sys.argv[1:5])
-    folder, config = sys.argv[5:]
+    devices, folder, *arguments = sys.argv[1:]
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_num_cpu_devices", int(devices))
     jax.config.update("jax_default_matmul_precision", "highest")
-    jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=number)
     written = watch_writes(folder)
-    from softprompt.config import from_dict
-    from softprompt.progress import Progress
-    from softprompt.training.session import Session
-    from softprompt.training.trial import run_trial
-
-    with Progress() as progress:
-        run_trial(from_dict(json.loads(config)), folder, session=Session(progress))
+    code = cli.main(["train", "--workdir", folder, *arguments])
     print(json.dumps(sorted(written - {"checkpoints"})))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny random T5s: a Hugging Face folder without tokenizer, and a model for algebra tests."""
+"""Tiny random T5s: Hugging Face folders, and a model for algebra tests."""
 
 import json
 import zlib
@@ -8,11 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers.processors import TemplateProcessing
 
 from softprompt.models.names import Source, read_weights, tensor_names
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import T5Config
 from softprompt.models.t5_names import t5_table
+from tests.tiny import BOS, EOS, tiny_tokenizer
 
 # The families, by what sets them apart; heads times their size is never the width.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -83,6 +85,23 @@ def write_t5_folder(path: str | Path, *, seed: int = 0, **sizes: Any) -> Path:
         n: np.ascontiguousarray(x, np.float32) for n, x in tiny_t5_tensors(config, seed).items()
     }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def write_complete_t5(path: str | Path, *, seed: int = 0, **sizes: Any) -> Path:
+    """The same with a tokenizer that ends every text with EOS, as T5's does: for whole trials."""
+    path = write_t5_folder(path, seed=seed, vocab=330, **sizes)
+    tokenizer = tiny_tokenizer(320)
+    ending = {"single": f"$A {EOS}", "special_tokens": [(EOS, tokenizer.token_to_id(EOS))]}
+    tokenizer.post_processor = TemplateProcessing(**ending)
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": BOS,
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
 
 

@@ -1,51 +1,129 @@
-"""Counts of parameters and floating-point operations, and what a machine can do of them."""
+"""Counts of floating-point operations, and what a machine can do of them."""
 
+import dataclasses
 import functools
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from softprompt.data.encode import Encoded
+from softprompt.data.rows import Layout
 from softprompt.models.decoder import DecoderConfig
+from softprompt.models.t5_layers import T5Config
 
 
-def layer_parameters(config: DecoderConfig) -> int:
-    """N: entries of the matrices that every token is multiplied with; no embeddings, no norms."""
-    c = config
-    attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
-    return c.layers * (attention + (3 if c.gated else 2) * c.width * c.ffn)
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one pass has to compute, padding left out; contexts, run once, are in it.
+
+    Attributes:
+        tokens: run through the decoder's layers.
+        keys: that those attend to in self-attention, summed over tokens.
+        targets: positions whose logits are computed.
+        inputs: tokens run through the encoder's layers.
+        input_keys: that those attend to.
+        cross_keys: encoder states that the decoder's tokens attend to.
+    """
+
+    tokens: float
+    keys: float
+    targets: float
+    inputs: float = 0.0
+    input_keys: float = 0.0
+    cross_keys: float = 0.0
 
 
-def forward_flops(
-    config: DecoderConfig, *, tokens: float, keys: float, targets: float, context: int = 0
-) -> float:
-    """Multiplications and additions of one forward pass, useful tokens only.
+def train_work(encoded: Encoded, layout: Layout, contexts: tuple[int, int], examples: int) -> Work:
+    """Work of an average training step.
 
     Args:
-        config: sizes.
-        tokens: tokens run, the context's own not counted.
-        keys: keys that those tokens attend to, summed over tokens, context included.
-        targets: positions whose logits are computed.
-        context: P, computed once.
+        encoded: the training split.
+        layout: where the model wants an example.
+        contexts: lengths of the encoder's (0 for a decoder) and of the decoder's context.
+        examples: in a step.
     """
-    products = 2 * layer_parameters(config) * (tokens + context)
-    pairs = keys + context * (context + 1) / 2
-    attention = 4 * config.layers * config.heads * config.head_size * pairs
-    return products + attention + 2 * targets * config.vocab * config.prompt_width
+    targets_N = np.array([len(target) for target in encoded.targets], np.float64)
+    own_N = targets_N + layout.target_slots if layout.encoder else targets_N - 1
+    total = _work(encoded, layout, contexts, own_N, heads=float(targets_N.sum()))
+    share = examples / len(targets_N)
+    once = _work(_nothing(encoded), layout, contexts, np.zeros(0), heads=0.0)
+    fields = [field.name for field in dataclasses.fields(Work)]
+    parts = {f: (getattr(total, f) - getattr(once, f)) * share + getattr(once, f) for f in fields}
+    return Work(**parts)
 
 
-def train_flops(
-    config: DecoderConfig, *, tokens: float, keys: float, targets: float, context: int
-) -> float:
+def scoring_work(encoded: Encoded, layout: Layout, contexts: tuple[int, int]) -> Work:
+    """Work of scoring every candidate of a split once; see `train_work` for the arguments."""
+    count, lengths = len(encoded.inputs), [len(ids) for ids in encoded.candidates]
+    if layout.encoder:
+        own, heads = sum(lengths) + layout.target_slots * len(lengths), sum(lengths)
+    else:
+        own, heads = sum(lengths) - len(lengths), 1 + sum(lengths) - len(lengths)
+    return _work(encoded, layout, contexts, np.full(count, float(own)), heads=float(count * heads))
+
+
+def _work(
+    encoded: Encoded, layout: Layout, contexts: tuple[int, int], own_N: np.ndarray, *, heads: float
+) -> Work:
+    """Work of all examples, each with `own` tokens of targets in the decoder, and contexts once."""
+    inputs_N = np.array([len(ids) for ids in encoded.inputs], np.float64)
+    before, context = contexts
+    if not layout.encoder:
+        inputs_N = inputs_N + own_N
+        keys = (inputs_N * (inputs_N + 1) / 2 + inputs_N * context).sum()
+        return Work(inputs_N.sum() + context, keys + context * (context + 1) / 2, heads)
+    inputs_N = inputs_N + layout.input_slots
+    return Work(
+        tokens=own_N.sum() + context,
+        keys=(own_N * (own_N + 1) / 2 + own_N * context).sum() + context * (context + 1) / 2,
+        targets=heads,
+        inputs=inputs_N.sum() + before,
+        input_keys=(inputs_N * (inputs_N + before)).sum() + before**2,
+        cross_keys=(own_N * (inputs_N + before)).sum() + context * before,
+    )
+
+
+def _nothing(encoded: Encoded) -> Encoded:
+    return dataclasses.replace(encoded, inputs=[], targets=[])
+
+
+def forward_flops(config: DecoderConfig | T5Config, work: Work) -> float:
+    """Multiplications and additions of one forward pass."""
+    return _products(config, work) + _attention(config, work)
+
+
+def train_flops(config: DecoderConfig | T5Config, work: Work) -> float:
     """A training step of a frozen model: 4 N a token, not 6 N, for no weight has a gradient.
 
     Attention has two operands that depend on the delta, and costs three times its forward pass.
-    See `forward_flops` for the arguments.
     """
-    forward = forward_flops(config, tokens=tokens, keys=keys, targets=targets, context=context)
-    pairs = keys + context * (context + 1) / 2
-    attention = 4 * config.layers * config.heads * config.head_size * pairs
-    return 2 * forward + attention
+    return 2 * _products(config, work) + 3 * _attention(config, work)
+
+
+def _products(config: DecoderConfig | T5Config, work: Work) -> float:
+    """Products with frozen matrices; embeddings and norms cost nothing to speak of."""
+    c, ffn = config, (3 if config.gated else 2) * config.width * config.ffn
+    head = 2 * work.targets * c.vocab
+    if isinstance(c, DecoderConfig):
+        layer = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads) + ffn
+        return 2 * c.layers * layer * work.tokens + head * c.prompt_width
+    pair = 2 * c.width * c.heads * c.head_size  # two of an attention's four projections
+    encoder = c.encoder_layers * (2 * pair + ffn) * work.inputs
+    decoder = c.decoder_layers * ((3 * pair + ffn) * work.tokens + pair * work.inputs)
+    return 2 * (encoder + decoder) + head * c.width
+
+
+def _attention(config: DecoderConfig | T5Config, work: Work) -> float:
+    """Scores, and sums of values by them."""
+    c = config
+    if isinstance(c, DecoderConfig):
+        pairs = c.layers * work.keys
+    else:
+        pairs = c.encoder_layers * work.input_keys
+        pairs += c.decoder_layers * (work.keys + work.cross_keys)
+    return 4 * c.heads * c.head_size * pairs
 
 
 @functools.cache

@@ -49,6 +49,7 @@ def encode(
     max_target: int,
     bos: bool,
     eos: bool,
+    input_eos: bool = False,
 ) -> Encoded:
     """Tokenises records for a task. Input and target are tokenised apart.
 
@@ -64,6 +65,7 @@ def encode(
         max_target: the most tokens of a target, EOS included.
         bos: begin each input with BOS.
         eos: end each target and candidate with EOS.
+        input_eos: end each input with EOS, which is never cut off.
 
     Raises:
         UserError: an input's template alone or a target is too long, two verbalizers have the same
@@ -79,7 +81,8 @@ def encode(
         raise UserError(f"task {task.name!r}: two of its verbalizers have the same tokens")
     index = {label: place for place, label in enumerate(task.labels)}
     labels = np.array([index.get(record["label"], -1) for record in records], np.int32)
-    inputs, truncated = _inputs(records, task, tokenizer, prefix, max_input)
+    around = prefix, _special(tokenizer.eos_id, "EOS", input_eos)
+    inputs, truncated = _inputs(records, task, tokenizer, around, max_input)
     nothing = np.zeros(0, np.int32)
     targets = []
     for record, label in zip(records, labels, strict=True):
@@ -114,10 +117,15 @@ def _target(
 
 
 def _inputs(
-    records: Sequence[Record], task: Task, tokenizer: Tokenizer, prefix: list[int], limit: int
+    records: Sequence[Record],
+    task: Task,
+    tokenizer: Tokenizer,
+    around: tuple[list[int], list[int]],
+    limit: int,
 ) -> tuple[list[np.ndarray], int]:
-    """Token ids of every input, and how many were cut."""
-    cut = pieces(task.template)
+    """Token ids of every input between those `around` it, and how many were cut."""
+    cut, (prefix, suffix) = pieces(task.template), around
+    room = limit - len(prefix) - len(suffix)
     inputs, truncated = [], 0
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
@@ -126,16 +134,16 @@ def _inputs(
         encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
         for record, (text, spans), encoding in zip(chunk, filled, encodings, strict=True):
             tokens = encoding.ids
-            if len(prefix) + len(tokens) > limit:
-                keep = _kept(encoding.offsets, spans, len(text), limit - len(prefix))
-                if len(prefix) + len(keep) > limit:
+            if len(tokens) > room:
+                keep = _kept(encoding.offsets, spans, len(text), room)
+                if len(keep) > room:
                     raise UserError(
                         f"example {record['id']!r}: the template alone takes "
-                        f"{len(prefix) + len(keep)} tokens; task.max_input is {limit}"
+                        f"{limit - room + len(keep)} tokens; task.max_input is {limit}"
                     )
                 tokens = [tokens[place] for place in keep]
                 truncated += 1
-            inputs.append(np.array([*prefix, *tokens], np.int32))
+            inputs.append(np.array([*prefix, *tokens, *suffix], np.int32))
     return inputs, truncated
 
 

@@ -24,11 +24,15 @@ TRIES = 20  # orders in which a step is packed before a row length is given up
 
 @dataclass(frozen=True)
 class RowShape:
-    """The shape of a packed step: R rows, T tokens in a row, and M target positions in a row."""
+    """The shape of a packed step: R rows, T tokens in a row, and M target positions in a row.
+
+    `examples`: the most that stand in a row.
+    """
 
     rows: int
     tokens: int
     targets: int
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,11 @@ def plan_template(
     tokens, rows_SB = choose_rows(size_of[bucket_SB], used=used, multiple=multiple)
     rows = int(rows_SB.max()) + 1
     targets_SR = np.zeros((len(bucket_SB), rows), np.int64)
-    np.add.at(targets_SR, (np.arange(len(bucket_SB))[:, None], rows_SB), targets_of[bucket_SB])
-    shape = RowShape(rows, tokens, int(targets_SR.max()))
+    examples_SR = np.zeros_like(targets_SR)
+    where = np.arange(len(bucket_SB))[:, None], rows_SB
+    np.add.at(targets_SR, where, targets_of[bucket_SB])
+    np.add.at(examples_SR, where, 1)
+    shape = RowShape(rows, tokens, int(targets_SR.max()), int(examples_SR.max()))
     return Template(shape, bucket_N, _slots(bucket_SB, np.bincount(bucket_N)), rows_SB)
 
 

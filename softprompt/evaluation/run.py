@@ -9,17 +9,18 @@ import numpy as np
 from etils import epath
 
 from softprompt.config import ConfigDict, from_dict, to_dict
-from softprompt.data.encode import Encoded, encode
-from softprompt.data.pipeline import EvalShape, eval_batches, generation_batches
+from softprompt.data.eval_batches import coarse_shape, eval_batches
 from softprompt.errors import UserError, unknown
-from softprompt.evaluation.generation import generate, read_labels
+from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification
 from softprompt.evaluation.scoring import normalise, probabilities, score_batches
+from softprompt.inference.decode import generate
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
-from softprompt.training.session import SPLITS, Session
+from softprompt.training.prepare import Prepared, behind, prepare
+from softprompt.training.session import SPLITS, Session, encode_records
 from softprompt.training.sharding import put, replicated
-from softprompt.training.trial import DELTA, Prepared, prepare, read_config, score
+from softprompt.training.trial import DELTA, read_config, score
 
 GROUP = 64  # lines answered together
 
@@ -88,12 +89,14 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
     encoded = data.split(split)
     longest = max(len(ids) for ids in encoded.candidates) + 1
     answers = generate(
-        prepared.loaded.model,
+        prepared.step.model,
         prepared.loaded.weights,
         prepared.shared(delta),
-        generation_batches(encoded, batch=GROUP, max_new=longest),
+        encoded.inputs,
         max_new=longest,
         eos_id=tokenizer.eos_id,
+        batch=GROUP,
+        mesh=prepared.mesh,
     )
     texts = list(data.task.verbalizers.values())
     labels_N, illegal = read_labels(answers, texts, tokenizer)
@@ -144,32 +147,16 @@ def _answer(
             )
         texts_by_field = dict(zip(fields, texts, strict=True))
         records.append({"id": f"line {number}", "label": None, **texts_by_field})
-    encoded = encode(
-        records,
-        task,
-        prepared.loaded.tokenizer,
-        max_input=config.task.max_input,
-        max_target=config.task.max_target,
-        bos=prepared.bos,
-        eos=config.task.eos,
-    )
-    batches = eval_batches(encoded, _lines_shape(encoded, prepared.mesh.shape["data"]))
-    sums_NC, lengths_NC = score_batches(
-        prepared.loaded.model, prepared.loaded.weights, shared, batches, mesh=prepared.mesh
-    )
+    encoded = encode_records(config, prepared.loaded, task, records, bos=prepared.bos)
+    encoded = behind(prepared.prefix, encoded)
+    rows = 8 if len(lines) > 1 else 1
+    multiple, layout = prepared.mesh.shape["data"], prepared.layout
+    shape = coarse_shape(encoded, rows=-(-rows // multiple) * multiple, layout=layout)
+    batches = eval_batches(encoded, shape, layout=layout)
+    model, weights = prepared.step.model, prepared.loaded.weights
+    sums_NC, lengths_NC = score_batches(model, weights, shared, batches, mesh=prepared.mesh)
     shares_NC = probabilities(normalise(sums_NC, lengths_NC, config.eval.score))
     labels = list(task.verbalizers)
     for line, share_C in zip(lines, shares_NC, strict=True):
         shares = dict(zip(labels, np.round(share_C, 6).tolist(), strict=True))
         yield {"text": line, "label": labels[int(share_C.argmax())], "probabilities": shares}
-
-
-def _lines_shape(encoded: Encoded, row_multiple: int) -> EvalShape:
-    """A shape for a group of lines, one of few, so that few programs are compiled."""
-    own = [len(ids) - 1 for ids in encoded.candidates]
-    lengths = [len(ids) + sum(own) for ids in encoded.inputs]
-    tokens = -(-max(lengths) // 64) * 64
-    places = 1 << (tokens // min(lengths) - 1).bit_length()  # a row of the shortest lines fits
-    rows = -(-(8 if len(lengths) > 1 else 1) // row_multiple) * row_multiple
-    pairs = places * (sum(own) + len(own))
-    return EvalShape(rows, tokens, heads=places * (1 + sum(own)), pairs=pairs)

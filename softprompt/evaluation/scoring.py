@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from softprompt.data.pipeline import EvalBatch, collect
-from softprompt.models.decoder import Context, Decoder
+from softprompt.data.eval_batches import EvalBatch, collect
+from softprompt.models import Decoder, Model
+from softprompt.models.decoder import Context
 from softprompt.training.sharding import by_row, put_batch, replicated
-from softprompt.training.step import StepConfig, row_logits, shared_part
+from softprompt.training.step import Shared, StepConfig, row_logits, shared_part
 
 Tree = Any
 
@@ -38,10 +39,10 @@ def text_context_function(model: Decoder) -> Callable[[Tree, jax.Array], Context
 
 
 @functools.lru_cache(maxsize=32)
-def score_function(model: Decoder, mesh: Mesh) -> Callable[..., jax.Array]:
+def score_function(model: Model, mesh: Mesh) -> Callable[..., jax.Array]:
     """The compiled (weights, shared, batch) -> log-probability of each pair [R, C], float32."""
 
-    def score(weights: Tree, shared: tuple[Tree, Context], batch: dict[str, jax.Array]) -> Any:
+    def score(weights: Tree, shared: Shared, batch: dict[str, jax.Array]) -> Any:
         logits_RMV = row_logits(model, weights, shared, batch)
         norm_RM = jax.nn.logsumexp(logits_RMV, axis=-1)
 
@@ -54,9 +55,9 @@ def score_function(model: Decoder, mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def score_batches(
-    model: Decoder,
+    model: Model,
     weights: Tree,
-    shared: tuple[Tree, Context],
+    shared: Shared,
     batches: Sequence[EvalBatch],
     *,
     mesh: Mesh,
@@ -65,7 +66,7 @@ def score_batches(
     """Scores every candidate of every example.
 
     Args:
-        model: the decoder.
+        model: of either kind.
         weights: its frozen weights.
         shared: the method's variables and the context, from `shared_function` or a text.
         batches: from `eval_batches`, rows a multiple of the mesh's data axis.

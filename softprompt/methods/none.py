@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 
-from softprompt.models.decoder import Decoder
+from softprompt.models import Model
 
 
-def init(key: jax.Array, model: Decoder, weights: Any, cfg: None) -> dict[str, jax.Array]:
+def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, jax.Array]:
     """Returns an empty delta."""
     return {}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.methods.initializers import Initializer
-from softprompt.models.decoder import Decoder
+from softprompt.models import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +26,29 @@ class PromptConfig:
             which differ in nothing else share a compiled step.
         embed_scale: the model's. A prompt enters after the embeddings' scaling, so what it starts
             from, and BOS before it, are scaled embeddings.
+        places: an encoder-decoder's stacks, "encoder", "decoder" or both, that each get a prompt of
+            their own; () for a decoder, which has one place.
     """
 
     length: int
     bos_before: int | None = None
     initializer: Initializer | None = dataclasses.field(default=None, compare=False)
     embed_scale: float = 1.0
+    places: tuple[str, ...] = ()
 
 
-def init(key: jax.Array, model: Decoder, weights: Any, cfg: PromptConfig) -> dict[str, jax.Array]:
-    """Returns {"prompt": [P, D]} in float32 (float64 where the weights are).
+def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
+    """Returns {"prompt": [P, D]} in float32 (float64 where the weights are), one for each place.
 
     D is the width of the embeddings.
     """
+    if not cfg.places:
+        return _one(key, weights, cfg)
+    keys = [key if n == 0 else jax.random.fold_in(key, n) for n in range(len(cfg.places))]
+    return {place: _one(k, weights, cfg) for place, k in zip(cfg.places, keys, strict=True)}
+
+
+def _one(key: jax.Array, weights: Any, cfg: PromptConfig) -> dict[str, jax.Array]:
     embedding_VD = _scaled(weights["embed"]["embedding"], cfg)
     dtype = jnp.promote_types(embedding_VD.dtype, jnp.float32)
     if cfg.length == 0:
@@ -48,8 +58,8 @@ def init(key: jax.Array, model: Decoder, weights: Any, cfg: PromptConfig) -> dic
 
 
 def variables(
-    delta: dict[str, jax.Array], weights: Any, cfg: PromptConfig, task_ids: jax.Array | None
-) -> dict[str, jax.Array]:
+    delta: dict[str, Any], weights: Any, cfg: PromptConfig, task_ids: jax.Array | None
+) -> dict[str, Any]:
     """What the context is computed from: the prompt, behind BOS where that comes first."""
     if cfg.bos_before is None:
         return delta
@@ -62,6 +72,6 @@ def _scaled(x: jax.Array, cfg: PromptConfig) -> jax.Array:
     return x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, x.dtype)
 
 
-def fold(delta: dict[str, jax.Array], cfg: PromptConfig) -> dict[str, jax.Array]:
+def fold(delta: dict[str, Any], cfg: PromptConfig) -> dict[str, Any]:
     """Returns the delta as it is: a prompt has nothing that only training needs."""
     return delta

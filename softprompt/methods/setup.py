@@ -21,8 +21,15 @@ def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptC
     if method.bos == "before" and bos is None:
         raise UserError("config key 'method.bos' is 'before'; this model's tokenizer has no BOS")
     before = bos if method.bos == "before" else None
-    scale = loaded.config.embed_scale
-    return PromptConfig(method.length, before, initializer(config, loaded, train), scale)
+    both = ("encoder", "decoder")
+    places = both if method.place == "both" else (method.place,)
+    return PromptConfig(
+        method.length,
+        before,
+        initializer(config, loaded, train),
+        loaded.config.embed_scale,
+        places if loaded.encoder_decoder else (),
+    )
 
 
 def initializer(config: ConfigDict, loaded: Loaded, train: Encoded) -> initializers.Initializer:
@@ -73,9 +80,10 @@ def prompt_rows(file: str) -> np.ndarray:
     from softprompt.training.delta_file import load_delta
 
     delta, _ = load_delta(file)
-    if not isinstance(delta.get("prompt"), np.ndarray):
-        raise UserError(f"{file}: no tensor 'prompt' in it; it has {', '.join(delta) or 'none'}")
-    return delta["prompt"]
+    for place in (delta, delta.get("encoder"), delta.get("decoder")):
+        if isinstance(place, dict) and isinstance(place.get("prompt"), np.ndarray):
+            return place["prompt"]
+    raise UserError(f"{file}: no tensor 'prompt' in it; it has {', '.join(delta) or 'none'}")
 
 
 def few_shot_tokens(config: ConfigDict, loaded: Loaded, train: Encoded, *, room: int) -> np.ndarray:
@@ -100,7 +108,8 @@ def few_shot_tokens(config: ConfigDict, loaded: Loaded, train: Encoded, *, room:
     tokenizer = loaded.tokenizer
     gap = tokenizer.encode("\n\n")
     start = [tokenizer.bos_id] if tokenizer.add_bos and config.method.bos != "none" else []
-    parts = [start] + [[*train.inputs[i], *train.targets[i], *gap] for i in drawn]
+    end = -1 if loaded.encoder_decoder and tokenizer.add_eos else None  # inputs end with EOS
+    parts = [start] + [[*train.inputs[i][:end], *train.targets[i], *gap] for i in drawn]
     tokens_P = np.array([token for part in parts for token in part], np.int32)
     if len(tokens_P) > room:
         raise UserError(

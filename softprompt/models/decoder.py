@@ -2,115 +2,38 @@
 
 Everything that a row sees of its task is a stack of keys and values that the row does not change:
 
-    context = model.apply(variables, method="prompt_context")                   once a step
-    x_TD = model.apply(variables, context, tokens_T, ..., method="hidden")      one row
+    context = model.apply(variables, method="prompt_context")           once a step
+    x_MD = model.apply(variables, context, row, method="targets")       one row
+    logits_MV = model.apply(variables, x_MD, method="logits")
+
+The encoder-decoder (softprompt/models/t5.py) has the same three methods.
 
 `jax.vmap` over rows leaves the context unbatched: it is computed once, forward and backward.
+
+Text is generated from a context too, a row's own keys and values beside it:
+
+    x_D, memory = model.apply(variables, context, tokens_T, length, method="prefill")
+    x_TD, kv = model.apply(variables, context, memory, cache, tokens_T, positions_T,
+                           method="extend")
 """
 
-import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from softprompt.models.layers import (
-    ACTIVATIONS,
-    NORMS,
-    Embed,
-    Linear,
-    RopeScaling,
-    accumulate,
-    attend,
-    read_delta,
-    rotary_table,
-    rotate,
-    window_masks,
+from softprompt.models.decoder_layers import (
+    UNBOUNDED,
+    Block,
+    DecoderConfig,
+    KeysValues,
+    Layer,
+    Row,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """What a decoder is built of; the defaults are a Llama's.
-
-    Attributes:
-        vocab: V, rows of the embedding matrix.
-        width: D, of the residual stream.
-        layers: L.
-        heads: H, of queries.
-        kv_heads: G, of keys and values.
-        head_size: K.
-        ffn: F.
-        context_length: largest number of positions, prompt included, that it was trained for.
-        tied: the output head is the embedding matrix.
-        embed_width: of the embedding matrix, and so of a prompt, where it is not `width` and
-            projections lead in and out (OPT-350m); 0 where it is.
-        embed_scale: what token embeddings are multiplied by (Gemma). A prompt is not: it enters
-            after the scaling.
-        final_softcap: c in c tanh(logit / c); 0 for none.
-        positions: "rotary" or "learned". Both count from 0 with the prompt's first vector.
-        position_offset: rows of the learned matrix before that of position 0 (OPT).
-        rope_base: of rotary positions.
-        rope_base_local: of layers with a window, where those differ; 0 where they do not.
-        rope_scaling: of layers without a window of their own base.
-        rotary_size: entries of a head that are rotated, where not all are; 0 for all.
-        windows: for each layer, how many positions back it sees, its own included; 0 for all. ()
-            where no layer has a window. The context leaves a window like any other token.
-        query_scale: what queries are multiplied by; 0 for head_size ** -0.5.
-        attn_softcap: as `final_softcap`, of attention scores.
-        qk_norm: queries and keys are normalised, head by head, before they are rotated.
-        qkv_bias: the projections to queries, keys and values have biases.
-        out_bias: the projection of attention's output has a bias.
-        mlp_bias: the feed-forward's projections have biases.
-        gated: the feed-forward is act(gate x) * (up x), not act(up x).
-        activation: of the feed-forward, a name of `layers.ACTIVATIONS`.
-        norm: "rms" or "layer".
-        norm_eps: added to the mean square.
-        norms: "before" attention and feed-forward; "both", before them and on what they add
-            (Gemma 2); "after", on the sum (OPT-350m).
-        final_norm: there is a norm before the head.
-        parallel: attention and feed-forward read the same input (GPT-NeoX).
-    """
-
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    ffn: int
-    context_length: int
-    tied: bool = True
-    embed_width: int = 0
-    embed_scale: float = 1.0
-    final_softcap: float = 0.0
-    positions: str = "rotary"
-    position_offset: int = 0
-    rope_base: float = 10000.0
-    rope_base_local: float = 0.0
-    rope_scaling: RopeScaling | None = None
-    rotary_size: int = 0
-    windows: tuple[int, ...] = ()
-    query_scale: float = 0.0
-    attn_softcap: float = 0.0
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    gated: bool = True
-    activation: str = "silu"
-    norm: str = "rms"
-    norm_eps: float = 1e-5
-    norms: str = "before"
-    final_norm: bool = True
-    parallel: bool = False
-
-    @property
-    def prompt_width(self) -> int:
-        """Width of the embedding matrix and of a prompt's vectors."""
-        return self.embed_width or self.width
+from softprompt.models.layers import NORMS, Embed, Linear, accumulate, read_delta, rotary_table
 
 
 @struct.dataclass
@@ -127,112 +50,28 @@ class Context:
 
 
 @struct.dataclass
-class Layer:
-    """What differs from layer to layer, scanned along the first axis: [L, ...] outside."""
+class Cached:
+    """Keys (rotated) and values of S slots that a row's next tokens may see.
 
-    context: tuple[jax.Array, jax.Array]
-    window: jax.Array | None  # a scalar; None where no layer of the model has a window
+    Attributes:
+        k_LSGK: keys of every layer.
+        v_LSGK: values.
+        positions_S: where each slot's token stands, from 0; the context comes before.
+        valid_S: which slots hold a token of the row.
+    """
+
+    k_LSGK: jax.Array
+    v_LSGK: jax.Array
+    positions_S: jax.Array
+    valid_S: jax.Array
 
 
 @struct.dataclass
-class Row:
-    """What all layers are told of the row.
+class Memory:
+    """What generation keeps of an input, and never changes: its keys and values, and its length."""
 
-    `positions_T` is there when a window can end inside the row or its context; `local` is the
-    rotary table of layers with a window, where they have their own.
-    """
-
-    mask_TS: jax.Array
-    positions_T: jax.Array | None
-    table: tuple[jax.Array, jax.Array] | None
-    local: tuple[jax.Array, jax.Array] | None
-
-
-KeysValues = tuple[jax.Array, jax.Array]
-UNBOUNDED = 2**30  # the window of a layer that sees everything
-
-
-class Attention(nn.Module):
-    """Self-attention of a row over `[context; the row]`."""
-
-    config: DecoderConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, KeysValues]:
-        """Returns the mixed values [T, D], and the row's own keys and values [T, G, K]."""
-        c, dtype = self.config, self.dtype
-        wide, narrow = ((c.width, n, c.head_size) for n in (c.heads, c.kv_heads))
-        q = Linear("td,dhk->thk", wide, dtype, c.qkv_bias, name="q")(x_TD)
-        k = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="k")(x_TD)
-        v = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="v")(x_TD)
-        if c.qk_norm:
-            q = NORMS[c.norm](c.norm_eps, dtype, name="q_norm")(q)
-            k = NORMS[c.norm](c.norm_eps, dtype, name="k_norm")(k)
-        if row.table is not None:
-            table = _table(layer, row)
-            q, k = rotate(q, table), rotate(k, table)
-        masks: tuple[jax.Array | None, jax.Array] = None, row.mask_TS
-        if layer.window is not None and row.positions_T is not None:
-            length = layer.context[0].shape[0]
-            masks = window_masks(layer.window, row.mask_TS, row.positions_T, length)
-        scale = c.query_scale or c.head_size**-0.5
-        mixed_THK = attend(q, layer.context, (k, v), masks, scale=scale, softcap=c.attn_softcap)
-        shape = (c.heads, c.head_size, c.width)
-        return Linear("thk,hkd->td", shape, dtype, c.out_bias, name="o")(mixed_THK), (k, v)
-
-
-def _table(layer: Layer, row: Row) -> Any:
-    """The layer's rotary table: chosen by its window, for a scan has no branches."""
-    if row.local is None or layer.window is None:
-        return row.table
-    has_window = layer.window < UNBOUNDED
-    return jax.tree.map(lambda a, b: jnp.where(has_window, a, b), row.local, row.table)
-
-
-class MLP(nn.Module):
-    """Feed-forward, gated or plain. Source: arXiv 2002.05202."""
-
-    config: DecoderConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
-        """Returns [T, D]."""
-        c, dtype = self.config, self.dtype
-        act, bias = ACTIVATIONS[c.activation], c.mlp_bias
-        x_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="up")(x_TD)
-        if c.gated:
-            gate_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="gate")(x_TD)
-            x_TF = act(gate_TF) * x_TF
-        else:
-            x_TF = act(x_TF)
-        return Linear("tf,fd->td", (c.ffn, c.width), dtype, bias, name="down")(x_TF)
-
-
-class Block(nn.Module):
-    """One layer, as `nn.scan` wants it: carry in, carry and keys/values out."""
-
-    config: DecoderConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, KeysValues]:
-        """Returns the residual stream [T, D], and this layer's keys and values [T, G, K]."""
-        c = self.config
-
-        def norm(x_TD: jax.Array, name: str, *places: str) -> jax.Array:
-            here = c.norms in places
-            return NORMS[c.norm](c.norm_eps, self.dtype, name=name)(x_TD) if here else x_TD
-
-        y_TD = norm(x_TD, "attn_norm", "before", "both")
-        y_TD, kv = Attention(c, self.dtype, name="attn")(y_TD, layer, row)
-        y_TD = norm(y_TD, "attn_post_norm", "both")
-        mid_TD = norm(x_TD + y_TD, "attn_norm", "after")
-        y_TD = norm(x_TD if c.parallel else mid_TD, "mlp_norm", "before", "both")
-        y_TD = MLP(c, self.dtype, name="mlp")(y_TD)
-        y_TD = norm(y_TD, "mlp_post_norm", "both")
-        return norm(mid_TD + y_TD, "mlp_norm", "after"), kv
+    cached: Cached
+    length: jax.Array
 
 
 class Decoder(nn.Module):
@@ -318,6 +157,67 @@ class Decoder(nn.Module):
         x_TD, _ = self._run(self.embed(tokens_T), context, mask_TS, positions_T + context.length)
         return x_TD
 
+    def targets(self, context: Context, row: Mapping[str, jax.Array]) -> jax.Array:
+        """The residual stream [M, D] at a row's positions "index_M".
+
+        The other arrays of `row` are the arguments of `hidden` by name.
+        """
+        arrays = {name: array for name, array in row.items() if name != "index_M"}
+        return self.hidden(context, **arrays)[row["index_M"]]
+
+    # Where `jax.vmap` over inputs finds the axis of inputs in `prefill`'s memory.
+    memory_axes: ClassVar[Any] = Memory(Cached(1, 1, None, 0), 0)  # type: ignore[arg-type]
+
+    def prefill(
+        self, context: Context, tokens_T: jax.Array, length: jax.Array, *, slots: int
+    ) -> tuple[jax.Array, Memory]:
+        """Runs an input that is to be continued.
+
+        Args:
+            context: what it sees besides itself.
+            tokens_T: its tokens, padded on the right.
+            length: how many they are, a scalar from 1.
+            slots: S of the memory, T or more.
+
+        Returns:
+            The residual stream [D] at its last token, and what `extend` needs of it.
+        """
+        index_T = jnp.arange(tokens_T.shape[0])
+        mask_TS = index_T[:, None] >= index_T
+        positions_T = index_T + context.length
+        x_TD, kv = self._run(self.embed(tokens_T), context, mask_TS, positions_T)
+        index_S = jnp.arange(slots)
+        spare = ((0, 0), (0, slots - index_T.shape[0]), (0, 0), (0, 0))
+        k_LSGK, v_LSGK = (jnp.pad(part, spare) for part in kv)
+        cached = Cached(k_LSGK, v_LSGK, index_S, index_S < length)
+        return x_TD[length - 1], Memory(cached, length)
+
+    def extend(
+        self,
+        context: Context,
+        memory: Memory,
+        cache: Cached,
+        tokens_T: jax.Array,
+        positions_T: jax.Array,
+    ) -> tuple[jax.Array, KeysValues]:
+        """Runs further tokens of one row, which see the context, the memory, the cache, each other.
+
+        Args:
+            context: as for `prefill`.
+            memory: of the row's input.
+            cache: what came between the input and these tokens.
+            tokens_T: they follow one another.
+            positions_T: where they stand, from 0; the context comes before.
+
+        Returns:
+            The residual stream [T, D], and these tokens' keys and values [L, T, G, K], which are
+            for the caller to put into the cache.
+        """
+        index_T = jnp.arange(tokens_T.shape[0])
+        mask_TS = index_T[:, None] >= index_T
+        x_TD, positions_T = self.embed(tokens_T), positions_T + context.length
+        return self._run(x_TD, context, mask_TS, positions_T, (memory.cached, cache))
+
     def logits(self, x_MD: jax.Array) -> jax.Array:
         """Logits [M, V] of positions of the residual stream, at least float32."""
         c = self.config
@@ -343,9 +243,17 @@ class Decoder(nn.Module):
         return Context(k_LPGK, v_LPGK)
 
     def _run(
-        self, x_TD: jax.Array, context: Context, mask_TS: jax.Array, positions_T: jax.Array
+        self,
+        x_TD: jax.Array,
+        context: Context,
+        mask_TS: jax.Array,
+        positions_T: jax.Array,
+        cached: tuple[Cached, ...] = (),
     ) -> tuple[jax.Array, KeysValues]:
-        """The layers, from vectors of the embedding width; what they share is computed once."""
+        """The layers, from vectors of the embedding width; what they share is computed once.
+
+        `positions_T` count the context. Without a cache they are below P + T.
+        """
         c = self.config
         if c.embed_width:
             x_TD = self.project_in(x_TD)
@@ -360,6 +268,8 @@ class Decoder(nn.Module):
         if c.windows:
             window_L = jnp.array([window or UNBOUNDED for window in c.windows])
         reach = context.length + x_TD.shape[0]
-        cuts = any(0 < window < reach for window in c.windows)
-        row = Row(mask_TS, positions_T if cuts else None, table, local)
-        return self.layers(x_TD, Layer((context.k_LPGK, context.v_LPGK), window_L), row)
+        cuts = any(0 < window and (cached or window < reach) for window in c.windows)
+        places = tuple((part.positions_S + context.length, part.valid_S) for part in cached)
+        row = Row(mask_TS, positions_T if cuts else None, table, local, places)
+        kv = tuple((part.k_LSGK, part.v_LSGK) for part in cached)
+        return self.layers(x_TD, Layer((context.k_LPGK, context.v_LPGK), window_L, kv), row)

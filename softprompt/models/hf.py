@@ -40,6 +40,15 @@ def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
     return _read_family(Path(folder))[1]
 
 
+def architecture(folder: str | os.PathLike[str]) -> str:
+    """The class that config.json names, "" where it names none.
+
+    Raises:
+        UserError: no readable config.json.
+    """
+    return str((read_json(Path(folder) / "config.json").get("architectures") or [""])[0])
+
+
 def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, Table, Source]:
     """The folder's decoder, which tensors fill its leaves, and these tensors; reads headers only.
 

@@ -5,10 +5,13 @@ collection "delta", laid out like the modules that read it (DESIGN: methods).
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=-1)
@@ -174,58 +177,60 @@ def rotate(x_THK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate(parts, axis=-1).astype(x_THK.dtype)
 
 
-def window_masks(
-    window: jax.Array, mask_TS: jax.Array, positions_T: jax.Array, length: int
-) -> tuple[jax.Array, jax.Array]:
-    """Cuts what lies `window` positions back or more: of the context [T, P], and of the row [T, S].
+def within(window: jax.Array, positions_T: jax.Array, positions_S: jax.Array) -> jax.Array:
+    """Which keys lie less than `window` (a scalar) positions behind each query, [T, S]."""
+    return positions_T[:, None] - positions_S < window
 
-    Args:
-        window: a scalar.
-        mask_TS: which of the row's own keys each query sees without a window.
-        positions_T: of the row's tokens, the context's `length` included.
-        length: P; the context stands at positions 0 to P - 1.
+
+class Part(NamedTuple):
+    """Keys and values [S, G, K] that queries attend to; S may be 0.
+
+    `mask_TS` says which of the keys each query sees (None: all), and may be [S] where all queries
+    see the same. `bias_HTS` is added to the scores.
     """
-    context_TP = positions_T[:, None] - jnp.arange(length) < window
-    return context_TP, mask_TS & (positions_T[:, None] - positions_T < window)
+
+    k_SGK: jax.Array
+    v_SGK: jax.Array
+    mask_TS: jax.Array | None = None
+    bias_HTS: jax.Array | None = None
 
 
 def attend(
-    q_THK: jax.Array,
-    context: tuple[jax.Array, jax.Array],
-    row: tuple[jax.Array, jax.Array],
-    masks: tuple[jax.Array | None, jax.Array],
-    *,
-    scale: float,
-    softcap: float = 0.0,
+    q_THK: jax.Array, parts: Sequence[Part], *, scale: float = 1.0, softcap: float = 0.0
 ) -> jax.Array:
-    """Grouped-query attention in two parts under one softmax.
+    """Grouped-query attention in parts under one softmax.
+
+    Only scores are joined, never keys. So a part that is not batched when the queries are (a
+    context) stays a single matrix multiplication under `vmap`, and a cache is not copied.
 
     Args:
-        q_THK: queries of the row, already rotated.
-        context: keys and values [P, G, K] before the row: dense, and not batched when the row is,
-            so that the products with them stay single matrix multiplications under `vmap`.
-        row: the row's own keys and values [T, G, K].
-        masks: which of the context's keys each query sees [T, P] (None: all of them), and which of
-            the row's own [T, S].
+        q_THK: queries, already rotated.
+        parts: what they attend to.
         scale: what queries are multiplied by.
         softcap: c in c tanh(score / c); 0 for none.
 
     Returns:
         [T, H, K].
     """
-    (ck_PGK, cv_PGK), (k_SGK, v_SGK) = context, row
+    parts = [part for part in parts if part.k_SGK.shape[0]] or parts[-1:]
     tokens, heads, size = q_THK.shape
-    groups = k_SGK.shape[1]
-    q_TGQK = (q_THK * scale).reshape(tokens, groups, heads // groups, size)
+    groups = parts[0].k_SGK.shape[1]
+    q_THK = q_THK if scale == 1.0 else q_THK * scale
+    q_TGQK = q_THK.reshape(tokens, groups, heads // groups, size)
     acc = accumulate(q_THK.dtype)
 
-    def scores(keys: jax.Array, mask: jax.Array | None) -> jax.Array:
-        x = jnp.einsum("tgqk,sgk->gqts", q_TGQK, keys, preferred_element_type=acc)
+    def scores(part: Part) -> jax.Array:
+        x = jnp.einsum("tgqk,sgk->gqts", q_TGQK, part.k_SGK, preferred_element_type=acc)
         x = softcap * jnp.tanh(x / softcap) if softcap else x
-        return x if mask is None else jnp.where(mask, x, jnp.finfo(acc).min)
+        if part.bias_HTS is not None:
+            x = x + part.bias_HTS.reshape(groups, heads // groups, *part.bias_HTS.shape[1:])
+        return x if part.mask_TS is None else jnp.where(part.mask_TS, x, jnp.finfo(acc).min)
 
-    both = [scores(ck_PGK, masks[0]), scores(k_SGK, masks[1])]
-    share_GQTS = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1)
-    shared, own = jnp.split(share_GQTS.astype(q_THK.dtype), [ck_PGK.shape[0]], axis=-1)
-    out = jnp.einsum("gqtp,pgk->tgqk", shared, cv_PGK) + jnp.einsum("gqts,sgk->tgqk", own, v_SGK)
-    return out.reshape(tokens, heads, size)
+    share_GQTS = jax.nn.softmax(jnp.concatenate(list(map(scores, parts)), axis=-1), axis=-1)
+    ends = np.cumsum([part.k_SGK.shape[0] for part in parts])[:-1]
+    shares = jnp.split(share_GQTS.astype(q_THK.dtype), ends, axis=-1)
+    mixed = [
+        jnp.einsum("gqts,sgk->tgqk", share, part.v_SGK)
+        for share, part in zip(shares, parts, strict=True)
+    ]
+    return functools.reduce(jnp.add, mixed).reshape(tokens, heads, size)

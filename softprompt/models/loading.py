@@ -11,10 +11,12 @@ import numpy as np
 
 from softprompt.cache import Parts, fetch_parts, fetch_wheel_member
 from softprompt.errors import UserError, unknown
-from softprompt.models import gguf, hf, tokenizer
+from softprompt.models import T5, Decoder, Model, gguf, hf, t5_names, tokenizer
 from softprompt.models.catalog import CATALOG, Hub, WheelMember
-from softprompt.models.decoder import Decoder, DecoderConfig
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.families import T5_ARCHITECTURES
 from softprompt.models.names import Put, read_weights
+from softprompt.models.t5_layers import T5Config
 
 DTYPES = ("bfloat16", "float32")
 
@@ -27,12 +29,17 @@ class Loaded:
     the user called the model.
     """
 
-    model: Decoder
+    model: Model
     weights: dict[str, Any]
     tokenizer: tokenizer.Tokenizer
     fingerprint: str
     name: str
-    config: DecoderConfig
+    config: DecoderConfig | T5Config
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether inputs go to an encoder and targets to a decoder of its own."""
+        return isinstance(self.config, T5Config)
 
 
 def load_model(
@@ -56,15 +63,14 @@ def load_model(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     path = find(name, revision=revision)
+    config: DecoderConfig | T5Config
     if path.is_dir():
-        config, table, source = hf.open_folder(path)
+        is_t5 = hf.architecture(path) in T5_ARCHITECTURES
+        config, table, source = (t5_names if is_t5 else hf).open_folder(path)
         text = tokenizer.from_folder(path)
     else:
         file = gguf.File(path)
-        found, table, source = gguf.open_model(file)
-        if not isinstance(found, DecoderConfig):
-            raise UserError(f"{path}: architecture {file.architecture!r} is no decoder")
-        config = found
+        config, table, source = gguf.open_model(file)
         text = gguf.read_tokenizer(file)
     try:
         text = text.within(config.vocab)
@@ -73,8 +79,14 @@ def load_model(
     weights, fingerprint = read_weights(
         source, table, dtype=jnp.dtype(dtype), put=put or _put_whole
     )
-    model = Decoder(config, dtype=jnp.dtype(dtype))
-    return Loaded(model, weights, text, fingerprint, name, config)
+    return Loaded(make_model(config, dtype), weights, text, fingerprint, name, config)
+
+
+def make_model(config: DecoderConfig | T5Config, dtype: str) -> Model:
+    """The model of a config, without weights."""
+    if isinstance(config, T5Config):
+        return T5(config, dtype=jnp.dtype(dtype))
+    return Decoder(config, dtype=jnp.dtype(dtype))
 
 
 def find(name: str, *, revision: str | None = None) -> Path:

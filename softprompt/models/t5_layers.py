@@ -5,17 +5,18 @@ Source: arXiv 1910.10683, section 2.1 (T5 1.0); arXiv 2002.05202 (the gated feed
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import struct
 
-from softprompt.models.layers import Linear, RMSNorm, accumulate
+from softprompt.models.layers import Linear, Part, RMSNorm, accumulate, attend
 
 KeysValues = tuple[jax.Array, jax.Array]
-Biases = tuple[jax.Array | float, jax.Array | float]
-Cross = tuple[jax.Array, jax.Array, jax.Array]
+Kept = tuple[KeysValues, tuple[KeysValues, KeysValues] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class T5Config:
     (1.0). `tied`: the head is the embedding matrix and its input is scaled by width**-0.5 (1.0),
     else a matrix of its own, unscaled. `buckets` and `max_distance` are those of the relative bias.
     `context_length` is what the model was pretrained on; relative positions run on beyond it.
+    `start`: the id that every sequence of the decoder begins with.
     """
 
     vocab: int
@@ -41,6 +43,17 @@ class T5Config:
     buckets: int = 32
     max_distance: int = 128
     context_length: int = 512
+    start: int = 0
+
+    @property
+    def prompt_width(self) -> int:
+        """Width of the embedding matrix and of a prompt's vectors."""
+        return self.width
+
+    @property
+    def embed_scale(self) -> float:
+        """Embeddings are not scaled."""
+        return 1.0
 
 
 def bucket(distance: np.ndarray, *, buckets: int, max_distance: int, causal: bool) -> np.ndarray:
@@ -85,12 +98,12 @@ class RelativeBias(nn.Module):
         bias_TSH = self._of(index_T - index_T[:, None])
         return jnp.transpose(bias_TSH, (2, 0, 1))
 
-    def context(self, length: int, positions_T: jax.Array) -> jax.Array:
-        """Biases [H, T, P] of a row's positions towards a context that precedes every segment."""
-        count = positions_T.shape[0]
-        by_distance = self._of(-np.arange(length + count))
-        behind_TP = length + positions_T[:, None] - np.arange(length)
-        return jnp.transpose(by_distance[behind_TP], (2, 0, 1))
+    def between(self, positions_T: jax.Array, positions_S: jax.Array) -> jax.Array:
+        """Biases [H, T, S] of positions towards keys that stand before them."""
+        furthest = self.config.max_distance  # the last bucket holds all beyond
+        by_distance = self._of(-np.arange(furthest + 1))
+        behind_TS = positions_T[:, None] - positions_S
+        return jnp.transpose(by_distance[jnp.clip(behind_TS, 0, furthest)], (2, 0, 1))
 
     def _of(self, distance: np.ndarray) -> jax.Array:
         c = self.config
@@ -98,30 +111,38 @@ class RelativeBias(nn.Module):
         return self.embedding[index].astype(accumulate(self.dtype))
 
 
-def attend(
-    q_THK: jax.Array, context: KeysValues, row: KeysValues, mask_TS: jax.Array, biases: Biases
-) -> jax.Array:
-    """Attention without scaling, in two parts under one softmax.
+@struct.dataclass
+class Layer:
+    """What differs from layer to layer, scanned along the first axis: [L, ...] outside.
 
-    Args:
-        q_THK: queries of the row.
-        context: keys and values [P, H, K] that every position sees; not batched when the row is.
-        row: keys and values [S, H, K] that belong to the row.
-        mask_TS: which of the row's keys each query sees.
-        biases: added to the scores of the two parts, [H, T, P] and [H, T, S].
-
-    Returns:
-        [T, H, K].
+    `cross` holds the keys and values of encoder states, those of the context and the row's own,
+    where they are known already.
     """
-    (ck_PHK, cv_PHK), (k_SHK, v_SHK) = context, row
-    acc = accumulate(q_THK.dtype)
-    shared = jnp.einsum("thk,phk->htp", q_THK, ck_PHK, preferred_element_type=acc) + biases[0]
-    own = jnp.einsum("thk,shk->hts", q_THK, k_SHK, preferred_element_type=acc) + biases[1]
-    own = jnp.where(mask_TS, own, jnp.finfo(acc).min)
-    share_HTS = jax.nn.softmax(jnp.concatenate([shared, own], axis=-1), axis=-1)
-    shared, own = jnp.split(share_HTS.astype(q_THK.dtype), [ck_PHK.shape[0]], axis=-1)
-    out = jnp.einsum("htp,phk->thk", shared, cv_PHK)
-    return out + jnp.einsum("hts,shk->thk", own, v_SHK)
+
+    context: KeysValues
+    cached: tuple[KeysValues, ...] = ()
+    cross: tuple[KeysValues, KeysValues] | None = None
+
+
+@struct.dataclass
+class Row:
+    """What all layers are told of the row.
+
+    Attributes:
+        masks: which keys each position sees of the context (None: all), of each cached part and of
+            the row.
+        biases: the stack's relative biases towards the same.
+        states: encoder states that every row sees [P, D], and the row's own [S, D]; None in the
+            encoder, and where their keys and values are known.
+        cross_mask_TS: which of the row's own encoder states each position sees.
+        keep_cross: the layers return the keys and values of `states`.
+    """
+
+    masks: tuple[jax.Array | None, ...]
+    biases: tuple[jax.Array, ...]
+    states: tuple[jax.Array, jax.Array] | None = None
+    cross_mask_TS: jax.Array | None = None
+    keep_cross: bool = struct.field(pytree_node=False, default=False)
 
 
 class Attention(nn.Module):
@@ -143,16 +164,9 @@ class Attention(nn.Module):
         """Keys and values [S, H, K] of vectors that are already normalised."""
         return self.k(x_SD), self.v(x_SD)
 
-    def __call__(
-        self,
-        x_TD: jax.Array,
-        context: KeysValues,
-        row: KeysValues,
-        mask_TS: jax.Array,
-        biases: Biases = (0.0, 0.0),
-    ) -> jax.Array:
-        """Returns [T, D]; the arguments are those of `attend`."""
-        return self.o(attend(self.q(x_TD), context, row, mask_TS, biases))
+    def __call__(self, x_TD: jax.Array, parts: Sequence[Part]) -> jax.Array:
+        """Attends to the parts, without scaling; returns [T, D]."""
+        return self.o(attend(self.q(x_TD), parts))
 
 
 class MLP(nn.Module):
@@ -181,40 +195,31 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self,
-        x_TD: jax.Array,
-        context: KeysValues,
-        mask_TS: jax.Array,
-        biases: Biases,
-        cross: Cross | None,
-    ) -> tuple[jax.Array, KeysValues]:
+    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, Kept]:
         """Runs the layer.
 
-        Args:
-            x_TD: the residual stream.
-            context: this layer's keys and values [P, H, K] before the row.
-            mask_TS: which positions of the row each position sees.
-            biases: the stack's relative biases.
-            cross: encoder states that every row sees [P, D] and the row's own [S, D], with the
-                mask [T, S] over the latter; None leaves cross-attention out.
-
         Returns:
-            The residual stream, and the layer's own keys and values [T, H, K].
+            The residual stream [T, D]; the layer's own keys and values [T, H, K]; and, where they
+            are asked for, those of the encoder's states, as in `Layer.cross`.
         """
         c, dtype = self.config, self.dtype
         y = RMSNorm(c.norm_eps, dtype, name="attn_norm")(x_TD)
         attn = Attention(c, dtype, name="attn")
         kv = attn.keys_values(y)
-        x_TD = x_TD + attn(y, context, kv, mask_TS, biases)
-        if cross is not None:
-            shared_PD, states_SD, cross_mask_TS = cross
+        seen = zip((layer.context, *layer.cached, kv), row.masks, row.biases, strict=True)
+        x_TD = x_TD + attn(y, [Part(*part, mask, bias) for part, mask, bias in seen])
+        cross = layer.cross
+        if row.cross_mask_TS is not None:
             y = RMSNorm(c.norm_eps, dtype, name="cross_norm")(x_TD)
             attn = Attention(c, dtype, name="cross")
-            shared, own = attn.keys_values(shared_PD), attn.keys_values(states_SD)
-            x_TD = x_TD + attn(y, shared, own, cross_mask_TS)
+            if row.states is not None:
+                shared_PD, states_SD = row.states
+                cross = attn.keys_values(shared_PD), attn.keys_values(states_SD)
+            assert cross is not None, "neither states nor their keys and values"
+            shared, own = cross
+            x_TD = x_TD + attn(y, [Part(*shared), Part(*own, row.cross_mask_TS)])
         y = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x_TD)
-        return x_TD + MLP(c, dtype, name="mlp")(y), kv
+        return x_TD + MLP(c, dtype, name="mlp")(y), (kv, cross if row.keep_cross else None)
 
 
 class Head(nn.Module):

@@ -9,14 +9,9 @@ import numpy as np
 
 from softprompt.errors import UserError
 from softprompt.models import hf
-from softprompt.models.names import Put, Table, read_weights, torch_part
+from softprompt.models.families import T5_ARCHITECTURES
+from softprompt.models.names import Put, Source, Table, read_weights, torch_part
 from softprompt.models.t5_layers import T5Config
-
-ARCHITECTURES = (
-    "T5ForConditionalGeneration",
-    "T5WithLMHeadModel",
-    "MT5ForConditionalGeneration",
-)
 
 FEED_FORWARDS = {"relu": False, "gated-gelu": True}
 
@@ -89,13 +84,11 @@ def layer_count(config: T5Config, path: str) -> int | None:
     return next((n for prefix, n in counts.items() if path.startswith(prefix)), None)
 
 
-def load_weights(
-    folder: str | os.PathLike[str], *, dtype: np.dtype, put: Put
-) -> tuple[T5Config, dict[str, Any], str]:
-    """Config, weights and fingerprint of a T5's Hugging Face folder.
+def open_folder(folder: str | os.PathLike[str]) -> tuple[T5Config, Table, Source]:
+    """The T5 of a Hugging Face folder, which tensors fill its leaves, and these tensors.
 
     Raises:
-        UserError: an unsupported config, or tensors that do not match it.
+        UserError: an unsupported config, or a broken safetensors file.
     """
     config = read_config(folder)
     source = hf.open_source(
@@ -104,7 +97,19 @@ def load_weights(
         copies=(*COPIES, HEAD) if config.tied else COPIES,
         harmless=re.escape(UNUSED),
     )
-    weights, fingerprint = read_weights(source, t5_table(config), dtype=dtype, put=put)
+    return config, t5_table(config), source
+
+
+def load_weights(
+    folder: str | os.PathLike[str], *, dtype: np.dtype, put: Put
+) -> tuple[T5Config, dict[str, Any], str]:
+    """Config, weights and fingerprint of a T5's Hugging Face folder.
+
+    Raises:
+        UserError: an unsupported config, or tensors that do not match it.
+    """
+    config, table, source = open_folder(folder)
+    weights, fingerprint = read_weights(source, table, dtype=dtype, put=put)
     return config, weights, fingerprint
 
 
@@ -121,8 +126,8 @@ def read_config(folder: str | os.PathLike[str]) -> T5Config:
     file = Path(folder) / "config.json"
     raw = hf.read_json(file)
     (architecture,) = (raw.get("architectures") or ["(none)"])[:1]
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    if architecture not in T5_ARCHITECTURES:
+        known = ", ".join(T5_ARCHITECTURES)
         raise UserError(
             f"{file}: architecture {architecture!r} is not supported; supported: {known}"
         )

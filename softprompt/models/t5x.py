@@ -45,10 +45,20 @@ def load_weights(folder: str, *, dtype: np.dtype, put: Put) -> tuple[T5Config, d
     Raises:
         UserError: no such checkpoint, one that is not a T5's, or arrays that do not fit together.
     """
+    config, table, source = open_folder(folder)
+    weights, fingerprint = read_weights(source, table, dtype=dtype, put=put)
+    return config, weights, fingerprint
+
+
+def open_folder(folder: str) -> tuple[T5Config, Table, Source]:
+    """The T5 of a checkpoint, which arrays fill its leaves, and these arrays; reads the index.
+
+    Raises:
+        UserError: no such checkpoint, or one that is not a T5's.
+    """
     source = open_source(folder)
     config = read_config(source)
-    weights, fingerprint = read_weights(source, t5x_table(config), dtype=dtype, put=put)
-    return config, weights, fingerprint
+    return config, t5x_table(config), source
 
 
 def t5x_table(config: T5Config) -> Table:

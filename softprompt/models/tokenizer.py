@@ -16,8 +16,8 @@ from softprompt.errors import UserError
 class Tokenizer:
     """A model's tokenizer, with what the model expects around a text.
 
-    `bos_id` and `eos_id` are None where the model has none. `add_bos` and `add_eos`: the model was
-    trained with a BOS before every text, with an EOS after it. `encode` never adds either.
+    `bos_id` and `eos_id` are None where the model has none. `add_bos`: the model was trained with a
+    BOS before every text; `add_eos`: with an EOS after it (T5). `encode` never adds either.
     """
 
     backend: Backend
@@ -99,16 +99,12 @@ def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
     if backend is None:
         raise UserError(f"{path}: {type(fast).__name__} has no fast backend (no tokenizer.json)")
     ids = fast("a")["input_ids"]
+    add_bos = fast.bos_token_id is not None and ids[:1] == [fast.bos_token_id]
+    add_eos = fast.eos_token_id is not None and ids[-1:] == [fast.eos_token_id]
     backend.post_processor = None  # it only adds special tokens, and trims spaces off the offsets
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(
-        backend,
-        bos_id=fast.bos_token_id,
-        eos_id=fast.eos_token_id,
-        add_bos=fast.bos_token_id is not None and ids[:1] == [fast.bos_token_id],
-        add_eos=fast.eos_token_id is not None and ids[-1:] == [fast.eos_token_id],
-    )
+    return Tokenizer(backend, fast.bos_token_id, fast.eos_token_id, add_bos, add_eos)
 
 
 def byte_backend(*, sentinels: int = 125) -> Backend:

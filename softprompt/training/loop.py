@@ -127,12 +127,21 @@ class Parts:
     stage: Callable[[str, int, int, str], None]
 
 
-def restore(manager: Any, state: State) -> State | None:
-    """The state of the newest checkpoint, laid out like `state`; None where there is none."""
+def restore(manager: Any, state: State, *, fingerprint: str) -> State | None:
+    """The state of the newest checkpoint, laid out like `state`; None where there is none.
+
+    Raises:
+        UserError: it was trained on weights of another fingerprint.
+    """
     found = checkpoints.restore(manager, state.arrays())
     if found is None:
         return None
     step, arrays, notes = found
+    if notes["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{manager.directory}: step {step} was trained on weights {notes['fingerprint']}, "
+            f"the model has {fingerprint} now; give another --workdir"
+        )
     names = ("best_step", "best_scores", "last_scores", "waited", "seconds")
     kept = {name: notes[name] for name in names}
     return State(**arrays, step=step, began=state.began, **kept)
@@ -266,6 +275,27 @@ def note(
 def _words(metrics: dict[str, float]) -> str:
     """Metrics as "loss 0.4123, grad_norm 1.2"."""
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "none"
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block SIGTERM ends the process at once with code 75: nothing needs saving.
+
+    `preemption` takes over while there is something to save. In a thread other than the main one
+    nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(PREEMPTED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +12,11 @@ from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, to_dict
 from softprompt.data.encode import Encoded, encode, summary
+from softprompt.data.eval_batches import EvalBatch, eval_batches, eval_shape
 from softprompt.data.packing import Template
-from softprompt.data.pipeline import (
-    EvalBatch,
-    TrainSource,
-    eval_batches,
-    eval_shape,
-    train_template,
-)
+from softprompt.data.pipeline import TrainSource, train_template
+from softprompt.data.rows import Layout
+from softprompt.data.sources import Record
 from softprompt.data.subsets import balanced_subset, seeded_sample
 from softprompt.data.tasks import Task, get_task, read_split
 from softprompt.models.loading import Loaded, load_model
@@ -90,13 +87,15 @@ class Session:
         Args:
             config: a resolved config.
             bos: whether each text begins with the tokenizer's BOS.
+
+        An encoder-decoder's inputs end with EOS where its tokenizer says that they do.
         """
         key = ["data", config.model.name, to_dict(config.task), to_dict(config.data), bos]
         return self.once(key, lambda: self._encode(config, bos))
 
     def _encode(self, config: ConfigDict, bos: bool) -> TaskData:
         """Reads, cuts and tokenises the splits."""
-        task, sizes, tokenizer = get_task(config.task), config.data, self.model(config).tokenizer
+        task, sizes, loaded = get_task(config.task), config.data, self.model(config)
         self.progress.stage(f"read {task.name}")
         splits = {}
         for name in SPLITS:
@@ -104,44 +103,44 @@ class Session:
             if name == "train" and sizes.train_examples:
                 records = balanced_subset(records, sizes.train_examples, sizes.subset_seed)
             limit = {"validation": sizes.validation_examples, "test": sizes.test_examples}
-            splits[name] = encode(
-                seeded_sample(records, limit.get(name, 0)),
-                task,
-                tokenizer,
-                max_input=config.task.max_input,
-                max_target=config.task.max_target,
-                bos=bos,
-                eos=config.task.eos,
-            )
+            records = seeded_sample(records, limit.get(name, 0))
+            splits[name] = encode_records(config, loaded, task, records, bos=bos)
             self.progress.say(f"{task.name} {name}: {describe(splits[name])}")
         return TaskData(task, **splits)
 
-    def template(self, config: ConfigDict, data: TaskData) -> Template:
+    def template(self, config: ConfigDict, data: TaskData, layout: Layout) -> Template:
         """The packing of the training split: shapes depend on the data alone, not on a seed."""
         examples = config.train.batch
 
         def make() -> Template:
-            made = train_template(data.train, examples=examples)
-            shape, fill = made.shape, TrainSource(data.train, made, 0).epoch_fill()
+            made = train_template(data.train, examples=examples, layout=layout)
+            shape, fill = made.shape, TrainSource(data.train, made, 0, layout).epoch_fill()
             self.progress.say(
                 f"{examples} examples a step in {shape.rows} rows of {shape.tokens} tokens, "
                 f"{fill:.1%} full"
             )
             return made
 
-        return self.once(["template", id(data), examples], make)
+        return self.once(["template", id(data), examples, *dataclasses.astuple(layout)], make)
 
-    def eval_batches(self, data: TaskData, split: str, *, mesh: Mesh) -> list[EvalBatch]:
+    def eval_batches(
+        self, data: TaskData, split: str, *, mesh: Mesh, layout: Layout
+    ) -> list[EvalBatch]:
         """A split packed for rank scoring; validation and test share one shape."""
         rows = mesh.shape["data"]
+        key = [id(data), rows, *dataclasses.astuple(layout)]
         shape = self.once(
-            ["shape", id(data), rows],
+            ["shape", *key],
             lambda: eval_shape(
-                data.validation, data.test, budget=scoring_budget(), row_multiple=rows
+                data.validation,
+                data.test,
+                budget=scoring_budget(),
+                row_multiple=rows,
+                layout=layout,
             ),
         )
         return self.once(
-            ["eval", id(data), split, rows], lambda: eval_batches(data.split(split), shape)
+            ["eval", split, *key], lambda: eval_batches(data.split(split), shape, layout=layout)
         )
 
     def train_step(
@@ -156,6 +155,22 @@ class Session:
             self.compiled[key] = compile_step(step, optimizer, mesh, arguments)
             self.compile_seconds += time.monotonic() - began
         return self.compiled[key]
+
+
+def encode_records(
+    config: ConfigDict, loaded: Loaded, task: Task, records: Sequence[Record], *, bos: bool
+) -> Encoded:
+    """Records as a model's token ids, by the config's `task` section."""
+    return encode(
+        records,
+        task,
+        loaded.tokenizer,
+        max_input=config.task.max_input,
+        max_target=config.task.max_target,
+        bos=bos,
+        eos=config.task.eos,
+        input_eos=loaded.encoder_decoder and loaded.tokenizer.add_eos,
+    )
 
 
 def scoring_budget() -> int:

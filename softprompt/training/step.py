@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from softprompt.methods import METHODS
-from softprompt.models.decoder import Context, Decoder
+from softprompt.models import Model
 
 Tree = Any
+Shared = tuple[Tree, Any]  # the method's variables, and the model's context
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -23,48 +24,49 @@ class StepConfig(NamedTuple):
     """All that is static in a training step: trials that agree in it share one compiled program.
 
     Attributes:
-        model: the decoder, without its weights.
+        model: a decoder or an encoder-decoder, without its weights.
         method: name of the method that reads and writes the delta.
         method_config: the static half of the method's configuration.
         z_loss: weight of the squared log-normaliser. Source: arXiv 2204.02311, section 5.
         microbatches: in how many parts, one after another, a step's rows are run.
     """
 
-    model: Decoder
+    model: Model
     method: str
     method_config: Any
     z_loss: float = 0.0
     microbatches: int = 1
 
 
-def shared_part(config: StepConfig, delta: Tree, weights: Tree) -> tuple[Tree, Context]:
-    """What all rows of a step have in common: the method's variables, and the context."""
+def shared_part(config: StepConfig, delta: Tree, weights: Tree) -> Shared:
+    """What all rows of a step have in common: the method's variables, and the model's context."""
     variables = METHODS[config.method].variables(delta, weights, config.method_config, None)
     collections = {"params": weights, "delta": variables}
-    context: Any = config.model.apply(collections, method="prompt_context")
-    return variables, context
+    return variables, config.model.apply(collections, method="prompt_context")
 
 
-def row_logits(
-    model: Decoder, weights: Tree, shared: tuple[Tree, Context], batch: Batch
-) -> jax.Array:
+def row_logits(model: Model, weights: Tree, shared: Shared, batch: Batch) -> jax.Array:
     """Logits [R, M, V] at the positions `index_RM` of every row."""
     variables, context = shared
     collections = {"params": weights, "delta": variables}
 
     def one(row: Batch) -> Any:
-        inputs = (row["tokens_RT"], row["segments_RT"], row["positions_RT"])
-        x_TD = model.apply(collections, context, *inputs, row.get("branches_RT"), method="hidden")
-        return model.apply(collections, x_TD[row["index_RM"]], method="logits")
+        x_MD = model.apply(collections, context, row, method="targets")
+        return model.apply(collections, x_MD, method="logits")
 
-    return jax.vmap(one)({k: v for k, v in batch.items() if k in _ROW_INPUTS})
+    return jax.vmap(one)(row_inputs(batch))
 
 
-_ROW_INPUTS = ("tokens_RT", "segments_RT", "positions_RT", "branches_RT", "index_RM")
+def row_inputs(batch: Batch) -> Batch:
+    """What the model is told of the rows, by the names it has for ONE: "tokens_T" for tokens_RT."""
+    return {f"{name[:-2]}{name[-1]}": array for name, array in batch.items() if name not in _BESIDE}
+
+
+_BESIDE = ("target_RM", "weight_RM", "pair_head_RC", "pair_token_RC")
 
 
 def rows_loss(
-    config: StepConfig, shared: tuple[Tree, Context], weights: Tree, batch: Batch
+    config: StepConfig, shared: Shared, weights: Tree, batch: Batch
 ) -> tuple[jax.Array, Metrics]:
     """Cross-entropy of the targets, weighted by `weight_RM`, which sums to 1 over the whole step.
 

@@ -21,14 +21,22 @@ from softprompt.progress import Progress
 from softprompt.results import read_result
 from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import read_log
+from softprompt.training.prepare import initial_state, prepare
 from softprompt.training.session import Session
 from softprompt.training.sharding import make_mesh, path_name, put_weight
-from softprompt.training.trial import initial_state, prepare, run_trial
-from tests.own_task import REPOSITORY, make_config, write_task
+from softprompt.training.trial import run_trial
+from tests.families import write_family_folder
+from tests.own_task import REPOSITORY, make_config, words, write_task
 from tests.tiny import write_llama_folder
+from tests.tiny_t5 import write_complete_t5
 
 FIRST, LAST = 1e-5, 1e-4  # how far losses may differ at the first step and at the twentieth
-STEPS = 20
+TRIAL = {
+    "train__steps": 20,
+    "train__batch": 12,
+    "optimizer__rate": 0.05,
+    "eval__select": "last",
+}
 MESHES = [(1, 2), (8, 1), (4, 2), (2, 4)]  # (2, 2) over two processes is below
 
 
@@ -60,10 +68,8 @@ def check_same(folder, reference):
     print(f"first loss {apart[0]:.1e} apart, last {apart[-1]:.1e}")
     assert apart[0] < FIRST
     assert apart.max() < LAST
-    ours, theirs = (
-        load_delta(place / "delta.safetensors")[0]["prompt"] for place in (folder, reference)
-    )
-    np.testing.assert_allclose(ours, theirs, atol=LAST)
+    ours, theirs = (load_delta(place / "delta.safetensors")[0] for place in (folder, reference))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=LAST), ours, theirs)
     for ours, theirs in zip(predictions(folder), predictions(reference), strict=True):
         assert ours["id"] == theirs["id"]
         for label, score in ours["scores"].items():
@@ -84,8 +90,7 @@ def place(tmp_path_factory):
 
 def config_of(place, **more):
     """20 steps at a rate that moves the prompt far; the last delta is the one that is kept."""
-    fixed = {"train__steps": STEPS, "eval__select": "last"}
-    more = {"train__batch": 12, "optimizer__rate": 0.05, **fixed, **more}
+    more = {**TRIAL, **more}
     return make_config(place, more.pop("model", place / "model"), **more)
 
 
@@ -101,6 +106,20 @@ def test_any_mesh_trains_the_same(place, alone, tmp_path, shape):
     """Fails if rows are dropped instead of padded, or if a loss is a mean over a device's rows."""
     run_trial(config_of(place), tmp_path / "w", session=session_on(shape))
     check_same(tmp_path / "w", alone)
+
+
+@pytest.mark.parametrize("family", ("t5", "gemma3", "neox"))
+def test_other_families_on_a_mesh(tmp_path, family):
+    """As above, where 3 heads divide by nothing; T5 with prompts on both stacks."""
+    write_task(tmp_path)
+    if family == "t5":
+        write_complete_t5(tmp_path / "model")
+    else:
+        write_family_folder(tmp_path / "model", family)
+    room = {"task__max_input": 64, "task__max_target": 8, "method__place": "both"}
+    for shape in [(1, 1), (4, 2)]:
+        run_trial(config_of(tmp_path, **room), tmp_path / f"{shape}", session=session_on(shape))
+    check_same(tmp_path / "(4, 2)", tmp_path / "(1, 1)")
 
 
 def test_weights_are_split_over_the_model_axis_and_rows_over_data(place):
@@ -125,20 +144,20 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_processes(folder, config, *, count=2, devices=2):
+def start_processes(folder, overrides, *, count=2, devices=2):
     """Starts the processes of a cluster on this machine."""
     port = free_port()
-    numbers = [[str(n) for n in (number, count, port, devices)] for number in range(count)]
-    rest = [str(folder), json.dumps(config.to_dict())]
+    head = [sys.executable, "-m", "tests.process", str(devices), str(folder)]
+    numbers = [f"--distributed=localhost:{port},{number},{count}" for number in range(count)]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.process", *head, *rest],
+            [*head, number, *overrides],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for head in numbers
+        for number in numbers
     ]
 
 
@@ -156,8 +175,8 @@ def finish(processes):
 
 def test_two_processes_train_the_same_and_the_first_writes(place, alone, tmp_path):
     """Fails if a process feeds its neighbour's rows, or if MetricsLog writes in every process."""
-    config = config_of(place, mesh__model=2)
-    written = finish(start_processes(tmp_path / "w", config))
+    overrides = words(place, place / "model", **TRIAL, mesh__model=2)
+    written = finish(start_processes(tmp_path / "w", overrides))
     check_same(tmp_path / "w", alone)
     row = read_result(tmp_path / "w")
     assert (row["devices"]["count"], row["devices"]["processes"]) == (4, 2)

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.packing import RowShape
-from softprompt.data.pipeline import eval_batches, eval_shape
 from softprompt.evaluation.scoring import score_batches
 from softprompt.training.step import shared_part
 from tests.contracts import concatenated

@@ -3,11 +3,14 @@
 import json
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
-from softprompt.training import trial
+from softprompt.training import prepare
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session, trial_config, write_task
+from tests.families import write_family_folder
+from tests.tiny_t5 import write_complete_t5
 
 TRIALS = (
     {"seed": 0, "method__init": "vocabulary", "optimizer__rate": 0.02},
@@ -28,7 +31,8 @@ def outcome(config, folder, shared):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 4
-    return np.array(losses), load_file(folder / "delta.safetensors")["prompt"]
+    delta = load_file(folder / "delta.safetensors")
+    return np.array(losses), np.concatenate([delta[name] for name in sorted(delta)])
 
 
 def alone(config, folder):
@@ -42,21 +46,37 @@ def apart(one, other):
     return tuple(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
 
 
-def test_float32_trials(tiny_folder, tmp_path):
-    """Mutation: a trial begins with the optimizer's state of the one before, or with its prompt; a
-    trial's batches are those of the first seed; the optimizer is not in the compiled step's key.
-    """
-    some = configs(tiny_folder, tmp_path, (*TRIALS, OTHER))
+def check_trials(model, tmp_path, numbers):
+    """Trials through one session, and each of `numbers` again alone."""
+    some = configs(model, tmp_path, (*TRIALS, OTHER), method__place="both")
     with session() as shared:
         together = [outcome(c, tmp_path / str(n), shared) for n, c in enumerate(some)]
         assert len(shared.compiled) == 2  # the last one's optimizer is another
-    for n in (1, 2, 3):  # the first one was alone when it ran
+    for n in numbers:
         assert max(apart(together[n], alone(some[n], tmp_path / f"alone{n}"))) <= 1e-5
     for n in (1, 2, 3):
         assert min(apart(together[0], together[n])) > 1e-4  # they are different trials
 
 
-class Backwards(trial.TrainSource):
+def test_float32_trials(tiny_folder, tmp_path):
+    """Mutation: a trial begins with the optimizer's state of the one before, or with its prompt; a
+    trial's batches are those of the first seed; the optimizer is not in the compiled step's key.
+    """
+    check_trials(tiny_folder, tmp_path, (1, 2, 3))  # the first one was alone when it ran
+
+
+@pytest.mark.parametrize("family", ("t5", "gemma3", "opt-350m"))
+def test_other_families(tmp_path, family):
+    """Mutation: as above."""
+    folder = tmp_path / "model"
+    if family == "t5":
+        write_complete_t5(folder)
+    else:
+        write_family_folder(folder, family)
+    check_trials(folder, tmp_path, (2,))
+
+
+class Backwards(prepare.TrainSource):
     """The same steps with their rows in the opposite order."""
 
     def __getitem__(self, step):
@@ -69,7 +89,7 @@ def test_bfloat16_trials(tiny_folder, tmp_path, monkeypatch):
     with session() as shared:
         _, together = (outcome(c, tmp_path / str(n), shared) for n, c in enumerate(some))
         solo = alone(some[1], tmp_path / "alone")
-        monkeypatch.setattr(trial, "TrainSource", Backwards)
+        monkeypatch.setattr(prepare, "TrainSource", Backwards)
         permuted = outcome(some[1], tmp_path / "permuted", shared)
     noise = apart(permuted, together)
     for difference, limit in zip(apart(together, solo), noise, strict=True):

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from softprompt import cli
+from softprompt.errors import UserError
 from softprompt.progress import Progress
 from softprompt.results import read_result
 from softprompt.training.logs import TIMING, read_line, read_log
 from softprompt.training.session import Session
 from softprompt.training.trial import run_trial
 from tests.own_task import REPOSITORY, make_config, train_command, words, write_task
+from tests.tiny import write_llama_folder
 
 LONG = {  # long enough to be hit, with something of everything between checkpoints
     "train__steps": 400,
@@ -283,6 +285,33 @@ def test_stopped_between_training_and_testing(place, whole, tiny_folder, session
         (tmp_path / "w" / name).unlink()
     run_trial(config, tmp_path / "w", session=session)
     check_same(tmp_path / "w", whole)
+
+
+def test_sigterm_while_testing_exits_with_75(place, whole, tiny_folder, monkeypatch, tmp_path):
+    """Fails if SIGTERM kills a process that is not training: the code would say that it failed."""
+
+    def stage(self, what, *rest):
+        if what == "score test":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    command = ["train", *words(place, tiny_folder, **SHORT), "--workdir", str(tmp_path / "w")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "stage", stage)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(command)
+    assert stop.value.code == 75
+    assert read_result(tmp_path / "w") is None
+    assert cli.main(command) == 0
+    check_same(tmp_path / "w", whole)
+
+
+def test_other_weights_are_not_gone_on_with(place, session, tmp_path):
+    """Fails if a checkpoint is restored without a look at the fingerprint it was trained on."""
+    config = make_config(place, write_llama_folder(tmp_path / "model"), **SHORT)
+    interrupt(config, tmp_path / "w", session, step=5, number=signal.SIGTERM)
+    write_llama_folder(tmp_path / "model", seed=1)
+    with pytest.raises(UserError, match=r"checkpoints: step 5 was trained on weights \w+, the mod"):
+        run_trial(config, tmp_path / "w", session=Session(Progress()))
 
 
 def test_early_stopping_counts_on(place, tiny_folder, session, tmp_path):

@@ -7,14 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt.data.encode import Encoded
+from softprompt.data.eval_batches import EvalBatch, EvalShape, collect, eval_batches, eval_shape
 from softprompt.data.pipeline import (
-    EvalBatch,
-    EvalShape,
     TrainSource,
-    collect,
-    eval_batches,
-    eval_shape,
-    generation_batches,
     pad_rows,
     train_batches,
     train_template,
@@ -277,22 +272,3 @@ def test_a_shape_for_other_data_is_refused():
     good = eval_shape(encoded)
     with pytest.raises(AssertionError, match="too short"):
         eval_batches(encoded, EvalShape(good.rows, good.tokens, 1, good.pairs))
-
-
-def test_generation_batches_hold_each_input_once_with_room():
-    # Mutations: left padding; no room for new tokens; drop the last batch; no sorting by length.
-    encoded = make([*spread(36, longest=200), 250])
-    batches = generation_batches(encoded, batch=8, max_new=10)
-    seen = []
-    for batch in batches:
-        assert batch.tokens_BT.shape[0] == 8 and batch.tokens_BT.shape[1] % 64 == 0
-        for tokens_T, length, example in zip(
-            batch.tokens_BT, batch.lengths_B, batch.example_B, strict=True
-        ):
-            assert length >= 1 and length + 10 <= len(tokens_T)
-            assert not tokens_T[length:].any()
-            if example >= 0:
-                assert np.array_equal(tokens_T[:length], encoded.inputs[example])
-                seen.append(int(example))
-    assert sorted(seen) == list(range(37))
-    assert batches[0].tokens_BT.shape[1] < batches[-1].tokens_BT.shape[1]

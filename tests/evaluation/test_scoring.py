@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt.data.pipeline import eval_batches, eval_shape
+from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.evaluation.scoring import (
     normalise,
     probabilities,

@@ -12,7 +12,7 @@ from softprompt.methods import setup
 from softprompt.methods.setup import balanced_draw, few_shot_tokens, prompt_config, prompt_rows
 from softprompt.models.loading import load_model
 from softprompt.training.delta_file import save_delta
-from softprompt.training.trial import prepare
+from softprompt.training.prepare import prepare
 from tests.contracts.examples import SNIPPETS, session, trial_config, write_task
 
 KEY = jax.random.key(0)
@@ -112,7 +112,7 @@ def test_bos_stands_where_the_config_says(tiny_folder, tmp_path, loaded, monkeyp
             prepared = prepare(trial_config(tiny_folder, source, method__bos=bos), shared)
             starts = {tokens[0] == 0 for tokens in prepared.data.train.inputs}
             before = prepared.step.method_config.bos_before
-            found[bos] = starts, before, prepared.context_length
+            found[bos] = starts, before, prepared.contexts[1]
     assert found == {
         "after": ({True}, None, 5),
         "before": ({False}, 0, 6),

@@ -50,7 +50,7 @@ def compiled_row(model: T5) -> Any:
     """The model on a row of the encoder and one of the decoder: logits [T, V]."""
 
     def run(variables: Any, encoder: Any, decoder: Any, branches_T: Any = None) -> jax.Array:
-        contexts = model.apply(variables, method="prompt_contexts")
+        contexts = model.apply(variables, method="prompt_context")
         states_SD = model.apply(variables, contexts, *encoder, method="encode")
         row = (encoder[1], *decoder, branches_T)
         x_TD = model.apply(variables, contexts, states_SD, *row, method="decode")

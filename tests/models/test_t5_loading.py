@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 from softprompt.errors import UserError
 from softprompt.models import t5_names, t5x
-from softprompt.models.loading import load_model
 from softprompt.models.t5 import T5
 from softprompt.models.t5_sizes import BYT5, MT5, T5_10, T5_11
 from softprompt.training.sharding import make_mesh, path_name, weight_shardings
@@ -124,11 +123,6 @@ def test_copies_of_the_embeddings_are_harmless_where_they_are_copies(tmp_path):
         save_file(more | {name: more[name] + 1}, file)
         with pytest.raises(UserError, match=f"{re.escape(name)} differs from shared.weight"):
             t5_names.load_weights(folder, **LOAD)
-
-
-def test_load_model_says_that_it_reads_decoders_only(tmp_path):
-    with pytest.raises(UserError, match="'T5ForConditionalGeneration' is not supported; supported"):
-        load_model(str(write_t5_folder(tmp_path)))
 
 
 def change(folder, **changes):

@@ -67,7 +67,7 @@ def models(request, tmp_path_factory) -> tuple[Any, Any]:
 
     def row(delta: Any, encoder: Any, decoder: Any) -> jax.Array:
         variables = {"params": weights, "delta": delta}
-        contexts = model.apply(variables, method="prompt_contexts")
+        contexts = model.apply(variables, method="prompt_context")
         states_SD = model.apply(variables, contexts, *encoder, method="encode")
         arguments = (contexts, states_SD, encoder[1], *decoder)
         x_TD = model.apply(variables, *arguments, method="decode")

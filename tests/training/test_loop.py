@@ -58,7 +58,7 @@ class Run:
             row_multiple=8,
             evaluate=self.evaluate,
             folder=epath.Path(self.folder),
-            notes={"config": {"seed": 0}},
+            notes={"config": {"seed": 0}, "fingerprint": "f"},
             step_flops=1.0,
             machine_flops=1.0,
             stage=self.stage,
@@ -89,7 +89,7 @@ class Run:
         opt_state = make_optimizer(OptimizerConfig()).init(delta)
         state = State(delta, jax.device_put(opt_state, replicated(MESH)), best=delta)
         with checkpoint_manager(self.folder / "checkpoints") as manager:
-            restored = loop.restore(manager, state)
+            restored = loop.restore(manager, state, fingerprint="f")
             log = MetricsLog(self.folder, step=restored.step if restored else None, sinks=[])
             return loop.train(self.config, self.parts(), restored or state, log, manager)
 

@@ -13,15 +13,9 @@ from softprompt.progress import Progress
 from softprompt.results import read_result
 from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import read_log
+from softprompt.training.prepare import check_read, prepare, train_source
 from softprompt.training.session import Session
-from softprompt.training.trial import (
-    check_folder,
-    check_read,
-    claim,
-    prepare,
-    read_config,
-    run_trial,
-)
+from softprompt.training.trial import check_folder, claim, read_config, run_trial
 from tests.own_task import SIZES, make_config, write_task
 
 
@@ -238,8 +232,8 @@ def test_reading_a_config(tmp_path):
 def test_a_variable_that_no_module_reads_is_refused(config, session):
     """Linen would ignore it. Mutation: do not look."""
     prepared = prepare(config, session)
-    model, weights, step = prepared.loaded.model, prepared.loaded.weights, prepared.step
+    step, weights, batch = prepared.step, prepared.loaded.weights, train_source(prepared)[0]
     delta = {"prompt": np.zeros((3, 48), np.float32)}
-    check_read(model, weights, delta, step)
+    check_read(step, weights, delta, batch)
     with pytest.raises(UserError, match="no module of the model reads the delta's prefix"):
-        check_read(model, weights, delta | {"prefix": np.zeros(3, np.float32)}, step)
+        check_read(step, weights, delta | {"prefix": np.zeros(3, np.float32)}, batch)

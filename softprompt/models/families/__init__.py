@@ -24,6 +24,13 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": QWEN3,
 }
 
+# Read by softprompt/models/t5_names.py.
+T5_ARCHITECTURES = (
+    "T5ForConditionalGeneration",
+    "T5WithLMHeadModel",
+    "MT5ForConditionalGeneration",
+)
+
 
 def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, DecoderConfig]:
     """The family of a config.json's content, and the decoder that it describes.
@@ -39,7 +46,7 @@ def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, Decoder
     if architecture not in FAMILIES:
         raise UserError(
             f"{file}: architecture {architecture!r} is not supported; "
-            f"supported: {', '.join(FAMILIES)}"
+            f"supported: {', '.join([*FAMILIES, *T5_ARCHITECTURES])}"
         )
     family = FAMILIES[architecture]
     try:

@@ -1,0 +1,107 @@
+"""Batches of inputs and their caches: prefill once, then one token a step.
+
+A cache is a pair (keys, values) [L, B, N, G, K], or [L, B, C, N, G, K] for C beams of each input,
+for what is generated. All rows write to the same slot; where a row's slot stands in its text, and
+what it may see, follow from the length of its input. The layers only read the cache; the new
+column is written once, behind them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softprompt.models.decoder import Cached, Decoder
+from softprompt.models.t5 import T5
+
+Tree = Any
+Model = Decoder | T5
+Cache = tuple[jax.Array, jax.Array]
+
+
+def prefill(
+    model: Model,
+    weights: Tree,
+    shared: tuple[Tree, Any],
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    slots: int,
+) -> tuple[jax.Array, Any]:
+    """Runs inputs that are to be continued.
+
+    Args:
+        model: a decoder or a T5.
+        weights: its frozen weights.
+        shared: the method's variables and the context.
+        tokens_BT: the inputs, padded on the right.
+        lengths_B: how many tokens each has.
+        slots: places for an input's tokens in the memory, T or more.
+
+    Returns:
+        Logits [B, V] of the first new token, and the memory, laid out as `model.memory_axes` says.
+    """
+    variables, context = shared
+    collections = {"params": weights, "delta": variables}
+
+    def one(tokens_T: jax.Array, length: jax.Array) -> Any:
+        x_D, memory = model.apply(
+            collections, context, tokens_T, length, slots=slots, method="prefill"
+        )
+        logits_1V: Any = model.apply(collections, x_D[None], method="logits")
+        return logits_1V[0], memory
+
+    return jax.vmap(one, out_axes=(0, model.memory_axes))(tokens_BT, lengths_B)
+
+
+def empty_cache(memory: Any, new: int, *beams: int) -> Cache:
+    """A cache with room for `new` tokens of each row of a batch, or of each beam of a row."""
+    like = memory.cached.k_LSGK
+    layers, rows, _, *sizes = like.shape
+    zeros = jnp.zeros((layers, rows, *beams, new, *sizes), like.dtype)
+    return zeros, zeros
+
+
+def extend(
+    model: Model,
+    weights: Tree,
+    shared: tuple[Tree, Any],
+    memory: Any,
+    cache: Cache,
+    tokens: jax.Array,
+    nth: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Runs one new token of every row, or of every beam of every row.
+
+    Args:
+        model: as for `prefill`.
+        weights: as for `prefill`.
+        shared: as for `prefill`.
+        memory: from `prefill`.
+        cache: of what was generated before.
+        tokens: [B], or [B, C] for beams.
+        nth: how many were generated before; the slot that these tokens take.
+
+    Returns:
+        Logits [B, V] or [B, C, V] of what comes next, and the cache with these tokens in it.
+    """
+    variables, context = shared
+    collections = {"params": weights, "delta": variables}
+
+    def one(memory: Any, kv: Cache, token: jax.Array) -> Any:
+        slots_N = jnp.arange(kv[0].shape[1])
+        cached = Cached(*kv, memory.length + slots_N, slots_N < nth)
+        position = memory.length + nth
+        x_1D, new = model.apply(
+            collections, context, memory, cached, token[None], position[None], method="extend"
+        )
+        logits_1V: Any = model.apply(collections, x_1D, method="logits")
+        return logits_1V[0], new
+
+    each = one if tokens.ndim == 1 else jax.vmap(one, (None, 1, 0), (0, 1))
+    logits, new = jax.vmap(each, (model.memory_axes, 1, 0), (0, 1))(memory, cache, tokens)
+
+    def write(old: jax.Array, column: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, column, nth, axis=old.ndim - 3)
+
+    return logits, (write(cache[0], new[0]), write(cache[1], new[1]))

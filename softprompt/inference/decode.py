@@ -1,0 +1,234 @@
+"""Generation: inputs of unlike lengths continued together from one context.
+
+Each batch is run once (one program a shape of inputs, few by padding); then one compiled program
+generates until every row has ended or the limit is reached. The limit, the inputs' lengths, what
+ends a row and how tokens are drawn are arguments of that program: it is compiled once for them all.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from softprompt.errors import UserError
+from softprompt.inference.batches import InputBatch, input_batches, slots_for
+from softprompt.inference.cache import Cache, Model, Tree, empty_cache, extend, prefill
+from softprompt.inference.sampling import GREEDY, Sampling, choose, row_keys
+from softprompt.models.decoder import Decoder
+from softprompt.training.sharding import by_row, put, replicated
+
+Inputs = Sequence[Sequence[int] | np.ndarray]
+NO_TOKEN = -1  # an EOS that no model says
+
+
+class State(NamedTuple):
+    """What the loop carries: `made` tokens are chosen, the last of each row not yet run."""
+
+    made: jax.Array
+    last_B: jax.Array
+    done_B: jax.Array
+    out_BN: jax.Array
+    cache: Cache
+
+
+class Rows(NamedTuple):
+    """The rows of a batch: the ids that randomness is drawn from, and which hold an example."""
+
+    ids_B: Any
+    real_B: Any
+
+
+class Rules(NamedTuple):
+    """What may change without compiling anew: tokens to generate, EOS, the draw and its key."""
+
+    limit: int
+    eos_id: int
+    sampling: Sampling
+    key: jax.Array
+
+
+def decode(
+    model: Model,
+    weights: Tree,
+    shared: tuple[Tree, Any],
+    memory: Any,
+    logits_BV: jax.Array,
+    rows: Rows,
+    rules: Rules,
+    *,
+    new: int,
+) -> jax.Array:
+    """Generates until all rows have ended: ids [B, new], EOS from where a row ends.
+
+    Args:
+        model: a decoder or a T5.
+        weights: its frozen weights.
+        shared: the method's variables and the context.
+        memory: from `prefill`.
+        logits_BV: of the first new token.
+        rows: whose they are.
+        rules: when to stop, and how to choose.
+        new: N, room for tokens; the limit may be less.
+    """
+
+    def pick(logits_BV: jax.Array, nth: Any, done_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens_B = choose(logits_BV, rules.sampling, row_keys(rules.key, nth, rows.ids_B))
+        tokens_B = jnp.where(done_B, rules.eos_id, tokens_B).astype(jnp.int32)
+        return tokens_B, done_B | (tokens_B == rules.eos_id)
+
+    def more(state: State) -> jax.Array:
+        return (state.made < rules.limit) & ~jnp.all(state.done_B)
+
+    def step(state: State) -> State:
+        logits_BV, cache = extend(
+            model, weights, shared, memory, state.cache, state.last_B, state.made - 1
+        )
+        tokens_B, done_B = pick(logits_BV, state.made, state.done_B)
+        out_BN = jax.lax.dynamic_update_slice(state.out_BN, tokens_B[:, None], (0, state.made))
+        return State(state.made + 1, tokens_B, done_B, out_BN, cache)
+
+    tokens_B, done_B = pick(logits_BV, 0, ~rows.real_B)
+    out_BN = jnp.full((len(tokens_B), new), rules.eos_id, jnp.int32).at[:, 0].set(tokens_B)
+    first = State(jnp.array(1), tokens_B, done_B, out_BN, empty_cache(memory, new))
+    return jax.lax.while_loop(more, step, first).out_BN
+
+
+@functools.lru_cache(maxsize=32)
+def prefill_function(model: Model) -> Callable[..., Any]:
+    """The compiled `prefill`."""
+    return jax.jit(functools.partial(prefill, model), static_argnames="slots")
+
+
+@functools.lru_cache(maxsize=32)
+def decode_function(model: Model, mesh: Mesh | None) -> Callable[..., jax.Array]:
+    """The compiled `decode`."""
+    whole = None if mesh is None else replicated(mesh)
+    bound = functools.partial(decode, model)
+    return jax.jit(bound, static_argnames="new", out_shardings=whole)
+
+
+def generate(
+    model: Model,
+    weights: Tree,
+    shared: tuple[Tree, Any],
+    inputs: Inputs,
+    *,
+    max_new: int,
+    eos_id: int | None,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    ids: Sequence[int] | None = None,
+    batch: int = 32,
+    room: int = 0,
+    mesh: Mesh | None = None,
+) -> list[list[int]]:
+    """Continues inputs, or answers them where the model is a T5.
+
+    Args:
+        model: a decoder or a T5.
+        weights: its frozen weights.
+        shared: the method's variables and the context: a soft prompt's, a text's or an empty one.
+        inputs: token ids of each example.
+        max_new: tokens to generate, at most.
+        eos_id: what ends a continuation (and is cut off); None runs to `max_new`.
+        sampling: how tokens are chosen; the likeliest by default.
+        seed: of the draw.
+        ids: a number for each example, which its draws depend on beside the seed; by default its
+            place in `inputs`. Nothing depends on what an example is batched with.
+        batch: examples run together.
+        room: tokens that any input may have, so that calls with longer and shorter inputs share a
+            program; by default as the longest of `inputs` needs.
+        mesh: rows are split over its data axis.
+
+    Returns:
+        Generated ids of each example.
+
+    Raises:
+        UserError: an empty input, or one that overruns the model's context.
+    """
+    numbers = np.arange(len(inputs)) if ids is None else np.asarray(ids)
+    eos = NO_TOKEN if eos_id is None else eos_id
+    rules = Rules(max_new, eos, sampling, jax.random.key(seed))
+    decoded = decode_function(model, mesh)
+
+    def run(memory: Any, logits_BV: jax.Array, batch: InputBatch) -> jax.Array:
+        real_B = batch.example_B >= 0
+        rows = on_rows(mesh, Rows(numbers[batch.example_B].astype(np.uint32), real_B))
+        new = slots_for(max_new)
+        return decoded(weights, shared, memory, logits_BV, rows, rules, new=new)
+
+    options: dict[str, Any] = {"max_new": max_new, "batch": batch, "room": room, "mesh": mesh}
+    outputs = over_batches(model, weights, shared, inputs, run, **options)
+    return [cut(out_N, max_new, eos) for out_N in outputs]
+
+
+def over_batches(
+    model: Model,
+    weights: Tree,
+    shared: tuple[Tree, Any],
+    inputs: Inputs,
+    run: Callable[[Any, jax.Array, InputBatch], jax.Array],
+    *,
+    max_new: int,
+    batch: int,
+    room: int,
+    mesh: Mesh | None,
+) -> list[np.ndarray]:
+    """What `run` (memory, logits, batch) gives for each input, batch by batch.
+
+    Raises:
+        UserError: see `generate`.
+    """
+    check_inputs(model, shared[1], inputs, max_new)
+    if mesh is not None:
+        batch = -(-batch // mesh.shape["data"]) * mesh.shape["data"]
+    batches = input_batches(inputs, batch=batch)
+    slots = slots_for(max([room, *(part.tokens_BT.shape[1] for part in batches)]))
+    outputs: dict[int, np.ndarray] = {}
+    for part in batches:
+        rows = on_rows(mesh, (part.tokens_BT, part.lengths_B))
+        logits_BV, memory = prefill_function(model)(weights, shared, *rows, slots=slots)
+        out_BN = np.asarray(run(memory, logits_BV, part))
+        outputs.update(zip(part.example_B.tolist(), out_BN, strict=True))
+    return [outputs[example] for example in range(len(inputs))]
+
+
+def check_inputs(model: Model, context: Any, inputs: Inputs, max_new: int) -> None:
+    """Checks that each input has a token and leaves room for new ones.
+
+    A T5's relative positions run on without end.
+
+    Raises:
+        UserError: an input that does not.
+    """
+    if max_new < 1:
+        raise UserError(f"max_new is {max_new}; allowed: 1 or more")
+    for place, tokens in enumerate(inputs):
+        if not len(tokens):
+            raise UserError(f"input {place} has no tokens; allowed: 1 or more")
+        if isinstance(model, Decoder):
+            most = model.config.context_length - context.length - max_new + 1
+            if len(tokens) > most:
+                raise UserError(
+                    f"input {place} has {len(tokens)} tokens; allowed: {most} (the model's context "
+                    f"of {model.config.context_length} less {context.length} of the prompt and "
+                    f"{max_new - 1} of {max_new} new ones)"
+                )
+
+
+def on_rows(mesh: Mesh | None, rows: Any) -> Any:
+    """Arrays by row, laid over the mesh where there is one."""
+    if mesh is None:
+        return rows
+    sharding = by_row(mesh)
+    return jax.tree.map(lambda array: put(array, sharding), rows)
+
+
+def cut(out_N: np.ndarray, limit: int, eos_id: int) -> list[int]:
+    """Generated ids before EOS and below the limit."""
+    ids = out_N[:limit].tolist()
+    return ids[: ids.index(eos_id)] if eos_id in ids else ids

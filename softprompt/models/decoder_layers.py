@@ -1,0 +1,226 @@
+"""Layers of a decoder over ONE row, and the config that says what they are built of."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from softprompt.models.layers import (
+    ACTIVATIONS,
+    NORMS,
+    Linear,
+    Part,
+    RopeScaling,
+    attend,
+    rotate,
+    within,
+)
+
+KeysValues = tuple[jax.Array, jax.Array]
+UNBOUNDED = 2**30  # the window of a layer that sees everything
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """What a decoder is built of; the defaults are a Llama's.
+
+    Attributes:
+        vocab: V, rows of the embedding matrix.
+        width: D, of the residual stream.
+        layers: L.
+        heads: H, of queries.
+        kv_heads: G, of keys and values.
+        head_size: K.
+        ffn: F.
+        context_length: largest number of positions, prompt included, that it was trained for.
+        tied: the output head is the embedding matrix.
+        embed_width: of the embedding matrix, and so of a prompt, where it is not `width` and
+            projections lead in and out (OPT-350m); 0 where it is.
+        embed_scale: what token embeddings are multiplied by (Gemma). A prompt is not: it enters
+            after the scaling.
+        final_softcap: c in c tanh(logit / c); 0 for none.
+        positions: "rotary" or "learned". Both count from 0 with the prompt's first vector.
+        position_offset: rows of the learned matrix before that of position 0 (OPT).
+        rope_base: of rotary positions.
+        rope_base_local: of layers with a window, where those differ; 0 where they do not.
+        rope_scaling: of layers without a window of their own base.
+        rotary_size: entries of a head that are rotated, where not all are; 0 for all.
+        windows: for each layer, how many positions back it sees, its own included; 0 for all. ()
+            where no layer has a window. The context leaves a window like any other token.
+        query_scale: what queries are multiplied by; 0 for head_size ** -0.5.
+        attn_softcap: as `final_softcap`, of attention scores.
+        qk_norm: queries and keys are normalised, head by head, before they are rotated.
+        qkv_bias: the projections to queries, keys and values have biases.
+        out_bias: the projection of attention's output has a bias.
+        mlp_bias: the feed-forward's projections have biases.
+        gated: the feed-forward is act(gate x) * (up x), not act(up x).
+        activation: of the feed-forward, a name of `layers.ACTIVATIONS`.
+        norm: "rms" or "layer".
+        norm_eps: added to the mean square.
+        norms: "before" attention and feed-forward; "both", before them and on what they add
+            (Gemma 2); "after", on the sum (OPT-350m).
+        final_norm: there is a norm before the head.
+        parallel: attention and feed-forward read the same input (GPT-NeoX).
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    context_length: int
+    tied: bool = True
+    embed_width: int = 0
+    embed_scale: float = 1.0
+    final_softcap: float = 0.0
+    positions: str = "rotary"
+    position_offset: int = 0
+    rope_base: float = 10000.0
+    rope_base_local: float = 0.0
+    rope_scaling: RopeScaling | None = None
+    rotary_size: int = 0
+    windows: tuple[int, ...] = ()
+    query_scale: float = 0.0
+    attn_softcap: float = 0.0
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    norms: str = "before"
+    final_norm: bool = True
+    parallel: bool = False
+
+    @property
+    def prompt_width(self) -> int:
+        """Width of the embedding matrix and of a prompt's vectors."""
+        return self.embed_width or self.width
+
+
+@struct.dataclass
+class Layer:
+    """What differs from layer to layer, scanned along the first axis: [L, ...] outside."""
+
+    context: KeysValues
+    window: jax.Array | None  # a scalar; None where no layer of the model has a window
+    cached: tuple[KeysValues, ...] = ()
+
+
+@struct.dataclass
+class Row:
+    """What all layers are told of the row.
+
+    `positions_T` is there when a window can end inside the row or before it; `local` is the rotary
+    table of layers with a window, where they have their own; `cached` holds the positions [S] of
+    what is cached, the context included, and which of them are valid [S].
+    """
+
+    mask_TS: jax.Array
+    positions_T: jax.Array | None
+    table: tuple[jax.Array, jax.Array] | None
+    local: tuple[jax.Array, jax.Array] | None
+    cached: tuple[tuple[jax.Array, jax.Array], ...] = ()
+
+
+class Attention(nn.Module):
+    """Self-attention of a row over `[context; what is cached; the row]`."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, KeysValues]:
+        """Returns the mixed values [T, D], and the row's own keys and values [T, G, K]."""
+        c, dtype = self.config, self.dtype
+        wide, narrow = ((c.width, n, c.head_size) for n in (c.heads, c.kv_heads))
+        q = Linear("td,dhk->thk", wide, dtype, c.qkv_bias, name="q")(x_TD)
+        k = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="k")(x_TD)
+        v = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="v")(x_TD)
+        if c.qk_norm:
+            q = NORMS[c.norm](c.norm_eps, dtype, name="q_norm")(q)
+            k = NORMS[c.norm](c.norm_eps, dtype, name="k_norm")(k)
+        if row.table is not None:
+            table = _table(layer, row)
+            q, k = rotate(q, table), rotate(k, table)
+        parts = [layer.context, *layer.cached, (k, v)]
+        masks = _masks(layer, row)
+        mixed_THK = attend(
+            q,
+            [Part(*part, mask) for part, mask in zip(parts, masks, strict=True)],
+            scale=c.query_scale or c.head_size**-0.5,
+            softcap=c.attn_softcap,
+        )
+        shape = (c.heads, c.head_size, c.width)
+        return Linear("thk,hkd->td", shape, dtype, c.out_bias, name="o")(mixed_THK), (k, v)
+
+
+def _table(layer: Layer, row: Row) -> Any:
+    """The layer's rotary table: chosen by its window, for a scan has no branches."""
+    if row.local is None or layer.window is None:
+        return row.table
+    has_window = layer.window < UNBOUNDED
+    return jax.tree.map(lambda a, b: jnp.where(has_window, a, b), row.local, row.table)
+
+
+def _masks(layer: Layer, row: Row) -> list[jax.Array | None]:
+    """What each query sees of the context, of each cached part and of its row."""
+    masks = [None, *(valid_S for _, valid_S in row.cached), row.mask_TS]
+    if layer.window is None or row.positions_T is None:
+        return masks
+    context_P = jnp.arange(layer.context[0].shape[0])
+    places = [context_P, *(positions_S for positions_S, _ in row.cached), row.positions_T]
+    near = [within(layer.window, row.positions_T, place_S) for place_S in places]
+    return [a if mask is None else a & mask for a, mask in zip(near, masks, strict=True)]
+
+
+class MLP(nn.Module):
+    """Feed-forward, gated or plain. Source: arXiv 2002.05202."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        """Returns [T, D]."""
+        c, dtype = self.config, self.dtype
+        act, bias = ACTIVATIONS[c.activation], c.mlp_bias
+        x_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="up")(x_TD)
+        if c.gated:
+            gate_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="gate")(x_TD)
+            x_TF = act(gate_TF) * x_TF
+        else:
+            x_TF = act(x_TF)
+        return Linear("tf,fd->td", (c.ffn, c.width), dtype, bias, name="down")(x_TF)
+
+
+class Block(nn.Module):
+    """One layer, as `nn.scan` wants it: carry in, carry and keys/values out."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, KeysValues]:
+        """Returns the residual stream [T, D], and this layer's keys and values [T, G, K]."""
+        c = self.config
+
+        def norm(x_TD: jax.Array, name: str, *places: str) -> jax.Array:
+            here = c.norms in places
+            return NORMS[c.norm](c.norm_eps, self.dtype, name=name)(x_TD) if here else x_TD
+
+        y_TD = norm(x_TD, "attn_norm", "before", "both")
+        y_TD, kv = Attention(c, self.dtype, name="attn")(y_TD, layer, row)
+        y_TD = norm(y_TD, "attn_post_norm", "both")
+        mid_TD = norm(x_TD + y_TD, "attn_norm", "after")
+        y_TD = norm(x_TD if c.parallel else mid_TD, "mlp_norm", "before", "both")
+        y_TD = MLP(c, self.dtype, name="mlp")(y_TD)
+        y_TD = norm(y_TD, "mlp_post_norm", "both")
+        return norm(mid_TD + y_TD, "mlp_norm", "after"), kv

@@ -1,0 +1,236 @@
+"""A config with all that it names: model, data, mesh, method, and what a trial starts from."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt.analysis.flops import Work, train_flops, train_work
+from softprompt.config import ConfigDict, trial_id
+from softprompt.data.encode import Encoded
+from softprompt.data.pipeline import TrainSource
+from softprompt.data.rows import DECODER, Layout
+from softprompt.errors import UserError
+from softprompt.evaluation.scoring import shared_function, text_context_function
+from softprompt.methods import METHODS
+from softprompt.methods.initializers import embedding_rms
+from softprompt.methods.prompt import PromptConfig
+from softprompt.methods.setup import few_shot_tokens, prompt_config
+from softprompt.models import T5, Model
+from softprompt.models.loading import Loaded
+from softprompt.models.t5_layers import T5Config
+from softprompt.training import loop
+from softprompt.training.optimizers import make_optimizer, rates
+from softprompt.training.session import SPLITS, Session, TaskData, optimizer_config
+from softprompt.training.sharding import path_name, replicated
+from softprompt.training.step import StepConfig, row_inputs
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A trial before its first step.
+
+    Attributes:
+        config: resolved.
+        session: what it shares with other trials.
+        loaded: the frozen model.
+        data: the task, tokenised for the model.
+        mesh: where it runs.
+        step: what is static in its steps; `step.model` is the model as the method wants it.
+        bos: texts begin with the tokenizer's BOS.
+        layout: where the model wants an example.
+        contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, a BOS before
+            a prompt included.
+        shared: delta -> what every row of a forward pass shares (variables and context).
+        prefix: solved examples that an encoder reads before each input, as those of `data` have
+            them already; empty but for few-shot.
+    """
+
+    config: ConfigDict
+    session: Session
+    loaded: Loaded
+    data: TaskData
+    mesh: jax.sharding.Mesh
+    step: StepConfig
+    bos: bool
+    layout: Layout
+    contexts: tuple[int, int]
+    shared: Callable[[Tree], Any]
+    prefix: np.ndarray
+
+
+def prepare(config: ConfigDict, session: Session) -> Prepared:
+    """Loads what a config names and sets up its method.
+
+    Raises:
+        UserError: see `load_model`, the task's source, and the method's settings.
+    """
+    mesh, loaded = session.mesh(config), session.model(config)
+    method = config.method
+    bos = loaded.tokenizer.add_bos and method.name != "fewshot" and method.bos == "after"
+    room = free_positions(config, loaded)
+    data = session.data(config, bos=bos)
+    cfg = prompt_config(config, loaded, data.train) if method.name == "prompt" else None
+    model, layout, contexts = arrange(config, loaded, cfg)
+    name = "none" if cfg is None else "prompt"
+    step = StepConfig(model, name, cfg, config.train.z_loss, config.train.microbatches)
+    compiled = shared_function(step, mesh)
+    shared: Callable[[Tree], Any] = lambda delta: compiled(delta, loaded.weights)  # noqa: E731
+    prefix = np.zeros(0, np.int32)
+    if method.name == "fewshot":
+        tokens_P = few_shot_tokens(config, loaded, data.train, room=room)
+        if isinstance(model, T5):
+            prefix, plain = tokens_P, data
+            data = session.once(["prefix", trial_id(config)], lambda: all_behind(prefix, plain))
+        else:
+            context = text_context_function(model)(loaded.weights, jnp.asarray(tokens_P))
+            contexts = 0, len(tokens_P)
+            shared = lambda delta: ({}, context)  # noqa: E731
+    return Prepared(
+        config, session, loaded, data, mesh, step, bos, layout, contexts, shared, prefix
+    )
+
+
+def behind(prefix: np.ndarray, encoded: Encoded) -> Encoded:
+    """The same examples, their inputs behind a prefix."""
+    if not len(prefix):
+        return encoded
+    inputs = [np.concatenate([prefix, tokens]) for tokens in encoded.inputs]
+    return dataclasses.replace(encoded, inputs=inputs)
+
+
+def all_behind(prefix: np.ndarray, data: TaskData) -> TaskData:
+    """The same splits, their inputs behind a prefix."""
+    return TaskData(data.task, *(behind(prefix, data.split(name)) for name in SPLITS))
+
+
+def free_positions(config: ConfigDict, loaded: Loaded) -> int:
+    """Positions that the task leaves for a context; an encoder-decoder's are relative, and endless.
+
+    Raises:
+        UserError: a prompt that takes more.
+    """
+    if loaded.encoder_decoder:
+        return 2**30
+    method = config.method
+    room = loaded.config.context_length - config.task.max_input - config.task.max_target
+    most = room - (method.bos == "before")
+    if method.name == "prompt" and method.length > most:
+        raise UserError(
+            f"config key 'method.length' is {method.length}; allowed: at most {most} (the model's "
+            f"context of {loaded.config.context_length} less task.max_input and task.max_target"
+            f"{', and a BOS before the prompt' if most < room else ''})"
+        )
+    return room
+
+
+def arrange(
+    config: ConfigDict, loaded: Loaded, cfg: PromptConfig | None
+) -> tuple[Model, Layout, tuple[int, int]]:
+    """The model as the method wants it, the layout of its rows, and its contexts' lengths."""
+    length = 0 if cfg is None else cfg.length + (cfg.bos_before is not None)
+    if not (isinstance(loaded.model, T5) and isinstance(loaded.config, T5Config)):
+        return loaded.model, DECODER, (0, length)
+    inline = config.method.prompt_to_input
+    places = () if cfg is None else cfg.places
+    encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
+    model = loaded.model.clone(prompt_to_input=inline)
+    if inline:
+        return model, Layout(loaded.config.start, encoder, decoder), (0, 0)
+    return model, Layout(loaded.config.start), (encoder, decoder)
+
+
+def train_source(prepared: Prepared) -> TrainSource:
+    """The training batches of a trial, by step."""
+    config, data, layout = prepared.config, prepared.data, prepared.layout
+    template = prepared.session.template(config, data, layout)
+    return TrainSource(data.train, template, config.seed, layout)
+
+
+def initial_state(prepared: Prepared) -> loop.State:
+    """The delta at step 0, and the optimizer's state, on every device.
+
+    Raises:
+        UserError: the delta has a leaf that no module reads.
+    """
+    config, step, whole = prepared.config, prepared.step, replicated(prepared.mesh)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)  # apart from the steps' keys
+    make = jax.jit(functools.partial(first_delta, step), out_shardings=whole)
+    delta = make(key, prepared.loaded.weights)
+    check_read(step, prepared.loaded.weights, delta, train_source(prepared)[0])
+    tx = make_optimizer(optimizer_config(config))
+    opt_state = jax.jit(tx.init, out_shardings=whole)(delta)
+    return loop.State(delta, opt_state, best=jax.tree.map(lambda leaf: leaf.copy(), delta))
+
+
+def first_delta(step: StepConfig, key: jax.Array, weights: Tree) -> Tree:
+    """The delta that a trial starts from."""
+    return METHODS[step.method].init(key, step.model, weights, step.method_config)
+
+
+def delta_shapes(prepared: Prepared) -> Tree:
+    """The shapes and dtypes of a trial's delta."""
+    make = functools.partial(first_delta, prepared.step)
+    return jax.eval_shape(make, jax.random.key(0), prepared.loaded.weights)
+
+
+def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: dict[str, Any]) -> None:
+    """Checks that the model reads every variable that the delta becomes.
+
+    Args:
+        step: names the model and the method.
+        weights: the frozen model.
+        delta: what is trained.
+        batch: any, of which a row is run.
+
+    Raises:
+        UserError: names the leaves that no module reads.
+    """
+    row = {name: array[0] for name, array in row_inputs(batch).items()}
+
+    def run() -> Any:
+        variables = METHODS[step.method].variables(delta, weights, step.method_config, None)
+        collections = {"params": weights, "delta": variables}
+        apply = functools.partial(step.model.apply, collections, mutable=["read"])
+        context, first = apply(method="prompt_context")
+        x_MD, second = apply(context, row, method="targets")
+        third = apply(x_MD, method="logits")[1]
+        return variables, [made.get("read", {}) for made in (first, second, third)]
+
+    variables, read = jax.eval_shape(run)
+    names, found = _paths(variables), set().union(*map(_paths, read))
+    if unread := sorted(names - found):
+        raise UserError(f"no module of the model reads the delta's {', '.join(unread)}")
+
+
+def _paths(tree: Tree) -> set[str]:
+    """Names of a tree's leaves; what a module noted as read is a tuple there."""
+    stop = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    return {path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(tree, stop)[0]}
+
+
+def learning_rates(prepared: Prepared) -> np.ndarray:
+    """The rate of every step, in absolute units, float32 [steps]."""
+    o, peak = prepared.config.optimizer, prepared.config.optimizer.rate
+    if o.rate_unit == "embedding_rms":
+        loaded = prepared.loaded
+        peak *= float(jax.jit(embedding_rms)(loaded.weights["embed"]["embedding"]))
+        peak *= loaded.config.embed_scale
+    return rates(o.schedule, peak=peak, warmup=o.warmup, steps=prepared.config.train.steps)
+
+
+def step_work(prepared: Prepared) -> Work:
+    """What an average step has to compute: no padding, the context once."""
+    batch = prepared.config.train.batch
+    return train_work(prepared.data.train, prepared.layout, prepared.contexts, batch)
+
+
+def step_flops(prepared: Prepared) -> float:
+    """Useful operations of an average step."""
+    return train_flops(prepared.loaded.config, step_work(prepared))

@@ -1,0 +1,239 @@
+"""Contract 7: running a token at a time with a cache equals running everything at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softprompt.inference.cache import empty_cache, extend, prefill
+from softprompt.inference.decode import generate
+from softprompt.models.decoder import Cached
+from tests.contracts.examples import prompted, quick_jit, snippets
+from tests.contracts.test_families import FAMILIES
+from tests.families import SLIDING, family_decoder
+from tests.tiny_t5 import tiny_t5
+
+EXACT = {"atol": 1e-9, "rtol": 1e-9}
+LENGTHS, STEPS = (11, 1, 4), 9  # with a prompt of 6, past the windows of 7 in every part
+RANDOM = np.random.default_rng(3)
+TEXT_BT = RANDOM.integers(2, 99, (len(LENGTHS), max(LENGTHS) + STEPS))
+
+
+def ragged():
+    """Inputs padded on the right by something, what follows each [B, STEPS], and both together."""
+    inputs_BT = np.full((len(LENGTHS), 13), 5)
+    rows = [TEXT_BT[n, : length + STEPS] for n, length in enumerate(LENGTHS)]
+    for row_T, text, length in zip(inputs_BT, rows, LENGTHS, strict=True):
+        row_T[:length] = text[:length]
+    after_BN = np.stack([row[length:] for row, length in zip(rows, LENGTHS, strict=True)])
+    return inputs_BT, after_BN, rows
+
+
+@functools.partial(quick_jit, static_argnames="model")
+def cached_logits(model, weights, shared, inputs_BT, lengths_B, after_BN):
+    """Logits [N, B, V] that predict each token of `after_BN`, a token at a time."""
+    logits_BV, memory = prefill(model, weights, shared, inputs_BT, lengths_B, slots=16)
+
+    def step(carry, nth):
+        logits_BV, cache = carry
+        after = extend(model, weights, shared, memory, cache, after_BN[:, nth], nth)
+        return after, logits_BV
+
+    first = logits_BV, empty_cache(memory, STEPS + 3)
+    return jax.lax.scan(step, first, jnp.arange(STEPS))[1]
+
+
+@functools.partial(quick_jit, static_argnames="model")
+def whole_logits(model, variables, *tokens):
+    return model.apply(variables, *tokens)
+
+
+def check(model, weights, variables, whole):
+    """The cache's logits are those of `whole`, a function of input and continuation."""
+    collections = {"params": weights, "delta": variables}
+    context = model.apply(collections, method=context_method(model))
+    inputs_BT, after_BN, rows = ragged()
+    arguments = inputs_BT, np.array(LENGTHS), after_BN
+    logits_NBV = cached_logits(model, weights, (variables, context), *arguments)
+    for n, length in enumerate(LENGTHS):
+        wanted_NV = whole(collections, rows[n][:length], after_BN[n])
+        assert np.std(wanted_NV) > 0.3
+        np.testing.assert_allclose(logits_NBV[:, n], wanted_NV, **EXACT)
+
+
+def context_method(model):
+    return "prompt_contexts" if hasattr(model, "prompt_contexts") else "prompt_context"
+
+
+def decoder_whole(model):
+    """One row in one piece, padded to one length for all: it is compiled once."""
+
+    def whole(collections, input_T, after_N):
+        row_T = np.zeros(TEXT_BT.shape[1], int)
+        row_T[: len(input_T) + STEPS] = [*input_T, *after_N]
+        logits_TV = whole_logits(model, collections, row_T)
+        return logits_TV[len(input_T) - 1 :][:STEPS]
+
+    return whole
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoders(x64, name):
+    """Mutation: positions by slot, not by row; what is cached is seen beyond the row's length, or
+    counts from before the context; windows cut only what can leave them within T tokens; a new
+    column in another slot.
+    """
+    model, weights = family_decoder(name)
+    _, delta = prompted(model, weights, 6)
+    check(model, weights, delta, decoder_whole(model))
+
+
+def test_a_decoder_without_a_context(x64):
+    """Mutation: an empty context has a position."""
+    model, weights = family_decoder("gemma2")
+    check(model, weights, {}, decoder_whole(model))
+
+
+T5_PROMPTS = {"none": (), "encoder": ("encoder",), "both": ("encoder", "decoder")}
+
+
+def t5_prompts(stacks):
+    random = np.random.default_rng(7)
+    drawn = {
+        stack: random.standard_normal((n, 20)) for stack, n in (("encoder", 5), ("decoder", 4))
+    }
+    return {stack: {"prompt": jnp.asarray(drawn[stack])} for stack in stacks}
+
+
+def t5_whole(model):
+    def whole(collections, input_S, after_N):
+        return whole_logits(model, collections, input_S, np.array([0, *after_N[:-1]]))
+
+    return whole
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["inline", "once"])
+@pytest.mark.parametrize("prompts", T5_PROMPTS)
+def test_t5(x64, inline, prompts):
+    """Mutation: biases by slot; a bias of the row's own kind for what is cached; padding of the
+    input is seen; the encoder's prompt is missing from cross-attention.
+    """
+    model, weights = tiny_t5(prompt_to_input=inline, buckets=8, max_distance=6)
+    check(model, weights, t5_prompts(T5_PROMPTS[prompts]), t5_whole(model))
+
+
+@functools.partial(quick_jit, static_argnames="model")
+def extended(model, variables, input_T, pieces):
+    """Logits of pieces of several tokens each, after an input."""
+    context = model.apply(variables, method=context_method(model))
+    length = jnp.array(len(input_T))
+    run = functools.partial(model.apply, variables)
+    _, memory = run(context, input_T, length, slots=16, method="prefill")
+    cache, outputs, first = None, [], 0
+    for tokens_T in pieces:
+        places_T = memory.length + first + jnp.arange(len(tokens_T))
+        if cache is None:
+            like = memory.cached.k_LSGK[:, :0]
+            cache = Cached(like, like, jnp.zeros(0, int), jnp.zeros(0, bool))
+        x_TD, kv = run(context, memory, cache, tokens_T, places_T, method="extend")
+        outputs.append(run(x_TD, method="logits"))
+        kv = jax.tree.map(lambda *pair: jnp.concatenate(pair, 1), (cache.k_LSGK, cache.v_LSGK), kv)
+        places_S = jnp.concatenate([cache.positions_S, places_T])
+        cache = Cached(*kv, places_S, jnp.ones(len(places_S), bool))
+        first += len(tokens_T)
+    return jnp.concatenate(outputs)
+
+
+@pytest.mark.parametrize("name", ["opt-350m", "gemma3", "t5"])
+def test_several_tokens_at_once(x64, name):
+    """Mutation: new tokens see those after them; positions of all of them are the first's."""
+    pieces = [TEXT_BT[0, 11:14], TEXT_BT[0, 14:15], TEXT_BT[0, 15:20]]
+    if name == "t5":
+        model, weights = tiny_t5(prompt_to_input=False, buckets=8, max_distance=6)
+        variables = {"params": weights, "delta": t5_prompts(["encoder", "decoder"])}
+        row = TEXT_BT[0, :11], np.array([0, *TEXT_BT[0, 11:20]])
+        wanted_NV = whole_logits(model, variables, *row)[1:]
+    else:
+        model, weights = family_decoder(name)
+        variables = {"params": weights, "delta": prompted(model, weights, 6)[1]}
+        wanted_NV = whole_logits(model, variables, TEXT_BT[0, :20])[11:]
+    logits_NV = extended(model, variables, TEXT_BT[0, :11], pieces)
+    np.testing.assert_allclose(logits_NV, wanted_NV, **EXACT)
+
+
+def scans(jaxpr):
+    """The equations of every layer scan."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jax.tree.leaves(equation.params):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                yield from scans(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "t5"])
+def test_layers_read_the_cache_and_never_copy_it(x64, name):
+    """Mutation: keys and values of the parts are concatenated in a layer; the scan of the layers
+    returns the cache with the new column in it.
+    """
+    model, weights = tiny_t5() if name == "t5" else family_decoder(name)
+    shared = {}, model.apply({"params": weights}, method=context_method(model))
+    tokens_BT, slots, new = jnp.zeros((2, 40), int), 41, 43
+
+    def run(tokens_BT):
+        lengths_B = jnp.array([40, 3])
+        _, memory = prefill(model, weights, shared, tokens_BT, lengths_B, slots=slots)
+        cache = empty_cache(memory, new)
+
+        def step(cache, token_B):
+            return extend(model, weights, shared, memory, cache, token_B, jnp.array(1))
+
+        return memory, cache, step
+
+    memory, cache, step = run(tokens_BT)
+    (layers,) = scans(jax.make_jaxpr(step)(cache, tokens_BT[:, 0]).jaxpr)
+    size = model.config.head_size
+    inputs = [v.aval.shape for v in layers.invars]
+    assert sum(shape[-1:] == (size,) and new in shape for shape in inputs) == 2
+    assert not any(new in v.aval.shape or slots in v.aval.shape for v in layers.outvars)
+    body = layers.params["jaxpr"].jaxpr
+    joined = [
+        v.aval.shape
+        for equation in body.eqns
+        for v in equation.outvars
+        if equation.primitive.name == "concatenate" and max(v.aval.shape) > new
+    ]
+    assert joined and not any(shape[-1] == size for shape in joined)
+
+
+@pytest.mark.real
+def test_greedy_on_the_real_model_is_full_recomputation(smollm2, shared_data):
+    """Mutation: positions by slot, not by row; a soft prompt that decoding forgets.
+
+    By induction: each token is the likeliest after the input and the tokens before it.
+    """
+    model, weights = smollm2.model, smollm2.weights
+    _, delta = prompted(model, weights, 20)
+    inputs = snippets(shared_data, smollm2.tokenizer, 8).inputs
+    context = model.apply({"params": weights, "delta": delta}, method="prompt_context")
+    shared = delta, context
+    answers = generate(model, weights, shared, inputs, max_new=32, eos_id=None)
+    assert len(np.unique(answers)) > 20
+    longest = max(map(len, inputs)) + 32
+    run = jax.jit(
+        jax.vmap(lambda tokens_T: model.apply({"params": weights, "delta": delta}, tokens_T))
+    )
+    whole = [[*tokens, *said] for tokens, said in zip(inputs, answers, strict=True)]
+    rows_BT = np.array([row + [0] * (longest - len(row)) for row in whole])
+    best_BT = np.asarray(jnp.argmax(run(rows_BT), axis=-1))
+    for best_T, tokens, said in zip(best_BT, inputs, answers, strict=True):
+        assert best_T[len(tokens) - 1 :][:32].tolist() == said
+
+
+def test_windows_are_passed():
+    """The lengths above reach past every window: of the context, the input and what is new."""
+    for name in SLIDING:
+        windows = [w for w in family_decoder(name, dtype="float32")[0].config.windows if w]
+        assert max(windows) < min(max(LENGTHS), STEPS)
