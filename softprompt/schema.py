@@ -81,9 +81,10 @@ def base_config() -> ConfigDict:
 
 def _model() -> dict[str, Any]:
     return {
-        # catalogue name, hub name "org/repo", local folder or local .gguf file
+        # catalogue name, hub name "org/repo", local folder, local .gguf file or T5X checkpoint
         "name": "smollm2-135m-instruct-q4",
         "revision": "",  # hub branch, tag or commit; "" is the hub's default
+        "tokenizer": "",  # hub name or folder of another tokenizer; "" is the model's own
         "dtype": "auto",  # of weights and activations: float32, bfloat16, or auto (see `resolve`)
     }
 

@@ -76,8 +76,13 @@ class Session:
         def make() -> Loaded:
             self.progress.stage(f"load {model.name}")
             put = functools.partial(put_weight, mesh)
-            revision = model.revision or None
-            return load_model(model.name, dtype=model.dtype, put=put, revision=revision)
+            return load_model(
+                model.name,
+                dtype=model.dtype,
+                put=put,
+                revision=model.revision or None,
+                tokenizer_name=model.tokenizer,
+            )
 
         return self.once(["model", to_dict(model), to_dict(config.mesh)], make)
 
@@ -90,7 +95,15 @@ class Session:
 
         An encoder-decoder's inputs end with EOS where its tokenizer says that they do.
         """
-        key = ["data", config.model.name, to_dict(config.task), to_dict(config.data), bos]
+        model = config.model
+        key = [
+            "data",
+            model.name,
+            model.tokenizer,
+            to_dict(config.task),
+            to_dict(config.data),
+            bos,
+        ]
         return self.once(key, lambda: self._encode(config, bos))
 
     def _encode(self, config: ConfigDict, bos: bool) -> TaskData:
