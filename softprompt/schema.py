@@ -84,10 +84,11 @@ def base_config() -> ConfigDict:
 
 def _model() -> dict[str, Any]:
     return {
-        # catalogue name, hub name "org/repo", local folder or local .gguf file
+        # catalogue name, hub name "org/repo", local folder, local .gguf file or T5X checkpoint
         "name": "smollm2-135m-instruct-q4",
         "revision": "",  # hub branch, tag or commit; "" is the hub's default
         "quantize": "none",  # the frozen matrices: none, int8 (by output channel) or int4 (groups)
+        "tokenizer": "",  # hub name or folder of another tokenizer; "" is the model's own
         "dtype": "auto",  # of weights and activations: float32, bfloat16, or auto (see `resolve`)
     }
 

@@ -168,9 +168,14 @@ def golden_prompt(width: int) -> np.ndarray:
 SLIDING = ("mistral", "qwen2-sliding", "qwen3-sliding", "gemma2", "gemma3", "gemma3-scaled")
 
 
-def family_tensors(name: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float64 tensors as the family stores them, scaled so that every part matters."""
-    family, config = read_family(VARIANTS[name])
+def family_tensors(
+    name: str, seed: int = 0, raw: dict[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    """Random float64 tensors as the family stores them, scaled so that every part matters.
+
+    `raw`: another config.json than the variant's.
+    """
+    family, config = read_family(raw or VARIANTS[name])
     tensors = {}
     for path, part in family.table(config).items():
         for tensor in tensor_names(part):
@@ -204,11 +209,13 @@ def family_decoder(name: str, *, seed: int = 0, dtype: str = "float64") -> tuple
     return Decoder(config, dtype=jnp.dtype(dtype)), weights
 
 
-def write_family_folder(path: Path, name: str, *, seed: int = 0) -> Path:
+def write_family_folder(
+    path: Path, name: str, *, seed: int = 0, raw: dict[str, Any] | None = None
+) -> Path:
     """Writes config.json, model.safetensors (float32) and the tokenizer; returns the path."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(VARIANTS[name]))
-    tensors = {n: x.astype(np.float32) for n, x in family_tensors(name, seed).items()}
+    (path / "config.json").write_text(json.dumps(raw or VARIANTS[name]))
+    tensors = {n: x.astype(np.float32) for n, x in family_tensors(name, seed, raw).items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     write_small_tokenizer(path)
     return path

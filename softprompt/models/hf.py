@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, safetensors (single or sharded), and the hub."""
+"""Hugging Face folders: config.json, weights (one file or shards), and the hub."""
 
 import dataclasses
 import json
@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from softprompt.cache import cache_dir
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import Family, read_family
 from softprompt.models.names import Source, Table
+from softprompt.models.tensor_files import ALL, TensorFile, open_file
 
-FILES = (
+TOKENIZER_FILES = (
     "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer*",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
 )
+FILES = (*TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
+PYTORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
@@ -78,37 +79,35 @@ def open_source(
     """The folder's tensors as a source of weights; reads headers, and copies where there are any.
 
     Args:
-        folder: holds model.safetensors, or an index and shards.
+        folder: holds model.safetensors, or an index and shards, or the same of pytorch_model.bin.
         original: the name of the embeddings.
         copies: names of tensors that may lie beside the embeddings and must then equal them.
         harmless: pattern of other tensors that no leaf asks for.
         spellings: as in `Family`.
 
     Raises:
-        UserError: no safetensors file, a shard named in the index that is absent, a broken file, or
-            a copy that is none.
+        UserError: no weights, a shard named in the index that is absent, a file that cannot be
+            read, or a copy that is none.
     """
     folder = Path(folder)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    where: dict[str, tuple[Path, str]] = {}
+    where: dict[str, tuple[Path, TensorFile, str]] = {}
     for file in _weight_files(folder):
-        with _open(file) as opened:
-            for stored in opened.keys():
-                name = _canonical(stored, spellings)
-                if name in where:
-                    raise UserError(f"{file}: tensor {stored} is also in {where[name][0].name}")
-                part = opened.get_slice(stored)
-                tensors[name] = (part.get_dtype(), tuple(part.get_shape()))
-                where[name] = file, stored
+        opened = open_file(file)
+        for stored, kind in opened.tensors.items():
+            name = _canonical(stored, spellings)
+            if name in where:
+                raise UserError(f"{file}: tensor {stored} is also in {where[name][0].name}")
+            tensors[name] = kind
+            where[name] = file, opened, stored
 
     for copy in copies:
         if {original, copy} <= set(where):
             _check_copy(where[original], where[copy])
 
     def read(name: str) -> tuple[np.ndarray, np.ndarray]:
-        file, stored = where[name]
-        with _open(file) as opened:
-            values = opened.get_tensor(stored)
+        _, opened, stored = where[name]
+        values = opened.read(stored, ALL)
         return values, values
 
     def may_be_left(name: str) -> bool:
@@ -117,12 +116,25 @@ def open_source(
     return Source(str(folder), tensors, read, may_be_left)
 
 
-def download(repo: str, *, revision: str | None = None) -> Path:
-    """Fetches a hub repository's config, safetensors and tokenizer into the cache, with progress.
+def download(repo: str, *, revision: str | None = None, patterns: Sequence[str] = FILES) -> Path:
+    """Fetches files of a hub repository into the cache, with progress.
+
+    Args:
+        repo: its name.
+        revision: branch, tag or commit; None for the default branch.
+        patterns: which files. With `FILES`, a repository without safetensors gives its PyTorch
+            files instead.
 
     Raises:
         UserError: not reachable and not in the cache, no such repository or revision, or no access.
     """
+    folder = _snapshot(repo, revision, patterns)
+    if patterns == FILES and not any(folder.glob("model*.safetensors")):
+        folder = _snapshot(repo, revision, PYTORCH_FILES)
+    return folder
+
+
+def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import: only for hub names
 
     where = f"{repo}@{revision}" if revision else repo
@@ -132,7 +144,7 @@ def download(repo: str, *, revision: str | None = None) -> Path:
                 repo,
                 revision=revision,
                 cache_dir=cache_dir() / "hub",
-                allow_patterns=list(FILES),
+                allow_patterns=list(patterns),
             )
         )
     except Exception as e:  # httpx, OS and hub errors alike: the user's remedy is the same
@@ -144,15 +156,23 @@ def download(repo: str, *, revision: str | None = None) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists():
-        if not single.exists():
-            raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-        return [single]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index, single = folder / f"{name}.index.json", folder / name
+        if index.exists():
+            return _shards(index)
+        if single.exists():
+            return [single]
+    raise UserError(
+        f"{folder}: no model.safetensors and no model.safetensors.index.json "
+        "(nor pytorch_model.bin and its index)"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
     shards: Any = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index}: no weight_map")
-    files = [folder / name for name in sorted(set(shards.values()))]
+    files = [index.parent / str(name) for name in sorted(set(map(str, shards.values())))]
     absent = [file.name for file in files if not file.exists()]
     if absent:
         raise UserError(f"{index}: names shards that are not there: {', '.join(absent)}")
@@ -178,18 +198,17 @@ def _head_name(family: Family, config: DecoderConfig) -> str:
     return family.table(dataclasses.replace(config, tied=False))["head/kernel"].name
 
 
-def _check_copy(original: tuple[Path, str], copy: tuple[Path, str]) -> None:
+def _check_copy(original: tuple[Path, TensorFile, str], copy: tuple[Path, TensorFile, str]) -> None:
     """Refuses a tensor that is said to be the embeddings once more, a tied head's, yet differs."""
-    with _open(original[0]) as a, _open(copy[0]) as b:
-        ours, theirs = a.get_slice(original[1]), b.get_slice(copy[1])
-        rows, step = ours.get_shape()[0], 4096  # in pieces: the matrix may be the largest tensor
-        pieces = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
-        same = ours.get_shape() == theirs.get_shape() and all(
-            np.array_equal(ours[piece], theirs[piece]) for piece in pieces
-        )
+    (_, ours, name), (file, theirs, other) = original, copy
+    shape, step = ours.tensors[name][1], 4096  # in pieces: the matrix may be the largest tensor
+    pieces = [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
+    same = shape == theirs.tensors[other][1] and all(
+        np.array_equal(ours.read(name, piece), theirs.read(other, piece)) for piece in pieces
+    )
     if not same:
         raise UserError(
-            f"{copy[0]}: {copy[1]} differs from {original[1]}, but config.json ties them; "
+            f"{file}: {other} differs from {name}, but config.json ties them; "
             "set tie_word_embeddings to false there if it is a head of its own"
         )
 
@@ -209,10 +228,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object")
     return value
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="np")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: not a complete safetensors file ({e})") from e

@@ -195,12 +195,13 @@ def rotary_table(
     dtype = jnp.promote_types(jnp.result_type(float), jnp.float32)
     frequency_K = base ** -(jnp.arange(0, size, 2, dtype=dtype) / size)
     if scaling is not None:
-        frequency_K = _stretch(frequency_K, scaling)
+        frequency_K = stretch(frequency_K, scaling)
     angle_TK = positions_T.astype(dtype)[:, None] * frequency_K
     return jnp.cos(angle_TK), jnp.sin(angle_TK)
 
 
-def _stretch(frequency_K: jax.Array, scaling: RopeScaling) -> jax.Array:
+def stretch(frequency_K: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Frequencies of rotary positions under a scaling."""
     if scaling.kind == "linear":
         return frequency_K / scaling.factor
     turns_K = scaling.original * frequency_K / (2 * jnp.pi)  # in the original context

@@ -1,23 +1,15 @@
 """Text to token ids and back, without special tokens and without PyTorch."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import ByteLevel
+from tokenizers import decoders, models, pre_tokenizers
 
 from softprompt.errors import UserError
-from softprompt.models.gguf import File
-
-# `tokenizer.ggml.pre` -> how text is cut before merging, as transformers reads it from a GGUF file.
-PRE_TOKENIZERS = {
-    "smollm": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-}
-
-CONTROL, USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,40 +59,22 @@ class Tokenizer:
             raise UserError(f"token id {token_id} is not in the vocabulary of {self.vocab_size}")
         return token
 
+    def within(self, rows: int) -> "Tokenizer":
+        """The same tokenizer, without added tokens that have no row of the embedding matrix.
 
-def from_gguf(file: File) -> Tokenizer:
-    """The tokenizer described by a GGUF file's metadata (byte-level BPE).
+        Gemma 3's text models come with the tokenizer of those that see images.
 
-    Raises:
-        UserError: another kind of tokenizer, an unknown pre-tokenizer, or a missing or broken
-            field.
-    """
-    model = file.need("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise UserError(
-            f"{file.path}: tokenizer.ggml.model {model!r} is not supported; known: gpt2"
-        )
-    cut = file.need("tokenizer.ggml.pre")
-    if cut not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise UserError(f"{file.path}: tokenizer.ggml.pre {cut!r} is not supported; known: {known}")
-    tokens: list[str] = file.need("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in file.need("tokenizer.ggml.merges")]
-    try:
-        backend = Backend(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    except Exception as e:  # tokenizers raises plain Exception
-        raise UserError(f"{file.path}: tokenizer.ggml.merges do not fit the tokens ({e})") from e
-    backend.pre_tokenizer = PRE_TOKENIZERS[cut]()
-    backend.decoder = ByteLevel()
-    types = file.get("tokenizer.ggml.token_type", [])
-    backend.add_special_tokens(_added(tokens, types, CONTROL))
-    backend.add_tokens(_added(tokens, types, USER_DEFINED))
-    return Tokenizer(
-        backend=backend,
-        bos_id=file.get("tokenizer.ggml.bos_token_id"),
-        eos_id=file.get("tokenizer.ggml.eos_token_id"),
-        add_bos=bool(file.get("tokenizer.ggml.add_bos_token", False)),
-    )
+        Raises:
+            UserError: other tokens have none either.
+        """
+        if max(self.backend.get_vocab(with_added_tokens=True).values(), default=0) < rows:
+            return self
+        state = json.loads(self.backend.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
+        backend = Backend.from_str(json.dumps(state))
+        if max(backend.get_vocab(with_added_tokens=True).values(), default=0) >= rows:
+            raise UserError(f"the tokenizer has {self.vocab_size} tokens, the model embeds {rows}")
+        return dataclasses.replace(self, backend=backend)
 
 
 def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
@@ -120,6 +94,8 @@ def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{path}: no readable tokenizer ({reason[:200]})") from e
     backend = getattr(fast, "backend_tokenizer", None)
+    if type(fast).__name__ == "ByT5Tokenizer":
+        backend = byte_backend(sentinels=len(fast) - 259)
     if backend is None:
         raise UserError(f"{path}: {type(fast).__name__} has no fast backend (no tokenizer.json)")
     ids = fast("a")["input_ids"]
@@ -131,7 +107,27 @@ def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
     return Tokenizer(backend, fast.bos_token_id, fast.eos_token_id, add_bos, add_eos)
 
 
-def _added(tokens: list[str], types: list[int], kind: int) -> list[AddedToken]:
-    special = kind == CONTROL
-    chosen = [token for token, t in zip(tokens, types, strict=False) if t == kind]
-    return [AddedToken(token, normalized=False, special=special) for token in chosen]
+def byte_backend(*, sentinels: int = 125) -> Backend:
+    """ByT5's tokenizer, which transformers has in Python only: one token a byte.
+
+    Token 0 is padding, 1 EOS, 2 unknown, 3 to 258 the bytes, and the rest sentinels.
+    Source: arXiv 2105.13626, section 3.1.
+    """
+    special = ["<pad>", "</s>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *byte_letters()])}
+    backend = Backend(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([*special, *(f"<extra_id_{i}>" for i in range(sentinels))])
+    return backend
+
+
+def byte_letters() -> list[str]:
+    """How byte-level tokenizers spell each byte: itself where it prints, else from U+0100 on.
+
+    Source: `bytes_to_unicode` of GPT-2's `encoder.py`.
+    """
+    printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printed)
+    spelt = {byte: 256 + nth for nth, byte in enumerate(others)}
+    return [chr(spelt.get(byte, byte)) for byte in range(256)]

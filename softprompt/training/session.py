@@ -83,6 +83,7 @@ class Session:
                 quantize=model.quantize,
                 put=put,
                 revision=revision,
+                tokenizer_name=model.tokenizer,
             )
             if config.mesh.weights == "replicated":
                 return loaded
@@ -99,7 +100,15 @@ class Session:
 
         An encoder-decoder's inputs end with EOS where its tokenizer says that they do.
         """
-        key = ["data", config.model.name, to_dict(config.task), to_dict(config.data), bos]
+        model = config.model
+        key = [
+            "data",
+            model.name,
+            model.tokenizer,
+            to_dict(config.task),
+            to_dict(config.data),
+            bos,
+        ]
         return self.once(key, lambda: self._encode(config, bos))
 
     def _encode(self, config: ConfigDict, bos: bool) -> TaskData:

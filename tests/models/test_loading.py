@@ -1,5 +1,6 @@
 """From a name to a model: which names there are, where leaves go, what a fingerprint says."""
 
+import dataclasses
 import tracemalloc
 
 import jax
@@ -9,10 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from softprompt.errors import UserError
-from softprompt.models import hf
+from softprompt.models import hf, t5x
 from softprompt.models.loading import load_model
 from softprompt.models.names import read_weights
+from tests.models.ggufs import write_gguf
+from tests.models.t5x_folders import write_t5x
 from tests.tiny import tiny_decoder, write_llama_folder
+from tests.tiny_t5 import hf_t5_config, write_complete_t5
 
 
 def test_tiny_decoder_is_the_tiny_folder(tmp_path, x64):
@@ -118,3 +122,66 @@ def test_a_file_of_another_kind_and_a_revision_out_of_place(tmp_path):
     for name in (str(tmp_path), "smollm2-135m-instruct-q4"):
         with pytest.raises(UserError, match="revision 'main' applies to hub models only"):
             load_model(name, revision="main")
+
+
+@pytest.fixture
+def t5_folder(tmp_path):
+    return write_complete_t5(tmp_path / "hf")
+
+
+def test_a_t5x_checkpoint_is_a_model_like_any_other(t5_folder, tmp_path):
+    # Breaks if: the checkpoint is not known for one, or a tokenizer is looked for in it.
+    (tmp_path / "t5x").mkdir()
+    tensors = load_file(t5_folder / "model.safetensors")
+    checkpoint = write_t5x(tmp_path / "t5x", tensors)
+    theirs = load_model(str(t5_folder))
+    ours = load_model(str(checkpoint), tokenizer_name=str(t5_folder))
+    assert ours.encoder_decoder
+    assert dataclasses.replace(ours.config, context_length=0) == dataclasses.replace(
+        theirs.config, context_length=0
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours.weights, theirs.weights)
+    assert ours.tokenizer.encode("a film") == theirs.tokenizer.encode("a film")
+    assert ours.tokenizer.add_eos
+    with pytest.raises(UserError, match="revision 'v1' applies to hub models only"):
+        load_model(str(checkpoint), revision="v1")
+
+
+def test_a_t5x_checkpoint_has_the_tokenizer_of_t5_11(t5_folder, tmp_path, monkeypatch):
+    # Breaks if: weights are fetched beside the tokenizer.
+    checkpoint = write_t5x(tmp_path, load_file(t5_folder / "model.safetensors"))
+    asked = []
+
+    def download(repo, **options):
+        asked.append((repo, options))
+        return t5_folder
+
+    monkeypatch.setattr(hf, "download", download)
+    assert load_model(str(checkpoint)).tokenizer.eos_id == 1
+    assert asked == [("google/t5-v1_1-base", {"patterns": hf.TOKENIZER_FILES})]
+
+
+def test_a_bucket_is_taken_for_a_checkpoint(monkeypatch):
+    monkeypatch.setattr(t5x, "open_folder", lambda folder: (_ for _ in ()).throw(UserError(folder)))
+    with pytest.raises(UserError, match="^gs://some/folder$"):
+        load_model("gs://some/folder")
+
+
+def test_a_t5_of_a_gguf_file_is_a_model_like_any_other(t5_folder, tmp_path):
+    # Breaks if: open_model's config is taken for a decoder's.
+    theirs = load_model(str(t5_folder))
+    model = hf_t5_config(theirs.config), load_file(t5_folder / "model.safetensors")
+    ours = load_model(str(write_gguf(tmp_path / "a.gguf", model=model)))
+    assert ours.encoder_decoder
+    jax.tree.map(np.testing.assert_array_equal, ours.weights, theirs.weights)
+
+
+def test_another_tokenizer_than_the_models_own(tmp_path, t5_folder):
+    # Breaks if: tokenizer_name is read for T5X only.
+    folder = write_llama_folder(tmp_path / "llama")
+    assert not load_model(str(folder)).tokenizer.add_eos
+    assert load_model(str(folder), tokenizer_name=str(t5_folder)).tokenizer.add_eos
+    file = write_gguf(tmp_path / "a.gguf")
+    assert load_model(str(file), tokenizer_name=str(t5_folder)).tokenizer.add_eos
+    with pytest.raises(UserError, match="tokenizer 'nowhere': neither a folder nor the name of a"):
+        load_model(str(folder), tokenizer_name="nowhere")

@@ -149,7 +149,31 @@ def test_rows_reach_past_the_window(name):
 
 
 def test_every_architecture_has_a_variant():
-    assert {raw["architectures"][0] for raw in VARIANTS.values()} == set(FAMILIES)
+    known = {raw["architectures"][0] for raw in VARIANTS.values()}
+    assert known | {"Gemma3ForConditionalGeneration"} == set(FAMILIES)
+
+
+def test_the_text_part_of_a_gemma_that_sees_images(tmp_path):
+    # Breaks if: a spelling of the tensors' names is left out, or text_config is not read.
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {key: value for key, value in VARIANTS["gemma3"].items() if key != "architectures"}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "intermediate_size": 16, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, image_token_index=VOCAB - 1, mm_tokens_per_image=4
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(0.2 * torch.randn_like(tensor))
+    model.save_pretrained(tmp_path)
+    write_small_tokenizer(tmp_path)
+    ours, ids = load_model(str(tmp_path)), [[i % (VOCAB - 1) for i in row] for row in texts()]
+    wanted = theirs(model, ids)
+    assert np.std(wanted[0]) > 1
+    assert largest(packed(ours, ids), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", VARIANTS)

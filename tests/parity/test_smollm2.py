@@ -1,7 +1,5 @@
 """The Llama family and its files against transformers on PyTorch, in float32."""
 
-import random
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,53 +8,14 @@ import numpy as np
 import pytest
 
 from softprompt.methods import initializers
-from softprompt.models.loading import Loaded, find, load_model
+from softprompt.models.loading import find, load_model
+from tests.parity.real import largest_difference, reference_logits
+from tests.texts import AWKWARD, real_lines
 from tests.tiny import tiny_config, write_llama_folder, write_tokenizer
 
 pytestmark = pytest.mark.parity
 
 torch = pytest.importorskip("torch")
-
-AWKWARD = (
-    "",
-    " ",
-    "\n",
-    "  two leading spaces",
-    "trailing spaces   ",
-    "tabs\t\tand\r\nline ends\r\n\r\n",
-    "1 12 123 1234 12345.67 1,000,000 ½ ² ① Ⅳ",
-    "crème brûlée naïve façade ﬁ",
-    "Ελληνικά русский 日本語 한국어 العربية हिन्दी",
-    "🙂 👩‍👩‍👧 🇬🇧 \u200b\u00a0\ufeff\u2028",
-    "it's isn't they've I'll we'd YOU'RE o'clock 'tis",
-    "<|im_start|>user\nhello<|im_end|>\n<|endoftext|>",
-    "https://example.org/a_b?c=d&e=%20#f",
-    "\x00\x01\x7f",
-)
-
-FILES = (
-    "sst2/stsa.binary.test",
-    "wikitext2/test.txt",
-    "superglue/BoolQ/val.jsonl",
-    "gsm8k/test.jsonl",
-    "xquad_en/xquad.en.json",
-    "tinyshakespeare/input.txt",
-    "sms_spam/sms.tsv",
-    "mrpc/msr_paraphrase_test.txt",
-    "banking77/test.csv",
-    "trec/TREC.train.all",
-)
-
-
-def real_lines(shared_data: Path, count: int) -> list[str]:
-    """Lines drawn evenly from `FILES`, their line ends kept."""
-    rng = random.Random(0)
-    lines: list[str] = []
-    for file in FILES:
-        text = (shared_data / file).read_bytes().decode(errors="replace")
-        whole = [line for line in text.splitlines(keepends=True) if len(line) < 4000]
-        lines += rng.sample(whole, count // len(FILES))
-    return lines
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +27,6 @@ def reference() -> tuple[Any, Any]:
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(**where)
-
-
-def reference_logits(model: Any, ids: list[int]) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].numpy()
-
-
-def largest_difference(ours: Loaded, model: Any, texts_ids: list[list[int]]) -> float:
-    """Over all positions of all texts; each text is run alone by both."""
-    longest = max(map(len, texts_ids))
-    apply = jax.jit(ours.model.apply)
-    worst = 0.0
-    for ids in texts_ids:
-        padded_T = jnp.array(ids + [0] * (longest - len(ids)))  # causal: padding is not seen
-        logits_TV = np.asarray(apply({"params": ours.weights}, padded_T))[: len(ids)]
-        worst = max(worst, float(np.abs(logits_TV - reference_logits(model, ids)).max()))
-    return worst
 
 
 def test_real_logits(smollm2, reference, shared_data):
@@ -134,7 +76,7 @@ SIZES = {
 }
 
 
-def saved_by_transformers(folder: Path, sizes: dict[str, Any], **options: Any) -> Any:
+def saved_by_transformers(folder: Any, sizes: dict[str, Any], **options: Any) -> Any:
     """Saves a random Llama in transformers' own format, the tokenizer beside it; reads it back."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

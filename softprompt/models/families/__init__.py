@@ -3,7 +3,7 @@
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families.base import Family, Raw
-from softprompt.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from softprompt.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from softprompt.models.families.gpt2 import GPT2
 from softprompt.models.families.gpt_neox import GPT_NEOX
 from softprompt.models.families.llama import LLAMA, MISTRAL
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
     "GPTNeoXForCausalLM": GPT_NEOX,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": GEMMA3_WITH_IMAGES,
     "GemmaForCausalLM": GEMMA,
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,

@@ -99,6 +99,36 @@ def _two_ropes(raw: Raw) -> dict[str, Any]:
     }
 
 
+# What the config of a model that sees images leaves out of its text part.
+# Source: `Gemma3TextConfig` of transformers.
+_TEXT_DEFAULTS: Raw = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def _gemma3_with_images(raw: Raw) -> DecoderConfig:
+    """The text part alone; without an image it is a Gemma 3 like any other."""
+    return _gemma3({**_TEXT_DEFAULTS, **raw["text_config"]})
+
+
 GEMMA = Family(_gemma, table, ROTARY_BUFFERS)
 GEMMA2 = Family(_gemma2, table, ROTARY_BUFFERS)
 GEMMA3 = Family(_gemma3, table, ROTARY_BUFFERS)
+GEMMA3_WITH_IMAGES = Family(
+    _gemma3_with_images,
+    table,
+    rf"{ROTARY_BUFFERS}|(model\.)?(vision_tower|multi_modal_projector)\..*",
+    spellings=(
+        (r"language_model\.model\.", "model."),
+        (r"model\.language_model\.", "model."),
+        (r"language_model\.lm_head\.", "lm_head."),
+    ),
+)
