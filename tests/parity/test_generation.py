@@ -23,13 +23,14 @@ from tests.generation_cases import (
     read_t5,
     write_ending_folder,
 )
-from tests.parity.test_families import random_model, read_back
 from tests.parity.test_t5 import saved_by_transformers
 from tests.tiny_t5 import FAMILIES
 
 pytestmark = pytest.mark.parity
 
 torch = pytest.importorskip("torch")
+
+from tests.parity.test_families import random_model, read_back  # noqa: E402
 
 
 def theirs(model: Any, inputs: list[Any], eos: int | None = None, **options: Any) -> list[Any]:
