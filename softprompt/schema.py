@@ -49,6 +49,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.z_loss": (0, math.inf),
     "eval.every": (0, math.inf),
     "eval.patience": (0, math.inf),
+    "eval.text_tokens": (1, math.inf),
     "log.every": (1, math.inf),
     "log.checkpoint_every": (1, math.inf),
     "log.snapshots": (0, math.inf),
@@ -176,6 +177,8 @@ def _eval() -> dict[str, Any]:
         "score": "sum",  # a verbalizer's score: sum or mean of its tokens' log-probabilities
         "metric": "accuracy",  # what selection goes by: accuracy or macro_f1
         "select": "best",  # which delta is tested: best on validation, or last
+        "text": "",  # a text file whose perplexity behind the delta is measured at the end
+        "text_tokens": 65536,  # how many of its tokens, at most
     }
 
 

@@ -130,7 +130,7 @@ def test_shards_are_disjoint_and_complete():
 
 def test_the_same_trial_twice_is_an_error():
     experiment = sweep.load_experiment("prompt_length")
-    with pytest.raises(UserError, match="trials 5 and 6 of the sweep are the same"):
+    with pytest.raises(UserError, match="trials 5 and 7 of the sweep are the same"):
         sweep.make_trials(experiment, "quickstart", [("method.length", "20")])
 
 

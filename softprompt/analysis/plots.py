@@ -1,4 +1,4 @@
-"""The style of all figures, and the plot of a score against prompt length."""
+"""The style of all figures, scores against prompt length, and points with names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +87,39 @@ def length_plot(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_title(title, loc="left", fontsize=10)
         _label_right(axes, labels)
+    return figure
+
+
+def named_points(
+    series: Mapping[str, Sequence[tuple[float, float, str]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Figure:
+    """Draws points that are told apart by their names, joined in the order of x.
+
+    Args:
+        series: series name -> (x, y, the point's name).
+        xlabel: of the logarithmic axis.
+        ylabel: of the other.
+        title: above the plot.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.0))
+        axes = figure.subplots()
+        for number, (name, points) in enumerate(series.items()):
+            colour, marker = COLOURS[number % 6], MARKERS[number % 6]
+            ordered = sorted(points)
+            xs, ys = [x for x, _, _ in ordered], [y for _, y, _ in ordered]
+            axes.plot(xs, ys, color=colour, marker=marker, markersize=6, label=name)
+            for x, y, label in ordered:
+                axes.annotate(label, (x, y), (4, 6), textcoords="offset points", color=colour)
+        axes.set_xscale("log")
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.margins(x=0.12, y=0.15)
+        axes.legend(frameon=False)
     return figure
 
 

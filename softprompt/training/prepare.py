@@ -74,6 +74,11 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     """
     mesh, loaded = session.mesh(config), session.model(config)
     method = config.method
+    if config.eval.text and loaded.encoder_decoder:
+        raise UserError(
+            f"config key 'eval.text' is {config.eval.text!r}; allowed: '' for an encoder-decoder, "
+            "which predicts no plain text"
+        )
     bos = loaded.tokenizer.add_bos and method.name != "fewshot" and method.bos == "after"
     room = free_positions(config, loaded)
     data = session.data(config, bos=bos)

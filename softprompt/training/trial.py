@@ -1,6 +1,7 @@
 """One trial, from a config to a result row: an idempotent command on a folder."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -12,10 +13,12 @@ from etils import epath
 
 from softprompt.analysis.flops import machine_flops
 from softprompt.config import ConfigDict, differences, from_dict, to_dict, trial_id, trial_name
+from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
 from softprompt.evaluation.metrics import classification
-from softprompt.evaluation.scoring import normalise, score_batches
+from softprompt.evaluation.scoring import normalise, score_batches, token_nll
+from softprompt.evaluation.text import read_text, text_pieces
 from softprompt.results import Row, make_row, read_result, write_result, write_text
 from softprompt.training import checkpoints, loop
 from softprompt.training.delta_file import save_delta
@@ -29,7 +32,7 @@ from softprompt.training.prepare import (
     step_flops,
     train_source,
 )
-from softprompt.training.session import Session, optimizer_config
+from softprompt.training.session import Session, optimizer_config, scoring_budget
 from softprompt.training.sharding import put_batch, random_key
 
 Tree = Any
@@ -72,6 +75,8 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         claim(folder, config)
         delta, metrics, facts = {}, {"validation": score(prepared, {}, "validation")[0]}, {}
     metrics["test"] = test(prepared, folder, delta)
+    if config.eval.text:
+        metrics["text"] = text_metrics(prepared, delta)
     row = make_row(
         config,
         status="done",
@@ -80,6 +85,7 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         compile_seconds=session.compile_seconds - compiled_before,
         peak_memory_bytes=peak_memory(),
         trainable=sum(leaf.size for leaf in jax.tree.leaves(delta)),
+        weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.loaded.weights)),
         **facts,
     )
     if jax.process_index() == 0:
@@ -175,6 +181,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         "steps": state.step,
         "flops": state.step * parts.step_flops,
         "peak_share": mean_share(folder),
+        "step_seconds": median_step(folder),
         "seconds": state.seconds,
     }
     if config.eval.select == "last":
@@ -199,6 +206,15 @@ def loop_config(config: ConfigDict) -> loop.LoopConfig:
         snapshots=config.log.snapshots,
         patience=config.eval.patience,
         metric=config.eval.metric,
+    )
+
+
+def median_step(folder: epath.Path) -> float | None:
+    """The median over log lines of the seconds that a step took."""
+    lines = [line for line in read_log(folder) if "examples_per_second" in line]
+    batch = read_config(folder).train.batch
+    return (
+        float(np.median([batch / line["examples_per_second"] for line in lines])) if lines else None
     )
 
 
@@ -234,6 +250,25 @@ def test(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, float
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_text(folder / PREDICTIONS, "".join(lines))
     return metrics
+
+
+def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
+    """Perplexity of the config's text behind the delta, and the tokens that were predicted."""
+    config, session = prepared.config, prepared.session
+    text = read_text(config.eval.text)
+    pieces = text_pieces(prepared.loaded.tokenizer, text, tokens=config.eval.text_tokens)
+    rows = prepared.mesh.shape["data"]
+    shape = eval_shape(pieces, budget=scoring_budget(), row_multiple=rows, score="targets")
+    sums_NC, lengths_NC = score_batches(
+        prepared.step.model,
+        prepared.loaded.weights,
+        prepared.shared(delta),
+        eval_batches(pieces, shape, score="targets"),
+        mesh=prepared.mesh,
+        progress=lambda done, total: session.progress.stage("score text", done, total),
+    )
+    nats = token_nll(sums_NC, lengths_NC)
+    return {"perplexity": math.exp(nats), "nats": nats, "tokens": int(lengths_NC.sum())}
 
 
 def provenance(prepared: Prepared) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""What do 8 and 4 bits cost a frozen model, and a prompt that is trained on it?
+
+Question: how much smaller do the frozen weights become, how much does the perplexity of plain text
+grow, how long does a training step take, and does a prompt still learn?
+
+Prediction: int8 is free in perplexity (below 1 %), int4 costs some per cent, more on the smaller
+model; a prompt makes up for either, since it is trained on the rounded weights.
+
+Command, with any text of more than 65,536 tokens; the second model asks to accept its terms:
+    softprompt sweep quantization --workdir runs/quantization --config.eval.text=wikitext2/test.txt
+    softprompt sweep quantization --subset smollm2 --workdir runs/small --config.eval.text=...
+
+Cost: 8 trials a model (a zero-shot one that scores the text, and a prompt of 50 steps, for each of
+four forms), about 15 minutes for the smaller and 30 for the larger on two x86 cores.
+
+The files that these models come from are 4-bit themselves (Q4_1 and Q4_K_M): what is measured is
+the cost of rounding a second time, to another grid, against the same weights in float32.
+
+Expected: see experiments/LOG.md and the README.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from softprompt.analysis.plots import named_points
+from softprompt.config import ConfigDict, base_config
+from softprompt.errors import unknown
+from softprompt.results import Row
+
+MODELS = {"smollm2": "smollm2-135m-instruct-q4", "gemma3": "gemma3-270m-q4"}
+FORMS = (
+    ("float32", "none"),
+    ("bfloat16", "none"),
+    ("bfloat16", "int8"),
+    ("bfloat16", "int4"),
+)
+
+CAPTION = (
+    "Weights in memory, perplexity of plain text, and movie-snippet sentiment without and with a "
+    "prompt of 20 vectors trained on those weights. Change: against the same weights in float32."
+)
+
+
+def sweep(subset: str = "full") -> list[ConfigDict]:
+    """Returns the configs of "full", or of one model: "smollm2" or "gemma3".
+
+    Raises:
+        UserError: another subset.
+    """
+    if subset not in ("full", *MODELS):
+        raise unknown("subset", subset, ("full", *MODELS))
+    chosen = MODELS if subset == "full" else {subset: MODELS[subset]}
+    return [
+        _trial(model, dtype, quantize, method)
+        for model in chosen.values()
+        for dtype, quantize in FORMS
+        for method in ("none", "prompt")
+    ]
+
+
+def _trial(model: str, dtype: str, quantize: str, method: str) -> ConfigDict:
+    config = base_config()
+    config.model.name, config.model.dtype, config.model.quantize = model, dtype, quantize
+    config.method.name = method
+    config.data.validation_examples, config.data.test_examples = 200, 1000
+    if method == "prompt":
+        config.train.steps, config.train.batch, config.optimizer.warmup = 50, 16, 5
+        config.optimizer.rate_unit, config.optimizer.rate = "embedding_rms", 0.08
+        config.eval.every, config.log.every = 25, 1
+    return config
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line a model and form."""
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        model, method = row["config"]["model"], row["config"]["method"]["name"]
+        key = model["name"], model["dtype"], model["quantize"]
+        found.setdefault(key, {})[method] = row
+    lines = [_line(key, found[key], found) for key in sorted(found, key=_place)]
+    return pd.DataFrame(lines, dtype=object)
+
+
+def _place(key: tuple[str, str, str]) -> tuple[int, int]:
+    names, form = list(MODELS.values()), (key[1], key[2])
+    name = names.index(key[0]) if key[0] in names else len(names)
+    return name, FORMS.index(form) if form in FORMS else len(FORMS)
+
+
+def _line(
+    key: tuple[str, str, str],
+    rows: dict[str, Row],
+    found: dict[tuple[str, str, str], dict[str, Row]],
+) -> dict[str, object]:
+    plain, prompt = rows.get("none"), rows.get("prompt")
+    perplexity = _metric(plain, "text", "perplexity")
+    whole = _metric(found.get((key[0], "float32", "none"), {}).get("none"), "text", "perplexity")
+    size = next((row["weight_bytes"] for row in (plain, prompt) if row), None)
+    change = perplexity / whole - 1 if perplexity and whole else None
+    return {
+        "model": key[0],
+        "dtype": key[1],
+        "quantize": key[2],
+        "weights MB": None if size is None else round(size / 1e6, 1),
+        "perplexity": None if perplexity is None else round(perplexity, 2),
+        "change": None if change is None else f"{change:+.2%}",
+        "zero-shot": _metric(plain, "test", "accuracy"),
+        "prompt": _metric(prompt, "test", "accuracy"),
+        "step seconds": prompt and prompt["step_seconds"] and round(prompt["step_seconds"], 2),
+    }
+
+
+def _metric(row: Row | None, part: str, name: str) -> float | None:
+    return row["metrics"].get(part, {}).get(name) if row and row["status"] == "done" else None
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns perplexity against the size of the weights, a series a model."""
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for line in table(rows).to_dict("records"):
+        if line["perplexity"] is not None and line["weights MB"] is not None:
+            name = line["dtype"] if line["quantize"] == "none" else line["quantize"]
+            point = (float(line["weights MB"]), float(line["perplexity"]), name)
+            series.setdefault(line["model"], []).append(point)
+    return named_points(
+        series,
+        xlabel="Frozen weights (MB)",
+        ylabel="Perplexity of plain text",
+        title="What rounding costs",
+    )

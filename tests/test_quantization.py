@@ -1,0 +1,61 @@
+"""The experiment on rounding: its trials, and its table of made-up rows."""
+
+import pytest
+
+from softprompt import sweep
+from softprompt.config import to_dict
+from softprompt.errors import UserError
+
+
+def rows_of(experiment, trials):
+    """Rows whose perplexity says which form they are of."""
+    made = []
+    for number, config in enumerate(trials):
+        plain = config.method.name == "none"
+        text = {"text": {"perplexity": 10.0 + number}} if plain else {}
+        made.append(
+            {
+                "status": "done",
+                "config": to_dict(config),
+                "weight_bytes": 10**8 * (number + 1),
+                "step_seconds": None if plain else 0.5,
+                "metrics": {"test": {"accuracy": 0.8 + number / 1000, "examples": 1000}, **text},
+            }
+        )
+    return made
+
+
+def test_trials():
+    """Mutation: a form is left out; a subset has the other model's trials."""
+    experiment = sweep.load_experiment("quantization")
+    trials = sweep.make_trials(experiment, "full")
+    assert len(trials) == 2 * 4 * 2
+    small = sweep.make_trials(experiment, "smollm2")
+    assert {made.model.name for made in small} == {"smollm2-135m-instruct-q4"}
+    with pytest.raises(UserError, match="unknown subset 'half'"):
+        sweep.make_trials(experiment, "half")
+
+
+def test_table_and_figure(tmp_path):
+    """Mutation: a change is measured against the line above, not against float32."""
+    experiment = sweep.load_experiment("quantization")
+    rows = rows_of(experiment, sweep.make_trials(experiment, "smollm2"))
+    table = experiment.table(rows[::-1])
+    assert list(table["quantize"]) == ["none", "none", "int8", "int4"]
+    assert list(table["perplexity"]) == [10.0, 12.0, 14.0, 16.0]
+    assert list(table["change"]) == ["+0.00%", "+20.00%", "+40.00%", "+60.00%"]
+    assert list(table["prompt"]) == [0.801, 0.803, 0.805, 0.807]
+    assert list(table["step seconds"]) == [0.5] * 4
+    sweep.write_outputs(experiment, rows, tmp_path)
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_table_of_half_a_sweep():
+    """Mutation: a missing or failed trial is an error, or a number."""
+    experiment = sweep.load_experiment("quantization")
+    rows = rows_of(experiment, sweep.make_trials(experiment, "smollm2"))
+    rows[2] |= {"status": "failed", "metrics": {}}
+    table = experiment.table(rows[1:3])
+    assert list(table["perplexity"]) == [None, None]
+    assert list(table["prompt"]) == [0.801, None]
+    experiment.figure(rows[1:3])
