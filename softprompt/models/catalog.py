@@ -151,7 +151,7 @@ _SMOLLM2_WHEEL = WheelMember(
 )
 
 
-# The hub's names of the T5s, which but for two families begin with a size.
+# The hub's names of the T5s, with {} for the size.
 _T5 = {
     "google-t5/t5-{}": ("t5", {size.lower(): config for size, config in T5_10.items()}),
     "google/t5-v1_1-{}": ("t5", T5_11),

@@ -304,6 +304,38 @@ def _gemma() -> Iterator[Published]:
             yield Published(f"google/{name}{suffix}", raw, "Gemma terms")
 
 
+# size: width, layers, heads, key-value heads, head size, ffn, and what else sets it apart
+_GEMMA3_WITH_IMAGES = {
+    "4b": (2560, 34, 8, 4, 256, 10240, {}),
+    "12b": (3840, 48, 16, 8, 256, 15360, {}),
+    "27b": (5376, 62, 32, 16, 128, 21504, {"query_pre_attn_scalar": 168}),
+}
+
+
+def _gemma3_with_images() -> Iterator[Published]:
+    """The text part alone is described, and read."""
+    for size, (width, layers, heads, kv, head_size, ffn, rest) in _GEMMA3_WITH_IMAGES.items():
+        text = {
+            "model_type": "gemma3_text",
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "head_dim": head_size,
+            "intermediate_size": ffn,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+            **rest,
+        }
+        raw = {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "text_config": text,
+        }
+        for suffix in ("-pt", "-it"):
+            yield Published(f"google/gemma-3-{size}{suffix}", raw, "Gemma terms")
+
+
 DECODERS: tuple[Published, ...] = (
     *_pythia(),
     *_gpt2(),
@@ -313,4 +345,5 @@ DECODERS: tuple[Published, ...] = (
     *_qwen25(),
     *_qwen3(),
     *_gemma(),
+    *_gemma3_with_images(),
 )

@@ -187,7 +187,7 @@ def device_bytes(config: Sizes, *, data: int, model: int, weights: str) -> int:
     return total
 
 
-def compiled(config: Sizes, mesh: Mesh, weights: str) -> Any:
+def compiled(config: Sizes, mesh: Mesh, weights: str, *, remat: str = "layer") -> Any:
     """The step compiled for a mesh of this machine, from shapes alone; a row a device at a time."""
     delta, state, frozen, batch, key = abstract_step(config).arguments
     shardings = weight_shardings(frozen, mesh, weights=weights)
@@ -198,7 +198,9 @@ def compiled(config: Sizes, mesh: Mesh, weights: str) -> Any:
     )
     static = abstract_step(config).static
     static = static._replace(
-        model=static.model.clone(gather=Gather(mesh) if weights == "sharded" else None),
+        model=static.model.clone(
+            remat=remat, gather=Gather(mesh) if weights == "sharded" else None
+        ),
         microbatches=ROWS // mesh.shape["data"],
     )
     return compile_step(static, OPTIMIZER, mesh, (delta, state, frozen, batch, key))
@@ -241,8 +243,9 @@ def report_memory(entries: Sequence[Entry]) -> None:
         sizes = memory.memory_analysis()
         print(
             f"{entry.name} compiled for {where.data}x{where.model} {where.weights}, a row a device "
-            f"at a time: arguments {sizes.argument_size_in_bytes / GIB:.2f} GiB, temporaries "
-            f"{sizes.temp_size_in_bytes / GIB:.2f} GiB a device (XLA's CPU backend)"
+            f"at a time, remat=layer: {sizes.argument_size_in_bytes / GIB:.2f} GiB of arguments "
+            f"and {sizes.temp_size_in_bytes / GIB:.2f} GiB of temporaries a device, of "
+            f"{slice_.memory // GIB} (XLA for CPU devices)"
         )
 
 
@@ -266,8 +269,9 @@ def run(names: Sequence[str]) -> int:
     print(
         f"A training step of {ROWS} rows of {TOKENS} tokens, {PROMPT} prompt vectors, Adafactor, "
         f"weights in {DTYPE.name}. A chip's weights are those of a (data x model) mesh; they fit "
-        f"where prompt and optimizer state leave {ALLOWANCE:.0%} of its memory to activations, "
-        "gathered layers and the program."
+        f"where prompt and optimizer state leave {ALLOWANCE:.0%} of its memory to the program, "
+        "gathered layers, and the activations of a row at a time (train.microbatches) with "
+        "mesh.remat=layer."
     )
     report_memory([e for e in entries if not any(f.startswith(f"{e.name}: ") for f in failed)])
     for line in failed:

@@ -37,12 +37,14 @@ def test_a_microbatch_takes_rows_of_every_device(small):
     assert shapes(compiled.as_text(), "all-gather") == []
 
 
-@pytest.mark.parametrize("config", [DECODER, T5], ids=["decoder", "T5"])
-def test_a_layer_is_gathered_where_it_is_computed(small, config):
+@pytest.mark.parametrize(
+    ("config", "remat"), [(DECODER, "none"), (T5, "dots")], ids=["decoder", "T5"]
+)
+def test_a_layer_is_gathered_where_it_is_computed(small, config, remat):
     """Mutation: no `gather` in the model (XLA gathers the rows instead); the backward pass finds
     gathered weights ready made (`_keep` keeps all); shards along the layers.
     """
-    compiled = full_size.compiled(config, make_mesh(4, 2), "sharded")
+    compiled = full_size.compiled(config, make_mesh(4, 2), "sharded", remat=remat)
     text = compiled.as_text()
     layer = (WIDTH, FFN // 2)  # of gate and up, the half that "model" leaves
     assert f"[{LAYERS},{WIDTH // 4},{FFN // 2}]" in text

@@ -13,8 +13,8 @@ from softprompt.models.decoder import Decoder
 from tests.tiny import tiny_config
 
 # Source: the tables of Pythia's model cards; the hub's counts of the safetensors of each
-# repository; KerasHub's presets for Gemma 1 to 3. Qwen3's smallest two and the T5s are counted with
-# a head that is tied counted once, as transformers counts.
+# repository; KerasHub's presets for Gemma 1 to 3, whose largest three lack 64 rows for images that
+# the hub's have. A head that is tied counts once, which the hub does not do for Qwen3.
 PUBLISHED = {
     "EleutherAI/pythia-14m": 14_067_712,
     "EleutherAI/pythia-31m-deduped": 30_494_720,
@@ -62,6 +62,9 @@ PUBLISHED = {
     "google/gemma-2-27b": 27_227_128_320,
     "google/gemma-3-270m": 268_098_176,
     "google/gemma-3-1b-pt": 999_885_952,
+    "google/gemma-3-4b-pt": 3_880_099_328 + 64 * 2560,
+    "google/gemma-3-12b-it": 11_765_788_416 + 64 * 3840,
+    "google/gemma-3-27b-pt": 27_009_002_240 + 64 * 5376,
     "google-t5/t5-small": 60_506_624,
     "google-t5/t5-base": 222_903_552,
     "google-t5/t5-large": 737_668_096,
@@ -110,6 +113,7 @@ def test_parameters_of_t5_11_are_those_of_the_paper(size):
         ("Qwen/Qwen3-8B", "qwen3", 40960, "Apache-2.0"),
         ("google/gemma-2-9b", "gemma2", 8192, "Gemma terms"),
         ("google/gemma-3-1b-it", "gemma3", 32768, "Gemma terms"),
+        ("google/gemma-3-12b-pt", "gemma3", 131072, "Gemma terms"),
         ("google/t5-xxl-lm-adapt", "t5", 512, "Apache-2.0"),
         ("google/mt5-xl", "mt5", 1024, "Apache-2.0"),
     ],
