@@ -43,7 +43,9 @@ class Part:
     """How the tensor `name`, of shape `source`, becomes a leaf (or its layer) of shape `leaf`.
 
     `layers`: how many tensors are stacked in the leaf, None where it is one tensor; `name` has `{}`
-    for the layer. Several leaves may each take their part of one fused tensor.
+    for the layer. Several leaves may each take their part of one fused tensor. `convert` gives a
+    view of a Hugging Face tensor, so that what is written into the view is written into the tensor
+    (`save.py`). `offset` is then added.
     """
 
     name: str
@@ -51,6 +53,14 @@ class Part:
     leaf: tuple[int, ...]
     convert: Callable[[np.ndarray], np.ndarray]
     layers: int | None = None
+    offset: float = 0.0
+
+    def values(self, x: np.ndarray) -> np.ndarray:
+        """What the tensor's values are in the leaf."""
+        part = self.convert(x)
+        if self.offset:
+            part = part.astype(np.promote_types(part.dtype, np.float32)) + self.offset
+        return part
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -184,7 +194,7 @@ def _fill(
     leaf = np.empty(part.shape, dtype)
     for layer, name in enumerate(tensors):
         values, raw = source.read(name)
-        leaf[... if part.layers is None else layer] = part.convert(values)
+        leaf[... if part.layers is None else layer] = part.values(values)
         if name not in digests:
             digests[name] = _digest(name, source.tensors[name], raw)
     return leaf
