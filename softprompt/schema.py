@@ -7,16 +7,19 @@ from ml_collections import ConfigDict
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.quantize": ("none", "int8", "int4"),
     "method.name": ("prompt", "none", "fewshot"),
     "method.init": ("vocabulary", "uniform", "uniform_paper", "labels", "text", "file"),
     "method.bos": ("after", "before", "none"),
     "method.place": ("encoder", "decoder", "both"),
+    "mesh.remat": ("none", "dots", "layer"),
     "optimizer.name": ("adamw", "adafactor"),
     "optimizer.rate_unit": ("absolute", "embedding_rms"),
     "optimizer.schedule": ("cosine", "constant", "linear"),
     "eval.score": ("sum", "mean"),
     "eval.metric": ("accuracy", "macro_f1"),
     "eval.select": ("best", "last"),
+    "mesh.weights": ("replicated", "sharded"),
 }
 
 # The smallest and the largest value of each number, both allowed.
@@ -84,6 +87,7 @@ def _model() -> dict[str, Any]:
         # catalogue name, hub name "org/repo", local folder, local .gguf file or T5X checkpoint
         "name": "smollm2-135m-instruct-q4",
         "revision": "",  # hub branch, tag or commit; "" is the hub's default
+        "quantize": "none",  # the frozen matrices: none, int8 (by output channel) or int4 (groups)
         "tokenizer": "",  # hub name or folder of another tokenizer; "" is the model's own
         "dtype": "auto",  # of weights and activations: float32, bfloat16, or auto (see `resolve`)
     }
@@ -190,4 +194,10 @@ def _mesh() -> dict[str, Any]:
     return {
         "data": -1,  # devices along the data axis; -1 is all that are left
         "model": 1,  # devices along the model axis
+        # what the backward pass computes again to save memory: none, dots (all but products with
+        # frozen matrices) or layer (all but the layers' inputs)
+        "remat": "none",
+        # what the model axis leaves of the weights: replicated over the data axis, or sharded
+        # (each layer is gathered when it is computed; for models too large to be whole)
+        "weights": "replicated",
     }

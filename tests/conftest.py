@@ -35,6 +35,14 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def quick() -> Iterator[None]:
+    """Programs compiled within one test are not optimised: tiny ones run in no time anyway."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real text lines beside the repository."""

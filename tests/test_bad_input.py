@@ -135,8 +135,8 @@ def test_unknown_task(refuse, place, tiny_folder):
     [
         (
             "smollm2-135m",
-            "unknown model 'smollm2-135m' (did you mean 'smollm2-135m-instruct-q4'?); known: "
-            "HuggingFaceTB/SmolLM2-1.7B, ",
+            "unknown model 'smollm2-135m' (did you mean 'HuggingFaceTB/SmolLM2-135M'?); "
+            "`softprompt models` lists those with a name",
         ),
         ("./nowhere", "model './nowhere': no such file or folder"),
         ("nowhere.gguf", "model 'nowhere.gguf': no such file or folder"),

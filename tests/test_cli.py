@@ -220,8 +220,13 @@ def test_a_sweep_with_a_failed_trial_ends_with_one(place, tmp_path, monkeypatch,
 
 
 def test_models_and_data(place, capsys):
-    assert cli.main(["models"]) == 0
-    assert "smollm2-135m-instruct-q4" in capsys.readouterr().out
+    assert cli.main(["models", "*-135m-*q4", "google/t5-xxl-lm-adapt"]) == 0
+    header, small, large, hint = capsys.readouterr().out.splitlines()
+    assert header.split() == ["NAME", "FAMILY", "PARAMETERS", "CONTEXT", "LICENCE", "SOURCE"]
+    assert small.split()[:5] == [
+        *("smollm2-135m-instruct-q4", "llama", "134,515,008", "8192", "Apache-2.0")
+    ]
+    assert large.split()[2:4] == ["11,135,332,352", "512"]
     assert cli.main(["data"]) == 0
     assert "movie_sentiment" in capsys.readouterr().out
     assert cli.main(["data", "show", *keys(place)]) == 0
@@ -246,6 +251,7 @@ def test_models_and_data(place, capsys):
         (["sweep", "prompt_length", "--workdir", "w", "--shard", "3/2"], "--shard is '3/2'"),
         (["sweep", "prompt_length", "--workdir", "w", "--subset", "x"], "unknown subset 'x'"),
         (["table", "nowhere"], "no folder 'nowhere'"),
+        (["models", "pythia-71m"], "unknown model 'pythia-71m' (did you mean "),
         (["data", "show"], "data show needs a task; known: "),
         (["data", "show", "movie"], "unknown task 'movie'"),
     ],
@@ -265,7 +271,7 @@ def test_wrong_commands(capsys, tmp_path, monkeypatch, words, message):
             "config key 'method.length' is 'long'; it takes a whole number",
         ),
         ({"task__name": "sms", "task__source": ""}, "unknown task 'sms'"),
-        ({"model__name": "smollm"}, "smollm2-135m-instruct-q4"),
+        ({"model__name": "smollm"}, "unknown model 'smollm'"),
         ({"method__length": 600}, "config key 'method.length' is 600; allowed: at most"),
         ({"task__verbalizers": '{"good": " positive", "poor": " bad"}'}, "train.jsonl:2: label"),
         ({"method__init": "file", "method__init_file": "no.safetensors"}, "no.safetensors"),

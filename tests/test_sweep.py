@@ -225,8 +225,9 @@ def test_prompt_length_sweeps_what_it_says():
     full = sweep.make_trials(experiment, "full")
     assert len(full) == 4 * 3 * 3 + 4
     quick = sweep.make_trials(experiment, "quickstart")
-    assert [made.method.name for made in quick] == ["none"] + ["fewshot"] * 3 + ["prompt"] * 4
-    assert {made.method.length for made in quick if made.method.name == "prompt"} == {1, 20, 100}
+    assert [made.method.name for made in quick] == ["none"] + ["fewshot"] * 3 + ["prompt"] * 3
+    assert {made.method.length for made in quick if made.method.name == "prompt"} == {20, 100}
+    assert {made.method.shots for made in quick if made.method.name == "fewshot"} == {8}
 
 
 @pytest.mark.parametrize("subset", ["full", "quickstart"])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from softprompt.methods.initializers import Initializer
 from softprompt.models import Model
+from softprompt.models.quantize import embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[
 
 
 def _one(key: jax.Array, weights: Any, cfg: PromptConfig) -> dict[str, jax.Array]:
-    embedding_VD = _scaled(weights["embed"]["embedding"], cfg)
+    embedding_VD = _scaled(embedding(weights["embed"]), cfg)
     dtype = jnp.promote_types(embedding_VD.dtype, jnp.float32)
     if cfg.length == 0:
         return {"prompt": jnp.zeros((0, embedding_VD.shape[1]), dtype)}
@@ -63,7 +64,7 @@ def variables(
     """What the context is computed from: the prompt, behind BOS where that comes first."""
     if cfg.bos_before is None:
         return delta
-    bos_D = _scaled(weights["embed"]["embedding"][cfg.bos_before], cfg)
+    bos_D = _scaled(embedding(weights["embed"])[cfg.bos_before], cfg)
     prompt_PD = delta["prompt"]
     return {"prompt": jnp.concatenate([bos_D[None].astype(prompt_PD.dtype), prompt_PD])}
 

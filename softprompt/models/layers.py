@@ -7,12 +7,14 @@ collection "delta", laid out like the modules that read it (DESIGN: methods).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
+from softprompt.models.quantize import SCALE, VALUES, dequantize
 
 _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=-1)
 
@@ -35,24 +37,67 @@ def accumulate(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class Linear(nn.Module):
-    """A projection `einsum(spec, x, kernel)` in `dtype`; its bias, if any, is added in float32."""
+    """A projection `einsum(spec, x, kernel)` in `dtype`; its bias, if any, is added in float32.
+
+    `wide`: the products are kept in at least float32, as logits are.
+    """
 
     spec: str
     shape: tuple[int, ...]
     dtype: jnp.dtype
     use_bias: bool = False
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Projects `x` [T, ...]."""
-        kernel = self.param("kernel", _normal, self.shape)
-        y = jnp.einsum(self.spec, x, kernel.astype(self.dtype))
+        axes, out = self.spec.split(",")[1].split("->")
+        inputs = tuple(n for n, axis in enumerate(axes) if axis not in out)
+        acc = accumulate(self.dtype)
+        y = project(self, "kernel", self.spec, x, self.shape, inputs, acc if self.wide else None)
         if not self.use_bias:
             return y
-        axes, out = self.spec.split(",")[1].split("->")
         shape = tuple(size for axis, size in zip(axes, self.shape, strict=True) if axis in out)
         bias = self.param("bias", nn.initializers.zeros, shape)
-        return (y.astype(accumulate(self.dtype)) + bias).astype(self.dtype)
+        return (y.astype(acc) + bias).astype(self.dtype)
+
+
+def project(
+    module: Any,
+    name: str,
+    spec: str,
+    x: jax.Array,
+    shape: tuple[int, ...],
+    inputs: tuple[int, ...],
+    acc: jnp.dtype | None,
+) -> jax.Array:
+    """The product of `x` with a frozen matrix of the module, plain or quantised.
+
+    A quantised one is dequantised here, inside whatever scan this runs in, and again for the
+    backward pass: the checkpoint holds the product too, for else the whole matrices of all layers
+    would be kept as residuals.
+
+    Args:
+        module: has the matrix `name` in its scope, and says in which dtype to compute.
+        name: of the matrix, such as "kernel".
+        spec: of the einsum.
+        x: what is projected.
+        shape: of the matrix.
+        inputs: its axes that are summed over.
+        acc: dtype of the result; None for that of the module.
+    """
+    dtype = module.dtype
+
+    def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, x, matrix, preferred_element_type=acc)
+
+    if module.has_variable("params", name):
+        return product(x, module.get_variable("params", name).astype(dtype))
+    if not module.has_variable("params", name + VALUES):
+        return product(x, module.param(name, _normal, shape).astype(dtype))
+    values, scale = (module.get_variable("params", name + part) for part in (VALUES, SCALE))
+    rounded = jax.checkpoint(lambda x, q, s: product(x, dequantize(q, s, inputs, dtype)))
+    return rounded(x, values, scale)
 
 
 class RMSNorm(nn.Module):
@@ -108,21 +153,23 @@ class Embed(nn.Module):
     dtype: jnp.dtype
     scale: float = 1.0
 
-    def setup(self) -> None:
-        """Declares the matrix."""
-        init = nn.initializers.normal(0.02)
-        self.embedding = self.param("embedding", init, (self.rows, self.width))
-
+    @nn.compact
     def __call__(self, index_T: jax.Array) -> jax.Array:
         """Rows of the matrix, [T, D]."""
-        x_TD = self.embedding[index_T].astype(self.dtype)
+        if self.has_variable("params", "embedding" + VALUES):
+            values: Any = self.get_variable("params", "embedding" + VALUES)
+            scale: Any = self.get_variable("params", "embedding" + SCALE)
+            x_TD = dequantize(values[index_T], scale[index_T], (1,), self.dtype)
+        else:
+            shape = (self.rows, self.width)
+            matrix_VD = self.param("embedding", nn.initializers.normal(0.02), shape)
+            x_TD = matrix_VD[index_T].astype(self.dtype)
         return x_TD if self.scale == 1.0 else x_TD * jnp.asarray(self.scale, self.dtype)
 
     def attend(self, x_MD: jax.Array) -> jax.Array:
         """Products with every row, [M, V]."""
-        matrix_VD = self.embedding.astype(self.dtype)
-        acc = accumulate(self.dtype)
-        return jnp.einsum("md,vd->mv", x_MD, matrix_VD, preferred_element_type=acc)
+        shape, acc = (self.rows, self.width), accumulate(self.dtype)
+        return project(self, "embedding", "md,vd->mv", x_MD, shape, (1,), acc)
 
 
 @dataclasses.dataclass(frozen=True)

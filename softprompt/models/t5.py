@@ -32,10 +32,10 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.decoder import Cached, Context
-from softprompt.models.layers import RMSNorm, accumulate, read_delta
+from softprompt.models.layers import Embed, Linear, RMSNorm, read_delta
+from softprompt.models.stack import Gather, stack
 from softprompt.models.t5_layers import (
     Block,
-    Head,
     Kept,
     KeysValues,
     Layer,
@@ -85,17 +85,20 @@ class Stack(nn.Module):
     layer_count: int
     causal: bool
     dtype: jnp.dtype
+    remat: str
+    gather: Gather | None
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
         self.relative_bias = RelativeBias(self.config, self.causal, self.dtype)
-        self.layers = nn.scan(
+        layers = stack(
             Block,
-            variable_axes={"params": 0, "delta": 0, "read": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
             length=self.layer_count,
-        )(self.config, self.dtype)
+            remat=self.remat,
+            gather=self.gather,
+            path="/".join([*self.path, "layers"]),
+        )
+        self.layers = layers(self.config, self.dtype)
         self.final_norm = RMSNorm(self.config.norm_eps, self.dtype)
 
     def prompt(self) -> jax.Array | None:
@@ -169,20 +172,25 @@ class T5(nn.Module):
         config: sizes.
         dtype: what it computes in. Norms, softmax, relative biases and logits are at least float32.
         prompt_to_input: whether a prompt sees the input; see the module's own docstring.
+        remat: what the backward pass computes again, see `stack`.
+        gather: see `stack`; None where weights lie as they are computed with.
     """
 
     config: T5Config
     dtype: jnp.dtype = jnp.dtype("float32")
     prompt_to_input: bool = True
+    remat: str = "none"
+    gather: Gather | None = None
 
     def setup(self) -> None:
         """Declares embeddings, the two stacks, and the head where it is not tied."""
         c = self.config
-        self.embed = nn.Embed(c.vocab, c.width, dtype=self.dtype)
-        self.encoder = Stack(c, c.encoder_layers, causal=False, dtype=self.dtype)
-        self.decoder = Stack(c, c.decoder_layers, causal=True, dtype=self.dtype)
+        self.embed = Embed(c.vocab, c.width, self.dtype)
+        memory = self.remat, self.gather
+        self.encoder = Stack(c, c.encoder_layers, False, self.dtype, *memory)
+        self.decoder = Stack(c, c.decoder_layers, True, self.dtype, *memory)
         if not c.tied:
-            self.head = Head(c, self.dtype)
+            self.head = Linear("md,dv->mv", (c.width, c.vocab), self.dtype, wide=True)
 
     def prompt_context(self) -> Contexts:
         """The contexts of the trained prompts; empty inline, and where there is no prompt."""
@@ -350,10 +358,7 @@ class T5(nn.Module):
         x_MD = self.decoder.final_norm(x_MD)
         if not self.config.tied:
             return self.head(x_MD)
-        matrix_VD = self.embed.embedding.astype(self.dtype)
-        acc = accumulate(self.dtype)
-        logits_MV = jnp.einsum("md,vd->mv", x_MD, matrix_VD, preferred_element_type=acc)
-        return logits_MV * self.config.width**-0.5
+        return self.embed.attend(x_MD) * self.config.width**-0.5
 
     def __call__(self, tokens_S: jax.Array, tokens_T: jax.Array) -> jax.Array:
         """Logits [T, V] of one plain pair, the decoder's tokens beginning with the start token.

@@ -220,18 +220,3 @@ class Block(nn.Module):
             x_TD = x_TD + attn(y, [Part(*shared), Part(*own, row.cross_mask_TS)])
         y = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x_TD)
         return x_TD + MLP(c, dtype, name="mlp")(y), (kv, cross if row.keep_cross else None)
-
-
-class Head(nn.Module):
-    """An output matrix of its own, with logits accumulated in at least float32."""
-
-    config: T5Config
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x_MD: jax.Array) -> jax.Array:
-        """Returns logits [M, V]."""
-        shape = (self.config.width, self.config.vocab)
-        kernel_DV = self.param("kernel", nn.initializers.normal(0.02), shape).astype(self.dtype)
-        acc = accumulate(self.dtype)
-        return jnp.einsum("md,dv->mv", x_MD, kernel_DV, preferred_element_type=acc)

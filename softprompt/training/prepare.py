@@ -22,6 +22,7 @@ from softprompt.methods.prompt import PromptConfig
 from softprompt.methods.setup import few_shot_tokens, prompt_config
 from softprompt.models import T5, Model
 from softprompt.models.loading import Loaded
+from softprompt.models.quantize import embedding
 from softprompt.models.t5_layers import T5Config
 from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates
@@ -135,12 +136,13 @@ def arrange(
 ) -> tuple[Model, Layout, tuple[int, int]]:
     """The model as the method wants it, the layout of its rows, and its contexts' lengths."""
     length = 0 if cfg is None else cfg.length + (cfg.bos_before is not None)
-    if not (isinstance(loaded.model, T5) and isinstance(loaded.config, T5Config)):
-        return loaded.model, DECODER, (0, length)
+    model = loaded.model.clone(remat=config.mesh.remat)
+    if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
+        return model, DECODER, (0, length)
     inline = config.method.prompt_to_input
     places = () if cfg is None else cfg.places
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
-    model = loaded.model.clone(prompt_to_input=inline)
+    model = model.clone(prompt_to_input=inline)
     if inline:
         return model, Layout(loaded.config.start, encoder, decoder), (0, 0)
     return model, Layout(loaded.config.start), (encoder, decoder)
@@ -220,7 +222,8 @@ def learning_rates(prepared: Prepared) -> np.ndarray:
     o, peak = prepared.config.optimizer, prepared.config.optimizer.rate
     if o.rate_unit == "embedding_rms":
         loaded = prepared.loaded
-        peak *= float(jax.jit(embedding_rms)(loaded.weights["embed"]["embedding"]))
+        rms = jax.jit(lambda embed: embedding_rms(embedding(embed)))
+        peak *= float(rms(loaded.weights["embed"]))
         peak *= loaded.config.embed_scale
     return rates(o.schedule, peak=peak, warmup=o.warmup, steps=prepared.config.train.steps)
 

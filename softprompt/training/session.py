@@ -22,7 +22,7 @@ from softprompt.data.tasks import Task, get_task, read_split
 from softprompt.models.loading import Loaded, load_model
 from softprompt.progress import Progress
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
-from softprompt.training.sharding import by_row, make_mesh, put_weight, replicated
+from softprompt.training.sharding import Gather, by_row, make_mesh, put_weight, replicated
 from softprompt.training.step import StepConfig, TrainStep, train_step
 
 SPLITS = ("train", "validation", "test")
@@ -75,14 +75,19 @@ class Session:
 
         def make() -> Loaded:
             self.progress.stage(f"load {model.name}")
-            put = functools.partial(put_weight, mesh)
-            return load_model(
+            put = functools.partial(put_weight, mesh, weights=config.mesh.weights)
+            revision = model.revision or None
+            loaded = load_model(
                 model.name,
                 dtype=model.dtype,
+                quantize=model.quantize,
                 put=put,
-                revision=model.revision or None,
+                revision=revision,
                 tokenizer_name=model.tokenizer,
             )
+            if config.mesh.weights == "replicated":
+                return loaded
+            return dataclasses.replace(loaded, model=loaded.model.clone(gather=Gather(mesh)))
 
         return self.once(["model", to_dict(model), to_dict(config.mesh)], make)
 

@@ -1,12 +1,20 @@
-"""How arrays lie on a `(data, model)` mesh: one rule table, which must cover every frozen leaf."""
+"""How arrays lie on a `(data, model)` mesh: one rule table, which must cover every frozen leaf.
 
+What "model" does not split is whole on each of the devices along "data", or split over them as well
+(`config.mesh.weights` "sharded": ZeRO-3, or FSDP). A layer's weights are then gathered where the
+layer is computed, forward and backward, and dropped again.
+
+Source: arXiv 1909.08053 (heads and ffn over devices), arXiv 1910.02054 (ZeRO).
+"""
+
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from softprompt.errors import UserError
@@ -31,6 +39,14 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
     (r"(encoder|decoder)/layers/mlp/down/kernel", P(None, "model", None)),
     (r"(encoder|decoder)/(layers/(attn|cross|mlp)_norm|final_norm)/scale", P()),
 )
+
+
+WEIGHTS = ("replicated", "sharded")  # what `config.mesh.weights` may be
+
+# Too small to be worth a gather: they stay whole along "data".
+SMALL = ("scale", "/bias", "/relative_bias/embedding")
+
+QUANTIZED = "(_q|_scale)?"  # the two leaves of a quantised matrix lie as the matrix would
 
 
 def make_mesh(
@@ -63,17 +79,64 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
 
 
-def weight_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def weight_spec(
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, weights: str = "replicated"
+) -> P:
     """The partition of one frozen leaf: its rule, less the axes that do not divide.
+
+    Args:
+        path: as in "layers/attn/q/kernel".
+        shape: of the whole leaf, stacked layers first.
+        mesh: its sizes count.
+        weights: "sharded" also splits a matrix over "data", along the longest axis that its rule
+            leaves whole and that divides; where none does, it stays whole.
 
     Raises:
         UserError: no rule covers the path.
     """
     for pattern, spec in WEIGHT_RULES:
-        if re.fullmatch(pattern, path):
+        if re.fullmatch(pattern + QUANTIZED, path):
             pairs = zip(spec, shape, strict=False)
-            return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in pairs))
+            axes = [a if a and n % mesh.shape[a] == 0 else None for a, n in pairs]
+            return P(*(_over_data(path, shape, axes, mesh) if weights == "sharded" else axes))
     raise UserError(f"no sharding rule covers the weight {path!r} of shape {list(shape)}")
+
+
+def _over_data(
+    path: str, shape: tuple[int, ...], axes: list[str | None], mesh: Mesh | AbstractMesh
+) -> list[str | None]:
+    """The axes with "data" on the longest free one that divides.
+
+    Never on that of stacked layers: a scan reads one layer after another, so that all devices would
+    wait for the one that has the next, or hold the whole stack.
+    """
+    if "layers/" not in path or path.endswith(SMALL):
+        return axes
+    axes = axes + [None] * (len(shape) - len(axes))
+    free = [n for n in range(1, len(shape)) if axes[n] is None]
+    free = [n for n in free if shape[n] % mesh.shape["data"] == 0]
+    if free:
+        axes[max(free, key=lambda n: shape[n])] = "data"
+    return axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """Whole weights of one layer, from shards over "data"; what a model calls in its stacks."""
+
+    mesh: Mesh
+
+    def __call__(self, path: str, leaf: jax.Array) -> jax.Array:
+        """The leaf of one layer, laid as its rule alone says.
+
+        It is first held to its shards: else XLA gathers before it drops the layer's axis, for which
+        it keeps a copy of the whole stack in another layout.
+        """
+        for weights in ("sharded", "replicated"):
+            spec = weight_spec(path, (1, *leaf.shape), self.mesh, weights=weights)
+            where = NamedSharding(self.mesh, P(*spec[1:]))
+            leaf = jax.lax.with_sharding_constraint(leaf, where)
+        return leaf
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -83,18 +146,20 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def put_weight(mesh: Mesh, path: str, array: np.ndarray) -> jax.Array:
-    """One frozen leaf, on its shards."""
-    return put(array, NamedSharding(mesh, weight_spec(path, array.shape, mesh)))
+def put_weight(
+    mesh: Mesh, path: str, array: np.ndarray, *, weights: str = "replicated"
+) -> jax.Array:
+    """One frozen leaf, on its shards; `weights` is `config.mesh.weights`."""
+    return put(array, NamedSharding(mesh, weight_spec(path, array.shape, mesh, weights=weights)))
 
 
-def weight_shardings(weights: Any, mesh: Mesh) -> Any:
+def weight_shardings(tree: Any, mesh: Mesh, *, weights: str = "replicated") -> Any:
     """The tree of shardings of the frozen weights (arrays or shapes)."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, weight_spec(path_name(path), leaf.shape, mesh))
+        return NamedSharding(mesh, weight_spec(path_name(path), leaf.shape, mesh, weights=weights))
 
-    return jax.tree_util.tree_map_with_path(one, weights)
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

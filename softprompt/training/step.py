@@ -101,7 +101,10 @@ def accumulated(
     """
     del key
     shared, pull_back = jax.vjp(lambda d: shared_part(config, d, weights), delta)
-    parts = {k: v.reshape(config.microbatches, -1, *v.shape[1:]) for k, v in batch.items()}
+    # Row r goes to part r mod n: a part has rows of every device, which keep them where they are.
+    parts = {
+        k: v.reshape(-1, config.microbatches, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()
+    }
     part_loss = jax.value_and_grad(
         lambda s, part: rows_loss(config, s, weights, part), has_aux=True
     )

@@ -22,6 +22,7 @@ from softprompt.data.tasks import Task
 from softprompt.methods.initializers import vocabulary
 from softprompt.methods.prompt import PromptConfig, init
 from softprompt.models.decoder import Decoder
+from softprompt.models.quantize import embedding
 from softprompt.models.tokenizer import Tokenizer
 from softprompt.progress import Progress
 from softprompt.training.session import Session
@@ -98,7 +99,7 @@ def prompted(
     key = jax.random.key(seed)
     delta = init(key, model, weights, cfg)
     prompt_PD = delta["prompt"]
-    scale = 0.3 * jnp.std(weights["embed"]["embedding"])
+    scale = 0.3 * jnp.std(embedding(weights["embed"]))
     noise_PD = scale * jax.random.normal(key, prompt_PD.shape, prompt_PD.dtype)
     return StepConfig(model, "prompt", cfg, **step), {"prompt": prompt_PD + noise_PD}
 

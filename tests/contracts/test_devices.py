@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from softprompt.config import ConfigDict
+from softprompt.config import ConfigDict, trial_id
 from softprompt.models.loading import Loaded
 from softprompt.progress import Progress
 from softprompt.results import read_result
@@ -23,7 +23,7 @@ from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import read_log
 from softprompt.training.prepare import initial_state, prepare
 from softprompt.training.session import Session
-from softprompt.training.sharding import make_mesh, path_name, put_weight
+from softprompt.training.sharding import Gather, make_mesh, path_name, put_weight
 from softprompt.training.trial import run_trial
 from tests.families import write_family_folder
 from tests.own_task import REPOSITORY, make_config, words, write_task
@@ -106,6 +106,20 @@ def test_any_mesh_trains_the_same(place, alone, tmp_path, shape):
     """Fails if rows are dropped instead of padded, or if a loss is a mean over a device's rows."""
     run_trial(config_of(place), tmp_path / "w", session=session_on(shape))
     check_same(tmp_path / "w", alone)
+
+
+def test_sharded_weights_train_the_same(place, alone, tmp_path):
+    """Fails if a layer is computed with its shards as if they were whole, or if the session leaves
+    `gather` out or the weights whole.
+    """
+    config, session = config_of(place, mesh__weights="sharded"), session_on((4, 2))
+    run_trial(config, tmp_path / "w", session=session)
+    check_same(tmp_path / "w", alone)
+    assert trial_id(config) == trial_id(config_of(place))
+    loaded = session.model(config)
+    assert loaded.model.gather == Gather(session.mesh(config))
+    leaf = loaded.weights["layers"]["mlp"]["up"]["kernel"]
+    assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 8}
 
 
 @pytest.mark.parametrize("family", ("t5", "gemma3", "neox"))

@@ -17,13 +17,7 @@ from tests.tiny_t5 import tiny_t5
 
 NEW = 5
 
-
-@pytest.fixture(autouse=True)
-def unoptimised():
-    """Tiny programs compile sooner."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

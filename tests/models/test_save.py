@@ -121,6 +121,9 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
     odd = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, attn_softcap=3.0))
     with pytest.raises(UserError, match="no family of transformers computes what this config"):
         saved(odd, tmp_path / "b")
+    small = load_model(str(tmp_path / "a"), quantize="int8")
+    with pytest.raises(UserError, match="quantised weights cannot be saved"):
+        saved(small, tmp_path / "b")
     less = dict(loaded.weights)
     del less["final_norm"]
     with pytest.raises(UserError, match="weights do not match the config: final_norm/scale"):

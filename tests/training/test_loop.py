@@ -189,6 +189,7 @@ def test_checkpoints_and_snapshots(tmp_path, source):
     notes = json.loads((tmp_path / "checkpoints" / "4" / "notes" / "metadata").read_text())
     assert notes["best_step"] == 4
     assert notes["config"] == {"seed": 0}
+    assert notes["fingerprint"] == "f"
 
 
 @pytest.mark.parametrize("diverge", [1, 3, 4, 6])

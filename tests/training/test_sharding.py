@@ -5,12 +5,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from softprompt.errors import UserError
 from softprompt.models.decoder import Decoder
 from softprompt.training.sharding import (
     WEIGHT_RULES,
+    Gather,
     by_row,
     make_mesh,
     path_name,
@@ -80,6 +82,49 @@ def test_an_axis_that_does_not_divide_is_replicated(mesh):
         whole = not name.startswith("layers/mlp/")  # ffn, 64, divides by 4; the others do not
         assert array.sharding.is_fully_replicated == whole, name
         np.testing.assert_array_equal(array, np.ones(leaf.shape))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "wanted"),
+    [
+        # The longest axis that the rule leaves and 2 divides; 4 devices along "model".
+        ("layers/attn/q/kernel", (3, 48, 4, 12), P(None, "data", "model", None)),
+        ("layers/attn/k/kernel", (3, 48, 3, 50), P(None, None, None, "data")),
+        ("layers/attn/o/kernel", (4, 4, 12, 48), P(None, "model", None, "data")),
+        ("layers/mlp/down/kernel", (3, 64, 48), P(None, "model", "data")),
+        ("encoder/layers/mlp/up/kernel", (2, 48, 64), P(None, "data", "model")),
+        ("layers/mlp/up/kernel_q", (3, 24, 64), P(None, "data", "model")),
+        ("layers/mlp/up/kernel_scale", (3, 2, 64), P(None, None, "model")),
+        ("embed/embedding_q", (320, 24), P("model", None)),
+        ("layers/attn/o/kernel_scale", (3, 1, 1, 48), P()),
+        # Nothing divides; too small; outside the stacks; and never along the layers.
+        ("layers/mlp/up/kernel", (2, 27, 33), P()),
+        ("layers/mlp_norm/scale", (2, 64), P()),
+        ("layers/attn/q/bias", (2, 4, 12), P(None, "model", None)),
+        ("decoder/relative_bias/embedding", (32, 6), P()),
+        ("embed/embedding", (320, 48), P("model", None)),
+        ("positions/embedding", (64, 48), P()),
+        ("layers/attn/v/kernel", (64, 27, 3, 5), P()),
+    ],
+)
+def test_sharded_weights_are_split_over_data_too(mesh, path, shape, wanted):
+    """Mutation: the first axis instead of the longest; the layers' axis; norms, biases or the
+    vocabulary as well; an axis that "model" has.
+    """
+    spec = weight_spec(path, shape, mesh, weights="sharded")
+    assert [*spec, *[None] * 4][:4] == [*wanted, *[None] * 4][:4]
+    array = put_weight(mesh, path, np.ones(shape, np.float32), weights="sharded")
+    parts = [mesh.shape[axis] for axis in wanted if axis]
+    assert {s.data.size for s in array.addressable_shards} == {array.size // np.prod([1, *parts])}
+
+
+def test_a_layer_is_gathered_to_what_its_rule_leaves(mesh):
+    """Mutation: gather over "model" too; leave the layer on its shards."""
+    stack = np.arange(3 * 48 * 64, dtype=np.float32).reshape(3, 48, 64)
+    held = put_weight(mesh, "layers/mlp/up/kernel", stack, weights="sharded")
+    layer = jax.jit(lambda x: Gather(mesh)("layers/mlp/up/kernel", x[1]))(held)
+    np.testing.assert_array_equal(layer, stack[1])
+    assert layer.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "model")), 2)
 
 
 def test_an_unknown_leaf_is_refused(mesh):

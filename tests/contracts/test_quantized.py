@@ -1,0 +1,166 @@
+"""Quantised weights in the step: the same model with rounded weights, and no more memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softprompt.models.loading import load_model
+from softprompt.models.quantize import SCALE, VALUES, dequantize, input_axes
+from softprompt.training.sharding import make_mesh, path_name, put_weight
+from softprompt.training.step import loss_fn
+from softprompt.training.trial import run_trial
+from tests.contracts.examples import (
+    logits_and_loss,
+    packed,
+    prompted,
+    quick_jit,
+    random_examples,
+    session,
+    trial_config,
+    write_task,
+)
+from tests.families import write_family_folder
+from tests.tiny import write_llama_folder
+from tests.tiny_t5 import write_complete_t5
+
+KINDS = ("int8", "int4")
+MODELS = ("llama", "gpt2", "gemma3", "untied", "t5")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of each model."""
+    root = tmp_path_factory.mktemp("quantized")
+    for name in ("gpt2", "gemma3"):
+        write_family_folder(root / name, name)
+    write_complete_t5(root / "t5")
+    write_llama_folder(root / "llama")
+    write_llama_folder(root / "untied", tied=False, layers=2)
+    return root
+
+
+def named_leaves(weights):
+    return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(weights)[0]}
+
+
+def whole(weights):
+    """The tree with every matrix dequantised."""
+    leaves, tree = named_leaves(weights), {}
+    for name, leaf in leaves.items():
+        if name.endswith(SCALE):
+            continue
+        path = name.removesuffix(VALUES)
+        if path != name:
+            values, scale, axes = leaf, leaves[path + SCALE], input_axes(path)
+            one = lambda q, s, axes=axes: dequantize(q, s, axes, jnp.float32)  # noqa: E731
+            leaf = (jax.vmap(one) if "layers/" in path else one)(values, scale)
+        node = tree
+        *folders, last = path.split("/")
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = leaf
+    return tree
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_is_that_of_the_rounded_weights(folders, name, kind):
+    """Mutation: a scale read by the wrong axis; an embedding scaled twice; a head forgotten."""
+    loaded = load_model(str(folders / name), quantize=kind)
+    plain = load_model(str(folders / name))
+    assert loaded.fingerprint == plain.fingerprint
+    rounded = whole(loaded.weights)
+    shapes = jax.tree.map(jnp.shape, plain.weights)
+    assert jax.tree.map(jnp.shape, rounded) == shapes
+    rng = np.random.default_rng(0)
+    tokens = [jnp.array(rng.integers(2, 90, n)) for n in ((9, 5) if name == "t5" else (9,))]
+    run = quick_jit(lambda weights: loaded.model.apply({"params": weights}, *tokens))
+    ours, wanted = run(loaded.weights), run(rounded)
+    np.testing.assert_allclose(ours, wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
+    assert np.abs(ours - run(plain.weights)).max() > 1e-3, "rounding shows"
+
+
+def loss_of(delta, config, weights, batch):
+    return loss_fn(delta, weights, batch, jax.random.key(0), config=config)[0]
+
+
+@functools.partial(quick_jit, static_argnames="config")
+def value_and_grad(config, delta, weights, batch):
+    return jax.value_and_grad(loss_of)(delta, config, weights, batch)
+
+
+def residuals(config, delta, weights, batch):
+    """Shapes and dtypes of what the backward pass keeps."""
+
+    def kept(delta, weights):
+        return jax.vjp(lambda d: loss_of(d, config, weights, batch), delta)[1]
+
+    return jax.tree.leaves(jax.eval_shape(kept, delta, weights))
+
+
+@pytest.mark.parametrize("remat", ("none", "dots", "layer"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_residual_has_the_shape_of_a_weight(folders, kind, remat):
+    """Mutation: the checkpoint around a dequantisation is left out, or holds it without its
+    product. What the backward pass keeps are the integers themselves."""
+    loaded = load_model(str(folders / "llama"), quantize=kind)
+    config, delta = prompted(loaded.model.clone(remat=remat), loaded.weights, 4)
+    batch = packed(random_examples(), [[0, 1, 2], [3, 4, 5]])
+
+    kept = residuals(config, delta, loaded.weights, batch)
+    matrices = {x.shape for n, x in named_leaves(whole(loaded.weights)).items() if x.ndim > 1}
+    layers = {shape[1:] for shape in matrices if len(shape) > 2}
+    floats = [leaf.shape for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert floats
+    norms = {(3, 48)}
+    for shape in set(floats) - norms:
+        assert shape not in matrices
+        assert shape[1:] not in layers, shape
+
+
+@pytest.mark.parametrize("remat", ("dots", "layer"))
+def test_remat_changes_nothing_but_memory(folders, remat):
+    """Mutation: a policy that drops the context's cotangents, as one that stops gradients does."""
+    loaded = load_model(str(folders / "llama"))
+    batch = packed(random_examples(), [[0, 1, 2], [3, 4, 5]])
+    found = {}
+    for name in ("none", remat):
+        config, delta = prompted(loaded.model.clone(remat=name), loaded.weights, 4)
+        loss, grads = value_and_grad(config, delta, loaded.weights, batch)
+        size = sum(leaf.size for leaf in residuals(config, delta, loaded.weights, batch))
+        found[name] = float(loss), grads["prompt"], size
+    np.testing.assert_allclose(found[remat][0], found["none"][0], rtol=1e-6)
+    scale = float(jnp.abs(found["none"][1]).max())
+    np.testing.assert_allclose(found[remat][1], found["none"][1], atol=1e-5 * scale)
+    assert found[remat][2] < 0.8 * found["none"][2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_model_on_a_mesh(folders, kind):
+    """Mutation: no rule covers the integers or their scales; an axis of one scale is split."""
+    mesh = make_mesh(2, 4)
+    put = lambda path, leaf: put_weight(mesh, path, leaf)  # noqa: E731
+    ours = load_model(str(folders / "llama"), quantize=kind, put=put)
+    plain = load_model(str(folders / "llama"), quantize=kind)
+    split = ours.weights["layers"]["mlp"]["up"]["kernel_q"]
+    assert split.addressable_shards[0].data.size == split.size // 4
+    batch = packed(random_examples(), [[0, 1, 2], [3, 4, 5]])
+    config, delta = prompted(plain.model, plain.weights, 4)
+    _, alone = logits_and_loss(config, delta, plain.weights, batch)
+    _, together = logits_and_loss(config, delta, ours.weights, batch)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("llama", "t5"))
+def test_a_prompt_is_trained_on_a_quantised_model(folders, tmp_path, name):
+    """Mutation: `init` takes integers for embeddings; the config's key is not passed on."""
+    config = trial_config(folders / name, write_task(tmp_path), model__quantize="int8")
+    config.optimizer.rate_unit = "embedding_rms"
+    with session() as shared:
+        row = run_trial(config, tmp_path / "w", session=shared)
+        weights = shared.model(config).weights
+    assert row["status"] == "done"
+    assert weights["embed"]["embedding_q"].dtype == jnp.int8

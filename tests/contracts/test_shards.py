@@ -1,0 +1,56 @@
+"""What a compiled step moves between devices: rows stay, a layer's weights come and go."""
+
+import re
+
+import jax
+import pytest
+
+from softprompt.training import full_size
+from softprompt.training.sharding import make_mesh
+from tests.tiny import tiny_config
+from tests.tiny_t5 import tiny_t5_config
+
+LAYERS, WIDTH, FFN = 5, 64, 96
+DECODER = tiny_config(layers=LAYERS, width=WIDTH, ffn=FFN, heads=8, kv_heads=4)
+T5 = tiny_t5_config(
+    encoder_layers=LAYERS, decoder_layers=LAYERS, width=WIDTH, ffn=FFN, heads=4, vocab=96
+)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Steps of 16 short rows, in float32: a CPU widens what is narrower before it gathers it."""
+    changes = {"ROWS": 16, "TOKENS": 24, "TARGETS": 3, "PROMPT": 5}
+    for name, value in {**changes, "DTYPE": jax.numpy.dtype("float32")}.items():
+        monkeypatch.setattr(full_size, name, value)
+
+
+def shapes(text, operation):
+    """Shapes of the results of an operation, wherever it stands in the program."""
+    found = re.findall(rf" = \w+\[([\d,]*)\]\S* {operation}(?:-start)?\(", text)
+    return [tuple(map(int, shape.split(","))) if shape else () for shape in found]
+
+
+def test_a_microbatch_takes_rows_of_every_device(small):
+    """Mutation: the first microbatch is the first rows: every device then computes all of them."""
+    compiled = full_size.compiled(DECODER, make_mesh(8, 1), "replicated")
+    assert shapes(compiled.as_text(), "all-gather") == []
+
+
+@pytest.mark.parametrize("config", [DECODER, T5], ids=["decoder", "T5"])
+def test_a_layer_is_gathered_where_it_is_computed(small, config):
+    """Mutation: no `gather` in the model (XLA gathers the rows instead); the backward pass finds
+    gathered weights ready made (`_keep` keeps all); shards along the layers.
+    """
+    compiled = full_size.compiled(config, make_mesh(4, 2), "sharded")
+    text = compiled.as_text()
+    layer = (WIDTH, FFN // 2)  # of gate and up, the half that "model" leaves
+    assert f"[{LAYERS},{WIDTH // 4},{FFN // 2}]" in text
+    # Two matrices, forward and back, for prompt and rows (for encoder and decoder).
+    assert shapes(text, "all-gather").count(layer) >= 8
+    assert f"[{LAYERS},{WIDTH},{FFN // 2}]" not in text
+    arguments = compiled.memory_analysis().argument_size_in_bytes
+    step = full_size.abstract_step(config)
+    weights = full_size.device_bytes(config, data=4, model=2, weights="sharded")
+    rows = sum(leaf.size for leaf in step.arguments[3].values()) * 4 / 4
+    assert arguments == pytest.approx(weights + step.trained_bytes + rows, rel=0.01)

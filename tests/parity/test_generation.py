@@ -1,0 +1,143 @@
+"""Greedy and beam search against transformers on PyTorch, token for token, in float32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softprompt.inference.beam import beam_search
+from softprompt.inference.decode import generate
+from softprompt.models.loading import find, load_model
+from tests.contracts.examples import snippets
+from tests.families import VARIANTS, write_small_tokenizer
+from tests.generation_cases import (
+    BEAMS,
+    EMBEDDING,
+    ENDING,
+    EOS,
+    NEW,
+    PENALTIES,
+    check_beams_matter,
+    check_variety,
+    ragged_inputs,
+    read_t5,
+    write_ending_folder,
+)
+from tests.parity.test_t5 import saved_by_transformers
+from tests.tiny_t5 import FAMILIES
+
+pytestmark = pytest.mark.parity
+
+torch = pytest.importorskip("torch")
+
+from tests.parity.test_families import random_model, read_back  # noqa: E402
+
+
+def theirs(model: Any, inputs: list[Any], eos: int | None = None, **options: Any) -> list[Any]:
+    """What transformers generates after the inputs, run as one batch, without EOS."""
+    from transformers import GenerationConfig
+
+    options |= {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
+    model.generation_config = GenerationConfig(**options, decoder_start_token_id=0)
+    longest = max(map(len, inputs))
+    padding = [[0] * (longest - len(ids)) for ids in inputs]
+    tokens_BT = [[*pad, *map(int, ids)] for pad, ids in zip(padding, inputs, strict=True)]
+    mask_BT = [[*pad, *[1] * len(ids)] for pad, ids in zip(padding, inputs, strict=True)]
+    with torch.no_grad():
+        said = model.generate(torch.tensor(tokens_BT), attention_mask=torch.tensor(mask_BT))
+    new_BN = said[:, 1 if model.config.is_encoder_decoder else longest :].tolist()
+    return [ids[: ids.index(eos)] if eos in ids else ids for ids in new_BN]
+
+
+def alone(model: Any, inputs: list[Any], penalty: float) -> list[Any]:
+    """What its beam search finds for each input, run alone."""
+    options = {"num_beams": BEAMS, "length_penalty": penalty}
+    return [theirs(model, [ids], EOS, **options)[0] for ids in inputs]
+
+
+def save_with_small_embeddings(model: Any, folder: Path) -> None:
+    """Saves a model whose texts then vary more."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(EMBEDDING)
+    model.save_pretrained(folder)
+
+
+def empty(model: Any, weights: Any) -> tuple[dict, Any]:
+    """The shared part of the plain base model."""
+    method = "prompt_contexts" if hasattr(model, "prompt_contexts") else "prompt_context"
+    return {}, model.apply({"params": weights}, method=method)
+
+
+def greedy(model: Any, weights: Any, inputs: list[Any]) -> list[Any]:
+    shared = empty(model, weights)
+    return generate(model, weights, shared, inputs, max_new=NEW, eos_id=None)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_by_every_decoder(name, tmp_path, quick):
+    """Mutation: positions by slot, not by row; a window that what is cached never leaves."""
+    save_with_small_embeddings(random_model(name), tmp_path)
+    write_small_tokenizer(tmp_path)
+    model, ours = read_back(tmp_path), load_model(str(tmp_path))
+    inputs = ragged_inputs(model.config.vocab_size)
+    wanted = theirs(model, inputs)
+    check_variety(wanted)
+    assert greedy(ours.model, ours.weights, inputs) == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_by_every_t5(family, tmp_path, quick):
+    """Mutation: biases by slot; padding of the input is seen."""
+    model = saved_by_transformers(tmp_path, family)
+    save_with_small_embeddings(model, tmp_path)
+    inputs = ragged_inputs(model.config.vocab_size)
+    wanted = theirs(model, inputs)
+    check_variety(wanted)
+    assert greedy(*read_t5(tmp_path), inputs) == wanted
+
+
+@pytest.mark.real
+def test_greedy_by_the_real_model(smollm2, shared_data):
+    from transformers import AutoModelForCausalLM
+
+    path = find("smollm2-135m-instruct-q4")
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    inputs = snippets(shared_data, smollm2.tokenizer, 8).inputs
+    assert len({len(tokens) for tokens in inputs}) > 4
+    wanted = theirs(model, inputs)
+    check_variety(wanted)
+    assert greedy(smollm2.model, smollm2.weights, inputs) == wanted
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_beam_search(name, tmp_path, quick):
+    """Mutation: EOS is not counted in the length; the search goes on until no beam can win; an end
+    beyond the first beams competes; the cache does not follow its beam.
+    """
+    from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
+
+    kind = AutoModelForCausalLM if name == "llama" else T5ForConditionalGeneration
+    folder = write_ending_folder(tmp_path / "model", name)
+    reference = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    if name == "llama":
+        loaded = load_model(str(folder))
+        model, weights = loaded.model, loaded.weights
+    else:
+        model, weights = read_t5(folder)
+    inputs, found = ragged_inputs(reference.config.vocab_size), {}
+    for penalty in PENALTIES:
+        found[penalty] = alone(reference, inputs, penalty)
+        ours = beam_search(
+            model,
+            weights,
+            empty(model, weights),
+            inputs,
+            beams=BEAMS,
+            max_new=NEW,
+            eos_id=EOS,
+            length_penalty=penalty,
+            batch=1,
+        )
+        assert ours == found[penalty]
+    check_beams_matter(found)
