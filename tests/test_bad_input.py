@@ -13,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from softprompt import cli
 from softprompt.results import read_result
 from softprompt.training.delta_file import save_delta
-from tests.models.ggufs import write_gguf
+from tests.mistakes import one_line, refused
 from tests.own_task import REPOSITORY, train_command, words, write_task
-from tests.tiny import write_llama_folder
 
 
 @pytest.fixture(scope="module")
@@ -35,27 +33,12 @@ def mine(place, tmp_path):
     return Path(shutil.copytree(place, tmp_path / "task"))
 
 
-def one_line(text):
-    """The error, which is the last line and the only one that says so."""
-    lines = text.splitlines()
-    assert "Traceback" not in text
-    assert [line for line in lines if "error" in line] == lines[-1:]
-    assert lines[-1].startswith("softprompt: error: ")
-    return lines[-1].removeprefix("softprompt: error: ")
-
-
 @pytest.fixture
 def refuse(capsys, tmp_path):
     """Runs `softprompt train` with a mistake; returns its line once nothing is seen to be left."""
 
     def run(task, model, **more):
-        workdir = tmp_path / "w"
-        code = cli.main(["train", *words(task, model, **more), "--workdir", str(workdir)])
-        written = capsys.readouterr()
-        assert code == 2
-        assert written.out == ""
-        assert not workdir.exists(), "the corrected command would be refused"
-        return one_line(written.err)
+        return refused(capsys, tmp_path / "w", task, model, **more)
 
     return run
 
@@ -128,69 +111,6 @@ def test_unknown_task(refuse, place, tiny_folder):
     )
     for name in ("sms_spam", "sarcasm", "boolq"):
         assert name in line
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "smollm2-135m",
-            "unknown model 'smollm2-135m' (did you mean 'HuggingFaceTB/SmolLM2-135M'?); "
-            "`softprompt models` lists those with a name",
-        ),
-        ("./nowhere", "model './nowhere': no such file or folder"),
-        ("nowhere.gguf", "model 'nowhere.gguf': no such file or folder"),
-        ("Makefile", "model 'Makefile' is neither a folder nor a .gguf file"),
-    ],
-)
-def test_unknown_model(refuse, place, name, message, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    assert refuse(place, name).startswith(message)
-
-
-@pytest.fixture
-def model(tmp_path):
-    """A model folder to be spoilt."""
-    return write_llama_folder(tmp_path / "model")
-
-
-@pytest.mark.parametrize("keep", [0, 6, 500, -100])
-def test_truncated_safetensors(refuse, place, model, keep):
-    file = model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    assert refuse(place, model).startswith(f"{file}: not a complete safetensors file (")
-
-
-def test_no_weights(refuse, place, model):
-    (model / "model.safetensors").unlink()
-    assert refuse(place, model).startswith(f"{model}: no model.safetensors and no model.safe")
-
-
-def test_a_missing_and_an_unexpected_tensor(refuse, place, model):
-    """Both in one line."""
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.3.odd"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
-    tensors["model.norm.weight"] = np.ones(7, np.float32)
-    save_file(tensors, model / "model.safetensors")
-    assert refuse(place, model) == (
-        f"{model}: tensors do not match the config; "
-        "missing: model.layers.1.mlp.up_proj.weight; unexpected: model.layers.3.odd; "
-        "misshapen: model.norm.weight [7] (expected [48])"
-    )
-
-
-@pytest.mark.parametrize("keep", [0, 3, 100, 2000, -1000])
-def test_truncated_gguf(refuse, place, tmp_path, keep):
-    file = tmp_path / "model.gguf"
-    write_gguf(file)
-    file.write_bytes(file.read_bytes()[:keep])
-    assert refuse(place, file).startswith(f"{file}: not a complete GGUF file (")
-
-
-def test_a_file_that_is_no_gguf(refuse, place, tmp_path):
-    (tmp_path / "model.gguf").write_text("weights, honestly\n" * 40)
-    line = refuse(place, tmp_path / "model.gguf")
-    assert line.startswith(f"{tmp_path / 'model.gguf'}: not a complete GGUF file (")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ class Part:
     """How the tensor `name`, of shape `source`, becomes a leaf (or its layer) of shape `leaf`.
 
     `layers`: how many tensors are stacked in the leaf, None where it is one tensor; `name` has `{}`
-    for the layer. Several leaves may each take their part of one fused tensor.
+    for the layer. Several leaves may each take their part of one fused tensor. `convert` gives a
+    view of a Hugging Face tensor, so that what is written into the view is written into the tensor
+    (`save.py`). `offset` is then added.
     """
 
     name: str
@@ -54,6 +56,14 @@ class Part:
     leaf: tuple[int, ...]
     convert: Callable[[np.ndarray], np.ndarray]
     layers: int | None = None
+    offset: float = 0.0
+
+    def values(self, x: np.ndarray) -> np.ndarray:
+        """What the tensor's values are in the leaf."""
+        part = self.convert(x)
+        if self.offset:
+            part = part.astype(np.promote_types(part.dtype, np.float32)) + self.offset
+        return part
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -189,7 +199,7 @@ def _fill(
     leaves = {path: np.empty((*stack, *shape), dtype) for path, (shape, dtype) in stored.items()}
     for layer, name in enumerate(tensors):
         values, raw = source.read(name)
-        made: tuple[np.ndarray, ...] = (part.convert(values),)
+        made: tuple[np.ndarray, ...] = (part.values(values),)
         if len(stored) > 1:
             path = next(iter(stored)).removesuffix(VALUES)
             packed = next(iter(leaves.values())).dtype == np.uint8

@@ -154,3 +154,29 @@ def read_config(folder: str | os.PathLike[str]) -> T5Config:
         )
     except KeyError as e:
         raise UserError(f"{file}: no key {e}") from e
+
+
+def raw_config(config: T5Config) -> dict[str, Any]:
+    """The config.json that `read_config` reads as this T5, `architectures` left out."""
+    kind = next(name for name, gated in FEED_FORWARDS.items() if gated == config.gated)
+    return {
+        "model_type": "t5",
+        "vocab_size": config.vocab,
+        "d_model": config.width,
+        "num_layers": config.encoder_layers,
+        "num_decoder_layers": config.decoder_layers,
+        "num_heads": config.heads,
+        "d_kv": config.head_size,
+        "d_ff": config.ffn,
+        "feed_forward_proj": kind,
+        "tie_word_embeddings": config.tied,
+        "scale_decoder_outputs": config.tied,
+        "layer_norm_epsilon": config.norm_eps,
+        "relative_attention_num_buckets": config.buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "n_positions": config.context_length,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "is_encoder_decoder": True,
+    }

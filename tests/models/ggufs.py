@@ -29,6 +29,41 @@ ARCHITECTURES = {
 }
 
 
+# Variants of tests/families.py, with what a GGUF file cannot say otherwise: how Gemma scales its
+# queries, which layers have a window, the rotary base of these.
+LLAMA3 = {
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+}
+CASES = {
+    "llama": {},
+    "llama-biases": {},
+    "llama-linear": {},
+    "llama3": {**LLAMA3, "rope_theta": 500000.0},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 50.0},
+    "gemma3": {
+        "query_pre_attn_scalar": 20,
+        "num_hidden_layers": 8,
+        "sliding_window_pattern": 6,
+        "rope_local_base_freq": 10000.0,
+    },
+    "gemma3-scaled": {
+        "query_pre_attn_scalar": 20,
+        "num_hidden_layers": 8,
+        "sliding_window_pattern": 6,
+        "rope_local_base_freq": 10000.0,
+    },
+    "gpt2": {},
+}
+
+
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Source: `permute` in llama.cpp's convert_hf_to_gguf.py."""
     pairs = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])

@@ -17,7 +17,7 @@ from softprompt.models.gguf import File, open_model, read_config
 from softprompt.models.loading import load_model
 from softprompt.models.names import read_weights
 from tests.families import VARIANTS, family_tensors, write_family_folder
-from tests.models.ggufs import write_gguf
+from tests.models.ggufs import CASES, write_gguf
 from tests.tiny import tiny_config, write_llama_folder
 from tests.tiny_t5 import FAMILIES, hf_t5_config, tiny_t5_config, tiny_t5_tensors, write_t5_folder
 
@@ -29,39 +29,6 @@ SIZES = (
     {"tied": False},
     {"heads": 3, "kv_heads": 1, "head_size": 24},
 )
-
-# What a GGUF file says in other words than a folder: a head's scale, always 1.
-LLAMA3 = {
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-}
-CASES = {
-    "llama": {},
-    "llama-biases": {},
-    "llama-linear": {},
-    "llama3": {**LLAMA3, "rope_theta": 500000.0},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma2": {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 50.0},
-    "gemma3": {
-        "query_pre_attn_scalar": 20,
-        "num_hidden_layers": 8,
-        "sliding_window_pattern": 6,
-        "rope_local_base_freq": 10000.0,
-    },
-    "gemma3-scaled": {
-        "query_pre_attn_scalar": 20,
-        "num_hidden_layers": 8,
-        "sliding_window_pattern": 6,
-        "rope_local_base_freq": 10000.0,
-    },
-    "gpt2": {},
-}
 
 
 @pytest.mark.real

@@ -21,6 +21,8 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
+NAMED = (("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -30,6 +32,8 @@ class Family:
         config: config.json -> DecoderConfig. Raises KeyError for a key that must be there, and
             UserError for what the decoder does not compute.
         table: config -> which tensors fill which leaves.
+        raw: DecoderConfig -> config.json without `architectures`, so that `config` of it gives the
+            same decoder again where the family has it at all.
         harmless: pattern of tensors that follow from the config: masks, rotary frequencies.
         spellings: (pattern, replacement) of other beginnings of the tensors' names, in files of
             other origin; the first that matches counts.
@@ -37,8 +41,14 @@ class Family:
 
     config: Callable[[Raw], DecoderConfig]
     table: Callable[[DecoderConfig], Table]
+    raw: Callable[[DecoderConfig], dict[str, Any]]
     harmless: str = ""
     spellings: tuple[tuple[str, str], ...] = ()
+
+
+def activation_name(config: DecoderConfig) -> str:
+    """What transformers calls the decoder's activation."""
+    return next(theirs for theirs, ours in NAMED if ours == config.activation)
 
 
 def refuse(key: str, value: Any, *allowed: Any) -> UserError:
@@ -131,3 +141,24 @@ def windows(raw: Raw, slides: Callable[[int], bool]) -> tuple[int, ...]:
     if not window:
         raise UserError(f"sliding_window {window!r} beside layers of type 'sliding_attention'")
     return tuple(int(window) if one == "sliding_attention" else 0 for one in types)
+
+
+def raw_rope(config: DecoderConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a config.json."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {"rope_theta": config.rope_base}
+    found: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        found["low_freq_factor"] = scaling.low
+        found["high_freq_factor"] = scaling.high
+        found["original_max_position_embeddings"] = scaling.original
+    return {"rope_theta": config.rope_base, "rope_scaling": found}
+
+
+def raw_windows(config: DecoderConfig) -> dict[str, Any]:
+    """`sliding_window` and `layer_types` of a config.json; {} where no layer has a window."""
+    if not any(config.windows):
+        return {}
+    types = ["sliding_attention" if window else "full_attention" for window in config.windows]
+    return {"sliding_window": max(config.windows), "layer_types": types}

@@ -7,12 +7,10 @@ root of the width.
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import base
 from softprompt.models.families.base import Family, Raw, only, refuse
-from softprompt.models.families.llama import NAMES, ROTARY_BUFFERS, sizes
+from softprompt.models.families.llama import NAMES, ROTARY_BUFFERS, raw_sizes, sizes
 from softprompt.models.names import Table, decoder_table
 
 SANDWICH = {
@@ -29,12 +27,8 @@ def table(config: DecoderConfig) -> Table:
     parts = decoder_table(config, SANDWICH if config.norms == "both" else NAMES)
     for path, part in parts.items():
         if path.endswith("/scale"):
-            parts[path] = dataclasses.replace(part, convert=_add_one)
+            parts[path] = dataclasses.replace(part, offset=1.0)
     return parts
-
-
-def _add_one(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.promote_types(x.dtype, np.float32)) + 1
 
 
 def _shared(raw: Raw) -> dict[str, Any]:
@@ -119,12 +113,44 @@ def _gemma3_with_images(raw: Raw) -> DecoderConfig:
     return _gemma3({**_TEXT_DEFAULTS, **raw["text_config"]})
 
 
-GEMMA = Family(_gemma, table, ROTARY_BUFFERS)
-GEMMA2 = Family(_gemma2, table, ROTARY_BUFFERS)
-GEMMA3 = Family(_gemma3, table, ROTARY_BUFFERS)
+def _raw(config: DecoderConfig) -> dict[str, Any]:
+    return {**raw_sizes(config), **base.raw_rope(config), "attention_bias": config.qkv_bias}
+
+
+def _raw_gemma(config: DecoderConfig) -> dict[str, Any]:
+    act = "gelu_pytorch_tanh"
+    return {"model_type": "gemma", **_raw(config), "hidden_act": act, "hidden_activation": act}
+
+
+def _raw_sandwich(config: DecoderConfig) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common."""
+    scalar = round(config.query_scale**-2, 9) if config.query_scale else config.head_size
+    return {
+        **_raw(config),
+        **base.raw_windows(config),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "attn_logit_softcapping": config.attn_softcap or None,
+        "final_logit_softcapping": config.final_softcap or None,
+    }
+
+
+def _raw_gemma2(config: DecoderConfig) -> dict[str, Any]:
+    return {"model_type": "gemma2", **_raw_sandwich(config)}
+
+
+def _raw_gemma3(config: DecoderConfig) -> dict[str, Any]:
+    local = {"rope_local_base_freq": config.rope_base_local}
+    return {"model_type": "gemma3_text", **_raw_sandwich(config), **local}
+
+
+GEMMA = Family(_gemma, table, _raw_gemma, ROTARY_BUFFERS)
+GEMMA2 = Family(_gemma2, table, _raw_gemma2, ROTARY_BUFFERS)
+GEMMA3 = Family(_gemma3, table, _raw_gemma3, ROTARY_BUFFERS)
 GEMMA3_WITH_IMAGES = Family(
     _gemma3_with_images,
     table,
+    lambda config: {"model_type": "gemma3", "text_config": _raw_gemma3(config)},
     rf"{ROTARY_BUFFERS}|(model\.)?(vision_tower|multi_modal_projector)\..*",
     spellings=(
         (r"language_model\.model\.", "model."),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -73,9 +74,26 @@ def _third(part: Part, nth: int) -> Part:
     return dataclasses.replace(part, source=(*inputs, 3 * out), convert=convert)
 
 
+def _raw(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "vocab_size": config.vocab,
+        "n_embd": config.width,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "n_inner": config.ffn,
+        "n_positions": config.context_length,
+        "tie_word_embeddings": config.tied,
+        "scale_attn_weights": config.query_scale == 0.0,
+        "activation_function": base.activation_name(config),
+        "layer_norm_epsilon": config.norm_eps,
+    }
+
+
 GPT2 = Family(
     _config,
     _table,
+    _raw,
     harmless=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     spellings=((r"(?=(wte|wpe|h\.\d+|ln_f)\.)", "transformer."),),
 )

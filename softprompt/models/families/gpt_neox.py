@@ -4,6 +4,7 @@ In it the rows of a head's queries, keys and values follow one another, head aft
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -78,9 +79,31 @@ def _interleaved(part: Part, nth: int) -> Part:
     return dataclasses.replace(part, source=(3 * out, *inputs), convert=convert)
 
 
+def _raw(config: DecoderConfig) -> dict[str, Any]:
+    rope = base.raw_rope(config)
+    return {
+        "model_type": "gpt_neox",
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.ffn,
+        "max_position_embeddings": config.context_length,
+        "tie_word_embeddings": config.tied,
+        "rotary_emb_base": rope.pop("rope_theta"),
+        "rotary_pct": config.rotary_size / config.head_size,
+        **rope,
+        "attention_bias": config.qkv_bias,
+        "hidden_act": base.activation_name(config),
+        "layer_norm_eps": config.norm_eps,
+        "use_parallel_residual": config.parallel,
+    }
+
+
 GPT_NEOX = Family(
     _config,
     _table,
+    _raw,
     harmless=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
     spellings=((r"lm_head\.", "embed_out."),),
 )

@@ -45,6 +45,22 @@ def sizes(raw: Raw) -> dict[str, Any]:
     }
 
 
+def raw_sizes(config: DecoderConfig) -> dict[str, Any]:
+    """The same keys of a config.json."""
+    return {
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.ffn,
+        "max_position_embeddings": config.context_length,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+    }
+
+
 def table(config: DecoderConfig) -> Table:
     """Every leaf apart, under Llama's names."""
     return decoder_table(config, NAMES)
@@ -74,5 +90,20 @@ def _mistral(raw: Raw) -> DecoderConfig:
     )
 
 
-LLAMA = Family(_llama, table, ROTARY_BUFFERS)
-MISTRAL = Family(_mistral, table, ROTARY_BUFFERS)
+def _raw(config: DecoderConfig) -> dict[str, Any]:
+    sizes, act = raw_sizes(config), base.activation_name(config)
+    return {**sizes, **base.raw_rope(config), "hidden_act": act}
+
+
+def _raw_llama(config: DecoderConfig) -> dict[str, Any]:
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return {"model_type": "llama", **_raw(config), **biases}
+
+
+def _raw_mistral(config: DecoderConfig) -> dict[str, Any]:
+    window = max(config.windows, default=0) or None
+    return {"model_type": "mistral", **_raw(config), "sliding_window": window}
+
+
+LLAMA = Family(_llama, table, _raw_llama, ROTARY_BUFFERS)
+MISTRAL = Family(_mistral, table, _raw_mistral, ROTARY_BUFFERS)

@@ -1,5 +1,7 @@
 """OPT: learned positions that start at row 2, and OPT-350m's narrow embeddings and late norms."""
 
+from typing import Any
+
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import base
 from softprompt.models.families.base import Family, Raw, only
@@ -58,4 +60,23 @@ def _table(config: DecoderConfig) -> Table:
     return decoder_table(config, NAMES)
 
 
-OPT = Family(_config, _table, spellings=((r"decoder\.", "model.decoder."),))
+def _raw(config: DecoderConfig) -> dict[str, Any]:
+    before = config.norms == "before"
+    return {
+        "model_type": "opt",
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "ffn_dim": config.ffn,
+        "max_position_embeddings": config.context_length,
+        "tie_word_embeddings": config.tied,
+        "word_embed_proj_dim": config.prompt_width,
+        "enable_bias": config.qkv_bias,
+        "activation_function": base.activation_name(config),
+        "do_layer_norm_before": before,
+        "_remove_final_layer_norm": before and not config.final_norm,
+    }
+
+
+OPT = Family(_config, _table, _raw, spellings=((r"decoder\.", "model.decoder."),))

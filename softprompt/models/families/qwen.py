@@ -5,7 +5,7 @@ from typing import Any
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families import base
 from softprompt.models.families.base import Family, Raw, only
-from softprompt.models.families.llama import ROTARY_BUFFERS, sizes, table
+from softprompt.models.families.llama import ROTARY_BUFFERS, raw_sizes, sizes, table
 
 
 def _shared(raw: Raw) -> dict[str, Any]:
@@ -31,5 +31,24 @@ def _qwen3(raw: Raw) -> DecoderConfig:
     return DecoderConfig(**_shared(raw), qk_norm=True, qkv_bias=bias, out_bias=bias)
 
 
-QWEN2 = Family(_qwen2, table, ROTARY_BUFFERS)
-QWEN3 = Family(_qwen3, table, ROTARY_BUFFERS)
+def _raw(config: DecoderConfig) -> dict[str, Any]:
+    windows = base.raw_windows(config)
+    return {
+        **raw_sizes(config),
+        **base.raw_rope(config),
+        "hidden_act": base.activation_name(config),
+        "use_sliding_window": bool(windows),
+        **windows,
+    }
+
+
+def _raw_qwen2(config: DecoderConfig) -> dict[str, Any]:
+    return {"model_type": "qwen2", **_raw(config)}
+
+
+def _raw_qwen3(config: DecoderConfig) -> dict[str, Any]:
+    return {"model_type": "qwen3", **_raw(config), "attention_bias": config.qkv_bias}
+
+
+QWEN2 = Family(_qwen2, table, _raw_qwen2, ROTARY_BUFFERS)
+QWEN3 = Family(_qwen3, table, _raw_qwen3, ROTARY_BUFFERS)

@@ -1,0 +1,208 @@
+"""A model saved as a Hugging Face folder, the inverse of loading: for full fine-tuning."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
+
+from softprompt.errors import UserError
+from softprompt.models import hf, t5_names
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.families import FAMILIES, T5_ARCHITECTURES, read_family
+from softprompt.models.names import Part, Table, tensor_names
+from softprompt.models.quantize import VALUES
+from softprompt.models.t5_layers import T5Config
+from softprompt.models.tokenizer import Tokenizer
+
+Config = DecoderConfig | T5Config
+COPIED = (*hf.TOKENIZER_FILES[1:], "generation_config.json", "chat_template*")
+
+
+def save_folder(
+    folder: str | os.PathLike[str],
+    config: Config,
+    weights: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    original: str | os.PathLike[str] | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Writes config.json, safetensors and the tokenizer; transformers and `load_model` read them.
+
+    Args:
+        folder: a local folder, new or empty.
+        config: of the model.
+        weights: the tree that `load_model` gives, or one like it; not quantised.
+        tokenizer: of the model.
+        original: the Hugging Face folder that the model came from, if any: what else its
+            config.json says, and its tokenizer's files, are taken over.
+        shard_bytes: size at which the weights are cut into several files. One of them at a time is
+            in memory.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder is not empty, the weights are not the config's, no family of
+            transformers computes what the config says, `original` is another model, or the weights
+            are quantised.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: not an empty folder; a model is saved into a new one")
+    leaves = flatten_dict(weights, sep="/")
+    if any(path.endswith(VALUES) for path in leaves):
+        raise UserError("quantised weights cannot be saved; load the model with quantize none")
+    raw, table = _describe(config, original)
+    _check(leaves, table)
+    raw["dtype"] = str(leaves["embed/embedding"].dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        _save_weights(partial, leaves, table, shard_bytes)
+        if original is None:
+            _save_tokenizer(partial, tokenizer)
+        else:
+            _copy(Path(original), partial)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _describe(
+    config: Config, original: str | os.PathLike[str] | None
+) -> tuple[dict[str, Any], Table]:
+    """The content of config.json, and the name table that goes with it."""
+    if original is not None:
+        is_t5 = hf.architecture(original) in T5_ARCHITECTURES
+        found, table, _ = (t5_names if is_t5 else hf).open_folder(original)
+        if found != config:
+            raise UserError(f"{original}: its config.json is not that of the model to be saved")
+        raw = hf.read_json(Path(original) / "config.json")
+        return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}, table
+    if isinstance(config, T5Config):
+        raw = t5_names.raw_config(config)
+        return {"architectures": [T5_ARCHITECTURES[0]], **raw}, t5_names.t5_table(config)
+    for architecture, family in FAMILIES.items():
+        raw = {"architectures": [architecture], **family.raw(config)}
+        if _reads_as(raw, config):
+            return raw, family.table(config)
+    raise UserError(f"no family of transformers computes what this config says: {config}")
+
+
+def _reads_as(raw: Mapping[str, Any], config: DecoderConfig) -> bool:
+    """Whether a config.json is read as this decoder: then it computes the same, whatever it is."""
+    try:
+        return read_family(raw)[1] == config
+    except UserError:
+        return False
+
+
+def _check(leaves: Mapping[str, Any], table: Table) -> None:
+    """Raises where leaves are missing, too many, or of another shape."""
+    expected = {path: part.shape for path, part in table.items()}
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    wrong = sorted(
+        path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)
+    )
+    if wrong:
+        raise UserError(f"weights do not match the config: {', '.join(wrong)}")
+
+
+def _save_weights(folder: Path, leaves: Mapping[str, Any], table: Table, shard_bytes: int) -> None:
+    """Writes model.safetensors, or shards and their index."""
+    pieces: dict[str, list[tuple[str, int | None]]] = {}
+    for path, part in table.items():
+        for layer, name in enumerate(tensor_names(part)):
+            pieces.setdefault(name, []).append((path, None if part.layers is None else layer))
+    sizes = {
+        name: int(np.prod(table[path].source)) * leaves[path].dtype.itemsize
+        for name, ((path, _), *_) in pieces.items()
+    }
+    shards = list(_shards(sizes, shard_bytes))
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
+        tensors = {name: _tensor(pieces[name], leaves, table) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+        del tensors  # before the next shard's are made
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in groups of at most `limit` bytes, but for a tensor that alone is larger."""
+    group: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if group and total + size > limit:
+            yield group
+            group, total = [], 0
+        group.append(name)
+        total += size
+    yield group
+
+
+def _tensor(
+    pieces: list[tuple[str, int | None]], leaves: Mapping[str, Any], table: Table
+) -> np.ndarray:
+    """One tensor of the file, each leaf that has a part of it written through that part's view."""
+    first = table[pieces[0][0]]
+    tensor = np.empty(first.source, leaves[pieces[0][0]].dtype)
+    for path, layer in pieces:
+        leaf = leaves[path] if layer is None else leaves[path][layer]
+        _write(tensor, table[path], np.asarray(jax.device_get(leaf)))
+    return tensor
+
+
+def _write(tensor: np.ndarray, part: Part, values: np.ndarray) -> None:
+    view = part.convert(tensor)
+    assert np.may_share_memory(view, tensor), f"{part.name}: convert gives a copy"
+    view[...] = values - values.dtype.type(part.offset) if part.offset else values
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes a tokenizer that came from elsewhere as a fast one of transformers."""
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    names = {role: tokenizer.token(i) for role, i in ids.items() if i is not None}
+    around = [
+        names["bos_token"] if tokenizer.add_bos else "",
+        "$A",
+        names["eos_token"] if tokenizer.add_eos else "",
+    ]
+    if tokenizer.add_bos or tokenizer.add_eos:
+        backend.post_processor = TemplateProcessing(
+            single=" ".join(filter(None, around)),
+            special_tokens=[(names[role], ids[role]) for role in names],
+        )
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _copy(original: Path, folder: Path) -> None:
+    for pattern in COPIED:
+        for file in original.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
