@@ -64,8 +64,8 @@ def allowed(logits_BV: jax.Array, how: Sampling) -> jax.Array:
     x_BV = logits_BV if how.temperature is None else logits_BV / how.temperature
     if how.top_k is not None:
         falling_BV = jnp.sort(x_BV, descending=True)
-        last = jnp.minimum(how.top_k, x_BV.shape[-1]) - 1
-        x_BV = jnp.where(x_BV < falling_BV[:, last, None], -jnp.inf, x_BV)
+        least_B = falling_BV[:, how.top_k - 1]  # the last one where the index is beyond it
+        x_BV = jnp.where(x_BV < least_B[:, None], -jnp.inf, x_BV)
     if how.top_p is not None:
         falling_BV = jnp.sort(x_BV, descending=True)
         share_BV = jax.nn.softmax(falling_BV)

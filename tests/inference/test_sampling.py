@@ -72,7 +72,7 @@ def test_top_p_keeps_the_least_that_reaches_the_share(share):
 
 
 def test_neutral_settings_change_nothing():
-    """Mutation: top-p drops the least token at 1; top-k beyond the vocabulary keeps none."""
+    """Mutation: top-p drops the least token at 1."""
     logits_BV = random_logits()
     for how in (sampling(1.0), sampling(1.0, top_p=1.0), sampling(1.0, top_k=999)):
         np.testing.assert_array_equal(allowed(logits_BV, how), logits_BV)
