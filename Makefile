@@ -29,6 +29,9 @@ export PYTHONDONTWRITEBYTECODE =
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PIP_INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
+# Modules of tests run side by side; each worker reads the real models for itself.
+WORKERS := -n auto --maxprocesses 4 --dist loadscope
+
 # $(call require,PYTHON): stops a target that no Python here suits.
 define require
 	@$(if $(1),,echo "make: needs Python $(NEEDED) with venv and pip$(if $(PYTHON), (PYTHON=$(PYTHON))):" \
@@ -59,7 +62,7 @@ quickstart: $(VENV)/.base  ## train a few soft prompts on a real model, into run
 	@$(VENV)/bin/softprompt sweep prompt_length --subset quickstart --workdir runs/quickstart
 
 test: $(VENV)/.test  ## run the tests (ARGS="..." goes to pytest)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.test  ## check style, format and types
 	@$(VENV)/bin/ruff check .
@@ -71,7 +74,7 @@ format: $(VENV)/.test  ## format the code and mend what ruff can mend
 	@$(VENV)/bin/ruff check --fix .
 
 parity: $(PARITY_VENV)/.parity  ## compare with live PyTorch, transformers and peft (on Python 3.11)
-	@$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+	@$(PARITY_VENV)/bin/python -m pytest -m parity $(WORKERS) $(ARGS)
 
 lock: $(VENV)/.lock  ## resolve constraints.txt anew, for every Python at once
 	@echo "resolving constraints.txt ..."

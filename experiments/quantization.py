@@ -64,11 +64,11 @@ def _trial(model: str, dtype: str, quantize: str, method: str) -> ConfigDict:
     config = base_config()
     config.model.name, config.model.dtype, config.model.quantize = model, dtype, quantize
     config.method.name = method
-    config.data.validation_examples, config.data.test_examples = 200, 1000
+    config.data.validation_examples, config.data.test_examples = 100, 500
     if method == "prompt":
         config.train.steps, config.train.batch, config.optimizer.warmup = 50, 16, 5
         config.optimizer.rate_unit, config.optimizer.rate = "embedding_rms", 0.08
-        config.eval.every, config.log.every = 25, 1
+        config.log.every = 1
     return config
 
 

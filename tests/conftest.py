@@ -25,7 +25,19 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disallow_mesh_context_manager", True)
 
+# A process may map so many pieces of memory (Linux: 65,530), and a compiled program takes several.
+MOST_MAPS = 20_000
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Drops compiled programs between modules before they are too many for the system."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -119,7 +119,8 @@ def named_points(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_title(title, loc="left", fontsize=10)
         axes.margins(x=0.12, y=0.15)
-        axes.legend(frameon=False)
+        if series:
+            axes.legend(frameon=False)
     return figure
 
 

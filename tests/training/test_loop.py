@@ -185,7 +185,7 @@ def test_checkpoints_and_snapshots(tmp_path, source):
     for step in (3, 6):
         delta, provenance = load_delta(tmp_path / "snapshots" / f"{step}.safetensors")
         assert delta["prompt"][0] == step
-        assert provenance == {"step": step, "config": {"seed": 0}}
+        assert provenance == {"step": step, "config": {"seed": 0}, "fingerprint": "f"}
     notes = json.loads((tmp_path / "checkpoints" / "4" / "notes" / "metadata").read_text())
     assert notes["best_step"] == 4
     assert notes["config"] == {"seed": 0}
