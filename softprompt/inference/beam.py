@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from softprompt.errors import UserError
 from softprompt.inference.batches import InputBatch, slots_for
-from softprompt.inference.cache import Cache, Model, Tree, empty_cache, extend
+from softprompt.inference.cache import Cache, Tree, empty_cache, extend
 from softprompt.inference.decode import NO_TOKEN, Inputs, cut, over_batches
+from softprompt.models import Model
 
 
 class Beams(NamedTuple):

@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from softprompt.models.decoder import Cached, Decoder
-from softprompt.models.t5 import T5
+from softprompt.models import Model
+from softprompt.models.decoder import Cached
 
 Tree = Any
-Model = Decoder | T5
 Cache = tuple[jax.Array, jax.Array]
 
 

@@ -36,7 +36,7 @@ def ragged():
 def cached_logits(model, collections, inputs_BT, lengths_B, after_BN):
     """Logits [N, B, V] that predict each token of `after_BN`, a token at a time."""
     weights, variables = collections["params"], collections["delta"]
-    shared = variables, model.apply(collections, method=context_method(model))
+    shared = variables, model.apply(collections, method="prompt_context")
     logits_BV, memory = prefill(model, weights, shared, inputs_BT, lengths_B, slots=16)
 
     def step(carry, nth):
@@ -62,10 +62,6 @@ def check(model, weights, variables, whole):
     for n, wanted_NV in enumerate(whole(collections, inputs, after_BN)):
         assert np.std(wanted_NV) > 0.3
         np.testing.assert_allclose(logits_NBV[:, n], wanted_NV, **EXACT)
-
-
-def context_method(model):
-    return "prompt_contexts" if hasattr(model, "prompt_contexts") else "prompt_context"
 
 
 def decoder_whole(model):
@@ -139,7 +135,7 @@ def test_t5(x64, inline, stacks):
 @functools.partial(quick_jit, static_argnames="model")
 def extended(model, variables, input_T, pieces):
     """Logits of pieces of several tokens each, after an input."""
-    context = model.apply(variables, method=context_method(model))
+    context = model.apply(variables, method="prompt_context")
     length = jnp.array(len(input_T))
     run = functools.partial(model.apply, variables)
     _, memory = run(context, input_T, length, slots=16, method="prefill")
@@ -194,7 +190,7 @@ def test_layers_read_the_cache_and_never_copy_it(x64, name):
     tokens_BT, slots, new = jnp.zeros((2, 40), int), 41, 43
 
     def run(tokens_BT):
-        shared = {}, model.apply({"params": weights}, method=context_method(model))
+        shared = {}, model.apply({"params": weights}, method="prompt_context")
         lengths_B = jnp.array([40, 3])
         _, memory = prefill(model, weights, shared, tokens_BT, lengths_B, slots=slots)
         return shared, memory, empty_cache(memory, new)

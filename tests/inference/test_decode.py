@@ -97,8 +97,7 @@ def test_a_text_or_an_empty_context(tiny):
 def test_decoding_compiles_once_for_changing_lengths(kind, caplog):
     """Mutation: the limit, EOS or the temperature is static; the cache has the inputs' length."""
     model, weights = (tiny_decoder if kind == "decoder" else tiny_t5)(dtype="float32")
-    method = "prompt_context" if kind == "decoder" else "prompt_contexts"
-    shared = {}, model.apply({"params": weights}, method=method)
+    shared = {}, model.apply({"params": weights}, method="prompt_context")
     random = np.random.default_rng(0)
     with jax.log_compiles():
         for lengths, max_new, eos, heat in (

@@ -31,11 +31,10 @@ def read(folder, name):
     """Model, weights, the shared part of the plain base model, and the ragged inputs."""
     if "T5" in name:
         model, weights = read_t5(folder)
-        context = model.apply({"params": weights}, method="prompt_contexts")
     else:
         loaded = load_model(str(folder))
         model, weights = loaded.model, loaded.weights
-        context = model.apply({"params": weights}, method="prompt_context")
+    context = model.apply({"params": weights}, method="prompt_context")
     return model, weights, ({}, context), ragged_inputs(model.config.vocab)
 
 

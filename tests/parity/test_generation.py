@@ -23,7 +23,6 @@ from tests.generation_cases import (
     read_t5,
     write_ending_folder,
 )
-from tests.parity.test_t5 import saved_by_transformers
 from tests.tiny_t5 import FAMILIES
 
 pytestmark = pytest.mark.parity
@@ -31,6 +30,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 
 from tests.parity.test_families import random_model, read_back  # noqa: E402
+from tests.parity.test_t5 import saved_by_transformers  # noqa: E402
 
 
 def theirs(model: Any, inputs: list[Any], eos: int | None = None, **options: Any) -> list[Any]:
@@ -64,8 +64,7 @@ def save_with_small_embeddings(model: Any, folder: Path) -> None:
 
 def empty(model: Any, weights: Any) -> tuple[dict, Any]:
     """The shared part of the plain base model."""
-    method = "prompt_contexts" if hasattr(model, "prompt_contexts") else "prompt_context"
-    return {}, model.apply({"params": weights}, method=method)
+    return {}, model.apply({"params": weights}, method="prompt_context")
 
 
 def greedy(model: Any, weights: Any, inputs: list[Any]) -> list[Any]:
