@@ -169,7 +169,7 @@ class Code:
         return Path.touch, (self.path,)
 
 
-# Mutation: weights_only=False, where PyTorch is installed (`make parity` has it so).
+# Mutation: weights_only=False, where PyTorch is installed; there see tests/parity/test_bin.py.
 def test_a_pickle_with_code_in_it(refuse, model, tmp_path):
     (model / "model.safetensors").unlink()
     file, sign = model / "pytorch_model.bin", tmp_path / "it-ran"
@@ -227,10 +227,22 @@ def test_a_tokenizer_from_nowhere(refuse, model):
     assert line == "tokenizer 'nowhere': neither a folder nor the name of a hub repository"
 
 
-# Mutation: the prompt is not counted.
-def test_a_context_overrun(refuse, model):
+# Mutation: either check of free_positions is left out.
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"method__length": 225},
+            "config key 'method.length' is 225; allowed: at most 224 (the model's context of 512 "
+            "less task.max_input and task.max_target)",
+        ),
+        (
+            {"method__name": "none", "task__max_input": 481},
+            "config key 'task.max_input' is 481; allowed: at most 480 (the model's context of 512 "
+            "less task.max_target)",
+        ),
+    ],
+)
+def test_a_context_overrun(refuse, model, more, message):
     """512 positions, less 256 for an input and 32 for a target."""
-    assert refuse(model, method__length=225) == (
-        "config key 'method.length' is 225; allowed: at most 224 (the model's context of 512 less "
-        "task.max_input and task.max_target)"
-    )
+    assert refuse(model, **more) == message

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
@@ -24,7 +25,8 @@ from softprompt.models.t5_layers import T5Config
 from softprompt.models.tokenizer import Tokenizer
 
 Config = DecoderConfig | T5Config
-COPIED = (*hf.TOKENIZER_FILES[1:], "generation_config.json", "chat_template*")
+BESIDE = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+COPIED = (*hf.TOKENIZER_FILES[1:], *BESIDE)
 
 
 def save_folder(
@@ -53,37 +55,36 @@ def save_folder(
 
     Raises:
         UserError: the folder is not empty, the weights are not the config's, no family of
-            transformers computes what the config says, `original` is another model, or the weights
-            are quantised.
+            transformers computes what the config says, `original` is another model, the weights are
+            quantised, or the disk takes no more. What was half-written is gone.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not an empty folder; a model is saved into a new one")
     leaves = flatten_dict(weights, sep="/")
     if any(path.endswith(VALUES) for path in leaves):
         raise UserError("quantised weights cannot be saved; load the model with quantize none")
-    raw, table = _describe(config, original)
+    raw, table = _describe(config, tokenizer, original)
     _check(leaves, table)
     raw["dtype"] = str(leaves["embed/embedding"].dtype)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         _save_weights(partial, leaves, table, shard_bytes)
-        if original is None:
+        if original is None or not _copy_tokenizer(Path(original), partial):
             _save_tokenizer(partial, tokenizer)
-        else:
-            _copy(Path(original), partial)
         os.replace(partial, folder)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{folder}: cannot be written ({e})") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def _describe(
-    config: Config, original: str | os.PathLike[str] | None
+    config: Config, tokenizer: Tokenizer, original: str | os.PathLike[str] | None
 ) -> tuple[dict[str, Any], Table]:
     """The content of config.json, and the name table that goes with it."""
     if original is not None:
@@ -92,12 +93,14 @@ def _describe(
         if found != config:
             raise UserError(f"{original}: its config.json is not that of the model to be saved")
         raw = hf.read_json(Path(original) / "config.json")
-        return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}, table
+        if "text_config" not in raw:  # else it sees images, and its text part is saved without them
+            return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}, table
     if isinstance(config, T5Config):
         raw = t5_names.raw_config(config)
         return {"architectures": [T5_ARCHITECTURES[0]], **raw}, t5_names.t5_table(config)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     for architecture, family in FAMILIES.items():
-        raw = {"architectures": [architecture], **family.raw(config)}
+        raw = {"architectures": [architecture], **family.raw(config), **ids}
         if _reads_as(raw, config):
             return raw, family.table(config)
     raise UserError(f"no family of transformers computes what this config says: {config}")
@@ -183,11 +186,11 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     names = {role: tokenizer.token(i) for role, i in ids.items() if i is not None}
     around = [
-        names["bos_token"] if tokenizer.add_bos else "",
+        names.get("bos_token", "") if tokenizer.add_bos else "",
         "$A",
-        names["eos_token"] if tokenizer.add_eos else "",
+        names.get("eos_token", "") if tokenizer.add_eos else "",
     ]
-    if tokenizer.add_bos or tokenizer.add_eos:
+    if any(around[::2]):
         backend.post_processor = TemplateProcessing(
             single=" ".join(filter(None, around)),
             special_tokens=[(names[role], ids[role]) for role in names],
@@ -201,8 +204,9 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _copy(original: Path, folder: Path) -> None:
-    for pattern in COPIED:
-        for file in original.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+def _copy_tokenizer(original: Path, folder: Path) -> bool:
+    """Copies a tokenizer's files, and what else is about text; returns whether there is one."""
+    files = {file for pattern in COPIED for file in original.glob(pattern) if file.is_file()}
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return any(file.name not in BESIDE for file in files)

@@ -120,12 +120,18 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
     """Positions that the task leaves for a context; an encoder-decoder's are relative, and endless.
 
     Raises:
-        UserError: a prompt that takes more.
+        UserError: a prompt that takes more, or inputs that alone may.
     """
     if loaded.encoder_decoder:
         return 2**30
     method = config.method
     room = loaded.config.context_length - config.task.max_input - config.task.max_target
+    if room < 0:
+        raise UserError(
+            f"config key 'task.max_input' is {config.task.max_input}; allowed: at most "
+            f"{room + config.task.max_input} (the model's context of "
+            f"{loaded.config.context_length} less task.max_target)"
+        )
     most = room - (method.bos == "before")
     if method.name == "prompt" and method.length > most:
         raise UserError(

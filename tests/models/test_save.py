@@ -41,6 +41,8 @@ def test_a_saved_family_is_loaded_bit_for_bit(tmp_path, name, dtype):
     loaded = load_model(str(write_family_folder(tmp_path / "a", name)), dtype=dtype)
     again = load_model(str(saved(loaded, tmp_path / "b")), dtype=dtype)
     assert_same(again, loaded)
+    if dtype == "float32" and not name.startswith("gemma"):  # whose scales lose their 1 again
+        assert again.fingerprint == loaded.fingerprint
     raw = json.loads((tmp_path / "b" / "config.json").read_text())
     assert raw["dtype"] == dtype
     if name not in ("llama-linear", "mistral"):
@@ -54,6 +56,7 @@ def test_a_saved_t5_is_loaded_bit_for_bit(tmp_path, family):
     loaded = load_model(str(write_complete_t5(tmp_path / "a", **sizes)))
     again = load_model(str(saved(loaded, tmp_path / "b")))
     assert_same(again, loaded)
+    assert again.fingerprint == loaded.fingerprint
     assert again.tokenizer.add_eos
 
 
@@ -95,7 +98,7 @@ def test_what_the_original_says_beside_the_decoder_is_kept(tmp_path):
 
 
 def test_a_gguf_file_becomes_a_folder(tmp_path):
-    # Breaks if: the tokenizer is not written, or BOS is not.
+    # Breaks if: the tokenizer is not written, or BOS is not, or the ids of BOS and EOS are not.
     file = write_gguf(tmp_path / "a.gguf", metadata={"tokenizer.ggml.add_bos_token": True})
     loaded = load_model(str(file))
     again = load_model(str(saved(loaded, tmp_path / "b")))
@@ -104,6 +107,8 @@ def test_a_gguf_file_becomes_a_folder(tmp_path):
         assert again.tokenizer.encode(text) == loaded.tokenizer.encode(text)
     for field in ("bos_id", "eos_id", "add_bos", "add_eos"):
         assert getattr(again.tokenizer, field) == getattr(loaded.tokenizer, field)
+    raw = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (raw["bos_token_id"], raw["eos_token_id"]) == (0, 1)
 
 
 def test_trained_weights_are_saved_not_the_loaded(tmp_path):
@@ -145,3 +150,45 @@ def test_every_conversion_of_a_folder_is_a_view(tmp_path):
             part.convert(tensor)[...] = 1
             assert tensor.sum() == np.prod(part.leaf), path
     assert len(flatten_dict(load_model(str(folders[0])).weights)) == len(opened[0])
+
+
+def test_a_gguf_file_that_asks_for_a_bos_and_has_none(tmp_path):
+    # Breaks if: the name of the BOS is looked up where there is none.
+    asked = {"tokenizer.ggml.add_bos_token": True}
+    without = "tokenizer.ggml.bos_token_id"
+    loaded = load_model(str(write_gguf(tmp_path / "a.gguf", metadata=asked, without=without)))
+    again = load_model(str(saved(loaded, tmp_path / "b")))
+    assert (again.tokenizer.bos_id, again.tokenizer.add_bos) == (None, False)
+
+
+def test_the_text_part_of_a_gemma_that_sees_images(tmp_path):
+    # Breaks if: the original's config.json is kept, and with it the images that are not saved.
+    text = {key: value for key, value in VARIANTS["gemma3"].items() if key != "architectures"}
+    raw = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    folder = write_family_folder(tmp_path / "a", "gemma3", raw=raw)
+    loaded = load_model(str(folder))
+    after = saved(loaded, tmp_path / "b", original=folder)
+    written = json.loads((after / "config.json").read_text())
+    assert written["architectures"] == ["Gemma3ForCausalLM"]
+    assert "text_config" not in written
+    assert_same(load_model(str(after)), loaded)
+
+
+def test_an_original_without_a_tokenizer(tmp_path):
+    # Breaks if: the tokenizer is written only where there is no original.
+    folder = write_llama_folder(tmp_path / "a")
+    loaded = load_model(str(folder))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "generation_config.json").write_text("{}")
+    after = saved(loaded, tmp_path / "b", original=folder)
+    assert (after / "generation_config.json").exists()
+    assert load_model(str(after)).tokenizer.encode("a film") == loaded.tokenizer.encode("a film")
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    # Breaks if: errors of the disk are not caught.
+    loaded = load_model(str(write_llama_folder(tmp_path / "a")))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/b: cannot be written \(.*Not a directory"):
+        saved(loaded, tmp_path / "file" / "b")
