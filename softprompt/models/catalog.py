@@ -210,7 +210,8 @@ def _t5_entries() -> Iterator[Entry]:
 def _decoder_entries() -> Iterator[Entry]:
     for repo, raw, licence in DECODERS:
         config = read_family(raw, file=repo)[1]
-        yield Entry(repo, raw["model_type"], config, Hub(repo), licence)
+        family = raw["model_type"].removesuffix("_text")
+        yield Entry(repo, family, config, Hub(repo), licence)
 
 
 def _wheel_entries(by_repo: dict[str, Entry]) -> Iterator[Entry]:

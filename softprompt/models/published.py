@@ -273,6 +273,7 @@ _GEMMA_GENERATIONS = {
         "final_logit_softcapping": 30.0,
     },
     "3": {
+        "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
         "vocab_size": 262144,
         "max_position_embeddings": 32768,

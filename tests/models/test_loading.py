@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from softprompt.errors import UserError
 from softprompt.models import hf, t5x
-from softprompt.models.loading import load_model
+from softprompt.models.loading import find, load_model
 from softprompt.models.names import read_weights
 from tests.models.ggufs import write_gguf
 from tests.models.t5x_folders import write_t5x
@@ -185,3 +185,10 @@ def test_another_tokenizer_than_the_models_own(tmp_path, t5_folder):
     assert load_model(str(file), tokenizer_name=str(t5_folder)).tokenizer.add_eos
     with pytest.raises(UserError, match="tokenizer 'nowhere': neither a folder nor the name of a"):
         load_model(str(folder), tokenizer_name="nowhere")
+
+
+def test_a_name_of_the_catalogue_takes_a_revision(monkeypatch):
+    """Mutation: drop `revision` where the name has an entry."""
+    monkeypatch.setattr(hf, "download", lambda repo, revision: (repo, revision))
+    found = find("EleutherAI/pythia-70m-deduped", revision="step1000")
+    assert found == ("EleutherAI/pythia-70m-deduped", "step1000")
