@@ -98,7 +98,7 @@ def test_a_half_written_one_is_passed_over(tmp_path, state, name):
 
 
 def test_writes_are_finished_when_a_block_ends_in_an_error(tmp_path, state):
-    """Mutation: leave without waiting."""
+    """Mutation: leave without waiting and closing (either alone waits)."""
     with pytest.raises(KeyboardInterrupt), checkpoint_manager(tmp_path) as manager:
         save(manager, 2, state, NOTES)
         raise KeyboardInterrupt

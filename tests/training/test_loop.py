@@ -100,13 +100,15 @@ def checkpoints_in(folder):
 
 def test_every_step_gets_its_batch_rate_and_key(tmp_path, source):
     """Mutation: start the batches at 0 after a restore; hand over the rate of the step before."""
-    run = Run(tmp_path, source, checkpoint_every=3)
-    run()
-    for number, rate, rows, tokens, _ in run.seen:
-        assert rate == (number - 1) / 8
-        assert rows == 8, "padded to the mesh"
-        assert tokens == source[number - 1]["tokens_RT"].sum()
-    assert len({int(bits) for *_, bits in run.seen}) == 6
+    first, second = (Run(tmp_path, source, checkpoint_every=3, steps=n) for n in (4, 9))
+    for run, numbers in ((first, range(1, 5)), (second, range(5, 10))):
+        run()
+        assert [number for number, *_ in run.seen] == list(numbers)
+        for number, rate, rows, tokens, _ in run.seen:
+            assert rate == (number - 1) / 8
+            assert rows == 8, "padded to the mesh"
+            assert tokens == source[number - 1]["tokens_RT"].sum()
+    assert len({int(bits) for *_, bits in first.seen + second.seen}) == 9
 
 
 def test_metrics_are_fetched_a_step_behind(tmp_path, source):
