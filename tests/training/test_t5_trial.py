@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from softprompt import cli
 from softprompt.config import from_dict, to_dict
+from softprompt.evaluation import run as evaluation
 from softprompt.evaluation.run import predict_lines
+from softprompt.inference.decode import generate
 from softprompt.methods.setup import prompt_rows
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
@@ -14,6 +17,7 @@ from softprompt.training.estimate import estimate
 from softprompt.training.prepare import prepare, step_flops
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session, trial_config, write_task
+from tests.models.test_t5 import alone
 from tests.tiny_t5 import write_complete_t5
 
 TASK = {"train__steps": 12, "optimizer__rate": 0.3, "eval__select": "last"}
@@ -35,6 +39,16 @@ def shared():
 
 def config_of(place, **changes):
     return trial_config(place[0] / "model", place[1], **TASK | changes)
+
+
+def plainly(prepared, delta, input_S, count):
+    """The likeliest answer of so many tokens, each from everything before it."""
+    variables = {"params": prepared.loaded.weights, "delta": delta}
+    said_T = np.zeros(count + 1, int)  # a decoder does not see what comes after
+    for n in range(count):
+        logits_TV = alone(prepared.step.model, variables, input_S, said_T[:-1])
+        said_T[n + 1] = np.argmax(logits_TV[n])
+    return said_T[1:].tolist()
 
 
 def losses(folder):
@@ -114,15 +128,27 @@ def test_operations_of_a_step(place, shared):
     assert costs["memory_bytes"] > 0
 
 
-def test_the_command_line_takes_a_t5(place, shared, tmp_path, capsys):
+def test_the_command_line_takes_a_t5(place, shared, tmp_path, capsys, monkeypatch):
     """Mutation: `load_model` takes every folder for a decoder's; `evaluate` scores the model that
-    was loaded, not the one that the method arranged."""
+    was loaded, not the one that the method arranged, or lets that one write; it writes without
+    the prompt."""
     config = config_of(place, method__place="both", method__prompt_to_input=False)
     run_trial(config, tmp_path, session=shared)
-    assert cli.main(["evaluate", "--run", str(tmp_path)]) == 0
+    written = []
+
+    def recorded(*arguments, **options):
+        written.append(generate(*arguments, **options))
+        return written[0]
+
+    monkeypatch.setattr(evaluation, "generate", recorded)
+    assert cli.main(["evaluate", "--run", str(tmp_path), "--generate"]) == 0
     told = json.loads(capsys.readouterr().out)
     row = json.loads((tmp_path / "result.json").read_text())
     assert told["accuracy"] == row["metrics"]["test"]["accuracy"]
+    assert 0 <= told["generated"]["illegal"] <= 1
+    prepared, (delta, _) = prepare(config, shared), load_delta(tmp_path / "delta.safetensors")
+    for answer, input_S in zip(written[0][:2], prepared.data.test.inputs, strict=False):
+        assert answer == plainly(prepared, delta, input_S, len(answer))
     again = to_dict(config)
     again["method"] |= {"init": "file", "init_file": str(tmp_path / "delta.safetensors")}
     assert prompt_rows(from_dict(again).method.init_file).shape == (5, 20)
