@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from softprompt.inference.decode import generate
 from softprompt.models.loading import load_model
 from softprompt.models.quantize import SCALE, VALUES, dequantize, input_axes
 from softprompt.training.sharding import make_mesh, path_name, put_weight
@@ -164,3 +165,17 @@ def test_a_prompt_is_trained_on_a_quantised_model(folders, tmp_path, name):
         weights = shared.model(config).weights
     assert row["status"] == "done"
     assert weights["embed"]["embedding_q"].dtype == jnp.int8
+
+
+@pytest.mark.parametrize("name", ("llama", "t5"))
+def test_a_quantised_model_decodes_as_its_rounded_weights_do(folders, name, quick):
+    """Mutation: looking up a token's embedding takes the scale of another row."""
+    inputs = [random_examples().inputs[n] for n in (0, 2, 5)]
+    loaded = load_model(str(folders / name), quantize="int8")
+    context = loaded.model.apply({"params": loaded.weights}, method="prompt_context")
+    said, wanted = (
+        generate(loaded.model, weights, ({}, context), inputs, max_new=12, eos_id=None, batch=4)
+        for weights in (loaded.weights, whole(loaded.weights))
+    )
+    assert said == wanted
+    assert len(set(sum(said, []))) > 3
