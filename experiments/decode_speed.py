@@ -45,7 +45,7 @@ def decoder_of(loaded: Loaded, context: int, rows: int, new: int) -> Callable[[]
     tokens_BT = random.integers(2, model.config.vocab, (rows, INPUT)).astype(np.int32)
     lengths_B = random.integers(INPUT // 2, INPUT + 1, rows).astype(np.int32)
     tokens_P = random.integers(2, model.config.vocab, context)
-    shared = {}, model.apply({"params": weights}, jnp.asarray(tokens_P), method="text_context")
+    shared: Any = {}, model.apply({"params": weights}, jnp.asarray(tokens_P), method="text_context")
     prefilled = prefill_function(model)(weights, shared, tokens_BT, lengths_B, slots=INPUT)
     logits_BV, memory = jax.block_until_ready(prefilled)
     who = Rows(np.arange(rows, dtype=np.uint32), np.ones(rows, bool))
