@@ -16,7 +16,7 @@ four forms), about 15 minutes for the smaller and 30 for the larger on two x86 c
 The files that these models come from are 4-bit themselves (Q4_1 and Q4_K_M): what is measured is
 the cost of rounding a second time, to another grid, against the same weights in float32.
 
-Expected: see experiments/LOG.md and the README.
+Expected: not run to its end yet; experiments/LOG.md has the first three trials.
 """
 
 from collections.abc import Sequence
