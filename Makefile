@@ -29,7 +29,8 @@ export PYTHONDONTWRITEBYTECODE =
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PIP_INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-# Modules of tests run side by side; each worker reads the real models for itself.
+# Modules of tests run side by side; each worker reads the real models for itself. PyTorch's threads
+# would wait for one another on the same cores: a worker has one.
 WORKERS := -n auto --maxprocesses 4 --dist loadscope
 
 # $(call require,PYTHON): stops a target that no Python here suits.
@@ -74,7 +75,7 @@ format: $(VENV)/.test  ## format the code and mend what ruff can mend
 	@$(VENV)/bin/ruff check --fix .
 
 parity: $(PARITY_VENV)/.parity  ## compare with live PyTorch, transformers and peft (on Python 3.11)
-	@$(PARITY_VENV)/bin/python -m pytest -m parity $(WORKERS) $(ARGS)
+	@OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(WORKERS) $(ARGS)
 
 lock: $(VENV)/.lock  ## resolve constraints.txt anew, for every Python at once
 	@echo "resolving constraints.txt ..."
