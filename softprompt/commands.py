@@ -129,9 +129,11 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
     experiment = sweeps.load_experiment(arguments.experiment)
     shard = sweeps.parse_shard(arguments.shard)
+    join(arguments.distributed)  # before a config is resolved, which asks JAX for its devices
     trials = sweeps.make_trials(experiment, arguments.subset, overrides)
     trials = sweeps.take_shard(trials, shard)
-    join(arguments.distributed)
+    import jax
+
     from softprompt.progress import Progress
     from softprompt.training.estimate import estimate
     from softprompt.training.loop import terminable
@@ -153,7 +155,8 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             progress=progress,
             estimate=lambda config: estimate(config, session),
         )
-    _write_experiment(experiment, arguments.workdir)
+    if jax.process_index() == 0:
+        _write_experiment(experiment, arguments.workdir)
     for row in failed:
         print(f"softprompt: trial {row['name']} failed: {row['error']}", file=sys.stderr)
     if failed:

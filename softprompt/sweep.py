@@ -173,13 +173,22 @@ def _run_one(
 def record_failure(
     config: ConfigDict, folder: epath.PathLike, error: Exception, seconds: float
 ) -> Row:
-    """Writes and returns a failed trial's row, and the traceback beside it unless a UserError."""
+    """Writes and returns a failed trial's row, and the traceback beside it unless a UserError.
+
+    Of several processes the first writes.
+    """
+    import jax  # here, since what a sweep is made of needs none of it
+
+    writes = jax.process_index() == 0
     reason = " ".join(str(error).split())
     if not isinstance(error, UserError):
         reason = f"{type(error).__name__}: {reason}"
-        write_text(epath.Path(folder) / "traceback.txt", "".join(traceback.format_exception(error)))
+        if writes:
+            text = "".join(traceback.format_exception(error))
+            write_text(epath.Path(folder) / "traceback.txt", text)
     row = make_row(config, status="failed", error=reason, seconds=seconds)
-    write_result(folder, row)
+    if writes:
+        write_result(folder, row)
     return row
 
 

@@ -255,3 +255,20 @@ def twenty_alone(smollm2, snippets_folder):
 def test_smollm2_for_twenty_steps(smollm2, snippets_folder, twenty_alone, shape):
     """Eight devices share two cores: minutes."""
     check_same(run_smollm2(smollm2, snippets_folder, shape, 20), twenty_alone)
+
+
+def test_a_sweep_joins_before_it_asks_for_devices(place, tmp_path):
+    """Fails if configs are resolved first: dtype "auto" asks for devices, and it is too late."""
+    file = tmp_path / "one.py"
+    file.write_text(
+        "from softprompt.config import base_config\nCAPTION = ''\n"
+        "def sweep(subset):\n    return [base_config()]\n"
+        "def table(rows): ...\ndef figure(rows): ...\n"
+    )
+    overrides = [w for w in words(place, place / "model", **TRIAL) if "model.dtype" not in w]
+    command = [sys.executable, "-m", "softprompt", "sweep", str(file), "--dry-run"]
+    address = f"--distributed=localhost:{free_port()},0,1"
+    more = ["--workdir", str(tmp_path / "w"), address, *overrides]
+    done = subprocess.run([*command, *more], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 to run" in done.stdout
