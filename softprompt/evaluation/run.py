@@ -17,9 +17,9 @@ from softprompt.evaluation.scoring import normalise, probabilities, score_batche
 from softprompt.inference.decode import generate
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
-from softprompt.training.prepare import Prepared, behind, prepare
+from softprompt.training.prepare import Prepared, behind, delta_shardings, prepare
 from softprompt.training.session import SPLITS, Session, encode_records
-from softprompt.training.sharding import put, replicated
+from softprompt.training.sharding import put
 from softprompt.training.trial import DELTA, read_config, score
 
 GROUP = 64  # lines answered together
@@ -79,8 +79,7 @@ def open_run(
             f"{file} was trained on weights {origin.get('fingerprint')}, "
             f"{config.model.name} has {prepared.loaded.fingerprint}"
         )
-    whole = replicated(prepared.mesh)
-    return prepared, jax.tree.map(lambda leaf: put(leaf, whole), delta)
+    return prepared, jax.tree.map(put, delta, delta_shardings(prepared, delta))
 
 
 def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, float]:
@@ -90,7 +89,7 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
     longest = max(len(ids) for ids in encoded.candidates) + 1
     answers = generate(
         prepared.step.model,
-        prepared.loaded.weights,
+        prepared.frozen,
         prepared.shared(delta),
         encoded.inputs,
         max_new=longest,
@@ -153,7 +152,7 @@ def _answer(
     multiple, layout = prepared.mesh.shape["data"], prepared.layout
     shape = coarse_shape(encoded, rows=-(-rows // multiple) * multiple, layout=layout)
     batches = eval_batches(encoded, shape, layout=layout)
-    model, weights = prepared.step.model, prepared.loaded.weights
+    model, weights = prepared.step.model, prepared.frozen
     sums_NC, lengths_NC = score_batches(model, weights, shared, batches, mesh=prepared.mesh)
     shares_NC = probabilities(normalise(sums_NC, lengths_NC, config.eval.score))
     labels = list(task.verbalizers)
