@@ -14,7 +14,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from softprompt.errors import UserError, nearest
-from softprompt.schema import CHOICES, OPEN_MAPPINGS, RANGES, UNSCIENTIFIC_SECTIONS, base_config
+from softprompt.schema import (
+    CHOICES,
+    OPEN_MAPPINGS,
+    OPTIMIZER_KEYS,
+    RANGES,
+    UNSCIENTIFIC_SECTIONS,
+    base_config,
+)
 
 __all__ = [
     "ConfigDict",
@@ -170,6 +177,7 @@ def validate(config: ConfigDict) -> None:
             )
         if key in RANGES:
             _check_range(key, value)
+    _check_optimizer(values, defaults)
     _check_together(values)
 
 
@@ -178,6 +186,16 @@ def _check_range(key: str, value: float) -> None:
     if not (low <= value <= high and math.isfinite(value)):
         allowed = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:.10g}"
         raise UserError(f"config key {key!r} is {value!r}; allowed: {allowed}")
+
+
+def _check_optimizer(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Which keys the optimizer reads."""
+    for key, names in OPTIMIZER_KEYS.items():
+        if values[key] != defaults[key] and values["optimizer.name"] not in names:
+            raise UserError(
+                f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
+                f"optimizer.name={values['optimizer.name']}; {', '.join(names)} reads it"
+            )
 
 
 def _check_together(values: Mapping[str, Any]) -> None:

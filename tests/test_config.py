@@ -77,6 +77,17 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
         ("method.init", "text", "'method.init_text' is empty; method.init=text needs it"),
         ("train.microbatches", "5", "must divide train.batch, 32"),
         ("optimizer.warmup", "200", "at most train.steps, 100"),
+        (
+            "optimizer.momentum",
+            "1",
+            "config key 'optimizer.momentum' is 1.0; allowed: 0 to 0.999999",
+        ),
+        ("optimizer.factored", "no", "config key 'optimizer.factored' is 'no'; it takes True or"),
+        (
+            "optimizer.start_step",
+            "-1",
+            "config key 'optimizer.start_step' is -1; allowed: 0 to 1073",
+        ),
         ("mesh.data", "0", "config key 'mesh.data' is 0"),
         ("task.source", "my.jsonl", "allowed: jsonl:PATH"),
         ("task.source", "jsonl:my.jsonl", "'task.template' is empty"),
@@ -87,6 +98,46 @@ def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(key, tex
         load_config("", [(key, text)])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"optimizer.momentum": "0.9"},
+            "config key 'optimizer.momentum' is 0.9; allowed: 0.0 with optimizer.name=adamw; "
+            "sgd reads it",
+        ),
+        (
+            {"optimizer.name": "adafactor", "optimizer.start_step": "0"},
+            "config key 'optimizer.start_step' is 0; allowed: 1100000 with "
+            "optimizer.name=adafactor; adafactor_t5x reads it",
+        ),
+        (
+            {"optimizer.name": "sgd", "optimizer.factored": "False"},
+            "config key 'optimizer.factored' is False; allowed: True with optimizer.name=sgd; "
+            "adafactor, adafactor_t5x reads it",
+        ),
+    ],
+)
+def test_a_key_that_nothing_would_read_is_a_mistake(keys, message):
+    """Mutation: a momentum that AdamW ignores in silence."""
+    with pytest.raises(UserError) as caught:
+        load_config("", list(keys.items()))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"optimizer.name": "sgd", "optimizer.momentum": "0.9"},
+        {"optimizer.name": "adafactor_t5x", "optimizer.start_step": "0"},
+        {"optimizer.name": "adafactor_t5x", "optimizer.factored": "False"},
+        {"optimizer.name": "adafactor", "optimizer.factored": "False"},
+    ],
+)
+def test_and_where_it_is_read_it_is_none(keys):
+    load_config("", list(keys.items()))
 
 
 def test_every_choice_is_checked():

@@ -13,22 +13,33 @@ import optax
 
 from softprompt.errors import unknown
 
-OPTIMIZERS = ("adafactor", "adamw")
-SCHEDULES = ("constant", "cosine", "linear")
+Tree = Any
+OPTIMIZERS = ("adafactor", "adafactor_t5x", "adamw", "sgd")
 
 
 class OptimizerConfig(NamedTuple):
     """The static half of an optimizer.
 
     Attributes:
-        name: "adamw" (arXiv 1711.05101) or "adafactor" (arXiv 1804.04235, no parameter scaling).
-        weight_decay: AdamW's is scaled by the rate, Adafactor's is not.
+        name: "adamw" (arXiv 1711.05101), "adafactor" (arXiv 1804.04235, no parameter scaling),
+            "adafactor_t5x" (the same, its second moment begun late: see `start_step`) or "sgd".
+        weight_decay: AdamW's and SGD's are scaled by the rate; Adafactor's is not: it multiplies
+            the delta by 1 - weight_decay each step. SGD's goes through the momentum.
         clip: largest global norm of the gradient; 0 switches clipping off.
         b1: decay of AdamW's first moment.
         b2: decay of AdamW's second moment.
         eps: AdamW's epsilon.
+        momentum: SGD's, as in m = momentum * m + gradient; 0 is plain SGD.
         decay_rate: exponent of Adafactor's second-moment decay.
-        factored_min: a second moment is factored where both sides are at least this long.
+        factored: whether Adafactor factors second moments at all.
+        factored_min: a second moment is factored where its two longest sides are at least this
+            long: with 128, a prompt of 150 vectors is factored and one of 100 is not.
+        start_step: adafactor_t5x: where its step count begins. Prompt tuning in T5X restores the
+            adapted model's step, 1,100,000, while the prompt's second moment starts at zero. So
+            that moment's decay is 1 - (start_step + 1)^-0.8 = 0.9999853 from the first step on,
+            nothing corrects its bias, and the update is far above the RMS of 1 that it is clipped
+            to: every step has that RMS, times the rate. (`step_offset` of optax and T5X is
+            subtracted from the step, and this is added to it.)
     """
 
     name: str = "adamw"
@@ -37,8 +48,11 @@ class OptimizerConfig(NamedTuple):
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    momentum: float = 0.0
     decay_rate: float = 0.8
+    factored: bool = True
     factored_min: int = 128
+    start_step: int = 1_100_000
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -48,22 +62,32 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         UserError: an unknown name.
     """
     rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0)
-    clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
+    parts = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
     if cfg.name == "adamw":
         moments = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
-        return optax.chain(*clip, moments, optax.add_decayed_weights(cfg.weight_decay), rate)
-    if cfg.name == "adafactor":
-        moments = optax.scale_by_factored_rms(
-            decay_rate=cfg.decay_rate, min_dim_size_to_factor=cfg.factored_min
-        )
+        parts += [moments, optax.add_decayed_weights(cfg.weight_decay), rate]
+    elif cfg.name == "sgd":
+        trace = [optax.trace(cfg.momentum)] if cfg.momentum else []
+        parts += [optax.add_decayed_weights(cfg.weight_decay), *trace, rate]
+    elif cfg.name in ("adafactor", "adafactor_t5x"):
         bounded = optax.clip_by_block_rms(1.0)
-        return optax.chain(
-            *clip, moments, bounded, rate, optax.add_decayed_weights(-cfg.weight_decay)
-        )
-    raise unknown("config.optimizer.name", cfg.name, OPTIMIZERS)
+        parts += [_second_moment(cfg), bounded, rate, optax.add_decayed_weights(-cfg.weight_decay)]
+    else:
+        raise unknown("config.optimizer.name", cfg.name, OPTIMIZERS)
+    return optax.chain(*parts)
 
 
-def set_rate(opt_state: Any, rate: float | np.floating | jax.Array) -> Any:
+def _second_moment(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Adafactor's; epsilon is added to the squared gradient, in optax as in T5X."""
+    return optax.scale_by_factored_rms(
+        factored=cfg.factored,
+        decay_rate=cfg.decay_rate,
+        step_offset=-cfg.start_step if cfg.name == "adafactor_t5x" else 0,
+        min_dim_size_to_factor=cfg.factored_min,
+    )
+
+
+def set_rate(opt_state: Tree, rate: float | np.floating | jax.Array) -> Tree:
     """The state with this learning rate for the next update."""
     return optax.tree.set(opt_state, learning_rate=rate)
 
@@ -72,19 +96,26 @@ def rates(name: str, *, peak: float, warmup: int, steps: int) -> np.ndarray:
     """The learning rate of every step, float32 [steps].
 
     Args:
-        name: after the warm-up, "constant", or a "cosine" or "linear" fall to zero at the end.
+        name: after the warm-up, "constant", a "cosine" or "linear" fall to zero at the end, or
+            "inverse_sqrt": peak * sqrt(w / max(step, w)) with w = max(1, warmup), steps counted
+            from 1.
         peak: the rate that warm-up climbs to, linearly from zero.
         warmup: steps of warm-up.
         steps: all steps.
 
     Raises:
         UserError: an unknown schedule.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 3, for inverse_sqrt, with `peak` where
+    they have the width. T5 (arXiv 1910.10683, section 3.1.2) holds the peak during the warm-up.
     """
     offset = 1 if warmup else 0  # the first step of a warm-up moves, and so does the last of a fall
     rest = max(1, steps - warmup + offset)
+    first = max(1, warmup)
     falls = {
         "constant": optax.constant_schedule(peak),
         "cosine": optax.cosine_decay_schedule(peak, rest),
+        "inverse_sqrt": lambda later: peak * jnp.sqrt(first / (first + later)),
         "linear": optax.linear_schedule(peak, 0.0, rest),
     }
     if name not in falls:

@@ -7,9 +7,21 @@ import optax
 import pytest
 
 from softprompt.errors import UserError
-from softprompt.training.optimizers import OptimizerConfig, make_optimizer, rates, set_rate
+from softprompt.training.optimizers import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    make_optimizer,
+    rates,
+    set_rate,
+)
 
 RATES = np.array([0.1, 0.03, 0.2, 0.05, 0.01], np.float32)
+
+
+def gradients(delta, step):
+    return jax.tree.map(
+        lambda leaf: jax.random.normal(jax.random.key(step), leaf.shape) * 4**step, delta
+    )
 
 
 def walk(tx, delta, *, given=True):
@@ -17,10 +29,7 @@ def walk(tx, delta, *, given=True):
     state, path = tx.init(delta), []
     update = jax.jit(tx.update)
     for step, rate in enumerate(RATES):
-        grads = jax.tree.map(
-            lambda leaf, step=step: jax.random.normal(jax.random.key(step), leaf.shape) * 4**step,
-            delta,
-        )
+        grads = gradients(delta, step)
         if given:
             state = set_rate(state, rate)
         updates, state = update(grads, state, delta)
@@ -84,7 +93,18 @@ def test_clipping_bounds_the_global_norm(delta):
     assert np.abs(free - clipped).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_decays_as_the_gradient_of_a_penalty(delta, momentum):
+    """Mutation: decay behind the momentum or the rate; Nesterov's momentum; a damped one."""
+    found = walk(make_optimizer(OptimizerConfig("sgd", 0.1, momentum=momentum)), delta)
+    wanted_PD, sum_PD = np.array(delta["prompt"], np.float64), 0
+    for step, rate in enumerate(RATES):
+        sum_PD = momentum * sum_PD + gradients(delta, step)["prompt"] + 0.1 * wanted_PD
+        wanted_PD = wanted_PD - rate * sum_PD
+        np.testing.assert_allclose(found[step], wanted_PD, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_rate_reaches_the_update_without_a_new_program(delta, name):
     """Mutation: `set_rate` sets nothing; the rate is a constant of the optimizer."""
     tx = make_optimizer(OptimizerConfig(name))
@@ -104,7 +124,9 @@ def test_the_rate_reaches_the_update_without_a_new_program(delta, name):
 
 
 def test_schedules():
-    """Mutation: a first step of rate zero; a warm-up that peaks a step late; no fall."""
+    """Mutation: a first step of rate zero; a warm-up that peaks a step late; no fall; an inverse
+    square root of the steps since the warm-up, or of steps counted from 0.
+    """
     np.testing.assert_allclose(rates("constant", peak=2.0, warmup=0, steps=4), [2, 2, 2, 2])
     np.testing.assert_allclose(rates("linear", peak=2.0, warmup=0, steps=4), [2, 1.5, 1, 0.5])
     cosine = 1 + np.cos(np.pi * np.arange(6) / 6)
@@ -112,11 +134,15 @@ def test_schedules():
     warm = rates("cosine", peak=3.0, warmup=3, steps=12)
     np.testing.assert_allclose(warm[:3], [1, 2, 3], rtol=1e-6)
     assert warm[2] == warm.max() and np.all(np.diff(warm[2:]) < 0) and 0 < warm[-1] < 0.3
+    inverse = [4, 4 / np.sqrt(2), 4 / np.sqrt(3), 2]
+    np.testing.assert_allclose(rates("inverse_sqrt", peak=4.0, warmup=0, steps=4), inverse)
+    inverse = [2, 4, 4 * np.sqrt(2 / 3), 4 * np.sqrt(2 / 4), 4 * np.sqrt(2 / 5)]
+    np.testing.assert_allclose(rates("inverse_sqrt", peak=4.0, warmup=2, steps=5), inverse)
     climb = rates("constant", peak=1.0, warmup=4, steps=6)
     np.testing.assert_allclose(climb, [0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "inverse_sqrt", "linear"])
 @pytest.mark.parametrize("warmup, steps", [(0, 1), (1, 1), (5, 5), (0, 0)])
 def test_short_schedules_are_finite(name, warmup, steps):
     """Mutation: divide by `steps - warmup`."""
