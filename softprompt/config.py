@@ -20,6 +20,7 @@ from softprompt.schema import (
     OPTIMIZER_KEYS,
     RANGES,
     UNSCIENTIFIC_SECTIONS,
+    UNTRAINED,
     base_config,
 )
 
@@ -189,12 +190,18 @@ def _check_range(key: str, value: float) -> None:
 
 
 def _check_optimizer(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Which keys the optimizer reads."""
+    """What the optimizer and the method demand of the optimizer's keys."""
     for key, names in OPTIMIZER_KEYS.items():
         if values[key] != defaults[key] and values["optimizer.name"] not in names:
             raise UserError(
                 f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
                 f"optimizer.name={values['optimizer.name']}; {', '.join(names)} reads it"
+            )
+    for key in ("optimizer.max_row_norm",):
+        if values[key] and values["method.name"] in UNTRAINED:
+            raise UserError(
+                f"config key {key!r} is {values[key]!r}; allowed: 0 with "
+                f"method.name={values['method.name']}, which trains nothing"
             )
 
 

@@ -43,6 +43,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.eps": (0, math.inf),
     "optimizer.momentum": (0, 0.999999),
     "optimizer.start_step": (0, 2**30),
+    "optimizer.max_row_norm": (0, math.inf),
     "optimizer.factored_min": (1, math.inf),
     "optimizer.decay_rate": (0, 1),
     "train.steps": (0, math.inf),
@@ -65,6 +66,9 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     "optimizer.start_step": ("adafactor_t5x",),
     "optimizer.factored": ("adafactor", "adafactor_t5x"),
 }
+
+# Methods that train nothing, so that nothing can be capped.
+UNTRAINED = ("none", "fewshot")
 
 # What may differ between two runs of the same trial: none of it is part of the trial's id.
 UNSCIENTIFIC_SECTIONS = ("log", "mesh")
@@ -174,6 +178,9 @@ def _optimizer() -> dict[str, Any]:
         "decay_rate": 0.8,  # adafactor, adafactor_t5x: exponent of the second moment's decay
         # adafactor_t5x: the step that its second moment's decay counts from, over an empty moment
         "start_step": 1_100_000,
+        # longest row of a prompt, a norm, or with rate_unit=embedding_rms in multiples of an
+        # embedding's (their RMS times the root of the width); longer ones are shortened; 0 is off
+        "max_row_norm": 0.0,
     }
 
 

@@ -88,6 +88,8 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
             "-1",
             "config key 'optimizer.start_step' is -1; allowed: 0 to 1073",
         ),
+        ("optimizer.max_row_norm", "-1", "'optimizer.max_row_norm' is -1.0; allowed: at least 0"),
+        ("optimizer.max_row_norm", "inf", "'optimizer.max_row_norm' is inf; allowed: at least 0"),
         ("mesh.data", "0", "config key 'mesh.data' is 0"),
         ("task.source", "my.jsonl", "allowed: jsonl:PATH"),
         ("task.source", "jsonl:my.jsonl", "'task.template' is empty"),
@@ -118,6 +120,11 @@ def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(key, tex
             "config key 'optimizer.factored' is False; allowed: True with optimizer.name=sgd; "
             "adafactor, adafactor_t5x reads it",
         ),
+        (
+            {"method.name": "fewshot", "optimizer.max_row_norm": "3"},
+            "config key 'optimizer.max_row_norm' is 3.0; allowed: 0 with method.name=fewshot, "
+            "which trains nothing",
+        ),
     ],
 )
 def test_a_key_that_nothing_would_read_is_a_mistake(keys, message):
@@ -134,6 +141,7 @@ def test_a_key_that_nothing_would_read_is_a_mistake(keys, message):
         {"optimizer.name": "adafactor_t5x", "optimizer.start_step": "0"},
         {"optimizer.name": "adafactor_t5x", "optimizer.factored": "False"},
         {"optimizer.name": "adafactor", "optimizer.factored": "False"},
+        {"optimizer.max_row_norm": "3"},
     ],
 )
 def test_and_where_it_is_read_it_is_none(keys):

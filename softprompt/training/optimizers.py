@@ -1,7 +1,8 @@
 """Optimizers and schedules, from optax.
 
 The learning rate is data, not code: it is a scalar of the optimizer's state, written by the host
-before each step, so that trials which differ in rate or schedule share one compiled step.
+before each step, so that trials which differ in rate or schedule share one compiled step. So is the
+largest norm of a prompt's row.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt.errors import unknown
+from softprompt.errors import UserError, unknown
+from softprompt.training.sharding import path_name
 
 Tree = Any
 OPTIMIZERS = ("adafactor", "adafactor_t5x", "adamw", "sgd")
@@ -40,6 +42,7 @@ class OptimizerConfig(NamedTuple):
             nothing corrects its bias, and the update is far above the RMS of 1 that it is clipped
             to: every step has that RMS, times the rate. (`step_offset` of optax and T5X is
             subtracted from the step, and this is added to it.)
+        cap_rows: whether rows of prompts have a largest norm; it is set with `set_row_cap`.
     """
 
     name: str = "adamw"
@@ -53,6 +56,7 @@ class OptimizerConfig(NamedTuple):
     factored: bool = True
     factored_min: int = 128
     start_step: int = 1_100_000
+    cap_rows: bool = False
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -74,6 +78,8 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         parts += [_second_moment(cfg), bounded, rate, optax.add_decayed_weights(-cfg.weight_decay)]
     else:
         raise unknown("config.optimizer.name", cfg.name, OPTIMIZERS)
+    if cfg.cap_rows:
+        parts.append(optax.inject_hyperparams(cap_row_norms)(max_row_norm=0.0))
     return optax.chain(*parts)
 
 
@@ -90,6 +96,62 @@ def _second_moment(cfg: OptimizerConfig) -> optax.GradientTransformation:
 def set_rate(opt_state: Tree, rate: float | np.floating | jax.Array) -> Tree:
     """The state with this learning rate for the next update."""
     return optax.tree.set(opt_state, learning_rate=rate)
+
+
+def set_row_cap(opt_state: Tree, norm: float | np.floating | jax.Array) -> Tree:
+    """The state of an optimizer with `cap_rows`, with this largest norm from now on."""
+    return optax.tree.set(opt_state, max_row_norm=norm)
+
+
+def cap_row_norms(max_row_norm: float | jax.Array) -> optax.GradientTransformation:
+    """Shortens the rows of prompts that an update leaves longer than `max_row_norm`.
+
+    It projects where the update leads, so it stands behind all that makes the update. Rows that
+    stay within the cap are updated as without it; others get the cap's norm, to rounding.
+
+    Raises:
+        UserError: the delta has no prompt (when the state is made).
+    """
+
+    def init(delta: Tree) -> optax.EmptyState:
+        if not prompts(delta):
+            raise UserError(
+                "config key 'optimizer.max_row_norm' is set; allowed: 0 with this method, whose "
+                "delta has no prompt"
+            )
+        return optax.EmptyState()
+
+    def one(path: Any, update: jax.Array, old: jax.Array) -> jax.Array:
+        if not is_prompt(path):
+            return update
+        new = old + update
+        norm = jnp.linalg.norm(new, axis=-1, keepdims=True)
+        return jnp.where(norm > max_row_norm, new * (max_row_norm / norm) - old, update)
+
+    def project(updates: Tree, state: Any, delta: Tree | None = None) -> tuple[Tree, Any]:
+        return jax.tree_util.tree_map_with_path(one, updates, delta), state
+
+    return optax.GradientTransformation(init, project)
+
+
+def is_prompt(path: Any) -> bool:
+    """Whether a leaf of a delta is a prompt, rows that stand among embeddings."""
+    return path_name(path).rsplit("/", 1)[-1] == "prompt"
+
+
+def prompts(delta: Tree) -> list[jax.Array]:
+    """A delta's prompts, each [..., P, D]."""
+    leaves = jax.tree_util.tree_flatten_with_path(delta)[0]
+    return [leaf for path, leaf in leaves if is_prompt(path)]
+
+
+def row_norms(delta: Tree) -> dict[str, jax.Array]:
+    """Smallest, mean and largest norm of the rows of a delta's prompts; {} where it has none."""
+    norms = [jnp.linalg.norm(leaf, axis=-1).ravel() for leaf in prompts(delta) if leaf.size]
+    if not norms:
+        return {}
+    rows = jnp.concatenate(norms)
+    return {"row_norm_min": rows.min(), "row_norm_mean": rows.mean(), "row_norm_max": rows.max()}
 
 
 def rates(name: str, *, peak: float, warmup: int, steps: int) -> np.ndarray:

@@ -12,7 +12,9 @@ from softprompt.training.optimizers import (
     OptimizerConfig,
     make_optimizer,
     rates,
+    row_norms,
     set_rate,
+    set_row_cap,
 )
 
 RATES = np.array([0.1, 0.03, 0.2, 0.05, 0.01], np.float32)
@@ -102,6 +104,72 @@ def test_sgd_decays_as_the_gradient_of_a_penalty(delta, momentum):
         sum_PD = momentum * sum_PD + gradients(delta, step)["prompt"] + 0.1 * wanted_PD
         wanted_PD = wanted_PD - rate * sum_PD
         np.testing.assert_allclose(found[step], wanted_PD, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_capped_rows(delta, name):
+    """Mutation: cap before the update; scale the whole prompt, or columns; cap other leaves too;
+    shorten rows below the cap."""
+    delta = {"encoder": delta, "other": 9 * delta["prompt"]}
+    cfg = OptimizerConfig(name, cap_rows=True)
+    tx, free = make_optimizer(cfg), make_optimizer(cfg._replace(cap_rows=False))
+    norms_P = np.linalg.norm(delta["encoder"]["prompt"], axis=1)
+    cap = np.float32(np.median(norms_P))
+    state = set_row_cap(set_rate(tx.init(delta), np.float32(0.01)), cap)
+    free_state = set_rate(free.init(delta), np.float32(0.01))
+    capped = within = 0
+    for step in range(3):
+        grads = gradients(delta, step)
+        free_updates, free_state = free.update(grads, free_state, delta)
+        wanted = optax.apply_updates(delta, free_updates)
+        updates, state = tx.update(grads, state, delta)
+        delta = optax.apply_updates(delta, updates)
+        np.testing.assert_array_equal(delta["other"], wanted["other"])
+        for ours_D, free_D in zip(
+            *(np.array(x["encoder"]["prompt"]) for x in (delta, wanted)), strict=True
+        ):
+            norm = np.linalg.norm(free_D.astype(np.float64))
+            if norm > cap:
+                np.testing.assert_allclose(ours_D, free_D * cap / norm, rtol=1e-5, atol=1e-6)
+                capped += 1
+            else:
+                np.testing.assert_array_equal(ours_D, free_D)
+                within += 1
+        assert np.linalg.norm(delta["encoder"]["prompt"], axis=1).max() <= cap * (1 + 1e-6)
+    assert capped and within
+
+
+def test_a_cap_needs_a_prompt():
+    """Mutation: a cap that does nothing, and says nothing."""
+    tx = make_optimizer(OptimizerConfig(cap_rows=True))
+    with pytest.raises(UserError, match="'optimizer.max_row_norm' is set; allowed: 0 with this"):
+        tx.init({"layers": {"lora_a": jnp.zeros((2, 3))}})
+
+
+def test_a_row_that_is_not_finite_is_not_hidden(delta):
+    """The loop stops there. Mutation: divide by the norm whatever it is, `nan_to_num`."""
+    tx = make_optimizer(OptimizerConfig("sgd", cap_rows=True))
+    state = set_row_cap(set_rate(tx.init(delta), np.float32(1)), np.float32(2))
+    for bad in (jnp.nan, jnp.inf):
+        grads = {"prompt": jnp.zeros((12, 16)).at[3, 4].set(bad)}
+        updates, _ = tx.update(grads, state, delta)
+        assert not np.isfinite(row_norms(optax.apply_updates(delta, updates))["row_norm_max"])
+    zero = {"prompt": jnp.zeros((12, 16))}
+    updates, _ = tx.update(zero, state, zero)
+    assert not np.any(updates["prompt"]), "rows of zeros stay"
+
+
+def test_row_norms():
+    """Mutation: norms of columns, or of every leaf; the mean of the places' means."""
+    delta = {
+        "encoder": {"prompt": jnp.array([[3.0, 4.0], [0.0, 1.0], [0.0, 3.0]])},
+        "decoder": {"prompt": jnp.array([[6.0, 8.0]])},
+        "mlp": {"kernel": jnp.full((2, 2), 99.0)},
+    }
+    found = {name: float(norm) for name, norm in row_norms(delta).items()}
+    assert found == {"row_norm_min": 1.0, "row_norm_mean": 4.75, "row_norm_max": 10.0}
+    assert row_norms({"mlp": delta["mlp"]}) == {}
+    assert row_norms({"prompt": jnp.zeros((0, 4))}) == {}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

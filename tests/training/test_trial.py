@@ -177,6 +177,20 @@ def test_selecting_the_last_delta(place, done, tiny_folder, session, tmp_path):
     assert norm == pytest.approx(trained["delta_norm"], rel=1e-6)
 
 
+@pytest.mark.parametrize("unit", ["absolute", "embedding_rms"])
+def test_rows_stay_within_the_cap(place, tiny_folder, session, tmp_path, unit):
+    """In the rate's unit. Mutation: the cap is not set, or another unit's; the root of the width is
+    left out."""
+    more = {"optimizer__rate": 0.5, "optimizer__rate_unit": unit, "optimizer__max_row_norm": 1.5}
+    config = make_config(place, tiny_folder, **more)
+    run_trial(config, tmp_path, session=session)
+    table_VD = np.asarray(session.model(config).weights["embed"]["embedding"], np.float64)
+    typical = np.sqrt(np.mean(table_VD**2) * table_VD.shape[1])
+    cap = 1.5 * (typical if unit == "embedding_rms" else 1)
+    lines = [line for line in read_log(tmp_path) if "loss" in line]
+    assert max(line["row_norm_max"] for line in lines) == pytest.approx(cap, rel=1e-5)
+
+
 def test_microbatches_change_nothing(place, done, tiny_folder, session, tmp_path):
     """Mutation: pad the rows to the mesh alone, so that they do not divide."""
     batch = {"train__batch": 6, "mesh__model": 8}
