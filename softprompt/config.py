@@ -197,7 +197,7 @@ def _check_optimizer(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
                 f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
                 f"optimizer.name={values['optimizer.name']}; {', '.join(names)} reads it"
             )
-    for key in ("optimizer.max_row_norm",):
+    for key in ("train.ema", "optimizer.max_row_norm"):
         if values[key] and values["method.name"] in UNTRAINED:
             raise UserError(
                 f"config key {key!r} is {values[key]!r}; allowed: 0 with "

@@ -50,6 +50,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.batch": (1, math.inf),
     "train.microbatches": (1, math.inf),
     "train.z_loss": (0, math.inf),
+    "train.ema": (0, 0.999999),
     "eval.every": (0, math.inf),
     "eval.patience": (0, math.inf),
     "eval.text_tokens": (1, math.inf),
@@ -67,7 +68,7 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     "optimizer.factored": ("adafactor", "adafactor_t5x"),
 }
 
-# Methods that train nothing, so that nothing can be capped.
+# Methods that train nothing, so that nothing can be averaged or capped.
 UNTRAINED = ("none", "fewshot")
 
 # What may differ between two runs of the same trial: none of it is part of the trial's id.
@@ -190,6 +191,8 @@ def _train() -> dict[str, Any]:
         "batch": 32,  # examples a step, over all devices
         "microbatches": 1,  # a step's rows in this many parts, gradients summed; divides `batch`
         "z_loss": 0.0,  # weight of the squared log-normaliser in the loss; 0 is off
+        # decay of the delta's moving average, which is then what is validated and kept; 0 is off
+        "ema": 0.0,
     }
 
 

@@ -82,6 +82,8 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
             "1",
             "config key 'optimizer.momentum' is 1.0; allowed: 0 to 0.999999",
         ),
+        ("train.ema", "1", "config key 'train.ema' is 1.0; allowed: 0 to 0.999999"),
+        ("train.ema", "-0.1", "config key 'train.ema' is -0.1; allowed: 0 to 0.999999"),
         ("optimizer.factored", "no", "config key 'optimizer.factored' is 'no'; it takes True or"),
         (
             "optimizer.start_step",
@@ -121,6 +123,10 @@ def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(key, tex
             "adafactor, adafactor_t5x reads it",
         ),
         (
+            {"method.name": "none", "train.ema": "0.9"},
+            "config key 'train.ema' is 0.9; allowed: 0 with method.name=none, which trains nothing",
+        ),
+        (
             {"method.name": "fewshot", "optimizer.max_row_norm": "3"},
             "config key 'optimizer.max_row_norm' is 3.0; allowed: 0 with method.name=fewshot, "
             "which trains nothing",
@@ -141,7 +147,7 @@ def test_a_key_that_nothing_would_read_is_a_mistake(keys, message):
         {"optimizer.name": "adafactor_t5x", "optimizer.start_step": "0"},
         {"optimizer.name": "adafactor_t5x", "optimizer.factored": "False"},
         {"optimizer.name": "adafactor", "optimizer.factored": "False"},
-        {"optimizer.max_row_norm": "3"},
+        {"train.ema": "0.9", "optimizer.max_row_norm": "3"},
     ],
 )
 def test_and_where_it_is_read_it_is_none(keys):

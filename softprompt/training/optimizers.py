@@ -43,6 +43,7 @@ class OptimizerConfig(NamedTuple):
             to: every step has that RMS, times the rate. (`step_offset` of optax and T5X is
             subtracted from the step, and this is added to it.)
         cap_rows: whether rows of prompts have a largest norm; it is set with `set_row_cap`.
+        ema: decay of the delta's moving average; 0 switches it off.
     """
 
     name: str = "adamw"
@@ -57,6 +58,7 @@ class OptimizerConfig(NamedTuple):
     factored_min: int = 128
     start_step: int = 1_100_000
     cap_rows: bool = False
+    ema: float = 0.0
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -80,6 +82,8 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         raise unknown("config.optimizer.name", cfg.name, OPTIMIZERS)
     if cfg.cap_rows:
         parts.append(optax.inject_hyperparams(cap_row_norms)(max_row_norm=0.0))
+    if cfg.ema:
+        parts.append(average_delta(cfg.ema))
     return optax.chain(*parts)
 
 
@@ -132,6 +136,36 @@ def cap_row_norms(max_row_norm: float | jax.Array) -> optax.GradientTransformati
         return jax.tree_util.tree_map_with_path(one, updates, delta), state
 
     return optax.GradientTransformation(init, project)
+
+
+class AverageState(NamedTuple):
+    """The moving average of the deltas so far, the initial one included."""
+
+    average: Tree
+
+
+def average_delta(decay: float) -> optax.GradientTransformation:
+    """Keeps average = decay * average + (1 - decay) * delta of the updated delta; changes nothing.
+
+    It stands last, where the update is final. The average begins as the initial delta.
+    """
+
+    def init(delta: Tree) -> AverageState:
+        return AverageState(jax.tree.map(jnp.copy, delta))  # both trees are donated
+
+    def follow(
+        updates: Tree, state: AverageState, delta: Tree | None = None
+    ) -> tuple[Tree, AverageState]:
+        new = optax.apply_updates(delta, updates)
+        average = optax.incremental_update(new, state.average, 1 - decay)
+        return updates, AverageState(average)
+
+    return optax.GradientTransformation(init, follow)
+
+
+def averaged(delta: Tree, opt_state: Tree) -> Tree:
+    """The delta that is evaluated and kept: its average, or itself where none is taken."""
+    return optax.tree.get(opt_state, "average", delta)
 
 
 def is_prompt(path: Any) -> bool:

@@ -243,4 +243,5 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
         factored_min=o.factored_min,
         start_step=o.start_step,
         cap_rows=o.max_row_norm > 0,
+        ema=config.train.ema,
     )

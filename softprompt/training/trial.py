@@ -185,7 +185,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         "seconds": state.seconds,
     }
     if config.eval.select == "last":
-        return state.delta, {"validation": state.last_scores, "selected_step": state.step}, facts
+        return state.tested(), {"validation": state.last_scores, "selected_step": state.step}, facts
     return state.best, {"validation": state.best_scores, "selected_step": state.best_step}, facts
 
 

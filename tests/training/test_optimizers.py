@@ -10,6 +10,7 @@ from softprompt.errors import UserError
 from softprompt.training.optimizers import (
     OPTIMIZERS,
     OptimizerConfig,
+    averaged,
     make_optimizer,
     rates,
     row_norms,
@@ -157,6 +158,32 @@ def test_a_row_that_is_not_finite_is_not_hidden(delta):
     zero = {"prompt": jnp.zeros((12, 16))}
     updates, _ = tx.update(zero, state, zero)
     assert not np.any(updates["prompt"]), "rows of zeros stay"
+
+
+@pytest.mark.parametrize("cap", [False, True])
+def test_the_average_follows_the_delta(delta, cap):
+    """Mutation: average the updates, the delta before them, or before the cap; begin at zero;
+    decay for 1 - decay; another delta because of it."""
+    cfg = OptimizerConfig("adamw", 0.1, cap_rows=cap)
+    tx, plain = make_optimizer(cfg._replace(ema=0.75)), make_optimizer(cfg)
+    first, state, plain_state = delta, tx.init(delta), plain.init(delta)
+    if cap:
+        state, plain_state = (set_row_cap(x, np.float32(3)) for x in (state, plain_state))
+    assert averaged(None, state)["prompt"] is not delta["prompt"], "both are donated"
+    np.testing.assert_array_equal(averaged(None, state)["prompt"], delta["prompt"])
+    assert averaged(delta, plain_state) is delta, "none is taken"
+    wanted_PD = np.array(delta["prompt"], np.float64)
+    for step, rate in enumerate(RATES):
+        grads = gradients(delta, step)
+        updates, state = tx.update(grads, set_rate(state, rate), delta)
+        plain_updates, plain_state = plain.update(grads, set_rate(plain_state, rate), delta)
+        np.testing.assert_array_equal(updates["prompt"], plain_updates["prompt"])
+        delta = optax.apply_updates(delta, updates)
+        wanted_PD = 0.75 * wanted_PD + 0.25 * np.array(delta["prompt"], np.float64)
+        found_PD = averaged(delta, state)["prompt"]
+        np.testing.assert_allclose(found_PD, wanted_PD, rtol=1e-5, atol=1e-6)
+    assert np.abs(wanted_PD - first["prompt"]).max() > 0.1
+    assert np.abs(wanted_PD - delta["prompt"]).max() > 0.05
 
 
 def test_row_norms():
