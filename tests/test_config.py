@@ -9,6 +9,7 @@ from softprompt import config as configs
 from softprompt import schema
 from softprompt.config import base_config, from_dict, resolve, scientific, to_dict, trial_id
 from softprompt.config_files import list_modules, load_config, parse_arg
+from softprompt.data.tasks import get_task
 from softprompt.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -259,6 +260,51 @@ def test_every_config_file_loads_and_says_what_it_is(path):
     text = (REPOSITORY / path).read_text()
     for word in ("Question:", "Command:", "Cost:"):
         assert word in text
+
+
+def test_the_papers_setting():
+    """Section 1 of what is to be reproduced. Mutation: any number of the preset."""
+    flat = configs.flatten(load_config("configs/paper.py"))
+    wanted = {
+        "model.name": "google/t5-base-lm-adapt",
+        "method.length": 100,
+        "method.init": "labels",
+        "method.place": "encoder",
+        "method.prompt_to_input": True,
+        "task.name": "boolq_dev",
+        "task.max_input": 512,
+        "task.max_target": 8,
+        "train.batch": 32,
+        "train.steps": 30_000,
+        "train.z_loss": 1e-4,
+        "optimizer.name": "adafactor_t5x",
+        "optimizer.rate": 0.3,
+        "optimizer.rate_unit": "absolute",
+        "optimizer.schedule": "constant",
+        "optimizer.warmup": 0,
+        "optimizer.weight_decay": 1e-5,
+        "optimizer.decay_rate": 0.8,
+        "optimizer.start_step": 1_100_000,
+        "optimizer.clip": 0.0,
+        "eval.metric": "accuracy",
+        "eval.select": "best",
+    }
+    assert {key: flat[key] for key in wanted} == wanted
+    task = get_task(load_config("configs/paper.py").task)
+    assert dict(task.verbalizers) == {"False": " False", "True": " True"}
+    assert task.splits["validation"] == task.splits["test"], "as in the paper"
+
+
+def test_the_papers_sizes():
+    names = [load_config(f"configs/paper.py:{size}").model.name for size in ("small", "xxl")]
+    assert names == ["google/t5-small-lm-adapt", "google/t5-xxl-lm-adapt"]
+    config = load_config("configs/paper.py:xl,task=rte_dev,seed=2")
+    assert (config.model.name, config.task.name) == ("google/t5-xl-lm-adapt", "rte_dev")
+    assert config.seed == 2
+    with pytest.raises(UserError, match="'base,xl' names base and xl; allowed: one size"):
+        load_config("configs/paper.py:base,xl")
+    with pytest.raises(UserError, match="unknown config argument 'bas' .did you mean 'base'"):
+        load_config("configs/paper.py:bas")
 
 
 @pytest.mark.parametrize(
