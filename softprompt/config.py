@@ -17,6 +17,7 @@ from softprompt.errors import UserError, nearest
 from softprompt.schema import (
     CHOICES,
     OPEN_MAPPINGS,
+    OPTIMIZER_KEYS,
     RANGES,
     UNSCIENTIFIC_SECTIONS,
     UNTRAINED,
@@ -177,6 +178,7 @@ def validate(config: ConfigDict) -> None:
             )
         if key in RANGES:
             _check_range(key, value)
+    _check_optimizer(values, defaults)
     _check_together(values)
 
 
@@ -185,6 +187,22 @@ def _check_range(key: str, value: float) -> None:
     if not (low <= value <= high and math.isfinite(value)):
         allowed = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:.10g}"
         raise UserError(f"config key {key!r} is {value!r}; allowed: {allowed}")
+
+
+def _check_optimizer(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """What the optimizer and the method demand of the optimizer's keys."""
+    for key, names in OPTIMIZER_KEYS.items():
+        if values[key] != defaults[key] and values["optimizer.name"] not in names:
+            raise UserError(
+                f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
+                f"optimizer.name={values['optimizer.name']}; {', '.join(names)} reads it"
+            )
+    for key in ("train.ema", "optimizer.max_row_norm"):
+        if values[key] and values["method.name"] in UNTRAINED:
+            raise UserError(
+                f"config key {key!r} is {values[key]!r}; allowed: 0 with "
+                f"method.name={values['method.name']}, which trains nothing"
+            )
 
 
 def _check_together(values: Mapping[str, Any]) -> None:

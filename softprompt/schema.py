@@ -22,9 +22,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.reparam": ("none", "residual", "residual_rows", "mlp"),
     "method.placement": ("houlsby", "pfeiffer"),
     "mesh.remat": ("none", "dots", "layer"),
-    "optimizer.name": ("adamw", "adafactor"),
+    "optimizer.name": ("adamw", "adafactor", "adafactor_t5x", "sgd"),
     "optimizer.rate_unit": ("absolute", "embedding_rms"),
-    "optimizer.schedule": ("cosine", "constant", "linear"),
+    "optimizer.schedule": ("cosine", "constant", "linear", "inverse_sqrt"),
     "eval.score": ("sum", "mean"),
     "eval.metric": ("accuracy", "macro_f1"),
     "eval.select": ("best", "last"),
@@ -53,12 +53,16 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.b1": (0, 1),
     "optimizer.b2": (0, 1),
     "optimizer.eps": (0, math.inf),
+    "optimizer.momentum": (0, 0.999999),
+    "optimizer.start_step": (0, 2**30),
+    "optimizer.max_row_norm": (0, math.inf),
     "optimizer.factored_min": (1, math.inf),
     "optimizer.decay_rate": (0, 1),
     "train.steps": (0, math.inf),
     "train.batch": (1, math.inf),
     "train.microbatches": (1, math.inf),
     "train.z_loss": (0, math.inf),
+    "train.ema": (0, 0.999999),
     "eval.every": (0, math.inf),
     "eval.patience": (0, math.inf),
     "eval.text_tokens": (1, math.inf),
@@ -67,6 +71,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "log.snapshots": (0, math.inf),
     "mesh.data": (-1, math.inf),
     "mesh.model": (1, math.inf),
+}
+
+# Optimizers' own keys: with another optimizer a value of one's own is a mistake.
+OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
+    "optimizer.momentum": ("sgd",),
+    "optimizer.start_step": ("adafactor_t5x",),
+    "optimizer.factored": ("adafactor", "adafactor_t5x"),
 }
 
 # What may differ between two runs of the same trial: none of it is part of the trial's id.
@@ -171,19 +182,29 @@ def _data() -> dict[str, Any]:
 
 def _optimizer() -> dict[str, Any]:
     return {
-        "name": "adamw",  # adamw or adafactor
+        # adamw, adafactor, adafactor_t5x (as the paper's training ran it: see `start_step`) or sgd
+        "name": "adamw",
         "rate": 0.01,  # peak learning rate, in `rate_unit`
         # absolute, or embedding_rms (multiples of the RMS of the model's embedding table)
         "rate_unit": "absolute",
-        "schedule": "cosine",  # after the warm-up: cosine or linear to zero, or constant
+        # after the warm-up: cosine or linear to zero, constant, or inverse_sqrt (of the step)
+        "schedule": "cosine",
         "warmup": 0,  # steps from zero to the peak
-        "weight_decay": 0.0,  # per step, times the rate
+        "weight_decay": 0.0,  # per step, times the rate; adafactor and adafactor_t5x: per step
         "clip": 0.0,  # largest global gradient norm; 0 is off
         "b1": 0.9,  # adamw: decay of the first moment
         "b2": 0.999,  # adamw: decay of the second moment
         "eps": 1e-8,  # adamw: added to the denominator
-        "factored_min": 128,  # adafactor: factor the second moment where both dimensions reach this
-        "decay_rate": 0.8,  # adafactor: exponent of the second moment's decay
+        "momentum": 0.0,  # sgd: decay of the sum of gradients; 0 is plain
+        # adafactor, adafactor_t5x: factor a second moment where both dimensions reach factored_min
+        "factored": True,
+        "factored_min": 128,  # so 150 vectors are factored and 100 are not
+        "decay_rate": 0.8,  # adafactor, adafactor_t5x: exponent of the second moment's decay
+        # adafactor_t5x: the step that its second moment's decay counts from, over an empty moment
+        "start_step": 1_100_000,
+        # longest row of a prompt, a norm, or with rate_unit=embedding_rms in multiples of an
+        # embedding's (their RMS times the root of the width); longer ones are shortened; 0 is off
+        "max_row_norm": 0.0,
     }
 
 
@@ -193,6 +214,8 @@ def _train() -> dict[str, Any]:
         "batch": 32,  # examples a step, over all devices
         "microbatches": 1,  # a step's rows in this many parts, gradients summed; divides `batch`
         "z_loss": 0.0,  # weight of the squared log-normaliser in the loss; 0 is off
+        # decay of the delta's moving average, which is then what is validated and kept; 0 is off
+        "ema": 0.0,
     }
 
 

@@ -9,6 +9,7 @@ from softprompt import config as configs
 from softprompt import schema
 from softprompt.config import base_config, from_dict, resolve, scientific, to_dict, trial_id
 from softprompt.config_files import list_modules, load_config, parse_arg
+from softprompt.data.tasks import get_task
 from softprompt.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -77,6 +78,21 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
         ("method.init", "text", "'method.init_text' is empty; method.init=text needs it"),
         ("train.microbatches", "5", "must divide train.batch, 32"),
         ("optimizer.warmup", "200", "at most train.steps, 100"),
+        (
+            "optimizer.momentum",
+            "1",
+            "config key 'optimizer.momentum' is 1.0; allowed: 0 to 0.999999",
+        ),
+        ("train.ema", "1", "config key 'train.ema' is 1.0; allowed: 0 to 0.999999"),
+        ("train.ema", "-0.1", "config key 'train.ema' is -0.1; allowed: 0 to 0.999999"),
+        ("optimizer.factored", "no", "config key 'optimizer.factored' is 'no'; it takes True or"),
+        (
+            "optimizer.start_step",
+            "-1",
+            "config key 'optimizer.start_step' is -1; allowed: 0 to 1073",
+        ),
+        ("optimizer.max_row_norm", "-1", "'optimizer.max_row_norm' is -1.0; allowed: at least 0"),
+        ("optimizer.max_row_norm", "inf", "'optimizer.max_row_norm' is inf; allowed: at least 0"),
         ("mesh.data", "0", "config key 'mesh.data' is 0"),
         ("task.source", "my.jsonl", "allowed: jsonl:PATH"),
         ("task.source", "jsonl:my.jsonl", "'task.template' is empty"),
@@ -87,6 +103,56 @@ def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(key, tex
         load_config("", [(key, text)])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"optimizer.momentum": "0.9"},
+            "config key 'optimizer.momentum' is 0.9; allowed: 0.0 with optimizer.name=adamw; "
+            "sgd reads it",
+        ),
+        (
+            {"optimizer.name": "adafactor", "optimizer.start_step": "0"},
+            "config key 'optimizer.start_step' is 0; allowed: 1100000 with "
+            "optimizer.name=adafactor; adafactor_t5x reads it",
+        ),
+        (
+            {"optimizer.name": "sgd", "optimizer.factored": "False"},
+            "config key 'optimizer.factored' is False; allowed: True with optimizer.name=sgd; "
+            "adafactor, adafactor_t5x reads it",
+        ),
+        (
+            {"method.name": "none", "train.ema": "0.9"},
+            "config key 'train.ema' is 0.9; allowed: 0 with method.name=none, which trains nothing",
+        ),
+        (
+            {"method.name": "fewshot", "optimizer.max_row_norm": "3"},
+            "config key 'optimizer.max_row_norm' is 3.0; allowed: 0 with method.name=fewshot, "
+            "which trains nothing",
+        ),
+    ],
+)
+def test_a_key_that_nothing_would_read_is_a_mistake(keys, message):
+    """Mutation: a momentum that AdamW ignores in silence."""
+    with pytest.raises(UserError) as caught:
+        load_config("", list(keys.items()))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"optimizer.name": "sgd", "optimizer.momentum": "0.9"},
+        {"optimizer.name": "adafactor_t5x", "optimizer.start_step": "0"},
+        {"optimizer.name": "adafactor_t5x", "optimizer.factored": "False"},
+        {"optimizer.name": "adafactor", "optimizer.factored": "False"},
+        {"train.ema": "0.9", "optimizer.max_row_norm": "3"},
+    ],
+)
+def test_and_where_it_is_read_it_is_none(keys):
+    load_config("", list(keys.items()))
 
 
 def test_every_choice_is_checked():
@@ -194,6 +260,51 @@ def test_every_config_file_loads_and_says_what_it_is(path):
     text = (REPOSITORY / path).read_text()
     for word in ("Question:", "Command:", "Cost:"):
         assert word in text
+
+
+def test_the_papers_setting():
+    """Section 1 of what is to be reproduced. Mutation: any number of the preset."""
+    flat = configs.flatten(load_config("configs/paper.py"))
+    wanted = {
+        "model.name": "google/t5-base-lm-adapt",
+        "method.length": 100,
+        "method.init": "labels",
+        "method.place": "encoder",
+        "method.prompt_to_input": True,
+        "task.name": "boolq_dev",
+        "task.max_input": 512,
+        "task.max_target": 8,
+        "train.batch": 32,
+        "train.steps": 30_000,
+        "train.z_loss": 1e-4,
+        "optimizer.name": "adafactor_t5x",
+        "optimizer.rate": 0.3,
+        "optimizer.rate_unit": "absolute",
+        "optimizer.schedule": "constant",
+        "optimizer.warmup": 0,
+        "optimizer.weight_decay": 1e-5,
+        "optimizer.decay_rate": 0.8,
+        "optimizer.start_step": 1_100_000,
+        "optimizer.clip": 0.0,
+        "eval.metric": "accuracy",
+        "eval.select": "best",
+    }
+    assert {key: flat[key] for key in wanted} == wanted
+    task = get_task(load_config("configs/paper.py").task)
+    assert dict(task.verbalizers) == {"False": " False", "True": " True"}
+    assert task.splits["validation"] == task.splits["test"], "as in the paper"
+
+
+def test_the_papers_sizes():
+    names = [load_config(f"configs/paper.py:{size}").model.name for size in ("small", "xxl")]
+    assert names == ["google/t5-small-lm-adapt", "google/t5-xxl-lm-adapt"]
+    config = load_config("configs/paper.py:xl,task=rte_dev,seed=2")
+    assert (config.model.name, config.task.name) == ("google/t5-xl-lm-adapt", "rte_dev")
+    assert config.seed == 2
+    with pytest.raises(UserError, match="'base,xl' names base and xl; allowed: one size"):
+        load_config("configs/paper.py:base,xl")
+    with pytest.raises(UserError, match="unknown config argument 'bas' .did you mean 'base'"):
+        load_config("configs/paper.py:bas")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from softprompt.errors import UserError
 from softprompt.training import checkpoints
 from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog
-from softprompt.training.optimizers import set_rate
+from softprompt.training.optimizers import averaged, set_rate
 from softprompt.training.sharding import put_batch
 from softprompt.training.step import TrainStep
 
@@ -58,8 +58,8 @@ class LoopConfig:
 class State:
     """All that a trial changes.
 
-    `best` is the delta that validated best, `step` counts updates, `seconds` is the wall time of
-    the processes before this one, which began at `began`.
+    `best` is the delta, or average of deltas, that validated best, `step` counts updates, `seconds`
+    is the wall time of the processes before this one, which began at `began`.
     """
 
     delta: Tree
@@ -72,6 +72,10 @@ class State:
     waited: int = 0
     seconds: float = 0.0
     began: float = dataclasses.field(default_factory=time.monotonic)
+
+    def tested(self) -> Tree:
+        """The delta that is validated and kept: see `averaged`."""
+        return averaged(self.delta, self.opt_state)
 
     def elapsed(self) -> float:
         """Wall seconds spent on the trial so far, by all of its processes up to their last save."""
@@ -198,7 +202,7 @@ def finish_step(
         validate(loop, parts, state, log)
     if loop.snapshots and step % loop.snapshots == 0 and jax.process_index() == 0:
         file = parts.folder / "snapshots" / f"{step}.safetensors"
-        save_delta(file, jax.device_get(state.delta), {"step": step, **parts.notes})
+        save_delta(file, jax.device_get(state.tested()), {"step": step, **parts.notes})
     stop = stopped(loop, state)
     if end or stop or asked or step % loop.checkpoint_every == 0:
         checkpoints.save(manager, step, state.arrays(), {**state.notes(), **parts.notes})
@@ -214,13 +218,14 @@ def stopped(loop: LoopConfig, state: State) -> bool:
 
 def validate(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog) -> None:
     """Scores the validation split, logs it and keeps the delta if it is the best so far."""
-    scores = parts.evaluate(state.delta)
+    delta = state.tested()
+    scores = parts.evaluate(delta)
     value = scores[loop.metric]
     log.write({"step": state.step, **{f"validation/{k}": v for k, v in scores.items()}})
     parts.stage("train", state.step, loop.steps, f"validation {loop.metric} {value:.4f}")
     state.last_scores = scores
     if not state.best_scores or value > state.best_scores[loop.metric]:
-        state.best = jax.tree.map(lambda leaf: leaf.copy(), state.delta)
+        state.best = jax.tree.map(lambda leaf: leaf.copy(), delta)
         state.best_step, state.best_scores, state.waited = state.step, scores, 0
     else:
         state.waited += 1

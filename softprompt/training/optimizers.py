@@ -1,7 +1,8 @@
 """Optimizers and schedules, from optax.
 
 The learning rate is data, not code: it is a scalar of the optimizer's state, written by the host
-before each step, so that trials which differ in rate or schedule share one compiled step.
+before each step, so that trials which differ in rate or schedule share one compiled step. So is the
+largest norm of a prompt's row.
 """
 
 from typing import Any, NamedTuple
@@ -11,24 +12,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt.errors import unknown
+from softprompt.errors import UserError, unknown
+from softprompt.training.sharding import path_name
 
-OPTIMIZERS = ("adafactor", "adamw")
-SCHEDULES = ("constant", "cosine", "linear")
+Tree = Any
+OPTIMIZERS = ("adafactor", "adafactor_t5x", "adamw", "sgd")
 
 
 class OptimizerConfig(NamedTuple):
     """The static half of an optimizer.
 
     Attributes:
-        name: "adamw" (arXiv 1711.05101) or "adafactor" (arXiv 1804.04235, no parameter scaling).
-        weight_decay: AdamW's is scaled by the rate, Adafactor's is not.
+        name: "adamw" (arXiv 1711.05101), "adafactor" (arXiv 1804.04235, no parameter scaling),
+            "adafactor_t5x" (the same, its second moment begun late: see `start_step`) or "sgd".
+        weight_decay: AdamW's and SGD's are scaled by the rate; Adafactor's is not: it multiplies
+            the delta by 1 - weight_decay each step. SGD's goes through the momentum.
         clip: largest global norm of the gradient; 0 switches clipping off.
         b1: decay of AdamW's first moment.
         b2: decay of AdamW's second moment.
         eps: AdamW's epsilon.
+        momentum: SGD's, as in m = momentum * m + gradient; 0 is plain SGD.
         decay_rate: exponent of Adafactor's second-moment decay.
-        factored_min: a second moment is factored where both sides are at least this long.
+        factored: whether Adafactor factors second moments at all.
+        factored_min: a second moment is factored where its two longest sides are at least this
+            long: with 128, a prompt of 150 vectors is factored and one of 100 is not.
+        start_step: adafactor_t5x: where its step count begins. Prompt tuning in T5X restores the
+            adapted model's step, 1,100,000, while the prompt's second moment starts at zero. So
+            that moment's decay is 1 - (start_step + 1)^-0.8 = 0.9999853 from the first step on,
+            nothing corrects its bias, and the update is far above the RMS of 1 that it is clipped
+            to: every step has that RMS, times the rate. (`step_offset` of optax and T5X is
+            subtracted from the step, and this is added to it.)
+        cap_rows: whether rows of prompts have a largest norm; it is set with `set_row_cap`.
+        ema: decay of the delta's moving average; 0 switches it off.
     """
 
     name: str = "adamw"
@@ -37,8 +52,13 @@ class OptimizerConfig(NamedTuple):
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    momentum: float = 0.0
     decay_rate: float = 0.8
+    factored: bool = True
     factored_min: int = 128
+    start_step: int = 1_100_000
+    cap_rows: bool = False
+    ema: float = 0.0
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -48,43 +68,150 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         UserError: an unknown name.
     """
     rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0)
-    clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
+    parts = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
     if cfg.name == "adamw":
         moments = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
-        return optax.chain(*clip, moments, optax.add_decayed_weights(cfg.weight_decay), rate)
-    if cfg.name == "adafactor":
-        moments = optax.scale_by_factored_rms(
-            decay_rate=cfg.decay_rate, min_dim_size_to_factor=cfg.factored_min
-        )
+        parts += [moments, optax.add_decayed_weights(cfg.weight_decay), rate]
+    elif cfg.name == "sgd":
+        trace = [optax.trace(cfg.momentum)] if cfg.momentum else []
+        parts += [optax.add_decayed_weights(cfg.weight_decay), *trace, rate]
+    elif cfg.name in ("adafactor", "adafactor_t5x"):
         bounded = optax.clip_by_block_rms(1.0)
-        return optax.chain(
-            *clip, moments, bounded, rate, optax.add_decayed_weights(-cfg.weight_decay)
-        )
-    raise unknown("config.optimizer.name", cfg.name, OPTIMIZERS)
+        parts += [_second_moment(cfg), bounded, rate, optax.add_decayed_weights(-cfg.weight_decay)]
+    else:
+        raise unknown("config.optimizer.name", cfg.name, OPTIMIZERS)
+    if cfg.cap_rows:
+        parts.append(optax.inject_hyperparams(cap_row_norms)(max_row_norm=0.0))
+    if cfg.ema:
+        parts.append(average_delta(cfg.ema))
+    return optax.chain(*parts)
 
 
-def set_rate(opt_state: Any, rate: float | np.floating | jax.Array) -> Any:
+def _second_moment(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Adafactor's; epsilon is added to the squared gradient, in optax as in T5X."""
+    return optax.scale_by_factored_rms(
+        factored=cfg.factored,
+        decay_rate=cfg.decay_rate,
+        step_offset=-cfg.start_step if cfg.name == "adafactor_t5x" else 0,
+        min_dim_size_to_factor=cfg.factored_min,
+    )
+
+
+def set_rate(opt_state: Tree, rate: float | np.floating | jax.Array) -> Tree:
     """The state with this learning rate for the next update."""
     return optax.tree.set(opt_state, learning_rate=rate)
+
+
+def set_row_cap(opt_state: Tree, norm: float | np.floating | jax.Array) -> Tree:
+    """The state of an optimizer with `cap_rows`, with this largest norm from now on."""
+    return optax.tree.set(opt_state, max_row_norm=norm)
+
+
+def cap_row_norms(max_row_norm: float | jax.Array) -> optax.GradientTransformation:
+    """Shortens the rows of prompts that an update leaves longer than `max_row_norm`.
+
+    It projects where the update leads, so it stands behind all that makes the update. Rows that
+    stay within the cap are updated as without it; others get the cap's norm, to rounding.
+
+    Raises:
+        UserError: the delta has no prompt (when the state is made).
+    """
+
+    def init(delta: Tree) -> optax.EmptyState:
+        if not prompts(delta):
+            raise UserError(
+                "config key 'optimizer.max_row_norm' is set; allowed: 0 with this method, whose "
+                "delta has no prompt"
+            )
+        return optax.EmptyState()
+
+    def one(path: Any, update: jax.Array, old: jax.Array) -> jax.Array:
+        if not is_prompt(path):
+            return update
+        new = old + update
+        norm = jnp.linalg.norm(new, axis=-1, keepdims=True)
+        return jnp.where(norm > max_row_norm, new * (max_row_norm / norm) - old, update)
+
+    def project(updates: Tree, state: Any, delta: Tree | None = None) -> tuple[Tree, Any]:
+        return jax.tree_util.tree_map_with_path(one, updates, delta), state
+
+    return optax.GradientTransformation(init, project)
+
+
+class AverageState(NamedTuple):
+    """The moving average of the deltas so far, the initial one included."""
+
+    average: Tree
+
+
+def average_delta(decay: float) -> optax.GradientTransformation:
+    """Keeps average = decay * average + (1 - decay) * delta of the updated delta; changes nothing.
+
+    It stands last, where the update is final. The average begins as the initial delta.
+    """
+
+    def init(delta: Tree) -> AverageState:
+        return AverageState(jax.tree.map(jnp.copy, delta))  # both trees are donated
+
+    def follow(
+        updates: Tree, state: AverageState, delta: Tree | None = None
+    ) -> tuple[Tree, AverageState]:
+        new = optax.apply_updates(delta, updates)
+        average = optax.incremental_update(new, state.average, 1 - decay)
+        return updates, AverageState(average)
+
+    return optax.GradientTransformation(init, follow)
+
+
+def averaged(delta: Tree, opt_state: Tree) -> Tree:
+    """The delta that is evaluated and kept: its average, or itself where none is taken."""
+    return optax.tree.get(opt_state, "average", delta)
+
+
+def is_prompt(path: Any) -> bool:
+    """Whether a leaf of a delta is a prompt, rows that stand among embeddings."""
+    return path_name(path).rsplit("/", 1)[-1] == "prompt"
+
+
+def prompts(delta: Tree) -> list[jax.Array]:
+    """A delta's prompts, each [..., P, D]."""
+    leaves = jax.tree_util.tree_flatten_with_path(delta)[0]
+    return [leaf for path, leaf in leaves if is_prompt(path)]
+
+
+def row_norms(delta: Tree) -> dict[str, jax.Array]:
+    """Smallest, mean and largest norm of the rows of a delta's prompts; {} where it has none."""
+    norms = [jnp.linalg.norm(leaf, axis=-1).ravel() for leaf in prompts(delta) if leaf.size]
+    if not norms:
+        return {}
+    rows = jnp.concatenate(norms)
+    return {"row_norm_min": rows.min(), "row_norm_mean": rows.mean(), "row_norm_max": rows.max()}
 
 
 def rates(name: str, *, peak: float, warmup: int, steps: int) -> np.ndarray:
     """The learning rate of every step, float32 [steps].
 
     Args:
-        name: after the warm-up, "constant", or a "cosine" or "linear" fall to zero at the end.
+        name: after the warm-up, "constant", a "cosine" or "linear" fall to zero at the end, or
+            "inverse_sqrt": peak * sqrt(w / max(step, w)) with w = max(1, warmup), steps counted
+            from 1.
         peak: the rate that warm-up climbs to, linearly from zero.
         warmup: steps of warm-up.
         steps: all steps.
 
     Raises:
         UserError: an unknown schedule.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 3, for inverse_sqrt, with `peak` where
+    they have the width. T5 (arXiv 1910.10683, section 3.1.2) holds the peak during the warm-up.
     """
     offset = 1 if warmup else 0  # the first step of a warm-up moves, and so does the last of a fall
     rest = max(1, steps - warmup + offset)
+    first = max(1, warmup)
     falls = {
         "constant": optax.constant_schedule(peak),
         "cosine": optax.cosine_decay_schedule(peak, rest),
+        "inverse_sqrt": lambda later: peak * jnp.sqrt(first / (first + later)),
         "linear": optax.linear_schedule(peak, 0.0, rest),
     }
     if name not in falls:

@@ -28,9 +28,9 @@ from softprompt.models.loading import Loaded
 from softprompt.models.quantize import embedding
 from softprompt.models.t5_layers import T5Config
 from softprompt.training import loop
-from softprompt.training.optimizers import make_optimizer, rates
+from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.session import SPLITS, Session, TaskData, optimizer_config
-from softprompt.training.sharding import path_name, replicated, weight_shardings
+from softprompt.training.sharding import path_name, put, replicated, weight_shardings
 from softprompt.training.step import StepConfig, row_inputs
 
 Tree = Any
@@ -191,6 +191,8 @@ def initial_state(prepared: Prepared) -> loop.State:
     tx = make_optimizer(optimizer_config(config))
     state_where = state_shardings(tx, shapes, where, mesh=prepared.mesh)
     opt_state = jax.jit(tx.init, out_shardings=state_where)(delta)
+    if config.optimizer.max_row_norm:
+        opt_state = set_row_cap(opt_state, put(row_cap(prepared), replicated(prepared.mesh)))
     return loop.State(delta, opt_state, best=jax.tree.map(lambda leaf: leaf.copy(), delta))
 
 
@@ -267,11 +269,23 @@ def learning_rates(prepared: Prepared) -> np.ndarray:
     """The rate of every step, in absolute units, float32 [steps]."""
     o, peak = prepared.config.optimizer, prepared.config.optimizer.rate
     if o.rate_unit == "embedding_rms":
-        loaded = prepared.loaded
-        rms = jax.jit(lambda embed: embedding_rms(embedding(embed)))
-        peak *= float(rms(loaded.weights["embed"]))
-        peak *= loaded.config.embed_scale
+        peak *= seen_rms(prepared.loaded)
     return rates(o.schedule, peak=peak, warmup=o.warmup, steps=prepared.config.train.steps)
+
+
+def row_cap(prepared: Prepared) -> np.ndarray:
+    """The largest norm of a prompt's row, in absolute units, float32 []."""
+    o, cap = prepared.config.optimizer, prepared.config.optimizer.max_row_norm
+    if o.rate_unit == "embedding_rms":
+        width = jax.eval_shape(embedding, prepared.loaded.weights["embed"]).shape[1]
+        cap *= seen_rms(prepared.loaded) * width**0.5
+    return np.asarray(cap, np.float32)
+
+
+def seen_rms(loaded: Loaded) -> float:
+    """The RMS of the embeddings as the layers see them: scaled, in a model that scales them."""
+    rms = jax.jit(lambda embed: embedding_rms(embedding(embed)))
+    return float(rms(loaded.weights["embed"])) * loaded.config.embed_scale
 
 
 def step_work(prepared: Prepared) -> Work:

@@ -252,6 +252,11 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
         b1=o.b1,
         b2=o.b2,
         eps=o.eps,
+        momentum=o.momentum,
         decay_rate=o.decay_rate,
+        factored=o.factored,
         factored_min=o.factored_min,
+        start_step=o.start_step,
+        cap_rows=o.max_row_norm > 0,
+        ema=config.train.ema,
     )

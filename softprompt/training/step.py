@@ -14,6 +14,7 @@ import optax
 from softprompt.methods import METHODS
 from softprompt.models import Model
 from softprompt.models.layers import collections
+from softprompt.training.optimizers import row_norms
 
 Tree = Any
 Shared = tuple[Tree, Any]  # the method's variables, and the model's context
@@ -141,7 +142,7 @@ def train_step(
 
     Returns:
         The new delta and state, and scalars: loss (nats a target token), token_accuracy, grad_norm,
-        update_norm, delta_norm.
+        update_norm, delta_norm, and row_norm_min, _mean and _max of a delta with a prompt.
     """
     if config.microbatches == 1:
         loss = functools.partial(loss_fn, config=config)
@@ -154,6 +155,7 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "update_norm": optax.tree.norm(updates),
         "delta_norm": optax.tree.norm(delta),
+        **row_norms(delta),
     }
     return delta, opt_state, metrics
 

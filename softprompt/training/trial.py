@@ -192,7 +192,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     }
     chosen, scores, at = state.best, state.best_scores, state.best_step
     if config.eval.select == "last":
-        chosen, scores, at = state.delta, state.last_scores, state.step
+        chosen, scores, at = state.tested(), state.last_scores, state.step
     fold = functools.partial(METHODS[config.method.name].fold, cfg=prepared.step.method_config)
     facts["trained"] = parameters(chosen)
     return jax.jit(fold)(chosen), {"validation": scores, "selected_step": at}, facts

@@ -13,6 +13,8 @@ TRIALS = (
     {"method__init": "text", "method__init_text": "good", "optimizer__schedule": "linear"},
     {"optimizer__rate_unit": "embedding_rms", "optimizer__warmup": 2, "train__steps": 5},
 )
+AVERAGED = {"train__ema": 0.9, "optimizer__name": "sgd"}
+CAPPED = tuple({**AVERAGED, "optimizer__max_row_norm": cap} for cap in (0.5, 2.0))
 PROGRAMS = ("train_step", "score", "shared_part")
 
 
@@ -49,3 +51,13 @@ def test_trials_share_one_step(tiny_folder, tmp_path, compilations):
         config = trial_config(tiny_folder, source, method__length=4)
         run_trial(config, tmp_path / "shorter", session=shared)
         assert len(shared.compiled) == compilations()["train_step"] == 2
+
+
+def test_averaged_and_capped_trials_share_one_step(tiny_folder, tmp_path, compilations):
+    """Mutation: the largest norm of a row is static."""
+    source = write_task(tmp_path)
+    with session() as shared:
+        for n, changes in enumerate((*CAPPED, {**CAPPED[0], "seed": 1, "optimizer__rate": 0.1})):
+            config = trial_config(tiny_folder, source, **changes)
+            run_trial(config, tmp_path / str(n), session=shared)
+        assert len(shared.compiled) == compilations()["train_step"] == 1

@@ -251,6 +251,17 @@ def test_interrupted_in_process(place, whole, tiny_folder, session, tmp_path, nu
         assert (tmp_path / "w" / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_an_average_is_gone_on_with(place, tiny_folder, session, tmp_path):
+    """Fails if a checkpoint lacks the average, or the cap of rows, or holds the delta for it."""
+    more = {"train__ema": 0.8, "optimizer__name": "adafactor_t5x", "optimizer__max_row_norm": 4.0}
+    config = make_config(place, tiny_folder, **(SHORT | more))
+    run_trial(config, tmp_path / "alone", session=session)
+    for step, number in ((6, signal.SIGTERM), (13, signal.SIGINT)):
+        interrupt(config, tmp_path / "w", session, step=step, number=number)
+    run_trial(config, tmp_path / "w", session=session)
+    check_same(tmp_path / "w", tmp_path / "alone")
+
+
 def test_a_log_line_cut_short_is_cut_off(place, whole, tiny_folder, session, tmp_path):
     """Fails if the log is appended to as it is."""
     config = make_config(place, tiny_folder, **SHORT)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from etils import epath
 
@@ -18,7 +19,7 @@ from softprompt.training.checkpoints import checkpoint_manager
 from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import MetricsLog, read_log
 from softprompt.training.loop import Diverged, LoopConfig, Parts, State
-from softprompt.training.optimizers import OptimizerConfig, make_optimizer
+from softprompt.training.optimizers import AverageState, OptimizerConfig, make_optimizer
 from softprompt.training.sharding import make_mesh, random_key, replicated
 
 MESH = make_mesh(8, 1)
@@ -64,10 +65,13 @@ class Run:
             stage=self.stage,
         )
 
+    def start(self):
+        return make_optimizer(OptimizerConfig()).init({"prompt": jnp.zeros(2)})
+
     def step(self, delta, opt_state, weights, batch, key):
         number = int(delta["prompt"][0]) + 1
         self.events.append(f"step {number}")
-        rate = float(opt_state[-1].hyperparams["learning_rate"])
+        rate = float(optax.tree.get(opt_state, "learning_rate"))
         tokens = np.asarray(batch["tokens_RT"])
         self.seen.append((number, rate, tokens.shape[0], int(tokens.sum()), jax.random.bits(key)))
         loss = jnp.float32(jnp.nan if number == self.diverge else 1 / number)
@@ -76,7 +80,8 @@ class Run:
     def evaluate(self, delta):
         number = int(delta["prompt"][0])
         self.events.append(f"validate {number}")
-        return {"accuracy": dict(enumerate(self.scores)).get(number, 0.0), "examples": 4}
+        scores = self.scores if isinstance(self.scores, dict) else dict(enumerate(self.scores))
+        return {"accuracy": scores.get(number, 0.0), "examples": 4}
 
     def stage(self, what, done, total, note):
         self.events.append(f"note {done} {note.split()[0]}")
@@ -86,8 +91,7 @@ class Run:
     def __call__(self):
         """Trains from the newest checkpoint to the end; returns the state."""
         delta = jax.device_put({"prompt": jnp.zeros(2)}, replicated(MESH))
-        opt_state = make_optimizer(OptimizerConfig()).init(delta)
-        state = State(delta, jax.device_put(opt_state, replicated(MESH)), best=delta)
+        state = State(delta, jax.device_put(self.start(), replicated(MESH)), best=delta)
         with checkpoint_manager(self.folder / "checkpoints") as manager:
             restored = loop.restore(manager, state, fingerprint="f")
             log = MetricsLog(self.folder, step=restored.step if restored else None, sinks=[])
@@ -157,6 +161,32 @@ def test_the_best_delta_is_kept(tmp_path, source, scores, best):
     assert state.best_scores["accuracy"] == scores[best]
     assert state.last_scores["accuracy"] == scores[6]
     assert (state.step, int(state.delta["prompt"][0])) == (6, 6)
+
+
+class Averaging(Run):
+    """The same counter with an average at 100 more than the delta."""
+
+    def step(self, delta, opt_state, *rest):
+        delta, opt_state, metrics = super().step(delta, opt_state, *rest)
+        return delta, (*opt_state[:-1], AverageState({"prompt": delta["prompt"] + 100})), metrics
+
+    def start(self):
+        average = AverageState({"prompt": jnp.full(2, 100.0)})
+        return (*super().start(), average)
+
+
+def test_an_average_is_what_is_validated_and_kept(tmp_path, source):
+    """Mutation: validate, keep or snapshot the delta; go on from the average."""
+    scores = dict.fromkeys((100, 102, 104, 106), 0.1) | {102: 0.9}
+    run = Averaging(tmp_path, source, eval_every=2, snapshots=3, scores=scores)
+    state = run()
+    seen = [event for event in run.events if event.startswith("validate")]
+    assert seen == ["validate 100", "validate 102", "validate 104", "validate 106"]
+    assert (state.best_step, state.best["prompt"][0]) == (2, 102)
+    assert state.best_scores["accuracy"] == 0.9
+    assert (state.delta["prompt"][0], state.tested()["prompt"][0]) == (6, 106)
+    assert [number for number, *_ in run.seen] == [1, 2, 3, 4, 5, 6]
+    assert load_delta(tmp_path / "snapshots" / "3.safetensors")[0]["prompt"][0] == 103
 
 
 @pytest.mark.parametrize(

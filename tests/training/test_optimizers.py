@@ -7,9 +7,24 @@ import optax
 import pytest
 
 from softprompt.errors import UserError
-from softprompt.training.optimizers import OptimizerConfig, make_optimizer, rates, set_rate
+from softprompt.training.optimizers import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    averaged,
+    make_optimizer,
+    rates,
+    row_norms,
+    set_rate,
+    set_row_cap,
+)
 
 RATES = np.array([0.1, 0.03, 0.2, 0.05, 0.01], np.float32)
+
+
+def gradients(delta, step):
+    return jax.tree.map(
+        lambda leaf: jax.random.normal(jax.random.key(step), leaf.shape) * 4**step, delta
+    )
 
 
 def walk(tx, delta, *, given=True):
@@ -17,10 +32,7 @@ def walk(tx, delta, *, given=True):
     state, path = tx.init(delta), []
     update = jax.jit(tx.update)
     for step, rate in enumerate(RATES):
-        grads = jax.tree.map(
-            lambda leaf, step=step: jax.random.normal(jax.random.key(step), leaf.shape) * 4**step,
-            delta,
-        )
+        grads = gradients(delta, step)
         if given:
             state = set_rate(state, rate)
         updates, state = update(grads, state, delta)
@@ -84,7 +96,110 @@ def test_clipping_bounds_the_global_norm(delta):
     assert np.abs(free - clipped).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_decays_as_the_gradient_of_a_penalty(delta, momentum):
+    """Mutation: decay behind the momentum or the rate; Nesterov's momentum; a damped one."""
+    found = walk(make_optimizer(OptimizerConfig("sgd", 0.1, momentum=momentum)), delta)
+    wanted_PD, sum_PD = np.array(delta["prompt"], np.float64), 0
+    for step, rate in enumerate(RATES):
+        sum_PD = momentum * sum_PD + gradients(delta, step)["prompt"] + 0.1 * wanted_PD
+        wanted_PD = wanted_PD - rate * sum_PD
+        np.testing.assert_allclose(found[step], wanted_PD, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_capped_rows(delta, name):
+    """Mutation: cap before the update; scale the whole prompt, or columns; cap other leaves too;
+    shorten rows below the cap."""
+    delta = {"encoder": delta, "other": 9 * delta["prompt"]}
+    cfg = OptimizerConfig(name, cap_rows=True)
+    tx, free = make_optimizer(cfg), make_optimizer(cfg._replace(cap_rows=False))
+    norms_P = np.linalg.norm(delta["encoder"]["prompt"], axis=1)
+    cap = np.float32(np.median(norms_P))
+    state = set_row_cap(set_rate(tx.init(delta), np.float32(0.01)), cap)
+    free_state = set_rate(free.init(delta), np.float32(0.01))
+    capped = within = 0
+    for step in range(3):
+        grads = gradients(delta, step)
+        free_updates, free_state = free.update(grads, free_state, delta)
+        wanted = optax.apply_updates(delta, free_updates)
+        updates, state = tx.update(grads, state, delta)
+        delta = optax.apply_updates(delta, updates)
+        np.testing.assert_array_equal(delta["other"], wanted["other"])
+        for ours_D, free_D in zip(
+            *(np.array(x["encoder"]["prompt"]) for x in (delta, wanted)), strict=True
+        ):
+            norm = np.linalg.norm(free_D.astype(np.float64))
+            if norm > cap:
+                np.testing.assert_allclose(ours_D, free_D * cap / norm, rtol=1e-5, atol=1e-6)
+                capped += 1
+            else:
+                np.testing.assert_array_equal(ours_D, free_D)
+                within += 1
+        assert np.linalg.norm(delta["encoder"]["prompt"], axis=1).max() <= cap * (1 + 1e-6)
+    assert capped and within
+
+
+def test_a_cap_needs_a_prompt():
+    """Mutation: a cap that does nothing, and says nothing."""
+    tx = make_optimizer(OptimizerConfig(cap_rows=True))
+    with pytest.raises(UserError, match="'optimizer.max_row_norm' is set; allowed: 0 with this"):
+        tx.init({"layers": {"lora_a": jnp.zeros((2, 3))}})
+
+
+def test_a_row_that_is_not_finite_is_not_hidden(delta):
+    """The loop stops there. Mutation: divide by the norm whatever it is, `nan_to_num`."""
+    tx = make_optimizer(OptimizerConfig("sgd", cap_rows=True))
+    state = set_row_cap(set_rate(tx.init(delta), np.float32(1)), np.float32(2))
+    for bad in (jnp.nan, jnp.inf):
+        grads = {"prompt": jnp.zeros((12, 16)).at[3, 4].set(bad)}
+        updates, _ = tx.update(grads, state, delta)
+        assert not np.isfinite(row_norms(optax.apply_updates(delta, updates))["row_norm_max"])
+    zero = {"prompt": jnp.zeros((12, 16))}
+    updates, _ = tx.update(zero, state, zero)
+    assert not np.any(updates["prompt"]), "rows of zeros stay"
+
+
+@pytest.mark.parametrize("cap", [False, True])
+def test_the_average_follows_the_delta(delta, cap):
+    """Mutation: average the updates, the delta before them, or before the cap; begin at zero;
+    decay for 1 - decay; another delta because of it."""
+    cfg = OptimizerConfig("adamw", 0.1, cap_rows=cap)
+    tx, plain = make_optimizer(cfg._replace(ema=0.75)), make_optimizer(cfg)
+    first, state, plain_state = delta, tx.init(delta), plain.init(delta)
+    if cap:
+        state, plain_state = (set_row_cap(x, np.float32(3)) for x in (state, plain_state))
+    assert averaged(None, state)["prompt"] is not delta["prompt"], "both are donated"
+    np.testing.assert_array_equal(averaged(None, state)["prompt"], delta["prompt"])
+    assert averaged(delta, plain_state) is delta, "none is taken"
+    wanted_PD = np.array(delta["prompt"], np.float64)
+    for step, rate in enumerate(RATES):
+        grads = gradients(delta, step)
+        updates, state = tx.update(grads, set_rate(state, rate), delta)
+        plain_updates, plain_state = plain.update(grads, set_rate(plain_state, rate), delta)
+        np.testing.assert_array_equal(updates["prompt"], plain_updates["prompt"])
+        delta = optax.apply_updates(delta, updates)
+        wanted_PD = 0.75 * wanted_PD + 0.25 * np.array(delta["prompt"], np.float64)
+        found_PD = averaged(delta, state)["prompt"]
+        np.testing.assert_allclose(found_PD, wanted_PD, rtol=1e-5, atol=1e-6)
+    assert np.abs(wanted_PD - first["prompt"]).max() > 0.1
+    assert np.abs(wanted_PD - delta["prompt"]).max() > 0.05
+
+
+def test_row_norms():
+    """Mutation: norms of columns, or of every leaf; the mean of the places' means."""
+    delta = {
+        "encoder": {"prompt": jnp.array([[3.0, 4.0], [0.0, 1.0], [0.0, 3.0]])},
+        "decoder": {"prompt": jnp.array([[6.0, 8.0]])},
+        "mlp": {"kernel": jnp.full((2, 2), 99.0)},
+    }
+    found = {name: float(norm) for name, norm in row_norms(delta).items()}
+    assert found == {"row_norm_min": 1.0, "row_norm_mean": 4.75, "row_norm_max": 10.0}
+    assert row_norms({"mlp": delta["mlp"]}) == {}
+    assert row_norms({"prompt": jnp.zeros((0, 4))}) == {}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_rate_reaches_the_update_without_a_new_program(delta, name):
     """Mutation: `set_rate` sets nothing; the rate is a constant of the optimizer."""
     tx = make_optimizer(OptimizerConfig(name))
@@ -104,7 +219,9 @@ def test_the_rate_reaches_the_update_without_a_new_program(delta, name):
 
 
 def test_schedules():
-    """Mutation: a first step of rate zero; a warm-up that peaks a step late; no fall."""
+    """Mutation: a first step of rate zero; a warm-up that peaks a step late; no fall; an inverse
+    square root of the steps since the warm-up, or of steps counted from 0.
+    """
     np.testing.assert_allclose(rates("constant", peak=2.0, warmup=0, steps=4), [2, 2, 2, 2])
     np.testing.assert_allclose(rates("linear", peak=2.0, warmup=0, steps=4), [2, 1.5, 1, 0.5])
     cosine = 1 + np.cos(np.pi * np.arange(6) / 6)
@@ -112,11 +229,15 @@ def test_schedules():
     warm = rates("cosine", peak=3.0, warmup=3, steps=12)
     np.testing.assert_allclose(warm[:3], [1, 2, 3], rtol=1e-6)
     assert warm[2] == warm.max() and np.all(np.diff(warm[2:]) < 0) and 0 < warm[-1] < 0.3
+    inverse = [4, 4 / np.sqrt(2), 4 / np.sqrt(3), 2]
+    np.testing.assert_allclose(rates("inverse_sqrt", peak=4.0, warmup=0, steps=4), inverse)
+    inverse = [2, 4, 4 * np.sqrt(2 / 3), 4 * np.sqrt(2 / 4), 4 * np.sqrt(2 / 5)]
+    np.testing.assert_allclose(rates("inverse_sqrt", peak=4.0, warmup=2, steps=5), inverse)
     climb = rates("constant", peak=1.0, warmup=4, steps=6)
     np.testing.assert_allclose(climb, [0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "inverse_sqrt", "linear"])
 @pytest.mark.parametrize("warmup, steps", [(0, 1), (1, 1), (5, 5), (0, 0)])
 def test_short_schedules_are_finite(name, warmup, steps):
     """Mutation: divide by `steps - warmup`."""

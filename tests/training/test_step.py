@@ -109,4 +109,8 @@ def test_a_step_updates_by_the_gradient_and_reports_norms(given):
     norms = {"grad_norm": grads, "update_norm": updates, "delta_norm": new}
     for name, tree in norms.items():
         close(metrics[name], np.linalg.norm(tree["prompt"]))
-    assert metrics.keys() == {"loss", "token_accuracy", *norms}
+    rows_P = np.linalg.norm(new["prompt"], axis=1)
+    rows = {f"row_norm_{kind}": getattr(rows_P, kind)() for kind in ("min", "mean", "max")}
+    for name, norm in rows.items():
+        close(metrics[name], norm)
+    assert metrics.keys() == {"loss", "token_accuracy", *norms, *rows}

@@ -13,9 +13,9 @@ from softprompt.progress import Progress
 from softprompt.results import read_result
 from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import read_log
-from softprompt.training.prepare import check_read, prepare, train_source
+from softprompt.training.prepare import check_read, initial_state, prepare, train_source
 from softprompt.training.session import Session
-from softprompt.training.trial import check_folder, claim, read_config, run_trial
+from softprompt.training.trial import check_folder, claim, read_config, run_trial, score
 from tests.own_task import SIZES, make_config, write_task
 
 
@@ -175,6 +175,47 @@ def test_selecting_the_last_delta(place, done, tiny_folder, session, tmp_path):
     (trained,) = [x for x in read_log(tmp_path) if x["step"] == 8 and "loss" in x]
     norm = np.linalg.norm(load_delta(tmp_path / "delta.safetensors")[0]["prompt"])
     assert norm == pytest.approx(trained["delta_norm"], rel=1e-6)
+
+
+def test_the_average_is_what_is_tested_and_saved(place, done, tiny_folder, session, tmp_path):
+    """And training goes as without it. Mutation: save the delta; average from zero; train on from
+    the average."""
+    settings = {"optimizer__rate": 0.3, "eval__select": "last", "log__snapshots": 1}
+    plain = make_config(place, tiny_folder, **settings)
+    run_trial(plain, tmp_path / "plain", session=session)
+    average = make_config(place, tiny_folder, **settings, train__ema=0.75)
+    row = run_trial(average, tmp_path / "average", session=session)
+    wanted_PD = np.array(initial_state(prepare(plain, session)).delta["prompt"], np.float64)
+    for step in range(1, 9):
+        name = f"snapshots/{step}.safetensors"
+        delta_PD = load_delta(tmp_path / "plain" / name)[0]["prompt"]
+        wanted_PD = 0.75 * wanted_PD + 0.25 * delta_PD
+        found_PD = load_delta(tmp_path / "average" / name)[0]["prompt"]
+        np.testing.assert_allclose(found_PD, wanted_PD, rtol=1e-4, atol=1e-5)
+    saved_PD = load_delta(tmp_path / "average" / "delta.safetensors")[0]["prompt"]
+    np.testing.assert_array_equal(saved_PD, found_PD)
+    assert np.abs(saved_PD - delta_PD).max() > 0.05
+    prompts = ({"prompt": x_PD} for x_PD in (delta_PD, saved_PD))
+    scores = [score(prepare(plain, session), prompt, "test")[1] for prompt in prompts]
+    assert np.abs(scores[0] - scores[1]).max() > 1e-3
+    lines = (tmp_path / "average" / "predictions.jsonl").read_text().splitlines()
+    found = [list(json.loads(line)["scores"].values()) for line in lines]
+    np.testing.assert_allclose(found, scores[1], atol=2e-5)
+    assert row["metrics"]["selected_step"] == 8
+
+
+@pytest.mark.parametrize("unit", ["absolute", "embedding_rms"])
+def test_rows_stay_within_the_cap(place, tiny_folder, session, tmp_path, unit):
+    """In the rate's unit. Mutation: the cap is not set, or another unit's; the root of the width is
+    left out."""
+    more = {"optimizer__rate": 0.5, "optimizer__rate_unit": unit, "optimizer__max_row_norm": 1.5}
+    config = make_config(place, tiny_folder, **more)
+    run_trial(config, tmp_path, session=session)
+    table_VD = np.asarray(session.model(config).weights["embed"]["embedding"], np.float64)
+    typical = np.sqrt(np.mean(table_VD**2) * table_VD.shape[1])
+    cap = 1.5 * (typical if unit == "embedding_rms" else 1)
+    lines = [line for line in read_log(tmp_path) if "loss" in line]
+    assert max(line["row_norm_max"] for line in lines) == pytest.approx(cap, rel=1e-5)
 
 
 def test_microbatches_change_nothing(place, done, tiny_folder, session, tmp_path):
