@@ -210,7 +210,10 @@ def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.models.catalog import listing
 
     print_columns(*listing(arguments.names))
-    print("model.name also takes a hub name (org/repo), a folder or a .gguf file.")
+    print(
+        "config.model.name also takes any hub name (org/repo), a folder, a .gguf file, or a T5X "
+        "checkpoint (a folder or gs:// address)."
+    )
     return 0
 
 
