@@ -138,6 +138,12 @@ def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Makes a trial's folder of another program's file, and prints what to know of it."""
     from softprompt.config_files import load_config
 
+    for key, _ in overrides:
+        if key.startswith("method.") and key != "method.bos":
+            raise UserError(
+                f"--config.{key}: import takes the method from the file; allowed: "
+                "--config.method.bos"
+            )
     # Mistakes in it show before JAX is imported.
     config = load_config(arguments.config, [*overrides, ("model.name", arguments.model)])
     from softprompt.interchange.trials import import_run

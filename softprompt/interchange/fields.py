@@ -164,7 +164,7 @@ def check_fields(config: Mapping[str, Any], *, encoder_decoder: bool, file: str)
     """
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in FIELDS:
-        raise unknown(f"{file}: peft_type", str(peft_type), FIELDS)
+        raise UserError(f"{file}: {unknown('peft_type', str(peft_type), FIELDS)}")
     task = config.get("task_type")
     if task not in (None, TASKS[encoder_decoder]):
         kind = "an encoder-decoder" if encoder_decoder else "a decoder"

@@ -26,6 +26,7 @@ from softprompt.interchange.prompts import (
     prompt_to,
 )
 from softprompt.interchange.updates import ia3_from, ia3_to, lora_from, lora_to
+from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 
 CONTEXTS = ("prompt", "multitask", "prefix")
@@ -109,7 +110,7 @@ def _written(name: str, leaves: Leaves, facts: Facts) -> tuple[str, Leaves, dict
         return kind, *prompt_to(leaves, facts.model)
     if name == "multitask":
         return "MULTITASK_PROMPT_TUNING", *multitask_to(leaves, facts.model)
-    if name == "prefix":
+    if name == "prefix" and isinstance(facts.model, DecoderConfig):
         return "PREFIX_TUNING", *prefix_to(leaves, facts.model)
     if name == "lora":
         return "LORA", *lora_to(leaves, facts.model, facts.method)
@@ -136,16 +137,17 @@ def check_contexts(leaves: Mapping[str, np.ndarray], facts: Facts, *, reader: st
         raise UserError(f"the delta has no vectors (length 0); {reader} has no such prompt")
     if not isinstance(facts.model, T5Config):
         return
-    kept = "decoder/prefix/" if method["name"] == "prefix" else "encoder/"
-    wrong = sorted(path for path in leaves if not path.startswith(kept) or "cross" in path)
-    if wrong:
-        only = (
-            "of prefixes only those of the decoder's self-attention"
-            if method["name"] == "prefix"
-            else "a prompt before the encoder's input only"
+    if method["name"] == "prefix":
+        raise UserError(
+            f"a prefix of an encoder-decoder cannot be exported ({', '.join(leaves)}): PEFT knows "
+            "those of the decoder's self-attention only, and gives layer n those of layer 2n "
+            "modulo L"
         )
-        raise UserError(f"{', '.join(wrong)}: {reader} reads {only}")
-    if method["name"] != "prefix" and not method.get("prompt_to_input", True):
+    if wrong := sorted(path for path in leaves if not path.startswith("encoder/")):
+        raise UserError(
+            f"{', '.join(wrong)}: {reader} reads a prompt before the encoder's input only"
+        )
+    if not method.get("prompt_to_input", True):
         raise UserError(
             f"config key 'method.prompt_to_input' is False: in {reader} prompt and input see each "
             "other; allowed: True"

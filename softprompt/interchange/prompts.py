@@ -3,6 +3,7 @@
 All of them are one tensor `prompt_embeddings`, multitask prompts with two more beside it.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,20 +40,13 @@ def multitask_to(leaves: Leaves, config: Config) -> tuple[Leaves, dict[str, Any]
     return tensors | {COLS: cols_NPZ, TASK_ROWS: rows_NZD}, fields
 
 
-def prefix_to(leaves: Leaves, config: Config) -> tuple[Leaves, dict[str, Any]]:
-    """The same of a prefix's keys and values [L, P, G, K], those of T5 its decoder's."""
-    place = _prefix_place(config)
-    k_LPGK, v_LPGK = leaves.pop(f"{place}k"), leaves.pop(f"{place}v")
-    layers, length, heads, size = k_LPGK.shape
+def prefix_to(leaves: Leaves, config: DecoderConfig) -> tuple[Leaves, dict[str, Any]]:
+    """The same of a prefix's keys and values [L, P, G, K]."""
+    k_LPGK, v_LPGK = leaves.pop("prefix/k"), leaves.pop("prefix/v")
+    _, length, heads, size = k_LPGK.shape
     both_PL2GK = np.stack([k_LPGK, v_LPGK]).transpose(2, 1, 0, 3, 4)
-    fields = _sizes(config, length) | {
-        "num_layers": layers,
-        "num_attention_heads": heads,
-        "token_dim": heads * size,
-    }
-    if isinstance(config, T5Config):
-        fields["num_transformer_submodules"] = 2  # what PEFT reads as "the decoder's"
-    return {ROWS: both_PL2GK.reshape(length, -1)}, fields
+    sizes = {"num_attention_heads": heads, "token_dim": heads * size}
+    return {ROWS: both_PL2GK.reshape(length, -1)}, _sizes(config, length) | sizes
 
 
 def _sizes(config: Config, length: int) -> dict[str, Any]:
@@ -64,10 +58,6 @@ def _sizes(config: Config, length: int) -> dict[str, Any]:
         "num_virtual_tokens": length,
         "token_dim": config.prompt_width,
     }
-
-
-def _prefix_place(config: Config) -> str:
-    return "decoder/prefix/" if isinstance(config, T5Config) else "prefix/"
 
 
 def prompt_from(adapter: Adapter, config: Config) -> tuple[Leaves, dict[str, Any]]:
@@ -109,16 +99,27 @@ def multitask_from(adapter: Adapter, config: Config) -> tuple[Leaves, dict[str, 
 
 
 def prefix_from(adapter: Adapter, config: Config) -> tuple[Leaves, dict[str, Any]]:
-    """The same for a prefix."""
+    """The same for a prefix.
+
+    An encoder-decoder's stands in its decoder's self-attention, and is what PEFT makes of the file:
+    it lays the layers' pairs of keys and values out twice and reads every second one, so that layer
+    n gets those of layer 2n modulo L.
+    """
     length = whole_number(adapter.config, "num_virtual_tokens", file=adapter.file)
     if isinstance(config, T5Config):
-        layers, heads = config.decoder_layers, config.heads
+        place, layers, heads = "decoder/prefix/", config.decoder_layers, config.heads
+        if _submodules(adapter, config) != 2:
+            raise UserError(
+                f"{adapter.file}: num_transformer_submodules of its config is 1, with which PEFT "
+                "spoils cross-attention; allowed: 2"
+            )
     else:
-        layers, heads = config.layers, config.kv_heads
+        place, layers, heads = "prefix/", config.layers, config.kv_heads
     shape = (length, layers, 2, heads, config.head_size)
-    check_tensors(adapter, {ROWS: (length, int(np.prod(shape[1:])))})
+    check_tensors(adapter, {ROWS: (length, math.prod(shape[1:]))})
     both_2LPGK = adapter.tensors[ROWS].reshape(shape).transpose(2, 1, 0, 3, 4)
-    place = _prefix_place(config)
+    if isinstance(config, T5Config):
+        both_2LPGK = both_2LPGK[:, 2 * np.arange(layers) % layers]
     leaves = {f"{place}k": both_2LPGK[0], f"{place}v": both_2LPGK[1]}
     return leaves, {"name": "prefix", "length": length, "place": "decoder"}
 

@@ -11,7 +11,6 @@ from flax.traverse_util import flatten_dict
 from softprompt.config import (
     ConfigDict,
     base_config,
-    flatten,
     resolve,
     set_key,
     to_dict,
@@ -182,26 +181,26 @@ def open_source(file: Path) -> Adapter | None:
 def with_method(
     config: ConfigDict, method: Mapping[str, Any], said: Mapping[str, Any], *, file: str
 ) -> ConfigDict:
-    """A resolved config whose method is the file's.
+    """A resolved config whose method is the file's, whatever it was before.
 
     BOS stands where the file says, else where the config does, which must not be before a prompt.
 
     Raises:
-        UserError: the config says another thing than the file, or it has no such method.
+        UserError: BOS is to stand elsewhere than the file says, or before a prompt; or there is no
+            such method here.
     """
-    usual, made = flatten(base_config()), ConfigDict(to_dict(config)).lock()
-    wanted = {f"method.{key}": value for key, value in method.items()}
-    wanted |= {"method.bos": said["bos"]} if "bos" in said else {}
-    for key, value in wanted.items():
-        found = flatten(made).get(key)
-        if found not in (value, usual.get(key)):
-            raise UserError(f"config key {key!r} is {found!r}; {file} has {value!r}")
-        set_key(made, key, value)
-    if made.method.bos == "before" and method["name"] in peft.CONTEXTS:
+    usual, bos = to_dict(base_config())["method"], config.method.bos
+    if "bos" in said and bos not in (said["bos"], usual["bos"]):
+        raise UserError(f"config key 'method.bos' is {bos!r}; {file} has {said['bos']!r}")
+    bos = said.get("bos", bos)
+    if bos == "before" and method["name"] in peft.CONTEXTS:
         raise UserError(
             f"config key 'method.bos' is 'before'; in {file} the prompt comes first; allowed: "
             "after, none"
         )
+    made = ConfigDict(to_dict(config) | {"method": usual}).lock()
+    for key, value in {**method, "bos": bos}.items():
+        set_key(made, f"method.{key}", value)
     validate(made)
     return resolve(made)
 

@@ -46,6 +46,7 @@ class Case:
         options: its arguments, but for the task.
         method: our config's keys for the same.
         plain: a trial here would write the same file; else it keeps what only PEFT knows.
+        written: we write it at all.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Case:
     options: dict[str, Any]
     method: dict[str, Any]
     plain: bool = True
+    written: bool = True
 
 
 def _lora(model: str, names: str, targets: str, **more: Any) -> Case:
@@ -112,6 +114,8 @@ CASES: dict[str, Case] = {
         "PrefixTuningConfig",
         {"num_virtual_tokens": 3},
         {"name": "prefix", "length": 3, "place": "decoder"},
+        plain=False,
+        written=False,
     ),
     "lora-llama": _lora("llama", _ALL, "q,k,v,o,gate,up,down"),
     "lora-rs-llama": _lora("llama", "q_proj v_proj", "q,v", use_rslora=True),

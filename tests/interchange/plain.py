@@ -3,6 +3,7 @@
 It shares nothing with the methods, so it holds the files' meaning against PEFT's logits.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -13,19 +14,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.models.decoder import Context, Decoder
 from softprompt.models.t5 import T5, Contexts
+from tests.contracts.examples import quick_jit
 from tests.interchange.cases import Case
 from tests.interchange.texts import IDS, T5_IDS, T5_TARGETS, TASK
 
 
 def logits(model: Decoder | T5, weights: Any, delta: Any, case: Case) -> np.ndarray:
     """Logits [T, V] of the text that `live.logits` scores, behind a delta."""
-    leaves = {path: jnp.asarray(leaf) for path, leaf in flatten_dict(delta, sep="/").items()}
-    plain = flatten_dict(weights, sep="/")
+    leaves = dict(flatten_dict(delta, sep="/"))
+    plain = {path: np.asarray(leaf) for path, leaf in flatten_dict(weights, sep="/").items()}
     for path in [path for path in leaves if path.endswith("/ia3")]:
         _scale(plain, path.removesuffix("/ia3"), leaves.pop(path))
     for path in [path for path in leaves if path.endswith("/lora_a")]:
         _update(plain, path.removesuffix("/lora_a"), leaves, case.method)
-    if case.method["name"] == "multitask":
+    if "task_cols" in leaves:
         product_PD = leaves["task_cols"][TASK] @ leaves["task_rows"][TASK]
         leaves = {"prompt": leaves["prompt"] * product_PD}
     prompt = {path: leaf for path, leaf in leaves.items() if path.endswith("prompt")}
@@ -33,23 +35,24 @@ def logits(model: Decoder | T5, weights: Any, delta: Any, case: Case) -> np.ndar
         "params": unflatten_dict(plain, sep="/"),
         "delta": unflatten_dict(prompt, sep="/"),
     }
-    prefix = Context(*(leaves[p] for p in leaves if "prefix/" in p)) if len(leaves) == 2 else None
-    return np.asarray(jax.jit(_run, static_argnums=0)(model, variables, prefix))
+    kv = [leaves[path] for path in leaves if "prefix/" in path]
+    prefix = Context(*map(jnp.asarray, kv)) if kv else None
+    return np.asarray(_run(model, variables, prefix))
 
 
-def _scale(plain: dict[str, jax.Array], path: str, ia3: jax.Array) -> None:
+def _scale(plain: dict[str, np.ndarray], path: str, ia3: np.ndarray) -> None:
     """IA3: the outputs of a projection, bias included; the inputs of a feed-forward's last."""
     layers = ia3.shape[0]
     if path.endswith("down"):
-        plain[f"{path}/kernel"] *= ia3[:, :, None]
+        plain[f"{path}/kernel"] = plain[f"{path}/kernel"] * ia3[:, :, None]
         return
-    plain[f"{path}/kernel"] *= ia3.reshape(layers, 1, *ia3.shape[1:])
+    plain[f"{path}/kernel"] = plain[f"{path}/kernel"] * ia3.reshape(layers, 1, *ia3.shape[1:])
     if f"{path}/bias" in plain:
-        plain[f"{path}/bias"] *= ia3
+        plain[f"{path}/bias"] = plain[f"{path}/bias"] * ia3
 
 
 def _update(
-    plain: dict[str, jax.Array], path: str, leaves: dict[str, jax.Array], method: dict[str, Any]
+    plain: dict[str, np.ndarray], path: str, leaves: dict[str, np.ndarray], method: dict[str, Any]
 ) -> None:
     """LoRA: scale * A B is added to the kernel, or to each that shares the A."""
     rank = method["rank"]
@@ -61,11 +64,11 @@ def _update(
         kernel = f"{path.removesuffix('qkv')}{name}/kernel" if shared else f"{path}/kernel"
         flat_a = a_LIZ.reshape(a_LIZ.shape[0], -1, rank)
         flat_b = b_LZO.reshape(b_LZO.shape[0], rank, -1)
-        plain[kernel] += scale * jnp.einsum("liz,lzo->lio", flat_a, flat_b).reshape(
-            plain[kernel].shape
-        )
+        product = np.einsum("liz,lzo->lio", flat_a, flat_b).reshape(plain[kernel].shape)
+        plain[kernel] = (plain[kernel] + scale * product).astype(np.float32)
 
 
+@functools.partial(quick_jit, static_argnames="model")
 def _run(model: Decoder | T5, variables: Any, prefix: Context | None) -> jax.Array:
     if isinstance(model, T5):
         return _run_t5(model, variables, prefix)

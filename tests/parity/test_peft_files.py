@@ -1,0 +1,152 @@
+"""Adapters exchanged with a live PEFT: its files read and written, ours loaded, logits equal."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softprompt.errors import UserError
+from softprompt.interchange.adapter import (
+    CONFIG,
+    PICKLE,
+    TENSORS,
+    read_adapter,
+    tensors_bytes,
+    write_adapter,
+)
+from softprompt.interchange.peft import from_peft, to_peft
+from softprompt.models import t5_names
+from softprompt.models.loading import load_model, make_model
+from tests.interchange import plain
+from tests.interchange.cases import CASES, MODELS, facts, is_t5, same_config, sizes, write_model
+
+pytestmark = pytest.mark.parity
+
+torch = pytest.importorskip("torch")
+WRITTEN = [name for name, case in CASES.items() if case.written]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """The tiny models' folders, and what PEFT made of each case, side by side."""
+    from tests.interchange.live import beside, trained
+
+    folder = tmp_path_factory.mktemp("peft")
+    with beside(folder):
+        for model in MODELS:
+            write_model(Path(model), model)
+        for name, case in CASES.items():
+            trained(case).save_pretrained(name)
+    return folder
+
+
+@functools.cache
+def ours(folder: Path):
+    """Our model of a folder, float32."""
+    if is_t5(folder.name):
+        config, weights, _ = t5_names.load_weights(
+            folder, dtype=np.dtype("float32"), put=lambda path, leaf: jnp.asarray(leaf)
+        )
+        return make_model(config, "float32"), weights
+    loaded = load_model(str(folder))
+    return loaded.model, loaded.weights
+
+
+def peft_logits(place: Path, name: str, adapter: str) -> np.ndarray:
+    """Logits [T, V] of PEFT's model with the adapter in a folder."""
+    import peft
+
+    from tests.interchange.live import base_model, beside, logits
+
+    case = CASES[name]
+    with beside(place):
+        loaded = peft.PeftModel.from_pretrained(base_model(case.model), adapter).eval()
+        return logits(loaded, case)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_are_equal(place, name):
+    """Must show 2: PEFT saves, we read and write, bytes and config are the same."""
+    case, adapter = CASES[name], read_adapter(place / name)
+    delta, method = from_peft(adapter, sizes(case.model))
+    assert method == case.method
+    again = to_peft(delta, facts(case, origin=adapter.config))
+    assert tensors_bytes(again.tensors, {}) == (place / name / TENSORS).read_bytes()
+    same_config((place / name / CONFIG).read_text(), again.config)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_of_adapters_trained_there(place, name):
+    """Must show 2. What the files mean, spelt out in `plain`, is what PEFT computes."""
+    case = CASES[name]
+    delta, _ = from_peft(read_adapter(place / name), sizes(case.model))
+    found_TV = plain.logits(*ours(place / case.model), delta, case)
+    wanted_TV = peft_logits(place, name, name)
+    assert np.abs(wanted_TV).max() > 0.5
+    np.testing.assert_allclose(found_TV, wanted_TV, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_adapters_made_here_load_there(place, name):
+    """Must show 2. A random delta of ours, not PEFT's; its file has provenance in its metadata."""
+    case = CASES[name]
+    theirs, _ = from_peft(read_adapter(place / name), sizes(case.model))
+    delta = random_like(theirs, np.random.default_rng(0))
+    made = dataclasses.replace(to_peft(delta, facts(case)), provenance={"fingerprint": "0"})
+    write_adapter(place / f"{name}-ours", made)
+    found_TV = plain.logits(*ours(place / case.model), delta, case)
+    wanted_TV = peft_logits(place, name, f"{name}-ours")
+    assert np.abs(wanted_TV - peft_logits(place, name, name)).max() > 1e-2, "it was not loaded"
+    np.testing.assert_allclose(found_TV, wanted_TV, atol=1e-4, rtol=0)
+
+
+def random_like(tree, rng):
+    """Other values of the same size."""
+    if isinstance(tree, dict):
+        return {key: random_like(value, rng) for key, value in tree.items()}
+    return (1 + 0.5 * rng.standard_normal(tree.shape)).astype(np.float32)
+
+
+def test_peft_reads_every_second_pair_of_a_t5s_prefix(place):
+    """Why such a prefix is not exported, and is read as it is: layer n has those of 2n modulo L."""
+    case, adapter = CASES["prefix-t5"], read_adapter(place / "prefix-t5")
+    delta, _ = from_peft(adapter, sizes(case.model))
+    k_LPHK = delta["decoder"]["prefix"]["k"]
+    np.testing.assert_array_equal(k_LPHK[0], k_LPHK[1])
+    rows = adapter.tensors["prompt_embeddings"].reshape(3, 2, 2, -1)
+    assert not np.array_equal(rows[:, 0], rows[:, 1])
+
+
+def test_pefts_default_for_a_t5_is_read_too(place):
+    """It has rows for both stacks, of which PEFT reads the first half; written is that half."""
+    import peft
+
+    from tests.interchange.live import base_model, beside
+
+    with beside(place):
+        config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
+        peft.get_peft_model(base_model("t5"), config).save_pretrained("two")
+    adapter = read_adapter(place / "two")
+    assert adapter.tensors["prompt_embeddings"].shape == (6, 8)
+    delta, _ = from_peft(adapter, sizes("t5"))
+    again = to_peft(delta, facts(CASES["prompt-t5"], origin=adapter.config))
+    assert again.config["num_transformer_submodules"] == 1
+    half = adapter.tensors["prompt_embeddings"][:3]
+    np.testing.assert_array_equal(again.tensors["prompt_embeddings"], half)
+
+
+def test_pickles(place, tmp_path):
+    """Must show 7: a .bin of tensors is read, one with anything else is refused unread."""
+    theirs = read_adapter(place / "prompt-llama")
+    tensors = {name: torch.tensor(tensor) for name, tensor in theirs.tensors.items()}
+    (tmp_path / CONFIG).write_text(json.dumps(theirs.config))
+    torch.save(tensors, tmp_path / PICKLE)
+    found = read_adapter(tmp_path).tensors
+    np.testing.assert_array_equal(found["prompt_embeddings"], theirs.tensors["prompt_embeddings"])
+    torch.save({**tensors, "path": Path("x")}, tmp_path / PICKLE)
+    with pytest.raises(UserError, match=f"{PICKLE}: refused: it holds more than tensors"):
+        read_adapter(tmp_path)
