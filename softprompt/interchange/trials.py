@@ -21,7 +21,7 @@ from softprompt.interchange import arrays, peft
 from softprompt.interchange.adapter import CONFIG as ADAPTER
 from softprompt.interchange.adapter import Adapter, read_adapter, write_adapter
 from softprompt.interchange.projections import Config
-from softprompt.models.loading import load_model, read_model_config
+from softprompt.models.loading import Loaded, load_model, read_model_config
 from softprompt.results import commit, read_result, write_bytes, write_text
 from softprompt.training.delta_file import load_delta, save_delta
 from softprompt.training.trial import CONFIG, DELTA, provenance, read_config
@@ -125,26 +125,20 @@ def import_run(
     workdir, file = epath.Path(workdir), Path(source).expanduser()
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"--workdir {workdir}: not empty; give a new folder")
-    name, revision = config.model.name, config.model.revision or None
     adapter = open_source(file)
-    model = read_model_config(name, revision=revision)
+    said = dict(adapter.provenance) if adapter else {}
+    model = read_model_config(config.model.name, revision=config.model.revision or None)
     if adapter is None:
         delta, method = arrays.from_npy(file, model)
     else:
         delta, method = peft.from_peft(adapter, model)
-    said = dict(adapter.provenance) if adapter else {}
     config = with_method(config, method, said, file=str(file))
-    loaded = load_model(
-        name,
-        revision=revision,
-        tokenizer_name=config.model.tokenizer,
-        put=lambda path, leaf: None,  # only their fingerprint is wanted
-    )
+    loaded = load_unkept(config)
     trained = said.get("fingerprint", loaded.fingerprint)
     if trained != loaded.fingerprint and not any_weights:
         raise UserError(
-            f"{file} was trained on weights {trained}, {name} has {loaded.fingerprint}; "
-            "--any-weights uses it nevertheless"
+            f"{file} was trained on weights {trained}, {config.model.name} has "
+            f"{loaded.fingerprint}; --any-weights uses it nevertheless"
         )
     origin = {} if adapter is None else {"adapter_config": adapter.config}
     facts = {"imported": {"file": str(file), "trained_on": trained, **origin}}
@@ -156,6 +150,16 @@ def import_run(
         "workdir": str(workdir),
         "notes": notes_on(said, adapter) + conventions(to_dict(config)["method"], model),
     }
+
+
+def load_unkept(config: ConfigDict) -> Loaded:
+    """A config's model for its fingerprint alone: no leaf of its weights is kept."""
+    return load_model(
+        config.model.name,
+        revision=config.model.revision or None,
+        tokenizer_name=config.model.tokenizer,
+        put=lambda path, leaf: None,
+    )
 
 
 def open_source(file: Path) -> Adapter | None:

@@ -118,7 +118,7 @@ def test_provenance_is_one_key(place, tmp_path, capsys):
 
 
 def test_conventions_are_said():
-    """A Gemma's prompt enters after the embeddings' scaling. Mutation: say it of none, or of all."""
+    """A Gemma's prompt enters after the embeddings' scaling. Mutation: say it of every model's."""
     said = {name: conventions({"name": "prompt", "bos": "none"}, sizes(name)) for name in MODELS}
     assert said["llama"] == ["the text behind the prompt has no BOS"]
     assert "after the embeddings' scaling by 2.82843, as in PEFT" in said["gemma2"][1]
@@ -154,6 +154,21 @@ def test_a_trial_on_other_weights(place, tmp_path, capsys):
     (moved / "config.json").write_text(json.dumps(config))
     line = run(capsys, "evaluate", "--run", moved, "--any-weights", code=2)
     assert "prompt [3, 48] does not fit this model; allowed: [3, 32]" in line
+
+
+def test_bos_stands_where_the_file_says(place, tmp_path, capsys):
+    """Mutation: the provenance's convention is passed over."""
+    trial = Path(shutil.copytree(place / "llama" / "run", tmp_path / "run"))
+    config = json.loads((trial / "config.json").read_text())
+    config["method"]["bos"] = "none"
+    (trial / "config.json").write_text(json.dumps(config))
+    report = run(capsys, "export", "--run", trial, "--format", "peft", "--to", tmp_path / "a")
+    assert report["notes"][0] == "the text behind the prompt has no BOS"
+    run(capsys, "import", tmp_path / "a", *taking(place), "--workdir", tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["method"]["bos"] == "none"
+    asked = ["import", tmp_path / "a", *taking(place), "--config.method.bos=before"]
+    line = run(capsys, *asked, "--workdir", tmp_path / "c", code=2)
+    assert line == f"config key 'method.bos' is 'before'; {tmp_path / 'a'} has 'none'"
 
 
 def test_mistakes(place, tmp_path, capsys):
