@@ -37,7 +37,7 @@ def logits(model: Decoder | T5, weights: Any, delta: Any, case: Case) -> np.ndar
     }
     kv = [leaves[path] for path in leaves if "prefix/" in path]
     prefix = Context(*map(jnp.asarray, kv)) if kv else None
-    return np.asarray(_run(model, variables, prefix))
+    return np.asarray(run(model, variables, prefix))
 
 
 def _scale(plain: dict[str, np.ndarray], path: str, ia3: np.ndarray) -> None:
@@ -69,7 +69,8 @@ def _update(
 
 
 @functools.partial(quick_jit, static_argnames="model")
-def _run(model: Decoder | T5, variables: Any, prefix: Context | None) -> jax.Array:
+def run(model: Decoder | T5, variables: Any, prefix: Context | None = None) -> jax.Array:
+    """Logits [T, V] of the text, behind a prefix where there is one."""
     if isinstance(model, T5):
         return _run_t5(model, variables, prefix)
     tokens_T = jnp.array(IDS)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from softprompt.interchange.adapter import CONFIG, TENSORS, read_adapter, tensors_bytes
+from softprompt.interchange.adapter import CONFIG, TENSORS, Adapter, read_adapter, tensors_bytes
 from softprompt.interchange.peft import from_peft, to_peft
 from softprompt.models import t5_names
 from softprompt.models.loading import load_model, make_model
-from tests.interchange import plain
+from tests.interchange import methods, plain
 from tests.interchange.cases import CASES, GOLDEN, facts, is_t5, same_config, sizes, write_model
+from tests.interchange.methods import CONFIGS
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.written])
@@ -63,6 +64,26 @@ def test_logits_are_those_that_peft_gave(name, models):
     delta, _ = from_peft(read_adapter(GOLDEN / name), sizes(case.model))
     found_TV = plain.logits(*models(case.model), delta, case)
     np.testing.assert_allclose(found_TV[-1, :16], golden[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.method["name"] in CONFIGS])
+def test_our_methods_give_the_same_logits(name, models):
+    """Must show 2. Mutation: a method reads another leaf than the one that is imported."""
+    case, golden = CASES[name], json.loads((GOLDEN / "logits.json").read_text())
+    delta, _ = from_peft(read_adapter(GOLDEN / name), sizes(case.model))
+    found_TV = methods.logits(*models(case.model), delta, case)
+    np.testing.assert_allclose(found_TV[-1, :16], golden[name], atol=1e-4, rtol=0)
+
+
+def test_other_beginnings_of_names():
+    """PEFT on a bare GPT-2 leaves out `transformer.`. Mutation: `spellings` is passed over."""
+    golden = read_adapter(GOLDEN / "lora-gpt2")
+    short = {name.replace("transformer.", ""): x for name, x in golden.tensors.items()}
+    assert short.keys() != golden.tensors.keys()
+    for config in (golden.config, golden.config | {"target_modules": None}):
+        delta, _ = from_peft(Adapter(config, short), sizes("gpt2"))
+        made = to_peft(delta, facts(CASES["lora-gpt2"])).tensors
+        assert tensors_bytes(made, {}) == (GOLDEN / "lora-gpt2" / TENSORS).read_bytes()
 
 
 def test_the_header_is_pefts_but_for_one_key(tmp_path):

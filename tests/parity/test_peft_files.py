@@ -21,8 +21,9 @@ from softprompt.interchange.adapter import (
 from softprompt.interchange.peft import from_peft, to_peft
 from softprompt.models import t5_names
 from softprompt.models.loading import load_model, make_model
-from tests.interchange import plain
+from tests.interchange import methods, plain
 from tests.interchange.cases import CASES, MODELS, facts, is_t5, same_config, sizes, write_model
+from tests.interchange.methods import CONFIGS
 
 pytestmark = pytest.mark.parity
 
@@ -86,6 +87,9 @@ def test_logits_of_adapters_trained_there(place, name):
     delta, _ = from_peft(read_adapter(place / name), sizes(case.model))
     found_TV = plain.logits(*ours(place / case.model), delta, case)
     wanted_TV = peft_logits(place, name, name)
+    if case.method["name"] in CONFIGS:
+        own_TV = methods.logits(*ours(place / case.model), delta, case)
+        np.testing.assert_allclose(own_TV, wanted_TV, atol=1e-4, rtol=0)
     assert np.abs(wanted_TV).max() > 0.5
     np.testing.assert_allclose(found_TV, wanted_TV, atol=1e-4, rtol=0)
 
