@@ -18,11 +18,21 @@ from softprompt.interchange.adapter import (
     tensors_bytes,
     write_adapter,
 )
-from softprompt.interchange.peft import from_peft, to_peft
+from softprompt.interchange.peft import Facts, from_peft, to_peft
 from softprompt.models import t5_names
 from softprompt.models.loading import load_model, make_model
+from tests.families import write_family_folder
 from tests.interchange import methods, plain
-from tests.interchange.cases import CASES, MODELS, facts, is_t5, same_config, sizes, write_model
+from tests.interchange.cases import (
+    CASES,
+    MODELS,
+    Case,
+    facts,
+    is_t5,
+    same_config,
+    sizes,
+    write_model,
+)
 from tests.interchange.methods import CONFIGS
 
 pytestmark = pytest.mark.parity
@@ -57,13 +67,12 @@ def ours(folder: Path):
     return loaded.model, loaded.weights
 
 
-def peft_logits(place: Path, name: str, adapter: str) -> np.ndarray:
+def peft_logits(place: Path, case: Case, adapter: str) -> np.ndarray:
     """Logits [T, V] of PEFT's model with the adapter in a folder."""
     import peft
 
     from tests.interchange.live import base_model, beside, logits
 
-    case = CASES[name]
     with beside(place):
         loaded = peft.PeftModel.from_pretrained(base_model(case.model), adapter).eval()
         return logits(loaded, case)
@@ -86,7 +95,7 @@ def test_logits_of_adapters_trained_there(place, name):
     case = CASES[name]
     delta, _ = from_peft(read_adapter(place / name), sizes(case.model))
     found_TV = plain.logits(*ours(place / case.model), delta, case)
-    wanted_TV = peft_logits(place, name, name)
+    wanted_TV = peft_logits(place, case, name)
     if case.method["name"] in CONFIGS:
         own_TV = methods.logits(*ours(place / case.model), delta, case)
         np.testing.assert_allclose(own_TV, wanted_TV, atol=1e-4, rtol=0)
@@ -103,9 +112,26 @@ def test_adapters_made_here_load_there(place, name):
     made = dataclasses.replace(to_peft(delta, facts(case)), provenance={"fingerprint": "0"})
     write_adapter(place / f"{name}-ours", made)
     found_TV = plain.logits(*ours(place / case.model), delta, case)
-    wanted_TV = peft_logits(place, name, f"{name}-ours")
-    assert np.abs(wanted_TV - peft_logits(place, name, name)).max() > 1e-2, "it was not loaded"
+    wanted_TV = peft_logits(place, case, f"{name}-ours")
+    assert np.abs(wanted_TV - peft_logits(place, case, name)).max() > 1e-2, "it was not loaded"
     np.testing.assert_allclose(found_TV, wanted_TV, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["opt-350m", "gemma3", "qwen2-sliding", "mistral"])
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_narrow_embeddings_and_windows(tmp_path, name, kind):
+    """Families whose sizes or layers differ from what PEFT expects by default."""
+    write_family_folder(tmp_path / name, name)
+    model, weights = ours(tmp_path / name)
+    case = Case(name, "", {}, {"name": kind})
+    found, rng = model.config, np.random.default_rng(0)
+    prefix = np.zeros((found.layers, 3, found.kv_heads, found.head_size))
+    shapes = {"prompt": np.zeros((3, found.prompt_width)), "prefix": {"k": prefix, "v": prefix}}
+    delta = random_like({kind: shapes[kind]}, rng)
+    made = to_peft(delta, Facts(found, {"name": kind, "bos": "after"}, name))
+    write_adapter(tmp_path / "adapter", made)
+    wanted_TV = peft_logits(tmp_path, case, "adapter")
+    np.testing.assert_allclose(plain.logits(model, weights, delta, case), wanted_TV, atol=1e-4)
 
 
 def random_like(tree, rng):
