@@ -5,6 +5,7 @@ import functools
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from softprompt.interchange.adapter import (
 )
 from softprompt.interchange.peft import Facts, from_peft, to_peft
 from softprompt.models import t5_names
-from softprompt.models.loading import load_model, make_model
+from softprompt.models.loading import find, load_model, make_model
 from tests.families import write_family_folder
 from tests.interchange import methods, plain
 from tests.interchange.cases import (
@@ -139,6 +140,50 @@ def random_like(tree, rng):
     if isinstance(tree, dict):
         return {key: random_like(value, rng) for key, value in tree.items()}
     return (1 + 0.5 * rng.standard_normal(tree.shape)).astype(np.float32)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "lora", "ia3"])
+def test_a_real_model(smollm2, tmp_path, kind):
+    """Adapters made here, on SmolLM2-135M, give PEFT's logits (which reach about 20)."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from tests.interchange.live import beside, logits
+
+    c, rng = smollm2.config, np.random.default_rng(0)
+    prefix = np.zeros((c.layers, 5, c.kv_heads, c.head_size))
+    delta = {
+        "prompt": {"prompt": np.zeros((5, c.width))},
+        "prefix": {"prefix": {"k": prefix, "v": prefix}},
+        "lora": {
+            "layers": {
+                "mlp": {
+                    "down": {
+                        "lora_a": np.zeros((c.layers, c.ffn, 4)),
+                        "lora_b": np.zeros((c.layers, 4, c.width)),
+                    }
+                }
+            }
+        },
+        "ia3": {"layers": {"attn": {"k": {"ia3": np.zeros((c.layers, c.kv_heads, c.head_size))}}}},
+    }[kind]
+    delta = random_like(delta, rng)
+    if kind in ("prompt", "lora"):
+        delta = jax.tree.map(lambda leaf: 0.1 * (leaf - 1), delta)
+    method = {"name": kind, "bos": "after", "rank": 4, "alpha": 8, "rslora": False}
+    write_adapter(tmp_path / "adapter", to_peft(delta, Facts(c, method, "smollm2")))
+    case = Case("smollm2", "", {}, method)
+    found_TV = plain.logits(smollm2.model, smollm2.weights, delta, case)
+    path = find("smollm2-135m-instruct-q4")
+    base = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    with beside(tmp_path):
+        wanted_TV = logits(peft.PeftModel.from_pretrained(base, "adapter").eval(), case)
+    worst = np.abs(found_TV - wanted_TV).max()
+    print(f"{kind}: largest difference of logits {worst:.1e}, largest logit {wanted_TV.max():.1f}")
+    assert worst < 1e-3
 
 
 def test_peft_reads_every_second_pair_of_a_t5s_prefix(place):
