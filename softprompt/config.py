@@ -14,7 +14,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from softprompt.errors import UserError, nearest
-from softprompt.schema import CHOICES, OPEN_MAPPINGS, RANGES, UNSCIENTIFIC_SECTIONS, base_config
+from softprompt.schema import (
+    CHOICES,
+    OPEN_MAPPINGS,
+    RANGES,
+    UNSCIENTIFIC_SECTIONS,
+    UNTRAINED,
+    base_config,
+)
 
 __all__ = [
     "ConfigDict",
@@ -182,13 +189,7 @@ def _check_range(key: str, value: float) -> None:
 
 def _check_together(values: Mapping[str, Any]) -> None:
     """What one key demands of another."""
-    init = values["method.init"]
-    if (
-        values["method.name"] == "prompt"
-        and init in ("text", "file")
-        and not values[f"method.init_{init}"]
-    ):
-        raise UserError(f"config key 'method.init_{init}' is empty; method.init={init} needs it")
+    _check_method(values)
     if values["train.batch"] % values["train.microbatches"]:
         raise UserError(
             f"config key 'train.microbatches' is {values['train.microbatches']}; "
@@ -213,6 +214,24 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(f"config key 'task.template' is empty; task.source={source} needs it")
     if source and not values["task.verbalizers"]:
         raise UserError(f"config key 'task.verbalizers' is empty; task.source={source} needs it")
+
+
+def _check_method(values: Mapping[str, Any]) -> None:
+    """What a method's keys demand of one another."""
+    name, init, reparam = (values[f"method.{key}"] for key in ("name", "init", "reparam"))
+    starts = name in ("prompt", "prefix")
+    if starts and init in ("text", "file") and not values[f"method.init_{init}"]:
+        raise UserError(f"config key 'method.init_{init}' is empty; method.init={init} needs it")
+    allowed = {"prompt": CHOICES["method.reparam"], "prefix": ("none", "mlp")}.get(name, ("none",))
+    if reparam not in allowed:
+        raise UserError(
+            f"config key 'method.reparam' is {reparam!r}; allowed for method.name={name}: "
+            f"{', '.join(allowed)}"
+        )
+    if values["method.bos"] == "before" and name not in ("prompt", *UNTRAINED):
+        raise UserError(
+            f"config key 'method.bos' is 'before'; allowed for method.name={name}: after, none"
+        )
 
 
 def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> ConfigDict:
@@ -262,10 +281,13 @@ def trial_name(config: ConfigDict) -> str:
     method = config.method
     parts = {
         "prompt": f"prompt-{method.length}-{method.init}",
+        "prefix": f"prefix-{method.length}-{method.init}",
+        "lora": f"lora-{method.rank}",
+        "adapter": f"{method.placement}-{method.bottleneck}",
         "none": "zero-shot",
         "fewshot": f"fewshot-{method.shots}",
     }
-    return f"{parts[method.name]}-s{config.seed}"
+    return f"{parts.get(method.name, method.name)}-s{config.seed}"
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:

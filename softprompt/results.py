@@ -37,6 +37,7 @@ def make_row(
     peak_share: float | None = None,
     peak_memory_bytes: int | None = None,
     trainable: int | None = None,
+    stored: int | None = None,
     weight_bytes: int | None = None,
     step_seconds: float | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -54,6 +55,7 @@ def make_row(
         peak_share: share of the devices' peak that the training reached, 0 to 1.
         peak_memory_bytes: the largest memory in use, a device.
         trainable: number of trained parameters.
+        stored: parameters of the saved delta, less what only training needed.
         weight_bytes: of the frozen weights, over all devices once.
         step_seconds: median of a training step, evaluations and compilation left out.
         metrics: {"validation": {"accuracy": ..., "examples": ...}, "test": {...}, ...}.
@@ -75,6 +77,7 @@ def make_row(
         "peak_share": peak_share,
         "peak_memory_bytes": peak_memory_bytes,
         "trainable": trainable,
+        "stored": stored,
         "weight_bytes": weight_bytes,
         "step_seconds": step_seconds,
         "metrics": dict(metrics or {}),

@@ -5,13 +5,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# What a trial's method may be; all but the last two train something.
+METHODS = ("prompt", "prefix", "lora", "adapter", "bitfit", "ia3", "full", "none", "fewshot")
+UNTRAINED = ("none", "fewshot")
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.quantize": ("none", "int8", "int4"),
-    "method.name": ("prompt", "none", "fewshot"),
-    "method.init": ("vocabulary", "uniform", "uniform_paper", "labels", "text", "file"),
+    "method.name": METHODS,
+    "method.init": (
+        *("vocabulary", "uniform", "uniform_paper", "labels", "text", "file"),
+        *("noise", "zeros"),
+    ),
     "method.bos": ("after", "before", "none"),
-    "method.place": ("encoder", "decoder", "both"),
+    "method.place": ("encoder", "decoder", "cross", "both", "all"),
+    "method.reparam": ("none", "residual", "residual_rows", "mlp"),
+    "method.placement": ("houlsby", "pfeiffer"),
     "mesh.remat": ("none", "dots", "layer"),
     "optimizer.name": ("adamw", "adafactor"),
     "optimizer.rate_unit": ("absolute", "embedding_rms"),
@@ -28,6 +37,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "method.length": (0, math.inf),
     "method.common_tokens": (1, math.inf),
     "method.shots": (1, math.inf),
+    "method.bottleneck": (1, math.inf),
+    "method.rank": (1, math.inf),
+    "method.alpha": (0, math.inf),
     "task.max_input": (1, math.inf),
     "task.max_target": (1, math.inf),
     "data.train_examples": (0, math.inf),
@@ -96,10 +108,12 @@ def _model() -> dict[str, Any]:
 
 def _method() -> dict[str, Any]:
     return {
-        # prompt (trained), none (zero-shot) or fewshot (solved examples as the context)
+        # what is trained: prompt, prefix, lora, adapter, bitfit, ia3 or full; or none (zero-shot),
+        # or fewshot (solved examples as the context)
         "name": "prompt",
-        "length": 20,  # prompt length P, in vectors; 0 is the plain model
-        # vocabulary, uniform (embedding RMS), uniform_paper (U[-0.5, 0.5]), labels, text or file
+        "length": 20,  # prompt, prefix: length P, in vectors; 0 is the plain model
+        # vocabulary, uniform (embedding RMS), uniform_paper (U[-0.5, 0.5]), labels, text or file; a
+        # prefix starts from what the model makes of these, or from noise or zeros
         "init": "vocabulary",
         "init_text": "",  # init=text: the text whose token embeddings start the prompt
         "init_file": "",  # init=file: a delta.safetensors; truncated or extended to `length`
@@ -109,11 +123,23 @@ def _method() -> dict[str, Any]:
         "common_text": "train",
         # where BOS stands: after the prompt (before the text: what PEFT reads), before it, or none
         "bos": "after",
-        # encoder-decoders: before the encoder's input, the decoder's, or both
+        # encoder-decoders: before the encoder's input, the decoder's, or both; a prefix also in
+        # cross-attention (cross), or everywhere (all)
         "place": "encoder",
         # encoder-decoders: the prompt and the input see each other, as in the paper (True or False)
         "prompt_to_input": True,
-        "shots": 16,  # method=fewshot: number of solved examples
+        "shots": 16,  # fewshot: number of solved examples
+        # prompt: write its rows through a network until training ends: none, residual (one for all
+        # rows), residual_rows (one for each) or mlp (P-tuning); prefix: none or mlp
+        "reparam": "none",
+        "bottleneck": 64,  # adapter, reparam: width of the hidden layer
+        "placement": "houlsby",  # adapter: houlsby (two a layer) or pfeiffer (one)
+        "rank": 8,  # lora: Z
+        "alpha": 16.0,  # lora: the update is scaled by alpha / rank
+        "rslora": False,  # lora: by alpha / sqrt(rank) instead (True or False)
+        # lora, ia3: names of projections, such as q,v or q,k,v,o,gate,up,down; qkv is one A for
+        # three (lora); "" is the method's own: q,v and k,v,down
+        "targets": "",
     }
 
 

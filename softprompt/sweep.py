@@ -19,6 +19,7 @@ from softprompt.config_files import find_file, list_modules, load_module
 from softprompt.errors import UserError, unknown
 from softprompt.progress import Progress, duration
 from softprompt.results import Row, is_done, make_row, write_bytes, write_result, write_text
+from softprompt.schema import UNTRAINED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -216,7 +217,7 @@ def dry_run(
                 "trial": trial_name(config),
                 "id": trial_id(config),
                 "state": "done" if done else "to run",
-                "steps": config.train.steps if config.method.name == "prompt" else 0,
+                "steps": 0 if config.method.name in UNTRAINED else config.train.steps,
                 "trainable": int(cost["trainable"]),
                 "FLOPs": f"{cost['flops']:.3g}",
                 "memory": f"{cost['memory_bytes'] / 2**30:.2f} GiB",

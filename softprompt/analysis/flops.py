@@ -35,7 +35,14 @@ class Work:
     cross_keys: float = 0.0
 
 
-def train_work(encoded: Encoded, layout: Layout, contexts: tuple[int, int], examples: int) -> Work:
+def train_work(
+    encoded: Encoded,
+    layout: Layout,
+    contexts: tuple[int, int],
+    examples: int,
+    *,
+    run: bool = True,
+) -> Work:
     """Work of an average training step.
 
     Args:
@@ -43,6 +50,7 @@ def train_work(encoded: Encoded, layout: Layout, contexts: tuple[int, int], exam
         layout: where the model wants an example.
         contexts: lengths of the encoder's (0 for a decoder) and of the decoder's context.
         examples: in a step.
+        run: the contexts are run; a prefix is not.
     """
     targets_N = np.array([len(target) for target in encoded.targets], np.float64)
     own_N = targets_N + layout.target_slots if layout.encoder else targets_N - 1
@@ -50,8 +58,8 @@ def train_work(encoded: Encoded, layout: Layout, contexts: tuple[int, int], exam
     share = examples / len(targets_N)
     once = _work(_nothing(encoded), layout, contexts, np.zeros(0), heads=0.0)
     fields = [field.name for field in dataclasses.fields(Work)]
-    parts = {f: (getattr(total, f) - getattr(once, f)) * share + getattr(once, f) for f in fields}
-    return Work(**parts)
+    rest = {f: (getattr(total, f) - getattr(once, f)) * share for f in fields}
+    return Work(**{f: rest[f] + run * getattr(once, f) for f in fields})
 
 
 def scoring_work(encoded: Encoded, layout: Layout, contexts: tuple[int, int]) -> Work:
@@ -94,12 +102,13 @@ def forward_flops(config: DecoderConfig | T5Config, work: Work) -> float:
     return _products(config, work) + _attention(config, work)
 
 
-def train_flops(config: DecoderConfig | T5Config, work: Work) -> float:
-    """A training step of a frozen model: 4 N a token, not 6 N, for no weight has a gradient.
+def train_flops(config: DecoderConfig | T5Config, work: Work, *, weights: bool = False) -> float:
+    """A training step: 4 N a token of a frozen model, 6 N where the weights are trained.
 
     Attention has two operands that depend on the delta, and costs three times its forward pass.
+    What a delta adds inside the layers (LoRA's products, adapters) is left out.
     """
-    return 2 * _products(config, work) + 3 * _attention(config, work)
+    return (3 if weights else 2) * _products(config, work) + 3 * _attention(config, work)
 
 
 def _products(config: DecoderConfig | T5Config, work: Work) -> float:

@@ -1,5 +1,6 @@
 """A finished trial put to use: scores on any split or task, answers to lines of text."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,11 +17,18 @@ from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification
 from softprompt.evaluation.scoring import normalise, probabilities, score_batches
 from softprompt.inference.decode import generate
+from softprompt.methods import METHODS
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
-from softprompt.training.prepare import Prepared, behind, delta_shapes, prepare
+from softprompt.training.prepare import (
+    Prepared,
+    behind,
+    delta_shapes,
+    delta_shardings,
+    prepare,
+)
 from softprompt.training.session import SPLITS, Session, encode_records
-from softprompt.training.sharding import put, replicated
+from softprompt.training.sharding import put
 from softprompt.training.trial import DELTA, read_config, score
 
 GROUP = 64  # lines answered together
@@ -84,17 +92,19 @@ def open_run(
                 f"{file} was trained on weights {origin.get('fingerprint')}, {config.model.name} "
                 f"has {prepared.loaded.fingerprint}; --any-weights uses it nevertheless"
             )
-        check_fit(delta, delta_shapes(prepared), file=str(file))
-    whole = replicated(prepared.mesh)
-    return prepared, jax.tree.map(lambda leaf: put(leaf, whole), delta)
+        check_fit(delta, prepared, file=str(file))
+    return prepared, jax.tree.map(put, delta, delta_shardings(prepared, delta))
 
 
-def check_fit(delta: Any, expected: Any, *, file: str) -> None:
+def check_fit(delta: Any, prepared: Prepared, *, file: str) -> None:
     """Checks that every leaf of a delta is one of the model's and method's, with its shape.
 
     Raises:
         UserError: names the first that is not.
     """
+    step = prepared.step
+    fold = functools.partial(METHODS[step.method].fold, cfg=step.method_config)
+    expected = jax.eval_shape(fold, delta_shapes(prepared))
     shapes = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
     for path, leaf in flatten_dict(delta, sep="/").items():
         if leaf.shape != shapes.get(path):
@@ -111,7 +121,7 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
     longest = max(len(ids) for ids in encoded.candidates) + 1
     answers = generate(
         prepared.step.model,
-        prepared.loaded.weights,
+        prepared.frozen,
         prepared.shared(delta),
         encoded.inputs,
         max_new=longest,
@@ -180,7 +190,7 @@ def _answer(
     multiple, layout = prepared.mesh.shape["data"], prepared.layout
     shape = coarse_shape(encoded, rows=-(-rows // multiple) * multiple, layout=layout)
     batches = eval_batches(encoded, shape, layout=layout)
-    model, weights = prepared.step.model, prepared.loaded.weights
+    model, weights = prepared.step.model, prepared.frozen
     sums_NC, lengths_NC = score_batches(model, weights, shared, batches, mesh=prepared.mesh)
     shares_NC = probabilities(normalise(sums_NC, lengths_NC, config.eval.score))
     labels = list(task.verbalizers)

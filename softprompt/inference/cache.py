@@ -6,6 +6,7 @@ what it may see, follow from the length of its input. The layers only read the c
 column is written once, behind them.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from softprompt.models import Model
 from softprompt.models.decoder import Cached
+from softprompt.models.layers import collections
 
 Tree = Any
 Cache = tuple[jax.Array, jax.Array]
@@ -41,13 +43,11 @@ def prefill(
         Logits [B, V] of the first new token, and the memory, laid out as `model.memory_axes` says.
     """
     variables, context = shared
-    collections = {"params": weights, "delta": variables}
+    apply = functools.partial(model.apply, collections(weights, variables))
 
     def one(tokens_T: jax.Array, length: jax.Array) -> Any:
-        x_D, memory = model.apply(
-            collections, context, tokens_T, length, slots=slots, method="prefill"
-        )
-        logits_1V: Any = model.apply(collections, x_D[None], method="logits")
+        x_D, memory = apply(context, tokens_T, length, slots=slots, method="prefill")
+        logits_1V: Any = apply(x_D[None], method="logits")
         return logits_1V[0], memory
 
     return jax.vmap(one, out_axes=(0, model.memory_axes))(tokens_BT, lengths_B)
@@ -85,16 +85,14 @@ def extend(
         Logits [B, V] or [B, C, V] of what comes next, and the cache with these tokens in it.
     """
     variables, context = shared
-    collections = {"params": weights, "delta": variables}
+    apply = functools.partial(model.apply, collections(weights, variables))
 
     def one(memory: Any, kv: Cache, token: jax.Array) -> Any:
         slots_N = jnp.arange(kv[0].shape[1])
         cached = Cached(*kv, memory.length + slots_N, slots_N < nth)
         position = memory.length + nth
-        x_1D, new = model.apply(
-            collections, context, memory, cached, token[None], position[None], method="extend"
-        )
-        logits_1V: Any = model.apply(collections, x_1D, method="logits")
+        x_1D, new = apply(context, memory, cached, token[None], position[None], method="extend")
+        logits_1V: Any = apply(x_1D, method="logits")
         return logits_1V[0], new
 
     each = one if tokens.ndim == 1 else jax.vmap(one, (None, 1, 0), (0, 1))

@@ -104,7 +104,7 @@ def ia3_to(leaves: Leaves, config: Config) -> tuple[Leaves, dict[str, Any]]:
     tensors: Leaves = {}
     chosen, feed_forward = [], []
     for module, parts in modules(config).items():
-        found = {path: leaves.pop(f"{path}/ia3") for path in parts if _scaled(path, leaves)}
+        found = {path: leaves.pop(f"{path}/ia3") for path in parts if f"{path}/ia3" in leaves}
         if not found:
             continue
         chosen.append(module)
@@ -124,11 +124,6 @@ def ia3_to(leaves: Leaves, config: Config) -> tuple[Leaves, dict[str, Any]]:
         "target_modules": targets(chosen, config),
         "feedforward_modules": targets(feed_forward, config),
     }
-
-
-def _scaled(path: str, leaves: Mapping[str, np.ndarray]) -> bool:
-    """Whether a projection has a vector of IA3, of those that both sides know."""
-    return f"{path}/ia3" in leaves and path.endswith(("/q", "/k", "/v", FEED_FORWARD))
 
 
 def lora_from(adapter: Adapter, config: Config) -> tuple[Leaves, dict[str, Any]]:
@@ -187,11 +182,6 @@ def ia3_from(adapter: Adapter, config: Config) -> tuple[Leaves, dict[str, Any]]:
     wanted: dict[str, tuple[int, ...]] = {}
     for module, parts in chosen.items():
         path, one = next(iter(parts.items()))
-        if not path.endswith(("/q", "/k", "/v", FEED_FORWARD)):
-            raise UserError(
-                f"{adapter.file}: IA3 on {module}; allowed: queries, keys and values, and the "
-                "feed-forward's last projection"
-            )
         inner = path.endswith(FEED_FORWARD)
         shape = (1, math.prod(one.inputs)) if inner else (one.width, 1)
         wanted |= {f"{PREFIX}{name}.ia3_l": shape for name in layer_names(module, one.layers)}

@@ -2,6 +2,16 @@
 
 from types import ModuleType
 
-from softprompt.methods import none, prompt
+from softprompt.methods import adapter, bitfit, full, ia3, lora, none, prefix, prompt
 
-METHODS: dict[str, ModuleType] = {"none": none, "prompt": prompt}
+METHODS: dict[str, ModuleType] = {
+    "none": none,
+    "prompt": prompt,
+    "prefix": prefix,
+    "lora": lora,
+    "adapter": adapter,
+    "bitfit": bitfit,
+    "ia3": ia3,
+    "full": full,
+}
+TRAINED = tuple(name for name in METHODS if name != "none")

@@ -1,5 +1,8 @@
 """Prompt tuning: P trained vectors before the text, everything else frozen.
 
+The delta is "prompt" [P, D]; an encoder-decoder has one under "encoder", "decoder" or both. With a
+`reparam`, "net" beside it holds the networks that the rows run through until training ends.
+
 Source: Lester et al. 2021 (arXiv 2104.08691), section 2.
 """
 
@@ -9,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from softprompt.methods import reparametrize
 from softprompt.methods.initializers import Initializer
 from softprompt.models import Model
 from softprompt.models.quantize import embedding
@@ -29,6 +33,8 @@ class PromptConfig:
             from, and BOS before it, are scaled embeddings.
         places: an encoder-decoder's stacks, "encoder", "decoder" or both, that each get a prompt of
             their own; () for a decoder, which has one place.
+        reparam: of `reparametrize.KINDS`.
+        bottleneck: of the reparametrisation's networks.
     """
 
     length: int
@@ -36,12 +42,14 @@ class PromptConfig:
     initializer: Initializer | None = dataclasses.field(default=None, compare=False)
     embed_scale: float = 1.0
     places: tuple[str, ...] = ()
+    reparam: str = "none"
+    bottleneck: int = 0
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
     """Returns {"prompt": [P, D]} in float32 (float64 where the weights are), one for each place.
 
-    D is the width of the embeddings.
+    D is the width of the embeddings. With a `reparam` there is "net" beside it.
     """
     if not cfg.places:
         return _one(key, weights, cfg)
@@ -49,19 +57,25 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[
     return {place: _one(k, weights, cfg) for place, k in zip(cfg.places, keys, strict=True)}
 
 
-def _one(key: jax.Array, weights: Any, cfg: PromptConfig) -> dict[str, jax.Array]:
+def _one(key: jax.Array, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
     embedding_VD = _scaled(embedding(weights["embed"]), cfg)
     dtype = jnp.promote_types(embedding_VD.dtype, jnp.float32)
     if cfg.length == 0:
         return {"prompt": jnp.zeros((0, embedding_VD.shape[1]), dtype)}
     assert cfg.initializer is not None, "a prompt of positive length needs an initializer"
-    return {"prompt": cfg.initializer(key, embedding_VD, cfg.length).astype(dtype)}
+    prompt_PD = cfg.initializer(key, embedding_VD, cfg.length).astype(dtype)
+    if cfg.reparam == "none":
+        return {"prompt": prompt_PD}
+    key = jax.random.fold_in(key, 7)  # apart from what the initialiser drew
+    net = reparametrize.init(key, prompt_PD, kind=cfg.reparam, bottleneck=cfg.bottleneck)
+    return {"prompt": prompt_PD, "net": net}
 
 
 def variables(
     delta: dict[str, Any], weights: Any, cfg: PromptConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
     """What the context is computed from: the prompt, behind BOS where that comes first."""
+    delta = fold(delta, cfg)
     if cfg.bos_before is None:
         return delta
     bos_D = _scaled(embedding(weights["embed"])[cfg.bos_before], cfg)
@@ -74,5 +88,13 @@ def _scaled(x: jax.Array, cfg: PromptConfig) -> jax.Array:
 
 
 def fold(delta: dict[str, Any], cfg: PromptConfig) -> dict[str, Any]:
-    """Returns the delta as it is: a prompt has nothing that only training needs."""
-    return delta
+    """Returns the prompts that rows and networks stand for, or the delta as it is without them."""
+    if cfg.places:
+        return {place: _folded(part) for place, part in delta.items()}
+    return _folded(delta)
+
+
+def _folded(part: dict[str, Any]) -> dict[str, Any]:
+    if "net" not in part:
+        return part
+    return {"prompt": reparametrize.apply(part["prompt"], part["net"])}

@@ -1,5 +1,8 @@
 """From a config's words to token ids: what a prompt starts from, and few-shot contexts."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from etils import epath
 
@@ -7,29 +10,113 @@ from softprompt.config import ConfigDict
 from softprompt.data.encode import Encoded
 from softprompt.errors import UserError
 from softprompt.methods import initializers
+from softprompt.methods.adapter import AdapterConfig
+from softprompt.methods.ia3 import Ia3Config
+from softprompt.methods.lora import LoraConfig
+from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.loading import Loaded
 
+PROMPT_INITS = ("vocabulary", "uniform", "uniform_paper", "labels", "text", "file")
 
-def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptConfig:
-    """The prompt method's configuration, its initialiser's text resolved to token ids.
+
+def method_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> Any:
+    """The static half of a method's configuration, its texts resolved to token ids.
 
     Raises:
-        UserError: an unreadable file, a text without tokens, a BOS that the tokenizer lacks.
+        UserError: a setting that does not suit the model; an unreadable file; a text without
+            tokens; a BOS that the tokenizer lacks.
+    """
+    method = config.method
+    targets = tuple(name.strip() for name in method.targets.split(",") if name.strip())
+    if method.name == "prompt":
+        return prompt_config(config, loaded, train)
+    if method.name == "prefix":
+        return prefix_config(config, loaded, train)
+    if method.name == "lora":
+        given = {"targets": targets} if targets else {}
+        return LoraConfig(method.rank, method.alpha, method.rslora, **given)
+    if method.name == "ia3":
+        return Ia3Config(targets) if targets else Ia3Config()
+    if method.name == "adapter":
+        return AdapterConfig(method.bottleneck, method.placement)
+    return None
+
+
+def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptConfig:
+    """The prompt method's configuration.
+
+    Raises:
+        UserError: see `method_config`.
     """
     method, bos = config.method, loaded.tokenizer.bos_id
     if method.bos == "before" and bos is None:
         raise UserError("config key 'method.bos' is 'before'; this model's tokenizer has no BOS")
-    before = bos if method.bos == "before" else None
-    both = ("encoder", "decoder")
-    places = both if method.place == "both" else (method.place,)
+    if method.init not in PROMPT_INITS:
+        raise UserError(
+            f"config key 'method.init' is {method.init!r}; allowed for a prompt: "
+            f"{', '.join(PROMPT_INITS)}"
+        )
     return PromptConfig(
         method.length,
-        before,
+        bos if method.bos == "before" else None,
         initializer(config, loaded, train),
         loaded.config.embed_scale,
-        places if loaded.encoder_decoder else (),
+        places(config, loaded, ("encoder", "decoder")),
+        method.reparam,
+        method.bottleneck,
     )
+
+
+def prefix_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PrefixConfig:
+    """The prefix method's configuration.
+
+    Raises:
+        UserError: see `method_config`; words as a start where they would see the input.
+    """
+    method = config.method
+    where = places(config, loaded, ("encoder", "decoder", "cross"))
+    made = method.init in ("noise", "zeros")
+    if "cross" in where and not made:
+        raise UserError(
+            f"config key 'method.init' is {method.init!r}; allowed for a prefix of "
+            "cross-attention: noise, zeros"
+        )
+    if "encoder" in where and method.prompt_to_input and not made:
+        raise UserError(
+            f"config key 'method.init' is {method.init!r}: in an encoder, keys and values of words "
+            "depend on the input; allowed: noise, zeros, or method.prompt_to_input=False"
+        )
+    if method.reparam == "mlp" and method.init != "noise":
+        raise UserError(
+            f"config key 'method.init' is {method.init!r}; allowed with method.reparam=mlp: noise"
+        )
+    return PrefixConfig(
+        method.length,
+        where,
+        method.init if made else "rows",
+        None if made else initializer(config, loaded, train),
+        loaded.config.embed_scale,
+        method.bottleneck if method.reparam == "mlp" else 0,
+    )
+
+
+def places(config: ConfigDict, loaded: Loaded, allowed: Sequence[str]) -> tuple[str, ...]:
+    """The places of an encoder-decoder that `method.place` names; () for a decoder.
+
+    Raises:
+        UserError: one that the method has nothing for.
+    """
+    if not loaded.encoder_decoder:
+        return ()
+    named = {"both": ("encoder", "decoder"), "all": ("encoder", "decoder", "cross")}
+    where = named.get(config.method.place, (config.method.place,))
+    if not set(where) <= set(allowed):
+        raise UserError(
+            f"config key 'method.place' is {config.method.place!r}; allowed for a "
+            f"{config.method.name}: {', '.join(allowed)}, both"
+        )
+    return where
 
 
 def initializer(config: ConfigDict, loaded: Loaded, train: Encoded) -> initializers.Initializer:

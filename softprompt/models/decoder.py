@@ -33,7 +33,15 @@ from softprompt.models.decoder_layers import (
     Layer,
     Row,
 )
-from softprompt.models.layers import NORMS, Embed, Linear, accumulate, read_delta, rotary_table
+from softprompt.models.layers import (
+    NORMS,
+    Embed,
+    Linear,
+    Prefix,
+    accumulate,
+    read_delta,
+    rotary_table,
+)
 from softprompt.models.stack import Gather, stack
 
 
@@ -106,6 +114,7 @@ class Decoder(nn.Module):
             self.positions = Embed(rows, c.width, self.dtype)
         layers = stack(Block, length=c.layers, remat=self.remat, gather=self.gather)
         self.layers = layers(c, self.dtype)
+        self.prefix = Prefix(self.dtype)
         if c.final_norm:
             self.final_norm = NORMS[c.norm](c.norm_eps, self.dtype)
         if not c.tied:
@@ -118,7 +127,9 @@ class Decoder(nn.Module):
         return Context(none, none)
 
     def prompt_context(self) -> Context:
-        """The context of the trained variable "prompt" [P, D]; empty where there is none."""
+        """The context of the delta: a prefix, or what a prompt [P, D] becomes, or no positions."""
+        if (prefix := self.prefix()) is not None:
+            return Context(*prefix)
         prompt_PD = read_delta(self, "prompt")
         if prompt_PD is None:
             return self.empty_context()

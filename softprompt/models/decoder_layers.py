@@ -11,6 +11,7 @@ from flax import struct
 from softprompt.models.layers import (
     ACTIVATIONS,
     NORMS,
+    Adapter,
     Linear,
     Part,
     RopeScaling,
@@ -198,7 +199,8 @@ class MLP(nn.Module):
             x_TF = act(gate_TF) * x_TF
         else:
             x_TF = act(x_TF)
-        return Linear("tf,fd->td", (c.ffn, c.width), dtype, bias, name="down")(x_TF)
+        shape = (c.ffn, c.width)
+        return Linear("tf,fd->td", shape, dtype, bias, rescales_input=True, name="down")(x_TF)
 
 
 class Block(nn.Module):
@@ -218,9 +220,10 @@ class Block(nn.Module):
 
         y_TD = norm(x_TD, "attn_norm", "before", "both")
         y_TD, kv = Attention(c, self.dtype, name="attn")(y_TD, layer, row)
+        y_TD = Adapter(self.dtype, name="attn_adapter")(y_TD)
         y_TD = norm(y_TD, "attn_post_norm", "both")
         mid_TD = norm(x_TD + y_TD, "attn_norm", "after")
         y_TD = norm(x_TD if c.parallel else mid_TD, "mlp_norm", "before", "both")
-        y_TD = MLP(c, self.dtype, name="mlp")(y_TD)
+        y_TD = Adapter(self.dtype, name="mlp_adapter")(MLP(c, self.dtype, name="mlp")(y_TD))
         y_TD = norm(y_TD, "mlp_post_norm", "both")
         return norm(mid_TD + y_TD, "mlp_norm", "after"), kv

@@ -6,7 +6,7 @@ collection "delta", laid out like the modules that read it (DESIGN: methods).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,15 @@ def read_delta(module: nn.Module, name: str) -> jax.Array | None:
     return module.get_variable("delta", name)
 
 
+def collections(weights: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is applied to: frozen weights, and a method's variables beside them.
+
+    Weights that are trained themselves come among the variables, as "params".
+    """
+    beside = {name: tree for name, tree in variables.items() if name != "params"}
+    return {"params": {**weights, **variables.get("params", {})}, "delta": beside}
+
+
 def accumulate(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of norms, softmax and losses: float32, or float64 where everything is."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -38,6 +47,10 @@ def accumulate(dtype: jnp.dtype) -> jnp.dtype:
 
 class Linear(nn.Module):
     """A projection `einsum(spec, x, kernel)` in `dtype`; its bias, if any, is added in float32.
+
+    What the delta may hold in its scope: "bias", added beside the frozen one; "lora_a" and "lora_b"
+    (arXiv 2106.09685), whose product is added to the kernel; "ia3" (arXiv 2205.05638), which the
+    result is multiplied by, or the input where `rescales_input`.
 
     `wide`: the products are kept in at least float32, as logits are.
     """
@@ -47,6 +60,7 @@ class Linear(nn.Module):
     dtype: jnp.dtype
     use_bias: bool = False
     wide: bool = False
+    rescales_input: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,12 +68,80 @@ class Linear(nn.Module):
         axes, out = self.spec.split(",")[1].split("->")
         inputs = tuple(n for n, axis in enumerate(axes) if axis not in out)
         acc = accumulate(self.dtype)
+        factor = read_delta(self, "ia3")
+        if factor is not None and self.rescales_input:
+            x = (x.astype(acc) * factor).astype(self.dtype)
         y = project(self, "kernel", self.spec, x, self.shape, inputs, acc if self.wide else None)
-        if not self.use_bias:
-            return y
-        shape = tuple(size for axis, size in zip(axes, self.shape, strict=True) if axis in out)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        return (y.astype(acc) + bias).astype(self.dtype)
+        if (low_rank := self._low_rank(x)) is not None:
+            y = y + low_rank.astype(y.dtype)
+        biases = [read_delta(self, "bias")]
+        if self.use_bias:
+            shape = tuple(size for axis, size in zip(axes, self.shape, strict=True) if axis in out)
+            biases.insert(0, self.param("bias", nn.initializers.zeros, shape))
+        y = add_biases(y, biases, self.dtype)
+        if factor is not None and not self.rescales_input:
+            y = (y.astype(acc) * factor).astype(self.dtype)
+        return y
+
+    def _low_rank(self, x: jax.Array) -> jax.Array | None:
+        """What LoRA's factors make of `x`; None where there are none."""
+        a, b = read_delta(self, "lora_a"), read_delta(self, "lora_b")
+        if a is None or b is None:
+            return None
+        tokens, rest = self.spec.split(",")
+        axes, out = rest.split("->")
+        summed = "".join(axis for axis in axes if axis not in out)
+        low = jnp.einsum(f"{tokens},{summed}z->tz", x, a.astype(self.dtype))
+        kept = "".join(axis for axis in axes if axis in out)
+        return jnp.einsum(f"tz,z{kept}->{out}", low, b.astype(self.dtype))
+
+
+def add_biases(y: jax.Array, biases: Sequence[jax.Array | None], dtype: jnp.dtype) -> jax.Array:
+    """The sum with those that are there, in at least float32, as `dtype`."""
+    there = [bias for bias in biases if bias is not None]
+    if not there:
+        return y
+    acc = accumulate(dtype)
+    total = functools.reduce(jnp.add, (bias.astype(acc) for bias in there))
+    return (y.astype(acc) + total).astype(dtype)
+
+
+class Adapter(nn.Module):
+    """A bottleneck on what a sublayer adds to the residual stream, where the delta has one.
+
+    y + up(gelu(down(y) + down_bias)) + up_bias, in `dtype`. Source: arXiv 1902.00751, section 2.1.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, y_TD: jax.Array) -> jax.Array:
+        """Returns [T, D]."""
+        down_DZ = read_delta(self, "down")
+        if down_DZ is None:
+            return y_TD
+        parts = [read_delta(self, name) for name in ("down_bias", "up", "up_bias")]
+        assert not any(part is None for part in parts), "an adapter is whole or absent"
+        bias_Z, up_ZD, bias_D = (part.astype(self.dtype) for part in parts)  # type: ignore[union-attr]
+        low_TZ = jax.nn.gelu(y_TD @ down_DZ.astype(self.dtype) + bias_Z)
+        return y_TD + low_TZ @ up_ZD + bias_D
+
+
+class Prefix(nn.Module):
+    """The trained keys and values "k" and "v" [L, P, G, K] of a stack, where the delta has them.
+
+    Keys are as attention sees them, after rotation. Source: arXiv 2101.00190, section 4.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array] | None:
+        """Returns keys and values, or None."""
+        k_LPGK, v_LPGK = read_delta(self, "k"), read_delta(self, "v")
+        if k_LPGK is None or v_LPGK is None:
+            return None
+        return k_LPGK.astype(self.dtype), v_LPGK.astype(self.dtype)
 
 
 def project(
@@ -112,7 +194,9 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         x = x.astype(accumulate(self.dtype))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale.astype(x.dtype)).astype(self.dtype)
+        return add_biases(x * scale.astype(x.dtype), [read_delta(self, "bias")], self.dtype).astype(
+            self.dtype
+        )
 
 
 class LayerNorm(nn.Module):
@@ -129,7 +213,7 @@ class LayerNorm(nn.Module):
         x = x.astype(accumulate(self.dtype))
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale.astype(x.dtype) + bias.astype(x.dtype)).astype(self.dtype)
+        return add_biases(x * scale.astype(x.dtype), [bias, read_delta(self, "bias")], self.dtype)
 
 
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}

@@ -32,17 +32,10 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.decoder import Cached, Context
-from softprompt.models.layers import Embed, Linear, RMSNorm, read_delta
-from softprompt.models.stack import Gather, stack
-from softprompt.models.t5_layers import (
-    Block,
-    Kept,
-    KeysValues,
-    Layer,
-    RelativeBias,
-    Row,
-    T5Config,
-)
+from softprompt.models.layers import Embed, Linear
+from softprompt.models.stack import Gather
+from softprompt.models.t5_layers import KeysValues, T5Config
+from softprompt.models.t5_stack import Stack
 
 
 @struct.dataclass
@@ -50,12 +43,14 @@ class Contexts:
     """What every row sees of prompts that do not see the input; all of it may be empty.
 
     `encoder` and `decoder` hold keys and values for self-attention. `states_PD` is what the encoder
-    makes of its prompt, for the decoder's cross-attention.
+    makes of its prompt, for the decoder's cross-attention; `cross` are keys and values that the
+    latter sees besides, None where there are none.
     """
 
     encoder: Context
     states_PD: jax.Array
     decoder: Context
+    cross: Context | None = None
 
 
 @struct.dataclass
@@ -76,93 +71,6 @@ class Memory:
     valid_S: jax.Array
     cached: Cached
     length: jax.Array
-
-
-class Stack(nn.Module):
-    """The encoder or the decoder, without embeddings and head."""
-
-    config: T5Config
-    layer_count: int
-    causal: bool
-    dtype: jnp.dtype
-    remat: str
-    gather: Gather | None
-
-    def setup(self) -> None:
-        """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
-        self.relative_bias = RelativeBias(self.config, self.causal, self.dtype)
-        layers = stack(
-            Block,
-            length=self.layer_count,
-            remat=self.remat,
-            gather=self.gather,
-            path="/".join([*self.path, "layers"]),
-        )
-        self.layers = layers(self.config, self.dtype)
-        self.final_norm = RMSNorm(self.config.norm_eps, self.dtype)
-
-    def prompt(self) -> jax.Array | None:
-        """The trained variable "prompt" [P, D], if there is one."""
-        prompt_PD = read_delta(self, "prompt")
-        return None if prompt_PD is None else prompt_PD.astype(self.dtype)
-
-    def with_prompt(self, x_TD: jax.Array, prompt_index_T: jax.Array | None) -> jax.Array:
-        """Puts the prompt's rows where `prompt_index_T` is not negative."""
-        if prompt_index_T is None:
-            return x_TD
-        prompt_PD = self.prompt()
-        assert prompt_PD is not None, "a row has slots for a prompt that is not there"
-        if prompt_PD.shape[0] == 0:
-            return x_TD
-        slots_TD = prompt_PD[jnp.maximum(prompt_index_T, 0)]
-        return jnp.where(prompt_index_T[:, None] >= 0, slots_TD, x_TD)
-
-    def empty_context(self) -> Context:
-        """No positions."""
-        c = self.config
-        none = jnp.zeros((self.layer_count, 0, c.heads, c.head_size), self.dtype)
-        return Context(none, none)
-
-    def prompt_context(self) -> tuple[Context, jax.Array]:
-        """The prompt run alone: its keys and values, and its final states [P, D]."""
-        x_PD = self.prompt()
-        if x_PD is None:
-            return self.empty_context(), jnp.zeros((0, self.config.width), self.dtype)
-        index_P = jnp.arange(x_PD.shape[0])
-        mask_PS = (index_P[:, None] >= index_P) | (not self.causal)
-        x_PD, ((k_LPGK, v_LPGK), _) = self(x_PD, self.empty_context(), mask_PS, index_P)
-        return Context(k_LPGK, v_LPGK), self.final_norm(x_PD)
-
-    def __call__(
-        self,
-        x_TD: jax.Array,
-        context: Context,
-        mask_TS: jax.Array,
-        positions_T: jax.Array,
-        *,
-        cached: tuple[Cached, ...] = (),
-        known_cross: tuple[KeysValues, KeysValues] | None = None,
-        **cross: Any,
-    ) -> tuple[jax.Array, Kept]:
-        """The layers; the biases are computed once, outside the scan.
-
-        Args:
-            x_TD: the row, its positions side by side.
-            context: what stands right before every segment.
-            mask_TS: which positions of the row each sees.
-            positions_T: of the row, from 0; the context comes before. Only what is outside the row
-                is told by them.
-            cached: what else the row sees of its own.
-            known_cross: keys and values for cross-attention, as in `Layer.cross`.
-            **cross: fields of `Row` for cross-attention.
-        """
-        bias = self.relative_bias
-        places = [jnp.arange(context.length), *(c.positions_S + context.length for c in cached)]
-        before = [bias.between(context.length + positions_T, place_S) for place_S in places]
-        masks = (None, *(c.valid_S for c in cached), mask_TS)
-        row = Row(masks, (*before, bias.own(x_TD.shape[0])), **cross)
-        kv = tuple((c.k_LSGK, c.v_LSGK) for c in cached)
-        return self.layers(x_TD, Layer((context.k_LPGK, context.v_LPGK), kv, known_cross), row)
 
 
 class T5(nn.Module):
@@ -193,13 +101,20 @@ class T5(nn.Module):
             self.head = Linear("md,dv->mv", (c.width, c.vocab), self.dtype, wide=True)
 
     def prompt_context(self) -> Contexts:
-        """The contexts of the trained prompts; empty inline, and where there is no prompt."""
+        """The contexts of the trained prefixes and, unless they stand inline, of the prompts."""
+        cross = self.decoder.cross_context()
         if self.prompt_to_input:
             none = jnp.zeros((0, self.config.width), self.dtype)
-            return Contexts(self.encoder.empty_context(), none, self.decoder.empty_context())
+            encoder, decoder = self.encoder.prefix_context(), self.decoder.prefix_context()
+            return Contexts(encoder, none, decoder, cross)
         encoder, states_PD = self.encoder.prompt_context()
         decoder, _ = self.decoder.prompt_context()
-        return Contexts(encoder, states_PD, decoder)
+        return Contexts(encoder, states_PD, decoder, cross)
+
+    def text_context(self, tokens_P: jax.Array, *, place: str) -> Context:
+        """The context of a text in one stack, "encoder" or "decoder", which sees nothing else."""
+        stack: Stack = getattr(self, place)
+        return stack.context_of(self.embed(tokens_P))[0]
 
     def encode(
         self,
@@ -267,6 +182,7 @@ class T5(nn.Module):
             positions_T,
             states=(contexts.states_PD, states_SD),
             cross_mask_TS=segments_T[:, None] == encoder_segments_S,
+            cross_prefix=contexts.cross,
         )
         return x_TD
 
@@ -318,6 +234,7 @@ class T5(nn.Module):
             place_T,
             states=(contexts.states_PD, states_SD),
             cross_mask_TS=valid_S,
+            cross_prefix=contexts.cross,
             keep_cross=True,
         )
         assert cross is not None, "they were asked for"
@@ -350,6 +267,7 @@ class T5(nn.Module):
             cached=(memory.cached, cache),
             known_cross=(memory.shared, memory.cross),
             cross_mask_TS=memory.valid_S,
+            cross_prefix=contexts.cross,
         )
         return x_TD, kv
 

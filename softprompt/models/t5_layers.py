@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from softprompt.models.layers import Linear, Part, RMSNorm, accumulate, attend
+from softprompt.models.layers import Adapter, Linear, Part, RMSNorm, accumulate, attend
 
 KeysValues = tuple[jax.Array, jax.Array]
 Kept = tuple[KeysValues, tuple[KeysValues, KeysValues] | None]
@@ -116,12 +116,14 @@ class Layer:
     """What differs from layer to layer, scanned along the first axis: [L, ...] outside.
 
     `cross` holds the keys and values of encoder states, those of the context and the row's own,
-    where they are known already.
+    where they are known already; `cross_prefix` those that every position of a decoder sees
+    besides.
     """
 
     context: KeysValues
     cached: tuple[KeysValues, ...] = ()
     cross: tuple[KeysValues, KeysValues] | None = None
+    cross_prefix: KeysValues | None = None
 
 
 @struct.dataclass
@@ -185,7 +187,8 @@ class MLP(nn.Module):
             y = jax.nn.gelu(gate, approximate=True) * y
         else:
             y = jax.nn.relu(y)
-        return Linear("tf,fd->td", (ffn, width), self.dtype, name="down")(y)
+        down = Linear("tf,fd->td", (ffn, width), self.dtype, rescales_input=True, name="down")
+        return down(y)
 
 
 class Block(nn.Module):
@@ -207,7 +210,8 @@ class Block(nn.Module):
         attn = Attention(c, dtype, name="attn")
         kv = attn.keys_values(y)
         seen = zip((layer.context, *layer.cached, kv), row.masks, row.biases, strict=True)
-        x_TD = x_TD + attn(y, [Part(*part, mask, bias) for part, mask, bias in seen])
+        y = attn(y, [Part(*part, mask, bias) for part, mask, bias in seen])
+        x_TD = x_TD + Adapter(dtype, name="attn_adapter")(y)
         cross = layer.cross
         if row.cross_mask_TS is not None:
             y = RMSNorm(c.norm_eps, dtype, name="cross_norm")(x_TD)
@@ -217,6 +221,9 @@ class Block(nn.Module):
                 cross = attn.keys_values(shared_PD), attn.keys_values(states_SD)
             assert cross is not None, "neither states nor their keys and values"
             shared, own = cross
-            x_TD = x_TD + attn(y, [Part(*shared), Part(*own, row.cross_mask_TS)])
-        y = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x_TD)
-        return x_TD + MLP(c, dtype, name="mlp")(y), (kv, cross if row.keep_cross else None)
+            prefix = [] if layer.cross_prefix is None else [Part(*layer.cross_prefix)]
+            y = attn(y, [*prefix, Part(*shared), Part(*own, row.cross_mask_TS)])
+            x_TD = x_TD + Adapter(dtype, name="cross_adapter")(y)
+        y = MLP(c, dtype, name="mlp")(RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x_TD))
+        x_TD = x_TD + Adapter(dtype, name="mlp_adapter")(y)
+        return x_TD, (kv, cross if row.keep_cross else None)

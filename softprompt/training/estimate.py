@@ -6,6 +6,7 @@ from softprompt.analysis.flops import forward_flops, machine_flops, scoring_work
 from softprompt.config import ConfigDict
 from softprompt.data.pipeline import train_widths
 from softprompt.models.decoder import DecoderConfig
+from softprompt.schema import UNTRAINED
 from softprompt.training.prepare import Prepared, delta_shapes, prepare, step_flops, train_source
 from softprompt.training.session import SPLITS, Session
 
@@ -29,7 +30,7 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
     work = {s: scoring_work(data.split(s), layout, prepared.contexts) for s in SPLITS[1:]}
     once = {split: forward_flops(sizes, part) for split, part in work.items()}
     flops, memory, trainable = once["validation"] + once["test"], float(weights), 0
-    if config.method.name == "prompt":
+    if config.method.name not in UNTRAINED:
         every, steps = config.eval.every, config.train.steps
         source = train_source(prepared)
         looks = 1 + (steps // every if every else 0) + int(not every or steps % every > 0)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from softprompt.analysis.flops import Work, train_flops, train_work
 from softprompt.config import ConfigDict, trial_id
@@ -18,16 +19,18 @@ from softprompt.errors import UserError
 from softprompt.evaluation.scoring import shared_function, text_context_function
 from softprompt.methods import METHODS
 from softprompt.methods.initializers import embedding_rms
+from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
-from softprompt.methods.setup import few_shot_tokens, prompt_config
+from softprompt.methods.setup import few_shot_tokens, method_config
 from softprompt.models import T5, Model
+from softprompt.models.layers import collections
 from softprompt.models.loading import Loaded
 from softprompt.models.quantize import embedding
 from softprompt.models.t5_layers import T5Config
 from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates
 from softprompt.training.session import SPLITS, Session, TaskData, optimizer_config
-from softprompt.training.sharding import path_name, replicated
+from softprompt.training.sharding import path_name, replicated, weight_shardings
 from softprompt.training.step import StepConfig, row_inputs
 
 Tree = Any
@@ -40,7 +43,8 @@ class Prepared:
     Attributes:
         config: resolved.
         session: what it shares with other trials.
-        loaded: the frozen model.
+        loaded: the pretrained model.
+        frozen: its weights less those that are trained themselves.
         data: the task, tokenised for the model.
         mesh: where it runs.
         step: what is static in its steps; `step.model` is the model as the method wants it.
@@ -56,6 +60,7 @@ class Prepared:
     config: ConfigDict
     session: Session
     loaded: Loaded
+    frozen: Tree
     data: TaskData
     mesh: jax.sharding.Mesh
     step: StepConfig
@@ -82,12 +87,13 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     bos = loaded.tokenizer.add_bos and method.name != "fewshot" and method.bos == "after"
     room = free_positions(config, loaded)
     data = session.data(config, bos=bos)
-    cfg = prompt_config(config, loaded, data.train) if method.name == "prompt" else None
+    cfg = method_config(config, loaded, data.train)
     model, layout, contexts = arrange(config, loaded, cfg)
-    name = "none" if cfg is None else "prompt"
+    name = "none" if method.name == "fewshot" else method.name
     step = StepConfig(model, name, cfg, config.train.z_loss, config.train.microbatches)
+    frozen = {} if name == "full" else loaded.weights
     compiled = shared_function(step, mesh)
-    shared: Callable[[Tree], Any] = lambda delta: compiled(delta, loaded.weights)  # noqa: E731
+    shared: Callable[[Tree], Any] = lambda delta: compiled(delta, frozen)  # noqa: E731
     prefix = np.zeros(0, np.int32)
     if method.name == "fewshot":
         tokens_P = few_shot_tokens(config, loaded, data.train, room=room)
@@ -99,7 +105,7 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
             contexts = 0, len(tokens_P)
             shared = lambda delta: ({}, context)  # noqa: E731
     return Prepared(
-        config, session, loaded, data, mesh, step, bos, layout, contexts, shared, prefix
+        config, session, loaded, frozen, data, mesh, step, bos, layout, contexts, shared, prefix
     )
 
 
@@ -133,7 +139,7 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
             f"{loaded.config.context_length} less task.max_target)"
         )
     most = room - (method.bos == "before")
-    if method.name == "prompt" and method.length > most:
+    if method.name in ("prompt", "prefix") and method.length > most:
         raise UserError(
             f"config key 'method.length' is {method.length}; allowed: at most {most} (the model's "
             f"context of {loaded.config.context_length} less task.max_input and task.max_target"
@@ -142,19 +148,22 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
     return room
 
 
-def arrange(
-    config: ConfigDict, loaded: Loaded, cfg: PromptConfig | None
-) -> tuple[Model, Layout, tuple[int, int]]:
-    """The model as the method wants it, the layout of its rows, and its contexts' lengths."""
-    length = 0 if cfg is None else cfg.length + (cfg.bos_before is not None)
+def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout, tuple[int, int]]:
+    """The model as the method wants it, the layout of its rows, and its contexts' lengths.
+
+    `cfg` is the method's; a prompt and a prefix take places before a text.
+    """
+    length, places = 0, tuple[str, ...]()
+    if isinstance(cfg, PromptConfig | PrefixConfig):
+        length, places = cfg.length, cfg.places
+    if isinstance(cfg, PromptConfig) and cfg.bos_before is not None:
+        length += 1
     model = loaded.model.clone(remat=config.mesh.remat)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
         return model, DECODER, (0, length)
-    inline = config.method.prompt_to_input
-    places = () if cfg is None else cfg.places
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
-    model = model.clone(prompt_to_input=inline)
-    if inline:
+    model = model.clone(prompt_to_input=config.method.prompt_to_input)
+    if isinstance(cfg, PromptConfig) and config.method.prompt_to_input:
         return model, Layout(loaded.config.start, encoder, decoder), (0, 0)
     return model, Layout(loaded.config.start), (encoder, decoder)
 
@@ -172,14 +181,38 @@ def initial_state(prepared: Prepared) -> loop.State:
     Raises:
         UserError: the delta has a leaf that no module reads.
     """
-    config, step, whole = prepared.config, prepared.step, replicated(prepared.mesh)
+    config, step = prepared.config, prepared.step
     key = jax.random.fold_in(jax.random.key(config.seed), 1)  # apart from the steps' keys
-    make = jax.jit(functools.partial(first_delta, step), out_shardings=whole)
+    shapes = delta_shapes(prepared)
+    where = delta_shardings(prepared, shapes)
+    make = jax.jit(functools.partial(first_delta, step), out_shardings=where)
     delta = make(key, prepared.loaded.weights)
-    check_read(step, prepared.loaded.weights, delta, train_source(prepared)[0])
+    check_read(step, prepared.frozen, delta, train_source(prepared)[0])
     tx = make_optimizer(optimizer_config(config))
-    opt_state = jax.jit(tx.init, out_shardings=whole)(delta)
+    state_where = state_shardings(tx, shapes, where, mesh=prepared.mesh)
+    opt_state = jax.jit(tx.init, out_shardings=state_where)(delta)
     return loop.State(delta, opt_state, best=jax.tree.map(lambda leaf: leaf.copy(), delta))
+
+
+def delta_shardings(prepared: Prepared, delta: Tree) -> Tree:
+    """How a delta (arrays or shapes) lies: whole everywhere; weights as frozen ones would."""
+    mesh = prepared.mesh
+    if prepared.step.method == "full":
+        return weight_shardings(delta, mesh, weights=prepared.config.mesh.weights)
+    return jax.tree.map(lambda _: replicated(mesh), delta)
+
+
+def state_shardings(tx: Any, delta: Tree, where: Tree, *, mesh: jax.sharding.Mesh) -> Tree:
+    """How an optimizer's state lies: what has a leaf's shape as the leaf does, the rest whole."""
+    whole = replicated(mesh)
+    return optax.tree.map_params(
+        tx,
+        lambda leaf, like, there: there if leaf.shape == like.shape else whole,
+        jax.eval_shape(tx.init, delta),
+        delta,
+        where,
+        transform_non_params=lambda _: whole,
+    )
 
 
 def first_delta(step: StepConfig, key: jax.Array, weights: Tree) -> Tree:
@@ -209,11 +242,13 @@ def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: dict[str, An
 
     def run() -> Any:
         variables = METHODS[step.method].variables(delta, weights, step.method_config, None)
-        collections = {"params": weights, "delta": variables}
-        apply = functools.partial(step.model.apply, collections, mutable=["read"])
+        apply = functools.partial(
+            step.model.apply, collections(weights, variables), mutable=["read"]
+        )
         context, first = apply(method="prompt_context")
         x_MD, second = apply(context, row, method="targets")
         third = apply(x_MD, method="logits")[1]
+        variables = {name: tree for name, tree in variables.items() if name != "params"}
         return variables, [made.get("read", {}) for made in (first, second, third)]
 
     variables, read = jax.eval_shape(run)
@@ -241,10 +276,11 @@ def learning_rates(prepared: Prepared) -> np.ndarray:
 
 def step_work(prepared: Prepared) -> Work:
     """What an average step has to compute: no padding, the context once."""
-    batch = prepared.config.train.batch
-    return train_work(prepared.data.train, prepared.layout, prepared.contexts, batch)
+    batch, run = prepared.config.train.batch, prepared.step.method != "prefix"
+    return train_work(prepared.data.train, prepared.layout, prepared.contexts, batch, run=run)
 
 
 def step_flops(prepared: Prepared) -> float:
     """Useful operations of an average step."""
-    return train_flops(prepared.loaded.config, step_work(prepared))
+    trained = prepared.step.method == "full"
+    return train_flops(prepared.loaded.config, step_work(prepared), weights=trained)

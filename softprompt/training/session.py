@@ -89,7 +89,16 @@ class Session:
                 return loaded
             return dataclasses.replace(loaded, model=loaded.model.clone(gather=Gather(mesh)))
 
-        return self.once(["model", to_dict(model), to_dict(config.mesh)], make)
+        return self.once(self._model_key(config), make)
+
+    def _model_key(self, config: ConfigDict) -> list[Any]:
+        return ["model", to_dict(config.model), to_dict(config.mesh)]
+
+    def release(self, config: ConfigDict) -> None:
+        """Drops a model's weights from memory; the next trial loads them anew."""
+        loaded = self._made.pop(json.dumps(self._model_key(config), sort_keys=True), None)
+        if loaded is not None:
+            loaded.weights.clear()
 
     def data(self, config: ConfigDict, *, bos: bool) -> TaskData:
         """The task's splits, cut to the config's sizes and tokenised for its model.
@@ -211,20 +220,26 @@ def describe(encoded: Encoded) -> str:
 def compile_step(
     step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
 ) -> TrainStep:
-    """Compiles the training step: weights keep their shards, rows lie over "data".
+    """Compiles the training step: everything keeps its shards, rows lie over "data".
 
-    Delta and optimizer state are whole on every device, and donated. `arguments` are
-    (delta, opt_state, weights, batch, key), arrays or shapes with shardings.
+    Delta and optimizer state are donated. `arguments` are (delta, opt_state, weights, batch, key),
+    arrays or shapes with shardings.
     """
     whole = replicated(mesh)
     function = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
+    kept = [jax.tree.map(functools.partial(_where, whole), tree) for tree in arguments[:2]]
     jitted = jax.jit(
         function,
         donate_argnums=(0, 1),
-        in_shardings=(whole, whole, None, by_row(mesh), whole),
-        out_shardings=whole,
+        in_shardings=(*kept, None, by_row(mesh), whole),
+        out_shardings=(*kept, whole),
     )
     return jitted.lower(*arguments).compile()
+
+
+def _where(whole: Any, leaf: Any) -> Any:
+    """An array's sharding; `whole` for what has none, as a number of the host."""
+    return getattr(leaf, "sharding", None) or whole
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:

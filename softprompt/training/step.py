@@ -13,6 +13,7 @@ import optax
 
 from softprompt.methods import METHODS
 from softprompt.models import Model
+from softprompt.models.layers import collections
 
 Tree = Any
 Shared = tuple[Tree, Any]  # the method's variables, and the model's context
@@ -41,18 +42,17 @@ class StepConfig(NamedTuple):
 def shared_part(config: StepConfig, delta: Tree, weights: Tree) -> Shared:
     """What all rows of a step have in common: the method's variables, and the model's context."""
     variables = METHODS[config.method].variables(delta, weights, config.method_config, None)
-    collections = {"params": weights, "delta": variables}
-    return variables, config.model.apply(collections, method="prompt_context")
+    context = config.model.apply(collections(weights, variables), method="prompt_context")
+    return variables, context
 
 
 def row_logits(model: Model, weights: Tree, shared: Shared, batch: Batch) -> jax.Array:
     """Logits [R, M, V] at the positions `index_RM` of every row."""
     variables, context = shared
-    collections = {"params": weights, "delta": variables}
+    apply = functools.partial(model.apply, collections(weights, variables))
 
     def one(row: Batch) -> Any:
-        x_MD = model.apply(collections, context, row, method="targets")
-        return model.apply(collections, x_MD, method="logits")
+        return apply(apply(context, row, method="targets"), method="logits")
 
     return jax.vmap(one)(row_inputs(batch))
 

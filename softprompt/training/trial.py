@@ -1,5 +1,6 @@
 """One trial, from a config to a result row: an idempotent command on a folder."""
 
+import functools
 import json
 import math
 import resource
@@ -19,8 +20,10 @@ from softprompt.errors import UserError
 from softprompt.evaluation.metrics import classification
 from softprompt.evaluation.scoring import normalise, score_batches, token_nll
 from softprompt.evaluation.text import read_text, text_pieces
+from softprompt.methods import METHODS
 from softprompt.models.loading import Loaded
 from softprompt.results import Row, make_row, read_result, write_result, write_text
+from softprompt.schema import UNTRAINED
 from softprompt.training import checkpoints, loop
 from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog, open_sinks, read_log
@@ -70,7 +73,7 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         return row
     compiled_before = session.compile_seconds
     prepared = prepare(config, session)
-    if config.method.name == "prompt":
+    if config.method.name not in UNTRAINED:
         delta, metrics, facts = fit(prepared, folder)
     else:
         claim(folder, config)
@@ -85,8 +88,9 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         seconds=facts.pop("seconds", 0.0) + time.monotonic() - began,
         compile_seconds=session.compile_seconds - compiled_before,
         peak_memory_bytes=peak_memory(),
-        trainable=sum(leaf.size for leaf in jax.tree.leaves(delta)),
-        weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.loaded.weights)),
+        trainable=facts.pop("trained", 0),
+        stored=parameters(delta),
+        weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.frozen)),
         **facts,
     )
     if jax.process_index() == 0:
@@ -141,23 +145,25 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     """Trains the delta, from the newest checkpoint where there is one.
 
     Returns:
-        The selected delta, its metrics, and facts for the row: steps, flops, peak_share, and the
-        seconds that earlier processes spent.
+        The selected delta without what only training needed, its metrics, and facts for the row:
+        steps, flops, peak_share, trained parameters, and the seconds that earlier processes spent.
     """
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
-    state = initial_state(prepared)
+    state, step_rates = initial_state(prepared), learning_rates(prepared)
+    if not prepared.frozen:  # the weights are trained, and their first values were copied
+        session.release(config)
     source = train_source(prepared)
     key = random_key(config.seed, mesh)
     multiple = mesh.shape["data"] * config.train.microbatches
     batch = put_batch(mesh, pad_rows(source[0], multiple))
     opt_state = set_rate(state.opt_state, np.float32(0))
-    arguments = (state.delta, opt_state, prepared.loaded.weights, batch, key)
+    arguments = (state.delta, opt_state, prepared.frozen, batch, key)
     step = session.train_step(prepared.step, optimizer_config(config), mesh, arguments)
     parts = loop.Parts(
         step=step,
-        weights=prepared.loaded.weights,
+        weights=prepared.frozen,
         source=source,
-        rates=learning_rates(prepared),
+        rates=step_rates,
         key=key,
         mesh=mesh,
         row_multiple=multiple,
@@ -185,9 +191,17 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         "step_seconds": median_step(folder),
         "seconds": state.seconds,
     }
+    chosen, scores, at = state.best, state.best_scores, state.best_step
     if config.eval.select == "last":
-        return state.delta, {"validation": state.last_scores, "selected_step": state.step}, facts
-    return state.best, {"validation": state.best_scores, "selected_step": state.best_step}, facts
+        chosen, scores, at = state.delta, state.last_scores, state.step
+    fold = functools.partial(METHODS[config.method.name].fold, cfg=prepared.step.method_config)
+    facts["trained"] = parameters(chosen)
+    return jax.jit(fold)(chosen), {"validation": scores, "selected_step": at}, facts
+
+
+def parameters(delta: Tree) -> int:
+    """How many numbers a delta holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(delta))
 
 
 def mean_share(folder: epath.Path) -> float | None:
@@ -224,7 +238,7 @@ def score(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, float]
     session, data = prepared.session, prepared.data
     sums_NC, lengths_NC = score_batches(
         prepared.step.model,
-        prepared.loaded.weights,
+        prepared.frozen,
         prepared.shared(delta),
         session.eval_batches(data, split, mesh=prepared.mesh, layout=prepared.layout),
         mesh=prepared.mesh,
@@ -262,7 +276,7 @@ def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
     shape = eval_shape(pieces, budget=scoring_budget(), row_multiple=rows, score="targets")
     sums_NC, lengths_NC = score_batches(
         prepared.step.model,
-        prepared.loaded.weights,
+        prepared.frozen,
         prepared.shared(delta),
         eval_batches(pieces, shape, score="targets"),
         mesh=prepared.mesh,

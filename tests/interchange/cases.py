@@ -133,6 +133,12 @@ CASES: dict[str, Case] = {
         {"name": "ia3", "targets": "q,k,v,down"},
     ),
     "ia3-neox": Case("neox", "IA3Config", {}, {"name": "ia3", "targets": "q,k,v,down"}),
+    "ia3-all-llama": Case(
+        "llama",
+        "IA3Config",
+        {"target_modules": _ALL.split(), "feedforward_modules": ["down_proj"]},
+        {"name": "ia3", "targets": "q,k,v,o,gate,up,down"},
+    ),
     "ia3-t5": Case("t5-ungated", "IA3Config", {}, {"name": "ia3", "targets": "k,v,down"}),
 }
 

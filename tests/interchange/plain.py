@@ -46,7 +46,9 @@ def _scale(plain: dict[str, np.ndarray], path: str, ia3: np.ndarray) -> None:
     if path.endswith("down"):
         plain[f"{path}/kernel"] = plain[f"{path}/kernel"] * ia3[:, :, None]
         return
-    plain[f"{path}/kernel"] = plain[f"{path}/kernel"] * ia3.reshape(layers, 1, *ia3.shape[1:])
+    kernel = plain[f"{path}/kernel"]
+    between = (1,) * (kernel.ndim - ia3.ndim)
+    plain[f"{path}/kernel"] = kernel * ia3.reshape(layers, *between, *ia3.shape[1:])
     if f"{path}/bias" in plain:
         plain[f"{path}/bias"] = plain[f"{path}/bias"] * ia3
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -81,6 +82,41 @@ def _only(delta):
     while isinstance(delta, dict):
         (delta,) = delta.values()
     return delta
+
+
+METHODS = {
+    "prefix": {"method__init": "noise", "method__length": 2},
+    "lora": {
+        "method__rank": 2,
+        "method__alpha": 3,
+        "method__rslora": True,
+        "method__targets": "q,up",
+    },
+    "ia3": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_there_and_back(place, tmp_path, capsys, method):
+    """Mutation: a key of the method's config, such as rslora, is not set on import."""
+    more = {"method__name": method, "train__steps": 2, "optimizer__rate": 0.3, **METHODS[method]}
+    command = words(place, place / "llama", **{**more, "optimizer__warmup": 0})
+    run(capsys, "train", *command, "--workdir", tmp_path / "run")
+    report = run(
+        capsys, "export", "--run", tmp_path / "run", "--format", "peft", "--to", tmp_path / "a"
+    )
+    assert report["method"] == method
+    made = run(capsys, "import", tmp_path / "a", *taking(place), "--workdir", tmp_path / "b")
+    assert made["method"] == method
+    theirs, mine = (load_delta(tmp_path / f / "delta.safetensors")[0] for f in ("run", "b"))
+    for one, other in zip(*map(jax.tree.leaves, (theirs, mine)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert jax.tree.structure(theirs) == jax.tree.structure(mine)
+    scores = [run(capsys, "evaluate", "--run", tmp_path / f) for f in ("run", "b")]
+    assert scores[0] == scores[1]
+    configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("run", "b")]
+    keys = ("name", "rank", "alpha", "rslora") if method == "lora" else ("name",)
+    assert len({tuple(config["method"][key] for key in keys) for config in configs}) == 1
 
 
 def test_an_imported_adapter_answers(place, tmp_path, capsys, monkeypatch):

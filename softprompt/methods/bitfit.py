@@ -1,0 +1,34 @@
+"""BitFit: every bias, and nothing else.
+
+The delta is what is added to a bias: "layers/attn/q/bias" [L, H, K]. Projections and norms that
+have none in the family get one, which starts at zero. Embeddings, position tables and the head have
+none in any family here, and stay without.
+
+Source: Ben Zaken et al. 2022 (arXiv 2106.10199).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softprompt.methods.sites import delta_dtype, nested, norms, projections
+from softprompt.models import Model
+
+
+def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any]:
+    """Returns changes of zero."""
+    shapes = {site.path: (site.layers, *site.outputs) for site in projections(model)}
+    shapes |= norms(model)
+    dtype = delta_dtype(weights)
+    return nested({f"{path}/bias": jnp.zeros(shape, dtype) for path, shape in shapes.items()})
+
+
+def variables(delta: dict[str, Any], weights: Any, cfg: None, task_ids: Any) -> dict[str, Any]:
+    """The changes, where projections and norms read them."""
+    return delta
+
+
+def fold(delta: dict[str, Any], cfg: None) -> dict[str, Any]:
+    """Returns the delta as it is."""
+    return delta

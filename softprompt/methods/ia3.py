@@ -1,0 +1,48 @@
+"""IA3: learned factors on what attention and the feed-forward pass on.
+
+Factors multiply the output of each named projection, and the input of "down": "layers/attn/k/ia3"
+[L, G, K], "layers/mlp/down/ia3" [L, F].
+
+Source: Liu et al. 2022 (arXiv 2205.05638), section 3.3, whose targets are k, v and down.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softprompt.methods.sites import delta_dtype, nested, targeted
+from softprompt.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Ia3Config:
+    """`targets`: names of projections."""
+
+    targets: tuple[str, ...] = ("k", "v", "down")
+
+
+def init(key: jax.Array, model: Model, weights: Any, cfg: Ia3Config) -> dict[str, Any]:
+    """Returns factors of one.
+
+    Raises:
+        UserError: a target that the model lacks.
+    """
+    shapes = {
+        f"{site.path}/ia3": (site.layers, *(site.inputs if site.name == "down" else site.outputs))
+        for site in targeted(model, cfg.targets)
+    }
+    return nested({path: jnp.ones(shape, delta_dtype(weights)) for path, shape in shapes.items()})
+
+
+def variables(
+    delta: dict[str, Any], weights: Any, cfg: Ia3Config, task_ids: jax.Array | None
+) -> dict[str, Any]:
+    """The factors, where the projections read them."""
+    return delta
+
+
+def fold(delta: dict[str, Any], cfg: Ia3Config) -> dict[str, Any]:
+    """Returns the delta as it is."""
+    return delta

@@ -1,0 +1,126 @@
+"""LoRA: a low-rank change of chosen projections, x W + scale (x A) B.
+
+The delta lies beside the projections: "layers/attn/q/lora_a" [L, in..., Z] and "lora_b"
+[L, Z, out...]. The target "qkv" is one A for queries, keys and values, as a projection that makes
+all three has it: "layers/attn/qkv/lora_a", and "q", "k", "v" for the B of each.
+
+Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; Kalajdzievski 2023 (arXiv 2312.03732) for
+the scale alpha / sqrt(rank).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt.errors import UserError
+from softprompt.methods.sites import delta_dtype, keys_by_path, nested, targeted
+from softprompt.models import Model
+from softprompt.models.quantize import VALUES
+
+SHARED = "qkv"  # the target whose A is shared
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What the method needs to know.
+
+    Attributes:
+        rank: Z.
+        alpha: numerator of the scale.
+        rslora: the scale is alpha / sqrt(rank), else alpha / rank.
+        targets: names of projections.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    targets: tuple[str, ...] = ("q", "v")
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[str, Any]:
+    """Returns A uniform in +-1 / sqrt(inputs), and B of zeros, float32 (or float64).
+
+    Raises:
+        UserError: a target that the model lacks.
+    """
+    sites = {site.path: site for site in targeted(model, cfg.targets, more=[SHARED])}
+    groups = {path: [site] for path, site in sites.items()}
+    if SHARED in cfg.targets:
+        for site in targeted(model, ("q", "k", "v")):
+            groups.setdefault(f"{site.path.rsplit('/', 1)[0]}/{SHARED}", []).append(site)
+    dtype = delta_dtype(weights)
+    leaves: dict[str, jax.Array] = {}
+    for path, one in keys_by_path(key, groups).items():
+        first, bound = groups[path][0], float(np.prod(groups[path][0].inputs)) ** -0.5
+        shape = (first.layers, *first.inputs, cfg.rank)
+        leaves[f"{path}/lora_a"] = jax.random.uniform(one, shape, dtype, -bound, bound)
+        for site in groups[path]:
+            name = site.name if path.endswith(f"/{SHARED}") else "lora_b"
+            leaves[f"{path}/{name}"] = jnp.zeros((site.layers, cfg.rank, *site.outputs), dtype)
+    return nested(leaves)
+
+
+def variables(
+    delta: dict[str, Any], weights: Any, cfg: LoraConfig, task_ids: jax.Array | None
+) -> dict[str, Any]:
+    """The factors where the projections read them, the scale multiplied into B."""
+    return _pairs(delta, lambda a, b: {"lora_a": a, "lora_b": b * cfg.scale})
+
+
+def _pairs(tree: Mapping[str, Any], make: Callable[[Any, Any], Any]) -> dict[str, Any]:
+    """The tree with `make(A, B)` in the place of every projection's factors."""
+    made: dict[str, Any] = {}
+    for name, node in tree.items():
+        if name == SHARED:
+            for part in ("q", "k", "v"):
+                made[part] = make(node["lora_a"], node[part])
+        elif "lora_a" in node:
+            made[name] = make(node["lora_a"], node["lora_b"])
+        else:
+            made[name] = _pairs(node, make)
+    return made
+
+
+def fold(delta: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
+    """Returns the delta as it is: the factors are what is stored."""
+    return delta
+
+
+def merge(delta: dict[str, Any], weights: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
+    """A copy of the weights with the low-rank changes added: the base model alone does the rest.
+
+    Raises:
+        UserError: quantised weights, whose grid the sum would leave.
+    """
+
+    def change(a: jax.Array, b: jax.Array) -> jax.Array:
+        flat = jnp.einsum(
+            "liz,lzo->lio", a.reshape(len(a), -1, cfg.rank), b.reshape(*b.shape[:2], -1)
+        )
+        return cfg.scale * flat.reshape(*a.shape[:-1], *b.shape[2:])
+
+    def add(weights: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        merged = dict(weights)
+        for name, node in changes.items():
+            if isinstance(node, dict):
+                merged[name] = add(weights[name], node)
+            elif f"kernel{VALUES}" in weights[name]:
+                raise UserError(
+                    "LoRA does not merge into quantised weights; use model.quantize=none"
+                )
+            else:
+                kernel = weights[name]["kernel"]
+                sum_ = kernel.astype(node.dtype) + node
+                merged[name] = {**weights[name], "kernel": sum_.astype(kernel.dtype)}
+        return merged
+
+    return add(weights, _pairs(delta, change))

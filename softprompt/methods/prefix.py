@@ -1,0 +1,156 @@
+"""Prefix tuning: trained keys and values of P positions in every layer: a context itself.
+
+The delta: "prefix/k" and "prefix/v" [L, P, G, K] for a decoder. An encoder-decoder has them under
+"encoder" and "decoder" for self-attention, and "decoder/cross_prefix" for cross-attention. Keys are
+as attention sees them, after rotation, at positions 0 to P - 1.
+
+With a `bottleneck` they come out of two layers that train with them and are then dropped:
+"rows" [P, D] through "w0" [D, Z] and "w1" [Z, 2 L G K].
+
+Source: Li and Liang 2021 (arXiv 2101.00190), sections 4.2 and 4.3; for values of real words,
+section 7.5.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softprompt.methods.initializers import Initializer
+from softprompt.methods.sites import delta_dtype
+from softprompt.models import T5, Model
+from softprompt.models.quantize import embedding
+
+SPREAD = 0.02  # standard deviation of "noise"
+PLACES = {
+    "encoder": ("encoder", "prefix"),
+    "decoder": ("decoder", "prefix"),
+    "cross": ("decoder", "cross_prefix"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig:
+    """What the method needs to know.
+
+    Attributes:
+        length: P.
+        places: an encoder-decoder's: "encoder", "decoder" (self-attention), "cross"; () for a
+            decoder.
+        start: "noise", "zeros", or "rows": the keys and values of the rows that `initializer`
+            makes, run as a prompt.
+        initializer: for "rows". It only matters to `init`, as `start` does.
+        embed_scale: the model's, as in `PromptConfig`.
+        bottleneck: Z of the two layers; 0 for keys and values that are trained themselves.
+    """
+
+    length: int
+    places: tuple[str, ...] = ()
+    start: str = dataclasses.field(default="noise", compare=False)
+    initializer: Initializer | None = dataclasses.field(default=None, compare=False)
+    embed_scale: float = 1.0
+    bottleneck: int = 0
+
+
+def init(key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig) -> dict[str, Any]:
+    """Returns the prefix of each place, float32 (float64 where the weights are)."""
+    dtype = delta_dtype(weights)
+    if not cfg.places:
+        return {"prefix": _first(key, model, weights, cfg, dtype)}
+    delta: dict[str, Any] = {}
+    for n, place in enumerate(cfg.places):
+        stack, name = PLACES[place]
+        one = _first(jax.random.fold_in(key, n), model, weights, cfg, dtype, stack)
+        delta.setdefault(stack, {})[name] = one
+    return delta
+
+
+def _first(
+    key: jax.Array,
+    model: Model,
+    weights: Any,
+    cfg: PrefixConfig,
+    dtype: jnp.dtype,
+    stack: str = "",
+) -> dict[str, jax.Array]:
+    shape = _shape(model, cfg.length, stack)
+    if cfg.start == "rows":
+        k, v = _run(key, model, weights, cfg, stack)
+        return {"k": k.astype(dtype), "v": v.astype(dtype)}
+    if cfg.bottleneck:
+        return _network(key, shape, model.config.width, cfg, dtype)
+    spread = SPREAD if cfg.start == "noise" else 0.0
+    noise = (spread * jax.random.normal(k, shape, dtype) for k in jax.random.split(key))
+    return dict(zip(("k", "v"), noise, strict=True))
+
+
+def _shape(model: Model, length: int, stack: str) -> tuple[int, int, int, int]:
+    """[L, P, G, K] of a stack."""
+    c: Any = model.config
+    if isinstance(model, T5):
+        return getattr(c, f"{stack}_layers"), length, c.heads, c.head_size
+    return c.layers, length, c.kv_heads, c.head_size
+
+
+def _run(
+    key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig, stack: str
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of the initialiser's rows, run as a prompt that sees nothing else."""
+    assert cfg.initializer is not None, "keys and values of rows need rows"
+    embedding_VD = embedding(weights["embed"])
+    if cfg.embed_scale != 1.0:
+        embedding_VD = embedding_VD * jnp.asarray(cfg.embed_scale, embedding_VD.dtype)
+    prompt = {"prompt": cfg.initializer(key, embedding_VD, cfg.length)}
+    alone = model.clone(prompt_to_input=False) if isinstance(model, T5) else model
+    delta = {stack: prompt} if stack else prompt
+    context: Any = alone.apply({"params": weights, "delta": delta}, method="prompt_context")
+    context = getattr(context, stack) if stack else context
+    return context.k_LPGK, context.v_LPGK
+
+
+def _network(
+    key: jax.Array, shape: tuple[int, ...], width: int, cfg: PrefixConfig, dtype: jnp.dtype
+) -> dict[str, jax.Array]:
+    """Rows, and the two layers that they run through."""
+    layers, length, groups, size = shape
+    out = 2 * layers * groups * size
+    keys = jax.random.split(key, 3)
+    return {
+        "rows": jax.random.normal(keys[0], (length, width), dtype),
+        "w0": jax.random.normal(keys[1], (width, cfg.bottleneck), dtype) * width**-0.5,
+        "b0": jnp.zeros(cfg.bottleneck, dtype),
+        "w1": jax.random.normal(keys[2], (cfg.bottleneck, out), dtype) * SPREAD,
+        "b1": jnp.zeros((layers, 2, groups, size), dtype),
+    }
+
+
+def variables(
+    delta: dict[str, Any], weights: Any, cfg: PrefixConfig, task_ids: jax.Array | None
+) -> dict[str, Any]:
+    """The keys and values of each place."""
+    return _each(delta, _computed)
+
+
+def _each(tree: Mapping[str, Any], make: Callable[[Any], Any]) -> dict[str, Any]:
+    """The tree with `make(prefix)` in the place of each prefix."""
+    return {
+        name: make(node) if name.endswith("prefix") else _each(node, make)
+        for name, node in tree.items()
+    }
+
+
+def _computed(prefix: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Keys and values, from the network where there is one."""
+    if "rows" not in prefix:
+        return prefix
+    low_PZ = jnp.tanh(prefix["rows"] @ prefix["w0"] + prefix["b0"])
+    x_PLNGK = (low_PZ @ prefix["w1"]).reshape(-1, *prefix["b1"].shape) + prefix["b1"]
+    k_PLGK, v_PLGK = x_PLNGK[:, :, 0], x_PLNGK[:, :, 1]
+    return {"k": k_PLGK.swapaxes(0, 1), "v": v_PLGK.swapaxes(0, 1)}
+
+
+def fold(delta: dict[str, Any], cfg: PrefixConfig) -> dict[str, Any]:
+    """Returns keys and values without the network."""
+    return _each(delta, _computed)

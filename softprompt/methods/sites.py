@@ -1,0 +1,103 @@
+"""Where a model can be changed: its projections and norms, by path, with their sizes."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softprompt.errors import UserError, nearest
+from softprompt.models import Model
+from softprompt.models.catalog import leaf_shapes
+from softprompt.models.quantize import input_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A projection of a stack of layers.
+
+    Attributes:
+        path: of its module, as in "layers/attn/q".
+        layers: L.
+        inputs: the sizes that it sums over.
+        outputs: the sizes of what it makes.
+    """
+
+    path: str
+    layers: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Its own name, such as "q", alike in every attention of the model."""
+        return self.path.rsplit("/", 1)[-1]
+
+
+def projections(model: Model) -> list[Site]:
+    """Every projection inside the layers, in the order of their paths."""
+    sites = []
+    for path, shape in sorted(leaf_shapes(model.config).items()):
+        if path.endswith("/kernel") and "layers/" in path:
+            inputs = len(input_axes(path))
+            sites.append(
+                Site(path[: -len("/kernel")], shape[0], shape[1 : 1 + inputs], shape[1 + inputs :])
+            )
+    return sites
+
+
+def norms(model: Model) -> dict[str, tuple[int, ...]]:
+    """The path of every norm -> the shape of its scale, stacked layers first."""
+    shapes = leaf_shapes(model.config)
+    return {
+        path[: -len("/scale")]: shape for path, shape in shapes.items() if path.endswith("/scale")
+    }
+
+
+def delta_dtype(weights: Any) -> jnp.dtype:
+    """What a delta is kept in: float32, or float64 where the weights are."""
+    dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(weights)}
+    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return functools.reduce(jnp.promote_types, floats, jnp.dtype("float32"))
+
+
+def targeted(model: Model, names: Sequence[str], *, more: Iterable[str] = ()) -> list[Site]:
+    """The projections of these names, in every attention or feed-forward that has them.
+
+    Args:
+        model: of either kind.
+        names: such as "q" and "down".
+        more: names that are allowed besides those of projections.
+
+    Raises:
+        UserError: a name that the model lacks, with those that it has.
+    """
+    sites = projections(model)
+    known = list(dict.fromkeys([site.name for site in sites] + list(more)))
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"config key 'method.targets' names {name!r}{nearest(name, known)}; this model "
+                f"has: {', '.join(known)}"
+            )
+    return [site for site in sites if site.name in names]
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of dicts from leaves by path, as in {"layers/attn/q/lora_a": x}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree
+
+
+def keys_by_path(key: jax.Array, paths: Iterable[str]) -> dict[str, jax.Array]:
+    """A random key for each path."""
+    paths = sorted(paths)
+    return dict(zip(paths, jax.random.split(key, max(1, len(paths))), strict=False))

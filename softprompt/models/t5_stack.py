@@ -1,0 +1,127 @@
+"""One of T5's two stacks: its layers, its relative bias, and what is trained in front of it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from softprompt.models.decoder import Cached, Context
+from softprompt.models.layers import Prefix, RMSNorm, read_delta
+from softprompt.models.stack import Gather, stack
+from softprompt.models.t5_layers import (
+    Block,
+    Kept,
+    KeysValues,
+    Layer,
+    RelativeBias,
+    Row,
+    T5Config,
+)
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder, without embeddings and head."""
+
+    config: T5Config
+    layer_count: int
+    causal: bool
+    dtype: jnp.dtype
+    remat: str
+    gather: Gather | None
+
+    def setup(self) -> None:
+        """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
+        self.relative_bias = RelativeBias(self.config, self.causal, self.dtype)
+        layers = stack(
+            Block,
+            length=self.layer_count,
+            remat=self.remat,
+            gather=self.gather,
+            path="/".join([*self.path, "layers"]),
+        )
+        self.layers = layers(self.config, self.dtype)
+        self.final_norm = RMSNorm(self.config.norm_eps, self.dtype)
+        self.prefix = Prefix(self.dtype)
+        self.cross_prefix = Prefix(self.dtype)
+
+    def prompt(self) -> jax.Array | None:
+        """The trained variable "prompt" [P, D], if there is one."""
+        prompt_PD = read_delta(self, "prompt")
+        return None if prompt_PD is None else prompt_PD.astype(self.dtype)
+
+    def with_prompt(self, x_TD: jax.Array, prompt_index_T: jax.Array | None) -> jax.Array:
+        """Puts the prompt's rows where `prompt_index_T` is not negative."""
+        if prompt_index_T is None:
+            return x_TD
+        prompt_PD = self.prompt()
+        assert prompt_PD is not None, "a row has slots for a prompt that is not there"
+        if prompt_PD.shape[0] == 0:
+            return x_TD
+        slots_TD = prompt_PD[jnp.maximum(prompt_index_T, 0)]
+        return jnp.where(prompt_index_T[:, None] >= 0, slots_TD, x_TD)
+
+    def empty_context(self) -> Context:
+        """No positions."""
+        c = self.config
+        none = jnp.zeros((self.layer_count, 0, c.heads, c.head_size), self.dtype)
+        return Context(none, none)
+
+    def prefix_context(self) -> Context:
+        """The trained prefix; no positions where there is none."""
+        prefix = self.prefix()
+        return self.empty_context() if prefix is None else Context(*prefix)
+
+    def cross_context(self) -> Context | None:
+        """The trained prefix of cross-attention, where there is one."""
+        prefix = self.cross_prefix() if self.causal else None
+        return None if prefix is None else Context(*prefix)
+
+    def prompt_context(self) -> tuple[Context, jax.Array]:
+        """The prompt run alone: its keys and values, and its final states [P, D]; or the prefix."""
+        x_PD = self.prompt()
+        if x_PD is None:
+            return self.prefix_context(), jnp.zeros((0, self.config.width), self.dtype)
+        return self.context_of(x_PD)
+
+    def context_of(self, x_PD: jax.Array) -> tuple[Context, jax.Array]:
+        """Runs vectors alone: their keys and values, and their final states [P, D]."""
+        index_P = jnp.arange(x_PD.shape[0])
+        mask_PS = (index_P[:, None] >= index_P) | (not self.causal)
+        x_PD, ((k_LPGK, v_LPGK), _) = self(x_PD, self.empty_context(), mask_PS, index_P)
+        return Context(k_LPGK, v_LPGK), self.final_norm(x_PD)
+
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        context: Context,
+        mask_TS: jax.Array,
+        positions_T: jax.Array,
+        *,
+        cached: tuple[Cached, ...] = (),
+        known_cross: tuple[KeysValues, KeysValues] | None = None,
+        cross_prefix: Context | None = None,
+        **cross: Any,
+    ) -> tuple[jax.Array, Kept]:
+        """The layers; the biases are computed once, outside the scan.
+
+        Args:
+            x_TD: the row, its positions side by side.
+            context: what stands right before every segment.
+            mask_TS: which positions of the row each sees.
+            positions_T: of the row, from 0; the context comes before. Only what is outside the row
+                is told by them.
+            cached: what else the row sees of its own.
+            known_cross: keys and values for cross-attention, as in `Layer.cross`.
+            cross_prefix: what cross-attention sees besides.
+            **cross: fields of `Row` for cross-attention.
+        """
+        bias = self.relative_bias
+        places = [jnp.arange(context.length), *(c.positions_S + context.length for c in cached)]
+        before = [bias.between(context.length + positions_T, place_S) for place_S in places]
+        masks = (None, *(c.valid_S for c in cached), mask_TS)
+        row = Row(masks, (*before, bias.own(x_TD.shape[0])), **cross)
+        kv = tuple((c.k_LSGK, c.v_LSGK) for c in cached)
+        own = (context.k_LPGK, context.v_LPGK)
+        extra = None if cross_prefix is None else (cross_prefix.k_LPGK, cross_prefix.v_LPGK)
+        return self.layers(x_TD, Layer(own, kv, known_cross, extra), row)
