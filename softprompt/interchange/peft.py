@@ -106,8 +106,11 @@ def to_peft(delta: Mapping[str, Any], facts: Facts) -> Adapter:
 def _written(name: str, leaves: Leaves, facts: Facts) -> tuple[str, Leaves, dict[str, Any]]:
     """PEFT's type, tensors and config fields; what is read is taken out of `leaves`."""
     if name == "prompt":
-        kind = "P_TUNING" if facts.origin.get("peft_type") == "P_TUNING" else "PROMPT_TUNING"
-        return kind, *prompt_to(leaves, facts.model)
+        tensors, fields = prompt_to(leaves, facts.model)
+        if facts.method.get("reparam") == "mlp":
+            return "P_TUNING", tensors, fields | {"encoder_hidden_size": facts.method["bottleneck"]}
+        imported = facts.origin.get("peft_type") == "P_TUNING"
+        return "P_TUNING" if imported else "PROMPT_TUNING", tensors, fields
     if name == "multitask":
         return "MULTITASK_PROMPT_TUNING", *multitask_to(leaves, facts.model)
     if name == "prefix" and isinstance(facts.model, DecoderConfig):

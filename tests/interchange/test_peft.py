@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from softprompt.interchange.adapter import CONFIG, TENSORS, Adapter, read_adapter, tensors_bytes
-from softprompt.interchange.peft import from_peft, to_peft
+from softprompt.interchange.peft import Facts, from_peft, to_peft
 from softprompt.models import t5_names
 from softprompt.models.loading import load_model, make_model
 from tests.interchange import methods, plain
@@ -37,6 +37,15 @@ def test_a_trial_writes_the_config_that_peft_writes(name):
     case = CASES[name]
     delta, _ = from_peft(read_adapter(GOLDEN / name), sizes(case.model))
     same_config((GOLDEN / name / CONFIG).read_text(), to_peft(delta, facts(case)).config)
+
+
+def test_a_prompt_written_through_p_tunings_network_is_one_of_p_tuning():
+    """Mutation: it is called prompt tuning, or the network's width is the model's."""
+    delta, _ = from_peft(read_adapter(GOLDEN / "ptuning-llama"), sizes("llama"))
+    plainly = facts(CASES["ptuning-llama"])
+    method = {**plainly.method, "reparam": "mlp", "bottleneck": 5}
+    made = to_peft(delta, Facts(plainly.model, method, plainly.base))
+    same_config((GOLDEN / "ptuning-llama" / CONFIG).read_text(), made.config)
 
 
 @pytest.fixture(scope="module")

@@ -93,21 +93,24 @@ METHODS = {
         "method__targets": "q,up",
     },
     "ia3": {},
+    "ptuning": {"method__name": "prompt", "method__reparam": "mlp", "method__bottleneck": 5},
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_there_and_back(place, tmp_path, capsys, method):
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [*[("llama", method) for method in METHODS], ("t5", "lora"), ("t5", "ia3"), ("t5", "ptuning")],
+)
+def test_every_method_there_and_back(place, tmp_path, capsys, model, method):
     """Mutation: a key of the method's config, such as rslora, is not set on import."""
-    more = {"method__name": method, "train__steps": 2, "optimizer__rate": 0.3, **METHODS[method]}
-    command = words(place, place / "llama", **{**more, "optimizer__warmup": 0})
+    more = {"train__steps": 2, "optimizer__rate": 0.3, "optimizer__warmup": 0, **METHODS[method]}
+    command = words(place, place / model, **{"method__name": method, **more})
     run(capsys, "train", *command, "--workdir", tmp_path / "run")
     report = run(
         capsys, "export", "--run", tmp_path / "run", "--format", "peft", "--to", tmp_path / "a"
     )
-    assert report["method"] == method
-    made = run(capsys, "import", tmp_path / "a", *taking(place), "--workdir", tmp_path / "b")
-    assert made["method"] == method
+    made = run(capsys, "import", tmp_path / "a", *taking(place, model), "--workdir", tmp_path / "b")
+    assert made["method"] == report["method"] == METHODS[method].get("method__name", method)
     theirs, mine = (load_delta(tmp_path / f / "delta.safetensors")[0] for f in ("run", "b"))
     for one, other in zip(*map(jax.tree.leaves, (theirs, mine)), strict=True):
         np.testing.assert_array_equal(one, other)
