@@ -21,6 +21,7 @@ from softprompt.evaluation.metrics import classification
 from softprompt.evaluation.scoring import normalise, score_batches, token_nll
 from softprompt.evaluation.text import read_text, text_pieces
 from softprompt.methods import METHODS
+from softprompt.models.loading import Loaded
 from softprompt.results import Row, make_row, read_result, write_result, write_text
 from softprompt.schema import UNTRAINED
 from softprompt.training import checkpoints, loop
@@ -93,7 +94,7 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         **facts,
     )
     if jax.process_index() == 0:
-        save_delta(folder / DELTA, jax.device_get(delta), provenance(prepared))
+        save_delta(folder / DELTA, jax.device_get(delta), provenance(config, prepared.loaded))
         write_result(folder, row)
     return row
 
@@ -285,12 +286,11 @@ def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
     return {"perplexity": math.exp(nats), "nats": nats, "tokens": int(lengths_NC.sum())}
 
 
-def provenance(prepared: Prepared) -> dict[str, Any]:
+def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
     """What a delta file says of itself."""
-    config = prepared.config
     return {
         "model": config.model.name,
-        "fingerprint": prepared.loaded.fingerprint,
+        "fingerprint": loaded.fingerprint,
         "method": config.method.name,
         "bos": config.method.bos,
         "task": config.task.name,
