@@ -48,7 +48,8 @@ def refuse(capsys, tmp_path):
     [
         (
             {"method__lenght": 5},
-            "unknown config key 'method.lenght' (did you mean method.length, method.placement, method.init?)",
+            "unknown config key 'method.lenght' "
+            "(did you mean method.length, method.placement, method.init?)",
         ),
         (
             {"optimizer__learning_rate": 0.1},
