@@ -103,7 +103,7 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
     """Checks that a folder is new or this trial's.
 
     Raises:
-        UserError: the folder holds another config; names what differs.
+        UserError: the folder holds another config (names what differs), or an imported delta.
     """
     if not (folder / CONFIG).exists():
         return
@@ -112,6 +112,12 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
         raise UserError(
             f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
             "there); give another --workdir"
+        )
+    trained = (folder / "checkpoints").exists() or config.method.name in UNTRAINED
+    if (folder / DELTA).exists() and not trained and read_result(folder) is None:
+        raise UserError(
+            f"{folder} holds an imported delta, which training would replace; give another "
+            "--workdir (method.init=file starts a prompt from one)"
         )
 
 

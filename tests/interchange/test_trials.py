@@ -11,8 +11,10 @@ import pytest
 from safetensors import safe_open
 
 from softprompt import cli
+from softprompt.errors import UserError
 from softprompt.interchange.trials import conventions
 from softprompt.training.delta_file import load_delta
+from softprompt.training.trial import check_folder, read_config
 from tests.interchange.cases import MODELS, sizes
 from tests.mistakes import one_line
 from tests.own_task import words, write_task
@@ -138,6 +140,8 @@ def test_an_imported_adapter_answers(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\n"))
     assert cli.main(["predict", "--run", str(tmp_path / "b"), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] in ("good", "bad")
+    with pytest.raises(UserError, match="holds an imported delta, which training would replace"):
+        check_folder(Path(tmp_path / "b"), read_config(tmp_path / "b"))
 
 
 def test_provenance_is_one_key(place, tmp_path, capsys):
