@@ -25,6 +25,7 @@ from tests.contracts.examples import (
     write_task,
 )
 from tests.families import write_family_folder
+from tests.models.memory import SMOLLM2
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 
@@ -185,3 +186,14 @@ def test_a_quantised_model_decodes_as_its_rounded_weights_do(folders, name, quic
     )
     assert said == wanted
     assert len(set(sum(said, []))) > 3
+
+
+@pytest.mark.real
+def test_a_file_in_4_bits_keeps_its_values():
+    """Mutation: groups of 24, across the file's blocks; a minimum in bfloat16.
+
+    The layers of SmolLM2's file are Q4_1, blocks of 32 as ours; its embedding is in 8 bits.
+    """
+    plain, ours = (load_model(SMOLLM2, quantize=kind) for kind in ("none", "int4"))
+    rounded = whole(ours.weights)["layers"]
+    jax.tree.map(np.testing.assert_array_equal, rounded, plain.weights["layers"])

@@ -76,9 +76,9 @@ def test_a_group_is_rounded_better_than_from_its_lowest_to_its_highest_value():
 def test_blocks_of_a_file_in_4_bits_keep_their_values(kind):
     """Mutation: groups of 64; scales in bfloat16; minima left out; Q4_K: grids of 15 steps only.
 
-    The package `gguf` writes Q4_1 and reads both. Blocks of Q4_K are random bytes behind a scale and
-    a minimum: the products of these with 6-bit ones are more than float16 holds, and one group in
-    50 uses 14 of its 16 integers or fewer.
+    The package `gguf` writes Q4_1 and reads both. Blocks of Q4_K are random bytes behind a scale
+    and a minimum: the products of these with 6-bit ones are more than float16 holds, and one group
+    in 50 uses 14 of its 16 integers or fewer.
     """
     rng = np.random.default_rng(0)
     if kind == "Q4_1":
