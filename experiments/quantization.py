@@ -20,7 +20,8 @@ The files that these models come from are quantised themselves. SmolLM2's layers
 int4 reads without loss, and its embedding is in 8 bits: there int4 costs what the embedding costs.
 Gemma's layers are in 4, 5, 6 and 8 bits, and are rounded a second time, to another grid.
 
-Expected: not run to its end yet; experiments/LOG.md has the first three trials.
+Expected: SmolLM2's perplexity is 26.53 in float32, 26.52 in int8 and 27.96 in int4 (538, 135 and 84
+MB); Gemma's 51.67 in float32 and 51.36 in int8 (1,072 and 270 MB). See experiments/LOG.md.
 """
 
 from collections.abc import Sequence
