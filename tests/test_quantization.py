@@ -37,12 +37,13 @@ def test_trials():
 
 
 def test_table_and_figure(tmp_path):
-    """Mutation: a change is measured against the line above, not against float32."""
+    """Mutation: a change is measured against the line above, not against float32; a perplexity is
+    a number, of which a table shows three digits."""
     experiment = sweep.load_experiment("quantization")
     rows = rows_of(experiment, sweep.make_trials(experiment, "smollm2"))
     table = experiment.table(rows[::-1])
     assert list(table["quantize"]) == ["none", "none", "int8", "int4"]
-    assert list(table["perplexity"]) == [10.0, 12.0, 14.0, 16.0]
+    assert list(table["perplexity"]) == ["10.00", "12.00", "14.00", "16.00"]
     assert list(table["change"]) == ["+0.00%", "+20.00%", "+40.00%", "+60.00%"]
     assert list(table["prompt"]) == [0.801, 0.803, 0.805, 0.807]
     assert list(table["step seconds"]) == [0.5] * 4

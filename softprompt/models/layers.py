@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from softprompt.models.quantize import SCALE, VALUES, dequantize
+from softprompt.models.quantize import PARTS, dequantize
 
 _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=-1)
 
@@ -175,11 +175,17 @@ def project(
 
     if module.has_variable("params", name):
         return product(x, module.get_variable("params", name).astype(dtype))
-    if not module.has_variable("params", name + VALUES):
+    parts = quantized_parts(module, name)
+    if not parts:
         return product(x, module.param(name, _normal, shape).astype(dtype))
-    values, scale = (module.get_variable("params", name + part) for part in (VALUES, SCALE))
-    rounded = jax.checkpoint(lambda x, q, s: product(x, dequantize(q, s, inputs, dtype)))
-    return rounded(x, values, scale)
+    rounded = jax.checkpoint(lambda x, parts: product(x, dequantize(parts, inputs, dtype)))
+    return rounded(x, parts)
+
+
+def quantized_parts(module: nn.Module, name: str) -> list[Any]:
+    """What the module's matrix `name` was rounded to; nothing where it is not quantised."""
+    names = [name + part for part in PARTS]
+    return [module.get_variable("params", n) for n in names if module.has_variable("params", n)]
 
 
 class RMSNorm(nn.Module):
@@ -240,10 +246,8 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, index_T: jax.Array) -> jax.Array:
         """Rows of the matrix, [T, D]."""
-        if self.has_variable("params", "embedding" + VALUES):
-            values: Any = self.get_variable("params", "embedding" + VALUES)
-            scale: Any = self.get_variable("params", "embedding" + SCALE)
-            x_TD = dequantize(values[index_T], scale[index_T], (1,), self.dtype)
+        if parts := quantized_parts(self, "embedding"):
+            x_TD = dequantize([part[index_T] for part in parts], (1,), self.dtype)
         else:
             shape = (self.rows, self.width)
             matrix_VD = self.param("embedding", nn.initializers.normal(0.02), shape)

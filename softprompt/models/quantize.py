@@ -1,15 +1,19 @@
-"""Frozen matrices in 8 or 4 bits: symmetric integers and scales, dequantised where they are used.
+"""Frozen matrices in 8 or 4 bits: integers and scales, dequantised where they are used.
 
-A leaf "kernel" becomes two: "kernel_q" and "kernel_scale". In 8 bits every output channel has a
-scale. In 4 bits every group of up to 64 neighbours along the input has one, and two values share a
-byte: the tree is as small in memory as on disk, whatever the backend makes of a 4-bit type. An odd
-input size has no 4-bit form and stays in 8.
+A leaf "kernel" becomes "kernel_q", "kernel_scale" and, in 4 bits, "kernel_min". In 8 bits integers
+are symmetric, and every output channel has a scale. In 4 bits every group of up to 32 neighbours
+along the input has a scale and a minimum in float16, minimum + scale * (0 to 15), and two values
+share a byte: the tree is as small in memory as on disk, whatever the backend makes of a 4-bit type.
+An odd input size has no 4-bit form and stays in 8.
+
+A matrix of a GGUF file of type Q4_1, or Q4_K, keeps its values: its blocks are such groups.
 
 Norms, biases and positions stay as they are. Source: symmetric absmax rounding, as in arXiv
-2208.07339 (section 2.1); groups as in arXiv 2210.17323 (section 4).
+2208.07339 (section 2.1); groups as in arXiv 2210.17323 (section 4); a scale and a minimum for 32
+values as in llama.cpp's block_q4_1 (ggml-common.h).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 KINDS = ("none", "int8", "int4")
-GROUP = 64
-PIECE = 2**20  # entries that are rounded at a time: the temporaries of a huge matrix stay small
-VALUES, SCALE = "_q", "_scale"
+GROUP = 32
+STEPS = (15, 14)  # of the grids from a group's lowest value to its highest that are tried
+PIECE = 2**18  # entries that are rounded at a time: the temporaries of a huge matrix stay small
+VALUES, SCALE, MINIMUM = "_q", "_scale", "_min"
+PARTS = (VALUES, SCALE, MINIMUM)
+
+Grid = tuple[np.ndarray, np.ndarray, np.ndarray]  # integers, scale, minimum
 
 
 def input_axes(path: str) -> tuple[int, ...]:
@@ -31,76 +39,117 @@ def input_axes(path: str) -> tuple[int, ...]:
     return (0,) if path.endswith("/kernel") else ()
 
 
-def quantize(x: np.ndarray, axes: tuple[int, ...], kind: str) -> tuple[np.ndarray, np.ndarray]:
+def quantize(x: np.ndarray, axes: tuple[int, ...], kind: str) -> tuple[np.ndarray, ...]:
     """Rounds a matrix of any rank, a few of its output channels at a time.
 
     Args:
-        x: one layer's values.
+        x: one layer's values; in 4 bits, of at most 65,504 (float16) in size.
         axes: which of its axes are inputs; 4-bit groups lie along the last of them.
         kind: "int8" or "int4".
 
     Returns:
-        Values, int8 in the shape of `x`, or uint8 with two of them a byte along the grouped axis;
-        and float32 scales, as many along the input axes as there are groups.
+        int8 values in the shape of `x` and a float32 scale for each output channel. Or uint8 values
+        with two of them a byte along the grouped axis, and float16 scales and minima, as many along
+        that axis as there are groups.
     """
-    shapes, packed = _stored(x.shape, axes, kind)
-    values, scale = np.empty(shapes[0], np.uint8 if packed else np.int8), np.empty(shapes[1], "f4")
+    stored = _stored(x.shape, axes, kind)
+    parts = tuple(np.empty(shape, dtype) for shape, dtype in stored)
+    rounded = _rounded if len(stored) == 2 else _packed
     output = min(set(range(x.ndim)) - set(axes))
     step = max(1, PIECE * x.shape[output] // x.size)
     for first in range(0, x.shape[output], step):
         where = (*[slice(None)] * output, slice(first, first + step))
         piece = np.asarray(x[where], np.float32)
-        values[where], scale[where] = (_packed if packed else _rounded)(piece, axes)
-    return values, scale
+        for part, one in zip(parts, rounded(piece, axes), strict=True):
+            part[where] = one
+    return parts
 
 
 def _stored(
     shape: tuple[int, ...], axes: tuple[int, ...], kind: str
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], bool]:
-    """Shapes of values and scales, and whether two values share a byte."""
+) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes of the parts; three of them where two values share a byte."""
     axis, size = axes[-1], shape[axes[-1]]
     before, after = shape[:axis], shape[axis + 1 :]
     if kind == "int8" or size % 2:
-        return (shape, tuple(1 if n in axes else size for n, size in enumerate(shape))), False
-    return ((*before, size // 2, *after), (*before, size // group_size(size), *after)), True
+        scale = tuple(1 if n in axes else size for n, size in enumerate(shape))
+        return [(shape, np.dtype(np.int8)), (scale, np.dtype(np.float32))]
+    values, groups = (*before, size // 2, *after), (*before, size // group_size(size), *after)
+    return [(values, np.dtype(np.uint8)), *[(groups, np.dtype(np.float16))] * 2]
 
 
 def group_size(size: int) -> int:
-    """The largest group of at most 64 that divides an input."""
+    """The largest group of at most 32 that divides an input."""
     return next(group for group in range(min(GROUP, size), 0, -1) if size % group == 0)
 
 
-def _rounded(
-    x: np.ndarray, axes: tuple[int, ...], largest: int = 127
-) -> tuple[np.ndarray, np.ndarray]:
-    """Integers up to `largest`, and one scale along `axes`."""
+def _rounded(x: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Integers up to 127, and one scale along `axes`."""
     most = np.abs(x).max(axis=axes, keepdims=True)
-    scale = np.where(most > 0, most, 1) / largest
+    scale = np.where(most > 0, most, 1) / 127
     return np.rint(x / scale).astype(np.int8), scale.astype(np.float32)
 
 
-def _packed(x: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Integers up to 7, two a byte, and one scale for each group along the last of `axes`."""
+def _packed(x: np.ndarray, axes: tuple[int, ...]) -> Grid:
+    """Integers up to 15, two a byte, and the grid of each group along the last of `axes`."""
     axis, size = axes[-1], x.shape[axes[-1]]
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     grouped = x.reshape(*before, -1, group_size(size), *after)
-    values, scale = _rounded(grouped, (axis + 1,), largest=7)
-    pairs = (values.reshape(*before, size // 2, 2, *after) + 8).view(np.uint8)
+    values, scale, minimum = _nearest_grid(grouped, axis + 1)
+    pairs = values.reshape(*before, size // 2, 2, *after)
     low, high = np.take(pairs, 0, axis + 1), np.take(pairs, 1, axis + 1)
-    return low | (high << 4), scale.squeeze(axis + 1)
+    return low | (high << 4), scale.squeeze(axis + 1), minimum.squeeze(axis + 1)
 
 
-def dequantize(values: jax.Array, scale: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The matrix that `quantize` rounded."""
+def _nearest_grid(x: np.ndarray, axis: int) -> Grid:
+    """The grid of least squared error for each group along `axis`, of those that are tried.
+
+    Grids from the lowest value to the highest, and for each the one that least squares fits to its
+    integers. A group that is on a grid already, as one from a file in 4 bits, is left there.
+    """
+    lowest, highest = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
+    least = np.full_like(lowest, np.inf)
+    best: Grid = (np.zeros(x.shape, np.uint8), lowest.astype("f2"), lowest.astype("f2"))
+    for steps in STEPS:
+        first = _on_grid(x, (highest - lowest) / steps, lowest)
+        for found in (first, _on_grid(x, *_fit(x, first[0], axis))):
+            values, scale, minimum = found
+            error = np.square(values * np.float32(scale) + minimum - x).sum(axis, keepdims=True)
+            for ours, theirs in zip(best, found, strict=True):
+                np.copyto(ours, theirs, where=error < least)
+            least = np.minimum(error, least)
+    return best
+
+
+def _on_grid(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> Grid:
+    """Integers from 0 to 15 on a grid as it is stored: rounded against what will be read."""
+    scale, minimum = scale.astype(np.float16), minimum.astype(np.float16)
+    whole = np.where(scale > 0, scale, 1).astype(np.float32)
+    return np.rint((x - minimum) / whole).clip(0, 15).astype(np.uint8), scale, minimum
+
+
+def _fit(x: np.ndarray, values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and minimum of least squared error for these integers."""
+    mean_x, mean = x.mean(axis, keepdims=True), values.mean(axis, keepdims=True, dtype=np.float32)
+    centred = values - mean
+    spread = np.square(centred).sum(axis, keepdims=True)
+    scale = (centred * x).sum(axis, keepdims=True) / np.where(spread > 0, spread, 1)
+    return scale, mean_x - scale * mean
+
+
+def dequantize(parts: Sequence[jax.Array], axes: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The matrix that `quantize` made these parts of, in `dtype`."""
     wide = jnp.promote_types(dtype, jnp.float32)
-    if values.dtype == jnp.int8:
-        return (values.astype(wide) * scale.astype(wide)).astype(dtype)
-    axis = axes[-1]
-    both = jnp.stack([values & 15, values >> 4], axis=axis + 1).astype(wide) - 8
+    if len(parts) == 2:
+        values, scale = (part.astype(wide) for part in parts)
+        return (values * scale).astype(dtype)
+    axis, (values, scale, minimum) = axes[-1], parts
+    both = jnp.stack([values & 15, values >> 4], axis=axis + 1).astype(wide)
     before, after = values.shape[:axis], values.shape[axis + 1 :]
     count = scale.shape[axis]
     grouped = both.reshape(*before, count, 2 * values.shape[axis] // count, *after)
-    whole = grouped * jnp.expand_dims(scale.astype(wide), axis + 1)
+    scale, minimum = (jnp.expand_dims(part.astype(wide), axis + 1) for part in (scale, minimum))
+    whole = grouped * scale + minimum
     return whole.reshape(*before, 2 * values.shape[axis], *after).astype(dtype)
 
 
@@ -111,10 +160,8 @@ def storage(
     axes = input_axes(path)
     if kind == "none" or not axes:
         return {path: (shape, dtype)}
-    (values, scale), packed = _stored(shape, axes, kind)
     return {
-        path + VALUES: (values, np.dtype(np.uint8 if packed else np.int8)),
-        path + SCALE: (scale, np.dtype(np.float32)),
+        path + part: leaf for part, leaf in zip(PARTS, _stored(shape, axes, kind), strict=False)
     }
 
 
@@ -122,5 +169,5 @@ def embedding(embed: Mapping[str, jax.Array]) -> jax.Array:
     """The embedding matrix [V, D] of a weights tree's "embed"; float32 where it is quantised."""
     if "embedding" in embed:
         return embed["embedding"]
-    values, scale = embed["embedding" + VALUES], embed["embedding" + SCALE]
-    return dequantize(values, scale, (1,), jnp.float32)
+    names = [f"embedding{part}" for part in PARTS]
+    return dequantize([embed[name] for name in names if name in embed], (1,), jnp.float32)

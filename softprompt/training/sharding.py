@@ -44,9 +44,9 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
 WEIGHTS = ("replicated", "sharded")  # what `config.mesh.weights` may be
 
 # Too small to be worth a gather: they stay whole along "data".
-SMALL = ("scale", "/bias", "/relative_bias/embedding")
+SMALL = ("scale", "_min", "/bias", "/relative_bias/embedding")
 
-QUANTIZED = "(_q|_scale)?"  # the two leaves of a quantised matrix lie as the matrix would
+QUANTIZED = "(_q|_scale|_min)?"  # the leaves of a quantised matrix lie as the matrix would
 
 
 def make_mesh(

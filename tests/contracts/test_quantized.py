@@ -9,7 +9,7 @@ import pytest
 
 from softprompt.inference.decode import generate
 from softprompt.models.loading import load_model
-from softprompt.models.quantize import SCALE, VALUES, dequantize, embedding, input_axes
+from softprompt.models.quantize import PARTS, VALUES, dequantize, embedding, input_axes
 from softprompt.training.delta_file import load_delta
 from softprompt.training.sharding import make_mesh, path_name, put_weight
 from softprompt.training.step import loss_fn
@@ -25,6 +25,7 @@ from tests.contracts.examples import (
     write_task,
 )
 from tests.families import write_family_folder
+from tests.models.memory import SMOLLM2
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 
@@ -52,13 +53,13 @@ def whole(weights):
     """The tree with every matrix dequantised."""
     leaves, tree = named_leaves(weights), {}
     for name, leaf in leaves.items():
-        if name.endswith(SCALE):
+        if name.endswith(PARTS[1:]):
             continue
         path = name.removesuffix(VALUES)
         if path != name:
-            values, scale, axes = leaf, leaves[path + SCALE], input_axes(path)
-            one = lambda q, s, axes=axes: dequantize(q, s, axes, jnp.float32)  # noqa: E731
-            leaf = (jax.vmap(one) if "layers/" in path else one)(values, scale)
+            parts = [leaves[path + part] for part in PARTS if path + part in leaves]
+            one = functools.partial(dequantize, axes=input_axes(path), dtype=jnp.float32)
+            leaf = (jax.vmap(one) if "layers/" in path else one)(parts)
         node = tree
         *folders, last = path.split("/")
         for folder in folders:
@@ -144,7 +145,7 @@ def test_remat_changes_nothing_but_memory(folders, remat):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_model_on_a_mesh(folders, kind):
-    """Mutation: no rule covers the integers or their scales; an axis of one scale is split."""
+    """Mutation: no rule covers the integers, scales or minima; an axis of one scale is split."""
     mesh = make_mesh(2, 4)
     put = lambda path, leaf: put_weight(mesh, path, leaf)  # noqa: E731
     ours = load_model(str(folders / "llama"), quantize=kind, put=put)
@@ -185,3 +186,14 @@ def test_a_quantised_model_decodes_as_its_rounded_weights_do(folders, name, quic
     )
     assert said == wanted
     assert len(set(sum(said, []))) > 3
+
+
+@pytest.mark.real
+def test_a_file_in_4_bits_keeps_its_values():
+    """Mutation: groups of 24, across the file's blocks; a minimum in bfloat16.
+
+    The layers of SmolLM2's file are Q4_1, blocks of 32 as ours; its embedding is in 8 bits.
+    """
+    plain, ours = (load_model(SMOLLM2, quantize=kind) for kind in ("none", "int4"))
+    rounded = whole(ours.weights)["layers"]
+    jax.tree.map(np.testing.assert_array_equal, rounded, plain.weights["layers"])

@@ -95,6 +95,7 @@ def test_an_axis_that_does_not_divide_is_replicated(mesh):
         ("encoder/layers/mlp/up/kernel", (2, 48, 64), P(None, "data", "model")),
         ("layers/mlp/up/kernel_q", (3, 24, 64), P(None, "data", "model")),
         ("layers/mlp/up/kernel_scale", (3, 2, 64), P(None, None, "model")),
+        ("layers/mlp/up/kernel_min", (3, 2, 64), P(None, None, "model")),
         ("embed/embedding_q", (320, 24), P("model", None)),
         ("layers/attn/o/kernel_scale", (3, 1, 1, 48), P()),
         # Nothing divides; too small; outside the stacks; and never along the layers.
