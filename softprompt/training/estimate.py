@@ -1,14 +1,18 @@
 """What a trial will cost, before it runs."""
 
+from typing import Any
+
 import jax
 
-from softprompt.analysis.flops import forward_flops, machine_flops, scoring_work
+from softprompt.analysis.flops import Work, forward_flops, machine_flops, scoring_work
 from softprompt.config import ConfigDict
 from softprompt.data.pipeline import train_widths
+from softprompt.evaluation.text import PIECE
 from softprompt.models.decoder import DecoderConfig
 from softprompt.schema import UNTRAINED
+from softprompt.training.optimizers import make_optimizer
 from softprompt.training.prepare import Prepared, delta_shapes, prepare, step_flops, train_source
-from softprompt.training.session import SPLITS, Session
+from softprompt.training.session import SPLITS, Session, optimizer_config
 
 SHARE = 0.5  # of the machine's own rate that a step or an evaluation is expected to reach
 
@@ -20,16 +24,19 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
 
     Returns:
         trainable: trained parameters.
-        flops: useful operations of training and all evaluations.
-        memory_bytes: weights, and what a training step keeps for its backward pass.
+        flops: useful operations of training and all evaluations, but for `eval.latency`.
+        memory_bytes: weights, what a training step keeps for its backward pass, and the delta with
+            its best values, gradient and optimizer's state.
         seconds: at half of the machine's measured rate, compilation left out.
     """
     prepared = prepare(config, session)
     sizes, data, layout = prepared.loaded.config, prepared.data, prepared.layout
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.loaded.weights))
+    weights = _bytes(prepared.loaded.weights)
     work = {s: scoring_work(data.split(s), layout, prepared.contexts) for s in SPLITS[1:]}
     once = {split: forward_flops(sizes, part) for split, part in work.items()}
     flops, memory, trainable = once["validation"] + once["test"], float(weights), 0
+    if config.eval.text:
+        flops += forward_flops(sizes, text_work(config.eval.text_tokens, prepared.contexts[1]))
     if config.method.name not in UNTRAINED:
         every, steps = config.eval.every, config.train.steps
         source = train_source(prepared)
@@ -38,7 +45,12 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
         shape = source.template.shape
         widths = train_widths(shape, layout)
         memory += step_memory(prepared, widths, shape.rows / config.train.microbatches)
-        trainable = sum(leaf.size for leaf in jax.tree.leaves(delta_shapes(prepared)))
+        delta = delta_shapes(prepared)
+        trainable = sum(leaf.size for leaf in jax.tree.leaves(delta))
+        state = jax.eval_shape(make_optimizer(optimizer_config(config)).init, delta)
+        memory += 3 * _bytes(delta) + _bytes(state)
+        if config.method.name == "full":  # takes the place of the frozen weights
+            memory -= weights
     seconds = flops / machine_flops(config.model.dtype) / SHARE
     return {
         "trainable": trainable,
@@ -46,6 +58,16 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
         "memory_bytes": memory,
         "seconds": seconds,
     }
+
+
+def text_work(tokens: int, context: int) -> Work:
+    """Scoring of so many tokens of plain text, in pieces behind a context."""
+    return Work(tokens + context, tokens * (PIECE / 2 + context) + context**2 / 2, tokens)
+
+
+def _bytes(tree: Any) -> int:
+    """Of arrays or their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def step_memory(prepared: Prepared, widths: dict[str, int], rows: float) -> float:

@@ -12,6 +12,7 @@ from softprompt.errors import UserError
 from softprompt.progress import Progress
 from softprompt.results import read_result
 from softprompt.training.delta_file import load_delta
+from softprompt.training.estimate import estimate
 from softprompt.training.logs import read_log
 from softprompt.training.prepare import check_read, initial_state, prepare, train_source
 from softprompt.training.session import Session
@@ -74,7 +75,7 @@ def test_what_the_folder_holds(done, config):
 
 
 def test_the_row(done, config):
-    _, row = done
+    folder, row = done
     assert (row["trial"], row["status"], row["steps"]) == (trial_id(config), "done", 8)
     assert row["trainable"] == 3 * 48
     assert row["metrics"]["validation"]["examples"] == SIZES["validation"]
@@ -83,7 +84,23 @@ def test_the_row(done, config):
     assert 0 < row["compile_seconds"] < row["seconds"]
     assert row["flops"] > 0
     assert row["peak_memory_bytes"] > 2**20
+    assert row["delta_bytes"] == (folder / "delta.safetensors").stat().st_size
     assert (row["devices"]["count"], row["devices"]["processes"]) == (8, 1)
+
+
+def test_the_memory_of_a_step(done, place, tiny_folder, session, tmp_path):
+    """It does not depend on what ran before, holds all weights and, twice, a trained one.
+    Mutation: what is donated counts twice; the peak of the process; outputs alone."""
+    _, row = done
+    batch = 3 * 2**20
+    assert row["weight_bytes"] < row["step_memory_bytes"] < row["weight_bytes"] + batch
+    full = make_config(place, tiny_folder, method__name="full")
+    trained = run_trial(full, tmp_path, session=session)
+    whole = row["weight_bytes"]  # float32, as the delta, two moments and the gradient are
+    assert (trained["weight_bytes"], trained["delta_bytes"] // whole) == (0, 1)
+    assert 3 * whole < trained["step_memory_bytes"] < 5 * whole + batch
+    costs = estimate(full, session)
+    assert 0.5 < costs["memory_bytes"] / trained["step_memory_bytes"] < 2
 
 
 def test_the_delta_is_the_selected_one(done, config):
