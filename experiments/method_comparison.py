@@ -103,7 +103,7 @@ CLAIMS = {
 TASKS = 100  # that a server has
 
 CAPTION = (
-    "Each claim stands right of what was measured. Test accuracy by training examples, at the "
+    "Each claim stands right of what was measured. Rates of prompts are in embedding RMS. Test accuracy by training examples, at the "
     "learning rate with the best validation accuracy; low and high: its 95 % interval on all "
     "examples (Student's t over seeds where there are several, else Wilson's over the test "
     "examples). MB a task: the delta's file, float32. Step GB: what the compiled training step "
@@ -190,11 +190,8 @@ def _finished(rows: Iterable[Row]) -> list[Row]:
 
 def _of(rows: Iterable[Row], name: str, rate: float | None = None) -> list[Row]:
     """Finished trials of a method at a rate, on all examples."""
-    return [
-        row
-        for row in _finished(rows)
-        if (_name(row), _examples(row), _rate(row)) == (name, 0, rate)
-    ]
+    wanted = name, 0, rate
+    return [row for row in _finished(rows) if (_name(row), _examples(row), _rate(row)) == wanted]
 
 
 def _summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -279,11 +276,8 @@ def _parameters(plain: Row | None) -> float | None:
     """How many numbers the frozen weights are; unknown where they are quantised."""
     if plain is None or plain["config"]["model"]["quantize"] != "none":
         return None
-    return float(plain["weight_bytes"] / {"float32": 4, "bfloat16": 2}[_dtype(plain)])
-
-
-def _dtype(row: Row) -> str:
-    return str(row["config"]["model"]["dtype"])
+    size = {"float32": 4, "bfloat16": 2}[plain["config"]["model"]["dtype"]]
+    return float(plain["weight_bytes"] / size)
 
 
 def _use(done: Sequence[Row], base: Sequence[Row]) -> dict[str, str | None]:

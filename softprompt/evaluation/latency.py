@@ -30,7 +30,7 @@ Tree = Any
 Run = Callable[[], Any]  # does its work, and waits for it
 Seconds = tuple[float, float]  # by the clock, and of all processors
 
-ROWS, NEW, PAIRS = 8, 32, 15  # inputs together, tokens that each is continued by, measurements
+ROWS, NEW, PAIRS = 8, 16, 21  # inputs together, tokens that each is continued by, measurements
 
 
 class Served(NamedTuple):

@@ -58,9 +58,9 @@ def test_overheads(monkeypatch, clock):
     served = [lambda: next(prefills), lambda: next(decodes)]
     monkeypatch.setattr(latency, "functions", lambda *_, **__: served)
     found = compare(None, None, None, new=32, pairs=3)
-    assert found["prefill_ratios"] == pytest.approx([1.1, 0.25, 1.1])
+    assert found["prefill_ratios"] == pytest.approx([1.1, 4.0, 1.1])
     assert found["prefill_overhead"] == pytest.approx(0.1)
-    assert (found["prefill_low"], found["prefill_high"]) == pytest.approx((-0.75, 0.1))
+    assert (found["prefill_low"], found["prefill_high"]) == pytest.approx((0.1, 3.0))
     assert found["token_ratios"] == pytest.approx([1.5, 2.0, 10.0])
     assert found["token_overhead"] == pytest.approx(1.0)
     assert found["token_base_seconds"] == pytest.approx(0.2)

@@ -27,7 +27,7 @@ def test_a_text_by_name(monkeypatch, tmp_path):
 
     def fetch(wheel, members):
         asked[wheel.name] = dict(members)
-        for n, member in enumerate(members):
+        for n in range(len(members)):
             (tmp_path / str(n)).write_text(f"address {n} — applause")
         return {member: tmp_path / str(n) for n, member in reversed(list(enumerate(members)))}
 
