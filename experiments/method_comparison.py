@@ -103,14 +103,14 @@ CLAIMS = {
 TASKS = 100  # that a server has
 
 CAPTION = (
-    "Each claim stands right of what was measured. Rates of prompts are in embedding RMS. Test accuracy by training examples, at the "
-    "learning rate with the best validation accuracy; low and high: its 95 % interval on all "
-    "examples (Student's t over seeds where there are several, else Wilson's over the test "
-    "examples). MB a task: the delta's file, float32. Step GB: what the compiled training step "
-    "needs. Prefill and token: latency over the base's for a batch of 8 inputs, and for each token "
-    "decoded with a cache, unmerged, with the 95 % interval of the median over pairs. Text: change "
-    "of perplexity on State of the Union addresses with the delta on (off, there is none). Server "
-    "GB: the frozen model once and 100 deltas."
+    "Each claim stands right of what was measured. Rates of prompts are in embedding RMS. Test "
+    "accuracy by training examples, at the learning rate with the best validation accuracy; low "
+    "and high: its 95 % interval on all examples (Student's t over seeds where there are several,"
+    " else Wilson's over the test examples). MB a task: the delta's file, float32. Step GB: what "
+    "the compiled training step needs. Prefill and token: latency over the base's for a batch of "
+    "8 inputs, and for each token decoded with a cache, unmerged, with the 95 % interval of the "
+    "median over pairs. Text: change of perplexity on State of the Union addresses with the delta"
+    " on (off, there is none). Server GB: the frozen model once and 100 deltas."
 )
 
 
