@@ -1,4 +1,4 @@
-"""Counts of floating-point operations, and what a machine can do of them."""
+"""Counts of floating-point operations, and what a machine can do of them, and moves of bytes."""
 
 import dataclasses
 import functools
@@ -154,3 +154,19 @@ def machine_flops(dtype: str) -> float:
         best = min(best, time.perf_counter() - began)
     devices = jax.device_count() if jax.default_backend() != "cpu" else 1
     return 2 * size**3 / best * devices
+
+
+@functools.cache
+def machine_bandwidth() -> float:
+    """Bytes a second that all devices together read and write, measured on a long sum."""
+    size = 2**26 if jax.default_backend() == "cpu" else 2**28
+    x = jnp.ones(size, jnp.float32)
+    add = jax.jit(lambda a: a + 1)
+    add(x).block_until_ready()
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        add(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    devices = jax.device_count() if jax.default_backend() != "cpu" else 1
+    return 2 * x.nbytes / best * devices

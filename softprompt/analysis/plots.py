@@ -75,8 +75,9 @@ def length_plot(
         for number, (name, points) in enumerate(lines.items()):
             if not points:
                 continue
-            colour, marker = COLOURS[number % 6], MARKERS[number % 6]
-            dash = "-" if number < 6 else ":"  # of two lines of a colour
+            again = number // 6  # a colour that comes again has another marker, and dots
+            colour, marker = COLOURS[number % 6], MARKERS[(number + again) % 6]
+            dash = ":" if again else "-"
             style = {"color": colour, "marker": marker, "linestyle": dash}
             _draw_line(axes, points, style, shift=1.0 + 0.03 * (number - 1))
             last = max(points, key=lambda point: point.x)

@@ -103,6 +103,19 @@ def test_the_memory_of_a_step(done, place, tiny_folder, session, tmp_path):
     assert 0.5 < costs["memory_bytes"] / trained["step_memory_bytes"] < 2
 
 
+def test_an_estimate_counts_the_update_and_the_text(config, place, tiny_folder, session):
+    """Mutation: training all weights costs what a prompt does but for its products; a text is
+    free."""
+    prompt, none = estimate(config, session), make_config(place, tiny_folder, method__name="none")
+    costs = estimate(make_config(place, tiny_folder, method__name="full"), session)
+    rate = prompt["flops"] / prompt["seconds"]
+    assert costs["seconds"] > costs["flops"] / rate + 8 * costs["trainable"] * 50 / 1e13
+    more = make_config(place, tiny_folder, method__name="none", eval__text="a.txt")
+    tokens, parameters = more.eval.text_tokens, costs["trainable"] - 320 * 48
+    added = estimate(more, session)["flops"] - estimate(none, session)["flops"]
+    assert added > 2 * parameters * tokens
+
+
 def test_the_delta_is_the_selected_one(done, config):
     """And says where it is from."""
     folder, row = done
