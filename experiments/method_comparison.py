@@ -287,7 +287,8 @@ def _parameters(plain: Row | None) -> float | None:
 def _use(done: Sequence[Row], base: Sequence[Row]) -> dict[str, str | None]:
     """What the delta costs where it is used: latency of both kinds, and other text."""
     found: dict[str, str | None] = {"prefill": None, "token": None, "text": None}
-    timed = next((row["metrics"]["latency"] for row in done if "latency" in row["metrics"]), {})
+    measured = [row["metrics"]["latency"] for row in done if "latency" in row["metrics"]]
+    timed: dict[str, float] = measured[0] if measured else {}
     for kind in ("prefill", "token") if timed else ():
         middle, low, high = (100 * timed[f"{kind}_{part}"] for part in ("overhead", "low", "high"))
         found[kind] = f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"

@@ -1,4 +1,4 @@
-"""The command line: `softprompt train|evaluate|predict|sweep|table|models|data`.
+"""The command line: `softprompt train|evaluate|predict|export|import|sweep|table|models|data`.
 
 Results go to standard output, progress to standard error. Exit codes: 0 done, 1 a sweep with failed
 trials, 2 a mistake in what was asked, 75 stopped by SIGTERM and resumable, 130 interrupted.
@@ -26,6 +26,11 @@ DISTRIBUTED: tuple[str, dict] = (
     },
 )
 
+ANY_WEIGHTS: tuple[str, dict] = (
+    "--any-weights",
+    {"action": "store_true", "help": "also on other weights than it was trained on"},
+)
+
 # command -> (one line, example, flags as (name, argparse's keywords))
 COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
     "train": (
@@ -45,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
             ("--task", {"metavar": "NAME", "help": "default: the task it was trained on"}),
             ("--split", {"default": "test", "help": "train, validation or test (default)"}),
             ("--generate", {"action": "store_true", "help": "also let the model write answers"}),
+            ANY_WEIGHTS,
         ],
     ),
     "predict": (
@@ -56,6 +62,34 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
                 "--format",
                 {"default": "text", "choices": ("text", "json"), "help": "of the answers"},
             ),
+            ANY_WEIGHTS,
+        ],
+    ),
+    "export": (
+        "write what was trained as a PEFT adapter, or a prompt as an array",
+        "softprompt export --run runs/first --format peft --to adapters/first",
+        [
+            ("--run", {"required": True, "metavar": "DIR", "help": "a trial's folder"}),
+            (
+                "--format",
+                {
+                    "required": True,
+                    "choices": ("peft", "npy"),
+                    "help": "a folder, or a file",
+                },
+            ),
+            ("--to", {"required": True, "metavar": "PATH", "help": "a new folder or file"}),
+        ],
+    ),
+    "import": (
+        "make a trial's folder of a PEFT adapter or a prompt's array, for evaluate and predict",
+        "softprompt import adapters/first --model HuggingFaceTB/SmolLM2-135M --workdir runs/theirs",
+        [
+            ("source", {"metavar": "PATH", "help": "an adapter's folder, or a .npy file [P, D]"}),
+            ("--model", {"required": True, "metavar": "NAME", "help": "that it was trained on"}),
+            ("--workdir", {"required": True, "metavar": "DIR", "help": "the new trial's folder"}),
+            ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "whose task to take"}),
+            ANY_WEIGHTS,
         ],
     ),
     "sweep": (
@@ -103,7 +137,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
     ),
 }
 
-TAKES_OVERRIDES = ("train", "sweep", "data")
+TAKES_OVERRIDES = ("train", "import", "sweep", "data")
 
 
 class _Parser(argparse.ArgumentParser):

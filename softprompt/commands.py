@@ -98,6 +98,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
             task=arguments.task,
             split=arguments.split,
             generated=arguments.generate,
+            any_weights=arguments.any_weights,
             progress=progress,
         )
     _print_json(scores)
@@ -112,14 +113,48 @@ def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.progress import Progress
 
     lines = (line.rstrip("\r\n") for line in sys.stdin)
-    group = {"group": 1} if sys.stdin.isatty() else {}
+    options = {"any_weights": arguments.any_weights}
+    options |= {"group": 1} if sys.stdin.isatty() else {}
     with Progress() as progress:
-        for answer in predict_lines(arguments.run, lines, progress, **group):
+        for answer in predict_lines(arguments.run, lines, progress, **options):
             if arguments.format == "json":
                 print(json.dumps(answer, ensure_ascii=False), flush=True)
             else:
                 shares = [f"{name}={share:.4f}" for name, share in answer["probabilities"].items()]
                 print("\t".join([answer["label"], *shares]), flush=True)
+    return 0
+
+
+def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Writes a trial's delta for another program, and prints what to know of it."""
+    from softprompt.interchange.trials import export_run
+
+    report = export_run(arguments.run, kind=arguments.format, to=arguments.to)
+    _print_json(report)
+    return 0
+
+
+def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Makes a trial's folder of another program's file, and prints what to know of it."""
+    from softprompt.config_files import load_config
+
+    for key, _ in overrides:
+        if key.startswith("method.") and key != "method.bos":
+            raise UserError(
+                f"--config.{key}: import takes the method from the file; allowed: "
+                "--config.method.bos"
+            )
+    # Mistakes in it show before JAX is imported.
+    config = load_config(arguments.config, [*overrides, ("model.name", arguments.model)])
+    from softprompt.interchange.trials import import_run
+    from softprompt.progress import Progress
+
+    with Progress() as progress:
+        progress.stage(f"load {arguments.model}")
+        report = import_run(
+            arguments.source, config, workdir=arguments.workdir, any_weights=arguments.any_weights
+        )
+    _print_json(report)
     return 0
 
 
@@ -210,7 +245,10 @@ def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.models.catalog import listing
 
     print_columns(*listing(arguments.names))
-    print("model.name also takes a hub name (org/repo), a folder or a .gguf file.")
+    print(
+        "config.model.name also takes any hub name (org/repo), a folder, a .gguf file, or a T5X "
+        "checkpoint (a folder or gs:// address)."
+    )
     return 0
 
 
@@ -261,6 +299,8 @@ RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "export": export,
+    "import": import_,
     "sweep": sweep,
     "table": table,
     "models": models,

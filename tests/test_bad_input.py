@@ -48,7 +48,8 @@ def refuse(capsys, tmp_path):
     [
         (
             {"method__lenght": 5},
-            "unknown config key 'method.lenght' (did you mean method.length, method.init?)",
+            "unknown config key 'method.lenght' "
+            "(did you mean method.length, method.placement, method.init?)",
         ),
         (
             {"optimizer__learning_rate": 0.1},
@@ -80,8 +81,41 @@ def refuse(capsys, tmp_path):
             "allowed: cosine, constant, linear",
         ),
         (
-            {"method__name": "lora"},
-            "config key 'method.name' is 'lora'; allowed: prompt, none, few",
+            {"method__name": "lroa"},
+            "config key 'method.name' is 'lroa' (did you mean 'lora'?); "
+            "allowed: prompt, prefix, lora, adapter, bitfit, ia3, full, none, fewshot",
+        ),
+        (
+            {"method__name": "prompt,lora"},
+            "config key 'method.name' is 'prompt,lora' (did you mean 'prompt'?); allowed: prompt,",
+        ),
+        (
+            {"method__name": "lora", "method__rank": 0},
+            "config key 'method.rank' is 0; allowed: at least 1",
+        ),
+        (
+            {"method__name": "lora", "method__targets": "q,value"},
+            "config key 'method.targets' names 'value'; this model has: ",
+        ),
+        (
+            {"method__name": "ia3", "method__targets": "qkv"},
+            "config key 'method.targets' names 'qkv'",
+        ),
+        (
+            {"method__name": "lora", "method__bos": "before"},
+            "config key 'method.bos' is 'before'; allowed for method.name=lora: after, none",
+        ),
+        (
+            {"method__name": "lora", "method__reparam": "mlp"},
+            "config key 'method.reparam' is 'mlp'; allowed for method.name=lora: none",
+        ),
+        (
+            {"method__name": "prefix", "method__reparam": "mlp"},
+            "config key 'method.init' is 'vocabulary'; allowed with method.reparam=mlp: noise",
+        ),
+        (
+            {"method__init": "zeros"},
+            "config key 'method.init' is 'zeros'; allowed for a prompt: vocabulary, uniform,",
         ),
         (
             {"train__batch": 6, "train__microbatches": 4},
@@ -279,7 +313,7 @@ def test_a_config_mistake_of_a_real_command(place, tiny_folder, tmp_path):
     assert done.stdout == ""
     assert done.stderr == (
         "softprompt: error: unknown config key 'method.lenght' "
-        "(did you mean method.length, method.init?)\n"
+        "(did you mean method.length, method.placement, method.init?)\n"
     )
     assert not (tmp_path / "w").exists()
 

@@ -65,7 +65,7 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
         ("lenght", "5", "did you mean method.length"),
         ("metod.length", "5", "did you mean method.length"),
         ("foo.bar", "5", "sections: data, eval"),
-        ("method", "5", "'method' is a section; its keys: method.bos"),
+        ("method", "5", "'method' is a section; its keys: method.alpha, method.bos"),
         ("method.length", "long", "config key 'method.length' is 'long'; it takes a whole number"),
         ("method.length", "2.5", "a whole number"),
         ("method.length", "-1", "config key 'method.length' is -1; allowed: at least 0"),

@@ -1,5 +1,6 @@
 """A finished trial put to use: scores on any split or task, answers to lines of text."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from softprompt.config import ConfigDict, from_dict, to_dict
 from softprompt.data.eval_batches import coarse_shape, eval_batches
@@ -15,9 +17,16 @@ from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification
 from softprompt.evaluation.scoring import normalise, probabilities, score_batches
 from softprompt.inference.decode import generate
+from softprompt.methods import METHODS
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
-from softprompt.training.prepare import Prepared, behind, delta_shardings, prepare
+from softprompt.training.prepare import (
+    Prepared,
+    behind,
+    delta_shapes,
+    delta_shardings,
+    prepare,
+)
 from softprompt.training.session import SPLITS, Session, encode_records
 from softprompt.training.sharding import put
 from softprompt.training.trial import DELTA, read_config, score
@@ -31,6 +40,7 @@ def evaluate_run(
     task: str | None = None,
     split: str = "test",
     generated: bool = False,
+    any_weights: bool = False,
     progress: Progress,
 ) -> dict[str, Any]:
     """Scores a trial's selected delta.
@@ -40,6 +50,7 @@ def evaluate_run(
         task: another task for the same prompt (domain shift); None for its own.
         split: train, validation or test.
         generated: also let the model write its answers, greedily, and count the illegal ones.
+        any_weights: also where it was trained on other weights than the model's.
         progress: where waiting is reported.
 
     Returns:
@@ -53,7 +64,7 @@ def evaluate_run(
         tree = to_dict(config)
         tree["task"] = {"name": task}
         config = from_dict(tree)
-    prepared, delta = open_run(folder, config, progress)
+    prepared, delta = open_run(folder, config, progress, any_weights=any_weights)
     metrics, _ = score(prepared, delta, split)
     result: dict[str, Any] = {"task": prepared.data.task.name, "split": split, **metrics}
     if generated:
@@ -62,12 +73,13 @@ def evaluate_run(
 
 
 def open_run(
-    folder: epath.PathLike, config: ConfigDict, progress: Progress
+    folder: epath.PathLike, config: ConfigDict, progress: Progress, *, any_weights: bool = False
 ) -> tuple[Prepared, Any]:
     """A trial's model and data, and its selected delta on the devices.
 
     Raises:
-        UserError: no delta there yet, or one that was trained on other weights.
+        UserError: no delta there yet, one that was trained on other weights, or, with
+            `any_weights`, one that does not fit these.
     """
     file = epath.Path(folder) / DELTA
     if not file.exists():
@@ -75,11 +87,31 @@ def open_run(
     delta, origin = load_delta(file)
     prepared = prepare(config, Session(progress))
     if origin.get("fingerprint") != prepared.loaded.fingerprint:
-        raise UserError(
-            f"{file} was trained on weights {origin.get('fingerprint')}, "
-            f"{config.model.name} has {prepared.loaded.fingerprint}"
-        )
+        if not any_weights:
+            raise UserError(
+                f"{file} was trained on weights {origin.get('fingerprint')}, {config.model.name} "
+                f"has {prepared.loaded.fingerprint}; --any-weights uses it nevertheless"
+            )
+        check_fit(delta, prepared, file=str(file))
     return prepared, jax.tree.map(put, delta, delta_shardings(prepared, delta))
+
+
+def check_fit(delta: Any, prepared: Prepared, *, file: str) -> None:
+    """Checks that every leaf of a delta is one of the model's and method's, with its shape.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    step = prepared.step
+    fold = functools.partial(METHODS[step.method].fold, cfg=step.method_config)
+    expected = jax.eval_shape(fold, delta_shapes(prepared))
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
+    for path, leaf in flatten_dict(delta, sep="/").items():
+        if leaf.shape != shapes.get(path):
+            allowed = list(shapes[path]) if path in shapes else f"the leaves {', '.join(shapes)}"
+            raise UserError(
+                f"{file}: {path} {list(leaf.shape)} does not fit this model; allowed: {allowed}"
+            )
 
 
 def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, float]:
@@ -103,7 +135,12 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
 
 
 def predict_lines(
-    folder: epath.PathLike, lines: Iterable[str], progress: Progress, *, group: int = GROUP
+    folder: epath.PathLike,
+    lines: Iterable[str],
+    progress: Progress,
+    *,
+    group: int = GROUP,
+    any_weights: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Answers lines of text with a trained prompt.
 
@@ -114,6 +151,7 @@ def predict_lines(
         lines: texts, without line ends.
         progress: where waiting is reported.
         group: lines answered together; 1 answers each as it comes.
+        any_weights: also where the prompt was trained on other weights than the model's.
 
     Yields:
         {"text", "label", "probabilities": {label: share}} for each line, in order.
@@ -122,7 +160,7 @@ def predict_lines(
         UserError: a line with another number of fields.
     """
     config = read_config(folder)
-    prepared, delta = open_run(folder, config, progress)
+    prepared, delta = open_run(folder, config, progress, any_weights=any_weights)
     shared = prepared.shared(delta)
     source, first = iter(lines), 1
     while together := list(itertools.islice(source, group)):

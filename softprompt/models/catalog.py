@@ -101,7 +101,8 @@ def select(names: Sequence[str]) -> list[Entry]:
     """The entries of these names; all of them where there are none.
 
     Args:
-        names: each a name, a family, or a pattern of names with * in it, whatever their case.
+        names: each a name, a family, or a pattern of names with * in it, whatever their case; the
+            organisation may be left out.
 
     Raises:
         UserError: a name that is none of these.
@@ -135,7 +136,9 @@ def unknown_model(name: str) -> UserError:
 
 
 def _answers(entry: Entry, name: str) -> bool:
-    return fnmatch.fnmatchcase(entry.name.lower(), name) or entry.family == name
+    known = entry.name.lower()
+    names = (known, known.rpartition("/")[2])
+    return entry.family == name or any(fnmatch.fnmatchcase(one, name) for one in names)
 
 
 _SMOLLM2_WHEEL = WheelMember(

@@ -95,7 +95,7 @@ def open_source(
     for file in _weight_files(folder):
         opened = open_file(file)
         for stored, kind in opened.tensors.items():
-            name = _canonical(stored, spellings)
+            name = canonical(stored, spellings)
             if name in where:
                 raise UserError(f"{file}: tensor {stored} is also in {where[name][0].name}")
             tensors[name] = kind
@@ -184,7 +184,7 @@ def _read_family(folder: Path) -> tuple[Family, DecoderConfig]:
     return read_family(read_json(file), file=str(file))
 
 
-def _canonical(stored: str, spellings: Sequence[tuple[str, str]]) -> str:
+def canonical(stored: str, spellings: Sequence[tuple[str, str]]) -> str:
     """A tensor's name as the family's table has it."""
     for pattern, replacement in spellings:
         name, found = re.subn(f"^{pattern}", replacement, stored)

@@ -90,6 +90,16 @@ def load_model(
     return Loaded(make_model(config, dtype), weights, text, fingerprint, name, config)
 
 
+def read_model_config(name: str, *, revision: str | None = None) -> DecoderConfig | T5Config:
+    """The sizes of a model, without its weights: the catalogue's where it has the name.
+
+    Raises:
+        UserError: see `load_model`.
+    """
+    entry = CATALOG.get(name)
+    return entry.config if entry else _open(name, revision, "")[1][0]
+
+
 def _open(
     name: str, revision: str | None, tokenizer_name: str
 ) -> tuple[Path | str, Opened, tokenizer.Tokenizer]:

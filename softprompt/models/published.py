@@ -252,7 +252,8 @@ def _qwen3() -> Iterator[Published]:
                 yield Published(f"Qwen/Qwen3-{size}{suffix}", raw, APACHE)
 
 
-# repository: architecture, width, layers, heads, key-value heads, head size, ffn, and the rest
+# repository: architecture, width, layers, heads, key-value heads, head size, ffn, and the rest.
+# gemma-2-9b said 224 for query_pre_attn_scalar at first (gemma-2-9b-it until its commit 1937c70).
 _GEMMA = {
     "gemma-2b": ("", 2048, 18, 8, 1, 256, 16384, {}),
     "gemma-7b": ("", 3072, 28, 16, 16, 256, 24576, {}),

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 KINDS = ("none", "int8", "int4")
-LARGEST = {"int8": 127, "int4": 7}
 GROUP = 64
+PIECE = 2**20  # entries that are rounded at a time: the temporaries of a huge matrix stay small
 VALUES, SCALE = "_q", "_scale"
 
 
@@ -32,7 +32,7 @@ def input_axes(path: str) -> tuple[int, ...]:
 
 
 def quantize(x: np.ndarray, axes: tuple[int, ...], kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds a matrix of any rank.
+    """Rounds a matrix of any rank, a few of its output channels at a time.
 
     Args:
         x: one layer's values.
@@ -43,16 +43,26 @@ def quantize(x: np.ndarray, axes: tuple[int, ...], kind: str) -> tuple[np.ndarra
         Values, int8 in the shape of `x`, or uint8 with two of them a byte along the grouped axis;
         and float32 scales, as many along the input axes as there are groups.
     """
-    x = np.asarray(x, np.float32)
-    axis, size = axes[-1], x.shape[axes[-1]]
+    shapes, packed = _stored(x.shape, axes, kind)
+    values, scale = np.empty(shapes[0], np.uint8 if packed else np.int8), np.empty(shapes[1], "f4")
+    output = min(set(range(x.ndim)) - set(axes))
+    step = max(1, PIECE * x.shape[output] // x.size)
+    for first in range(0, x.shape[output], step):
+        where = (*[slice(None)] * output, slice(first, first + step))
+        piece = np.asarray(x[where], np.float32)
+        values[where], scale[where] = (_packed if packed else _rounded)(piece, axes)
+    return values, scale
+
+
+def _stored(
+    shape: tuple[int, ...], axes: tuple[int, ...], kind: str
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], bool]:
+    """Shapes of values and scales, and whether two values share a byte."""
+    axis, size = axes[-1], shape[axes[-1]]
+    before, after = shape[:axis], shape[axis + 1 :]
     if kind == "int8" or size % 2:
-        return _rounded(x, np.abs(x).max(axis=axes, keepdims=True), "int8")
-    groups = (*x.shape[:axis], size // group_size(size), group_size(size), *x.shape[axis + 1 :])
-    grouped = x.reshape(groups)
-    values, scale = _rounded(grouped, np.abs(grouped).max(axis=axis + 1, keepdims=True), "int4")
-    pairs = (values.reshape(*x.shape[:axis], size // 2, 2, *x.shape[axis + 1 :]) + 8).view(np.uint8)
-    low, high = np.take(pairs, 0, axis + 1), np.take(pairs, 1, axis + 1)
-    return low | (high << 4), scale.squeeze(axis + 1)
+        return (shape, tuple(1 if n in axes else size for n, size in enumerate(shape))), False
+    return ((*before, size // 2, *after), (*before, size // group_size(size), *after)), True
 
 
 def group_size(size: int) -> int:
@@ -60,9 +70,24 @@ def group_size(size: int) -> int:
     return next(group for group in range(min(GROUP, size), 0, -1) if size % group == 0)
 
 
-def _rounded(x: np.ndarray, largest: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    scale = np.where(largest > 0, largest, 1) / LARGEST[kind]
+def _rounded(
+    x: np.ndarray, axes: tuple[int, ...], largest: int = 127
+) -> tuple[np.ndarray, np.ndarray]:
+    """Integers up to `largest`, and one scale along `axes`."""
+    most = np.abs(x).max(axis=axes, keepdims=True)
+    scale = np.where(most > 0, most, 1) / largest
     return np.rint(x / scale).astype(np.int8), scale.astype(np.float32)
+
+
+def _packed(x: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Integers up to 7, two a byte, and one scale for each group along the last of `axes`."""
+    axis, size = axes[-1], x.shape[axes[-1]]
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    grouped = x.reshape(*before, -1, group_size(size), *after)
+    values, scale = _rounded(grouped, (axis + 1,), largest=7)
+    pairs = (values.reshape(*before, size // 2, 2, *after) + 8).view(np.uint8)
+    low, high = np.take(pairs, 0, axis + 1), np.take(pairs, 1, axis + 1)
+    return low | (high << 4), scale.squeeze(axis + 1)
 
 
 def dequantize(values: jax.Array, scale: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -86,13 +111,7 @@ def storage(
     axes = input_axes(path)
     if kind == "none" or not axes:
         return {path: (shape, dtype)}
-    axis, size = axes[-1], shape[axes[-1]]
-    before, after = shape[:axis], shape[axis + 1 :]
-    if kind == "int8" or size % 2:
-        values, scale = shape, tuple(1 if n in axes else size for n, size in enumerate(shape))
-    else:
-        values, scale = (*before, size // 2, *after), (*before, size // group_size(size), *after)
-    packed = values != shape
+    (values, scale), packed = _stored(shape, axes, kind)
     return {
         path + VALUES: (values, np.dtype(np.uint8 if packed else np.int8)),
         path + SCALE: (scale, np.dtype(np.float32)),

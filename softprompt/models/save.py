@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from softprompt.errors import UserError
 from softprompt.models import hf, t5_names
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.families import FAMILIES, T5_ARCHITECTURES, read_family
+from softprompt.models.families import T5_ARCHITECTURES, find_family
 from softprompt.models.names import Part, Table, tensor_names
 from softprompt.models.quantize import VALUES
 from softprompt.models.t5_layers import T5Config
@@ -99,19 +99,9 @@ def _describe(
         raw = t5_names.raw_config(config)
         return {"architectures": [T5_ARCHITECTURES[0]], **raw}, t5_names.t5_table(config)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    for architecture, family in FAMILIES.items():
-        raw = {"architectures": [architecture], **family.raw(config), **ids}
-        if _reads_as(raw, config):
-            return raw, family.table(config)
-    raise UserError(f"no family of transformers computes what this config says: {config}")
-
-
-def _reads_as(raw: Mapping[str, Any], config: DecoderConfig) -> bool:
-    """Whether a config.json is read as this decoder: then it computes the same, whatever it is."""
-    try:
-        return read_family(raw)[1] == config
-    except UserError:
-        return False
+    architecture, family = find_family(config)
+    raw = {"architectures": [architecture], **family.raw(config), **ids}
+    return raw, family.table(config)
 
 
 def _check(leaves: Mapping[str, Any], table: Table) -> None:

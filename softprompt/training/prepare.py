@@ -206,11 +206,13 @@ def delta_shardings(prepared: Prepared, delta: Tree) -> Tree:
 
 def state_shardings(tx: Any, delta: Tree, where: Tree, *, mesh: jax.sharding.Mesh) -> Tree:
     """How an optimizer's state lies: what has a leaf's shape as the leaf does, the rest whole."""
-    whole = replicated(mesh)
+    whole, state = replicated(mesh), jax.eval_shape(tx.init, delta)
+    if all(there.is_fully_replicated for there in jax.tree.leaves(where)):
+        return jax.tree.map(lambda _: whole, state)
     return optax.tree.map_params(
         tx,
         lambda leaf, like, there: there if leaf.shape == like.shape else whole,
-        jax.eval_shape(tx.init, delta),
+        state,
         delta,
         where,
         transform_non_params=lambda _: whole,

@@ -22,6 +22,7 @@ from softprompt.evaluation.metrics import classification
 from softprompt.evaluation.scoring import normalise, score_batches, shared_function, token_nll
 from softprompt.evaluation.text import read_text, text_pieces
 from softprompt.methods import METHODS
+from softprompt.models.loading import Loaded
 from softprompt.results import Row, make_row, read_result, write_result, write_text
 from softprompt.schema import UNTRAINED
 from softprompt.training import checkpoints, loop
@@ -85,7 +86,7 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
     if config.eval.latency:
         metrics["latency"] = latency_metrics(prepared, delta)
     if jax.process_index() == 0:
-        save_delta(folder / DELTA, jax.device_get(delta), provenance(prepared))
+        save_delta(folder / DELTA, jax.device_get(delta), provenance(config, prepared.loaded))
         facts["delta_bytes"] = (folder / DELTA).stat().length
     row = make_row(
         config,
@@ -107,7 +108,7 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
     """Checks that a folder is new or this trial's.
 
     Raises:
-        UserError: the folder holds another config; names what differs.
+        UserError: the folder holds another config (names what differs), or an imported delta.
     """
     if not (folder / CONFIG).exists():
         return
@@ -116,6 +117,12 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
         raise UserError(
             f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
             "there); give another --workdir"
+        )
+    trained = (folder / "checkpoints").exists() or config.method.name in UNTRAINED
+    if (folder / DELTA).exists() and not trained and read_result(folder) is None:
+        raise UserError(
+            f"{folder} holds an imported delta, which training would replace; give another "
+            "--workdir (method.init=file starts a prompt from one)"
         )
 
 
@@ -325,12 +332,11 @@ def program_memory(step: Any) -> int | None:
     return int(there + account.temp_size_in_bytes - account.alias_size_in_bytes)
 
 
-def provenance(prepared: Prepared) -> dict[str, Any]:
+def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
     """What a delta file says of itself."""
-    config = prepared.config
     return {
         "model": config.model.name,
-        "fingerprint": prepared.loaded.fingerprint,
+        "fingerprint": loaded.fingerprint,
         "method": config.method.name,
         "bos": config.method.bos,
         "task": config.task.name,

@@ -12,6 +12,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh
 
@@ -120,6 +121,26 @@ def test_sharded_weights_train_the_same(place, alone, tmp_path):
     assert loaded.model.gather == Gather(session.mesh(config))
     leaf = loaded.weights["layers"]["mlp"]["up"]["kernel"]
     assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 8}
+
+
+@pytest.mark.parametrize("method", ("lora", "full"))
+def test_other_methods_on_a_mesh(place, tmp_path, method):
+    """Weights that are trained lie as frozen ones would, and so do the optimizer's moments.
+
+    Fails if they are whole on every device, or if the moments are.
+    """
+    config = config_of(
+        place, method__name=method, optimizer__rate=1e-3, optimizer__name="sgd", train__steps=8
+    )
+    for shape in [(1, 1), (2, 4)]:
+        run_trial(config, tmp_path / f"{shape}", session=session_on(shape))
+    check_same(tmp_path / "(2, 4)", tmp_path / "(1, 1)")
+    if method == "full":
+        adam = config_of(place, method__name=method, mesh__weights="sharded")
+        state = initial_state(prepare(adam, session_on((2, 4))))
+        for tree in (state.delta, optax.tree.get(state.opt_state, "mu")):
+            leaf = tree["layers"]["mlp"]["up"]["kernel"]
+            assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 8}
 
 
 @pytest.mark.parametrize("family", ("t5", "gemma3", "neox"))

@@ -9,7 +9,8 @@ import pytest
 
 from softprompt.inference.decode import generate
 from softprompt.models.loading import load_model
-from softprompt.models.quantize import SCALE, VALUES, dequantize, input_axes
+from softprompt.models.quantize import SCALE, VALUES, dequantize, embedding, input_axes
+from softprompt.training.delta_file import load_delta
 from softprompt.training.sharding import make_mesh, path_name, put_weight
 from softprompt.training.step import loss_fn
 from softprompt.training.trial import run_trial
@@ -73,6 +74,8 @@ def test_the_model_is_that_of_the_rounded_weights(folders, name, kind):
     loaded = load_model(str(folders / name), quantize=kind)
     plain = load_model(str(folders / name))
     assert loaded.fingerprint == plain.fingerprint
+    names = named_leaves(loaded.weights)
+    assert not any(name.endswith(("/kernel", "embed/embedding")) for name in names)
     rounded = whole(loaded.weights)
     shapes = jax.tree.map(jnp.shape, plain.weights)
     assert jax.tree.map(jnp.shape, rounded) == shapes
@@ -165,6 +168,9 @@ def test_a_prompt_is_trained_on_a_quantised_model(folders, tmp_path, name):
         weights = shared.model(config).weights
     assert row["status"] == "done"
     assert weights["embed"]["embedding_q"].dtype == jnp.int8
+    delta, _ = load_delta(tmp_path / "w" / "delta.safetensors")
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(delta))
+    assert largest < 3 * float(jnp.abs(embedding(weights["embed"])).max())
 
 
 @pytest.mark.parametrize("name", ("llama", "t5"))

@@ -10,7 +10,7 @@ from softprompt.training.sharding import make_mesh
 from tests.tiny import tiny_config
 from tests.tiny_t5 import tiny_t5_config
 
-LAYERS, WIDTH, FFN = 5, 64, 96
+LAYERS, WIDTH, FFN = 8, 64, 96
 DECODER = tiny_config(layers=LAYERS, width=WIDTH, ffn=FFN, heads=8, kv_heads=4)
 T5 = tiny_t5_config(
     encoder_layers=LAYERS, decoder_layers=LAYERS, width=WIDTH, ffn=FFN, heads=4, vocab=96

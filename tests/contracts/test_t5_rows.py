@@ -72,7 +72,7 @@ def logits_and_loss(config, delta, weights, batch):
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_pairs(form):
     """Mutation: cross-attention sees other segments; an inline prompt only before the row's first
-    segment; decoder positions that count the prompt; the start token left out."""
+    segment; positions that do not start again with each segment; the start token left out."""
     config, delta, weights, layout = make(form)
     encoded = examples()
     wanted = [

@@ -157,8 +157,10 @@ def test_entries_are_filed_under_their_names():
 
 
 def test_models_are_chosen_by_name_family_or_pattern():
-    """Mutation: patterns that mind case; an unknown name that is left out without a word."""
+    """Mutation: patterns that mind case; patterns of whole names alone; an unknown name that is
+    left out without a word."""
     assert select([]) == list(CATALOG.values())
+    assert select(["pythia-7*"]) == select(["EleutherAI/pythia-70m", "*pythia-70m-deduped"])
     assert [e.name for e in select(["*PYTHIA-1?b", "gpt2", "Qwen/Qwen3-8B", "gpt2"])] == [
         "EleutherAI/pythia-12b",
         *(f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")),

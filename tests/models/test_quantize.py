@@ -1,10 +1,15 @@
 """Matrices in 8 and 4 bits. Each test names the mutation that breaks it."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from softprompt.methods import initializers
+from softprompt.methods.prompt import PromptConfig, init
 from softprompt.models.quantize import dequantize, embedding, input_axes, quantize, storage
 
 CASES = {
@@ -35,6 +40,28 @@ def test_no_value_moves_by_more_than_half_a_step(path, kind):
     assert (np.abs(whole - x) <= step / 2 * (1 + 1e-5)).all()
     expected = storage(path, x.shape, np.dtype(np.float32), kind)
     assert [(a.shape, a.dtype) for a in (values, scale)] == list(expected.values())
+
+
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+@pytest.mark.parametrize("path", CASES)
+def test_pieces_change_nothing(monkeypatch, path, kind):
+    """Mutation: pieces along an input, whose scales would each see but their own."""
+    x, axes = matrix(CASES[path]), input_axes(path)
+    whole = quantize(x, axes, kind)
+    monkeypatch.setattr("softprompt.models.quantize.PIECE", 1000)
+    for ours, wanted in zip(quantize(x, axes, kind), whole, strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+def test_a_huge_matrix_needs_little_more_than_its_rounded_form(kind):
+    """Mutation: all of it at once (`PIECE` of 2**40)."""
+    x = np.ones((2**15, 2**8), ml_dtypes.bfloat16)
+    tracemalloc.start()
+    parts = quantize(x, input_axes("embed/embedding"), kind)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak - sum(part.nbytes for part in parts) < 4 * x.size, "one copy in float32"
 
 
 def test_bytes():
@@ -77,3 +104,31 @@ def test_embedding_of_either_kind():
     assert found.dtype == jnp.float32
     assert isinstance(found, jax.Array)
     np.testing.assert_allclose(found, x_VD, atol=float(scale.max()) / 2 * 1.01)
+
+
+STARTS = {
+    "uniform": initializers.uniform(),
+    "labels": initializers.fixed([[5, 7], [9]], initializers.vocabulary(range(99))),
+}
+
+
+@pytest.mark.parametrize("start", [*STARTS, "rate"])
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+def test_a_prompt_starts_without_the_whole_matrix_in_floats(kind, start):
+    """Mutation: `embedding` returns its matrix through `jax.lax.optimization_barrier`.
+
+    XLA fuses the scaling into what reads it, be it rows or the root mean square that a rate counts
+    in. Halves of bytes are taken apart first, into a byte a value.
+    """
+    shape = (2**15, 64)
+    stored = storage("embed/embedding", shape, np.dtype(np.float32), kind)
+    embed = {path.split("/")[1]: jax.ShapeDtypeStruct(*leaf) for path, leaf in stored.items()}
+
+    def run(key, embed):
+        if start == "rate":
+            return initializers.embedding_rms(embedding(embed))
+        cfg = PromptConfig(20, None, STARTS[start], embed_scale=8.0)
+        return init(key, None, {"embed": embed}, cfg)
+
+    memory = jax.jit(run).lower(jax.random.key(0), embed).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * np.prod(shape)

@@ -9,6 +9,7 @@ from softprompt import cli
 from softprompt.config import from_dict, to_dict
 from softprompt.evaluation import run as evaluation
 from softprompt.evaluation.run import predict_lines
+from softprompt.evaluation.scoring import probabilities
 from softprompt.inference.decode import generate
 from softprompt.methods.setup import prompt_rows
 from softprompt.progress import Progress
@@ -49,6 +50,12 @@ def plainly(prepared, delta, input_S, count):
         logits_TV = alone(prepared.step.model, variables, input_S, said_T[:-1])
         said_T[n + 1] = np.argmax(logits_TV[n])
     return said_T[1:].tolist()
+
+
+def scores_of_the_test(folder):
+    """The scores [N, C] of the test split that a trial wrote down."""
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return np.array([list(line["scores"].values()) for line in lines])
 
 
 def losses(folder):
@@ -102,9 +109,10 @@ def test_few_shot_examples_stand_before_each_input(place, shared, tmp_path):
     assert row["metrics"]["test"]["examples"] == 12
     records = [json.loads(line) for line in (place[0] / "test.jsonl").read_text().splitlines()]
     with Progress() as progress:
-        told = [a["label"] for a in predict_lines(tmp_path, [r["text"] for r in records], progress)]
-    said = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert told == [line["predicted"] for line in said]
+        answers = list(predict_lines(tmp_path, [record["text"] for record in records], progress))
+    shares_NC = probabilities(scores_of_the_test(tmp_path))
+    told_NC = [list(answer["probabilities"].values()) for answer in answers]
+    np.testing.assert_allclose(told_NC, shares_NC, atol=1e-4)
 
 
 def test_operations_of_a_step(place, shared):
@@ -129,22 +137,23 @@ def test_operations_of_a_step(place, shared):
 
 
 def test_the_command_line_takes_a_t5(place, shared, tmp_path, capsys, monkeypatch):
-    """Mutation: `load_model` takes every folder for a decoder's; `evaluate` scores the model that
-    was loaded, not the one that the method arranged, or lets that one write; it writes without
-    the prompt."""
+    """Mutation: `load_model` takes every folder for a decoder's; `evaluate` scores without the
+    prompt, or writes without it; it lets the model write that was loaded, not the one that the
+    method arranged."""
     config = config_of(place, method__place="both", method__prompt_to_input=False)
     run_trial(config, tmp_path, session=shared)
-    written = []
+    written, scored = [], []
 
-    def recorded(*arguments, **options):
-        written.append(generate(*arguments, **options))
-        return written[0]
+    def recorded(function, results):
+        return lambda *a, **options: results.append(function(*a, **options)) or results[-1]
 
-    monkeypatch.setattr(evaluation, "generate", recorded)
+    monkeypatch.setattr(evaluation, "generate", recorded(generate, written))
+    monkeypatch.setattr(evaluation, "score", recorded(evaluation.score, scored))
     assert cli.main(["evaluate", "--run", str(tmp_path), "--generate"]) == 0
     told = json.loads(capsys.readouterr().out)
     row = json.loads((tmp_path / "result.json").read_text())
     assert told["accuracy"] == row["metrics"]["test"]["accuracy"]
+    np.testing.assert_allclose(scored[0][1], scores_of_the_test(tmp_path), atol=1e-4)
     assert 0 <= told["generated"]["illegal"] <= 1
     prepared, (delta, _) = prepare(config, shared), load_delta(tmp_path / "delta.safetensors")
     for answer, input_S in zip(written[0][:2], prepared.data.test.inputs, strict=False):

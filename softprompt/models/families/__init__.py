@@ -1,5 +1,7 @@
 """The decoder families that Hugging Face folders may hold: one short file each."""
 
+import functools
+
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.families.base import Family, Raw
@@ -30,6 +32,22 @@ T5_ARCHITECTURES = (
     "T5WithLMHeadModel",
     "MT5ForConditionalGeneration",
 )
+
+
+@functools.cache
+def find_family(config: DecoderConfig) -> tuple[str, Family]:
+    """The architecture of transformers that computes what a decoder computes, and its family.
+
+    Raises:
+        UserError: there is none.
+    """
+    for architecture, family in FAMILIES.items():
+        try:
+            if read_family({"architectures": [architecture], **family.raw(config)})[1] == config:
+                return architecture, family
+        except UserError:
+            continue
+    raise UserError(f"no family of transformers computes what this config says: {config}")
 
 
 def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, DecoderConfig]:

@@ -1,0 +1,1 @@
+"""Deltas in the files of other tools: PEFT adapters, arrays of google-research/prompt-tuning."""

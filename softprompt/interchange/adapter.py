@@ -1,0 +1,101 @@
+"""A PEFT adapter: its config and its tensors, and the folder that holds both.
+
+Source: `PeftModel.save_pretrained` and `PeftConfigMixin.save_pretrained` of peft 0.21.2.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from softprompt.errors import UserError
+from softprompt.models.hf import read_json
+from softprompt.models.tensor_files import ALL, open_file
+from softprompt.results import write_bytes, write_text
+from softprompt.training.delta_file import KEY
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What PEFT keeps of an adapter.
+
+    Attributes:
+        config: the content of adapter_config.json.
+        tensors: float32, by their names in adapter_model.safetensors.
+        provenance: what we say of where it came from, {} where PEFT wrote it.
+        file: what to call it in an error.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    file: str = "adapter"
+
+
+def tensors_bytes(tensors: Mapping[str, np.ndarray], provenance: Mapping[str, Any]) -> bytes:
+    """The bytes of adapter_model.safetensors.
+
+    The header is PEFT's but for one more key of its metadata. The library writes metadata in any
+    order; here the same adapter is the same bytes.
+    """
+    content = save(dict(tensors), {"format": "pt"})
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    if provenance:
+        header["__metadata__"][KEY] = json.dumps(provenance, sort_keys=True)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """The text of adapter_config.json."""
+    return json.dumps(config, indent=2, sort_keys=True)
+
+
+def write_adapter(folder: epath.PathLike, adapter: Adapter) -> None:
+    """Writes the two files, the config last; local or gs://."""
+    folder = epath.Path(folder)
+    write_bytes(folder / TENSORS, tensors_bytes(adapter.tensors, adapter.provenance))
+    write_text(folder / CONFIG, config_text(adapter.config))
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Reads an adapter's folder; tensors become float32.
+
+    Raises:
+        UserError: no adapter there, a malformed config, an incomplete file of tensors, or a pickle
+            that holds more than tensors (or that needs PyTorch, where there is none).
+    """
+    if not (folder / CONFIG).exists():
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+        hint = f"; adapters with a name lie below it: {', '.join(inside)}" if inside else ""
+        raise UserError(f"{folder}: no PEFT adapter there (it has no {CONFIG}){hint}")
+    config = read_json(folder / CONFIG)
+    file = folder / TENSORS
+    file = file if file.exists() else folder / PICKLE
+    if not file.exists():
+        raise UserError(f"{folder}: neither {TENSORS} nor {PICKLE}")
+    opened = open_file(file)
+    tensors = {name: opened.read(name, ALL).astype(np.float32) for name in opened.tensors}
+    return Adapter(config, tensors, _provenance(file), str(folder))
+
+
+def _provenance(file: Path) -> dict[str, Any]:
+    """What we wrote into the metadata; {} where PEFT wrote the file, or it is a pickle."""
+    if file.name == PICKLE:
+        return {}
+    try:
+        with safe_open(file, framework="np") as opened:
+            found = json.loads((opened.metadata() or {}).get(KEY, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{file}: its metadata {KEY!r} is not JSON ({error})") from error
+    return found if isinstance(found, dict) else {}

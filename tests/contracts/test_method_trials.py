@@ -1,0 +1,99 @@
+"""Contracts 3, 6, 9 and 10 in whole trials of every method, on both kinds of model.
+
+Each method's trial runs among others, alone, and killed in between; the frozen weights and what a
+checkpoint holds are looked at on the way.
+"""
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from softprompt.progress import Progress
+from softprompt.training.trial import run_trial
+from tests.contracts.examples import OneDevice, trial_config, write_task
+from tests.contracts.test_frozen import stored
+from tests.families import write_family_folder
+from tests.tiny_t5 import write_complete_t5
+
+METHODS = {
+    "prompt": {"method__name": "prompt", "method__place": "both"},
+    "residual": {"method__name": "prompt", "method__reparam": "residual"},
+    "prefix": {"method__name": "prefix", "method__init": "noise", "method__place": "all"},
+    "lora": {"method__name": "lora", "method__targets": "q,v,down"},
+    "adapter": {"method__name": "adapter", "method__bottleneck": 4},
+    "bitfit": {"method__name": "bitfit"},
+    "ia3": {"method__name": "ia3"},
+    "full": {"method__name": "full"},
+}
+COMMON = {"eval__select": "last", "train__steps": 4, "optimizer__rate": 0.02, "eval__every": 2}
+
+
+class Stopping(Progress):
+    """Interrupts after a step, once."""
+
+    at = -1
+
+    def stage(self, what, done=0, total=0, note=""):
+        if what == "train" and done == self.at and "loss" in note:
+            self.at = -1
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module", params=["gpt2", "t5"])
+def place(request, tmp_path_factory):
+    """A model's folder and a task."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "t5":
+        write_complete_t5(folder / "model")
+    else:
+        write_family_folder(folder / "model", request.param)
+    return folder / "model", write_task(folder)
+
+
+@pytest.fixture(scope="module")
+def shared(place):
+    """One session for all trials on a model."""
+    return OneDevice(Stopping())
+
+
+def delta_of(folder):
+    found = load_file(folder / "delta.safetensors")
+    return np.concatenate([found[name].ravel() for name in sorted(found)])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("quick")
+def test_among_others_alone_and_resumed(place, shared, tmp_path, name):
+    """Mutations: the step moves a frozen weight; a checkpoint holds one; a trial begins with the
+    delta or the moments of the one before; a restored delta is the best one, not the last.
+    """
+    config, other = (
+        trial_config(place[0], place[1], seed=seed, **COMMON, **METHODS[name]) for seed in (1, 2)
+    )
+    frozen = name != "full"
+    before = {}
+    if frozen:
+        weights = shared.model(config).weights
+        before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), weights)
+    compiled = len(shared.compiled)
+    row = run_trial(config, tmp_path / "first", session=shared)
+    run_trial(other, tmp_path / "other", session=shared)
+    run_trial(config, tmp_path / "again", session=shared)
+    assert len(shared.compiled) == compiled + 1  # contract 10
+    first, again = (delta_of(tmp_path / part) for part in ("first", "again"))
+    np.testing.assert_array_equal(again, first)
+    # full weights hardly differ from one seed to the next, but they do
+    assert np.abs(delta_of(tmp_path / "other") - first).max() > 1e-4
+    if frozen:
+        jax.tree.map(np.testing.assert_array_equal, before, shared.model(config).weights)
+        kept = " ".join(stored(tmp_path / "first"))
+        assert "delta" in kept and not any(n in kept for n in ("kernel", "embedding", "/scale"))
+    shared.progress.at = 3  # a step behind the checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(config, tmp_path / "killed", session=shared)
+    resumed = run_trial(config, tmp_path / "killed", session=shared)
+    np.testing.assert_array_equal(delta_of(tmp_path / "killed"), first)
+    assert resumed["metrics"] == row["metrics"]
+    for part in ("metrics.jsonl", "predictions.jsonl"):
+        assert (tmp_path / "killed" / part).exists()
