@@ -22,45 +22,27 @@ Expected: not known yet. It has not been run on a machine that did nothing else.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.inference.decode import Rows, Rules, decode_function, prefill_function
-from softprompt.inference.sampling import GREEDY
+from softprompt.evaluation.latency import Served, functions, in_turns
 from softprompt.models.loading import Loaded, load_model
 
 MODEL = "smollm2-135m-instruct-q4"
 INPUT, CONTEXT = 64, 100  # tokens
 
 
-def decoder_of(loaded: Loaded, context: int, rows: int, new: int) -> Callable[[], Any]:
-    """A function that decodes `new` tokens of every row behind a context, and waits for them."""
-    model, weights = loaded.model, loaded.weights
-    random = np.random.default_rng(0)
-    tokens_BT = random.integers(2, model.config.vocab, (rows, INPUT)).astype(np.int32)
-    lengths_B = random.integers(INPUT // 2, INPUT + 1, rows).astype(np.int32)
+def served(loaded: Loaded, context: int, rows: int) -> Served:
+    """The model behind a context of so many random tokens, with random inputs."""
+    model, random = loaded.model, np.random.default_rng(0)
+    lengths_B = random.integers(INPUT // 2, INPUT + 1, rows)
+    inputs = [random.integers(2, model.config.vocab, n).astype(np.int32) for n in lengths_B]
     tokens_P = random.integers(2, model.config.vocab, context)
-    shared: Any = {}, model.apply({"params": weights}, jnp.asarray(tokens_P), method="text_context")
-    prefilled = prefill_function(model)(weights, shared, tokens_BT, lengths_B, slots=INPUT)
-    logits_BV, memory = jax.block_until_ready(prefilled)
-    who = Rows(np.arange(rows, dtype=np.uint32), np.ones(rows, bool))
-    rules = Rules(new, -1, GREEDY, jax.random.key(0))
-    decode = decode_function(model, None)
-    return lambda: jax.block_until_ready(
-        decode(weights, shared, memory, logits_BV, who, rules, new=new)
-    )
-
-
-def seconds(run: Callable[[], Any]) -> tuple[float, float]:
-    """How long a call takes, by the clock and in seconds of all processors."""
-    began = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - began[0], time.process_time() - began[1]
+    apply = model.apply
+    shared: Any = apply({"params": loaded.weights}, jnp.asarray(tokens_P), method="text_context")
+    return Served(loaded.weights, ({}, shared), inputs)
 
 
 def main() -> None:
@@ -71,19 +53,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     said = parser.parse_args()
     loaded = load_model(MODEL, dtype=said.dtype)
-    runs = {c: decoder_of(loaded, c, said.rows, said.new) for c in (0, CONTEXT)}
-    for run in runs.values():  # compiles
-        run()
-    times: dict[int, list[tuple[float, float]]] = {c: [] for c in runs}
-    for pair in range(said.pairs):
-        for context in sorted(runs, reverse=bool(pair % 2)):
-            times[context].append(seconds(runs[context]))
-    for context, values in times.items():
-        rate = said.rows * said.new / statistics.median(clock for clock, _ in values)
-        print(f"context of {context}: {rate:.0f} tokens/s (median of {len(values)})")
+    sizes = {"mesh": None, "rows": said.rows, "new": said.new}
+    without, behind = (
+        functions(loaded.model, served(loaded, context, said.rows), **sizes)[1]
+        for context in (0, CONTEXT)
+    )
+    times = in_turns(without, behind, said.pairs)
+    for place, context in enumerate((0, CONTEXT)):
+        rate = said.rows * said.new / statistics.median(pair[place][0] for pair in times)
+        print(f"context of {context}: {rate:.0f} tokens/s (median of {said.pairs})")
     for kind, name in enumerate(("clock", "processors")):
-        pairs = zip(times[0], times[CONTEXT], strict=True)
-        ratios = sorted(without[kind] / behind[kind] for without, behind in pairs)
+        ratios = sorted(plain[kind] / context[kind] for plain, context in times)
         told = " ".join(f"{ratio:.3f}" for ratio in ratios)
         print(f"speed with over without by {name}: {statistics.median(ratios):.3f} ({told})")
 

@@ -40,6 +40,8 @@ def make_row(
     stored: int | None = None,
     weight_bytes: int | None = None,
     step_seconds: float | None = None,
+    step_memory_bytes: int | None = None,
+    delta_bytes: int | None = None,
     metrics: Mapping[str, Any] | None = None,
     error: str = "",
 ) -> Row:
@@ -58,6 +60,9 @@ def make_row(
         stored: parameters of the saved delta, less what only training needed.
         weight_bytes: of the frozen weights, over all devices once.
         step_seconds: median of a training step, evaluations and compilation left out.
+        step_memory_bytes: what a training step needs on a device, weights and batch included, by
+            the compiler's own account.
+        delta_bytes: of the saved delta's file.
         metrics: {"validation": {"accuracy": ..., "examples": ...}, "test": {...}, ...}.
         error: one line where the trial failed, else "".
     """
@@ -80,6 +85,8 @@ def make_row(
         "stored": stored,
         "weight_bytes": weight_bytes,
         "step_seconds": step_seconds,
+        "step_memory_bytes": step_memory_bytes,
+        "delta_bytes": delta_bytes,
         "metrics": dict(metrics or {}),
     }
 

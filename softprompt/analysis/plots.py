@@ -75,8 +75,11 @@ def length_plot(
         for number, (name, points) in enumerate(lines.items()):
             if not points:
                 continue
-            colour, marker = COLOURS[number % 6], MARKERS[number % 6]
-            _draw_line(axes, points, colour, marker, shift=1.0 + 0.03 * (number - 1))
+            again = number // 6  # a colour that comes again has another marker, and dots
+            colour, marker = COLOURS[number % 6], MARKERS[(number + again) % 6]
+            dash = ":" if again else "-"
+            style = {"color": colour, "marker": marker, "linestyle": dash}
+            _draw_line(axes, points, style, shift=1.0 + 0.03 * (number - 1))
             last = max(points, key=lambda point: point.x)
             if last.x == lengths[-1]:
                 labels.append((last.mean, name, colour))
@@ -125,21 +128,18 @@ def named_points(
 
 
 def _draw_line(
-    axes: Axes, points: Sequence[Point], colour: str, marker: str, *, shift: float
+    axes: Axes, points: Sequence[Point], style: Mapping[str, Any], *, shift: float
 ) -> None:
     """One series; `shift` keeps intervals at the same length apart."""
     ordered = sorted(points, key=lambda point: point.x)
     xs, means = [point.x * shift for point in ordered], [point.mean for point in ordered]
     below = [max(0.0, point.mean - point.low) for point in ordered]  # never -0 by rounding
     above = [max(0.0, point.high - point.mean) for point in ordered]
-    axes.errorbar(
-        xs, means, yerr=[below, above], color=colour, marker=marker, markersize=6, capsize=3
-    )
+    axes.errorbar(xs, means, yerr=[below, above], markersize=6, capsize=3, **style)
     for x, point in zip(xs, ordered, strict=True):
         if len(point.values) > 1:
-            axes.plot(
-                [x] * len(point.values), point.values, ".", color=colour, alpha=0.5, markersize=5
-            )
+            some = [x] * len(point.values)
+            axes.plot(some, point.values, ".", color=style["color"], alpha=0.5, markersize=5)
 
 
 def _scale(axes: Axes, lengths: Sequence[float]) -> None:

@@ -1,16 +1,30 @@
 """What a trial will cost, before it runs."""
 
+from typing import Any
+
 import jax
 
-from softprompt.analysis.flops import forward_flops, machine_flops, scoring_work
+from softprompt.analysis.flops import (
+    Work,
+    forward_flops,
+    machine_bandwidth,
+    machine_flops,
+    scoring_work,
+)
 from softprompt.config import ConfigDict
 from softprompt.data.pipeline import train_widths
+from softprompt.evaluation.text import PIECE
 from softprompt.models.decoder import DecoderConfig
 from softprompt.schema import UNTRAINED
+from softprompt.training.optimizers import make_optimizer
 from softprompt.training.prepare import Prepared, delta_shapes, prepare, step_flops, train_source
-from softprompt.training.session import SPLITS, Session
+from softprompt.training.session import SPLITS, Session, optimizer_config
 
 SHARE = 0.5  # of the machine's own rate that a step or an evaluation is expected to reach
+
+# Bytes that a step moves for each trained number, once and away: its gradient, two moments, the
+# number itself and three norms, in float32.
+UPDATE = 60
 
 
 def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
@@ -20,16 +34,20 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
 
     Returns:
         trainable: trained parameters.
-        flops: useful operations of training and all evaluations.
-        memory_bytes: weights, and what a training step keeps for its backward pass.
-        seconds: at half of the machine's measured rate, compilation left out.
+        flops: useful operations of training and all evaluations, but for `eval.latency`.
+        memory_bytes: weights, what a training step keeps for its backward pass, and the delta with
+            its best values, gradient and optimizer's state.
+        seconds: at half of the machine's measured rate of operations, and all of that at which it
+            moves bytes for the update; compilation left out.
     """
     prepared = prepare(config, session)
     sizes, data, layout = prepared.loaded.config, prepared.data, prepared.layout
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.loaded.weights))
+    weights = _bytes(prepared.loaded.weights)
     work = {s: scoring_work(data.split(s), layout, prepared.contexts) for s in SPLITS[1:]}
     once = {split: forward_flops(sizes, part) for split, part in work.items()}
-    flops, memory, trainable = once["validation"] + once["test"], float(weights), 0
+    flops, memory, trainable, seconds = once["validation"] + once["test"], float(weights), 0, 0.0
+    if config.eval.text:
+        flops += forward_flops(sizes, text_work(config.eval.text_tokens, prepared.contexts[1]))
     if config.method.name not in UNTRAINED:
         every, steps = config.eval.every, config.train.steps
         source = train_source(prepared)
@@ -38,14 +56,33 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
         shape = source.template.shape
         widths = train_widths(shape, layout)
         memory += step_memory(prepared, widths, shape.rows / config.train.microbatches)
-        trainable = sum(leaf.size for leaf in jax.tree.leaves(delta_shapes(prepared)))
-    seconds = flops / machine_flops(config.model.dtype) / SHARE
+        trainable, kept = trained(prepared)
+        memory += kept - (weights if config.method.name == "full" else 0)  # takes their place
+        seconds += steps * trainable * UPDATE / machine_bandwidth()
+    seconds += flops / machine_flops(config.model.dtype) / SHARE
     return {
         "trainable": trainable,
         "flops": flops,
         "memory_bytes": memory,
         "seconds": seconds,
     }
+
+
+def trained(prepared: Prepared) -> tuple[int, int]:
+    """Numbers of the delta, and bytes of it, its best values, gradient and optimizer's state."""
+    delta = delta_shapes(prepared)
+    state = jax.eval_shape(make_optimizer(optimizer_config(prepared.config)).init, delta)
+    return sum(leaf.size for leaf in jax.tree.leaves(delta)), 3 * _bytes(delta) + _bytes(state)
+
+
+def text_work(tokens: int, context: int) -> Work:
+    """Scoring of so many tokens of plain text, in pieces behind a context."""
+    return Work(tokens + context, tokens * (PIECE / 2 + context) + context**2 / 2, tokens)
+
+
+def _bytes(tree: Any) -> int:
+    """Of arrays or their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def step_memory(prepared: Prepared, widths: dict[str, int], rows: float) -> float:

@@ -298,5 +298,20 @@ def step_work(prepared: Prepared) -> Work:
 
 def step_flops(prepared: Prepared) -> float:
     """Useful operations of an average step."""
-    trained = prepared.step.method == "full"
-    return train_flops(prepared.loaded.config, step_work(prepared), weights=trained)
+    work, method = step_work(prepared), prepared.step.method
+    flops = train_flops(prepared.loaded.config, work, weights=method == "full")
+    return flops + (matrix_flops(delta_shapes(prepared), work) if method in MATRICES else 0.0)
+
+
+MATRICES = ("lora", "adapter")  # methods whose delta every token is multiplied by
+
+
+def matrix_flops(delta: Tree, work: Work) -> float:
+    """What a delta of small matrices adds to a step: 6 operations a token and number.
+
+    Its products take part in the forward pass, and in the gradients of both of their operands.
+    Cross-attention's count as if they were all of the decoder's tokens.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(delta)[0]
+    tokens = {True: work.inputs, False: work.tokens}
+    return 6 * sum(leaf.size * tokens[path_name(p).startswith("encoder/")] for p, leaf in leaves)

@@ -17,8 +17,9 @@ from softprompt.config import ConfigDict, differences, from_dict, to_dict, trial
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
+from softprompt.evaluation import latency
 from softprompt.evaluation.metrics import classification
-from softprompt.evaluation.scoring import normalise, score_batches, token_nll
+from softprompt.evaluation.scoring import normalise, score_batches, shared_function, token_nll
 from softprompt.evaluation.text import read_text, text_pieces
 from softprompt.methods import METHODS
 from softprompt.models.loading import Loaded
@@ -38,6 +39,7 @@ from softprompt.training.prepare import (
 )
 from softprompt.training.session import Session, optimizer_config, scoring_budget
 from softprompt.training.sharding import put_batch, random_key
+from softprompt.training.step import StepConfig
 
 Tree = Any
 CONFIG, DELTA, PREDICTIONS = "config.json", "delta.safetensors", "predictions.jsonl"
@@ -81,6 +83,11 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
     metrics["test"] = test(prepared, folder, delta)
     if config.eval.text:
         metrics["text"] = text_metrics(prepared, delta)
+    if config.eval.latency:
+        metrics["latency"] = latency_metrics(prepared, delta)
+    if jax.process_index() == 0:
+        save_delta(folder / DELTA, jax.device_get(delta), provenance(config, prepared.loaded))
+        facts["delta_bytes"] = (folder / DELTA).stat().length
     row = make_row(
         config,
         status="done",
@@ -93,9 +100,7 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.frozen)),
         **facts,
     )
-    if jax.process_index() == 0:
-        save_delta(folder / DELTA, jax.device_get(delta), provenance(config, prepared.loaded))
-        write_result(folder, row)
+    write_result(folder, row)
     return row
 
 
@@ -152,7 +157,8 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
 
     Returns:
         The selected delta without what only training needed, its metrics, and facts for the row:
-        steps, flops, peak_share, trained parameters, and the seconds that earlier processes spent.
+        steps, flops, peak_share, trained parameters, seconds and memory of a step, and the seconds
+        that earlier processes spent.
     """
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
     state, step_rates = initial_state(prepared), learning_rates(prepared)
@@ -195,6 +201,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         "flops": state.step * parts.step_flops,
         "peak_share": mean_share(folder),
         "step_seconds": median_step(folder),
+        "step_memory_bytes": program_memory(step),
         "seconds": state.seconds,
     }
     chosen, scores, at = state.best, state.best_scores, state.best_step
@@ -290,6 +297,39 @@ def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
     )
     nats = token_nll(sums_NC, lengths_NC)
     return {"perplexity": math.exp(nats), "nats": nats, "tokens": int(lengths_NC.sum())}
+
+
+def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
+    """What the delta costs in use, against the base: see `latency.compare`.
+
+    Weights that were trained themselves are first cast to the dtype of the base's.
+    """
+    config, session, mesh, step = prepared.config, prepared.session, prepared.mesh, prepared.step
+    session.progress.stage("time prefill and decoding")
+    weights = session.model(config).weights  # anew, where the training of all weights dropped them
+    plain = shared_function(StepConfig(step.model, "none", None), mesh)
+    behind = prepared.data.test.inputs
+    inputs = [tokens[len(prepared.prefix) :] for tokens in behind]
+    base = latency.Served(weights, plain({}, weights), inputs)
+    if step.method == "full":
+        trained = jax.tree.map(lambda new, old: new.astype(old.dtype), delta, weights)
+        ours = latency.Served(trained, plain({}, trained), behind)
+    else:
+        ours = latency.Served(weights, prepared.shared(delta), behind)
+    rows = -(-latency.ROWS // mesh.shape["data"]) * mesh.shape["data"]
+    return latency.compare(step.model, base, ours, mesh=mesh, rows=rows)
+
+
+def program_memory(step: Any) -> int | None:
+    """Bytes that a compiled program needs on a device: what goes in, comes out, and lies between.
+
+    None where the compiler keeps no account.
+    """
+    account = step.memory_analysis()
+    if account is None:
+        return None
+    there = account.argument_size_in_bytes + account.output_size_in_bytes
+    return int(there + account.temp_size_in_bytes - account.alias_size_in_bytes)
 
 
 def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:

