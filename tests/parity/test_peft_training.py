@@ -161,7 +161,7 @@ def real_pair(base, smollm2, shared_data, tmp_path):
 @pytest.mark.real
 @pytest.mark.parametrize("name", REAL)
 def test_real_model(real_pair, name):
-    """Gradients, then fewer steps, with each optimizer. The mutations are those above."""
+    """Gradients, then fewer steps. Mutation: LoRA's scale is alpha / sqrt(rank)."""
     check_gradients(real_pair(name), name, 1e-4)
     for optimizer, rate in REAL_RATES.items():
         check_training(real_pair(name), name, optimizer=optimizer, rate=rate, steps=REAL_STEPS)
