@@ -35,15 +35,18 @@ def base_model(model: str) -> Any:
     return kind.from_pretrained(model, dtype=torch.float32).eval()
 
 
-def trained(case: Case) -> Any:
-    """A PEFT model whose adapter is random throughout, as after training."""
+def trained(case: Case, *, base: Any = None, spread: float = 1.0) -> Any:
+    """A PEFT model whose adapter is random throughout, as after training.
+
+    `base`: the base model, if not the one in the folder of the case's name. `spread`: of the noise.
+    """
     task = "SEQ_2_SEQ_LM" if is_t5(case.model) else "CAUSAL_LM"
     config = getattr(peft, case.kind)(task_type=task, **case.options)
     torch.manual_seed(0)
-    model = peft.get_peft_model(base_model(case.model), config).eval()
+    model = peft.get_peft_model(base or base_model(case.model), config).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            noise = torch.randn_like(parameter)
+            noise = spread * torch.randn_like(parameter)
             parameter.data = 1 + 0.5 * noise if case.kind == "IA3Config" else noise
     return model
 

@@ -1,6 +1,8 @@
 """Our own methods behind the text that PEFT scored: `METHODS`, as a trial uses them."""
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,8 +13,10 @@ from softprompt.methods.ia3 import Ia3Config
 from softprompt.methods.lora import LoraConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
+from softprompt.models import t5_names
 from softprompt.models.decoder import Decoder
 from softprompt.models.layers import collections
+from softprompt.models.loading import load_model, make_model
 from softprompt.models.t5 import T5
 from tests.interchange.cases import Case, is_t5
 from tests.interchange.plain import run
@@ -33,11 +37,25 @@ def lora(case: Case) -> LoraConfig:
 
 # Name of a method -> its configuration for a case. A method that is listed here is held to PEFT.
 CONFIGS: dict[str, Callable[[Case], Any]] = {
-    "prompt": lambda case: PromptConfig(3, places=places(case, place="encoder")),
-    "prefix": lambda case: PrefixConfig(3, places(case, place="decoder")),
+    "prompt": lambda case: PromptConfig(
+        case.method["length"], places=places(case, place="encoder")
+    ),
+    "prefix": lambda case: PrefixConfig(case.method["length"], places(case, place="decoder")),
     "lora": lora,
     "ia3": lambda case: Ia3Config(targets(case)),
 }
+
+
+@functools.cache
+def load(folder: Path) -> tuple[Decoder | T5, Any]:
+    """The model of a folder, and its weights in float32."""
+    if is_t5(folder.name):
+        config, weights, _ = t5_names.load_weights(
+            folder, dtype=np.dtype("float32"), put=lambda path, leaf: jnp.asarray(leaf)
+        )
+        return make_model(config, "float32"), weights
+    loaded = load_model(str(folder))
+    return loaded.model, loaded.weights
 
 
 def logits(model: Decoder | T5, weights: Any, delta: Any, case: Case) -> np.ndarray:

@@ -1,12 +1,10 @@
 """Adapters exchanged with a live PEFT: its files read and written, ours loaded, logits equal."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,8 +18,7 @@ from softprompt.interchange.adapter import (
     write_adapter,
 )
 from softprompt.interchange.peft import Facts, from_peft, to_peft
-from softprompt.models import t5_names
-from softprompt.models.loading import find, load_model, make_model
+from softprompt.models.loading import find
 from tests.families import write_family_folder
 from tests.interchange import methods, plain
 from tests.interchange.cases import (
@@ -29,7 +26,6 @@ from tests.interchange.cases import (
     MODELS,
     Case,
     facts,
-    is_t5,
     same_config,
     sizes,
     write_model,
@@ -54,18 +50,6 @@ def place(tmp_path_factory) -> Path:
         for name, case in CASES.items():
             trained(case).save_pretrained(name)
     return folder
-
-
-@functools.cache
-def ours(folder: Path):
-    """Our model of a folder, float32."""
-    if is_t5(folder.name):
-        config, weights, _ = t5_names.load_weights(
-            folder, dtype=np.dtype("float32"), put=lambda path, leaf: jnp.asarray(leaf)
-        )
-        return make_model(config, "float32"), weights
-    loaded = load_model(str(folder))
-    return loaded.model, loaded.weights
 
 
 def peft_logits(place: Path, case: Case, adapter: str) -> np.ndarray:
@@ -95,10 +79,10 @@ def test_logits_of_adapters_trained_there(place, name):
     """Must show 2. What the files mean, spelt out in `plain`, is what PEFT computes."""
     case = CASES[name]
     delta, _ = from_peft(read_adapter(place / name), sizes(case.model))
-    found_TV = plain.logits(*ours(place / case.model), delta, case)
+    found_TV = plain.logits(*methods.load(place / case.model), delta, case)
     wanted_TV = peft_logits(place, case, name)
     if case.method["name"] in CONFIGS:
-        own_TV = methods.logits(*ours(place / case.model), delta, case)
+        own_TV = methods.logits(*methods.load(place / case.model), delta, case)
         np.testing.assert_allclose(own_TV, wanted_TV, atol=1e-4, rtol=0)
     assert np.abs(wanted_TV).max() > 0.5
     np.testing.assert_allclose(found_TV, wanted_TV, atol=1e-4, rtol=0)
@@ -112,7 +96,7 @@ def test_adapters_made_here_load_there(place, name):
     delta = random_like(theirs, np.random.default_rng(0))
     made = dataclasses.replace(to_peft(delta, facts(case)), provenance={"fingerprint": "0"})
     write_adapter(place / f"{name}-ours", made)
-    found_TV = plain.logits(*ours(place / case.model), delta, case)
+    found_TV = plain.logits(*methods.load(place / case.model), delta, case)
     wanted_TV = peft_logits(place, case, f"{name}-ours")
     assert np.abs(wanted_TV - peft_logits(place, case, name)).max() > 1e-2, "it was not loaded"
     np.testing.assert_allclose(found_TV, wanted_TV, atol=1e-4, rtol=0)
@@ -123,7 +107,7 @@ def test_adapters_made_here_load_there(place, name):
 def test_narrow_embeddings_and_windows(tmp_path, name, kind):
     """Families whose sizes or layers differ from what PEFT expects by default."""
     write_family_folder(tmp_path / name, name)
-    model, weights = ours(tmp_path / name)
+    model, weights = methods.load(tmp_path / name)
     case = Case(name, "", {}, {"name": kind})
     found, rng = model.config, np.random.default_rng(0)
     prefix = np.zeros((found.layers, 3, found.kv_heads, found.head_size))
