@@ -26,24 +26,31 @@ _PACKAGES = ("softprompt", "jax", "jaxlib", "flax", "optax", "numpy")
 _NOT_TRIALS = ("checkpoints", "snapshots")
 
 
+# What a row tells of a trial that ran, in numbers: None where a trial has none.
+FACTS = {
+    "compile_seconds": "of `seconds`, those spent on compiling",
+    "steps": "optimizer steps taken",
+    "flops": "floating-point operations of the training, all steps",
+    "peak_share": "share of the devices' peak that the training reached, 0 to 1",
+    "peak_memory_bytes": "the largest memory in use, a device",
+    "trainable": "number of trained parameters",
+    "stored": "parameters of the saved delta, less what only training needed",
+    "weight_bytes": "of the frozen weights, over all devices once",
+    "step_seconds": "median of a training step, evaluations and compilation left out",
+    "step_memory_bytes": "what a training step needs on a device, weights and batch included, by "
+    "the compiler's own account",
+    "delta_bytes": "of the saved delta's file",
+}
+
+
 def make_row(
     config: ConfigDict,
     *,
     status: str,
     seconds: float,
-    compile_seconds: float | None = None,
-    steps: int | None = None,
-    flops: float | None = None,
-    peak_share: float | None = None,
-    peak_memory_bytes: int | None = None,
-    trainable: int | None = None,
-    stored: int | None = None,
-    weight_bytes: int | None = None,
-    step_seconds: float | None = None,
-    step_memory_bytes: int | None = None,
-    delta_bytes: int | None = None,
     metrics: Mapping[str, Any] | None = None,
     error: str = "",
+    **facts: float | None,
 ) -> Row:
     """Returns a trial's row.
 
@@ -51,21 +58,11 @@ def make_row(
         config: the resolved config.
         status: "done" or "failed".
         seconds: wall time of the whole trial, compilation and evaluation included.
-        compile_seconds: of which compiling.
-        steps: optimizer steps taken.
-        flops: floating-point operations of the training, all steps.
-        peak_share: share of the devices' peak that the training reached, 0 to 1.
-        peak_memory_bytes: the largest memory in use, a device.
-        trainable: number of trained parameters.
-        stored: parameters of the saved delta, less what only training needed.
-        weight_bytes: of the frozen weights, over all devices once.
-        step_seconds: median of a training step, evaluations and compilation left out.
-        step_memory_bytes: what a training step needs on a device, weights and batch included, by
-            the compiler's own account.
-        delta_bytes: of the saved delta's file.
         metrics: {"validation": {"accuracy": ..., "examples": ...}, "test": {...}, ...}.
         error: one line where the trial failed, else "".
+        **facts: any of `FACTS`.
     """
+    assert facts.keys() <= FACTS.keys(), facts.keys() - FACTS.keys()
     return {
         "trial": trial_id(config),
         "name": trial_name(config),
@@ -76,17 +73,7 @@ def make_row(
         "versions": versions(),
         "devices": devices(),
         "seconds": seconds,
-        "compile_seconds": compile_seconds,
-        "steps": steps,
-        "flops": flops,
-        "peak_share": peak_share,
-        "peak_memory_bytes": peak_memory_bytes,
-        "trainable": trainable,
-        "stored": stored,
-        "weight_bytes": weight_bytes,
-        "step_seconds": step_seconds,
-        "step_memory_bytes": step_memory_bytes,
-        "delta_bytes": delta_bytes,
+        **{name: facts.get(name) for name in FACTS},
         "metrics": dict(metrics or {}),
     }
 
