@@ -21,7 +21,7 @@ int4 reads without loss, and its embedding is in 8 bits: there int4 costs what t
 Gemma's layers are in 4, 5, 6 and 8 bits, and are rounded a second time, to another grid.
 
 Expected: SmolLM2's perplexity is 26.53 in float32, 26.52 in int8 and 27.96 in int4 (538, 135 and 84
-MB); Gemma's 51.67 in float32 and 51.36 in int8 (1,072 and 270 MB). See experiments/LOG.md.
+MB); Gemma's 51.67, 51.36 and 64.04 (1,072, 270 and 168 MB). See experiments/LOG.md.
 """
 
 from collections.abc import Sequence
