@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
-from softprompt.methods.sites import delta_dtype, keys_by_path, nested, projections
+from softprompt.methods.sites import delta_dtype, keys_by_path, projections
 from softprompt.models import Model
 
 PLACEMENTS = ("houlsby", "pfeiffer")
@@ -41,7 +42,7 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: AdapterConfig) -> dict
             f"{path}_adapter/up": jnp.zeros((layers, size, width), dtype),
             f"{path}_adapter/up_bias": jnp.zeros((layers, width), dtype),
         }
-    return nested(leaves)
+    return unflatten_dict(leaves, sep="/")
 
 
 def variables(

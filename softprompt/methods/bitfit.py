@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
-from softprompt.methods.sites import delta_dtype, nested, norms, projections
+from softprompt.methods.sites import delta_dtype, norms, projections
 from softprompt.models import Model
 
 
@@ -21,7 +22,9 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any
     shapes = {site.path: (site.layers, *site.outputs) for site in projections(model)}
     shapes |= norms(model)
     dtype = delta_dtype(weights)
-    return nested({f"{path}/bias": jnp.zeros(shape, dtype) for path, shape in shapes.items()})
+    return unflatten_dict(
+        {f"{path}/bias": jnp.zeros(shape, dtype) for path, shape in shapes.items()}, sep="/"
+    )
 
 
 def variables(delta: dict[str, Any], weights: Any, cfg: None, task_ids: Any) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
-from softprompt.methods.sites import delta_dtype, nested, targeted
+from softprompt.methods.sites import delta_dtype, targeted
 from softprompt.models import Model
 
 
@@ -33,7 +34,9 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: Ia3Config) -> dict[str
         f"{site.path}/ia3": (site.layers, *(site.inputs if site.name == "down" else site.outputs))
         for site in targeted(model, cfg.targets)
     }
-    return nested({path: jnp.ones(shape, delta_dtype(weights)) for path, shape in shapes.items()})
+    return unflatten_dict(
+        {path: jnp.ones(shape, delta_dtype(weights)) for path, shape in shapes.items()}, sep="/"
+    )
 
 
 def variables(

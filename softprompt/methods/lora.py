@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from softprompt.errors import UserError
-from softprompt.methods.sites import delta_dtype, keys_by_path, nested, targeted
+from softprompt.methods.sites import delta_dtype, keys_by_path, targeted
 from softprompt.models import Model
 from softprompt.models.quantize import VALUES
 
@@ -66,7 +67,7 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[st
         for site in groups[path]:
             name = site.name if path.endswith(f"/{SHARED}") else "lora_b"
             leaves[f"{path}/{name}"] = jnp.zeros((site.layers, cfg.rank, *site.outputs), dtype)
-    return nested(leaves)
+    return unflatten_dict(leaves, sep="/")
 
 
 def variables(

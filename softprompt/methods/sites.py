@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -83,18 +83,6 @@ def targeted(model: Model, names: Sequence[str], *, more: Iterable[str] = ()) ->
                 f"has: {', '.join(known)}"
             )
     return [site for site in sites if site.name in names]
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of dicts from leaves by path, as in {"layers/attn/q/lora_a": x}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *folders, name = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = leaf
-    return tree
 
 
 def keys_by_path(key: jax.Array, paths: Iterable[str]) -> dict[str, jax.Array]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load, save
 
 from softprompt.errors import UserError
@@ -47,11 +48,4 @@ def load_delta(file: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
         provenance = json.loads(header.get(KEY, "{}"))
     except Exception as error:  # safetensors raises its own kinds
         raise UserError(f"{file}: not a readable safetensors file ({error})") from error
-    delta: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *folders, leaf = name.split("/")
-        node = delta
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = array
-    return delta, provenance
+    return unflatten_dict(arrays, sep="/"), provenance
