@@ -180,16 +180,14 @@ def record_failure(
     """
     import jax  # here, since what a sweep is made of needs none of it
 
-    writes = jax.process_index() == 0
     reason = " ".join(str(error).split())
     if not isinstance(error, UserError):
         reason = f"{type(error).__name__}: {reason}"
-        if writes:
+        if jax.process_index() == 0:
             text = "".join(traceback.format_exception(error))
             write_text(epath.Path(folder) / "traceback.txt", text)
     row = make_row(config, status="failed", error=reason, seconds=seconds)
-    if writes:
-        write_result(folder, row)
+    write_result(folder, row)
     return row
 
 

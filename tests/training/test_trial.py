@@ -333,3 +333,13 @@ def test_a_variable_that_no_module_reads_is_refused(config, session):
     check_read(step, weights, delta, batch)
     with pytest.raises(UserError, match="no module of the model reads the delta's prefix"):
         check_read(step, weights, delta | {"prefix": np.zeros(3, np.float32)}, batch)
+
+
+def test_only_the_first_process_writes(place, tiny_folder, session, tmp_path, monkeypatch):
+    """Mutation: another one writes its row, which may come before the delta."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    row = run_trial(
+        make_config(place, tiny_folder, method__name="none"), tmp_path / "w", session=session
+    )
+    assert row["status"] == "done"
+    assert not list(tmp_path.rglob("*.*"))
