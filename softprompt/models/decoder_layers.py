@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from softprompt.models.attention import Part, attend
 from softprompt.models.layers import (
     ACTIVATIONS,
     NORMS,
     Adapter,
     Linear,
-    Part,
     RopeScaling,
-    attend,
     rotate,
     within,
 )

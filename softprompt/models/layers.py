@@ -7,13 +7,13 @@ collection "delta", laid out like the modules that read it (DESIGN: methods).
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
+from softprompt.models.attention import accumulate
 from softprompt.models.quantize import PARTS, dequantize
 
 _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=-1)
@@ -38,11 +38,6 @@ def collections(weights: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
     """
     beside = {name: tree for name, tree in variables.items() if name != "params"}
     return {"params": {**weights, **variables.get("params", {})}, "delta": beside}
-
-
-def accumulate(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of norms, softmax and losses: float32, or float64 where everything is."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class Linear(nn.Module):
@@ -171,7 +166,7 @@ def project(
     dtype = module.dtype
 
     def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, x, matrix, preferred_element_type=acc)
+        return jnp.einsum(spec, x, matrix) if acc is None else _wide(spec, acc, x, matrix)
 
     if module.has_variable("params", name):
         return product(x, module.get_variable("params", name).astype(dtype))
@@ -180,6 +175,29 @@ def project(
         return product(x, module.param(name, _normal, shape).astype(dtype))
     rounded = jax.checkpoint(lambda x, parts: product(x, dequantize(parts, inputs, dtype)))
     return rounded(x, parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _wide(spec: str, acc: jnp.dtype, x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """The einsum in `acc`; its gradients are products in the dtype of its operands.
+
+    JAX would up-cast the whole matrix of embeddings to multiply it by a wide cotangent.
+    """
+    return jnp.einsum(spec, x, matrix, preferred_element_type=acc)
+
+
+def _wide_forward(spec: str, acc: Any, x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, Any]:
+    return _wide(spec, acc, x, matrix), (x, matrix)
+
+
+def _wide_backward(spec: str, acc: Any, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del acc
+    product = functools.partial(jnp.einsum, spec)
+    result: tuple[jax.Array, jax.Array] = jax.vjp(product, *kept)[1](g.astype(kept[0].dtype))
+    return result
+
+
+_wide.defvjp(_wide_forward, _wide_backward)
 
 
 def quantized_parts(module: nn.Module, name: str) -> list[Any]:
@@ -315,62 +333,3 @@ def rotate(x_THK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 def within(window: jax.Array, positions_T: jax.Array, positions_S: jax.Array) -> jax.Array:
     """Which keys lie less than `window` (a scalar) positions behind each query, [T, S]."""
     return positions_T[:, None] - positions_S < window
-
-
-class Part(NamedTuple):
-    """Keys and values [S, G, K] that queries attend to; S may be 0.
-
-    `mask_TS` says which of the keys each query sees (None: all), and may be [S] where all queries
-    see the same. `bias_HTS` is added to the scores.
-    """
-
-    k_SGK: jax.Array
-    v_SGK: jax.Array
-    mask_TS: jax.Array | None = None
-    bias_HTS: jax.Array | None = None
-
-
-def attend(
-    q_THK: jax.Array, parts: Sequence[Part], *, scale: float = 1.0, softcap: float = 0.0
-) -> jax.Array:
-    """Grouped-query attention in parts under one softmax.
-
-    Only scores are joined, never keys. So a part that is not batched when the queries are (a
-    context) stays a single matrix multiplication under `vmap`, and a cache is not copied.
-
-    Args:
-        q_THK: queries, already rotated.
-        parts: what they attend to.
-        scale: what queries are multiplied by.
-        softcap: c in c tanh(score / c); 0 for none.
-
-    Returns:
-        [T, H, K].
-    """
-    parts = [part for part in parts if part.k_SGK.shape[0]] or parts[-1:]
-    tokens, heads, size = q_THK.shape
-    groups = parts[0].k_SGK.shape[1]
-    q_THK = q_THK if scale == 1.0 else q_THK * scale
-    q_TGQK = q_THK.reshape(tokens, groups, heads // groups, size)
-    acc = accumulate(q_THK.dtype)
-
-    def scores(part: Part) -> jax.Array:
-        x = jnp.einsum("tgqk,sgk->gqts", q_TGQK, part.k_SGK, preferred_element_type=acc)
-        x = softcap * jnp.tanh(x / softcap) if softcap else x
-        if part.bias_HTS is not None:
-            x = x + part.bias_HTS.reshape(groups, heads // groups, *part.bias_HTS.shape[1:])
-        return x if part.mask_TS is None else jnp.where(part.mask_TS, x, jnp.finfo(acc).min)
-
-    score_GQTS = jnp.concatenate(list(map(scores, parts)), axis=-1)
-    largest = score_GQTS.max(axis=-1, keepdims=True, initial=jnp.finfo(acc).min)
-    raised_GQTS = jnp.exp(score_GQTS - jax.lax.stop_gradient(largest))
-    total_TGQ1 = jnp.moveaxis(raised_GQTS.sum(axis=-1, keepdims=True), 2, 0)
-    ends = np.cumsum([part.k_SGK.shape[0] for part in parts])[:-1]
-    shares = jnp.split(raised_GQTS.astype(q_THK.dtype), ends, axis=-1)
-    mixed = [
-        jnp.einsum("gqts,sgk->tgqk", share, part.v_SGK, preferred_element_type=acc)
-        for share, part in zip(shares, parts, strict=True)
-    ]
-    # Divided last: there are fewer values than keys, which takes a fifth off attention on a CPU.
-    mixed_TGQK = functools.reduce(jnp.add, mixed) / total_TGQ1
-    return mixed_TGQK.astype(q_THK.dtype).reshape(tokens, heads, size)

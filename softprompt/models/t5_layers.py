@@ -13,7 +13,8 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from softprompt.models.layers import Adapter, Linear, Part, RMSNorm, accumulate, attend
+from softprompt.models.attention import Part, accumulate, attend
+from softprompt.models.layers import Adapter, Linear, RMSNorm
 
 KeysValues = tuple[jax.Array, jax.Array]
 Kept = tuple[KeysValues, tuple[KeysValues, KeysValues] | None]

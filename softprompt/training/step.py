@@ -50,12 +50,11 @@ def shared_part(config: StepConfig, delta: Tree, weights: Tree) -> Shared:
 def row_logits(model: Model, weights: Tree, shared: Shared, batch: Batch) -> jax.Array:
     """Logits [R, M, V] at the positions `index_RM` of every row."""
     variables, context = shared
-    apply = functools.partial(model.apply, collections(weights, variables))
-
-    def one(row: Batch) -> Any:
-        return apply(apply(context, row, method="targets"), method="logits")
-
-    return jax.vmap(one)(row_inputs(batch))
+    apply: Callable[..., Any] = functools.partial(model.apply, collections(weights, variables))
+    x_RMD = jax.vmap(lambda row: apply(context, row, method="targets"))(row_inputs(batch))
+    # The head is no row's affair: its matrix, if it is trained, gets one gradient.
+    logits = apply(x_RMD.reshape(-1, x_RMD.shape[-1]), method="logits")
+    return logits.reshape(*x_RMD.shape[:2], -1)
 
 
 def row_inputs(batch: Batch) -> Batch:
