@@ -66,7 +66,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         ],
     ),
     "export": (
-        "write what was trained as a PEFT adapter, or a prompt as an array",
+        "write what was trained as a PEFT adapter, a prompt as an array, or a LoRA in its model",
         "softprompt export --run runs/first --format peft --to adapters/first",
         [
             ("--run", {"required": True, "metavar": "DIR", "help": "a trial's folder"}),
@@ -74,8 +74,8 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
                 "--format",
                 {
                     "required": True,
-                    "choices": ("peft", "npy"),
-                    "help": "a folder, or a file",
+                    "choices": ("peft", "npy", "hf"),
+                    "help": "an adapter's folder, a file, or the whole model's folder",
                 },
             ),
             ("--to", {"required": True, "metavar": "PATH", "help": "a new folder or file"}),

@@ -21,6 +21,7 @@ from softprompt.interchange import arrays, peft
 from softprompt.interchange.adapter import CONFIG as ADAPTER
 from softprompt.interchange.adapter import Adapter, read_adapter, write_adapter
 from softprompt.interchange.projections import Config
+from softprompt.interchange.whole import export_model
 from softprompt.models.loading import Loaded, load_model, read_model_config
 from softprompt.results import commit, read_result, write_bytes, write_text
 from softprompt.training.delta_file import load_delta, save_delta
@@ -33,11 +34,11 @@ PADDING = (
 
 
 def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict[str, Any]:
-    """Writes a trial's selected delta in another program's format; reads no weights.
+    """Writes a trial's selected delta in another program's format; only "hf" reads the weights.
 
     Args:
         folder: of a trial that has its delta.
-        kind: "peft", a folder, or "npy", a file.
+        kind: "peft", a folder, "npy", a file, or "hf", the model with the delta in its weights.
         to: where, new; local or gs://.
 
     Returns:
@@ -52,6 +53,9 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
     to = epath.Path(to)
     if to.exists():
         raise UserError(f"--to {to}: it exists; give a new path")
+    if kind == "hf":
+        wrote = export_model(config, file, to)
+        return {"format": kind, "method": config.method.name, "wrote": wrote, "notes": []}
     delta, known = load_delta(file)
     model = read_model_config(config.model.name, revision=config.model.revision or None)
     facts = peft.Facts(

@@ -28,19 +28,29 @@ def method_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> Any:
             tokens; a BOS that the tokenizer lacks.
     """
     method = config.method
-    targets = tuple(name.strip() for name in method.targets.split(",") if name.strip())
     if method.name == "prompt":
         return prompt_config(config, loaded, train)
     if method.name == "prefix":
         return prefix_config(config, loaded, train)
     if method.name == "lora":
-        given = {"targets": targets} if targets else {}
-        return LoraConfig(method.rank, method.alpha, method.rslora, **given)
+        return lora_config(config)
     if method.name == "ia3":
-        return Ia3Config(targets) if targets else Ia3Config()
+        return Ia3Config(**_targets(config))
     if method.name == "adapter":
         return AdapterConfig(method.bottleneck, method.placement)
     return None
+
+
+def lora_config(config: ConfigDict) -> LoraConfig:
+    """LoRA's configuration."""
+    method = config.method
+    return LoraConfig(method.rank, method.alpha, method.rslora, **_targets(config))
+
+
+def _targets(config: ConfigDict) -> dict[str, tuple[str, ...]]:
+    """The projections that a config names; nothing where it leaves them to the method."""
+    named = tuple(name.strip() for name in config.method.targets.split(",") if name.strip())
+    return {"targets": named} if named else {}
 
 
 def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptConfig:

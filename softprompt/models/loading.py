@@ -181,5 +181,18 @@ def find(name: str, *, revision: str | None = None) -> Path:
     raise unknown_model(name)
 
 
+def find_folder(name: str, *, revision: str | None = None) -> Path | None:
+    """The Hugging Face folder behind a model's name; None where it is another kind of file.
+
+    Raises:
+        UserError: see `find`.
+    """
+    entry = CATALOG.get(name)
+    if t5x_checkpoint(name) or (entry and isinstance(entry.source, T5XFolder)):
+        return None
+    path = find(name, revision=revision)
+    return path if path.is_dir() else None
+
+
 def _put_whole(path: str, array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
