@@ -88,18 +88,19 @@ def _bytes(tree: Any) -> int:
 def step_memory(prepared: Prepared, widths: dict[str, int], rows: float) -> float:
     """Bytes that a step keeps for its backward pass, all layers, nothing rematerialised.
 
-    About ten arrays of the width and three of the ffn in the compute dtype, and the attention's
-    scores in float32, for every token of `rows` rows of these `widths`.
+    About ten arrays of the width and three of the ffn in the compute dtype for every token of
+    `rows` rows of these `widths`, and of the contexts, which are run once; of attention's scores,
+    which are computed again, those of one layer in float32.
     """
     sizes, (before, context) = prepared.loaded.config, prepared.contexts
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
-
-    def layer(tokens: int, keys: int) -> float:
-        return tokens * ((10 * sizes.width + 3 * sizes.ffn) * size + sizes.heads * keys * 4)
-
+    kept = (10 * sizes.width + 3 * sizes.ffn) * size
     own = widths["T"]
     if isinstance(sizes, DecoderConfig):
-        return rows * sizes.layers * layer(own, own + context)
+        scores = rows * own * (own + context) * sizes.heads * 4
+        return sizes.layers * kept * (rows * own + context) + scores
     read = widths["S"]
-    encoder = sizes.encoder_layers * layer(read, read + before)
-    return rows * (encoder + sizes.decoder_layers * layer(own, own + context + read + before))
+    keys = max(read * (read + before), own * (own + context + read + before))
+    encoder = sizes.encoder_layers * (rows * read + before)
+    decoder = sizes.decoder_layers * (rows * own + context)
+    return kept * (encoder + decoder) + rows * keys * sizes.heads * 4
