@@ -1,9 +1,10 @@
 """Dropout whose masks belong to examples, whatever they are packed, batched or sharded with.
 
-A mask is drawn from the step's key, the place in the model (module and layer) and the example's id,
-and all positions of the example share it, as in T5X. Of attention, keys are dropped: for all of an
-example's queries at once, head by head of keys and values, which is to drop their values. What
-LoRA's factors read is dropped position by position, as in PEFT.
+A mask is drawn from the step's key, the place in the model (module and layer) and the example's id.
+All positions of the example share it, as in T5X; so do both copies where a step has one twice. Of
+attention, keys are dropped: for all of an example's queries at once, head by head of keys and
+values, which is to drop their values. What LoRA's factors read is dropped position by position, as
+in PEFT.
 
 What is computed once for all rows (a context) has one mask a step: it is like one example, whose
 key is another than the rows'.
@@ -11,7 +12,7 @@ key is another than the rows'.
 A model drops where it has a rate and is given a key (Flax's stream "dropout"). Evaluation and
 generation give none.
 
-Source: arXiv 1910.10683, section 3.1.2; for the shared masks, `broadcast_dims=(-2,)` and
+Source: arXiv 1910.10683, section 2.1; for the shared masks, `broadcast_dims=(-2,)` and
 `broadcast_dropout` in the T5.1.1 of google-research/prompt-tuning.
 """
 

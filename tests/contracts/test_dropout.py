@@ -44,6 +44,7 @@ ENCODED = random_examples((7, 13, 7, 13, 2), (1, 3, 1, 3, 2), vocab=90)
 SHAPE = RowShape(4, 70, 14, 5)
 ROWS = ([[0, 1, 2, 3, 4]], [[4, 3], [], [1, 0, 2]], [[2], [4, 0], [3], [1]])
 SOURCE = vocabulary(range(90))
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -59,7 +60,7 @@ def made(kind, method, rates, prompt_rate=0.0):
     cfg = {
         "prompt": PromptConfig(P, None, SOURCE, places=places, dropout=prompt_rate),
         "prefix": PrefixConfig(P, places and (*places, "cross")),
-        "lora": LoraConfig(3, 5.0, targets=("q", "k", "v", "o", "up", "down")),
+        "lora": LoraConfig(3, 5.0, targets=PROJECTIONS),
     }[method]
     delta = METHODS[method].init(KEY, model, weights, cfg)
     noise = iter(jax.random.split(KEY, 99))
@@ -151,13 +152,16 @@ PLACES = {  # masks of the layers, an encoder's first; inline prompts, so that c
     ("decoder", "prompt"): 1 + len(("context's keys", "keys", "attention", "feed-forward")),
     ("t5", "prompt"): (1 + len(("keys", "attention", "hidden", "feed-forward")) + 1)
     + (1 + len(("keys", "attention", "cross keys", "cross", "hidden", "feed-forward")) + 1),
+    ("decoder", "lora"): len(PROJECTIONS),
+    ("t5", "lora"): 2 * len(PROJECTIONS) + len(("q", "k", "v", "o")),
 }
 
 
 @pytest.mark.parametrize("kind, method", PLACES)
 def test_every_place_has_a_mask(kind, method):
-    """GPT-2's places, and T5X's. Mutation: leave one out."""
-    config, delta, weights, layout = made(kind, method, Rates(0.3))
+    """GPT-2's places, and T5X's; what every A reads. Mutation: leave one out."""
+    rates = Rates(0.3) if method == "prompt" else Rates(0, 0.3)
+    config, delta, weights, layout = made(kind, method, rates)
     shared = shared_part(config, delta, weights)
     function = functools.partial(row_logits, config.model)
     jaxpr = jax.make_jaxpr(function)(weights, shared, batch_of(ROWS[0], layout), KEY)
