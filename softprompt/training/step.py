@@ -75,7 +75,7 @@ def shared_part(config: StepConfig, delta: Tree, weights: Tree, keys: Keys | Non
 def row_logits(
     model: Model, weights: Tree, shared: Shared, batch: Batch, key: jax.Array | None = None
 ) -> jax.Array:
-    """Logits [R, M, V] at the positions `index_RM` of every row; without a key all of the model."""
+    """Logits [R, M, V] at the positions `index_RM` of every row; without a key none is dropped."""
     variables, context = shared
     rngs = None if key is None else {STREAM: key}
     apply: Callable[..., Any] = functools.partial(
