@@ -60,7 +60,7 @@ def made(kind, method, rates, prompt_rate=0.0):
     cfg = {
         "prompt": PromptConfig(P, None, SOURCE, places=places, dropout=prompt_rate),
         "prefix": PrefixConfig(P, places and (*places, "cross")),
-        "lora": LoraConfig(3, 5.0, targets=PROJECTIONS),
+        "lora": LoraConfig(3, 5.0, targets=("q", "down") if rates.model else PROJECTIONS),
     }[method]
     delta = METHODS[method].init(KEY, model, weights, cfg)
     noise = iter(jax.random.split(KEY, 99))
