@@ -18,8 +18,8 @@ plain NAME selects on a tenth of train). What differs: answers are ranked rather
 template is this library's; and what class labels leave of the prompt is drawn from the 5,000 most
 common tokens of the training inputs rather than the vocabulary's first 5,000.
 
-Source: arXiv 2104.08691, section 3 and Appendix A; lengths and z-loss from its released
-configs.
+Source: arXiv 2104.08691, section 3 and Appendix A; lengths, z-loss and dropout from its released
+configs (and, for the rate of the latter, T5X's for fine-tuning, which they include).
 """
 
 from ml_collections import ConfigDict
@@ -53,6 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.name, config.optimizer.weight_decay = "adafactor_t5x", 1e-5
     config.optimizer.rate, config.optimizer.schedule = 0.3, "constant"
     config.train.steps, config.train.batch, config.train.z_loss = 30_000, 32, 1e-4
+    config.train.dropout = 0.1
     config.eval.every = config.log.checkpoint_every = 1000
     config.log.every = 100
     return config

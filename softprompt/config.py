@@ -197,7 +197,7 @@ def _check_optimizer(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
                 f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
                 f"optimizer.name={values['optimizer.name']}; {', '.join(names)} reads it"
             )
-    for key in ("train.ema", "optimizer.max_row_norm"):
+    for key in ("train.ema", "train.dropout", "optimizer.max_row_norm"):
         if values[key] and values["method.name"] in UNTRAINED:
             raise UserError(
                 f"config key {key!r} is {values[key]!r}; allowed: 0 with "
@@ -245,6 +245,11 @@ def _check_method(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"config key 'method.reparam' is {reparam!r}; allowed for method.name={name}: "
             f"{', '.join(allowed)}"
+        )
+    if values["method.dropout"] and name not in ("prompt", "lora"):
+        raise UserError(
+            f"config key 'method.dropout' is {values['method.dropout']!r}; allowed: 0 with "
+            f"method.name={name}; prompt and lora read it"
         )
     if values["method.bos"] == "before" and name not in ("prompt", *UNTRAINED):
         raise UserError(

@@ -40,6 +40,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "method.bottleneck": (1, math.inf),
     "method.rank": (1, math.inf),
     "method.alpha": (0, math.inf),
+    "method.dropout": (0, 0.999999),
     "task.max_input": (1, math.inf),
     "task.max_target": (1, math.inf),
     "data.train_examples": (0, math.inf),
@@ -63,6 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.microbatches": (1, math.inf),
     "train.z_loss": (0, math.inf),
     "train.ema": (0, 0.999999),
+    "train.dropout": (0, 0.999999),
     "eval.every": (0, math.inf),
     "eval.patience": (0, math.inf),
     "eval.text_tokens": (1, math.inf),
@@ -147,6 +149,9 @@ def _method() -> dict[str, Any]:
         "placement": "houlsby",  # adapter: houlsby (two a layer) or pfeiffer (one)
         "rank": 8,  # lora: Z
         "alpha": 16.0,  # lora: the update is scaled by alpha / rank
+        # prompt: share of its entries that a step drops, the same for all examples; lora: of what
+        # its A reads (PEFT's lora_dropout); 0 is off
+        "dropout": 0.0,
         "rslora": False,  # lora: by alpha / sqrt(rank) instead (True or False)
         # lora, ia3: names of projections, such as q,v or q,k,v,o,gate,up,down; qkv is one A for
         # three (lora); "" is the method's own: q,v and k,v,down
@@ -216,6 +221,11 @@ def _train() -> dict[str, Any]:
         "z_loss": 0.0,  # weight of the squared log-normaliser in the loss; 0 is off
         # decay of the delta's moving average, which is then what is validated and kept; 0 is off
         "ema": 0.0,
+        # share of the model's activations and attention that training drops, one mask an example
+        # (see `softprompt/models/dropout.py`). In GPT-2's places for decoders: embeddings, keys of
+        # attention, what a sublayer makes; in T5X's for T5s: also inside the feed-forward and
+        # behind the final norms; 0 is off
+        "dropout": 0.0,
     }
 
 

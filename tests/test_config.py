@@ -85,6 +85,10 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
         ),
         ("train.ema", "1", "config key 'train.ema' is 1.0; allowed: 0 to 0.999999"),
         ("train.ema", "-0.1", "config key 'train.ema' is -0.1; allowed: 0 to 0.999999"),
+        ("train.dropout", "1", "config key 'train.dropout' is 1.0; allowed: 0 to 0.999999"),
+        ("train.dropout", "nan", "config key 'train.dropout' is nan; allowed: 0 to 0.999999"),
+        ("method.dropout", "1.5", "config key 'method.dropout' is 1.5; allowed: 0 to 0.999999"),
+        ("method.dropout", "-0.1", "config key 'method.dropout' is -0.1; allowed: 0 to 0.9999"),
         ("optimizer.factored", "no", "config key 'optimizer.factored' is 'no'; it takes True or"),
         (
             "optimizer.start_step",
@@ -132,6 +136,16 @@ def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(key, tex
             "config key 'optimizer.max_row_norm' is 3.0; allowed: 0 with method.name=fewshot, "
             "which trains nothing",
         ),
+        (
+            {"method.name": "none", "train.dropout": "0.1"},
+            "config key 'train.dropout' is 0.1; allowed: 0 with method.name=none, which trains "
+            "nothing",
+        ),
+        (
+            {"method.name": "prefix", "method.dropout": "0.1"},
+            "config key 'method.dropout' is 0.1; allowed: 0 with method.name=prefix; prompt and "
+            "lora read it",
+        ),
     ],
 )
 def test_a_key_that_nothing_would_read_is_a_mistake(keys, message):
@@ -149,6 +163,8 @@ def test_a_key_that_nothing_would_read_is_a_mistake(keys, message):
         {"optimizer.name": "adafactor_t5x", "optimizer.factored": "False"},
         {"optimizer.name": "adafactor", "optimizer.factored": "False"},
         {"train.ema": "0.9", "optimizer.max_row_norm": "3"},
+        {"train.dropout": "0.1", "method.dropout": "0.999999"},
+        {"train.dropout": "0.1", "method.name": "lora", "method.dropout": "0.1"},
     ],
 )
 def test_and_where_it_is_read_it_is_none(keys):
@@ -210,16 +226,16 @@ def test_a_new_key_with_the_old_behaviour_as_default_changes_no_id(monkeypatch):
     def newer():
         config = old()
         with config.unlocked():
-            config.method.dropout = 0.0
+            config.method.later = 0.0
         return config
 
     monkeypatch.setattr(configs, "base_config", newer)
     config = newer()
     config.method.length = 5
     config.model.dtype = "float32"
-    assert "method.dropout" in configs.flatten(config)
+    assert "method.later" in configs.flatten(config)
     assert trial_id(config) == before
-    config.method.dropout = 0.1
+    config.method.later = 0.1
     assert trial_id(config) != before
 
 
@@ -277,6 +293,8 @@ def test_the_papers_setting():
         "train.batch": 32,
         "train.steps": 30_000,
         "train.z_loss": 1e-4,
+        "train.dropout": 0.1,
+        "method.dropout": 0.0,
         "optimizer.name": "adafactor_t5x",
         "optimizer.rate": 0.3,
         "optimizer.rate_unit": "absolute",

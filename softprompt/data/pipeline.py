@@ -68,6 +68,21 @@ def train_batch(
     return batch
 
 
+def row_examples(examples_B: np.ndarray, rows_B: np.ndarray, shape: RowShape) -> np.ndarray:
+    """Which example each segment of each row is, int32 [R, E]: segment 1 comes first, 0 is spare.
+
+    Args:
+        examples_B: which example stands at each place of a step.
+        rows_B: the row of each place.
+        shape: of the step; E is its `examples`.
+    """
+    ids_RE = np.zeros((shape.rows, shape.examples), np.int32)
+    for row in range(shape.rows):
+        own = examples_B[rows_B == row]
+        ids_RE[row, : len(own)] = own
+    return ids_RE
+
+
 def train_widths(shape: RowShape, layout: Layout) -> dict[str, int]:
     """Places in a row by letter. An encoder-decoder's `shape.tokens` are those of its encoder."""
     if not layout.encoder:
@@ -95,10 +110,20 @@ class TrainSource:
         template: its packing, from `train_template` with the same layout.
         seed: chooses the order of the data, nothing else.
         layout: where the model wants an example.
+        ids: batches have "examples_RE" (see `row_examples`), by which dropout goes.
     """
 
-    def __init__(self, encoded: Encoded, template: Template, seed: int, layout: Layout = DECODER):
+    def __init__(
+        self,
+        encoded: Encoded,
+        template: Template,
+        seed: int,
+        layout: Layout = DECODER,
+        *,
+        ids: bool = False,
+    ):
         self.encoded, self.template, self.seed, self.layout = encoded, template, seed, layout
+        self.ids = ids
         self.lengths_N, _ = train_lengths(encoded, layout)
         self._plan = functools.lru_cache(maxsize=2)(functools.partial(template.epoch, seed))
 
@@ -109,7 +134,9 @@ class TrainSource:
         return plan.examples_SB[nth], plan.rows_SB[nth]
 
     def __getitem__(self, step: int) -> Batch:
-        return train_batch(self.encoded, *self.places(step), self.template.shape, self.layout)
+        places, shape = self.places(step), self.template.shape
+        batch = train_batch(self.encoded, *places, shape, self.layout)
+        return batch | {"examples_RE": row_examples(*places, shape)} if self.ids else batch
 
     def example_ids(self, step: int) -> list[str]:
         """The ids of a step's examples, in the order of its places."""

@@ -35,6 +35,7 @@ class PromptConfig:
             their own; () for a decoder, which has one place.
         reparam: of `reparametrize.KINDS`.
         bottleneck: of the reparametrisation's networks.
+        dropout: the share of a prompt's entries that a step drops.
     """
 
     length: int
@@ -44,6 +45,7 @@ class PromptConfig:
     places: tuple[str, ...] = ()
     reparam: str = "none"
     bottleneck: int = 0
+    dropout: float = 0.0
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
@@ -81,6 +83,24 @@ def variables(
     bos_D = _scaled(embedding(weights["embed"])[cfg.bos_before], cfg)
     prompt_PD = delta["prompt"]
     return {"prompt": jnp.concatenate([bos_D[None].astype(prompt_PD.dtype), prompt_PD])}
+
+
+def dropped(delta: dict[str, Any], cfg: PromptConfig, key: jax.Array) -> dict[str, Any]:
+    """The folded delta with entries dropped, and the others scaled up to the same mean.
+
+    All rows see the same prompt, so a step has one mask. A BOS before the prompt is not dropped.
+    """
+    folded = fold(delta, cfg)
+    if not cfg.dropout:
+        return folded
+
+    def one(prompt_PD: jax.Array, key: jax.Array) -> jax.Array:
+        keep_PD = jax.random.bernoulli(key, 1 - cfg.dropout, prompt_PD.shape)
+        return jnp.where(keep_PD, prompt_PD / (1 - cfg.dropout), 0)
+
+    leaves, tree = jax.tree.flatten(folded)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, map(one, leaves, keys))
 
 
 def _scaled(x: jax.Array, cfg: PromptConfig) -> jax.Array:

@@ -75,6 +75,7 @@ def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptC
         places(config, loaded, ("encoder", "decoder")),
         method.reparam,
         method.bottleneck,
+        method.dropout,
     )
 
 

@@ -33,6 +33,7 @@ from softprompt.models.decoder_layers import (
     Layer,
     Row,
 )
+from softprompt.models.dropout import Drop, Rates, context_drop, dropped, row_drop
 from softprompt.models.layers import (
     NORMS,
     Embed,
@@ -95,12 +96,15 @@ class Decoder(nn.Module):
         dtype: what it computes in. Norms, biases, softmax and logits are at least float32.
         remat: what the backward pass computes again, see `stack`.
         gather: see `stack`; None where weights lie as they are computed with.
+        dropout: rates, see `dropout`. As in GPT-2 entries of embeddings and of what each sublayer
+            makes are dropped, and keys of attention.
     """
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
     gather: Gather | None = None
+    dropout: Rates = Rates()
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
@@ -146,6 +150,7 @@ class Decoder(nn.Module):
         segments_T: jax.Array,
         positions_T: jax.Array,
         branches_T: jax.Array | None = None,
+        examples_E: jax.Array | None = None,
     ) -> jax.Array:
         """Runs one row after a context.
 
@@ -157,6 +162,7 @@ class Decoder(nn.Module):
                 comes before.
             branches_T: 0 for what a segment's branches share, else the branch (a candidate answer);
                 a token sees the shared part and its own branch.
+            examples_E: ids of segments 1, 2, ..., for dropout.
 
         Returns:
             The residual stream after the last layer [T, D]; `logits` normalises what it is given.
@@ -165,7 +171,9 @@ class Decoder(nn.Module):
         mask_TS = (segments_T[:, None] == segments_T) & (index_T[:, None] >= index_T)
         if branches_T is not None:
             mask_TS &= (branches_T == 0) | (branches_T[:, None] == branches_T)
-        x_TD, _ = self._run(self.embed(tokens_T), context, mask_TS, positions_T + context.length)
+        drop = row_drop(self, self.dropout, examples_E, segments_T)
+        x_TD, positions_T = self.embed(tokens_T), positions_T + context.length
+        x_TD, _ = self._run(x_TD, context, mask_TS, positions_T, drop=drop)
         return x_TD
 
     def targets(self, context: Context, row: Mapping[str, jax.Array]) -> jax.Array:
@@ -250,7 +258,8 @@ class Decoder(nn.Module):
         """Runs vectors as their own causal sequence and keeps the keys and values."""
         index_P = jnp.arange(x_PD.shape[0])
         mask_PS = index_P[:, None] >= index_P
-        _, (k_LPGK, v_LPGK) = self._run(x_PD, self.empty_context(), mask_PS, index_P)
+        drop = context_drop(self, self.dropout, x_PD.shape[0])
+        _, (k_LPGK, v_LPGK) = self._run(x_PD, self.empty_context(), mask_PS, index_P, drop=drop)
         return Context(k_LPGK, v_LPGK)
 
     def _run(
@@ -260,6 +269,7 @@ class Decoder(nn.Module):
         mask_TS: jax.Array,
         positions_T: jax.Array,
         cached: tuple[Cached, ...] = (),
+        drop: Drop | None = None,
     ) -> tuple[jax.Array, KeysValues]:
         """The layers, from vectors of the embedding width; what they share is computed once.
 
@@ -270,6 +280,7 @@ class Decoder(nn.Module):
             x_TD = self.project_in(x_TD)
         if c.positions == "learned":
             x_TD = x_TD + self.positions(positions_T + c.position_offset)
+        x_TD = dropped(self, x_TD, drop)
         table = local = window_L = None
         if c.positions == "rotary":
             size = c.rotary_size or c.head_size
@@ -281,6 +292,6 @@ class Decoder(nn.Module):
         reach = context.length + x_TD.shape[0]
         cuts = any(0 < window and (cached or window < reach) for window in c.windows)
         places = tuple((part.positions_S + context.length, part.valid_S) for part in cached)
-        row = Row(mask_TS, positions_T if cuts else None, table, local, places)
+        row = Row(mask_TS, positions_T if cuts else None, table, local, places, drop)
         kv = tuple((part.k_LSGK, part.v_LSGK) for part in cached)
         return self.layers(x_TD, Layer((context.k_LPGK, context.v_LPGK), window_L, kv), row)

@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.attention import Part, attend
+from softprompt.models.dropout import Drop, dropped, dropped_keys
 from softprompt.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -120,7 +121,8 @@ class Row:
 
     `positions_T` is there when a window can end inside the row or before it; `local` is the rotary
     table of layers with a window, where they have their own; `cached` holds the positions [S] of
-    what is cached, the context included, and which of them are valid [S].
+    what is cached, the context included, and which of them are valid [S]; `drop` says whose masks
+    its positions get, None where nothing is dropped.
     """
 
     mask_TS: jax.Array
@@ -128,6 +130,7 @@ class Row:
     table: tuple[jax.Array, jax.Array] | None
     local: tuple[jax.Array, jax.Array] | None
     cached: tuple[tuple[jax.Array, jax.Array], ...] = ()
+    drop: Drop | None = None
 
 
 class Attention(nn.Module):
@@ -141,16 +144,16 @@ class Attention(nn.Module):
         """Returns the mixed values [T, D], and the row's own keys and values [T, G, K]."""
         c, dtype = self.config, self.dtype
         wide, narrow = ((c.width, n, c.head_size) for n in (c.heads, c.kv_heads))
-        q = Linear("td,dhk->thk", wide, dtype, c.qkv_bias, name="q")(x_TD)
-        k = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="k")(x_TD)
-        v = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="v")(x_TD)
+        q = Linear("td,dhk->thk", wide, dtype, c.qkv_bias, name="q")(x_TD, row.drop)
+        k = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="k")(x_TD, row.drop)
+        v = Linear("td,dgk->tgk", narrow, dtype, c.qkv_bias, name="v")(x_TD, row.drop)
         if c.qk_norm:
             q = NORMS[c.norm](c.norm_eps, dtype, name="q_norm")(q)
             k = NORMS[c.norm](c.norm_eps, dtype, name="k_norm")(k)
         if row.table is not None:
             table = _table(layer, row)
             q, k = rotate(q, table), rotate(k, table)
-        parts = [layer.context, *layer.cached, (k, v)]
+        parts = dropped_keys(self, [layer.context, *layer.cached, (k, v)], row.drop)
         masks = _masks(layer, row)
         mixed_THK = attend(
             q,
@@ -159,7 +162,8 @@ class Attention(nn.Module):
             softcap=c.attn_softcap,
         )
         shape = (c.heads, c.head_size, c.width)
-        return Linear("thk,hkd->td", shape, dtype, c.out_bias, name="o")(mixed_THK), (k, v)
+        o = Linear("thk,hkd->td", shape, dtype, c.out_bias, name="o")
+        return o(mixed_THK, row.drop), (k, v)
 
 
 def _table(layer: Layer, row: Row) -> Any:
@@ -188,18 +192,19 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, drop: Drop | None) -> jax.Array:
         """Returns [T, D]."""
         c, dtype = self.config, self.dtype
         act, bias = ACTIVATIONS[c.activation], c.mlp_bias
-        x_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="up")(x_TD)
+        x_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="up")(x_TD, drop)
         if c.gated:
-            gate_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="gate")(x_TD)
+            gate_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="gate")(x_TD, drop)
             x_TF = act(gate_TF) * x_TF
         else:
             x_TF = act(x_TF)
         shape = (c.ffn, c.width)
-        return Linear("tf,fd->td", shape, dtype, bias, rescales_input=True, name="down")(x_TF)
+        down = Linear("tf,fd->td", shape, dtype, bias, rescales_input=True, name="down")
+        return down(x_TF, drop)
 
 
 class Block(nn.Module):
@@ -219,10 +224,11 @@ class Block(nn.Module):
 
         y_TD = norm(x_TD, "attn_norm", "before", "both")
         y_TD, kv = Attention(c, self.dtype, name="attn")(y_TD, layer, row)
-        y_TD = Adapter(self.dtype, name="attn_adapter")(y_TD)
+        y_TD = Adapter(self.dtype, name="attn_adapter")(dropped(self, y_TD, row.drop))
         y_TD = norm(y_TD, "attn_post_norm", "both")
         mid_TD = norm(x_TD + y_TD, "attn_norm", "after")
         y_TD = norm(x_TD if c.parallel else mid_TD, "mlp_norm", "before", "both")
-        y_TD = Adapter(self.dtype, name="mlp_adapter")(MLP(c, self.dtype, name="mlp")(y_TD))
+        y_TD = dropped(self, MLP(c, self.dtype, name="mlp")(y_TD, row.drop), row.drop)
+        y_TD = Adapter(self.dtype, name="mlp_adapter")(y_TD)
         y_TD = norm(y_TD, "mlp_post_norm", "both")
         return norm(mid_TD + y_TD, "mlp_norm", "after"), kv

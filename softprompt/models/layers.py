@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from softprompt.models.attention import accumulate
+from softprompt.models.dropout import Drop, lora_dropped
 from softprompt.models.quantize import PARTS, dequantize
 
 _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=-1)
@@ -58,8 +59,8 @@ class Linear(nn.Module):
     rescales_input: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Projects `x` [T, ...]."""
+    def __call__(self, x: jax.Array, drop: Drop | None = None) -> jax.Array:
+        """Projects `x` [T, ...]; `drop` is for what "lora_a" reads."""
         axes, out = self.spec.split(",")[1].split("->")
         inputs = tuple(n for n, axis in enumerate(axes) if axis not in out)
         acc = accumulate(self.dtype)
@@ -67,7 +68,7 @@ class Linear(nn.Module):
         if factor is not None and self.rescales_input:
             x = (x.astype(acc) * factor).astype(self.dtype)
         y = project(self, "kernel", self.spec, x, self.shape, inputs, acc if self.wide else None)
-        if (low_rank := self._low_rank(x)) is not None:
+        if (low_rank := self._low_rank(x, drop)) is not None:
             y = y + low_rank.astype(y.dtype)
         biases = [read_delta(self, "bias")]
         if self.use_bias:
@@ -78,11 +79,12 @@ class Linear(nn.Module):
             y = (y.astype(acc) * factor).astype(self.dtype)
         return y
 
-    def _low_rank(self, x: jax.Array) -> jax.Array | None:
+    def _low_rank(self, x: jax.Array, drop: Drop | None) -> jax.Array | None:
         """What LoRA's factors make of `x`; None where there are none."""
         a, b = read_delta(self, "lora_a"), read_delta(self, "lora_b")
         if a is None or b is None:
             return None
+        x = lora_dropped(self, x, drop)
         tokens, rest = self.spec.split(",")
         axes, out = rest.split("->")
         summed = "".join(axis for axis in axes if axis not in out)

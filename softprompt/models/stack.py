@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from softprompt.models.dropout import STREAM
+
 Gather = Callable[[str, jax.Array], jax.Array]
 
 
@@ -37,7 +39,7 @@ def stack(
     return nn.scan(
         block,
         variable_axes={"params": 0, "delta": 0, "read": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, STREAM: True},
         in_axes=(0, nn.broadcast),
         length=length,
     )

@@ -32,6 +32,7 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.decoder import Cached, Context
+from softprompt.models.dropout import Drop, Rates, row_drop
 from softprompt.models.layers import Embed, Linear
 from softprompt.models.stack import Gather
 from softprompt.models.t5_layers import KeysValues, T5Config
@@ -82,6 +83,9 @@ class T5(nn.Module):
         prompt_to_input: whether a prompt sees the input; see the module's own docstring.
         remat: what the backward pass computes again, see `stack`.
         gather: see `stack`; None where weights lie as they are computed with.
+        dropout: rates, see `dropout`. As in T5X entries are dropped of embeddings, of what each
+            sublayer makes, inside the feed-forward and behind the final norms, and keys of
+            attention.
     """
 
     config: T5Config
@@ -89,12 +93,13 @@ class T5(nn.Module):
     prompt_to_input: bool = True
     remat: str = "none"
     gather: Gather | None = None
+    dropout: Rates = Rates()
 
     def setup(self) -> None:
         """Declares embeddings, the two stacks, and the head where it is not tied."""
         c = self.config
         self.embed = Embed(c.vocab, c.width, self.dtype)
-        memory = self.remat, self.gather
+        memory = self.remat, self.gather, self.dropout
         self.encoder = Stack(c, c.encoder_layers, False, self.dtype, *memory)
         self.decoder = Stack(c, c.decoder_layers, True, self.dtype, *memory)
         if not c.tied:
@@ -123,6 +128,7 @@ class T5(nn.Module):
         segments_S: jax.Array,
         positions_S: jax.Array,
         prompt_index_S: jax.Array | None = None,
+        examples_E: jax.Array | None = None,
     ) -> jax.Array:
         """Runs one row of the encoder.
 
@@ -134,14 +140,16 @@ class T5(nn.Module):
             positions_S: position of each token in its example, from 0; it matters to contexts only.
             prompt_index_S: which row of the prompt stands in a slot, -1 where a token is. None: no
                 slots.
+            examples_E: ids of segments 1, 2, ..., for dropout.
 
         Returns:
             Normalised states [S, D], those of the prompt's slots included.
         """
         x_SD = self.encoder.with_prompt(self.embed(tokens_S), prompt_index_S)
         mask_SS = segments_S[:, None] == segments_S
-        x_SD, _ = self.encoder(x_SD, contexts.encoder, mask_SS, positions_S)
-        return self.encoder.final_norm(x_SD)
+        drop = row_drop(self, self.dropout, examples_E, segments_S)
+        x_SD, _ = self.encoder(x_SD, contexts.encoder, mask_SS, positions_S, drop=(drop, None))
+        return self.encoder.final_states(x_SD, drop)
 
     def decode(
         self,
@@ -153,6 +161,7 @@ class T5(nn.Module):
         positions_T: jax.Array,
         prompt_index_T: jax.Array | None = None,
         branches_T: jax.Array | None = None,
+        examples_E: jax.Array | None = None,
     ) -> jax.Array:
         """Runs one row of the decoder, beside the row of the encoder that holds its segments.
 
@@ -166,6 +175,7 @@ class T5(nn.Module):
             prompt_index_T: as in `encode`, for the decoder's prompt.
             branches_T: tells apart the sequences of one segment (candidate answers, each whole with
                 its start token and slots): a position sees its own branch only. None: one each.
+            examples_E: as in `encode`.
 
         Returns:
             The residual stream after the last layer [T, D]; `logits` normalises what it is given.
@@ -175,6 +185,7 @@ class T5(nn.Module):
         mask_TS = (segments_T[:, None] == segments_T) & (index_T[:, None] >= index_T)
         if branches_T is not None:
             mask_TS &= branches_T[:, None] == branches_T
+        drop = row_drop(self, self.dropout, examples_E, segments_T)
         x_TD, _ = self.decoder(
             x_TD,
             contexts.decoder,
@@ -183,6 +194,7 @@ class T5(nn.Module):
             states=(contexts.states_PD, states_SD),
             cross_mask_TS=segments_T[:, None] == encoder_segments_S,
             cross_prefix=contexts.cross,
+            drop=(drop, row_drop(self, self.dropout, examples_E, encoder_segments_S)),
         )
         return x_TD
 
@@ -193,13 +205,14 @@ class T5(nn.Module):
             contexts: what every segment sees besides itself.
             row: of the encoder "inputs_S", "input_segments_S", "input_positions_S" and, inline,
                 "input_prompt_S"; of the decoder "tokens_T", "segments_T", "positions_T" and
-                perhaps "prompt_T" and "branches_T": the arguments of `encode` and `decode`.
+                perhaps "prompt_T" and "branches_T"; for dropout "examples_E": the arguments of
+                `encode` and `decode`.
         """
-        segments_S = row["input_segments_S"]
+        segments_S, examples_E = row["input_segments_S"], row.get("examples_E")
         encoder = row["inputs_S"], segments_S, row["input_positions_S"], row.get("input_prompt_S")
-        states_SD = self.encode(contexts, *encoder)
+        states_SD = self.encode(contexts, *encoder, examples_E)
         own = row["tokens_T"], row["segments_T"], row["positions_T"], row.get("prompt_T")
-        x_TD = self.decode(contexts, states_SD, segments_S, *own, row.get("branches_T"))
+        x_TD = self.decode(contexts, states_SD, segments_S, *own, row.get("branches_T"), examples_E)
         return x_TD[row["index_M"]]
 
     # Where `jax.vmap` over inputs finds the axis of inputs in `prefill`'s memory.
@@ -271,9 +284,9 @@ class T5(nn.Module):
         )
         return x_TD, kv
 
-    def logits(self, x_MD: jax.Array) -> jax.Array:
+    def logits(self, x_MD: jax.Array, drop: Drop | None = None) -> jax.Array:
         """Logits [M, V] of positions of the decoder's residual stream, at least float32."""
-        x_MD = self.decoder.final_norm(x_MD)
+        x_MD = self.decoder.final_states(x_MD, drop)
         if not self.config.tied:
             return self.head(x_MD)
         return self.embed.attend(x_MD) * self.config.width**-0.5

@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.attention import Part, accumulate, attend
+from softprompt.models.dropout import Drop, dropped, dropped_keys
 from softprompt.models.layers import Adapter, Linear, RMSNorm
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -138,6 +139,8 @@ class Row:
         states: encoder states that every row sees [P, D], and the row's own [S, D]; None in the
             encoder, and where their keys and values are known.
         cross_mask_TS: which of the row's own encoder states each position sees.
+        drop: whose masks the positions get, and the encoder's positions in cross-attention; None
+            where nothing is dropped.
         keep_cross: the layers return the keys and values of `states`.
     """
 
@@ -145,6 +148,7 @@ class Row:
     biases: tuple[jax.Array, ...]
     states: tuple[jax.Array, jax.Array] | None = None
     cross_mask_TS: jax.Array | None = None
+    drop: tuple[Drop | None, Drop | None] = (None, None)
     keep_cross: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -163,13 +167,13 @@ class Attention(nn.Module):
         self.v = Linear("td,dhk->thk", into, self.dtype)
         self.o = Linear("thk,hkd->td", out, self.dtype)
 
-    def keys_values(self, x_SD: jax.Array) -> KeysValues:
+    def keys_values(self, x_SD: jax.Array, drop: Drop | None) -> KeysValues:
         """Keys and values [S, H, K] of vectors that are already normalised."""
-        return self.k(x_SD), self.v(x_SD)
+        return self.k(x_SD, drop), self.v(x_SD, drop)
 
-    def __call__(self, x_TD: jax.Array, parts: Sequence[Part]) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, parts: Sequence[Part], drop: Drop | None) -> jax.Array:
         """Attends to the parts, without scaling; returns [T, D]."""
-        return self.o(attend(self.q(x_TD), parts))
+        return self.o(attend(self.q(x_TD, drop), parts), drop)
 
 
 class MLP(nn.Module):
@@ -179,17 +183,17 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, drop: Drop | None) -> jax.Array:
         """Returns [T, D]."""
         width, ffn = self.config.width, self.config.ffn
-        y = Linear("td,df->tf", (width, ffn), self.dtype, name="up")(x_TD)
+        y = Linear("td,df->tf", (width, ffn), self.dtype, name="up")(x_TD, drop)
         if self.config.gated:
-            gate = Linear("td,df->tf", (width, ffn), self.dtype, name="gate")(x_TD)
+            gate = Linear("td,df->tf", (width, ffn), self.dtype, name="gate")(x_TD, drop)
             y = jax.nn.gelu(gate, approximate=True) * y
         else:
             y = jax.nn.relu(y)
         down = Linear("tf,fd->td", (ffn, width), self.dtype, rescales_input=True, name="down")
-        return down(y)
+        return down(dropped(self, y, drop), drop)
 
 
 class Block(nn.Module):
@@ -206,25 +210,28 @@ class Block(nn.Module):
             The residual stream [T, D]; the layer's own keys and values [T, H, K]; and, where they
             are asked for, those of the encoder's states, as in `Layer.cross`.
         """
-        c, dtype = self.config, self.dtype
+        c, dtype, (drop, cross_drop) = self.config, self.dtype, row.drop
         y = RMSNorm(c.norm_eps, dtype, name="attn_norm")(x_TD)
         attn = Attention(c, dtype, name="attn")
-        kv = attn.keys_values(y)
-        seen = zip((layer.context, *layer.cached, kv), row.masks, row.biases, strict=True)
-        y = attn(y, [Part(*part, mask, bias) for part, mask, bias in seen])
-        x_TD = x_TD + Adapter(dtype, name="attn_adapter")(y)
+        kv = attn.keys_values(y, drop)
+        parts = dropped_keys(self, [layer.context, *layer.cached, kv], drop)
+        seen = zip(parts, row.masks, row.biases, strict=True)
+        y = attn(y, [Part(*part, mask, bias) for part, mask, bias in seen], drop)
+        x_TD = x_TD + Adapter(dtype, name="attn_adapter")(dropped(self, y, drop))
         cross = layer.cross
         if row.cross_mask_TS is not None:
             y = RMSNorm(c.norm_eps, dtype, name="cross_norm")(x_TD)
             attn = Attention(c, dtype, name="cross")
             if row.states is not None:
                 shared_PD, states_SD = row.states
-                cross = attn.keys_values(shared_PD), attn.keys_values(states_SD)
+                cross = attn.keys_values(shared_PD, None), attn.keys_values(states_SD, cross_drop)
             assert cross is not None, "neither states nor their keys and values"
-            shared, own = cross
-            prefix = [] if layer.cross_prefix is None else [Part(*layer.cross_prefix)]
-            y = attn(y, [*prefix, Part(*shared), Part(*own, row.cross_mask_TS)])
-            x_TD = x_TD + Adapter(dtype, name="cross_adapter")(y)
-        y = MLP(c, dtype, name="mlp")(RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x_TD))
+            prefix = [] if layer.cross_prefix is None else [layer.cross_prefix]
+            *shared, own = dropped_keys(self, [*prefix, *cross], cross_drop)
+            whole = [Part(*part) for part in shared]
+            y = attn(y, [*whole, Part(*own, row.cross_mask_TS)], drop)
+            x_TD = x_TD + Adapter(dtype, name="cross_adapter")(dropped(self, y, drop))
+        y = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x_TD)
+        y = dropped(self, MLP(c, dtype, name="mlp")(y, drop), drop)
         x_TD = x_TD + Adapter(dtype, name="mlp_adapter")(y)
         return x_TD, (kv, cross if row.keep_cross else None)

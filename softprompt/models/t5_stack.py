@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from softprompt.models.decoder import Cached, Context
+from softprompt.models.dropout import Drop, Rates, context_drop, dropped
 from softprompt.models.layers import Prefix, RMSNorm, read_delta
 from softprompt.models.stack import Gather, stack
 from softprompt.models.t5_layers import (
@@ -29,6 +30,7 @@ class Stack(nn.Module):
     dtype: jnp.dtype
     remat: str
     gather: Gather | None
+    dropout: Rates
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
@@ -88,8 +90,14 @@ class Stack(nn.Module):
         """Runs vectors alone: their keys and values, and their final states [P, D]."""
         index_P = jnp.arange(x_PD.shape[0])
         mask_PS = (index_P[:, None] >= index_P) | (not self.causal)
-        x_PD, ((k_LPGK, v_LPGK), _) = self(x_PD, self.empty_context(), mask_PS, index_P)
-        return Context(k_LPGK, v_LPGK), self.final_norm(x_PD)
+        drop = context_drop(self, self.dropout, x_PD.shape[0])
+        given = x_PD, self.empty_context(), mask_PS, index_P
+        x_PD, ((k_LPGK, v_LPGK), _) = self(*given, drop=(drop, None))
+        return Context(k_LPGK, v_LPGK), self.final_states(x_PD, drop)
+
+    def final_states(self, x_TD: jax.Array, drop: Drop | None) -> jax.Array:
+        """What is read of the stack: the normalised residual stream."""
+        return dropped(self, self.final_norm(x_TD), drop)
 
     def __call__(
         self,
@@ -101,6 +109,7 @@ class Stack(nn.Module):
         cached: tuple[Cached, ...] = (),
         known_cross: tuple[KeysValues, KeysValues] | None = None,
         cross_prefix: Context | None = None,
+        drop: tuple[Drop | None, Drop | None] = (None, None),
         **cross: Any,
     ) -> tuple[jax.Array, Kept]:
         """The layers; the biases are computed once, outside the scan.
@@ -114,14 +123,16 @@ class Stack(nn.Module):
             cached: what else the row sees of its own.
             known_cross: keys and values for cross-attention, as in `Layer.cross`.
             cross_prefix: what cross-attention sees besides.
+            drop: as in `Row`.
             **cross: fields of `Row` for cross-attention.
         """
         bias = self.relative_bias
         places = [jnp.arange(context.length), *(c.positions_S + context.length for c in cached)]
         before = [bias.between(context.length + positions_T, place_S) for place_S in places]
         masks = (None, *(c.valid_S for c in cached), mask_TS)
-        row = Row(masks, (*before, bias.own(x_TD.shape[0])), **cross)
+        row = Row(masks, (*before, bias.own(x_TD.shape[0])), drop=drop, **cross)
         kv = tuple((c.k_LSGK, c.v_LSGK) for c in cached)
         own = (context.k_LPGK, context.v_LPGK)
         extra = None if cross_prefix is None else (cross_prefix.k_LPGK, cross_prefix.v_LPGK)
+        x_TD = dropped(self, x_TD, drop[0])
         return self.layers(x_TD, Layer(own, kv, known_cross, extra), row)

@@ -19,10 +19,12 @@ from softprompt.errors import UserError
 from softprompt.evaluation.scoring import shared_function, text_context_function
 from softprompt.methods import METHODS
 from softprompt.methods.initializers import embedding_rms
+from softprompt.methods.lora import LoraConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.methods.setup import few_shot_tokens, method_config
 from softprompt.models import T5, Model
+from softprompt.models.dropout import Rates
 from softprompt.models.layers import collections
 from softprompt.models.loading import Loaded
 from softprompt.models.quantize import embedding
@@ -158,7 +160,9 @@ def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout
         length, places = cfg.length, cfg.places
     if isinstance(cfg, PromptConfig) and cfg.bos_before is not None:
         length += 1
-    model = loaded.model.clone(remat=config.mesh.remat)
+    lora = config.method.dropout if isinstance(cfg, LoraConfig) else 0.0
+    rates = Rates(config.train.dropout, lora)
+    model = loaded.model.clone(remat=config.mesh.remat, dropout=rates)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
         return model, DECODER, (0, length)
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
@@ -172,7 +176,8 @@ def train_source(prepared: Prepared) -> TrainSource:
     """The training batches of a trial, by step."""
     config, data, layout = prepared.config, prepared.data, prepared.layout
     template = prepared.session.template(config, data, layout)
-    return TrainSource(data.train, template, config.seed, layout)
+    ids = any(prepared.step.model.dropout)
+    return TrainSource(data.train, template, config.seed, layout, ids=ids)
 
 
 def initial_state(prepared: Prepared) -> loop.State:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from softprompt.methods import METHODS
-from softprompt.models import Model
+from softprompt.methods.prompt import PromptConfig, dropped
+from softprompt.models import T5, Model
+from softprompt.models.dropout import STREAM, Drop
 from softprompt.models.layers import collections
 from softprompt.training.optimizers import row_norms
 
@@ -40,21 +42,61 @@ class StepConfig(NamedTuple):
     microbatches: int = 1
 
 
-def shared_part(config: StepConfig, delta: Tree, weights: Tree) -> Shared:
-    """What all rows of a step have in common: the method's variables, and the model's context."""
-    variables = METHODS[config.method].variables(delta, weights, config.method_config, None)
-    context = config.model.apply(collections(weights, variables), method="prompt_context")
-    return variables, context
+class Keys(NamedTuple):
+    """Random keys of a step's dropout: of a prompt, of the context, and of what follows it."""
+
+    prompt: jax.Array
+    context: jax.Array
+    rows: jax.Array
 
 
-def row_logits(model: Model, weights: Tree, shared: Shared, batch: Batch) -> jax.Array:
-    """Logits [R, M, V] at the positions `index_RM` of every row."""
+def dropout_keys(config: StepConfig, key: jax.Array) -> Keys | None:
+    """The keys of a step; None where nothing is dropped."""
+    cfg = config.method_config
+    prompt = isinstance(cfg, PromptConfig) and cfg.dropout > 0
+    return Keys(*jax.random.split(key, 3)) if prompt or any(config.model.dropout) else None
+
+
+def shared_part(config: StepConfig, delta: Tree, weights: Tree, keys: Keys | None = None) -> Shared:
+    """What all rows of a step have in common: the method's variables, and the model's context.
+
+    Without keys nothing is dropped.
+    """
+    cfg, rngs = config.method_config, None
+    if keys is not None:
+        rngs = {STREAM: keys.context}
+        if isinstance(cfg, PromptConfig):
+            delta = dropped(delta, cfg, keys.prompt)
+    variables = METHODS[config.method].variables(delta, weights, cfg, None)
+    model = collections(weights, variables)
+    return variables, config.model.apply(model, method="prompt_context", rngs=rngs)
+
+
+def row_logits(
+    model: Model, weights: Tree, shared: Shared, batch: Batch, key: jax.Array | None = None
+) -> jax.Array:
+    """Logits [R, M, V] at the positions `index_RM` of every row; without a key none is dropped."""
     variables, context = shared
-    apply: Callable[..., Any] = functools.partial(model.apply, collections(weights, variables))
+    rngs = None if key is None else {STREAM: key}
+    apply: Callable[..., Any] = functools.partial(
+        model.apply, collections(weights, variables), rngs=rngs
+    )
     x_RMD = jax.vmap(lambda row: apply(context, row, method="targets"))(row_inputs(batch))
     # The head is no row's affair: its matrix, if it is trained, gets one gradient.
-    logits = apply(x_RMD.reshape(-1, x_RMD.shape[-1]), method="logits")
+    drop = () if key is None else target_drop(model, batch)
+    logits = apply(x_RMD.reshape(-1, x_RMD.shape[-1]), *drop, method="logits")
     return logits.reshape(*x_RMD.shape[:2], -1)
+
+
+def target_drop(model: Model, batch: Batch) -> tuple[Drop, ...]:
+    """Whose masks the targets of all rows get behind the final norm: T5 has some there."""
+    if not (isinstance(model, T5) and model.dropout.model):
+        return ()
+    rows, examples = batch["examples_RE"].shape
+    segment_RM = jnp.take_along_axis(batch["segments_RT"], batch["index_RM"], axis=1)
+    place_RM = examples * jnp.arange(rows)[:, None] + jnp.maximum(segment_RM - 1, 0)
+    ids, place = batch["examples_RE"].ravel(), place_RM.ravel()
+    return (Drop(ids, place, jnp.zeros_like(place), model.dropout),)
 
 
 def row_inputs(batch: Batch) -> Batch:
@@ -66,14 +108,15 @@ _BESIDE = ("target_RM", "weight_RM", "pair_head_RC", "pair_token_RC")
 
 
 def rows_loss(
-    config: StepConfig, shared: Shared, weights: Tree, batch: Batch
+    config: StepConfig, shared: Shared, weights: Tree, batch: Batch, keys: Keys | None
 ) -> tuple[jax.Array, Metrics]:
     """Cross-entropy of the targets, weighted by `weight_RM`, which sums to 1 over the whole step.
 
     The weights make the loss a plain sum over rows: neither packing, nor padding rows, nor
     microbatches, nor devices change what it means.
     """
-    logits_RMV = row_logits(config.model, weights, shared, batch)
+    key = None if keys is None else keys.rows
+    logits_RMV = row_logits(config.model, weights, shared, batch, key)
     norm_RM = jax.nn.logsumexp(logits_RMV, axis=-1)
     target_RM, weight_RM = batch["target_RM"], batch["weight_RM"]
     right_RM = jnp.take_along_axis(logits_RMV, target_RM[..., None], axis=-1)[..., 0]
@@ -87,8 +130,8 @@ def loss_fn(
     delta: Tree, weights: Tree, batch: Batch, key: jax.Array, *, config: StepConfig
 ) -> tuple[jax.Array, Metrics]:
     """Loss of a step and its metrics. `key` is for a method's or model's dropout."""
-    del key
-    return rows_loss(config, shared_part(config, delta, weights), weights, batch)
+    keys = dropout_keys(config, key)
+    return rows_loss(config, shared_part(config, delta, weights, keys), weights, batch, keys)
 
 
 def accumulated(
@@ -97,16 +140,16 @@ def accumulated(
     """Value and gradient of `loss_fn`, a microbatch of rows at a time.
 
     The context is computed once, outside the microbatches; its cotangents are summed and pulled
-    back once.
+    back once. Dropout goes by examples, so that a part drops what the whole would.
     """
-    del key
-    shared, pull_back = jax.vjp(lambda d: shared_part(config, d, weights), delta)
+    keys = dropout_keys(config, key)
+    shared, pull_back = jax.vjp(lambda d: shared_part(config, d, weights, keys), delta)
     # Row r goes to part r mod n: a part has rows of every device, which keep them where they are.
     parts = {
         k: v.reshape(-1, config.microbatches, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()
     }
     part_loss = jax.value_and_grad(
-        lambda s, part: rows_loss(config, s, weights, part), has_aux=True
+        lambda s, part: rows_loss(config, s, weights, part, keys), has_aux=True
     )
 
     def add(total: Tree, part: Batch) -> tuple[Tree, None]:

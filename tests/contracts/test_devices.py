@@ -123,6 +123,19 @@ def test_sharded_weights_train_the_same(place, alone, tmp_path):
     assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 8}
 
 
+def test_dropout_on_a_mesh(place, alone, tmp_path):
+    """Fails if masks depend on a row's place, on its device, or on the microbatch it is in."""
+    more = {"train__dropout": 0.2, "method__dropout": 0.1, "train__steps": 6}
+    run_trial(config_of(place, **more), tmp_path / "alone", session=session_on((1, 1)))
+    run_trial(
+        config_of(place, **more, train__microbatches=2),
+        tmp_path / "w",
+        session=session_on((2, 1)),
+    )
+    check_same(tmp_path / "w", tmp_path / "alone")
+    assert np.abs(losses(tmp_path / "w") - losses(alone)[:6]).min() > 0.01, "dropped, each step"
+
+
 @pytest.mark.parametrize("method", ("lora", "full"))
 def test_other_methods_on_a_mesh(place, tmp_path, method):
     """Weights that are trained lie as frozen ones would, and so do the optimizer's moments.

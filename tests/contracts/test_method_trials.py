@@ -21,6 +21,7 @@ METHODS = {
     "residual": {"method__name": "prompt", "method__reparam": "residual"},
     "prefix": {"method__name": "prefix", "method__init": "noise", "method__place": "all"},
     "lora": {"method__name": "lora", "method__targets": "q,v,down"},
+    "dropout": {"method__name": "lora", "method__dropout": 0.3, "train__dropout": 0.2},
     "adapter": {"method__name": "adapter", "method__bottleneck": 4},
     "bitfit": {"method__name": "bitfit"},
     "ia3": {"method__name": "ia3"},

@@ -251,9 +251,15 @@ def test_interrupted_in_process(place, whole, tiny_folder, session, tmp_path, nu
         assert (tmp_path / "w" / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_an_average_is_gone_on_with(place, tiny_folder, session, tmp_path):
-    """Fails if a checkpoint lacks the average, or the cap of rows, or holds the delta for it."""
-    more = {"train__ema": 0.8, "optimizer__name": "adafactor_t5x", "optimizer__max_row_norm": 4.0}
+AVERAGED = {"train__ema": 0.8, "optimizer__name": "adafactor_t5x", "optimizer__max_row_norm": 4.0}
+DROPPED = {"train__dropout": 0.3, "method__dropout": 0.2}
+
+
+@pytest.mark.parametrize("more", [AVERAGED, DROPPED], ids=["average", "dropout"])
+def test_more_is_gone_on_with(place, tiny_folder, session, tmp_path, more):
+    """Fails if a checkpoint lacks the average, or the cap of rows, or holds the delta for it; if
+    dropout's keys count from where a process began.
+    """
     config = make_config(place, tiny_folder, **(SHORT | more))
     run_trial(config, tmp_path / "alone", session=session)
     for step, number in ((6, signal.SIGTERM), (13, signal.SIGINT)):

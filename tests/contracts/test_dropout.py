@@ -1,0 +1,251 @@
+"""Contracts 4 and 5 with dropout on: an example's masks are its own, whatever stands beside it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from softprompt.data.packing import RowShape
+from softprompt.data.pipeline import TrainSource, row_examples, train_batch, train_template
+from softprompt.data.rows import DECODER, Layout
+from softprompt.methods import METHODS
+from softprompt.methods.initializers import vocabulary
+from softprompt.methods.lora import LoraConfig
+from softprompt.methods.prefix import PrefixConfig
+from softprompt.methods.prompt import PromptConfig
+from softprompt.methods.prompt import dropped as dropped_prompt
+from softprompt.models.dropout import (
+    STREAM,
+    Rates,
+    dropped,
+    dropped_keys,
+    lora_dropped,
+    row_drop,
+)
+from softprompt.models.stack import stack
+from softprompt.training.step import (
+    StepConfig,
+    accumulated,
+    dropout_keys,
+    loss_fn,
+    row_logits,
+    shared_part,
+)
+from tests.contracts.examples import by_example, double, quick_jit, random_examples
+from tests.tiny import tiny_decoder
+from tests.tiny_t5 import tiny_t5
+
+P, KEY = 4, jax.random.key(8)
+EXACT = {"atol": 1e-9, "rtol": 1e-9}
+ENCODED = random_examples((7, 13, 7, 13, 2), (1, 3, 1, 3, 2), vocab=90)
+SHAPE = RowShape(4, 70, 14, 5)
+ROWS = ([[0, 1, 2, 3, 4]], [[4, 3], [], [1, 0, 2]], [[2], [4, 0], [3], [1]])
+SOURCE = vocabulary(range(90))
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@functools.cache
+def made(kind, method, rates, prompt_rate=0.0):
+    """A step, its delta (moved off its start), the weights and the layout."""
+    places = () if kind == "decoder" else ("encoder", "decoder")
+    inline = {} if kind == "decoder" else {"prompt_to_input": kind == "t5"}
+    model, weights = (tiny_t5 if places else tiny_decoder)(**inline)
+    slots = P if method == "prompt" and kind == "t5" else 0
+    layout = Layout(0, slots, slots) if places else DECODER
+    cfg = {
+        "prompt": PromptConfig(P, None, SOURCE, places=places, dropout=prompt_rate),
+        "prefix": PrefixConfig(P, places and (*places, "cross")),
+        "lora": LoraConfig(3, 5.0, targets=("q", "down") if rates.model else PROJECTIONS),
+    }[method]
+    delta = METHODS[method].init(KEY, model, weights, cfg)
+    noise = iter(jax.random.split(KEY, 99))
+    delta = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(noise), x.shape), delta)
+    return StepConfig(model.clone(dropout=rates), method, cfg), delta, weights, layout
+
+
+def batch_of(rows, layout):
+    """The examples in these rows, with their ids."""
+    order = np.array([n for row in rows for n in row])
+    rows_B = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    batch = double(train_batch(ENCODED, order, rows_B, SHAPE, layout))
+    return batch | {"examples_RE": row_examples(order, rows_B, SHAPE)}
+
+
+@functools.partial(quick_jit, static_argnames="config")
+def logits(config, delta, weights, batch, key):
+    keys = dropout_keys(config, key)
+    shared = shared_part(config, delta, weights, keys)
+    return row_logits(config.model, weights, shared, batch, keys.rows)
+
+
+def by_id(made, rows, key=KEY, renamed=lambda ids_RE: ids_RE):
+    """The logits [targets, V] of every example in the order of examples."""
+    *step, layout = made
+    batch = batch_of(rows, layout)
+    batch["examples_RE"] = renamed(batch["examples_RE"])
+    found = dict(by_example(ENCODED, rows, logits(*step, batch, key)))
+    return np.concatenate([found[n] for n in range(5)])
+
+
+CASES = [
+    ("decoder", "prompt", Rates(0.3), 0.2),
+    ("decoder", "lora", Rates(0.2, 0.4)),
+    ("t5", "prompt", Rates(0.3), 0.2),
+    ("t5", "prefix", Rates(0.3)),
+    ("contexts", "prompt", Rates(0.3)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}, {case[1]}")
+def test_an_example_is_dropped_alike_in_any_row(case):
+    """Mutations: masks by a segment's place, by its row, or by a position in the row; a context's
+    mask drawn with the rows; ids left out of a mask; the step's key left out.
+    """
+    step = made(*case)
+    wanted = by_id(step, ROWS[0])
+    for rows in ROWS[1:]:
+        np.testing.assert_allclose(by_id(step, rows), wanted, **EXACT)
+    others = by_id(step, ROWS[0], jax.random.key(9)), by_id(step, ROWS[0], KEY, lambda x: x + 1)
+    for other in others:
+        assert (np.abs(other - wanted).max(axis=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case[0])
+def test_microbatches_and_remat_drop_the_same(case):
+    """Mutations: a key for each microbatch; another one for what is computed again."""
+    config, delta, weights, layout = made(*case)
+    batch = batch_of(ROWS[2], layout)
+
+    def value(config):
+        if config.microbatches > 1:
+            function = functools.partial(accumulated, config=config)
+        else:
+            function = jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True)
+        return quick_jit(function)(delta, weights, batch, KEY)
+
+    other = config._replace(model=config.model.clone(remat="layer"), microbatches=2)
+    close = functools.partial(np.testing.assert_allclose, **EXACT)
+    jax.tree.map(close, value(other), value(config))
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: f"{case[0]}, {case[1]}")
+def test_nothing_is_dropped_without_a_key(case):
+    """Evaluation. Mutation: a rate alone switches dropout on, or changes what is computed."""
+    config, delta, weights, layout = made(*case)
+    batch = batch_of(ROWS[1], layout)
+
+    def run(config):
+        function = lambda *a: row_logits(config.model, a[1], shared_part(config, *a[:2]), a[2])  # noqa: E731
+        return jax.jit(function).lower(delta, weights, batch).as_text()
+
+    plain = config._replace(model=config.model.clone(dropout=Rates()))
+    assert run(config) == run(plain)
+    assert dropout_keys(plain._replace(method_config=None), KEY) is None
+
+
+PLACES = {  # masks of the layers, an encoder's first; inline prompts, so that contexts are empty
+    ("decoder", "prompt"): 1 + len(("context's keys", "keys", "attention", "feed-forward")),
+    ("t5", "prompt"): (1 + len(("keys", "attention", "hidden", "feed-forward")) + 1)
+    + (1 + len(("keys", "attention", "cross keys", "cross", "hidden", "feed-forward")) + 1),
+    ("decoder", "lora"): len(PROJECTIONS),
+    ("t5", "lora"): 2 * len(PROJECTIONS) + len(("q", "k", "v", "o")),
+}
+
+
+@pytest.mark.parametrize("kind, method", PLACES)
+def test_every_place_has_a_mask(kind, method):
+    """GPT-2's places, and T5X's; what every A reads. Mutation: leave one out."""
+    rates = Rates(0.3) if method == "prompt" else Rates(0, 0.3)
+    config, delta, weights, layout = made(kind, method, rates)
+    shared = shared_part(config, delta, weights)
+    function = functools.partial(row_logits, config.model)
+    jaxpr = jax.make_jaxpr(function)(weights, shared, batch_of(ROWS[0], layout), KEY)
+    assert str(jaxpr).count("name=_bernoulli") == PLACES[kind, method]
+
+
+class Masks(nn.Module):
+    """What the three functions make of ones in a row, as a layer of a stack."""
+
+    @nn.compact
+    def __call__(self, carry, layer, drop):
+        ones = jnp.ones((8, 6))
+        _, (_, v_SGK) = dropped_keys(self, [(ones[:, None], ones[:, None])] * 2, drop)
+        return carry, (dropped(self, ones, drop), v_SGK[..., 0, :], lora_dropped(self, ones, drop))
+
+
+def masks(keys):
+    """The masks [N, L, T, ...] of a row of two examples (5 and 3 positions) for N keys."""
+    segments_T = jnp.array([1] * 5 + [2] * 3)
+
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self):
+            drop = row_drop(self, Rates(0.25, 0.5), jnp.array([7, 9]), segments_T)
+            return stack(Masks, length=3)()(0.0, jnp.zeros(3), drop)[1]
+
+    return jax.vmap(lambda key: Layers().apply({}, rngs={STREAM: key}))(keys)
+
+
+def test_masks_keep_the_mean_and_differ_where_they_should():
+    """Mutations: divide by the rate, or by nothing; one mask for all layers, examples or heads; a
+    mask of activations for each position; keys dropped by example instead of by position.
+    """
+    found = [np.asarray(x) for x in masks(jax.random.split(KEY, 2000))]
+    for x, kept in zip(found, (0.75, 0.75, 0.5), strict=True):
+        assert set(np.unique(x)) == {0, 1 / kept}
+        spread = np.sqrt((1 - kept) / kept / len(x))
+        assert np.abs(x.mean(axis=0) - 1).max() < 5 * spread
+    vectors, keys, lora = found
+    np.testing.assert_array_equal(vectors[:, :, :5], vectors[:, :, :1].repeat(5, axis=2))
+    apart = [
+        vectors[:, :, 0] != vectors[:, :, 5],  # examples
+        vectors[:, 0] != vectors[:, 1],  # layers
+        keys[:, 0] != keys[:, 1],
+        keys[:, :, 0] != keys[:, :, 1],  # positions
+        keys[:, :, 0] != keys[:, :, 5],
+        lora[:, :, 0] != lora[:, :, 1],
+        lora[:, :, 0, 0] != lora[:, :, 0, 1],
+    ]
+    for differs, kept in zip(apart, (0.75,) * 5 + (0.5,) * 2, strict=True):
+        assert differs.mean() == pytest.approx(2 * kept * (1 - kept), abs=0.03)
+
+
+def test_a_prompt_is_dropped_once_a_step_and_bos_never():
+    """Mutations: BOS is dropped too; both stacks get one mask; no scaling."""
+    delta = {place: {"prompt": jnp.ones((3, 4))} for place in ("encoder", "decoder")}
+    cfg = PromptConfig(3, places=("encoder", "decoder"), dropout=0.25)
+    many = jax.vmap(lambda key: dropped_prompt(delta, cfg, key))(jax.random.split(KEY, 2000))
+    first, second = (np.asarray(many[place]["prompt"]) for place in ("encoder", "decoder"))
+    for x in (first, second):
+        assert np.abs(x.mean(axis=0) - 1).max() < 5 * np.sqrt(1 / 3 / 2000)
+    assert (first != second).mean() == pytest.approx(2 * 0.75 * 0.25, abs=0.03)
+    model, weights = tiny_decoder()
+    cfg = PromptConfig(P, 7, SOURCE, dropout=0.9)
+    step = StepConfig(model, "prompt", cfg)
+    variables, _ = shared_part(
+        step, {"prompt": jnp.ones((P, 48))}, weights, dropout_keys(step, KEY)
+    )
+    np.testing.assert_array_equal(variables["prompt"][0], weights["embed"]["embedding"][7])
+    assert set(np.unique(variables["prompt"][1:].round(6))) == {0, 10}
+
+
+def test_batches_name_the_examples_of_their_segments():
+    """Mutations: ids in the order of places, whatever the row; ids in every batch."""
+    template = train_template(ENCODED, examples=3)
+    source = TrainSource(ENCODED, template, 0, ids=True)
+    batch, plain = source[1], TrainSource(ENCODED, template, 0)[1]
+    ids_RE = batch.pop("examples_RE")
+    assert ids_RE.shape == (template.shape.rows, template.shape.examples)
+    jax.tree.map(np.testing.assert_array_equal, batch, plain)
+    for tokens_T, segments_T, ids_E in zip(
+        batch["tokens_RT"], batch["segments_RT"], ids_RE, strict=True
+    ):
+        for segment in range(1, segments_T.max() + 1):
+            n = ids_E[segment - 1]
+            wanted = [*ENCODED.inputs[n], *ENCODED.targets[n][:-1]]
+            np.testing.assert_array_equal(tokens_T[segments_T == segment], wanted)
