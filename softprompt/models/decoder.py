@@ -184,6 +184,10 @@ class Decoder(nn.Module):
         arrays = {name: array for name, array in row.items() if name != "index_M"}
         return self.hidden(context, **arrays)[row["index_M"]]
 
+    def target_states(self, context: Context, row: Mapping[str, jax.Array]) -> jax.Array:
+        """What the head reads [M, D] at the positions that `targets` is of."""
+        return self.final_states(self.targets(context, row))
+
     # Where `jax.vmap` over inputs finds the axis of inputs in `prefill`'s memory.
     memory_axes: ClassVar[Any] = Memory(Cached(1, 1, None, 0), 0)  # type: ignore[arg-type]
 
@@ -239,8 +243,15 @@ class Decoder(nn.Module):
 
     def logits(self, x_MD: jax.Array) -> jax.Array:
         """Logits [M, V] of positions of the residual stream, at least float32."""
+        return self.unembed(self.final_states(x_MD))
+
+    def final_states(self, x_MD: jax.Array) -> jax.Array:
+        """The residual stream as the head reads it."""
+        return self.final_norm(x_MD) if self.config.final_norm else x_MD
+
+    def unembed(self, x_MD: jax.Array) -> jax.Array:
+        """The head alone: logits [M, V] of what it reads."""
         c = self.config
-        x_MD = self.final_norm(x_MD) if c.final_norm else x_MD
         x_ME = self.project_out(x_MD) if c.embed_width else x_MD
         logits_MV = self.embed.attend(x_ME) if c.tied else self.head(x_ME)
         logits_MV = logits_MV.astype(accumulate(self.dtype))

@@ -50,6 +50,10 @@ class Drop:
     offset_T: jax.Array
     rates: Rates = struct.field(pytree_node=False)
 
+    def at(self, index_M: jax.Array) -> "Drop":
+        """The same for some of the positions."""
+        return Drop(self.ids_E, self.place_T[index_M], self.offset_T[index_M], self.rates)
+
 
 def row_drop(
     model: nn.Module, rates: Rates, examples_E: jax.Array | None, segments_T: jax.Array

@@ -32,7 +32,7 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.decoder import Cached, Context
-from softprompt.models.dropout import Drop, Rates, row_drop
+from softprompt.models.dropout import Rates, row_drop
 from softprompt.models.layers import Embed, Linear
 from softprompt.models.stack import Gather
 from softprompt.models.t5_layers import KeysValues, T5Config
@@ -215,6 +215,12 @@ class T5(nn.Module):
         x_TD = self.decode(contexts, states_SD, segments_S, *own, row.get("branches_T"), examples_E)
         return x_TD[row["index_M"]]
 
+    def target_states(self, contexts: Contexts, row: Mapping[str, jax.Array]) -> jax.Array:
+        """What the head reads [M, D] at the positions that `targets` is of."""
+        x_MD, index_M = self.targets(contexts, row), row["index_M"]
+        drop = row_drop(self, self.dropout, row.get("examples_E"), row["segments_T"])
+        return self.decoder.final_states(x_MD, None if drop is None else drop.at(index_M))
+
     # Where `jax.vmap` over inputs finds the axis of inputs in `prefill`'s memory.
     _axes = Cached(1, 1, None, None)  # type: ignore[arg-type]
     memory_axes: ClassVar[Any] = Memory(None, 1, 0, _axes, None)  # type: ignore[arg-type]
@@ -284,9 +290,12 @@ class T5(nn.Module):
         )
         return x_TD, kv
 
-    def logits(self, x_MD: jax.Array, drop: Drop | None = None) -> jax.Array:
+    def logits(self, x_MD: jax.Array) -> jax.Array:
         """Logits [M, V] of positions of the decoder's residual stream, at least float32."""
-        x_MD = self.decoder.final_states(x_MD, drop)
+        return self.unembed(self.decoder.final_states(x_MD, None))
+
+    def unembed(self, x_MD: jax.Array) -> jax.Array:
+        """The head alone: logits [M, V] of what it reads."""
         if not self.config.tied:
             return self.head(x_MD)
         return self.embed.attend(x_MD) * self.config.width**-0.5

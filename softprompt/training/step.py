@@ -13,8 +13,8 @@ import optax
 
 from softprompt.methods import METHODS
 from softprompt.methods.prompt import PromptConfig, dropped
-from softprompt.models import T5, Model
-from softprompt.models.dropout import STREAM, Drop
+from softprompt.models import Model
+from softprompt.models.dropout import STREAM
 from softprompt.models.layers import collections
 from softprompt.training.optimizers import row_norms
 
@@ -81,22 +81,10 @@ def row_logits(
     apply: Callable[..., Any] = functools.partial(
         model.apply, collections(weights, variables), rngs=rngs
     )
-    x_RMD = jax.vmap(lambda row: apply(context, row, method="targets"))(row_inputs(batch))
+    x_RMD = jax.vmap(lambda row: apply(context, row, method="target_states"))(row_inputs(batch))
     # The head is no row's affair: its matrix, if it is trained, gets one gradient.
-    drop = () if key is None else target_drop(model, batch)
-    logits = apply(x_RMD.reshape(-1, x_RMD.shape[-1]), *drop, method="logits")
+    logits = apply(x_RMD.reshape(-1, x_RMD.shape[-1]), method="unembed")
     return logits.reshape(*x_RMD.shape[:2], -1)
-
-
-def target_drop(model: Model, batch: Batch) -> tuple[Drop, ...]:
-    """Whose masks the targets of all rows get behind the final norm: T5 has some there."""
-    if not (isinstance(model, T5) and model.dropout.model):
-        return ()
-    rows, examples = batch["examples_RE"].shape
-    segment_RM = jnp.take_along_axis(batch["segments_RT"], batch["index_RM"], axis=1)
-    place_RM = examples * jnp.arange(rows)[:, None] + jnp.maximum(segment_RM - 1, 0)
-    ids, place = batch["examples_RE"].ravel(), place_RM.ravel()
-    return (Drop(ids, place, jnp.zeros_like(place), model.dropout),)
 
 
 def row_inputs(batch: Batch) -> Batch:
