@@ -42,6 +42,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "method.alpha": (0, math.inf),
     "task.max_input": (1, math.inf),
     "task.max_target": (1, math.inf),
+    "data.cap": (0, math.inf),
     "data.train_examples": (0, math.inf),
     "data.subset_seed": (0, 2**32 - 1),
     "data.validation_examples": (0, math.inf),
@@ -82,6 +83,9 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
 
 # What may differ between two runs of the same trial: none of it is part of the trial's id.
 UNSCIENTIFIC_SECTIONS = ("log", "mesh")
+
+# What of the section `task` belongs to the task that it names, and not to others of a mixture.
+TASKS_OWN = ("source", "template", "verbalizers", "label_field", "id_field")
 
 # Keys that hold a mapping of a user's own names to strings, so its keys are free.
 OPEN_MAPPINGS = ("task.verbalizers",)
@@ -173,8 +177,14 @@ def _task() -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
     return {
+        # tasks that are trained on together, in place of task.name alone, divided by commas: known
+        # ones, and task.name for what `task` says; or a JSON list, in which {"name": ...,
+        # "source": ...} has the keys of `task` for one. "" is one task. Each is mixed in by its
+        # number of examples, scored by itself, and counts alike in the mean that selects
+        "mixture": "",
+        "cap": 0,  # a balanced subset of this many examples where a task has more; 0 is all
         "train_examples": 0,  # a balanced subset of this many examples; 0 is all
-        "subset_seed": 0,  # which subset
+        "subset_seed": 0,  # which subset (of `cap`, too)
         "validation_examples": 0,  # 0 is all
         "test_examples": 0,  # 0 is all
     }

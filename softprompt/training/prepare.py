@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from softprompt.analysis.flops import Work, train_flops, train_work
-from softprompt.config import ConfigDict, trial_id
+from softprompt.config import ConfigDict, members, trial_id
 from softprompt.data.encode import Encoded
 from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import DECODER, Layout
@@ -45,7 +45,8 @@ class Prepared:
         session: what it shares with other trials.
         loaded: the pretrained model.
         frozen: its weights less those that are trained themselves.
-        data: the task, tokenised for the model.
+        tasks: the config's task, or those of its mixture, tokenised for the model.
+        train: the examples that are trained on, of all tasks.
         mesh: where it runs.
         step: what is static in its steps; `step.model` is the model as the method wants it.
         bos: texts begin with the tokenizer's BOS.
@@ -53,7 +54,7 @@ class Prepared:
         contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, a BOS before
             a prompt included.
         shared: delta -> what every row of a forward pass shares (variables and context).
-        prefix: solved examples that an encoder reads before each input, as those of `data` have
+        prefix: solved examples that an encoder reads before each input, as those of `tasks` have
             them already; empty but for few-shot.
     """
 
@@ -61,7 +62,8 @@ class Prepared:
     session: Session
     loaded: Loaded
     frozen: Tree
-    data: TaskData
+    tasks: tuple[TaskData, ...]
+    train: Encoded
     mesh: jax.sharding.Mesh
     step: StepConfig
     bos: bool
@@ -69,6 +71,17 @@ class Prepared:
     contexts: tuple[int, int]
     shared: Callable[[Tree], Any]
     prefix: np.ndarray
+
+    @property
+    def data(self) -> TaskData:
+        """The task, or the first of a mixture."""
+        return self.tasks[0]
+
+    def of(self, task: str) -> "Prepared":
+        """The same for one task of a mixture, which keeps its number."""
+        return dataclasses.replace(
+            self, tasks=tuple(one for one in self.tasks if one.task.name == task)
+        )
 
 
 def prepare(config: ConfigDict, session: Session) -> Prepared:
@@ -85,9 +98,9 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
             "which predicts no plain text"
         )
     bos = loaded.tokenizer.add_bos and method.name != "fewshot" and method.bos == "after"
-    room = free_positions(config, loaded)
-    data = session.data(config, bos=bos)
-    cfg = method_config(config, loaded, data.train)
+    room = min(free_positions(one, loaded) for one in members(config))
+    tasks, train = session.mixture(config, bos=bos)
+    cfg = method_config(config, loaded, train)
     model, layout, contexts = arrange(config, loaded, cfg)
     name = "none" if method.name == "fewshot" else method.name
     step = StepConfig(model, name, cfg, config.train.z_loss, config.train.microbatches)
@@ -96,16 +109,29 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     shared: Callable[[Tree], Any] = lambda delta: compiled(delta, frozen)  # noqa: E731
     prefix = np.zeros(0, np.int32)
     if method.name == "fewshot":
-        tokens_P = few_shot_tokens(config, loaded, data.train, room=room)
+        tokens_P = few_shot_tokens(config, loaded, train, room=room)
         if isinstance(model, T5):
-            prefix, plain = tokens_P, data
+            prefix, plain = tokens_P, tasks[0]
             data = session.once(["prefix", trial_id(config)], lambda: all_behind(prefix, plain))
+            tasks, train = (data,), data.train
         else:
             context = text_context_function(model)(loaded.weights, jnp.asarray(tokens_P))
             contexts = 0, len(tokens_P)
             shared = lambda delta: ({}, context)  # noqa: E731
     return Prepared(
-        config, session, loaded, frozen, data, mesh, step, bos, layout, contexts, shared, prefix
+        config=config,
+        session=session,
+        loaded=loaded,
+        frozen=frozen,
+        tasks=tasks,
+        train=train,
+        mesh=mesh,
+        step=step,
+        bos=bos,
+        layout=layout,
+        contexts=contexts,
+        shared=shared,
+        prefix=prefix,
     )
 
 
@@ -170,9 +196,9 @@ def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout
 
 def train_source(prepared: Prepared) -> TrainSource:
     """The training batches of a trial, by step."""
-    config, data, layout = prepared.config, prepared.data, prepared.layout
-    template = prepared.session.template(config, data, layout)
-    return TrainSource(data.train, template, config.seed, layout)
+    config, train, layout = prepared.config, prepared.train, prepared.layout
+    template = prepared.session.template(config, train, layout)
+    return TrainSource(train, template, config.seed, layout)
 
 
 def initial_state(prepared: Prepared) -> loop.State:
@@ -293,7 +319,7 @@ def seen_rms(loaded: Loaded) -> float:
 def step_work(prepared: Prepared) -> Work:
     """What an average step has to compute: no padding, the context once."""
     batch, run = prepared.config.train.batch, prepared.step.method != "prefix"
-    return train_work(prepared.data.train, prepared.layout, prepared.contexts, batch, run=run)
+    return train_work(prepared.train, prepared.layout, prepared.contexts, batch, run=run)
 
 
 def step_flops(prepared: Prepared) -> float:
