@@ -295,7 +295,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
 def _check_method(values: Mapping[str, Any]) -> None:
     """What a method's keys demand of one another."""
     name, init, reparam = (values[f"method.{key}"] for key in ("name", "init", "reparam"))
-    starts = name in ("prompt", "prefix")
+    starts = name in ("prompt", "multitask", "prefix")
     if starts and init in ("text", "file") and not values[f"method.init_{init}"]:
         raise UserError(f"config key 'method.init_{init}' is empty; method.init={init} needs it")
     allowed = {"prompt": CHOICES["method.reparam"], "prefix": ("none", "mlp")}.get(name, ("none",))
@@ -307,6 +307,11 @@ def _check_method(values: Mapping[str, Any]) -> None:
     if values["method.bos"] == "before" and name not in ("prompt", *UNTRAINED):
         raise UserError(
             f"config key 'method.bos' is 'before'; allowed for method.name={name}: after, none"
+        )
+    if values["eval.text"] and name == "multitask":
+        raise UserError(
+            f"config key 'eval.text' is {values['eval.text']!r}; allowed: '' for "
+            "method.name=multitask, whose prompts are for tasks"
         )
 
 
@@ -356,8 +361,7 @@ def trial_name(config: ConfigDict) -> str:
     """Returns a name to read, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial."""
     method = config.method
     parts = {
-        "prompt": f"prompt-{method.length}-{method.init}",
-        "prefix": f"prefix-{method.length}-{method.init}",
+        **{n: f"{n}-{method.length}-{method.init}" for n in ("prompt", "multitask", "prefix")},
         "lora": f"lora-{method.rank}",
         "adapter": f"{method.placement}-{method.bottleneck}",
         "none": "zero-shot",

@@ -6,7 +6,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 # What a trial's method may be; all but the last two train something.
-METHODS = ("prompt", "prefix", "lora", "adapter", "bitfit", "ia3", "full", "none", "fewshot")
+METHODS = (
+    *("prompt", "multitask", "prefix", "lora", "adapter", "bitfit", "ia3", "full"),
+    *("none", "fewshot"),
+)
 UNTRAINED = ("none", "fewshot")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -123,10 +126,12 @@ def _model() -> dict[str, Any]:
 
 def _method() -> dict[str, Any]:
     return {
-        # what is trained: prompt, prefix, lora, adapter, bitfit, ia3 or full; or none (zero-shot),
-        # or fewshot (solved examples as the context)
+        # what is trained: prompt, multitask (a prompt for each task of `data.mixture`), prefix,
+        # lora, adapter, bitfit, ia3 or full; or none (zero-shot), or fewshot (solved examples as
+        # the context)
         "name": "prompt",
-        "length": 20,  # prompt, prefix: length P, in vectors; 0 is the plain model
+        # prompt, multitask, prefix: length P, in vectors; 0 is the plain model
+        "length": 20,
         # vocabulary, uniform (embedding RMS), uniform_paper (U[-0.5, 0.5]), labels, text or file; a
         # prefix starts from what the model makes of these, or from noise or zeros
         "init": "vocabulary",
@@ -149,7 +154,7 @@ def _method() -> dict[str, Any]:
         "reparam": "none",
         "bottleneck": 64,  # adapter, reparam: width of the hidden layer
         "placement": "houlsby",  # adapter: houlsby (two a layer) or pfeiffer (one)
-        "rank": 8,  # lora: Z
+        "rank": 8,  # lora, multitask: Z
         "alpha": 16.0,  # lora: the update is scaled by alpha / rank
         "rslora": False,  # lora: by alpha / sqrt(rank) instead (True or False)
         # lora, ia3: names of projections, such as q,v or q,k,v,o,gate,up,down; qkv is one A for
@@ -180,7 +185,8 @@ def _data() -> dict[str, Any]:
         # tasks that are trained on together, in place of task.name alone, divided by commas: known
         # ones, and task.name for what `task` says; or a JSON list, in which {"name": ...,
         # "source": ...} has the keys of `task` for one. "" is one task. Each is mixed in by its
-        # number of examples, scored by itself, and counts alike in the mean that selects
+        # number of examples, scored by itself, and counts alike in the mean that selects; the
+        # sizes below are each task's
         "mixture": "",
         "cap": 0,  # a balanced subset of this many examples where a task has more; 0 is all
         "train_examples": 0,  # a balanced subset of this many examples; 0 is all

@@ -144,6 +144,11 @@ def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(key, tex
             "config key 'data.mixture' is 'sms_spam,sarcasm'; allowed: '' with method.name=fewshot",
         ),
         (
+            {"method.name": "multitask", "eval.text": "sotu"},
+            "config key 'eval.text' is 'sotu'; allowed: '' for method.name=multitask, whose "
+            "prompts are for tasks",
+        ),
+        (
             {"method.name": "fewshot", "optimizer.max_row_norm": "3"},
             "config key 'optimizer.max_row_norm' is 3.0; allowed: 0 with method.name=fewshot, "
             "which trains nothing",

@@ -1,5 +1,6 @@
 """A finished trial put to use: scores on any split or task, answers to lines of text."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
@@ -72,10 +73,16 @@ def evaluate_run(
 
 
 def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str]]:
-    """A trial's config for a task that it may not have been trained on, and the config's tasks."""
+    """A trial's config for a task that it may not have been trained on, and the config's tasks.
+
+    Raises:
+        UserError: another task where each has a prompt of its own.
+    """
     known = [one.task.name for one in members(config)]
     if task is None or task in known:
         return config, known
+    if config.method.name == "multitask":
+        raise unknown("--task", task, known)
     tree = to_dict(config)
     tree["task"] = {"name": task}
     tree["data"] |= {"mixture": ""}
@@ -130,6 +137,7 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
     scores = {}
     for one in prepared.tasks:
         encoded = one.split(split)
+        numbers = [encoded.task(example) for example in range(len(encoded.ids))]
         answers = generate(
             prepared.step.model,
             prepared.frozen,
@@ -139,6 +147,7 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
             eos_id=tokenizer.eos_id,
             batch=GROUP,
             mesh=prepared.mesh,
+            which=numbers if prepared.layout.prompts else None,
         )
         texts = list(one.task.verbalizers.values())
         labels_N, illegal = read_labels(answers, texts, tokenizer)
@@ -191,6 +200,7 @@ def _answer(
 ) -> Iterator[dict[str, Any]]:
     """Answers one group of lines; `first` is the number of its first line."""
     task, fields = prepared.data.task, prepared.data.task.fields
+    tasks_N = np.full(len(lines), prepared.data.test.task(0), np.int32)
     (config,) = (one for one in members(prepared.config) if one.task.name == task.name)
     records: list[dict[str, str | None]] = []
     for number, line in enumerate(lines, first):
@@ -203,7 +213,7 @@ def _answer(
         texts_by_field = dict(zip(fields, texts, strict=True))
         records.append({"id": f"line {number}", "label": None, **texts_by_field})
     encoded = encode_records(config, prepared.loaded, task, records, bos=prepared.bos)
-    encoded = behind(prepared.prefix, encoded)
+    encoded = dataclasses.replace(behind(prepared.prefix, encoded), tasks=tasks_N)
     rows = 8 if len(lines) > 1 else 1
     multiple, layout = prepared.mesh.shape["data"], prepared.layout
     shape = coarse_shape(encoded, rows=-(-rows // multiple) * multiple, layout=layout)

@@ -98,6 +98,7 @@ def step_memory(prepared: Prepared, widths: dict[str, int], rows: float) -> floa
     which are computed again, those of one layer in float32.
     """
     sizes, (before, context) = prepared.loaded.config, prepared.contexts
+    context *= max(1, prepared.layout.prompts)
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
     kept = (10 * sizes.width + 3 * sizes.ffn) * size
     own = widths["T"]

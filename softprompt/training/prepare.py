@@ -19,6 +19,7 @@ from softprompt.errors import UserError
 from softprompt.evaluation.scoring import shared_function, text_context_function
 from softprompt.methods import METHODS
 from softprompt.methods.initializers import embedding_rms
+from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.methods.setup import few_shot_tokens, method_config
@@ -165,7 +166,7 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
             f"{loaded.config.context_length} less task.max_target)"
         )
     most = room - (method.bos == "before")
-    if method.name in ("prompt", "prefix") and method.length > most:
+    if method.name in ("prompt", "multitask", "prefix") and method.length > most:
         raise UserError(
             f"config key 'method.length' is {method.length}; allowed: at most {most} (the model's "
             f"context of {loaded.config.context_length} less task.max_input and task.max_target"
@@ -184,13 +185,14 @@ def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout
         length, places = cfg.length, cfg.places
     if isinstance(cfg, PromptConfig) and cfg.bos_before is not None:
         length += 1
+    prompts = cfg.tasks if isinstance(cfg, MultitaskConfig) else 0
     model = loaded.model.clone(remat=config.mesh.remat)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
-        return model, DECODER, (0, length)
+        return model, dataclasses.replace(DECODER, prompts=prompts), (0, length)
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
     if isinstance(cfg, PromptConfig) and config.method.prompt_to_input:
-        return model, Layout(loaded.config.start, encoder, decoder), (0, 0)
+        return model, Layout(loaded.config.start, encoder, decoder, prompts), (0, 0)
     return model, Layout(loaded.config.start), (encoder, decoder)
 
 
@@ -317,9 +319,10 @@ def seen_rms(loaded: Loaded) -> float:
 
 
 def step_work(prepared: Prepared) -> Work:
-    """What an average step has to compute: no padding, the context once."""
-    batch, run = prepared.config.train.batch, prepared.step.method != "prefix"
-    return train_work(prepared.train, prepared.layout, prepared.contexts, batch, run=run)
+    """What an average step has to compute: no padding, each context once."""
+    batch, layout = prepared.config.train.batch, prepared.layout
+    runs = 0 if prepared.step.method == "prefix" else max(1, layout.prompts)
+    return train_work(prepared.train, layout, prepared.contexts, batch, runs=runs)
 
 
 def step_flops(prepared: Prepared) -> float:

@@ -337,7 +337,8 @@ def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
         trained = jax.tree.map(lambda new, old: new.astype(old.dtype), delta, weights)
         ours = latency.Served(trained, plain({}, trained), behind)
     else:
-        ours = latency.Served(weights, prepared.shared(delta), behind)
+        which = 0 if prepared.layout.prompts else None
+        ours = latency.Served(weights, prepared.shared(delta), behind, which)
     rows = -(-latency.ROWS // mesh.shape["data"]) * mesh.shape["data"]
     return latency.compare(step.model, base, ours, mesh=mesh, rows=rows)
 

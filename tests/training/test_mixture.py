@@ -5,10 +5,15 @@ import json
 import numpy as np
 import pytest
 
+from softprompt.analysis.flops import train_work
 from softprompt.config import trial_id
-from softprompt.training.prepare import prepare
+from softprompt.data.rows import Layout
+from softprompt.errors import UserError
+from softprompt.training.estimate import estimate
+from softprompt.training.prepare import prepare, step_work
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session, trial_config, two_tasks, write_task
+from tests.tiny_t5 import write_complete_t5
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +57,32 @@ def test_a_cap_bounds_a_task(tiny_folder, source, shared):
     assert [len(one.validation.ids) for one in prepared.tasks] == [12, 12]
     wide = prepare(trial_config(tiny_folder, source, data__cap=1000), shared)
     assert len(wide.train.ids) == 40
+
+
+def test_costs_count_every_tasks_context(tiny_folder, source, shared):
+    """Mutation: one context of several; the second task is not scored."""
+    mixture = two_tasks(source)
+    config = trial_config(tiny_folder, source, data__mixture=mixture, method__name="multitask")
+    prepared = prepare(config, shared)
+    plain = train_work(prepared.train, Layout(), (0, 5), 8)
+    assert step_work(prepared).tokens == plain.tokens + 5
+    assert step_work(prepared).keys == plain.keys + 5 * 6 / 2
+    assert estimate(config, shared)["trainable"] == 5 * 48 + 2 * 8 * (5 + 48)
+    alone = ["own", json.dumps([json.loads(mixture)[1]])]
+    flops = [
+        estimate(trial_config(tiny_folder, source, data__mixture=m, method__name="none"), shared)
+        for m in (mixture, *alone)
+    ]
+    assert flops[0]["flops"] == flops[1]["flops"] + flops[2]["flops"]
+
+
+def test_what_a_t5s_tasks_cannot_have(source, shared, tmp_path):
+    """Mutation: a place or a form is passed over in silence."""
+    write_complete_t5(tmp_path / "t5")
+    for keys, message in (
+        ({"method__place": "both"}, "'method.place' is 'both'; allowed for a multitask: encoder$"),
+        ({"method__prompt_to_input": False}, "'method.prompt_to_input' is False; allowed"),
+    ):
+        config = trial_config(tmp_path / "t5", source, method__name="multitask", **keys)
+        with pytest.raises(UserError, match=message):
+            prepare(config, shared)
