@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         "softprompt evaluate --run runs/first --task sms_spam --split test",
         [
             ("--run", {"required": True, "metavar": "DIR", "help": "a trial's folder"}),
-            ("--task", {"metavar": "NAME", "help": "default: the task it was trained on"}),
+            ("--task", {"metavar": "NAME", "help": "default: the task or tasks of the trial"}),
             ("--split", {"default": "test", "help": "train, validation or test (default)"}),
             ("--generate", {"action": "store_true", "help": "also let the model write answers"}),
             ANY_WEIGHTS,
@@ -58,6 +58,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         "echo 'a quiet, moving film' | softprompt predict --run runs/first",
         [
             ("--run", {"required": True, "metavar": "DIR", "help": "a trial's folder"}),
+            ("--task", {"metavar": "NAME", "help": "default: the task it was trained on"}),
             (
                 "--format",
                 {"default": "text", "choices": ("text", "json"), "help": "of the answers"},

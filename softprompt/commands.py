@@ -113,7 +113,7 @@ def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.progress import Progress
 
     lines = (line.rstrip("\r\n") for line in sys.stdin)
-    options = {"any_weights": arguments.any_weights}
+    options = {"task": arguments.task, "any_weights": arguments.any_weights}
     options |= {"group": 1} if sys.stdin.isatty() else {}
     with Progress() as progress:
         for answer in predict_lines(arguments.run, lines, progress, **options):
@@ -254,6 +254,7 @@ def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Lists the tasks, prepares one's data, or shows its examples."""
+    from softprompt.config import members
     from softprompt.config_files import load_config
     from softprompt.data.tasks import TASKS, get_task
 
@@ -264,9 +265,9 @@ def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
         return 0
     if not (arguments.task or arguments.config or overrides):
         raise UserError(f"data {arguments.action} needs a task; known: {', '.join(sorted(TASKS))}")
-    named = [("task.name", arguments.task)] if arguments.task else []
-    task = get_task(load_config(arguments.config, [*named, *overrides]).task)
-    _show(task, examples=3 if arguments.action == "show" else 0)
+    named = [("task.name", arguments.task), ("data.mixture", "")] if arguments.task else []
+    for member in members(load_config(arguments.config, [*named, *overrides])):
+        _show(get_task(member.task), examples=3 if arguments.action == "show" else 0)
     return 0
 
 

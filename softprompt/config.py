@@ -19,6 +19,7 @@ from softprompt.schema import (
     OPEN_MAPPINGS,
     OPTIMIZER_KEYS,
     RANGES,
+    TASKS_OWN,
     UNSCIENTIFIC_SECTIONS,
     UNTRAINED,
     base_config,
@@ -31,6 +32,7 @@ __all__ = [
     "differences",
     "flatten",
     "from_dict",
+    "members",
     "resolve",
     "scientific",
     "set_key",
@@ -180,6 +182,62 @@ def validate(config: ConfigDict) -> None:
             _check_range(key, value)
     _check_optimizer(values, defaults)
     _check_together(values)
+    if values["data.mixture"]:
+        _check_mixture(config)
+
+
+def _check_mixture(config: ConfigDict) -> None:
+    """What a mixture's names and its tasks' own keys must be."""
+    names = [one.task.name for one in members(config)]
+    if double := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"config key 'data.mixture' names {double[0]!r} twice; allowed: tasks that differ"
+        )
+    if config.method.name == "fewshot":
+        raise UserError(
+            f"config key 'data.mixture' is {config.data.mixture!r}; allowed: '' with "
+            "method.name=fewshot"
+        )
+
+
+def members(config: ConfigDict) -> list[ConfigDict]:
+    """The configs of a mixture's tasks, in order: each the same but for its task.
+
+    A config of one task is its own only member.
+
+    Raises:
+        UserError: the mixture is neither names nor a list of them and of tasks' keys, or what it
+            sets for a task is not allowed.
+    """
+    if not config.data.mixture:
+        return [config]
+    made, usual = [], to_dict(base_config())["task"]
+    for keys in _entries(config.data.mixture):
+        tree = to_dict(config)
+        if keys["name"] != config.task.name:
+            tree["task"] |= {key: usual[key] for key in TASKS_OWN}
+        tree["task"] |= keys
+        tree["data"] |= {"mixture": ""}
+        made.append(from_dict(tree))
+    return made
+
+
+def _entries(mixture: str) -> list[dict[str, Any]]:
+    """What each entry of a mixture sets in the section `task`, its name above all."""
+    entries: Any = [name.strip() for name in mixture.split(",")]
+    if mixture.lstrip().startswith("["):
+        try:
+            entries = json.loads(mixture)
+        except ValueError as error:
+            raise UserError(f"config key 'data.mixture' is not JSON: {error}") from error
+    made = [{"name": one} if isinstance(one, str) else one for one in entries]
+    for keys in made or [None]:
+        if not (isinstance(keys, dict) and keys.get("name")):
+            raise UserError(
+                f"config key 'data.mixture' has an entry {keys!r}; allowed: the name of a task, or "
+                'keys of `task` as in {"name": "mine", "source": "jsonl:mine.jsonl"}'
+            )
+    return made
 
 
 def _check_range(key: str, value: float) -> None:
@@ -237,7 +295,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
 def _check_method(values: Mapping[str, Any]) -> None:
     """What a method's keys demand of one another."""
     name, init, reparam = (values[f"method.{key}"] for key in ("name", "init", "reparam"))
-    starts = name in ("prompt", "prefix")
+    starts = name in ("prompt", "multitask", "prefix")
     if starts and init in ("text", "file") and not values[f"method.init_{init}"]:
         raise UserError(f"config key 'method.init_{init}' is empty; method.init={init} needs it")
     allowed = {"prompt": CHOICES["method.reparam"], "prefix": ("none", "mlp")}.get(name, ("none",))
@@ -254,6 +312,11 @@ def _check_method(values: Mapping[str, Any]) -> None:
     if values["method.bos"] == "before" and name not in ("prompt", *UNTRAINED):
         raise UserError(
             f"config key 'method.bos' is 'before'; allowed for method.name={name}: after, none"
+        )
+    if values["eval.text"] and name == "multitask":
+        raise UserError(
+            f"config key 'eval.text' is {values['eval.text']!r}; allowed: '' for "
+            "method.name=multitask, whose prompts are for tasks"
         )
 
 
@@ -303,8 +366,7 @@ def trial_name(config: ConfigDict) -> str:
     """Returns a name to read, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial."""
     method = config.method
     parts = {
-        "prompt": f"prompt-{method.length}-{method.init}",
-        "prefix": f"prefix-{method.length}-{method.init}",
+        **{n: f"{n}-{method.length}-{method.init}" for n in ("prompt", "multitask", "prefix")},
         "lora": f"lora-{method.rank}",
         "adapter": f"{method.placement}-{method.bottleneck}",
         "none": "zero-shot",

@@ -6,7 +6,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 # What a trial's method may be; all but the last two train something.
-METHODS = ("prompt", "prefix", "lora", "adapter", "bitfit", "ia3", "full", "none", "fewshot")
+METHODS = (
+    *("prompt", "multitask", "prefix", "lora", "adapter", "bitfit", "ia3", "full"),
+    *("none", "fewshot"),
+)
 UNTRAINED = ("none", "fewshot")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -43,6 +46,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "method.dropout": (0, 0.999999),
     "task.max_input": (1, math.inf),
     "task.max_target": (1, math.inf),
+    "data.cap": (0, math.inf),
     "data.train_examples": (0, math.inf),
     "data.subset_seed": (0, 2**32 - 1),
     "data.validation_examples": (0, math.inf),
@@ -85,6 +89,9 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
 # What may differ between two runs of the same trial: none of it is part of the trial's id.
 UNSCIENTIFIC_SECTIONS = ("log", "mesh")
 
+# What of the section `task` belongs to the task that it names, and not to others of a mixture.
+TASKS_OWN = ("source", "template", "verbalizers", "label_field", "id_field")
+
 # Keys that hold a mapping of a user's own names to strings, so its keys are free.
 OPEN_MAPPINGS = ("task.verbalizers",)
 
@@ -121,10 +128,12 @@ def _model() -> dict[str, Any]:
 
 def _method() -> dict[str, Any]:
     return {
-        # what is trained: prompt, prefix, lora, adapter, bitfit, ia3 or full; or none (zero-shot),
-        # or fewshot (solved examples as the context)
+        # what is trained: prompt, multitask (a prompt for each task of `data.mixture`), prefix,
+        # lora, adapter, bitfit, ia3 or full; or none (zero-shot), or fewshot (solved examples as
+        # the context)
         "name": "prompt",
-        "length": 20,  # prompt, prefix: length P, in vectors; 0 is the plain model
+        # prompt, multitask, prefix: length P, in vectors; 0 is the plain model
+        "length": 20,
         # vocabulary, uniform (embedding RMS), uniform_paper (U[-0.5, 0.5]), labels, text or file; a
         # prefix starts from what the model makes of these, or from noise or zeros
         "init": "vocabulary",
@@ -147,7 +156,7 @@ def _method() -> dict[str, Any]:
         "reparam": "none",
         "bottleneck": 64,  # adapter, reparam: width of the hidden layer
         "placement": "houlsby",  # adapter: houlsby (two a layer) or pfeiffer (one)
-        "rank": 8,  # lora: Z
+        "rank": 8,  # lora, multitask: Z
         "alpha": 16.0,  # lora: the update is scaled by alpha / rank
         # prompt: share of its entries that a step drops, the same for all examples; lora: of what
         # its A reads (PEFT's lora_dropout); 0 is off
@@ -178,8 +187,15 @@ def _task() -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
     return {
+        # tasks that are trained on together, in place of task.name alone, divided by commas: known
+        # ones, and task.name for what `task` says; or a JSON list, in which {"name": ...,
+        # "source": ...} has the keys of `task` for one. "" is one task. Each is mixed in by its
+        # number of examples, scored by itself, and counts alike in the mean that selects; the
+        # sizes below are each task's
+        "mixture": "",
+        "cap": 0,  # a balanced subset of this many examples where a task has more; 0 is all
         "train_examples": 0,  # a balanced subset of this many examples; 0 is all
-        "subset_seed": 0,  # which subset
+        "subset_seed": 0,  # which subset (of `cap`, too)
         "validation_examples": 0,  # 0 is all
         "test_examples": 0,  # 0 is all
     }

@@ -83,7 +83,7 @@ def refuse(capsys, tmp_path):
         (
             {"method__name": "lroa"},
             "config key 'method.name' is 'lroa' (did you mean 'lora'?); "
-            "allowed: prompt, prefix, lora, adapter, bitfit, ia3, full, none, fewshot",
+            "allowed: prompt, multitask, prefix, lora, adapter, bitfit, ia3, full, none, fewshot",
         ),
         (
             {"method__name": "prompt,lora"},
@@ -92,6 +92,18 @@ def refuse(capsys, tmp_path):
         (
             {"method__name": "lora", "method__rank": 0},
             "config key 'method.rank' is 0; allowed: at least 1",
+        ),
+        (
+            {"method__name": "multitask", "method__rank": 0},
+            "config key 'method.rank' is 0; allowed: at least 1",
+        ),
+        (
+            {"method__name": "multitask", "method__bos": "before"},
+            "config key 'method.bos' is 'before'; allowed for method.name=multitask: after, none",
+        ),
+        (
+            {"data__mixture": '["mine", "movie_sentimant"]', "method__name": "multitask"},
+            "unknown task 'movie_sentimant' (did you mean 'movie_sentiment'?); known: ",
         ),
         (
             {"method__name": "lora", "method__targets": "q,value"},

@@ -99,6 +99,18 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
         ("optimizer.max_row_norm", "inf", "'optimizer.max_row_norm' is inf; allowed: at least 0"),
         ("mesh.data", "0", "config key 'mesh.data' is 0"),
         ("task.source", "my.jsonl", "allowed: jsonl:PATH"),
+        ("data.mixture", "sms_spam,", "'data.mixture' has an entry {'name': ''}; allowed: the n"),
+        ("data.mixture", "[]", "'data.mixture' has an entry None; allowed: the name of a task"),
+        ("data.mixture", "[3]", "'data.mixture' has an entry 3; allowed: the name of a task"),
+        ("data.mixture", '["sms_spam"', "'data.mixture' is not JSON: Expecting ',' delimiter"),
+        ("data.mixture", "sarcasm, sms_spam,sarcasm", "'data.mixture' names 'sarcasm' twice"),
+        (
+            "data.mixture",
+            '[{"name": "mine", "sorce": "tsv:x"}]',
+            "unknown config key 'task.sorce' (did you mean task.source",
+        ),
+        ("data.mixture", '[{"name": "mine", "source": "tsv:x"}]', "'task.template' is empty"),
+        ("data.cap", "-1", "config key 'data.cap' is -1; allowed: at least 0"),
         ("task.source", "jsonl:my.jsonl", "'task.template' is empty"),
     ],
 )
@@ -130,6 +142,15 @@ def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(key, tex
         (
             {"method.name": "none", "train.ema": "0.9"},
             "config key 'train.ema' is 0.9; allowed: 0 with method.name=none, which trains nothing",
+        ),
+        (
+            {"method.name": "fewshot", "data.mixture": "sms_spam,sarcasm"},
+            "config key 'data.mixture' is 'sms_spam,sarcasm'; allowed: '' with method.name=fewshot",
+        ),
+        (
+            {"method.name": "multitask", "eval.text": "sotu"},
+            "config key 'eval.text' is 'sotu'; allowed: '' for method.name=multitask, whose "
+            "prompts are for tasks",
         ),
         (
             {"method.name": "fewshot", "optimizer.max_row_norm": "3"},

@@ -41,7 +41,7 @@ def train_work(
     contexts: tuple[int, int],
     examples: int,
     *,
-    run: bool = True,
+    runs: int = 1,
 ) -> Work:
     """Work of an average training step.
 
@@ -50,7 +50,7 @@ def train_work(
         layout: where the model wants an example.
         contexts: lengths of the encoder's (0 for a decoder) and of the decoder's context.
         examples: in a step.
-        run: the contexts are run; a prefix is not.
+        runs: how many contexts are run: one, or one of each task; none of a prefix.
     """
     targets_N = np.array([len(target) for target in encoded.targets], np.float64)
     own_N = targets_N + layout.target_slots if layout.encoder else targets_N - 1
@@ -59,7 +59,7 @@ def train_work(
     once = _work(_nothing(encoded), layout, contexts, np.zeros(0), heads=0.0)
     fields = [field.name for field in dataclasses.fields(Work)]
     rest = {f: (getattr(total, f) - getattr(once, f)) * share for f in fields}
-    return Work(**{f: rest[f] + run * getattr(once, f) for f in fields})
+    return Work(**{f: rest[f] + runs * getattr(once, f) for f in fields})
 
 
 def scoring_work(encoded: Encoded, layout: Layout, contexts: tuple[int, int]) -> Work:

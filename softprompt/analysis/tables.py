@@ -149,7 +149,7 @@ def overview(rows: Sequence[Row]) -> pd.DataFrame:
             for split, found in row["metrics"].items()
             if isinstance(found, dict)
             for name, value in found.items()
-            if isinstance(value, int | float) and name != "examples"
+            if isinstance(value, int | float) and not name.endswith("examples")
         }
         status = f"{row['status']}: {row['error']}" if row.get("error") else row["status"]
         lines.append(

@@ -1,7 +1,7 @@
 """Records to token ids: the template filled in, too long inputs cut inside their fields."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class Encoded:
             task.
         truncated: how many inputs were cut.
         label_names: the labels' names, in the candidates' order.
+        tasks: int32 [N], the number of each example's task in a mixture; None where all are of
+            task 0.
     """
 
     ids: list[str]
@@ -38,6 +40,11 @@ class Encoded:
     candidates: tuple[np.ndarray, ...]
     truncated: int
     label_names: tuple[str, ...] = ()
+    tasks: np.ndarray | None = None
+
+    def task(self, example: int) -> int:
+        """The number of an example's task."""
+        return 0 if self.tasks is None else int(self.tasks[example])
 
 
 def encode(
@@ -193,6 +200,34 @@ def _inside(offsets: list[tuple[int, int]], span: tuple[int, int], length: int) 
         if span[0] <= min(start, before) and max(end, after) <= span[1]:
             inside.append(place)
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def mix(splits: Mapping[str, Encoded]) -> Encoded:
+    """The examples of several tasks as one split, each as often as it is in its own.
+
+    So tasks are mixed in proportion to their sizes. Source: arXiv 1910.10683, section 3.5.2.
+
+    Args:
+        splits: the tasks' splits by name, in the order of their numbers. The names tell apart ids
+            that tasks share.
+    """
+    parts = list(splits.values())
+    candidates = {tuple(ids): ids for part in parts for ids in part.candidates}
+    place = {name: n for n, name in enumerate(candidates)}
+    labels = [
+        place[tuple(part.candidates[label])] if label >= 0 else -1
+        for part in parts
+        for label in part.labels.tolist()
+    ]
+    return Encoded(
+        ids=[f"{name}/{one}" for name, part in splits.items() for one in part.ids],
+        inputs=[ids for part in parts for ids in part.inputs],
+        targets=[ids for part in parts for ids in part.targets],
+        labels=np.array(labels, np.int32),
+        candidates=tuple(candidates.values()),
+        truncated=sum(part.truncated for part in parts),
+        tasks=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.ids) for part in parts]),
+    )
 
 
 def summary(encoded: Encoded) -> dict[str, Any]:

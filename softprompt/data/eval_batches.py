@@ -9,7 +9,17 @@ import numpy as np
 
 from softprompt.data.encode import Encoded
 from softprompt.data.packing import ENOUGH, best_fit
-from softprompt.data.rows import DECODER, EVAL, Batch, Layout, append, empty, input_row, scored_row
+from softprompt.data.rows import (
+    DECODER,
+    EVAL,
+    Batch,
+    Layout,
+    append,
+    empty,
+    input_row,
+    of_task,
+    scored_row,
+)
 from softprompt.errors import UserError
 
 Score = Literal["candidates", "targets"]
@@ -203,5 +213,5 @@ def _eval_batch(
             piece = input_row(layout, tokens)
             piece |= scored_row(layout, tokens, _scored(encoded, example, score))
             piece["pair_example_RC"] = np.full(len(piece["pair_token_RC"]), example)
-            append(batch, row, used, piece, segment)
+            append(batch, row, used, of_task(layout, piece, encoded.task(example)), segment)
     return EvalBatch({name: batch[name] for name in names}, *(batch[name] for name in PAIR))

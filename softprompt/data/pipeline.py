@@ -8,7 +8,17 @@ import numpy as np
 
 from softprompt.data.encode import Encoded
 from softprompt.data.packing import RowShape, Template, plan_template
-from softprompt.data.rows import DECODER, TRAIN, Batch, Layout, append, empty, input_row, train_row
+from softprompt.data.rows import (
+    DECODER,
+    TRAIN,
+    Batch,
+    Layout,
+    append,
+    empty,
+    input_row,
+    of_task,
+    train_row,
+)
 from softprompt.errors import UserError
 
 
@@ -63,7 +73,7 @@ def train_batch(
         for segment, example in enumerate(examples_B[rows_B == row].tolist(), 1):
             tokens, target = encoded.inputs[example], encoded.targets[example]
             piece = input_row(layout, tokens) | train_row(layout, tokens, target)
-            append(batch, row, used, piece, segment)
+            append(batch, row, used, of_task(layout, piece, encoded.task(example)), segment)
     batch["weight_RM"] /= batch["weight_RM"].sum()
     return batch
 

@@ -29,11 +29,14 @@ class Layout:
             decoder, in whose row the target follows the input.
         input_slots: prompt vectors that stand inline before each input in the encoder's row.
         target_slots: prompt vectors that stand inline before each target sequence.
+        prompts: how many prompts (an encoder-decoder's stand before inputs) there are for examples
+            to have one of, by their task; 0 where all have the same.
     """
 
     start: int | None = None
     input_slots: int = 0
     target_slots: int = 0
+    prompts: int = 0
 
     @property
     def encoder(self) -> bool:
@@ -42,9 +45,13 @@ class Layout:
 
     def names(self, *more: str) -> list[str]:
         """The arrays of a batch: those that every one has, and `more`."""
-        optional = {"input_prompt_RS": self.input_slots, "prompt_RT": self.target_slots}
-        inline = [name for name, slots in optional.items() if slots]
-        return [*(ENCODER if self.encoder else ()), *ROW, *inline, *more]
+        optional = {
+            "input_prompt_RS": self.input_slots,
+            "prompt_RT": self.target_slots,
+            "which_RT": self.prompts and not self.encoder,
+        }
+        there = [name for name, needed in optional.items() if needed]
+        return [*(ENCODER if self.encoder else ()), *ROW, *there, *more]
 
 
 DECODER = Layout()
@@ -121,6 +128,18 @@ def _shared_input(tokens: np.ndarray, scored: Sequence[np.ndarray]) -> Batch:
         "pair_token_RC": np.concatenate(scored),
         "pair_candidate_RC": np.repeat(branches, [n + 1 for n in own]),
     }
+
+
+def of_task(layout: Layout, piece: Batch, task: int) -> Batch:
+    """An example's arrays with those that say which of several prompts it has: its task's."""
+    if not layout.prompts:
+        return piece
+    assert 0 <= task < layout.prompts, f"task {task} has none of {layout.prompts} prompts"
+    if not layout.encoder:
+        return piece | {"which_RT": np.full(len(piece["tokens_RT"]), task)}
+    index = piece["input_prompt_RS"]
+    first = task * layout.input_slots
+    return piece | {"input_prompt_RS": np.where(index < 0, index, first + index)}
 
 
 def empty(rows: int, widths: dict[str, int], names: Sequence[str]) -> Batch:

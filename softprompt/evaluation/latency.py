@@ -34,11 +34,15 @@ ROWS, NEW, PAIRS = 8, 16, 21  # inputs together, tokens that each is continued b
 
 
 class Served(NamedTuple):
-    """A model in use: its weights, the variables and context of a method, and what it reads."""
+    """A model in use: its weights, the variables and context of a method, and what it reads.
+
+    `which`: the number of the prompt that all inputs have, where there are several.
+    """
 
     weights: Tree
     shared: tuple[Tree, Any]
     inputs: Sequence[np.ndarray]
+    which: int | None = None
 
 
 def compare(
@@ -89,16 +93,17 @@ def functions(
     model: Model, served: Served, *, mesh: Mesh | None, rows: int, new: int
 ) -> tuple[Run, Run]:
     """A function that runs a batch of inputs, and one that continues them by `new` tokens."""
-    weights, shared, inputs = served
+    weights, shared, inputs, which = served
     (batch,) = input_batches([inputs[n % len(inputs)] for n in range(rows)], batch=rows)
     slots = slots_for(batch.tokens_BT.shape[1])
-    tokens_BT, lengths_B = on_rows(mesh, (batch.tokens_BT, batch.lengths_B))
+    which_B = None if which is None else np.full(rows, which, np.int32)
+    arguments = on_rows(mesh, (batch.tokens_BT, batch.lengths_B, which_B))
     who = on_rows(mesh, Rows(np.arange(rows, dtype=np.uint32), np.ones(rows, bool)))
     rules = Rules(new, NO_TOKEN, GREEDY, jax.random.key(0))
 
     def prefill() -> Any:
         run = prefill_function(model)
-        return jax.block_until_ready(run(weights, shared, tokens_BT, lengths_B, slots=slots))
+        return jax.block_until_ready(run(weights, shared, *arguments, slots=slots))
 
     logits_BV, memory = prefill()
 

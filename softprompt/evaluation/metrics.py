@@ -1,5 +1,7 @@
 """Metrics of predicted labels, from scikit-learn. Unlabelled examples do not count."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -26,3 +28,24 @@ def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) 
         "macro_f1": float(f1_score(right, told, labels=present, average="macro", zero_division=0)),
         "examples": len(right),
     }
+
+
+def over_tasks(scores: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    """The scores of several tasks as one: means in which tasks count alike, and each by itself.
+
+    A task without a labelled example does not count. Those of an only task stay as they are.
+
+    Args:
+        scores: of each task by name, from `classification`.
+
+    Returns:
+        accuracy, macro_f1 and any others, then examples (of all), then "TASK/accuracy" and so on.
+    """
+    if len(scores) == 1:
+        return dict(*scores.values())
+    own = {f"{task}/{name}": x for task, found in scores.items() for name, x in found.items()}
+    count = int(sum(found["examples"] for found in scores.values()))
+    known = [found for found in scores.values() if found["examples"]]
+    names = [name for name in known[0] if name != "examples"] if known else []
+    means = {name: float(np.mean([found[name] for found in known])) for name in names}
+    return {**means, "examples": count, **own}

@@ -1,5 +1,6 @@
 """A finished trial put to use: scores on any split or task, answers to lines of text."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
@@ -10,11 +11,11 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from softprompt.config import ConfigDict, from_dict, to_dict
+from softprompt.config import ConfigDict, from_dict, members, to_dict
 from softprompt.data.eval_batches import coarse_shape, eval_batches
 from softprompt.errors import UserError, unknown
 from softprompt.evaluation.generation import read_labels
-from softprompt.evaluation.metrics import classification
+from softprompt.evaluation.metrics import classification, over_tasks
 from softprompt.evaluation.scoring import normalise, probabilities, score_batches
 from softprompt.inference.decode import generate
 from softprompt.methods import METHODS
@@ -47,29 +48,45 @@ def evaluate_run(
 
     Args:
         folder: of a trial.
-        task: another task for the same prompt (domain shift); None for its own.
+        task: one of the trial's, or another for the same prompt (domain shift); None for its own.
         split: train, validation or test.
         generated: also let the model write its answers, greedily, and count the illegal ones.
         any_weights: also where it was trained on other weights than the model's.
         progress: where waiting is reported.
 
     Returns:
-        {"task", "split", "accuracy", "macro_f1", "examples"}, and with `generated` also
-        {"generated": {..., "illegal": share of answers that are no label}}.
+        {"task", "split", "accuracy", "macro_f1", "examples"}, those of a mixture as `over_tasks`
+        has them, and with `generated` also {"generated": {..., "illegal": share of answers that are
+        no label}}.
     """
     if split not in SPLITS:
         raise unknown("--split", split, SPLITS)
-    config = read_config(folder)
-    if task is not None:
-        tree = to_dict(config)
-        tree["task"] = {"name": task}
-        config = from_dict(tree)
+    config, known = for_task(read_config(folder), task)
     prepared, delta = open_run(folder, config, progress, any_weights=any_weights)
+    prepared = prepared.of(task) if task in known else prepared
     metrics, _ = score(prepared, delta, split)
-    result: dict[str, Any] = {"task": prepared.data.task.name, "split": split, **metrics}
+    names = ",".join(one.task.name for one in prepared.tasks)
+    result: dict[str, Any] = {"task": names, "split": split, **metrics}
     if generated:
         result["generated"] = generated_scores(prepared, delta, split)
     return result
+
+
+def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str]]:
+    """A trial's config for a task that it may not have been trained on, and the config's tasks.
+
+    Raises:
+        UserError: another task where each has a prompt of its own.
+    """
+    known = [one.task.name for one in members(config)]
+    if task is None or task in known:
+        return config, known
+    if config.method.name == "multitask":
+        raise unknown("--task", task, known)
+    tree = to_dict(config)
+    tree["task"] = {"name": task}
+    tree["data"] |= {"mixture": ""}
+    return from_dict(tree), [task]
 
 
 def open_run(
@@ -116,22 +133,27 @@ def check_fit(delta: Any, prepared: Prepared, *, file: str) -> None:
 
 def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, float]:
     """Metrics of greedy answers; one that is no legal label is wrong, and counted."""
-    data, tokenizer = prepared.data, prepared.loaded.tokenizer
-    encoded = data.split(split)
-    longest = max(len(ids) for ids in encoded.candidates) + 1
-    answers = generate(
-        prepared.step.model,
-        prepared.frozen,
-        prepared.shared(delta),
-        encoded.inputs,
-        max_new=longest,
-        eos_id=tokenizer.eos_id,
-        batch=GROUP,
-        mesh=prepared.mesh,
-    )
-    texts = list(data.task.verbalizers.values())
-    labels_N, illegal = read_labels(answers, texts, tokenizer)
-    return {**classification(labels_N, encoded.labels, len(texts)), "illegal": illegal}
+    tokenizer, shared = prepared.loaded.tokenizer, prepared.shared(delta)
+    scores = {}
+    for one in prepared.tasks:
+        encoded = one.split(split)
+        numbers = [encoded.task(example) for example in range(len(encoded.ids))]
+        answers = generate(
+            prepared.step.model,
+            prepared.frozen,
+            shared,
+            encoded.inputs,
+            max_new=max(len(ids) for ids in encoded.candidates) + 1,
+            eos_id=tokenizer.eos_id,
+            batch=GROUP,
+            mesh=prepared.mesh,
+            which=numbers if prepared.layout.prompts else None,
+        )
+        texts = list(one.task.verbalizers.values())
+        labels_N, illegal = read_labels(answers, texts, tokenizer)
+        found = classification(labels_N, encoded.labels, len(texts))
+        scores[one.task.name] = {**found, "illegal": illegal}
+    return over_tasks(scores)
 
 
 def predict_lines(
@@ -139,6 +161,7 @@ def predict_lines(
     lines: Iterable[str],
     progress: Progress,
     *,
+    task: str | None = None,
     group: int = GROUP,
     any_weights: bool = False,
 ) -> Iterator[dict[str, Any]]:
@@ -150,6 +173,7 @@ def predict_lines(
         folder: of a trial.
         lines: texts, without line ends.
         progress: where waiting is reported.
+        task: as for `evaluate_run`; needed where the trial has several.
         group: lines answered together; 1 answers each as it comes.
         any_weights: also where the prompt was trained on other weights than the model's.
 
@@ -157,10 +181,13 @@ def predict_lines(
         {"text", "label", "probabilities": {label: share}} for each line, in order.
 
     Raises:
-        UserError: a line with another number of fields.
+        UserError: a line with another number of fields; no word on which of several tasks.
     """
-    config = read_config(folder)
+    config, known = for_task(read_config(folder), task)
+    if task is None and len(known) > 1:
+        raise UserError(f"--task is not given; allowed: {', '.join(known)}, the trial's tasks")
     prepared, delta = open_run(folder, config, progress, any_weights=any_weights)
+    prepared = prepared.of(task or known[0])
     shared = prepared.shared(delta)
     source, first = iter(lines), 1
     while together := list(itertools.islice(source, group)):
@@ -172,8 +199,9 @@ def _answer(
     prepared: Prepared, shared: Any, lines: list[str], *, first: int
 ) -> Iterator[dict[str, Any]]:
     """Answers one group of lines; `first` is the number of its first line."""
-    task, config = prepared.data.task, prepared.config
-    fields = task.fields
+    task, fields = prepared.data.task, prepared.data.task.fields
+    tasks_N = np.full(len(lines), prepared.data.test.task(0), np.int32)
+    (config,) = (one for one in members(prepared.config) if one.task.name == task.name)
     records: list[dict[str, str | None]] = []
     for number, line in enumerate(lines, first):
         texts = line.split("\t") if len(fields) > 1 else [line]
@@ -185,7 +213,7 @@ def _answer(
         texts_by_field = dict(zip(fields, texts, strict=True))
         records.append({"id": f"line {number}", "label": None, **texts_by_field})
     encoded = encode_records(config, prepared.loaded, task, records, bos=prepared.bos)
-    encoded = behind(prepared.prefix, encoded)
+    encoded = dataclasses.replace(behind(prepared.prefix, encoded), tasks=tasks_N)
     rows = 8 if len(lines) > 1 else 1
     multiple, layout = prepared.mesh.shape["data"], prepared.layout
     shape = coarse_shape(encoded, rows=-(-rows // multiple) * multiple, layout=layout)

@@ -4,7 +4,7 @@ Source: the rules are those of `generate(num_beams=..., early_stopping=False)` o
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -172,6 +172,7 @@ def beam_search(
     length_penalty: float = 1.0,
     batch: int = 8,
     room: int = 0,
+    which: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues each input by the best sequence that a beam search finds.
 
@@ -187,6 +188,7 @@ def beam_search(
             above 0 favours long ones.
         batch: examples run together.
         room: as for `generate`.
+        which: as for `generate`.
 
     Returns:
         Generated ids of each example.
@@ -204,5 +206,5 @@ def beam_search(
         return search_function(model)(weights, shared, memory, logits_BV, real_B, rules, **sizes)
 
     options: dict[str, Any] = {"max_new": max_new, "batch": batch, "room": room, "mesh": None}
-    outputs = over_batches(model, weights, shared, inputs, run, **options)
+    outputs = over_batches(model, weights, shared, inputs, run, which=which, **options)
     return [cut(out_N, max_new, rules.eos_id) for out_N in outputs]

@@ -26,6 +26,7 @@ def prefill(
     shared: tuple[Tree, Any],
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
+    which_B: jax.Array | None = None,
     *,
     slots: int,
 ) -> tuple[jax.Array, Any]:
@@ -37,6 +38,7 @@ def prefill(
         shared: the method's variables and the context.
         tokens_BT: the inputs, padded on the right.
         lengths_B: how many tokens each has.
+        which_B: which of several prompts each has. None: there is one.
         slots: places for an input's tokens in the memory, T or more.
 
     Returns:
@@ -45,12 +47,12 @@ def prefill(
     variables, context = shared
     apply = functools.partial(model.apply, collections(weights, variables))
 
-    def one(tokens_T: jax.Array, length: jax.Array) -> Any:
-        x_D, memory = apply(context, tokens_T, length, slots=slots, method="prefill")
+    def one(tokens_T: jax.Array, length: jax.Array, which: jax.Array | None) -> Any:
+        x_D, memory = apply(context, tokens_T, length, which, slots=slots, method="prefill")
         logits_1V: Any = apply(x_D[None], method="logits")
         return logits_1V[0], memory
 
-    return jax.vmap(one, out_axes=(0, model.memory_axes))(tokens_BT, lengths_B)
+    return jax.vmap(one, out_axes=(0, model.memory_axes))(tokens_BT, lengths_B, which_B)
 
 
 def empty_cache(memory: Any, new: int, *beams: int) -> Cache:

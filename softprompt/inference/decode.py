@@ -125,6 +125,7 @@ def generate(
     batch: int = 32,
     room: int = 0,
     mesh: Mesh | None = None,
+    which: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues inputs, or answers them where the model is a T5.
 
@@ -143,6 +144,7 @@ def generate(
         room: tokens that any input may have, so that calls with longer and shorter inputs share a
             program; by default as the longest of `inputs` needs.
         mesh: rows are split over its data axis.
+        which: which of several prompts each example has, by number. None: there is one.
 
     Returns:
         Generated ids of each example.
@@ -162,7 +164,7 @@ def generate(
         return decoded(weights, shared, memory, logits_BV, rows, rules, new=new)
 
     options: dict[str, Any] = {"max_new": max_new, "batch": batch, "room": room, "mesh": mesh}
-    outputs = over_batches(model, weights, shared, inputs, run, **options)
+    outputs = over_batches(model, weights, shared, inputs, run, which=which, **options)
     return [cut(out_N, max_new, eos) for out_N in outputs]
 
 
@@ -177,6 +179,7 @@ def over_batches(
     batch: int,
     room: int,
     mesh: Mesh | None,
+    which: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """What `run` (memory, logits, batch) gives for each input, batch by batch.
 
@@ -190,7 +193,8 @@ def over_batches(
     slots = slots_for(max([room, *(part.tokens_BT.shape[1] for part in batches)]))
     outputs: dict[int, np.ndarray] = {}
     for part in batches:
-        rows = on_rows(mesh, (part.tokens_BT, part.lengths_B))
+        which_B = None if which is None else np.asarray(which, np.int32)[part.example_B]
+        rows = on_rows(mesh, (part.tokens_BT, part.lengths_B, which_B))
         logits_BV, memory = prefill_function(model)(weights, shared, *rows, slots=slots)
         out_BN = np.asarray(run(memory, logits_BV, part))
         outputs.update(zip(part.example_B.tolist(), out_BN, strict=True))

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from softprompt.config import (
     ConfigDict,
     base_config,
+    members,
     resolve,
     set_key,
     to_dict,
@@ -75,6 +76,9 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
         write_adapter(to, Adapter(made.config, made.tensors, said))
         wrote = sorted(str(file) for file in to.iterdir())
         notes += [PADDING] if facts.method["name"] in peft.CONTEXTS else []
+    if facts.method["name"] == "multitask":
+        tasks = [f"{n} {one.task.name}" for n, one in enumerate(members(config))]
+        notes.append(f"task ids: {', '.join(tasks)}")
     return {"format": kind, "method": facts.method["name"], "wrote": wrote, "notes": notes}
 
 
@@ -137,6 +141,7 @@ def import_run(
     else:
         delta, method = peft.from_peft(adapter, model)
     config = with_method(config, method, said, file=str(file))
+    check_tasks(config, delta, file=str(file))
     loaded = load_unkept(config)
     trained = said.get("fingerprint", loaded.fingerprint)
     if trained != loaded.fingerprint and not any_weights:
@@ -154,6 +159,17 @@ def import_run(
         "workdir": str(workdir),
         "notes": notes_on(said, adapter) + conventions(to_dict(config)["method"], model),
     }
+
+
+def check_tasks(config: ConfigDict, delta: Mapping[str, Any], *, file: str) -> None:
+    """Raises a UserError where a multitask prompt has other numbers of tasks than the config."""
+    found = [leaf for path, leaf in flatten_dict(delta, sep="/").items() if "task_cols" in path]
+    names = [one.task.name for one in members(config)]
+    if found and len(found[0]) != len(names):
+        raise UserError(
+            f"{file} is for {len(found[0])} tasks, by number; the config has {len(names)}, "
+            f"{', '.join(names)}; name as many in data.mixture"
+        )
 
 
 def load_unkept(config: ConfigDict) -> Loaded:

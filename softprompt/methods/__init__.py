@@ -2,11 +2,12 @@
 
 from types import ModuleType
 
-from softprompt.methods import adapter, bitfit, full, ia3, lora, none, prefix, prompt
+from softprompt.methods import adapter, bitfit, full, ia3, lora, multitask, none, prefix, prompt
 
 METHODS: dict[str, ModuleType] = {
     "none": none,
     "prompt": prompt,
+    "multitask": multitask,
     "prefix": prefix,
     "lora": lora,
     "adapter": adapter,

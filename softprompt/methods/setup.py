@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from softprompt.config import ConfigDict
+from softprompt.config import ConfigDict, members
 from softprompt.data.encode import Encoded
 from softprompt.errors import UserError
 from softprompt.methods import initializers
 from softprompt.methods.adapter import AdapterConfig
 from softprompt.methods.ia3 import Ia3Config
 from softprompt.methods.lora import LoraConfig
+from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.loading import Loaded
@@ -30,6 +31,8 @@ def method_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> Any:
     method = config.method
     if method.name == "prompt":
         return prompt_config(config, loaded, train)
+    if method.name == "multitask":
+        return multitask_config(config, loaded, train)
     if method.name == "prefix":
         return prefix_config(config, loaded, train)
     if method.name == "lora":
@@ -53,8 +56,28 @@ def _targets(config: ConfigDict) -> dict[str, tuple[str, ...]]:
     return {"targets": named} if named else {}
 
 
-def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptConfig:
-    """The prompt method's configuration.
+def multitask_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> MultitaskConfig:
+    """The multitask method's configuration.
+
+    Raises:
+        UserError: see `method_config`; a prompt that does not see an encoder's input.
+    """
+    if loaded.encoder_decoder and not config.method.prompt_to_input:
+        raise UserError(
+            "config key 'method.prompt_to_input' is False; allowed for a multitask: True"
+        )
+    shared = prompt_config(config, loaded, train, allowed=("encoder",))
+    return MultitaskConfig(**vars(shared), tasks=len(members(config)), rank=config.method.rank)
+
+
+def prompt_config(
+    config: ConfigDict,
+    loaded: Loaded,
+    train: Encoded,
+    *,
+    allowed: Sequence[str] = ("encoder", "decoder"),
+) -> PromptConfig:
+    """The prompt method's configuration, of one that may stand in these places.
 
     Raises:
         UserError: see `method_config`.
@@ -64,7 +87,7 @@ def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptC
         raise UserError("config key 'method.bos' is 'before'; this model's tokenizer has no BOS")
     if method.init not in PROMPT_INITS:
         raise UserError(
-            f"config key 'method.init' is {method.init!r}; allowed for a prompt: "
+            f"config key 'method.init' is {method.init!r}; allowed for a {method.name}: "
             f"{', '.join(PROMPT_INITS)}"
         )
     return PromptConfig(
@@ -72,7 +95,7 @@ def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptC
         bos if method.bos == "before" else None,
         initializer(config, loaded, train),
         loaded.config.embed_scale,
-        places(config, loaded, ("encoder", "decoder")),
+        places(config, loaded, allowed),
         method.reparam,
         method.bottleneck,
         method.dropout,
@@ -123,9 +146,10 @@ def places(config: ConfigDict, loaded: Loaded, allowed: Sequence[str]) -> tuple[
     named = {"both": ("encoder", "decoder"), "all": ("encoder", "decoder", "cross")}
     where = named.get(config.method.place, (config.method.place,))
     if not set(where) <= set(allowed):
+        names = [*allowed, *(["both"] if len(allowed) > 1 else [])]
         raise UserError(
             f"config key 'method.place' is {config.method.place!r}; allowed for a "
-            f"{config.method.name}: {', '.join(allowed)}, both"
+            f"{config.method.name}: {', '.join(names)}"
         )
     return where
 

@@ -48,15 +48,33 @@ from softprompt.models.stack import Gather, stack
 
 @struct.dataclass
 class Context:
-    """Keys (rotated) and values that every row sees before its own tokens. P may be 0."""
+    """Keys (rotated) and values that every row sees before its own tokens. P may be 0.
+
+    Several contexts of one length may lie end to end, `choices` of them: a token sees one.
+    """
 
     k_LPGK: jax.Array
     v_LPGK: jax.Array
+    choices: int = struct.field(pytree_node=False, default=1)
 
     @property
     def length(self) -> int:
         """P, the number of positions the context takes."""
-        return self.k_LPGK.shape[-3]
+        return self.k_LPGK.shape[-3] // self.choices
+
+    def places(self) -> jax.Array:
+        """Where each of its keys stands, from 0."""
+        return jnp.tile(jnp.arange(self.length), self.choices)
+
+    def mask(self, which: jax.Array | None) -> jax.Array | None:
+        """Which of its keys are seen, [..., keys], by what sees context number `which` [...].
+
+        None: all of them, of an only context.
+        """
+        if which is None:
+            assert self.choices == 1, "a token has to say which of several contexts it sees"
+            return None
+        return which[..., None] == jnp.repeat(jnp.arange(self.choices), self.length)
 
 
 @struct.dataclass
@@ -78,10 +96,14 @@ class Cached:
 
 @struct.dataclass
 class Memory:
-    """What generation keeps of an input, and never changes: its keys and values, and its length."""
+    """What generation keeps of an input, and never changes.
+
+    Its keys and values, its length, and which of several contexts it sees (None: the only one).
+    """
 
     cached: Cached
     length: jax.Array
+    which: jax.Array | None = None
 
 
 class Decoder(nn.Module):
@@ -131,17 +153,21 @@ class Decoder(nn.Module):
         return Context(none, none)
 
     def prompt_context(self) -> Context:
-        """The context of the delta: a prefix, or what a prompt [P, D] becomes, or no positions."""
+        """The context of the delta: a prefix, or what a prompt [P, D] becomes, or no positions.
+
+        Of several prompts [N, P, D] it is the contexts of all, end to end.
+        """
         if (prefix := self.prefix()) is not None:
             return Context(*prefix)
-        prompt_PD = read_delta(self, "prompt")
-        if prompt_PD is None:
+        prompt = read_delta(self, "prompt")
+        if prompt is None:
             return self.empty_context()
-        return self._context_of(prompt_PD.astype(self.dtype))
+        prompt = prompt.astype(self.dtype)
+        return self._context_of(prompt if prompt.ndim == 3 else prompt[None])
 
     def text_context(self, tokens_P: jax.Array) -> Context:
         """The context of a text: a hard prompt, or few-shot examples."""
-        return self._context_of(self.embed(tokens_P))
+        return self._context_of(self.embed(tokens_P)[None])
 
     def hidden(
         self,
@@ -151,6 +177,7 @@ class Decoder(nn.Module):
         positions_T: jax.Array,
         branches_T: jax.Array | None = None,
         examples_E: jax.Array | None = None,
+        which_T: jax.Array | None = None,
     ) -> jax.Array:
         """Runs one row after a context.
 
@@ -163,6 +190,7 @@ class Decoder(nn.Module):
             branches_T: 0 for what a segment's branches share, else the branch (a candidate answer);
                 a token sees the shared part and its own branch.
             examples_E: ids of segments 1, 2, ..., for dropout.
+            which_T: which of several contexts a token sees, from 0. None: there is one.
 
         Returns:
             The residual stream after the last layer [T, D]; `logits` normalises what it is given.
@@ -173,7 +201,7 @@ class Decoder(nn.Module):
             mask_TS &= (branches_T == 0) | (branches_T[:, None] == branches_T)
         drop = row_drop(self, self.dropout, examples_E, segments_T)
         x_TD, positions_T = self.embed(tokens_T), positions_T + context.length
-        x_TD, _ = self._run(x_TD, context, mask_TS, positions_T, drop=drop)
+        x_TD, _ = self._run(x_TD, context, mask_TS, positions_T, which=which_T, drop=drop)
         return x_TD
 
     def targets(self, context: Context, row: Mapping[str, jax.Array]) -> jax.Array:
@@ -189,10 +217,16 @@ class Decoder(nn.Module):
         return self.final_states(self.targets(context, row))
 
     # Where `jax.vmap` over inputs finds the axis of inputs in `prefill`'s memory.
-    memory_axes: ClassVar[Any] = Memory(Cached(1, 1, None, 0), 0)  # type: ignore[arg-type]
+    memory_axes: ClassVar[Any] = Memory(Cached(1, 1, None, 0), 0, 0)  # type: ignore[arg-type]
 
     def prefill(
-        self, context: Context, tokens_T: jax.Array, length: jax.Array, *, slots: int
+        self,
+        context: Context,
+        tokens_T: jax.Array,
+        length: jax.Array,
+        which: jax.Array | None = None,
+        *,
+        slots: int,
     ) -> tuple[jax.Array, Memory]:
         """Runs an input that is to be continued.
 
@@ -200,6 +234,7 @@ class Decoder(nn.Module):
             context: what it sees besides itself.
             tokens_T: its tokens, padded on the right.
             length: how many they are, a scalar from 1.
+            which: which of several contexts it sees, a scalar. None: there is one.
             slots: S of the memory, T or more.
 
         Returns:
@@ -208,12 +243,12 @@ class Decoder(nn.Module):
         index_T = jnp.arange(tokens_T.shape[0])
         mask_TS = index_T[:, None] >= index_T
         positions_T = index_T + context.length
-        x_TD, kv = self._run(self.embed(tokens_T), context, mask_TS, positions_T)
+        x_TD, kv = self._run(self.embed(tokens_T), context, mask_TS, positions_T, which=which)
         index_S = jnp.arange(slots)
         spare = ((0, 0), (0, slots - index_T.shape[0]), (0, 0), (0, 0))
         k_LSGK, v_LSGK = (jnp.pad(part, spare) for part in kv)
         cached = Cached(k_LSGK, v_LSGK, index_S, index_S < length)
-        return x_TD[length - 1], Memory(cached, length)
+        return x_TD[length - 1], Memory(cached, length, which)
 
     def extend(
         self,
@@ -239,7 +274,8 @@ class Decoder(nn.Module):
         index_T = jnp.arange(tokens_T.shape[0])
         mask_TS = index_T[:, None] >= index_T
         x_TD, positions_T = self.embed(tokens_T), positions_T + context.length
-        return self._run(x_TD, context, mask_TS, positions_T, (memory.cached, cache))
+        cached = memory.cached, cache
+        return self._run(x_TD, context, mask_TS, positions_T, cached, which=memory.which)
 
     def logits(self, x_MD: jax.Array) -> jax.Array:
         """Logits [M, V] of positions of the residual stream, at least float32."""
@@ -265,13 +301,19 @@ class Decoder(nn.Module):
         positions_T = jnp.arange(tokens_T.shape[0])
         return self.logits(self.hidden(self.prompt_context(), tokens_T, same_T, positions_T))
 
-    def _context_of(self, x_PD: jax.Array) -> Context:
-        """Runs vectors as their own causal sequence and keeps the keys and values."""
-        index_P = jnp.arange(x_PD.shape[0])
-        mask_PS = index_P[:, None] >= index_P
-        drop = context_drop(self, self.dropout, x_PD.shape[0])
-        _, (k_LPGK, v_LPGK) = self._run(x_PD, self.empty_context(), mask_PS, index_P, drop=drop)
-        return Context(k_LPGK, v_LPGK)
+    def _context_of(self, x_NPD: jax.Array) -> Context:
+        """Runs vectors as N causal sequences, packed in one row, and keeps the keys and values."""
+        choices, length, width = x_NPD.shape
+        index = jnp.arange(choices * length)
+        mask = index[:, None] >= index
+        if choices > 1:
+            which = jnp.repeat(jnp.arange(choices), length)
+            mask &= which[:, None] == which
+        positions = jnp.tile(jnp.arange(length), choices)
+        x_PD = x_NPD.reshape(choices * length, width)
+        drop = context_drop(self, self.dropout, choices * length)
+        _, (k_LPGK, v_LPGK) = self._run(x_PD, self.empty_context(), mask, positions, drop=drop)
+        return Context(k_LPGK, v_LPGK, choices)
 
     def _run(
         self,
@@ -280,11 +322,13 @@ class Decoder(nn.Module):
         mask_TS: jax.Array,
         positions_T: jax.Array,
         cached: tuple[Cached, ...] = (),
+        which: jax.Array | None = None,
         drop: Drop | None = None,
     ) -> tuple[jax.Array, KeysValues]:
         """The layers, from vectors of the embedding width; what they share is computed once.
 
-        `positions_T` count the context. Without a cache they are below P + T.
+        `positions_T` count the context. Without a cache they are below P + T. `which` of several
+        contexts is seen is told by token, or once for all.
         """
         c = self.config
         if c.embed_width:
@@ -302,7 +346,10 @@ class Decoder(nn.Module):
             window_L = jnp.array([window or UNBOUNDED for window in c.windows])
         reach = context.length + x_TD.shape[0]
         cuts = any(0 < window and (cached or window < reach) for window in c.windows)
-        places = tuple((part.positions_S + context.length, part.valid_S) for part in cached)
+        places = (
+            (context.places(), context.mask(which)),
+            *((part.positions_S + context.length, part.valid_S) for part in cached),
+        )
         row = Row(mask_TS, positions_T if cuts else None, table, local, places, drop)
         kv = tuple((part.k_LSGK, part.v_LSGK) for part in cached)
         return self.layers(x_TD, Layer((context.k_LPGK, context.v_LPGK), window_L, kv), row)

@@ -120,16 +120,17 @@ class Row:
     """What all layers are told of the row.
 
     `positions_T` is there when a window can end inside the row or before it; `local` is the rotary
-    table of layers with a window, where they have their own; `cached` holds the positions [S] of
-    what is cached, the context included, and which of them are valid [S]; `drop` says whose masks
-    its positions get, None where nothing is dropped.
+    table of layers with a window, where they have their own; `before` holds the positions [S] of
+    the context's keys and of each cached part's, the context included, and which of them are seen,
+    [S] or [T, S] (None: all); `drop` says whose masks its positions get, None where nothing is
+    dropped.
     """
 
     mask_TS: jax.Array
     positions_T: jax.Array | None
     table: tuple[jax.Array, jax.Array] | None
     local: tuple[jax.Array, jax.Array] | None
-    cached: tuple[tuple[jax.Array, jax.Array], ...] = ()
+    before: tuple[tuple[jax.Array, jax.Array | None], ...]
     drop: Drop | None = None
 
 
@@ -176,11 +177,10 @@ def _table(layer: Layer, row: Row) -> Any:
 
 def _masks(layer: Layer, row: Row) -> list[jax.Array | None]:
     """What each query sees of the context, of each cached part and of its row."""
-    masks = [None, *(valid_S for _, valid_S in row.cached), row.mask_TS]
+    masks = [*(seen for _, seen in row.before), row.mask_TS]
     if layer.window is None or row.positions_T is None:
         return masks
-    context_P = jnp.arange(layer.context[0].shape[0])
-    places = [context_P, *(positions_S for positions_S, _ in row.cached), row.positions_T]
+    places = [*(positions_S for positions_S, _ in row.before), row.positions_T]
     near = [within(layer.window, row.positions_T, place_S) for place_S in places]
     return [a if mask is None else a & mask for a, mask in zip(near, masks, strict=True)]
 

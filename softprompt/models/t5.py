@@ -5,8 +5,9 @@ A trained prompt stands before the encoder's input, the decoder's, or both: the 
 
 Inline (`prompt_to_input`, the paper): each segment of a row has its own copy. The row keeps P
 slots before the segment's tokens, in the same segment; `prompt_index` is 0..P-1 there and -1
-elsewhere, and the slots' token ids do not matter. Prompt and input of the encoder see each other
-both ways; the decoder's prompt is causal and sees the input by cross-attention.
+elsewhere, and the slots' token ids do not matter. Of several prompts [N, P, D] a segment has the
+one that `prompt_index` counts to, N * P rows end to end. Prompt and input of the encoder see each
+other both ways; the decoder's prompt is causal and sees the input by cross-attention.
 
 Once (`prompt_to_input` off): the prompt does not see the input, hence is the same for all: a
 context, computed once a step and seen by every segment as if it stood right before its tokens.
@@ -138,7 +139,7 @@ class T5(nn.Module):
             segments_S: which example a position belongs to; it sees that example only. 0 is
                 padding.
             positions_S: position of each token in its example, from 0; it matters to contexts only.
-            prompt_index_S: which row of the prompt stands in a slot, -1 where a token is. None: no
+            prompt_index_S: which row of the prompts stands in a slot, -1 where a token is. None: no
                 slots.
             examples_E: ids of segments 1, 2, ..., for dropout.
 
@@ -226,7 +227,13 @@ class T5(nn.Module):
     memory_axes: ClassVar[Any] = Memory(None, 1, 0, _axes, None)  # type: ignore[arg-type]
 
     def prefill(
-        self, contexts: Contexts, tokens_S: jax.Array, length: jax.Array, *, slots: int
+        self,
+        contexts: Contexts,
+        tokens_S: jax.Array,
+        length: jax.Array,
+        which: jax.Array | None = None,
+        *,
+        slots: int,
     ) -> tuple[jax.Array, Memory]:
         """Encodes an input, and begins the decoder's row: its inline prompt, the start token.
 
@@ -234,13 +241,14 @@ class T5(nn.Module):
             contexts: what it sees besides itself.
             tokens_S: its tokens, padded on the right.
             length: how many they are, a scalar.
+            which: which of several prompts stands before the input, a scalar. None: there is one.
             slots: of the memory for the input's tokens, S or more.
 
         Returns:
             The decoder's residual stream [D] at the start token, and what `extend` needs.
         """
         spare = slots - tokens_S.shape[0]
-        row_S, positions_S, index_S = self._plain_row(self.encoder, tokens_S)
+        row_S, positions_S, index_S = self._plain_row(self.encoder, tokens_S, which)
         inline = row_S.shape[0] - tokens_S.shape[0]
         valid_S = jnp.arange(row_S.shape[0]) < inline + length
         states_SD = self.encode(contexts, row_S, valid_S, positions_S, index_S)
@@ -314,12 +322,14 @@ class T5(nn.Module):
         return self.logits(x_TD[-tokens_T.shape[0] :])
 
     def _plain_row(
-        self, stack: Stack, tokens_T: jax.Array
+        self, stack: Stack, tokens_T: jax.Array, which: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Tokens, positions and prompt index of a single segment, slots included."""
-        prompt_PD = stack.prompt() if self.prompt_to_input else None
-        length = 0 if prompt_PD is None else prompt_PD.shape[0]
+        prompts_NPD = stack.prompts() if self.prompt_to_input else None
+        choices, length = (1, 0) if prompts_NPD is None else prompts_NPD.shape[:2]
+        assert which is not None or choices == 1, "an input has to say which prompt it has"
         row_T = jnp.concatenate([jnp.zeros(length, tokens_T.dtype), tokens_T])
         index_T = jnp.arange(row_T.shape[0])
-        slots_T = None if prompt_PD is None else jnp.where(index_T < length, index_T, -1)
+        first = 0 if which is None else which * length
+        slots_T = None if prompts_NPD is None else jnp.where(index_T < length, first + index_T, -1)
         return row_T, jnp.maximum(index_T - length, 0), slots_T

@@ -47,19 +47,22 @@ class Stack(nn.Module):
         self.prefix = Prefix(self.dtype)
         self.cross_prefix = Prefix(self.dtype)
 
-    def prompt(self) -> jax.Array | None:
-        """The trained variable "prompt" [P, D], if there is one."""
-        prompt_PD = read_delta(self, "prompt")
-        return None if prompt_PD is None else prompt_PD.astype(self.dtype)
+    def prompts(self) -> jax.Array | None:
+        """The trained variable "prompt" as [N, P, D], if there is one: one [P, D] or several."""
+        prompt = read_delta(self, "prompt")
+        if prompt is None:
+            return None
+        return (prompt if prompt.ndim == 3 else prompt[None]).astype(self.dtype)
 
     def with_prompt(self, x_TD: jax.Array, prompt_index_T: jax.Array | None) -> jax.Array:
-        """Puts the prompt's rows where `prompt_index_T` is not negative."""
+        """Puts the rows of the prompts, end to end, where `prompt_index_T` is not negative."""
         if prompt_index_T is None:
             return x_TD
-        prompt_PD = self.prompt()
-        assert prompt_PD is not None, "a row has slots for a prompt that is not there"
-        if prompt_PD.shape[0] == 0:
+        prompts_NPD = self.prompts()
+        assert prompts_NPD is not None, "a row has slots for a prompt that is not there"
+        if prompts_NPD.size == 0:
             return x_TD
+        prompt_PD = prompts_NPD.reshape(-1, prompts_NPD.shape[-1])
         slots_TD = prompt_PD[jnp.maximum(prompt_index_T, 0)]
         return jnp.where(prompt_index_T[:, None] >= 0, slots_TD, x_TD)
 
@@ -81,10 +84,11 @@ class Stack(nn.Module):
 
     def prompt_context(self) -> tuple[Context, jax.Array]:
         """The prompt run alone: its keys and values, and its final states [P, D]; or the prefix."""
-        x_PD = self.prompt()
-        if x_PD is None:
+        prompts_NPD = self.prompts()
+        if prompts_NPD is None:
             return self.prefix_context(), jnp.zeros((0, self.config.width), self.dtype)
-        return self.context_of(x_PD)
+        assert len(prompts_NPD) == 1, "only inline prompts are chosen from"
+        return self.context_of(prompts_NPD[0])
 
     def context_of(self, x_PD: jax.Array) -> tuple[Context, jax.Array]:
         """Runs vectors alone: their keys and values, and their final states [P, D]."""

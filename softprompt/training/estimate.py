@@ -41,10 +41,15 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
             moves bytes for the update; compilation left out.
     """
     prepared = prepare(config, session)
-    sizes, data, layout = prepared.loaded.config, prepared.data, prepared.layout
+    sizes, layout = prepared.loaded.config, prepared.layout
     weights = _bytes(prepared.loaded.weights)
-    work = {s: scoring_work(data.split(s), layout, prepared.contexts) for s in SPLITS[1:]}
-    once = {split: forward_flops(sizes, part) for split, part in work.items()}
+
+    def scoring(split: str) -> float:
+        parts = [one.split(split) for one in prepared.tasks]
+        work = [scoring_work(part, layout, prepared.contexts) for part in parts]
+        return sum(forward_flops(sizes, one) for one in work)
+
+    once = {split: scoring(split) for split in SPLITS[1:]}
     flops, memory, trainable, seconds = once["validation"] + once["test"], float(weights), 0, 0.0
     if config.eval.text:
         flops += forward_flops(sizes, text_work(config.eval.text_tokens, prepared.contexts[1]))
@@ -93,6 +98,7 @@ def step_memory(prepared: Prepared, widths: dict[str, int], rows: float) -> floa
     which are computed again, those of one layer in float32.
     """
     sizes, (before, context) = prepared.loaded.config, prepared.contexts
+    context *= max(1, prepared.layout.prompts)
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
     kept = (10 * sizes.width + 3 * sizes.ffn) * size
     own = widths["T"]

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from softprompt.analysis.flops import Work, train_flops, train_work
-from softprompt.config import ConfigDict, trial_id
+from softprompt.config import ConfigDict, members, trial_id
 from softprompt.data.encode import Encoded
 from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import DECODER, Layout
@@ -20,6 +20,7 @@ from softprompt.evaluation.scoring import shared_function, text_context_function
 from softprompt.methods import METHODS
 from softprompt.methods.initializers import embedding_rms
 from softprompt.methods.lora import LoraConfig
+from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.methods.setup import few_shot_tokens, method_config
@@ -47,7 +48,8 @@ class Prepared:
         session: what it shares with other trials.
         loaded: the pretrained model.
         frozen: its weights less those that are trained themselves.
-        data: the task, tokenised for the model.
+        tasks: the config's task, or those of its mixture, tokenised for the model.
+        train: the examples that are trained on, of all tasks.
         mesh: where it runs.
         step: what is static in its steps; `step.model` is the model as the method wants it.
         bos: texts begin with the tokenizer's BOS.
@@ -55,7 +57,7 @@ class Prepared:
         contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, a BOS before
             a prompt included.
         shared: delta -> what every row of a forward pass shares (variables and context).
-        prefix: solved examples that an encoder reads before each input, as those of `data` have
+        prefix: solved examples that an encoder reads before each input, as those of `tasks` have
             them already; empty but for few-shot.
     """
 
@@ -63,7 +65,8 @@ class Prepared:
     session: Session
     loaded: Loaded
     frozen: Tree
-    data: TaskData
+    tasks: tuple[TaskData, ...]
+    train: Encoded
     mesh: jax.sharding.Mesh
     step: StepConfig
     bos: bool
@@ -71,6 +74,17 @@ class Prepared:
     contexts: tuple[int, int]
     shared: Callable[[Tree], Any]
     prefix: np.ndarray
+
+    @property
+    def data(self) -> TaskData:
+        """The task, or the first of a mixture."""
+        return self.tasks[0]
+
+    def of(self, task: str) -> "Prepared":
+        """The same for one task of a mixture, which keeps its number."""
+        return dataclasses.replace(
+            self, tasks=tuple(one for one in self.tasks if one.task.name == task)
+        )
 
 
 def prepare(config: ConfigDict, session: Session) -> Prepared:
@@ -87,9 +101,9 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
             "which predicts no plain text"
         )
     bos = loaded.tokenizer.add_bos and method.name != "fewshot" and method.bos == "after"
-    room = free_positions(config, loaded)
-    data = session.data(config, bos=bos)
-    cfg = method_config(config, loaded, data.train)
+    room = min(free_positions(one, loaded) for one in members(config))
+    tasks, train = session.mixture(config, bos=bos)
+    cfg = method_config(config, loaded, train)
     model, layout, contexts = arrange(config, loaded, cfg)
     name = "none" if method.name == "fewshot" else method.name
     step = StepConfig(model, name, cfg, config.train.z_loss, config.train.microbatches)
@@ -98,16 +112,29 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     shared: Callable[[Tree], Any] = lambda delta: compiled(delta, frozen)  # noqa: E731
     prefix = np.zeros(0, np.int32)
     if method.name == "fewshot":
-        tokens_P = few_shot_tokens(config, loaded, data.train, room=room)
+        tokens_P = few_shot_tokens(config, loaded, train, room=room)
         if isinstance(model, T5):
-            prefix, plain = tokens_P, data
+            prefix, plain = tokens_P, tasks[0]
             data = session.once(["prefix", trial_id(config)], lambda: all_behind(prefix, plain))
+            tasks, train = (data,), data.train
         else:
             context = text_context_function(model)(loaded.weights, jnp.asarray(tokens_P))
             contexts = 0, len(tokens_P)
             shared = lambda delta: ({}, context)  # noqa: E731
     return Prepared(
-        config, session, loaded, frozen, data, mesh, step, bos, layout, contexts, shared, prefix
+        config=config,
+        session=session,
+        loaded=loaded,
+        frozen=frozen,
+        tasks=tasks,
+        train=train,
+        mesh=mesh,
+        step=step,
+        bos=bos,
+        layout=layout,
+        contexts=contexts,
+        shared=shared,
+        prefix=prefix,
     )
 
 
@@ -141,7 +168,7 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
             f"{loaded.config.context_length} less task.max_target)"
         )
     most = room - (method.bos == "before")
-    if method.name in ("prompt", "prefix") and method.length > most:
+    if method.name in ("prompt", "multitask", "prefix") and method.length > most:
         raise UserError(
             f"config key 'method.length' is {method.length}; allowed: at most {most} (the model's "
             f"context of {loaded.config.context_length} less task.max_input and task.max_target"
@@ -162,22 +189,23 @@ def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout
         length += 1
     lora = config.method.dropout if isinstance(cfg, LoraConfig) else 0.0
     rates = Rates(config.train.dropout, lora)
+    prompts = cfg.tasks if isinstance(cfg, MultitaskConfig) else 0
     model = loaded.model.clone(remat=config.mesh.remat, dropout=rates)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
-        return model, DECODER, (0, length)
+        return model, dataclasses.replace(DECODER, prompts=prompts), (0, length)
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
     if isinstance(cfg, PromptConfig) and config.method.prompt_to_input:
-        return model, Layout(loaded.config.start, encoder, decoder), (0, 0)
+        return model, Layout(loaded.config.start, encoder, decoder, prompts), (0, 0)
     return model, Layout(loaded.config.start), (encoder, decoder)
 
 
 def train_source(prepared: Prepared) -> TrainSource:
     """The training batches of a trial, by step."""
-    config, data, layout = prepared.config, prepared.data, prepared.layout
-    template = prepared.session.template(config, data, layout)
+    config, train, layout = prepared.config, prepared.train, prepared.layout
+    template = prepared.session.template(config, train, layout)
     ids = any(prepared.step.model.dropout)
-    return TrainSource(data.train, template, config.seed, layout, ids=ids)
+    return TrainSource(train, template, config.seed, layout, ids=ids)
 
 
 def initial_state(prepared: Prepared) -> loop.State:
@@ -296,9 +324,10 @@ def seen_rms(loaded: Loaded) -> float:
 
 
 def step_work(prepared: Prepared) -> Work:
-    """What an average step has to compute: no padding, the context once."""
-    batch, run = prepared.config.train.batch, prepared.step.method != "prefix"
-    return train_work(prepared.data.train, prepared.layout, prepared.contexts, batch, run=run)
+    """What an average step has to compute: no padding, each context once."""
+    batch, layout = prepared.config.train.batch, prepared.layout
+    runs = 0 if prepared.step.method == "prefix" else max(1, layout.prompts)
+    return train_work(prepared.train, layout, prepared.contexts, batch, runs=runs)
 
 
 def step_flops(prepared: Prepared) -> float:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from softprompt.config import ConfigDict, to_dict
-from softprompt.data.encode import Encoded, encode, summary
+from softprompt.config import ConfigDict, members, to_dict
+from softprompt.data.encode import Encoded, encode, mix, summary
 from softprompt.data.eval_batches import EvalBatch, eval_batches, eval_shape
 from softprompt.data.packing import Template
 from softprompt.data.pipeline import TrainSource, train_template
@@ -40,6 +41,13 @@ class TaskData:
     def split(self, name: str) -> Encoded:
         """The split of this name: train, validation or test."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+    def numbered(self, number: int) -> "TaskData":
+        """The same as task `number` of a mixture."""
+        splits = [self.split(name) for name in SPLITS]
+        tasks = [np.full(len(one.ids), number, np.int32) for one in splits]
+        pairs = zip(splits, tasks, strict=True)
+        return TaskData(self.task, *(dataclasses.replace(s, tasks=t) for s, t in pairs))
 
 
 @dataclasses.dataclass
@@ -120,6 +128,20 @@ class Session:
         ]
         return self.once(key, lambda: self._encode(config, bos))
 
+    def mixture(self, config: ConfigDict, *, bos: bool) -> tuple[tuple[TaskData, ...], Encoded]:
+        """The data of each of a config's tasks, numbered, and the examples that are trained on."""
+        configs = members(config)
+        tasks = [self.data(one, bos=bos) for one in configs]
+        if not config.data.mixture:
+            return tuple(tasks), tasks[0].train
+        names = [one.task.name for one in configs]
+
+        def make() -> tuple[tuple[TaskData, ...], Encoded]:
+            mixed = mix(dict(zip(names, (one.train for one in tasks), strict=True)))
+            return tuple(one.numbered(n) for n, one in enumerate(tasks)), mixed
+
+        return self.once(["mixture", names, *map(id, tasks)], make)
+
     def _encode(self, config: ConfigDict, bos: bool) -> TaskData:
         """Reads, cuts and tokenises the splits."""
         task, sizes, loaded = get_task(config.task), config.data, self.model(config)
@@ -129,45 +151,47 @@ class Session:
             records = read_split(task, name)
             if name == "train" and sizes.train_examples:
                 records = balanced_subset(records, sizes.train_examples, sizes.subset_seed)
+            if name == "train" and 0 < sizes.cap < len(records):
+                records = balanced_subset(records, sizes.cap, sizes.subset_seed)
             limit = {"validation": sizes.validation_examples, "test": sizes.test_examples}
             records = seeded_sample(records, limit.get(name, 0))
             splits[name] = encode_records(config, loaded, task, records, bos=bos)
             self.progress.say(f"{task.name} {name}: {describe(splits[name])}")
         return TaskData(task, **splits)
 
-    def template(self, config: ConfigDict, data: TaskData, layout: Layout) -> Template:
+    def template(self, config: ConfigDict, train: Encoded, layout: Layout) -> Template:
         """The packing of the training split: shapes depend on the data alone, not on a seed."""
         examples = config.train.batch
 
         def make() -> Template:
-            made = train_template(data.train, examples=examples, layout=layout)
-            shape, fill = made.shape, TrainSource(data.train, made, 0, layout).epoch_fill()
+            made = train_template(train, examples=examples, layout=layout)
+            shape, fill = made.shape, TrainSource(train, made, 0, layout).epoch_fill()
             self.progress.say(
                 f"{examples} examples a step in {shape.rows} rows of {shape.tokens} tokens, "
                 f"{fill:.1%} full"
             )
             return made
 
-        return self.once(["template", id(data), examples, *dataclasses.astuple(layout)], make)
+        return self.once(["template", id(train), examples, *dataclasses.astuple(layout)], make)
 
     def eval_batches(
-        self, data: TaskData, split: str, *, mesh: Mesh, layout: Layout
-    ) -> list[EvalBatch]:
-        """A split packed for rank scoring; validation and test share one shape."""
+        self, tasks: Sequence[TaskData], split: str, *, mesh: Mesh, layout: Layout
+    ) -> list[list[EvalBatch]]:
+        """A split of each task packed for rank scoring; all validations and tests share a shape."""
         rows = mesh.shape["data"]
-        key = [id(data), rows, *dataclasses.astuple(layout)]
+        key = [*map(id, tasks), rows, *dataclasses.astuple(layout)]
         shape = self.once(
             ["shape", *key],
             lambda: eval_shape(
-                data.validation,
-                data.test,
+                *(part for one in tasks for part in (one.validation, one.test)),
                 budget=scoring_budget(),
                 row_multiple=rows,
                 layout=layout,
             ),
         )
         return self.once(
-            ["eval", split, *key], lambda: eval_batches(data.split(split), shape, layout=layout)
+            ["eval", split, *key],
+            lambda: [eval_batches(one.split(split), shape, layout=layout) for one in tasks],
         )
 
     def train_step(

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,12 +14,20 @@ import numpy as np
 from etils import epath
 
 from softprompt.analysis.flops import machine_flops
-from softprompt.config import ConfigDict, differences, from_dict, to_dict, trial_id, trial_name
+from softprompt.config import (
+    ConfigDict,
+    differences,
+    from_dict,
+    members,
+    to_dict,
+    trial_id,
+    trial_name,
+)
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
 from softprompt.evaluation import latency
-from softprompt.evaluation.metrics import classification
+from softprompt.evaluation.metrics import classification, over_tasks
 from softprompt.evaluation.scoring import normalise, score_batches, shared_function, token_nll
 from softprompt.evaluation.text import read_text, text_pieces
 from softprompt.methods import METHODS
@@ -37,7 +46,7 @@ from softprompt.training.prepare import (
     step_flops,
     train_source,
 )
-from softprompt.training.session import Session, optimizer_config, scoring_budget
+from softprompt.training.session import Session, TaskData, optimizer_config, scoring_budget
 from softprompt.training.sharding import put_batch, random_key
 from softprompt.training.step import StepConfig
 
@@ -246,38 +255,50 @@ def median_step(folder: epath.Path) -> float | None:
     )
 
 
-def score(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, float], np.ndarray]:
-    """Metrics of a split by rank scoring, and the scores [N, C] behind them."""
-    session, data = prepared.session, prepared.data
-    sums_NC, lengths_NC = score_batches(
-        prepared.step.model,
-        prepared.frozen,
-        prepared.shared(delta),
-        session.eval_batches(data, split, mesh=prepared.mesh, layout=prepared.layout),
-        mesh=prepared.mesh,
-        progress=lambda done, total: session.progress.stage(f"score {split}", done, total),
-    )
-    scores_NC = normalise(sums_NC, lengths_NC, prepared.config.eval.score)
-    labels_N = data.split(split).labels
-    return classification(scores_NC.argmax(axis=1), labels_N, scores_NC.shape[1]), scores_NC
+def score(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Metrics of a split by rank scoring (see `over_tasks`), and each task's scores [N, C]."""
+    session, shared = prepared.session, prepared.shared(delta)
+    mesh, layout, tasks = prepared.mesh, prepared.layout, prepared.tasks
+    batches = session.eval_batches(tasks, split, mesh=mesh, layout=layout)
+    metrics, scores = {}, []
+    for one, own in zip(tasks, batches, strict=True):
+        sums_NC, lengths_NC = score_batches(
+            prepared.step.model,
+            prepared.frozen,
+            shared,
+            own,
+            mesh=mesh,
+            progress=lambda done, total: session.progress.stage(f"score {split}", done, total),
+        )
+        scores_NC = normalise(sums_NC, lengths_NC, prepared.config.eval.score)
+        labels_N, classes = one.split(split).labels, scores_NC.shape[1]
+        metrics[one.task.name] = classification(scores_NC.argmax(axis=1), labels_N, classes)
+        scores.append(scores_NC)
+    return over_tasks(metrics), scores
 
 
 def test(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, float]:
     """Scores the test split, once, and writes the predictions by example id."""
-    metrics, scores_NC = score(prepared, delta, "test")
+    metrics, scores = score(prepared, delta, "test")
     if jax.process_index() == 0:
-        split, labels = prepared.data.test, list(prepared.data.task.verbalizers)
         lines = []
-        for name, label, row_C in zip(split.ids, split.labels, scores_NC, strict=True):
-            line = {
-                "id": name,
-                "label": labels[label] if label >= 0 else None,
-                "predicted": labels[int(row_C.argmax())],
-                "scores": dict(zip(labels, row_C.round(5).tolist(), strict=True)),
-            }
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        write_text(folder / PREDICTIONS, "".join(lines))
+        for one, scores_NC in zip(prepared.tasks, scores, strict=True):
+            named = {"task": one.task.name} if prepared.config.data.mixture else {}
+            lines += [json.dumps(named | line, ensure_ascii=False) for line in told(one, scores_NC)]
+        write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
     return metrics
+
+
+def told(data: TaskData, scores_NC: np.ndarray) -> Iterator[dict[str, Any]]:
+    """What predictions.jsonl says of a task's test examples, in their order."""
+    split, labels = data.test, list(data.task.verbalizers)
+    for name, label, row_C in zip(split.ids, split.labels, scores_NC, strict=True):
+        yield {
+            "id": name,
+            "label": labels[label] if label >= 0 else None,
+            "predicted": labels[int(row_C.argmax())],
+            "scores": dict(zip(labels, row_C.round(5).tolist(), strict=True)),
+        }
 
 
 def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
@@ -302,7 +323,8 @@ def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
 def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
     """What the delta costs in use, against the base: see `latency.compare`.
 
-    Weights that were trained themselves are first cast to the dtype of the base's.
+    Of a mixture the inputs are the first task's. Weights that were trained themselves are first
+    cast to the dtype of the base's.
     """
     config, session, mesh, step = prepared.config, prepared.session, prepared.mesh, prepared.step
     session.progress.stage("time prefill and decoding")
@@ -315,7 +337,8 @@ def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
         trained = jax.tree.map(lambda new, old: new.astype(old.dtype), delta, weights)
         ours = latency.Served(trained, plain({}, trained), behind)
     else:
-        ours = latency.Served(weights, prepared.shared(delta), behind)
+        which = 0 if prepared.layout.prompts else None
+        ours = latency.Served(weights, prepared.shared(delta), behind, which)
     rows = -(-latency.ROWS // mesh.shape["data"]) * mesh.shape["data"]
     return latency.compare(step.model, base, ours, mesh=mesh, rows=rows)
 
@@ -339,7 +362,7 @@ def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
         "fingerprint": loaded.fingerprint,
         "method": config.method.name,
         "bos": config.method.bos,
-        "task": config.task.name,
+        "task": ",".join(one.task.name for one in members(config)),
         "trial": trial_id(config),
     }
 

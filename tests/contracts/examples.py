@@ -173,6 +173,18 @@ def trial_config(model: Path, source: str, **changes: Any) -> ConfigDict:
     return config
 
 
+def two_tasks(source: str) -> str:
+    """A mixture of `trial_config`'s task and another, of the same texts with other answers."""
+    other = {
+        "name": "other",
+        "source": source,
+        "template": "{text}\nGood:",
+        "verbalizers": {"neg": " not at all", "pos": " yes"},
+        "id_field": "id",
+    }
+    return json.dumps(["own", other])
+
+
 class OneDevice(Session):
     """A session on one device, whatever the test run has."""
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from softprompt.progress import Progress
 from softprompt.training.trial import run_trial
-from tests.contracts.examples import OneDevice, trial_config, write_task
+from tests.contracts.examples import OneDevice, trial_config, two_tasks, write_task
 from tests.contracts.test_frozen import stored
 from tests.families import write_family_folder
 from tests.tiny_t5 import write_complete_t5
@@ -19,6 +19,7 @@ from tests.tiny_t5 import write_complete_t5
 METHODS = {
     "prompt": {"method__name": "prompt", "method__place": "both"},
     "residual": {"method__name": "prompt", "method__reparam": "residual"},
+    "multitask": {"method__name": "multitask", "method__rank": 2},
     "prefix": {"method__name": "prefix", "method__init": "noise", "method__place": "all"},
     "lora": {"method__name": "lora", "method__targets": "q,v,down"},
     "dropout": {"method__name": "lora", "method__dropout": 0.3, "train__dropout": 0.2},
@@ -69,8 +70,9 @@ def test_among_others_alone_and_resumed(place, shared, tmp_path, name):
     """Mutations: the step moves a frozen weight; a checkpoint holds one; a trial begins with the
     delta or the moments of the one before; a restored delta is the best one, not the last.
     """
+    more = {"data__mixture": two_tasks(place[1])} if name == "multitask" else {}
     config, other = (
-        trial_config(place[0], place[1], seed=seed, **COMMON, **METHODS[name]) for seed in (1, 2)
+        trial_config(*place, seed=seed, **COMMON, **METHODS[name], **more) for seed in (1, 2)
     )
     frozen = name != "full"
     before = {}

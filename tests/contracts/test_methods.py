@@ -3,6 +3,7 @@
 The other form is the model's own call on one plain text or pair, which knows no rows.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,7 @@ from softprompt.methods.adapter import AdapterConfig
 from softprompt.methods.ia3 import Ia3Config
 from softprompt.methods.initializers import vocabulary
 from softprompt.methods.lora import LoraConfig
+from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.layers import collections
@@ -40,6 +42,10 @@ CASES = {  # name -> the method and its configuration, for a decoder and for T5
         )
         for kind in ("residual", "residual_rows", "mlp")
     },
+    "multitask": (
+        "multitask",
+        lambda where: MultitaskConfig(P, None, SOURCE, places=where[:1], tasks=2, rank=3),
+    ),
     "prefix": (
         "prefix",
         lambda where: PrefixConfig(P, where and (*where, "cross")),
@@ -59,7 +65,7 @@ CASES = {  # name -> the method and its configuration, for a decoder and for T5
     "ia3, everywhere": ("ia3", lambda where: Ia3Config(EVERY)),
     "full": ("full", lambda where: None),
 }
-FRESH_IS_BASE = [name for name in CASES if not name.startswith("pr")]
+FRESH_IS_BASE = [name for name in CASES if not name.startswith(("pr", "multitask"))]
 KINDS = ("decoder", "t5", "t5, contexts")
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -67,9 +73,13 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 @functools.cache
 def base(kind):
-    """A tiny model, its weights, and random examples of its vocabulary, few lengths of each."""
+    """A tiny model, its weights, and random examples of its vocabulary, few lengths of each.
+
+    They are of two tasks, for methods that tell tasks apart.
+    """
     model, weights = tiny_decoder() if kind == "decoder" else tiny_t5(prompt_to_input=kind == "t5")
-    return model, weights, random_examples((7, 13, 7, 13), (1, 3, 1, 3), vocab=90)
+    encoded = random_examples((7, 13, 7, 13), (1, 3, 1, 3), vocab=90)
+    return model, weights, dataclasses.replace(encoded, tasks=np.array([0, 1, 1, 0], np.int32))
 
 
 def make(name, kind):
@@ -81,6 +91,8 @@ def make(name, kind):
     delta = METHODS[method].init(KEY, model, weights, cfg)
     slots = P if method == "prompt" and kind == "t5" else 0
     layout = DECODER if kind == "decoder" else Layout(0, slots, slots)
+    if method == "multitask":
+        layout = Layout(prompts=2) if kind == "decoder" else Layout(0, P, prompts=2)
     return StepConfig(model, method, cfg), delta, {} if method == "full" else weights, layout
 
 
@@ -93,20 +105,22 @@ def moved(delta):
 
 
 @functools.partial(quick_jit, static_argnames="config")
-def plain(config, delta, weights, *tokens):
-    variables = METHODS[config.method].variables(delta, weights, config.method_config, None)
+def plain(config, delta, weights, task, *tokens):
+    tasks = jnp.array([task])
+    variables = METHODS[config.method].variables(delta, weights, config.method_config, tasks)
     return config.model.apply(collections(weights, variables), *tokens)
 
 
 def alone(config, delta, weights, encoded):
     """Logits [targets, V] of every example by itself; what a causal stack reads ends in zeros."""
     made = []
-    for tokens, target in zip(encoded.inputs, encoded.targets, strict=True):
+    for n, (tokens, target) in enumerate(zip(encoded.inputs, encoded.targets, strict=True)):
         first, read = 0, [jnp.array(tokens), np.array([0, *target[:-1]])]
         if not hasattr(config.model.config, "start"):
             first, read = len(tokens) - 1, [np.array([*tokens, *target[:-1]])]
         read[-1] = jnp.array(np.pad(read[-1], (0, 16 - len(read[-1]))))  # few shapes to compile
-        made.append(np.asarray(plain(config, delta, weights, *read))[first : first + len(target)])
+        logits_TV = plain(config, delta, weights, encoded.task(n), *read)
+        made.append(np.asarray(logits_TV)[first : first + len(target)])
     return made
 
 

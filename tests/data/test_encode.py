@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from softprompt.data.encode import encode, summary
+from softprompt.data.encode import encode, mix, summary
 from softprompt.data.tasks import TASKS, Task
 from softprompt.errors import UserError
 from softprompt.models.tokenizer import Tokenizer
@@ -175,6 +175,20 @@ def test_encoding_depends_on_the_example_alone() -> None:
     together = run(records)
     for place, record in enumerate(records):
         assert np.array_equal(together.inputs[place], run([record]).inputs[0])
+
+
+def test_a_mixture_has_each_tasks_examples() -> None:
+    """Mutation: labels are those of the task's own candidates; ids that clash; tasks in turns."""
+    one = run([*movie("fine"), *movie("bad", label="negative")])
+    yes = replace(MOVIE, verbalizers={"positive": " positive", "yes": " yes"})
+    other = run(movie("so", label="yes"), yes)
+    mixed = mix({"one": one, "other": other})
+    assert mixed.ids == [f"one/{n}" for n in one.ids] + [f"other/{n}" for n in other.ids]
+    assert [mixed.task(n) for n in range(3)] == [0, 0, 1]
+    assert len(mixed.candidates) == 3  # " positive" is one of both
+    for n, (label, target) in enumerate(zip(mixed.labels, mixed.targets, strict=True)):
+        assert mixed.candidates[label].tolist() == target.tolist()
+        assert target.tolist() == [*one.targets, *other.targets][n].tolist()
 
 
 def test_summary_counts() -> None:

@@ -82,7 +82,7 @@ def test_the_interval_holds_the_median_often_enough(count):
     assert covered(low) >= 0.95 > covered(low + 1)
 
 
-@pytest.mark.parametrize("method", ["prompt", "full"])
+@pytest.mark.parametrize("method", ["prompt", "multitask", "full"])
 def test_a_trial_measures_it(tiny_folder, tmp_path, method, monkeypatch):
     """What is timed answers as the trained model and the base do. Mutation: both are timed with the
     delta; with all weights trained, the base's are timed twice."""

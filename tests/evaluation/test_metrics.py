@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from softprompt.evaluation.metrics import classification
+from softprompt.evaluation.metrics import classification, over_tasks
 
 
 def metrics(predicted, labels, classes):
@@ -52,3 +52,13 @@ def test_results_are_plain_numbers():
     """Mutation: numpy scalars, which JSON refuses."""
     found = metrics([0, 1], [0, 1], 2)
     assert {type(value) for value in found.values()} == {float, int}
+
+
+def test_tasks_count_alike_in_the_mean():
+    """Mutation: a mean over examples; a task without labels counts as 0.0; no single task's."""
+    small = {"accuracy": 1.0, "macro_f1": 0.5, "examples": 1}
+    large = {"accuracy": 0.5, "macro_f1": 0.0, "examples": 9}
+    found = over_tasks({"a": small, "b": {"examples": 0}, "c": large})
+    assert {n: found[n] for n in small} == {"accuracy": 0.75, "macro_f1": 0.25, "examples": 10}
+    assert (found["a/accuracy"], found["b/examples"], found["c/macro_f1"]) == (1.0, 0, 0.0)
+    assert over_tasks({"a": small}) == small

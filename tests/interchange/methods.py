@@ -11,6 +11,7 @@ import numpy as np
 from softprompt.methods import METHODS
 from softprompt.methods.ia3 import Ia3Config
 from softprompt.methods.lora import LoraConfig
+from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models import t5_names
@@ -39,6 +40,9 @@ def lora(case: Case) -> LoraConfig:
 CONFIGS: dict[str, Callable[[Case], Any]] = {
     "prompt": lambda case: PromptConfig(
         case.method["length"], places=places(case, place="encoder")
+    ),
+    "multitask": lambda case: MultitaskConfig(
+        case.method["length"], places=places(case, place="encoder"), rank=case.method["rank"]
     ),
     "prefix": lambda case: PrefixConfig(case.method["length"], places(case, place="decoder")),
     "lora": lora,

@@ -56,7 +56,8 @@ def place(tmp_path_factory):
 def taking(place, model="llama", **more):
     """What `import` is told: the model, and the task."""
     given = words(place, place / model, **more)
-    about = [word for word in given if word.startswith(("--config.task", "--config.method.bos"))]
+    named = ("--config.task", "--config.data", "--config.method.bos")
+    about = [word for word in given if word.startswith(named)]
     return ["--model", place / model, "--config.model.dtype=float32", *about]
 
 
@@ -86,6 +87,13 @@ def _only(delta):
     return delta
 
 
+def mixture(place):
+    """The task, as number 1, with another of the same texts."""
+    other = {"name": "other", "source": f"jsonl:{place}/{{split}}.jsonl", "template": "{text}:"}
+    return json.dumps([other | {"verbalizers": {"good": " yes", "bad": " not at all"}}, "mine"])
+
+
+TASKS = ("other", "mine")
 METHODS = {
     "prefix": {"method__init": "noise", "method__length": 2},
     "lora": {
@@ -95,23 +103,30 @@ METHODS = {
         "method__targets": "q,up",
     },
     "ia3": {},
+    "multitask": {"method__rank": 2},
     "ptuning": {"method__name": "prompt", "method__reparam": "mlp", "method__bottleneck": 5},
 }
 
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [*[("llama", method) for method in METHODS], ("t5", "lora"), ("t5", "ia3"), ("t5", "ptuning")],
+    [
+        *[("llama", method) for method in METHODS],
+        *[("t5", method) for method in ("lora", "ia3", "multitask", "ptuning")],
+    ],
 )
 def test_every_method_there_and_back(place, tmp_path, capsys, model, method):
     """Mutation: a key of the method's config, such as rslora, is not set on import."""
     more = {"train__steps": 2, "optimizer__rate": 0.3, "optimizer__warmup": 0, **METHODS[method]}
+    more |= {"data__mixture": mixture(place)} if method == "multitask" else {}
     command = words(place, place / model, **{"method__name": method, **more})
     run(capsys, "train", *command, "--workdir", tmp_path / "run")
     report = run(
         capsys, "export", "--run", tmp_path / "run", "--format", "peft", "--to", tmp_path / "a"
     )
-    made = run(capsys, "import", tmp_path / "a", *taking(place, model), "--workdir", tmp_path / "b")
+    data = {key: value for key, value in more.items() if key.startswith("data")}
+    asked = ["import", tmp_path / "a", *taking(place, model, **data), "--workdir", tmp_path / "b"]
+    made = run(capsys, *asked)
     assert made["method"] == report["method"] == METHODS[method].get("method__name", method)
     theirs, mine = (load_delta(tmp_path / f / "delta.safetensors")[0] for f in ("run", "b"))
     for one, other in zip(*map(jax.tree.leaves, (theirs, mine)), strict=True):
@@ -122,6 +137,43 @@ def test_every_method_there_and_back(place, tmp_path, capsys, model, method):
     configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("run", "b")]
     keys = ("name", "rank", "alpha", "rslora") if method == "lora" else ("name",)
     assert len({tuple(config["method"][key] for key in keys) for config in configs}) == 1
+
+
+def test_a_prompt_for_tasks_knows_them_by_number(place, tmp_path, capsys, monkeypatch):
+    """Mutations: the report does not name the numbers; another number of tasks is accepted; a
+    line is answered with the first task's prompt, or its words.
+    """
+    more = {"method__name": "multitask", "data__mixture": mixture(place), "train__steps": 2}
+    more |= {"optimizer__rate": 0.3, "eval__select": "last"}
+    trial, to = tmp_path / "run", tmp_path / "a"
+    told = run(capsys, "train", *words(place, place / "llama", **more), "--workdir", trial)
+    report = run(capsys, "export", "--run", trial, "--format", "peft", "--to", to)
+    assert report["notes"][-1] == "task ids: 0 other, 1 mine"
+    line = run(capsys, "import", to, *taking(place), "--workdir", tmp_path / "b", code=2)
+    assert line == f"{to} is for 2 tasks, by number; the config has 1, mine; name as many in " + (
+        "data.mixture"
+    )
+    scores = {task: run(capsys, "evaluate", "--run", trial, "--task", task) for task in TASKS}
+    for task, found in scores.items():
+        assert found["accuracy"] == told["metrics"]["test"][f"{task}/accuracy"]
+    line = run(capsys, "evaluate", "--run", trial, "--task", "sms_spam", code=2)
+    assert line == "unknown --task 'sms_spam'; known: mine, other"
+    monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\n"))
+    line = run(capsys, "predict", "--run", trial, code=2)
+    assert line == "--task is not given; allowed: other, mine, the trial's tasks"
+    texts = [json.loads(line)["text"] for line in (place / "test.jsonl").read_text().splitlines()]
+    lines = (trial / "predictions.jsonl").read_text().splitlines()
+    wanted = [line for line in map(json.loads, lines) if line["task"] == "mine"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts)))
+    asked = ["predict", "--run", str(trial), "--task", "mine", "--format", "json"]
+    assert cli.main(asked) == 0
+    for text, line in zip(capsys.readouterr().out.splitlines(), wanted, strict=True):
+        raised = np.exp(list(line["scores"].values()))
+        shares = list(json.loads(text)["probabilities"].values())
+        np.testing.assert_allclose(shares, raised / raised.sum(), atol=1e-4)
+    answers = run(capsys, "evaluate", "--run", trial, "--generate")["generated"]
+    both = [answers[f"{task}/illegal"] for task in TASKS]
+    assert answers["illegal"] == np.mean(both) and answers["examples"] == 40
 
 
 def test_an_imported_adapter_answers(place, tmp_path, capsys, monkeypatch):

@@ -153,7 +153,7 @@ def test_the_command_line_takes_a_t5(place, shared, tmp_path, capsys, monkeypatc
     told = json.loads(capsys.readouterr().out)
     row = json.loads((tmp_path / "result.json").read_text())
     assert told["accuracy"] == row["metrics"]["test"]["accuracy"]
-    np.testing.assert_allclose(scored[0][1], scores_of_the_test(tmp_path), atol=1e-4)
+    np.testing.assert_allclose(scored[0][1][0], scores_of_the_test(tmp_path), atol=1e-4)
     assert 0 <= told["generated"]["illegal"] <= 1
     prepared, (delta, _) = prepare(config, shared), load_delta(tmp_path / "delta.safetensors")
     for answer, input_S in zip(written[0][:2], prepared.data.test.inputs, strict=False):
