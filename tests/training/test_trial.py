@@ -251,7 +251,7 @@ def test_the_average_is_what_is_tested_and_saved(place, done, tiny_folder, sessi
     np.testing.assert_array_equal(saved_PD, found_PD)
     assert np.abs(saved_PD - delta_PD).max() > 0.05
     prompts = ({"prompt": x_PD} for x_PD in (delta_PD, saved_PD))
-    scores = [score(prepare(plain, session), prompt, "test")[1] for prompt in prompts]
+    scores = [score(prepare(plain, session), prompt, "test")[1][0] for prompt in prompts]
     assert np.abs(scores[0] - scores[1]).max() > 1e-3
     lines = (tmp_path / "average" / "predictions.jsonl").read_text().splitlines()
     found = [list(json.loads(line)["scores"].values()) for line in lines]
