@@ -12,7 +12,7 @@ from softprompt.models.loading import load_model
 from softprompt.training.delta_file import load_delta
 from softprompt.training.prepare import prepare
 from softprompt.training.trial import latency_metrics, run_trial
-from tests.contracts.examples import session, trial_config, write_task
+from tests.contracts.examples import session, trial_config, two_tasks, write_task
 from tests.tiny_t5 import write_complete_t5
 
 INPUTS = [np.arange(2, 2 + n, dtype=np.int32) for n in (5, 9, 3)]
@@ -85,7 +85,7 @@ def test_the_interval_holds_the_median_often_enough(count):
 @pytest.mark.parametrize("method", ["prompt", "multitask", "full"])
 def test_a_trial_measures_it(tiny_folder, tmp_path, method, monkeypatch):
     """What is timed answers as the trained model and the base do. Mutation: both are timed with the
-    delta; with all weights trained, the base's are timed twice."""
+    delta; with all weights trained, the base's are timed twice; of tasks none is named."""
     seen = {}
 
     def compare(model, base, other, *, mesh, rows):
@@ -96,8 +96,9 @@ def test_a_trial_measures_it(tiny_folder, tmp_path, method, monkeypatch):
 
     monkeypatch.setattr(latency, "compare", compare)
     changes = {"method__name": method, "optimizer__rate": 0.3}
-    more = {"eval__latency": True, "eval__select": "last"}
-    config = trial_config(tiny_folder, write_task(tmp_path), **changes, **more)
+    more, source = {"eval__latency": True, "eval__select": "last"}, write_task(tmp_path)
+    more |= {"data__mixture": two_tasks(source)} if method == "multitask" else {}
+    config = trial_config(tiny_folder, source, **changes, **more)
     with session() as shared:
         row = run_trial(config, tmp_path / "w", session=shared)
         loaded = shared.model(config)
