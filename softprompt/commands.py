@@ -173,6 +173,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.training.estimate import estimate
     from softprompt.training.loop import terminable
     from softprompt.training.session import Session
+    from softprompt.training.together import Together
     from softprompt.training.trial import run_trial
 
     with Progress() as progress, terminable():
@@ -189,7 +190,10 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             lambda config, folder: run_trial(config, folder, session=session),
             progress=progress,
             estimate=lambda config: estimate(config, session),
+            together=Together(session),
         )
+        if session.compiled:
+            progress.say(f"{len(session.compiled)} training programs compiled")
     if jax.process_index() == 0:
         _write_experiment(experiment, arguments.workdir)
     for row in failed:

@@ -44,6 +44,12 @@ class Progress:
             self._bars.start()
         return self
 
+    def part(self, name: str) -> "Progress":
+        """The display of a trial that runs beside others: lines of its own, and bars."""
+        made = Progress(self._stream)
+        made._bars, made._trial = self._bars, name
+        return made
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

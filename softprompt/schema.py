@@ -77,6 +77,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "log.snapshots": (0, math.inf),
     "mesh.data": (-1, math.inf),
     "mesh.model": (1, math.inf),
+    "mesh.population": (0, math.inf),
 }
 
 # Optimizers' own keys: with another optimizer a value of one's own is a mistake.
@@ -282,4 +283,7 @@ def _mesh() -> dict[str, Any]:
         # what the model axis leaves of the weights: replicated over the data axis, or sharded
         # (each layer is gathered when it is computed; for models too large to be whole)
         "weights": "replicated",
+        # trials of a sweep that take their steps together, as one program of the vmapped step: at
+        # most this many; 0 is as many as suit the machine, 1 is one trial after another
+        "population": 1,
     }

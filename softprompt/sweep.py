@@ -4,10 +4,11 @@ An experiment is a Python file in `experiments/` with `CAPTION`, `sweep(subset)`
 `figure(rows)`.
 """
 
+import functools
 import io
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from softprompt.schema import UNTRAINED
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from softprompt.training.together import Together
 
 RunTrial = Callable[[ConfigDict, epath.Path], Row]
 Estimate = Callable[[ConfigDict], Mapping[str, float]]
@@ -113,8 +116,9 @@ def run_sweep(
     *,
     progress: Progress,
     estimate: Estimate | None = None,
+    together: "Together | None" = None,
 ) -> list[Row]:
-    """Runs the trials that are not done, one after another.
+    """Runs the trials that are not done, one after another, or some of them together.
 
     A trial that fails becomes a row with its error and the sweep goes on; a rerun tries it again.
     An interruption (KeyboardInterrupt, or SystemExit(75) after SIGTERM) passes through.
@@ -125,6 +129,7 @@ def run_sweep(
         run_trial: runs one config in its folder, writes its result and returns it.
         progress: where it says how far it is.
         estimate: gives the "seconds" expected of a config, for the time left.
+        together: groups trials and runs a group's members side by side.
 
     Returns:
         The rows that failed.
@@ -135,19 +140,46 @@ def run_sweep(
     if finished:
         progress.say(f"{finished} of {len(trials)} trials are done already")
     weights = {index: _seconds(trials[index], estimate) for index in todo}
-    failed, spent, paid = [], 0.0, 0.0
-    for position, index in enumerate(todo):
-        rest = sum(weights[other] for other in todo[position:])
+    jobs = {index: (trials[index], folders[index]) for index in todo}
+    groups: list[tuple[list[int], int]] = [([place], 1) for place in range(len(todo))]
+    if together is not None:
+        groups = together.plan([trials[index] for index in todo])
+    failed: list[Row] = []
+    spent = paid = 0.0
+    for places, width in groups:
+        members = {index: jobs[index] for index in (todo[place] for place in places)}
+        rest = sum(weights.values())
         left = rest * spent / paid if paid else (rest if estimate else None)
-        progress.trial(trial_name(trials[index]), finished + position, len(trials), left)
+        name = trial_name(trials[next(iter(members))])
+        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+        progress.trial(name + more, len(trials) - len(weights), len(trials), left)
         began = time.monotonic()
-        row = _run_one(trials[index], folders[index], run_trial, progress)
-        if row["status"] == "done":
-            spent, paid = spent + time.monotonic() - began, paid + weights[index]
-        else:
-            failed.append(row)
+        for index, row in _run_group(members, width, run_trial, progress, together):
+            seconds, began = time.monotonic() - began, time.monotonic()
+            weight = weights.pop(index)
+            if row["status"] == "done":
+                spent, paid = spent + seconds, paid + weight
+            else:
+                failed.append(row)
     progress.trial("", len(trials), len(trials), 0.0)
     return failed
+
+
+def _run_group(
+    members: Mapping[int, tuple[ConfigDict, epath.Path]],
+    width: int,
+    run_trial: RunTrial,
+    progress: Progress,
+    together: "Together | None",
+) -> Iterator[tuple[int, Row]]:
+    """A group's trials by their index, in the order in which they end."""
+    if together is None or width == 1:
+        for index, job in members.items():
+            yield index, _run_one(*job, run_trial, progress)
+        return
+    indices, run = list(members), functools.partial(_run_one, progress=progress)
+    for place, row in together.run(list(members.values()), width, run):
+        yield indices[place], row
 
 
 def _seconds(config: ConfigDict, estimate: Estimate | None) -> float:

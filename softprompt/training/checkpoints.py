@@ -4,6 +4,7 @@ One small wrapper around orbax, so that its interface is met in one place. Write
 process that dies during one leaves the checkpoint before it.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,10 @@ from etils import epath
 
 Tree = Any
 
+# orbax numbers the writes of a process, and takes those of two managers for one another's: where
+# trials run in threads, a write ends before the next begins.
+_WRITING = threading.Lock()
+
 
 @contextmanager
 def checkpoint_manager(folder: epath.PathLike, *, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
@@ -23,8 +28,9 @@ def checkpoint_manager(folder: epath.PathLike, *, keep: int = 2) -> Iterator[ocp
     try:
         yield manager
     finally:
-        manager.wait_until_finished()
-        manager.close()
+        with _WRITING:
+            manager.wait_until_finished()
+            manager.close()
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Tree, notes: dict[str, Any]) -> None:
@@ -37,7 +43,10 @@ def save(manager: ocp.CheckpointManager, step: int, state: Tree, notes: dict[str
         notes: small JSON beside the arrays: the resolved config, and where the best delta was.
     """
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
-    manager.save(step, args=items)
+    with _WRITING:
+        manager.save(step, args=items)
+        if threading.current_thread() is not threading.main_thread():
+            manager.wait_until_finished()
 
 
 def restore(manager: ocp.CheckpointManager, like: Tree) -> tuple[int, Tree, dict[str, Any]] | None:

@@ -114,6 +114,8 @@ class Parts:
         step_flops: useful operations of a step, on average.
         machine_flops: what all devices can do in a second.
         stage: (what, done, total, note), for the progress display.
+        stopping: set when the trial is to save and end, where it runs in a thread, which no signal
+            reaches.
     """
 
     step: TrainStep
@@ -129,6 +131,7 @@ class Parts:
     step_flops: float
     machine_flops: float
     stage: Callable[[str, int, int, str], None]
+    stopping: threading.Event | None = None
 
 
 def restore(manager: Any, state: State, *, fingerprint: str) -> State | None:
@@ -161,7 +164,7 @@ def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager
     pending: tuple[int, dict[str, jax.Array], float] | None = None
     last: dict[str, float] = {}
     clock = Clock(parts, state.step)
-    with preemption() as asked:
+    with preemption(parts.stopping) as asked:
         if state.step == 0:
             validate(loop, parts, state, log)
         steps = {"start": state.step, "stop": loop.steps}
@@ -304,18 +307,18 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
+def preemption(stopping: threading.Event | None = None) -> Iterator[Callable[[int], bool]]:
     """Within the block SIGTERM does not kill; the given function of the step says whether it came.
 
     With several processes all of them hear of it after the same step. Signals reach the main thread
-    only; elsewhere the function always says no.
+    only; elsewhere the function says whether `stopping` is set.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield lambda step: stopping is not None and stopping.is_set()
         return
     before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
     try:

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from softprompt.data.tasks import Task, get_task, read_split
 from softprompt.models.loading import Loaded, load_model
 from softprompt.progress import Progress
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
+from softprompt.training.population import Member, Population, population_step
 from softprompt.training.sharding import Gather, by_row, make_mesh, put_weight, replicated
 from softprompt.training.step import StepConfig, TrainStep, train_step
 
@@ -59,19 +62,36 @@ class Session:
         compiled: compiled training steps by all that is static in them; its length is the number of
             compilations (contract 10).
         compile_seconds: spent on them.
+        population: whose trials take their steps together; None for a trial alone.
     """
 
     progress: Progress
-    compiled: dict[Any, TrainStep] = dataclasses.field(default_factory=dict)
+    compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
     compile_seconds: float = 0.0
+    population: Population | None = None
     _made: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _lock: Any = dataclasses.field(default_factory=threading.RLock)
+
+    def member(self, progress: Progress, population: Population) -> "Session":
+        """The same caches for a trial that runs in a thread of its own, beside others."""
+        return dataclasses.replace(self, progress=progress, population=population)
+
+    @contextmanager
+    def alone(self, mesh: Mesh) -> Iterator[None]:
+        """Within the block no other trial starts a program on several devices.
+
+        Programs that communicate must start in one order on all of them.
+        """
+        with self.population.door if self.population and mesh.size > 1 else nullcontext():
+            yield
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returned for this key (JSON) the first time."""
         name = json.dumps(key, sort_keys=True)
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = make()
+            return self._made[name]
 
     def mesh(self, config: ConfigDict) -> Mesh:
         """The device mesh of a config."""
@@ -198,14 +218,30 @@ class Session:
         self, step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
     ) -> TrainStep:
         """The compiled training step for arguments of these shapes, compiled at its first use."""
-        shapes = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(arguments))
-        key = (step, optimizer, mesh, shapes)
+        key = (step, optimizer, mesh, *_shapes(arguments))
+        if self.population is None:
+            return self._compiled(key, lambda: compile_step(step, optimizer, mesh, arguments))
+
+        def compile_for(members: int) -> Any:
+            return self._compiled(
+                (key, members),
+                lambda: compile_population(step, optimizer, mesh, arguments, members),
+            )
+
+        return self.population.join(key, compile_for)
+
+    def _compiled(self, key: Any, compile: Callable[[], Any]) -> Any:
+        """A program, compiled where there is none yet."""
         if key not in self.compiled:
             self.progress.stage("compile the training step")
             began = time.monotonic()
-            self.compiled[key] = compile_step(step, optimizer, mesh, arguments)
+            self.compiled[key] = compile()
             self.compile_seconds += time.monotonic() - began
         return self.compiled[key]
+
+
+def _shapes(arguments: Any) -> tuple[Any, ...]:
+    return tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(arguments))
 
 
 def encode_records(
@@ -259,6 +295,29 @@ def compile_step(
         out_shardings=(*kept, whole),
     )
     return jitted.lower(*arguments).compile()
+
+
+def compile_population(
+    step: StepConfig,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    members: int,
+) -> Any:
+    """Compiles `population_step` for so many members, each with arguments like these.
+
+    Nothing is donated: a member's arguments stand in for those of a trial that is over.
+    """
+    whole, rows = replicated(mesh), by_row(mesh)
+    delta, opt_state, weights, batch, key = arguments
+    function = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
+    where: Any = Member(whole, whole, rows, whole)  # type: ignore[arg-type]
+    jitted = jax.jit(
+        functools.partial(population_step, step=function),
+        in_shardings=([where] * members, None),
+        out_shardings=whole,
+    )
+    return jitted.lower([Member(delta, opt_state, batch, key)] * members, weights).compile()
 
 
 def _where(whole: Any, leaf: Any) -> Any:

@@ -86,14 +86,17 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
     prepared = prepare(config, session)
     if config.method.name not in UNTRAINED:
         delta, metrics, facts = fit(prepared, folder)
+        if session.population:
+            session.population.leave()
     else:
         claim(folder, config)
         delta, metrics, facts = {}, {"validation": score(prepared, {}, "validation")[0]}, {}
     metrics["test"] = test(prepared, folder, delta)
-    if config.eval.text:
-        metrics["text"] = text_metrics(prepared, delta)
-    if config.eval.latency:
-        metrics["latency"] = latency_metrics(prepared, delta)
+    with session.alone(prepared.mesh):
+        if config.eval.text:
+            metrics["text"] = text_metrics(prepared, delta)
+        if config.eval.latency:
+            metrics["latency"] = latency_metrics(prepared, delta)
     if jax.process_index() == 0:
         save_delta(folder / DELTA, jax.device_get(delta), provenance(config, prepared.loaded))
         facts["delta_bytes"] = (folder / DELTA).stat().length
@@ -194,6 +197,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         step_flops=step_flops(prepared),
         machine_flops=machine_flops(config.model.dtype),
         stage=session.progress.stage,
+        stopping=session.population.stopping if session.population else None,
     )
     sinks = open_sinks(config, folder, trial_name(config)) if jax.process_index() == 0 else []
     claim(folder, config)
@@ -211,6 +215,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         "peak_share": mean_share(folder),
         "step_seconds": median_step(folder),
         "step_memory_bytes": program_memory(step),
+        "members": getattr(step, "places", 1),
         "seconds": state.seconds,
     }
     chosen, scores, at = state.best, state.best_scores, state.best_step
@@ -257,23 +262,24 @@ def median_step(folder: epath.Path) -> float | None:
 
 def score(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, float], list[np.ndarray]]:
     """Metrics of a split by rank scoring (see `over_tasks`), and each task's scores [N, C]."""
-    session, shared = prepared.session, prepared.shared(delta)
-    mesh, layout, tasks = prepared.mesh, prepared.layout, prepared.tasks
-    batches = session.eval_batches(tasks, split, mesh=mesh, layout=layout)
+    session, mesh, tasks = prepared.session, prepared.mesh, prepared.tasks
+    batches = session.eval_batches(tasks, split, mesh=mesh, layout=prepared.layout)
     metrics, scores = {}, []
-    for one, own in zip(tasks, batches, strict=True):
-        sums_NC, lengths_NC = score_batches(
-            prepared.step.model,
-            prepared.frozen,
-            shared,
-            own,
-            mesh=mesh,
-            progress=lambda done, total: session.progress.stage(f"score {split}", done, total),
-        )
-        scores_NC = normalise(sums_NC, lengths_NC, prepared.config.eval.score)
-        labels_N, classes = one.split(split).labels, scores_NC.shape[1]
-        metrics[one.task.name] = classification(scores_NC.argmax(axis=1), labels_N, classes)
-        scores.append(scores_NC)
+    with session.alone(mesh):
+        shared = prepared.shared(delta)
+        for one, own in zip(tasks, batches, strict=True):
+            sums_NC, lengths_NC = score_batches(
+                prepared.step.model,
+                prepared.frozen,
+                shared,
+                own,
+                mesh=mesh,
+                progress=lambda done, total: session.progress.stage(f"score {split}", done, total),
+            )
+            scores_NC = normalise(sums_NC, lengths_NC, prepared.config.eval.score)
+            labels_N, classes = one.split(split).labels, scores_NC.shape[1]
+            metrics[one.task.name] = classification(scores_NC.argmax(axis=1), labels_N, classes)
+            scores.append(scores_NC)
     return over_tasks(metrics), scores
 
 

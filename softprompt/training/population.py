@@ -1,0 +1,166 @@
+"""Trials that take their steps together: one program of the vmapped step and update.
+
+Each trial runs its own loop in a thread of its own, so that its data order, evaluations, early
+stop, checkpoints and log are those of a trial alone (contract 6). Where a loop takes its step, its
+thread waits for the others; the last to come runs all their steps as one program, in which the
+frozen weights are not batched.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from softprompt.training.step import TrainStep, Tree
+
+
+class Member(NamedTuple):
+    """What is a trial's own in a step; the frozen weights are everybody's."""
+
+    delta: Tree
+    opt_state: Tree
+    batch: Tree
+    key: jax.Array
+
+
+def population_step(
+    members: Sequence[Member], weights: Tree, *, step: TrainStep
+) -> list[tuple[Tree, Tree, Tree]]:
+    """The steps of all members, vmapped over everything but the weights.
+
+    Args:
+        members: of equal shapes.
+        weights: the frozen model.
+        step: `train_step`, its static arguments given.
+
+    Returns:
+        For each member what `step` returns: delta, optimizer's state, metrics.
+    """
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    results = jax.vmap(lambda m: step(m.delta, m.opt_state, weights, m.batch, m.key))(together)
+    return [jax.tree.map(lambda leaf, n=n: leaf[n], results) for n in range(len(members))]
+
+
+class Population:
+    """The trials of a sweep that run at a time.
+
+    Attributes:
+        door: guards all that is here.
+        coming: threads that were started for a trial and are not here yet.
+        undecided: threads whose trial is being prepared, or is between two.
+        stopping: set when the sweep is to end: members save after their step.
+    """
+
+    def __init__(self) -> None:
+        self.door = threading.Condition()
+        self.coming = 0
+        self.undecided: set[int] = set()
+        self.stopping = threading.Event()
+        self._meetings: dict[Any, Meeting] = {}
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """A trial in this thread, whose first step the others wait for until it is over."""
+        with self.door:
+            self.coming = max(0, self.coming - 1)
+            self.undecided.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def join(self, key: Any, compile: Callable[[int], Any]) -> "Meeting":
+        """Where those meet whose steps are one program.
+
+        Args:
+            key: all that is static in the step, and shapes.
+            compile: compiles the program of so many members.
+        """
+        with self.door:
+            meeting = self._meetings.setdefault(key, Meeting(self, compile))
+            meeting.attending.add(threading.get_ident())
+            self.undecided.discard(threading.get_ident())
+            self.door.notify_all()
+        return meeting
+
+    def leave(self) -> None:
+        """This thread's trial takes no more steps."""
+        with self.door:
+            self.undecided.discard(threading.get_ident())
+            for meeting in self._meetings.values():
+                meeting.attending.discard(threading.get_ident())
+            self.door.notify_all()
+
+
+class Meeting:
+    """Takes the steps of the trials that share a program, once all of them are here.
+
+    A trial that is over leaves its place in the program to another, or empty: the program is
+    compiled anew when more than half of its places are.
+
+    Attributes:
+        attending: threads of its trials.
+        programs: by their number of places.
+    """
+
+    def __init__(self, population: Population, compile: Callable[[int], Any]) -> None:
+        self.attending: set[int] = set()
+        self.programs: dict[int, Any] = {}
+        self._population, self._compile = population, compile
+        self._asked: dict[int, Member] = {}
+        self._answers: dict[int, Any] = {}
+
+    def __call__(self, delta: Tree, opt_state: Tree, weights: Tree, batch: Tree, key: Any) -> Any:
+        """The `TrainStep` of one of the trials: waits for the others'."""
+        me, door = threading.get_ident(), self._population.door
+        with door:
+            self._asked[me] = Member(delta, opt_state, batch, key)
+            door.notify_all()
+            while me not in self._answers:
+                if self._complete():
+                    self._run(weights)
+                    door.notify_all()
+                else:
+                    door.wait()
+            answer = self._answers.pop(me)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    @property
+    def places(self) -> int:
+        """The most that took a step together so far."""
+        return max(self.programs, default=0)
+
+    def memory_analysis(self) -> Any:
+        """The compiler's account of the largest program."""
+        return self.programs[self.places].memory_analysis() if self.programs else None
+
+    def _complete(self) -> bool:
+        """Whether all are here, and nobody is on the way of whom it is not known where to."""
+        waiting = self._population.coming or self._population.undecided
+        return not waiting and self.attending <= self._asked.keys()
+
+    def _run(self, weights: Tree) -> None:
+        """Takes everybody's step; an error is everybody's."""
+        who, members = list(self._asked), list(self._asked.values())
+        self._asked.clear()
+        try:
+            places = self._places(len(members))
+            answers = self.programs[places](
+                members + members[:1] * (places - len(members)), weights
+            )
+        except Exception as error:
+            answers = [error] * len(who)
+        self._answers.update(zip(who, answers, strict=False))
+
+    def _places(self, members: int) -> int:
+        """The places of the program to run, compiled if there is none of the right size."""
+        fitting = [places for places in self.programs if members <= places <= 2 * members]
+        if fitting:
+            return min(fitting)
+        self.programs[members] = self._compile(members)
+        return members

@@ -1,0 +1,128 @@
+"""Which trials of a sweep take their steps together, and how they are run."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+from etils import epath
+
+from softprompt.config import ConfigDict, to_dict, trial_name
+from softprompt.data.pipeline import train_widths
+from softprompt.results import Row
+from softprompt.schema import UNTRAINED
+from softprompt.training.estimate import step_memory, trained
+from softprompt.training.population import Population
+from softprompt.training.prepare import Prepared, delta_shapes, prepare, train_source
+from softprompt.training.session import Session, optimizer_config
+from softprompt.training.trial import run_trial
+
+Job = tuple[ConfigDict, epath.Path]
+Run = Callable[[ConfigDict, epath.Path], Row]
+
+# Members of a population where the config leaves it open. Two cores are busy with one trial; an
+# accelerator is not.
+MOST = {"cpu": 4}
+MOST_ELSEWHERE = 16
+MEMORY_SHARE = 0.6  # of a device's memory that members may take beside the weights
+
+
+class Together:
+    """Runs trials of one process in groups."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def plan(self, trials: Sequence[ConfigDict]) -> list[tuple[list[int], int]]:
+        """Groups of trials, as their places in `trials`, and how many of each run at a time.
+
+        Trials are of one group when their steps are one program: they may differ in seed,
+        initialiser, rate, schedule, length of training, and task where rows have equal shapes.
+        """
+        groups: dict[Any, list[int]] = {}
+        widths: dict[Any, int] = {}
+        for place, config in enumerate(trials):
+            key, width = self._program(config)
+            groups.setdefault(key or place, []).append(place)
+            widths[key or place] = width
+        found: list[tuple[list[int], int]] = []
+        for key, group in groups.items():
+            width = min(widths[key], len(group))
+            if width == 1:
+                found += [([place], 1) for place in group]
+                continue
+            found.append((group, width))
+            self.session.progress.say(
+                f"{len(group)} trials like {trial_name(trials[group[0]])} share a program: {width} "
+                "of them take their steps together"
+            )
+        return found
+
+    def _program(self, config: ConfigDict) -> tuple[Any, int]:
+        """What a trial's program is told by, and how many members it may have; None where alone."""
+        name, asked = config.method.name, config.mesh.population
+        if asked == 1 or name in (*UNTRAINED, "full") or jax.process_count() > 1:
+            return None, 1
+        try:
+            prepared = prepare(config, self.session)
+            shape = train_source(prepared).template.shape
+            leaves = jax.tree_util.tree_leaves_with_path(delta_shapes(prepared))
+        except Exception:  # the trial will say what is wrong with it
+            return None, 1
+        sizes = tuple((str(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
+        mesh = tuple(sorted(to_dict(config)["mesh"].items()))
+        key = (prepared.step, optimizer_config(config), mesh, shape, prepared.layout, sizes)
+        most = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
+        return key, max(1, min(asked or most, room(prepared)))
+
+    def run(
+        self, jobs: Sequence[Job], width: int, one: Callable[[ConfigDict, epath.Path, Run], Row]
+    ) -> Iterator[tuple[int, Row]]:
+        """Runs a group's trials, `width` at a time; a place that falls free takes the next.
+
+        Args:
+            jobs: configs and their folders.
+            width: how many take their steps together.
+            one: runs a config in its folder with the function it is given, and returns its row.
+
+        Yields:
+            A trial's place in `jobs` and its row, as it ends.
+
+        Raises:
+            SystemExit: with 75 after SIGTERM; every member is saved.
+        """
+        population = Population()
+        population.coming = min(width, len(jobs))
+
+        def work(config: ConfigDict, folder: epath.Path) -> Row:
+            member = self.session.member(self.session.progress.part(trial_name(config)), population)
+            with population.trial():
+                return one(config, folder, lambda c, f: run_trial(c, f, session=member))
+
+        with ThreadPoolExecutor(width) as pool:
+            places = {pool.submit(work, *job): place for place, job in enumerate(jobs)}
+            try:
+                for future in as_completed(places):
+                    yield places[future], future.result()
+            except BaseException:
+                population.stopping.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+def room(prepared: Prepared) -> int:
+    """How many trials like this fit into memory, by estimate."""
+    widths = train_widths(shape := train_source(prepared).template.shape, prepared.layout)
+    rows = shape.rows / prepared.config.train.microbatches
+    each = step_memory(prepared, widths, rows) + trained(prepared)[1]
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.frozen))
+    return int((MEMORY_SHARE * device_memory() - weights) // each)
+
+
+def device_memory() -> int:
+    """Bytes of a device's memory, or of the machine's on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

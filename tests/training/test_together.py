@@ -1,0 +1,134 @@
+"""Trials of a sweep that take their steps together: contract 6, and what becomes of each."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from softprompt.results import read_result
+from softprompt.sweep import run_sweep, trial_folder
+from softprompt.training import together
+from softprompt.training.together import Together
+from softprompt.training.trial import run_trial
+from tests.contracts.examples import session
+from tests.contracts.test_population import OTHER, TRIALS, alone, apart, configs
+
+FIRST, ANY = TRIALS[0], {"mesh__population": 0}
+
+
+def run(trials, workdir, shared):
+    """Runs a sweep; returns the rows that failed."""
+    return run_sweep(
+        trials,
+        workdir,
+        lambda config, folder: run_trial(config, folder, session=shared),
+        progress=shared.progress,
+        together=Together(shared),
+    )
+
+
+def outcome(folder):
+    """The loss of every step and the last delta of a finished trial."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    delta = load_file(folder / "delta.safetensors")
+    return np.array(losses), np.concatenate([delta[name] for name in sorted(delta)])
+
+
+def rows_of(trials, workdir):
+    return [read_result(trial_folder(workdir, config)) for config in trials]
+
+
+def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
+    """Contract 6. Mutations: a member gets its neighbour's result, or the first one's batch."""
+    trials, workdir = configs(tiny_folder, tmp_path, (*TRIALS, OTHER), **ANY), tmp_path / "sweep"
+    with session() as shared:
+        assert run(trials, workdir, shared) == []
+        assert len(shared.compiled) == 2  # three together, and one whose optimizer is another
+    assert [row["members"] for row in rows_of(trials, workdir)] == [3, 3, 3, 1]
+    for n, config in enumerate(trials):
+        ours = outcome(trial_folder(workdir, config))
+        assert max(apart(ours, alone(config, tmp_path / f"alone{n}"))) <= 1e-5
+
+
+def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_path):
+    """Five trials in two places, one of which diverges: one program. Mutations: the next trial
+    waits for the whole group; the others of a failed step's program fail with it."""
+    some = [{**FIRST, "seed": seed} for seed in range(4)]
+    some.insert(1, {**FIRST, "optimizer__rate": 1e30})
+    trials = configs(tiny_folder, tmp_path, some, mesh__population=2)
+    workdir = tmp_path / "sweep"
+    with session() as shared:
+        failed = run(trials, workdir, shared)
+        assert len(shared.compiled) == 1
+    assert [
+        ("not finite" in row["error"], row["config"]["optimizer"]["rate"]) for row in failed
+    ] == [(True, 1e30)]
+    rows = [row for row in rows_of(trials, workdir) if row["status"] == "done"]
+    assert [row["members"] for row in rows] == [2] * 4
+    ours = outcome(trial_folder(workdir, trials[4]))
+    assert max(apart(ours, alone(trials[4], tmp_path / "alone"))) <= 1e-5
+
+
+def test_who_stops_early_leaves(tiny_folder, tmp_path):
+    """Three stop after two validations, one goes on. Mutations: those who are over are waited for,
+    or keep their places, so that there is one program and not two."""
+    short, long = {"train__steps": 2}, {"train__steps": 6}
+    some = [{**FIRST, "seed": seed, **(long if seed == 3 else short)} for seed in range(4)]
+    trials, workdir = configs(tiny_folder, tmp_path, some, **ANY), tmp_path / "sweep"
+    with session() as shared:
+        assert run(trials, workdir, shared) == []
+        assert sorted(key[1] for key in shared.compiled) == [1, 4]
+    assert [row["steps"] for row in rows_of(trials, workdir)] == [2, 2, 2, 6]
+
+
+def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypatch):
+    """Contract 9. Mutation: members are left to their threads, or hear nothing."""
+    some = [{**FIRST, "seed": seed} for seed in range(2)]
+    trials = configs(tiny_folder, tmp_path, some, log__checkpoint_every=100, **ANY)
+    begun = []
+
+    def interrupt(futures):
+        while len(begun) < 4:  # some steps of both
+            time.sleep(0.01)
+        raise SystemExit(75)
+
+    class Counting(together.Population):
+        def join(self, key, compile):
+            meeting = super().join(key, compile)
+
+            def step(*arguments):
+                begun.append(1)
+                if len(begun) >= 4:
+                    self.stopping.wait()
+                return meeting(*arguments)
+
+            return step
+
+    monkeypatch.setattr(together, "as_completed", interrupt)
+    monkeypatch.setattr(together, "Population", Counting)
+    with session() as shared, pytest.raises(SystemExit):
+        run(trials, tmp_path / "sweep", shared)
+    monkeypatch.undo()
+    folders = [trial_folder(tmp_path / "sweep", config) for config in trials]
+    assert all(list((folder / "checkpoints").glob("[0-9]*")) for folder in folders)
+    with session() as shared:
+        assert run(trials, tmp_path / "sweep", shared) == []
+    for n, folder in enumerate(folders):
+        assert max(apart(outcome(folder), alone(trials[n], tmp_path / f"alone{n}"))) <= 1e-5
+
+
+def test_what_is_never_grouped(tiny_folder, tmp_path):
+    """Mutations: full fine-tuning shares a program, which has a copy of the weights for each; a
+    population of one is a group; what does not fit into memory is put together nevertheless."""
+    source = (*({**FIRST, "seed": seed} for seed in range(2)),)
+    with session() as shared:
+        plan = Together(shared).plan
+        assert plan(configs(tiny_folder, tmp_path, source, **ANY)) == [([0, 1], 2)]
+        for changes in ({"method__name": "full"}, {"mesh__population": 1}):
+            trials = configs(tiny_folder, tmp_path, source, **(ANY | changes))
+            assert plan(trials) == [([0], 1), ([1], 1)]
+        none = {"method__name": "none", **ANY}
+        assert plan(configs(tiny_folder, tmp_path, (none,))) == [([0], 1)]
