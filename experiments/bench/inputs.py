@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.bench.cells import PROCESSES, SPAN
 from experiments.bench.measure import Job, main
 from experiments.bench.ours import settings
+from softprompt.config import ConfigDict
 from softprompt.evaluation.text import read_text
 from softprompt.models.loading import load_model
 from softprompt.models.save import save_folder
@@ -26,7 +28,7 @@ def write(job: Job) -> dict[str, Any]:
     """Writes what is not there yet: a folder a dtype, and each text's examples.
 
     A job has a "model" of the catalogue, its "folders" by dtype, the "texts" (each with its
-    "config" and the file of its "examples"), the file of the "passages" and the number of "steps".
+    "config" and the file of its "examples"), and the file of the "passages".
     """
     for dtype, folder in job["folders"].items():
         if not Path(folder).exists():
@@ -39,7 +41,7 @@ def write(job: Job) -> dict[str, Any]:
     for text in job["texts"]:
         if not Path(text["examples"]).exists():
             method = {"method": "prompt", "length": 1, "folders": job["folders"]}
-            save_examples(text["examples"], settings(method | text), session, job["steps"])
+            save_examples(text["examples"], settings(method | text), session)
     return {}
 
 
@@ -56,7 +58,7 @@ def passages(text: str) -> str:
     return "".join(lines)
 
 
-def save_examples(file: str, config: Any, session: Session, steps: int) -> None:
+def save_examples(file: str, config: ConfigDict, session: Session) -> None:
     """Writes the tokens of the examples of steps 0, 1, ..., as an .npz.
 
     "tokens" has them one after another, input and target; "lengths" [S, B] how many each has, and
@@ -64,7 +66,7 @@ def save_examples(file: str, config: Any, session: Session, steps: int) -> None:
     """
     source = train_source(prepare(config, session))
     encoded = source.encoded
-    examples_SB = np.stack([source.places(step)[0] for step in range(steps)])
+    examples_SB = np.stack([source.places(step)[0] for step in range(SPAN * PROCESSES)])
     whole = [np.concatenate([encoded.inputs[n], encoded.targets[n]]) for n in examples_SB.flat]
     inputs = [len(encoded.inputs[n]) for n in examples_SB.flat]
     Path(file).parent.mkdir(parents=True, exist_ok=True)

@@ -140,11 +140,12 @@ def stepper(
 def check_examples(source: TrainSource, file: str, steps: range) -> None:
     """Checks that steps have the examples that PEFT is given."""
     with np.load(file) as saved:
-        rows = {step: (saved["examples"][step], saved["lengths"][step]) for step in steps}
-    for step, (examples_B, lengths_B) in rows.items():
+        examples_SB, lengths_SB = saved["examples"], saved["lengths"]
+    for step in steps:
         ours_B = source.places(step)[0]
-        assert (examples_B == ours_B).all(), f"step {step} has other examples in {file}"
-        assert (lengths_B == source.lengths_N[ours_B] + 1).all(), f"step {step}: other tokens"
+        assert (examples_SB[step] == ours_B).all(), f"step {step} has other examples in {file}"
+        same = lengths_SB[step] == source.lengths_N[ours_B] + 1  # the last target token is no place
+        assert same.all(), f"step {step} has examples of other lengths in {file}"
 
 
 def product_rate(prepared: Prepared, tokens: int) -> float:
