@@ -54,10 +54,10 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format parity lock version clean
+.PHONY: help quickstart test lint format parity bench bench-full lock version clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1 - /p' Makefile
 
 quickstart: $(VENV)/.base  ## train a few soft prompts on a real model, into runs/quickstart
 	@$(VENV)/bin/softprompt sweep prompt_length --subset quickstart --workdir runs/quickstart
@@ -76,6 +76,15 @@ format: $(VENV)/.test  ## format the code and mend what ruff can mend
 
 parity: $(PARITY_VENV)/.parity  ## compare with live PyTorch, transformers and peft (on Python 3.11)
 	@OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(WORKERS) $(ARGS)
+
+# What the benchmark measures goes on where it stopped; ARGS="--steps 2" and so on go to it.
+BENCH = $(VENV)/bin/python -m experiments.bench --peft-python $(PARITY_VENV)/bin/python
+
+bench: $(VENV)/.base $(PARITY_VENV)/.parity  ## time training against PEFT on PyTorch, into runs/bench
+	@$(BENCH) --subset claimed $(ARGS)
+
+bench-full: $(VENV)/.base $(PARITY_VENV)/.parity  ## the same for every model, method, length and saving
+	@$(BENCH) --subset full $(ARGS)
 
 lock: $(VENV)/.lock  ## resolve constraints.txt anew, for every Python at once
 	@echo "resolving constraints.txt ..."

@@ -1,0 +1,222 @@
+"""How fast is it, against PEFT on PyTorch, and what is each saving worth?
+
+Question: the same model on the same examples, in the same dtype and on the same machine: how many
+examples a second does a training step make here and in PEFT, and in how much memory? What does a
+step take when the context is computed for every example, when examples are not packed, and when
+logits are computed at all positions?
+
+Prediction (targets, printed beside what is measured): at 16 movie snippets a step on SmolLM2-135M,
+2.3, 6 and 11 times PEFT's speed in its quicker dtype at P = 20, 100 and 500, half its memory, and
+0.65 of the rate that the machine reaches in products of the step's shapes; 7 times on Gemma 3 270M.
+
+Command, from the repository root, on a machine that does nothing else:
+    make bench          the claimed cells
+    make bench-full     two models, two texts, four methods, four lengths, every saving
+    python -m experiments.bench --subset claimed --workdir runs/bench --peft-python PATH
+
+Cost, by its own estimate: the claimed cells 38 minutes on two x86 cores, the grid 14 hours.
+
+Expected: it has been run on tiny models only.
+
+Every cell is measured in alternating processes, ours and PEFT's in turns, at least two of each,
+each process on other examples. Rows are appended to WORKDIR/rows.jsonl as they are made; the same
+command goes on where it stopped, tries again what failed, and does nothing once all is done. Both
+sides load the same folders, read the same examples, update with AdamW, and end a step when all of
+it is computed. PEFT's threads: one or all cores, whichever takes less time. Where there is a GPU
+both use the first.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import experiments.bench.report as report
+from experiments.bench.cells import (
+    MODELS,
+    Task,
+    examples_file,
+    folders,
+    identity,
+    job,
+    plan,
+    text_config,
+)
+from softprompt.analysis.tables import to_markdown
+from softprompt.errors import UserError
+from softprompt.progress import Progress
+from softprompt.results import commit, write_text
+from softprompt.sweep import write_outputs
+
+Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    """Measures what is missing, then prints and writes the table, the claims and the figure."""
+    parser = argparse.ArgumentParser(prog="experiments.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("--subset", default="claimed", help="claimed (default) or full")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--peft-python", default=sys.executable, help="has torch and peft")
+    parser.add_argument("--steps", type=int, default=10, help="timed in a process")
+    parser.add_argument("--processes", type=int, default=2, help="of each system and cell")
+    said = parser.parse_args()
+    try:
+        tasks = plan(said.subset, processes=said.processes, steps=said.steps)
+    except UserError as error:
+        parser.error(str(error))
+    workdir = said.workdir.absolute()
+    try:
+        with Progress() as progress:
+            rows = run(tasks, workdir, said.peft_python, progress=progress)
+    except KeyboardInterrupt:
+        print("experiments.bench: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    write_outputs(report, rows, workdir)
+    told = to_markdown(report.claims(rows))
+    write_text(workdir / "claims.md", told)
+    print(to_markdown(report.table(rows), report.CAPTION))
+    print(told, end="")
+    return 0
+
+
+def run(tasks: Sequence[Task], workdir: Path, peft_python: str, *, progress: Progress) -> list[Row]:
+    """Runs the processes that have no finished row yet, one after another.
+
+    Args:
+        tasks: in order.
+        workdir: absolute.
+        peft_python: an interpreter that has torch, transformers and peft.
+        progress: where it says how far it is.
+
+    Returns:
+        A row a task: what a child printed, or the status with which it ended. Those that are not
+        done are not kept from being tried again.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    finished = read_rows(workdir / "rows.jsonl")
+    rows: list[Row] = []
+    ready: dict[str, Row] = {}
+    spent = paid = 0.0
+    for number, task in enumerate(tasks):
+        if (known := finished.get(task.identity)) is not None:
+            rows.append(known)
+            continue
+        rest = sum(t.guess() for t in tasks[number:] if t.identity not in finished)
+        left = rest * spent / paid if paid else rest
+        progress.trial(task.name, number, len(tasks), left)
+        began = time.monotonic()
+        model = task.cell.model
+        if model not in ready:
+            ready[model] = make_inputs(tasks, workdir, model, progress)
+        row = ready[model]
+        if row["status"] == "done":
+            row = run_task(task, rows, workdir, peft_python)
+            spent, paid = spent + time.monotonic() - began, paid + task.guess()
+        row = task.key | {"commit": commit()} | row
+        rows.append(row)
+        with (workdir / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        progress.say(f"{task.name}: {summary(row)}")
+    progress.trial("", len(tasks), len(tasks), 0.0)
+    return rows
+
+
+def read_rows(file: Path) -> dict[str, Row]:
+    """The rows that are done, by what they are of; a half-written last line is none."""
+    found = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["status"] == "done":
+            found[identity(row)] = row
+    return found
+
+
+def make_inputs(tasks: Sequence[Task], workdir: Path, model: str, progress: Progress) -> Row:
+    """Writes a model's folders and examples, in a process of its own; returns its row."""
+    names = dict.fromkeys(task.cell.text for task in tasks if task.cell.model == model)
+    texts = [
+        {
+            "examples": examples_file(workdir, model, name),
+            "config": text_config(workdir, name) | {"train.batch": 16},
+        }
+        for name in names
+    ]
+    made = folders(workdir, model)
+    wanted = {
+        "model": MODELS.get(model, model),
+        "folders": made,
+        "texts": texts,
+        "passages": str(workdir / "passages.jsonl"),
+    }
+    there = [*made.values(), *(examples_file(workdir, model, name) for name in names)]
+    if all(Path(path).exists() for path in there):
+        return {"status": "done", "error": ""}
+    progress.stage("write the model and the examples for both sides")
+    return child([sys.executable, "-m", "experiments.bench.inputs"], wanted, workdir, "inputs")
+
+
+def run_task(task: Task, rows: Sequence[Row], workdir: Path, peft_python: str) -> Row:
+    """Runs one process; `rows` say which number of threads is PEFT's best."""
+    best = {
+        row["dtype"]: row["threads"]
+        for row in rows
+        if row["purpose"] == "threads" and row["status"] == "done"
+    }
+    ours = task.system.side == "ours"
+    command = [sys.executable if ours else peft_python, "-m"]
+    command.append("experiments.bench.ours" if ours else "experiments.bench.theirs")
+    told = job(task, workdir, best_threads=best)
+    return child(command, told, workdir, f"{task.name} {task.process}".replace(" ", "-"))
+
+
+def child(command: Sequence[str], told: dict[str, Any], workdir: Path, name: str) -> Row:
+    """Runs a child on a job; returns the row that it printed last.
+
+    A child that printed none has the status "killed" where the system ended it by signal 9, as it
+    does when memory runs out, and "failed" otherwise.
+    """
+    (workdir / "logs").mkdir(parents=True, exist_ok=True)
+    file, log = workdir / "job.json", workdir / "logs" / f"{name}.txt"
+    file.write_text(json.dumps(told, indent=2) + "\n")
+    environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as errors:
+        done = subprocess.run(
+            [*command, str(file)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+        assert isinstance(row, dict)
+        return row
+    except (ValueError, IndexError, AssertionError):
+        if done.returncode == -signal.SIGKILL:
+            return {"status": "killed", "error": "signal 9, as when memory runs out"}
+        return {"status": "failed", "error": f"exit code {done.returncode}, see {log}"}
+
+
+def summary(row: Row) -> str:
+    """A row in a few words."""
+    if row["status"] != "done":
+        return f"{row['status']} ({row['error']})"
+    seconds = sorted(row["seconds"])
+    middle = seconds[len(seconds) // 2]
+    return f"{middle:.3f} s a step, {row['memory'] / 1e9:.2f} GB, first loss {row['losses'][0]:.6f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

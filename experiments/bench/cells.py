@@ -1,0 +1,224 @@
+"""The grid: which model, text, method and length is trained by which system, and in what order."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.bench.measure import FEWEST, cores
+from softprompt.errors import UserError, unknown
+
+MODELS = {"smollm2": "smollm2-135m-instruct-q4", "gemma3": "gemma3-270m-q4"}
+LENGTHS = (1, 20, 100, 500)
+METHODS = ("prompt", "prefix", "lora", "full")
+SAVINGS = ("context", "packing", "targets")  # what `experiments.bench.forms` switches off
+DTYPES = ("bfloat16", "float32")
+
+EXAMPLES = 16  # a step
+WARMUP = 1  # steps of a process that are not counted
+SPAN, PROCESSES = 100, 10  # steps that a process has examples for, and processes
+CHECKED = 3  # steps whose losses must agree with a saving and without it
+LIMIT = 240.0  # seconds of a process after which it begins no further step
+
+# Tokens an example takes, about, and seconds that 1,000 positions take on two x86 cores: what the
+# time left is guessed from until there is something to go by.
+LONG = {"movie": 35, "passage": 150}
+SLOW = {"smollm2": {"bfloat16": 2.0, "float32": 4.5}, "gemma3": {"bfloat16": 4.0, "float32": 9.0}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is trained. `length` is P of a prompt or prefix, 0 for other methods."""
+
+    model: str
+    text: str
+    method: str
+    length: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What trains it.
+
+    Attributes:
+        side: "ours" or "peft".
+        dtype: of weights and compute; "auto" is what this library would choose.
+        off: the saving of ours that is switched off, one of `SAVINGS`, or "".
+    """
+
+    side: str
+    dtype: str = "auto"
+    off: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One process.
+
+    Attributes:
+        cell: what is trained.
+        system: by what.
+        purpose: "time"; "losses" of the first steps; or "threads", which number of them is best.
+        process: 0, 1, ...: those of one system take different steps of the same run.
+        steps: that are timed.
+    """
+
+    cell: Cell
+    system: System
+    purpose: str = "time"
+    process: int = 0
+    steps: int = 10
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The part of its row that says what it is."""
+        rest = {"purpose": self.purpose, "process": self.process, "steps": self.steps}
+        return dataclasses.asdict(self.cell) | dataclasses.asdict(self.system) | rest
+
+    @property
+    def identity(self) -> str:
+        """The same as text."""
+        return json.dumps(self.key)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        parts = [*dataclasses.astuple(self.cell), *dataclasses.astuple(self.system)]
+        words = [str(part) for part in parts if part]
+        return " ".join(words + ([f"({self.purpose})"] if self.purpose != "time" else []))
+
+    def guess(self) -> float:
+        """Seconds that it may take on two x86 cores."""
+        dtype = "bfloat16" if self.system.dtype == "auto" else self.system.dtype
+        rate = SLOW.get(self.cell.model, SLOW["smollm2"])[dtype] / 1000
+        own = EXAMPLES * LONG[self.cell.text]
+        again = EXAMPLES if self.system.side == "peft" or self.system.off == "context" else 1
+        step = rate * (own + again * self.cell.length)
+        return 12 + min(LIMIT + 3 * step, (self.steps + WARMUP) * step)
+
+
+KEY = tuple(Task(Cell("", "", ""), System("")).key)
+
+
+def identity(row: Mapping[str, Any]) -> str:
+    """The `Task.identity` of what a row is of."""
+    return json.dumps({name: row.get(name) for name in KEY})
+
+
+def plan(subset: str, *, processes: int, steps: int) -> list[Task]:
+    """The processes of "claimed" or "full", in order: systems of a cell take turns.
+
+    Raises:
+        UserError: another subset, too many steps or processes, or none.
+    """
+    for flag, value, most in (
+        ("--steps", steps, SPAN - WARMUP),
+        ("--processes", processes, PROCESSES),
+    ):
+        if not 1 <= value <= most:
+            raise UserError(f"{flag} is {value}; allowed: 1 to {most}")
+    subsets = {"claimed": claimed, "full": full}
+    if subset not in subsets:
+        raise unknown("subset", subset, subsets)
+    return list(subsets[subset](processes, steps))
+
+
+def claimed(processes: int, steps: int) -> Iterator[Task]:
+    """What the README says of speed, and no more.
+
+    PEFT in float32 takes fewer steps where they are long and only have to show that bfloat16's are
+    the quicker.
+    """
+    yield from threads()
+    for model, length in (("smollm2", 20), ("smollm2", 100), ("smollm2", 500), ("gemma3", 100)):
+        cell = Cell(model, "movie", "prompt", length)
+        off = SAVINGS if (model, length) == ("smollm2", 100) else ()
+        few = FEWEST if length == 500 or model == "gemma3" else steps
+        peft = {System("peft", "bfloat16"): steps, System("peft", "float32"): min(few, steps)}
+        ours = {System("ours", off=one): steps for one in ("", *off)}
+        yield from turns(cell, ours | peft, processes)
+    yield from losses("smollm2")
+
+
+def full(processes: int, steps: int) -> Iterator[Task]:
+    """All models, texts, methods, lengths, dtypes and savings."""
+    both = [System(side, dtype) for dtype in DTYPES for side in ("ours", "peft")]
+    off = [System("ours", off=off) for off in SAVINGS]
+    yield from threads()
+    for model in MODELS:
+        for text, method in itertools.product(LONG, METHODS):
+            for length in LENGTHS if method in ("prompt", "prefix") else (0,):
+                systems = both + (off if method == "prompt" else [])
+                cell = Cell(model, text, method, length)
+                yield from turns(cell, dict.fromkeys(systems, steps), processes)
+        yield from losses(model)
+
+
+def turns(cell: Cell, systems: Mapping[System, int], processes: int) -> Iterator[Task]:
+    """The systems, each with its steps, one after another, and again."""
+    for process, (system, steps) in itertools.product(range(processes), systems.items()):
+        yield Task(cell, system, "time", process, steps)
+
+
+def threads() -> Iterator[Task]:
+    """One process a dtype that tries PEFT's numbers of threads."""
+    for dtype in DTYPES:
+        cell = Cell("smollm2", "movie", "prompt", 20)
+        yield Task(cell, System("peft", dtype), "threads", steps=FEWEST)
+
+
+def losses(model: str) -> Iterator[Task]:
+    """The first losses with all savings and without each, in float32."""
+    for off in ("", *SAVINGS):
+        system = System("ours", "float32", off)
+        yield Task(Cell(model, "movie", "prompt", 100), system, "losses", steps=CHECKED - WARMUP)
+
+
+def folders(workdir: Path, model: str) -> dict[str, str]:
+    """Where a model's Hugging Face folder of each dtype is."""
+    return {dtype: str(workdir / "models" / f"{model}-{dtype}") for dtype in DTYPES}
+
+
+def examples_file(workdir: Path, model: str, text: str) -> str:
+    """Where the examples of all steps are."""
+    return str(workdir / "examples" / f"{model}-{text}.npz")
+
+
+def text_config(workdir: Path, text: str) -> dict[str, Any]:
+    """Config keys of a text's task."""
+    few = {"data.validation_examples": 16, "data.test_examples": 16}
+    if text == "movie":
+        return {"task.name": "movie_sentiment", **few}
+    return {
+        "task.name": "passages",
+        "task.source": f"jsonl:{workdir / 'passages.jsonl'}",
+        "task.template": "Passage: {passage}\nAnswer:",
+        "task.verbalizers": {"no": " False", "yes": " True"},
+        **few,
+    }
+
+
+def job(task: Task, workdir: Path, *, best_threads: Mapping[str, int]) -> dict[str, Any]:
+    """What a process is told.
+
+    Args:
+        task: which one.
+        workdir: of the whole benchmark.
+        best_threads: PEFT's, by dtype.
+    """
+    cell, dtype = task.cell, task.system.dtype
+    tried = sorted({1, cores()})
+    best = best_threads.get(dtype, cores())
+    return task.key | {
+        "warmup": WARMUP,
+        "start": task.process * SPAN,
+        "limit": LIMIT,
+        "rate": 1e-5 if cell.method == "full" else 1e-3,
+        "config": text_config(workdir, cell.text) | {"train.batch": EXAMPLES},
+        "folders": folders(workdir, cell.model),
+        "examples": examples_file(workdir, cell.model, cell.text),
+        "cache": str(workdir / "compiled"),
+        "threads": tried if task.purpose == "threads" else [best],
+    }

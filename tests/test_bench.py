@@ -1,0 +1,264 @@
+"""The benchmark against PEFT: what a saving changes, its rows, statuses, table and claims."""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.bench import __main__ as bench
+from experiments.bench import cells, forms, inputs, measure, ours, report, theirs
+from experiments.bench.cells import Cell, System
+from softprompt import sweep
+from softprompt.errors import UserError
+from softprompt.models.loading import load_model
+from softprompt.models.save import save_folder
+from softprompt.progress import Progress
+from softprompt.training.optimizers import make_optimizer, set_rate
+from softprompt.training.prepare import initial_state, prepare, train_source
+from softprompt.training.session import Session, optimizer_config
+from softprompt.training.step import train_step
+
+TINY = Cell("tiny", "passage", "prompt", 20)
+WORDS = "a warm and funny film that never loses its way in the city"
+STEPS = cells.WARMUP + 1
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, tiny_folder):
+    """A working directory with a tiny model's folder and its examples."""
+    root = tmp_path_factory.mktemp("bench")
+    for dtype, folder in cells.folders(root, "tiny").items():
+        loaded = load_model(str(tiny_folder), dtype=dtype)
+        (root / "models").mkdir(exist_ok=True)
+        save_folder(folder, loaded.config, loaded.weights, loaded.tokenizer)
+    random, words, lines = np.random.default_rng(0), WORDS.split(), []
+    for n in range(120):
+        text = " ".join(random.choice(words, random.integers(4, 12)))
+        lines.append(json.dumps({"passage": text, "label": ("no", "yes")[n % 2]}) + "\n")
+    (root / "passages.jsonl").write_text("".join(lines))
+    config = cells.text_config(root, "passage") | {"train.batch": 16}
+    examples = cells.examples_file(root, "tiny", "passage")
+    job = {"model": "tiny", "folders": cells.folders(root, "tiny")}
+    job |= {"texts": [{"config": config, "examples": examples}]}
+    inputs.write(job | {"passages": str(root / "passages.jsonl")})
+    return root
+
+
+@pytest.fixture(scope="module")
+def prepared(workdir):
+    task = cells.Task(TINY, System("ours", "float32"), steps=1)
+    job = cells.job(task, workdir, best_threads={})
+    return prepare(ours.settings(job, "float32"), Session(Progress()))
+
+
+def first_losses(prepared, off):
+    batches = [forms.make_batch(train_source(prepared), 0, off)]
+    compiled, run = ours.stepper(prepared, batches, off=off, rate=0.01)
+    assert not compiled.cached
+    return [run(0) for _ in range(3)]
+
+
+def test_losses_without_a_saving(prepared, quick):
+    """Mutation: a row's context is another row's; a target's weight is lost, or its position; an
+    example stands in no row. ("context" has the rows of "packing".)"""
+    whole = first_losses(prepared, "")
+    assert whole[0] != pytest.approx(whole[2], rel=1e-3)  # it learned
+    for off in ("context", "targets"):
+        assert report.losses_apart(whole, first_losses(prepared, off)) < report.TOLERANCE, off
+
+
+def test_what_is_off_is_computed(prepared):
+    """Mutation: the prompt's copies are hoisted out of the rows; several examples share a row;
+    logits at targets alone."""
+    source, step = train_source(prepared), prepared.step
+    alone, everywhere = forms.alone(source, 0), forms.everywhere(source[0])
+    assert len(alone["tokens_RT"]) == 16 and alone["segments_RT"].max() == 1
+    assert alone["tokens_RT"].shape[1] - source.lengths_N[source.places(0)[0]].max() in range(8)
+    assert (
+        everywhere["index_RM"].shape
+        == everywhere["target_RM"].shape
+        == source[0]["tokens_RT"].shape
+    )
+
+    state, optimizer = initial_state(prepared), optimizer_config(prepared.config)
+    arguments = (state.delta, set_rate(state.opt_state, np.float32(0)), prepared.frozen)
+    arguments = jax.eval_shape(lambda *a: a, *arguments, alone, jax.random.key(0))
+    update = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
+    repeated = functools.partial(forms.repeated_step, **update.keywords)
+    flops = [jax.jit(f).lower(*arguments).cost_analysis()["flops"] for f in (update, repeated)]
+    assert flops[1] > 1.2 * flops[0]
+
+
+def test_a_process_and_its_resumption(workdir, monkeypatch):
+    """Mutation: the warm-up is counted; a share of another shape's rate; a done row is run again; a
+    failed one is not."""
+    tasks = [cells.Task(TINY, System("ours"), steps=1)]
+    with Progress() as progress:
+        (row,) = bench.run(tasks, workdir, "no-such-python", progress=progress)
+        assert row["status"] == "done", row["error"]
+        assert (len(row["seconds"]), len(row["losses"])) == (1, STEPS)
+        assert row["first"] > row["seconds"][0] > 0 and not row["cached"]
+        assert 1e7 < row["memory"] < 4e9 and row["flops"] > 0 and row["rate"] > 0
+        assert row["actual_dtype"] in cells.DTYPES and np.isfinite(row["losses"]).all()
+        file = workdir / "rows.jsonl"
+        lost = [{**tasks[0].key, "off": "targets", "status": "failed"}]
+        file.write_text(file.read_text() + json.dumps(lost[0]) + '\n{"half')
+        monkeypatch.setattr(bench, "child", lambda *a, **k: {"status": "killed", "error": "9"})
+        again = dataclasses.replace(tasks[0], system=System("ours", off="targets"))
+        rows = bench.run([*tasks, again], workdir, "no-such-python", progress=progress)
+    assert rows[0] == row
+    assert (rows[1]["status"], rows[1]["off"]) == ("killed", "targets")
+    table = report.table(rows)
+    assert list(table["status"]) == ["done", "killed"]
+    assert table["seconds"][0] == row["seconds"][0]
+
+
+ENDS = {
+    "import os; os.kill(os.getpid(), 9)": "killed",
+    "print('nonsense')": "failed",
+    "raise MemoryError": "out of memory",
+    "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes')": "out of memory",
+    "raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory')": "out of memory",
+    "raise ValueError('then set SOFTPROMPT_ACCEPT_TERMS=gemma')": "terms not accepted",
+    "raise ValueError('two\\nlines')": "failed",
+}
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_how_a_process_ends(code, tmp_path):
+    """Mutation: a child's death is ours; what it was is lost."""
+    wrapped = code if "raise" not in code else f"def f(job): {code}\nmain(f)"
+    program = f"from experiments.bench.measure import main\n{wrapped}"
+    row = bench.child([sys.executable, "-c", program], {}, tmp_path, "x")
+    assert row["status"] == ENDS[code]
+    assert row["error"].count("\n") == 0
+
+
+def test_only_the_warm_up_is_left_out():
+    """Mutation: the limit counts the warm-up; it cuts a process to no step at all."""
+    seconds, losses = measure.timed(float, warmup=2, steps=10, limit=-1.0)
+    assert losses == [0.0, 1.0, 2.0, 3.0, 4.0] and len(seconds) == 2 + measure.FEWEST
+    assert len(measure.timed(float, warmup=2, steps=10, limit=60.0)[0]) == 12
+
+
+def test_the_plan():
+    """Mutation: a system's processes follow one another; they take the same steps; a cell
+    is lost."""
+    tasks = cells.plan("claimed", processes=2, steps=10)
+    assert len({task.identity for task in tasks}) == len(tasks)
+    timed = [t for t in tasks if t.purpose == "time" and t.cell.length == 20]
+    assert [(t.system.side, t.process) for t in timed] == [
+        *(("ours", 0), ("peft", 0), ("peft", 0)),
+        *(("ours", 1), ("peft", 1), ("peft", 1)),
+    ]
+    jobs = [cells.job(t, bench.ROOT, best_threads={}) for t in (timed[0], timed[3])]
+    assert [job["start"] for job in jobs] == [0, cells.SPAN]
+    cells_of = {task.cell for task in cells.plan("full", processes=1, steps=1)}
+    assert len(cells_of) == 2 * 2 * (4 + 4 + 1 + 1)
+    with pytest.raises(UserError, match="unknown subset 'half'; known: claimed, full"):
+        cells.plan("half", processes=1, steps=1)
+    with pytest.raises(UserError, match="--steps is 100; allowed: 1 to 99"):
+        cells.plan("full", processes=1, steps=100)
+
+
+def test_peft_needs_nothing_of_ours():
+    """Mutation: theirs.py imports the library, or torch before it is asked to measure."""
+    code = "import sys, experiments.bench.theirs; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"jax", "softprompt", "torch", "transformers", "peft"}
+
+
+def test_peft_reads_the_same_examples(workdir):
+    """Mutation: an input's token is a label; padding is attended to; another example's tokens."""
+    job = cells.job(cells.Task(TINY, System("peft"), steps=1), workdir, best_threads={})
+    session = Session(Progress())
+    source = train_source(prepare(ours.settings(job, "float32"), session))
+    for step, batch in enumerate(theirs.read_batches(job)):
+        for row, example in enumerate(source.places(step)[0]):
+            tokens, target = source.encoded.inputs[example], source.encoded.targets[example]
+            seen = batch["attention_mask"][row].astype(bool)
+            assert (batch["input_ids"][row][seen] == [*tokens, *target]).all()
+            assert (batch["labels"][row][batch["labels"][row] >= 0] == target).all()
+            assert batch["labels"][row][len(tokens)] == target[0]
+        assert batch["input_ids"].shape[1] == batch["attention_mask"].sum(axis=1).max()
+
+
+def made_rows(model="smollm2", length=100, **seconds):
+    """Rows of two processes a system; `seconds` by "side_dtype_off"."""
+    rows = []
+    for name, step in seconds.items():
+        side, dtype, off = (name.split("_") + [""])[:3]
+        for process in range(2):
+            task = cells.Task(
+                Cell(model, "movie", "prompt", length), System(side, dtype, off), process=process
+            )
+            rows.append(
+                task.key
+                | {"status": "done", "error": "", "losses": [2.0, 1.5], "first": 9.0 - process}
+                | {"seconds": [step, step, step * (1 + process)], "actual_dtype": dtype}
+                | {"memory": 10**9 * (1 + process), "flops": 3e12, "rate": 4e12}
+                | ({"cached": process == 1} if side == "ours" else {})
+            )
+    return rows
+
+
+def test_table_claims_and_figure(tmp_path):
+    """Mutation: the slower dtype is the one to beat; context is compared with everything on alone;
+    the mean of medians; a missing cell is a failure."""
+    rows = made_rows(
+        ours_bfloat16=1.0, peft_bfloat16=7.0, peft_float32=12.0, ours_bfloat16_context=6.0,
+        ours_bfloat16_packing=1.5,
+    )  # fmt: skip
+    rows += made_rows(length=500, ours_bfloat16=1.0, peft_bfloat16=10.0)
+    rows[2] |= {"status": "killed"}  # of PEFT's bfloat16
+    for off, loss in (("", 2.0), ("context", 2.0 + 1e-6), ("packing", 2.1)):
+        task = cells.Task(TINY, System("ours", "float32", off), "losses")
+        rows.append(task.key | {"status": "done", "losses": [1.0, loss]})
+    table = report.table(rows).set_index(["P", "system", "dtype"])
+    one = table.loc[(100, "softprompt", "bfloat16")]
+    assert (one["seconds"], one["speed"], one["batches"], one["memory"]) == (1.0, 7.0, 6, 2.0)
+    assert (one["share"], one["first"], one["first, cached"]) == (0.75, 9.0, 8.0)
+    context = table.loc[(100, "softprompt without context", "bfloat16")]
+    assert (context["factor"], context["alone"]) == (6.0, 4.0)
+    assert table.loc[(100, "PEFT", "bfloat16")]["status"] == "done, killed"
+    claims = report.claims(rows).set_index("claim")
+    met = {name: verdict for name, verdict in claims["verdict"].items()}
+    assert met["smollm2, P = 100: speed against PEFT in its quicker dtype"] == "met"
+    assert met["smollm2, P = 100: speed against PEFT in float32"] == "met"
+    assert met["smollm2, P = 500: speed against PEFT in its quicker dtype"] == "missed"
+    assert met["gemma3, P = 100: speed against PEFT in its quicker dtype"] == "not measured"
+    assert met["smollm2, P = 100: peak memory against PEFT in the same dtype"] == "missed"
+    assert met["smollm2, P = 100: share of the products' rate"] == "met"
+    verdicts = [met[f"tiny: losses without {off}, relative difference"] for off in cells.SAVINGS]
+    assert verdicts == ["met", "missed", "not measured"]
+    sweep.write_outputs(report, rows, tmp_path)
+    sweep.write_outputs(report, rows[:1], tmp_path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("method", cells.METHODS)
+def test_peft_starts_where_we_do(method, workdir, quick):
+    """Mutation: other weights, other examples or other labels; PEFT trains nothing."""
+    torch = pytest.importorskip("torch")
+    cell = dataclasses.replace(TINY, method=method, length=5)
+    task = cells.Task(cell, System("peft", "float32"), steps=1)
+    job = cells.job(task, workdir, best_threads={})
+    before = torch.get_num_threads()
+    still = theirs.measure(job | {"threads": [1, 2], "rate": 0.0})
+    moving = theirs.measure(job | {"threads": [1], "rate": 0.01})
+    torch.set_num_threads(before)
+    assert set(still["tried"]) == {"1", "2"} and len(still["seconds"]) == 1
+    assert still["losses"][0] == moving["losses"][0]
+    assert still["losses"][1] != moving["losses"][1]
+    if method in ("lora", "full"):  # which begin as the model itself
+        prepared = prepare(ours.settings(job, "float32"), Session(Progress()))
+        batches = [forms.make_batch(train_source(prepared), 0, "")]
+        loss = ours.stepper(prepared, batches, off="", rate=0.01)[1](0)
+        assert moving["losses"][0] == pytest.approx(loss, rel=1e-5)
