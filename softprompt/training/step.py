@@ -96,7 +96,11 @@ _BESIDE = ("target_RM", "weight_RM", "pair_head_RC", "pair_token_RC")
 
 
 def rows_loss(
-    config: StepConfig, shared: Shared, weights: Tree, batch: Batch, keys: Keys | None
+    config: StepConfig,
+    shared: Shared,
+    weights: Tree,
+    batch: Batch,
+    keys: Keys | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Cross-entropy of the targets, weighted by `weight_RM`, which sums to 1 over the whole step.
 
