@@ -23,7 +23,7 @@ for prompt, prefix, LoRA and full fine-tuning, 100 and all examples); 28 of 30 s
 Add --dry-run for the estimate of a machine's time. A finished trial of full fine-tuning leaves 2.7
 GB behind.
 
-Expected: not run yet.
+Expected: see experiments/LOG.md for an unfinished run of "quick"; "full" has not been run.
 """
 
 import itertools
@@ -159,6 +159,7 @@ def _trial(
         set_key(config, key, value)
     steps, warmup, every, validation, test, tokens = SIZES[subset]
     config.seed, config.data.train_examples = seed, examples
+    config.mesh.population = 1  # each is timed alone
     config.data.validation_examples, config.data.test_examples = validation, test
     if name != BASE:
         config.optimizer.rate, config.optimizer.warmup = rate, warmup
