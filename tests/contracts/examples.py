@@ -213,3 +213,11 @@ def cut(encoded: Encoded, order: Sequence[int]) -> Encoded:
         targets=[encoded.targets[n] for n in order],
         labels=encoded.labels[list(order)],
     )
+
+
+def equations(tree: Any) -> Iterator[Any]:
+    """The equations of all programs (jaxprs) in a tree, whatever they are nested in."""
+    for leaf in jax.tree.leaves(tree):
+        for equation in getattr(getattr(leaf, "jaxpr", leaf), "eqns", ()):
+            yield equation
+            yield from equations(equation.params)

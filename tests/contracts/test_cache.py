@@ -10,7 +10,7 @@ import pytest
 from softprompt.inference.cache import empty_cache, extend, prefill
 from softprompt.inference.decode import generate
 from softprompt.models.decoder import Cached
-from tests.contracts.examples import prompted, quick_jit, snippets
+from tests.contracts.examples import equations, prompted, quick_jit, snippets
 from tests.contracts.test_families import FAMILIES
 from tests.families import SLIDING, family_decoder
 from tests.models.test_t5 import compiled_row, packed
@@ -171,21 +171,6 @@ def test_several_tokens_at_once(x64, name):
     np.testing.assert_allclose(logits_NV, wanted_NV, **EXACT)
 
 
-def equations(outer):
-    """All that an equation is made of, whatever it is nested in."""
-    for inner in jax.tree.leaves(outer.params):
-        inner = getattr(inner, "jaxpr", inner)
-        for equation in getattr(inner, "eqns", ()):
-            yield equation
-            yield from equations(equation)
-
-
-def scans(jaxpr):
-    """The equations of every layer scan."""
-    for equation in jaxpr.eqns:
-        yield from (e for e in (equation, *equations(equation)) if e.primitive.name == "scan")
-
-
 @pytest.mark.parametrize("name", ["gemma3", "t5"])
 def test_layers_read_the_cache_and_never_copy_it(x64, name):
     """Mutation: keys and values of the parts are concatenated in a layer; the scan of the layers
@@ -203,12 +188,13 @@ def test_layers_read_the_cache_and_never_copy_it(x64, name):
     def step(shared, memory, cache):
         return extend(model, weights, shared, memory, cache, tokens_BT[:, 0], jnp.array(1))
 
-    (layers,) = scans(jax.make_jaxpr(step)(*jax.eval_shape(run, tokens_BT)).jaxpr)
+    jaxpr = jax.make_jaxpr(step)(*jax.eval_shape(run, tokens_BT))
+    (layers,) = (e for e in equations(jaxpr) if e.primitive.name == "scan")
     size = model.config.head_size
     inputs = [v.aval.shape for v in layers.invars]
     assert sum(shape[-1:] == (size,) and new in shape for shape in inputs) == 2
     assert not any(new in v.aval.shape or slots in v.aval.shape for v in layers.outvars)
-    made = [(e.primitive.name, v.aval.shape) for e in equations(layers) for v in e.outvars]
+    made = [(e.primitive.name, v.aval.shape) for e in equations(layers.params) for v in e.outvars]
     assert any(name == "dot_general" and new in shape for name, shape in made)
     joined = [shape for name, shape in made if name == "concatenate"]
     assert not any(shape[-1] == size and max(shape) > new for shape in joined)
