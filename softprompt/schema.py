@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.place": ("encoder", "decoder", "cross", "both", "all"),
     "method.reparam": ("none", "residual", "residual_rows", "mlp"),
     "method.placement": ("houlsby", "pfeiffer"),
-    "mesh.remat": ("none", "dots", "layer"),
+    "mesh.remat": ("none", "layer"),
     "optimizer.name": ("adamw", "adafactor", "adafactor_t5x", "sgd"),
     "optimizer.rate_unit": ("absolute", "embedding_rms"),
     "optimizer.schedule": ("cosine", "constant", "linear", "inverse_sqrt"),
@@ -277,8 +277,8 @@ def _mesh() -> dict[str, Any]:
     return {
         "data": -1,  # devices along the data axis; -1 is all that are left
         "model": 1,  # devices along the model axis
-        # what the backward pass computes again to save memory: none, dots (all but products with
-        # frozen matrices) or layer (all but the layers' inputs)
+        # what the backward pass computes again to save memory: none (but what is cheap) or layer
+        # (all but the layers' inputs)
         "remat": "none",
         # what the model axis leaves of the weights: replicated over the data axis, or sharded
         # (each layer is gathered when it is computed; for models too large to be whole)

@@ -41,8 +41,8 @@ from softprompt.models.layers import (
     Prefix,
     accumulate,
     read_delta,
-    rotary_table,
 )
+from softprompt.models.positions import rotary_table
 from softprompt.models.stack import Gather, stack
 
 

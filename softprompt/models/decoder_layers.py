@@ -10,15 +10,8 @@ from flax import struct
 
 from softprompt.models.attention import Part, attend
 from softprompt.models.dropout import Drop, dropped, dropped_keys
-from softprompt.models.layers import (
-    ACTIVATIONS,
-    NORMS,
-    Adapter,
-    Linear,
-    RopeScaling,
-    rotate,
-    within,
-)
+from softprompt.models.layers import NORMS, Adapter, Linear, activate
+from softprompt.models.positions import RopeScaling, rotate, within
 
 KeysValues = tuple[jax.Array, jax.Array]
 UNBOUNDED = 2**30  # the window of a layer that sees everything
@@ -194,14 +187,13 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_TD: jax.Array, drop: Drop | None) -> jax.Array:
         """Returns [T, D]."""
-        c, dtype = self.config, self.dtype
-        act, bias = ACTIVATIONS[c.activation], c.mlp_bias
+        c, dtype, bias = self.config, self.dtype, self.config.mlp_bias
         x_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="up")(x_TD, drop)
         if c.gated:
             gate_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="gate")(x_TD, drop)
-            x_TF = act(gate_TF) * x_TF
+            x_TF = activate(c.activation, gate_TF, x_TF)
         else:
-            x_TF = act(x_TF)
+            x_TF = activate(c.activation, x_TF)
         shape = (c.ffn, c.width)
         down = Linear("tf,fd->td", shape, dtype, bias, rescales_input=True, name="down")
         return down(x_TF, drop)

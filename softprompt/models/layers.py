@@ -4,8 +4,8 @@ Frozen weights live in Flax's collection "params"; what is trained comes in besi
 collection "delta", laid out like the modules that read it (DESIGN: methods).
 """
 
-import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +67,7 @@ class Linear(nn.Module):
         factor = read_delta(self, "ia3")
         if factor is not None and self.rescales_input:
             x = (x.astype(acc) * factor).astype(self.dtype)
-        y = project(self, "kernel", self.spec, x, self.shape, inputs, acc if self.wide else None)
+        y = project(self, "kernel", x, self.shape, inputs, acc if self.wide else None)
         if (low_rank := self._low_rank(x, drop)) is not None:
             y = y + low_rank.astype(y.dtype)
         biases = [read_delta(self, "bias")]
@@ -144,7 +144,6 @@ class Prefix(nn.Module):
 def project(
     module: Any,
     name: str,
-    spec: str,
     x: jax.Array,
     shape: tuple[int, ...],
     inputs: tuple[int, ...],
@@ -153,30 +152,41 @@ def project(
     """The product of `x` with a frozen matrix of the module, plain or quantised.
 
     A quantised one is dequantised here, inside whatever scan this runs in, and again for the
-    backward pass: the checkpoint holds the product too, for else the whole matrices of all layers
-    would be kept as residuals.
+    backward pass: what is recomputed holds the product too, for else the matrices of all layers, or
+    what they are as plain matrices, would be kept for it.
 
     Args:
         module: has the matrix `name` in its scope, and says in which dtype to compute.
         name: of the matrix, such as "kernel".
-        spec: of the einsum.
-        x: what is projected.
+        x: what is projected, [T, ...].
         shape: of the matrix.
-        inputs: its axes that are summed over.
+        inputs: its axes that are summed over, its first or its last.
         acc: dtype of the result; None for that of the module.
     """
     dtype = module.dtype
-
-    def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, x, matrix) if acc is None else _wide(spec, acc, x, matrix)
-
+    product = functools.partial(_product, inputs, acc or dtype)
     if module.has_variable("params", name):
-        return product(x, module.get_variable("params", name).astype(dtype))
+        return recomputed(product)(x, module.get_variable("params", name).astype(dtype))
     parts = quantized_parts(module, name)
     if not parts:
         return product(x, module.param(name, _normal, shape).astype(dtype))
-    rounded = jax.checkpoint(lambda x, parts: product(x, dequantize(parts, inputs, dtype)))
-    return rounded(x, parts)
+    return jax.checkpoint(lambda x, parts: product(x, dequantize(parts, inputs, dtype)))(x, parts)
+
+
+def _product(inputs: tuple[int, ...], acc: jnp.dtype, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Products in `acc` of vectors [T, ...] with an array whose axes `inputs` are summed over.
+
+    As a product of matrices: XLA would reorder an array of heads for the backward pass.
+    """
+    summed = [kernel.shape[axis] for axis in inputs]
+    outputs = [size for axis, size in enumerate(kernel.shape) if axis not in inputs]
+    x_TI = x.reshape(x.shape[0], math.prod(summed))
+    if inputs[0] == 0:
+        spec, w_2D = "ti,io->to", kernel.reshape(math.prod(summed), math.prod(outputs))
+    else:
+        spec, w_2D = "ti,oi->to", kernel.reshape(math.prod(outputs), math.prod(summed))
+    y_TO = jnp.einsum(spec, x_TI, w_2D) if acc == x.dtype else _wide(spec, acc, x_TI, w_2D)
+    return y_TO.reshape(x.shape[0], *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -208,6 +218,30 @@ def quantized_parts(module: nn.Module, name: str) -> list[Any]:
     return [module.get_variable("params", n) for n in names if module.has_variable("params", n)]
 
 
+def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function, of which the backward pass keeps the arguments alone.
+
+    For what is cheap to compute again: in a scan over layers whatever is kept is written to memory
+    and read back, once for every layer.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+def scaled(
+    x: jax.Array, scale: jax.Array, *, epsilon: float, acc: jnp.dtype, centre: bool = False
+) -> jax.Array:
+    """Vectors over the root of their mean square, times `scale`, in `acc`."""
+
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        x = x.astype(acc)
+        if centre:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        size = jnp.mean(x * x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(size + epsilon) * scale.astype(acc)
+
+    return recomputed(norm)(x, scale)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32. Source: arXiv 1910.07467."""
 
@@ -218,11 +252,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises each vector and multiplies it by the learned scale."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        x = x.astype(accumulate(self.dtype))
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return add_biases(x * scale.astype(x.dtype), [read_delta(self, "bias")], self.dtype).astype(
-            self.dtype
-        )
+        x = scaled(x, scale, epsilon=self.epsilon, acc=accumulate(self.dtype))
+        return add_biases(x, [read_delta(self, "bias")], self.dtype).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -236,10 +267,9 @@ class LayerNorm(nn.Module):
         """Normalises each vector, multiplies it by the scale and adds the bias."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        x = x.astype(accumulate(self.dtype))
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return add_biases(x * scale.astype(x.dtype), [bias, read_delta(self, "bias")], self.dtype)
+        acc = accumulate(self.dtype)
+        x = scaled(x, scale, epsilon=self.epsilon, acc=acc, centre=True)
+        return add_biases(x, [bias, read_delta(self, "bias")], self.dtype)
 
 
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
@@ -250,6 +280,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+def activate(name: str, x_TF: jax.Array, up_TF: jax.Array | None = None) -> jax.Array:
+    """An activation by its name, times `up_TF` where there is one, in at least float32."""
+
+    def product(x: jax.Array, *up: jax.Array) -> jax.Array:
+        acc = accumulate(x.dtype)
+        y = ACTIVATIONS[name](x.astype(acc))
+        return (y * up[0].astype(acc) if up else y).astype(x.dtype)
+
+    return recomputed(product)(x_TF, *(() if up_TF is None else (up_TF,)))
 
 
 class Embed(nn.Module):
@@ -277,61 +318,4 @@ class Embed(nn.Module):
     def attend(self, x_MD: jax.Array) -> jax.Array:
         """Products with every row, [M, V]."""
         shape, acc = (self.rows, self.width), accumulate(self.dtype)
-        return project(self, "embedding", "md,vd->mv", x_MD, shape, (1,), acc)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for positions beyond those first trained for.
-
-    `kind` "linear" divides all of them by `factor`. "llama3" divides those whose wavelength is more
-    than `original / low`, leaves those below `original / high`, and blends in between.
-    Source: `modeling_rope_utils` of transformers.
-    """
-
-    kind: str
-    factor: float
-    low: float = 1.0
-    high: float = 4.0
-    original: int = 8192
-
-
-def rotary_table(
-    positions_T: jax.Array, size: int, base: float, scaling: RopeScaling | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [T, size / 2] of rotary positions. Source: arXiv 2104.09864, 3.4.2."""
-    dtype = jnp.promote_types(jnp.result_type(float), jnp.float32)
-    frequency_K = base ** -(jnp.arange(0, size, 2, dtype=dtype) / size)
-    if scaling is not None:
-        frequency_K = stretch(frequency_K, scaling)
-    angle_TK = positions_T.astype(dtype)[:, None] * frequency_K
-    return jnp.cos(angle_TK), jnp.sin(angle_TK)
-
-
-def stretch(frequency_K: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Frequencies of rotary positions under a scaling."""
-    if scaling.kind == "linear":
-        return frequency_K / scaling.factor
-    turns_K = scaling.original * frequency_K / (2 * jnp.pi)  # in the original context
-    kept_K = jnp.clip((turns_K - scaling.low) / (scaling.high - scaling.low), 0, 1)
-    return frequency_K * (kept_K + (1 - kept_K) / scaling.factor)
-
-
-def rotate(x_THK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each head's two halves against each other by the row's angles.
-
-    Where the table is narrower than the head, what it does not reach is left as it is.
-    """
-    cos, sin = (t[:, None, :] for t in table)
-    half = cos.shape[-1]
-    x = x_THK.astype(cos.dtype)
-    a, b = x[..., :half], x[..., half : 2 * half]
-    parts = [a * cos - b * sin, b * cos + a * sin]
-    if 2 * half < x.shape[-1]:
-        parts.append(x[..., 2 * half :])
-    return jnp.concatenate(parts, axis=-1).astype(x_THK.dtype)
-
-
-def within(window: jax.Array, positions_T: jax.Array, positions_S: jax.Array) -> jax.Array:
-    """Which keys lie less than `window` (a scalar) positions behind each query, [T, S]."""
-    return positions_T[:, None] - positions_S < window
+        return project(self, "embedding", x_MD, shape, (1,), acc)

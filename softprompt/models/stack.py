@@ -25,8 +25,8 @@ def stack(
         block: takes the residual stream, what differs from layer to layer ([L, ...] outside) and
             what all layers share; returns the stream and what is stacked.
         length: L.
-        remat: what the backward pass computes again: "none", "layer" (everything but the layers'
-            inputs), or "dots" (everything but products with frozen matrices).
+        remat: what the backward pass computes again: "none" (what is cheap: norms, activations,
+            scores) or "layer" (everything but the layers' inputs).
         gather: called as `gather(path, leaf)` on each of a layer's weights where the layer is
             computed, and again for its backward pass, so that gathered weights are never kept:
             what it returns must come from `jax.lax.with_sharding_constraint`.
@@ -64,6 +64,5 @@ def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
 
 POLICIES: dict[str, Any] = {
     "none": _keep,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "layer": None,
 }

@@ -15,7 +15,7 @@ from flax import struct
 
 from softprompt.models.attention import Part, accumulate, attend
 from softprompt.models.dropout import Drop, dropped, dropped_keys
-from softprompt.models.layers import Adapter, Linear, RMSNorm
+from softprompt.models.layers import Adapter, Linear, RMSNorm, activate
 
 KeysValues = tuple[jax.Array, jax.Array]
 Kept = tuple[KeysValues, tuple[KeysValues, KeysValues] | None]
@@ -189,9 +189,9 @@ class MLP(nn.Module):
         y = Linear("td,df->tf", (width, ffn), self.dtype, name="up")(x_TD, drop)
         if self.config.gated:
             gate = Linear("td,df->tf", (width, ffn), self.dtype, name="gate")(x_TD, drop)
-            y = jax.nn.gelu(gate, approximate=True) * y
+            y = activate("gelu_tanh", gate, y)
         else:
-            y = jax.nn.relu(y)
+            y = activate("relu", y)
         down = Linear("tf,fd->td", (ffn, width), self.dtype, rescales_input=True, name="down")
         return down(dropped(self, y, drop), drop)
 

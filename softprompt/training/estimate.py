@@ -93,14 +93,14 @@ def _bytes(tree: Any) -> int:
 def step_memory(prepared: Prepared, widths: dict[str, int], rows: float) -> float:
     """Bytes that a step keeps for its backward pass, all layers, nothing rematerialised.
 
-    About ten arrays of the width and three of the ffn in the compute dtype for every token of
+    About seven arrays of the width and two of the ffn in the compute dtype for every token of
     `rows` rows of these `widths`, and of the contexts, which are run once; of attention's scores,
     which are computed again, those of one layer in float32.
     """
     sizes, (before, context) = prepared.loaded.config, prepared.contexts
     context *= max(1, prepared.layout.prompts)
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
-    kept = (10 * sizes.width + 3 * sizes.ffn) * size
+    kept = (7 * sizes.width + 2 * sizes.ffn) * size
     own = widths["T"]
     if isinstance(sizes, DecoderConfig):
         scores = rows * own * (own + context) * sizes.heads * 4

@@ -106,7 +106,7 @@ def residuals(config, delta, weights, batch):
     return jax.tree.leaves(jax.eval_shape(kept, delta, weights))
 
 
-@pytest.mark.parametrize("remat", ("none", "dots", "layer"))
+@pytest.mark.parametrize("remat", ("none", "layer"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_residual_has_the_shape_of_a_weight(folders, kind, remat):
     """Mutation: the checkpoint around a dequantisation is left out, or holds it without its
@@ -126,21 +126,20 @@ def test_no_residual_has_the_shape_of_a_weight(folders, kind, remat):
         assert shape[1:] not in layers, shape
 
 
-@pytest.mark.parametrize("remat", ("dots", "layer"))
-def test_remat_changes_nothing_but_memory(folders, remat):
+def test_remat_changes_nothing_but_memory(folders):
     """Mutation: a policy that drops the context's cotangents, as one that stops gradients does."""
     loaded = load_model(str(folders / "llama"))
     batch = packed(random_examples(), [[0, 1, 2], [3, 4, 5]])
     found = {}
-    for name in ("none", remat):
+    for name in ("none", "layer"):
         config, delta = prompted(loaded.model.clone(remat=name), loaded.weights, 4)
         loss, grads = value_and_grad(config, delta, loaded.weights, batch)
         size = sum(leaf.size for leaf in residuals(config, delta, loaded.weights, batch))
         found[name] = float(loss), grads["prompt"], size
-    np.testing.assert_allclose(found[remat][0], found["none"][0], rtol=1e-6)
+    np.testing.assert_allclose(found["layer"][0], found["none"][0], rtol=1e-6)
     scale = float(jnp.abs(found["none"][1]).max())
-    np.testing.assert_allclose(found[remat][1], found["none"][1], atol=1e-5 * scale)
-    assert found[remat][2] < 0.8 * found["none"][2]
+    np.testing.assert_allclose(found["layer"][1], found["none"][1], atol=1e-5 * scale)
+    assert found["layer"][2] < 0.5 * found["none"][2]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -38,7 +38,7 @@ def test_a_microbatch_takes_rows_of_every_device(small):
 
 
 @pytest.mark.parametrize(
-    ("config", "remat"), [(DECODER, "none"), (T5, "dots")], ids=["decoder", "T5"]
+    ("config", "remat"), [(DECODER, "none"), (T5, "layer")], ids=["decoder", "T5"]
 )
 def test_a_layer_is_gathered_where_it_is_computed(small, config, remat):
     """Mutation: no `gather` in the model (XLA gathers the rows instead); the backward pass finds

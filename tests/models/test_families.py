@@ -15,9 +15,9 @@ from softprompt.errors import UserError
 from softprompt.models.catalog import parameter_count
 from softprompt.models.decoder import Decoder
 from softprompt.models.families import FAMILIES, read_family
-from softprompt.models.layers import RopeScaling
 from softprompt.models.loading import load_model
 from softprompt.models.names import decoder_shapes
+from softprompt.models.positions import RopeScaling
 from softprompt.models.t5_names import t5_shapes
 from softprompt.training.sharding import WEIGHT_RULES, make_mesh, path_name, weight_spec
 from tests.contracts.examples import quick_jit

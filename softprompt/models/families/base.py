@@ -6,8 +6,8 @@ from typing import Any
 
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.layers import RopeScaling
 from softprompt.models.names import Table
+from softprompt.models.positions import RopeScaling
 
 Raw = Mapping[str, Any]
 

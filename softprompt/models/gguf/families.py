@@ -13,8 +13,8 @@ import numpy as np
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.gguf.file import File
-from softprompt.models.layers import RopeScaling, stretch
 from softprompt.models.names import Part, Table, decoder_table, torch_part
+from softprompt.models.positions import RopeScaling, stretch
 from softprompt.models.t5_layers import T5Config
 from softprompt.models.t5_names import ATTENTIONS, layer_count, t5_shapes
 
