@@ -197,5 +197,17 @@ def whole_number(config: Mapping[str, Any], key: str, *, file: str) -> int:
     return value
 
 
+def number(config: Mapping[str, Any], key: str, default: float, *, file: str) -> float:
+    """A field that is a number, `default` where it is absent.
+
+    Raises:
+        UserError: it is none.
+    """
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise _refuse(file, key, value, "a number")
+    return value
+
+
 def _refuse(file: str, key: str, value: Any, allowed: str) -> UserError:
     return UserError(f"{file}: {key} of its config is {value!r}; allowed: {allowed}")

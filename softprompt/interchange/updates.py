@@ -13,7 +13,7 @@ import numpy as np
 
 from softprompt.errors import UserError
 from softprompt.interchange.adapter import Adapter
-from softprompt.interchange.fields import whole_number
+from softprompt.interchange.fields import number, whole_number
 from softprompt.interchange.projections import (
     PREFIX,
     Config,
@@ -70,6 +70,7 @@ def lora_to(
         "fan_in_fan_out": transposed(config),
         "r": int(method["rank"]),
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": float(method["dropout"]),
         "use_rslora": bool(method["rslora"]),
         "target_modules": targets(chosen, config),
     }
@@ -133,9 +134,7 @@ def lora_from(adapter: Adapter, config: Config) -> tuple[Leaves, dict[str, Any]]
         UserError: tensors that are not those of its config for this model.
     """
     rank = whole_number({"r": 8} | adapter.config, "r", file=adapter.file)
-    alpha = adapter.config.get("lora_alpha", 8)
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise UserError(f"{adapter.file}: lora_alpha of its config is {alpha!r}; allowed: a number")
+    alpha = number(adapter.config, "lora_alpha", 8, file=adapter.file)
     adapter, chosen = _read_modules(adapter, config)
     wanted: dict[str, tuple[int, ...]] = {}
     for module, parts in chosen.items():
@@ -151,6 +150,7 @@ def lora_from(adapter: Adapter, config: Config) -> tuple[Leaves, dict[str, Any]]
         "name": "lora",
         "rank": rank,
         "alpha": alpha,
+        "dropout": number(adapter.config, "lora_dropout", 0.0, file=adapter.file),
         "rslora": bool(adapter.config.get("use_rslora", False)),
         "targets": _names(leaves),
     }

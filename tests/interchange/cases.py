@@ -59,8 +59,9 @@ class Case:
 
 def _lora(model: str, names: str, targets: str, **more: Any) -> Case:
     options = {"r": 2, "lora_alpha": 6, "target_modules": names.split(), **more}
-    method = {"name": "lora", "rank": 2, "alpha": 6, "rslora": False, "targets": targets}
-    return Case(model, "LoraConfig", options, method | {"rslora": more.get("use_rslora", False)})
+    method = {"name": "lora", "rank": 2, "alpha": 6, "targets": targets}
+    method |= {"rslora": more.get("use_rslora", False), "dropout": more.get("lora_dropout", 0.0)}
+    return Case(model, "LoraConfig", options, method)
 
 
 _PROMPT = {"name": "prompt", "length": 3}
@@ -118,7 +119,7 @@ CASES: dict[str, Case] = {
         written=False,
     ),
     "lora-llama": _lora("llama", _ALL, "q,k,v,o,gate,up,down"),
-    "lora-rs-llama": _lora("llama", "q_proj v_proj", "q,v", use_rslora=True),
+    "lora-rs-llama": _lora("llama", "q_proj v_proj", "q,v", use_rslora=True, lora_dropout=0.25),
     "lora-qwen3": _lora("qwen3", "k_proj down_proj", "k,down"),
     "lora-gemma2": _lora("gemma2", "q_proj o_proj", "q,o"),
     "lora-gpt2": _lora("gpt2", "c_attn attn.c_proj c_fc", "qkv,o,up", fan_in_fan_out=True),
@@ -166,7 +167,7 @@ def write_model(folder: Path, model: str) -> Path:
 
 def facts(case: Case, origin: dict[str, Any] | None = None) -> Facts:
     """What a trial of the case would say of its delta."""
-    method = {"bos": "after", "prompt_to_input": True, **case.method}
+    method = {"bos": "after", "prompt_to_input": True, "dropout": 0.0, **case.method}
     return Facts(sizes(case.model), method, case.model, origin=origin or {})
 
 

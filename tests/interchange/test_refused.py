@@ -120,7 +120,7 @@ def test_configs(name, config, message):
 
 
 def test_fields_that_say_nothing_are_passed_over():
-    delta, _ = read("lora-llama", None, use_new=False, later={}, lora_dropout=0.5, peft_version="9")
+    delta, _ = read("lora-llama", None, use_new=False, later={}, peft_version="9")
     assert delta
     few = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
     least = Adapter(few, read_adapter(GOLDEN / "prompt-llama").tensors)

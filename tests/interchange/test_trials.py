@@ -100,6 +100,7 @@ METHODS = {
         "method__rank": 2,
         "method__alpha": 3,
         "method__rslora": True,
+        "method__dropout": 0.25,
         "method__targets": "q,up",
     },
     "ia3": {},
@@ -116,7 +117,7 @@ METHODS = {
     ],
 )
 def test_every_method_there_and_back(place, tmp_path, capsys, model, method):
-    """Mutation: a key of the method's config, such as rslora, is not set on import."""
+    """Mutation: a key of the method's config, such as rslora or dropout, is not set on import."""
     more = {"train__steps": 2, "optimizer__rate": 0.3, "optimizer__warmup": 0, **METHODS[method]}
     more |= {"data__mixture": mixture(place)} if method == "multitask" else {}
     command = words(place, place / model, **{"method__name": method, **more})
@@ -135,7 +136,7 @@ def test_every_method_there_and_back(place, tmp_path, capsys, model, method):
     scores = [run(capsys, "evaluate", "--run", tmp_path / f) for f in ("run", "b")]
     assert scores[0] == scores[1]
     configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("run", "b")]
-    keys = ("name", "rank", "alpha", "rslora") if method == "lora" else ("name",)
+    keys = ("name", "rank", "alpha", "rslora", "dropout") if method == "lora" else ("name",)
     assert len({tuple(config["method"][key] for key in keys) for config in configs}) == 1
 
 
