@@ -162,6 +162,8 @@ def test_the_plan():
         *(("ours", 0), ("peft", 0), ("peft", 0)),
         *(("ours", 1), ("peft", 1), ("peft", 1)),
     ]
+    slow = [t for t in tasks if t.cell.length == 500 and t.system == System("peft", "float32")]
+    assert [(t.process, t.steps) for t in slow] == [(0, measure.FEWEST)]
     jobs = [cells.job(t, bench.ROOT, best_threads={}) for t in (timed[0], timed[3])]
     assert [job["start"] for job in jobs] == [0, cells.SPAN]
     cells_of = {task.cell for task in cells.plan("full", processes=1, steps=1)}
