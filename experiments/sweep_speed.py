@@ -1,0 +1,194 @@
+"""What does a sweep save over as many commands, and what do steps taken together save?
+
+Question: 12 prompts (3 lengths, 2 initialisers, 2 seeds) on SmolLM2-135M-Instruct and movie-snippet
+sentiment: how long do they take as 12 processes of `softprompt train`, as one sweep that trains one
+after another, and as one sweep whose trials of equal length take their steps together?
+
+Prediction: a process pays for imports, the model, the data and a compilation, some 15 seconds on
+two x86 cores; a sweep pays once, and once a length. Two cores are busy with one trial, so that
+steps taken together gain a tenth at most; a GPU is not, and gains several times.
+
+Command, from the repository root, on a machine that does nothing else:
+    python -m experiments.sweep_speed --workdir runs/sweep_speed
+    python -m experiments.sweep_speed --forms warm,together --config.train.steps=60
+    softprompt sweep sweep_speed --workdir runs/twelve       (the trials alone)
+
+Cost: 12 trials of 30 steps in each of three forms, about half an hour on two x86 cores. A form that
+was measured is not measured again; one that was interrupted begins anew.
+
+Expected: not measured yet.
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from softprompt.analysis.plots import Point, length_plot
+from softprompt.analysis.tables import to_markdown
+from softprompt.cli import split_overrides
+from softprompt.config import ConfigDict, base_config, trial_name
+from softprompt.errors import unknown
+from softprompt.results import Row, read_rows, write_text
+
+LENGTHS, INITS, SEEDS = (5, 20, 100), ("uniform", "vocabulary"), (0, 1)
+FORMS = ("cold", "warm", "together")
+
+CAPTION = (
+    "Members: trials that took their steps together. Step s: of a step of all of them. Test "
+    "accuracy on 200 examples."
+)
+
+
+def sweep(subset: str = "full") -> list[ConfigDict]:
+    """Returns the 12 configs.
+
+    Raises:
+        UserError: a subset other than "full".
+    """
+    if subset != "full":
+        raise unknown("subset", subset, ["full"])
+    return [_trial(*point) for point in itertools.product(LENGTHS, INITS, SEEDS)]
+
+
+def _trial(length: int, init: str, seed: int) -> ConfigDict:
+    config = base_config()
+    config.method.length, config.method.init, config.seed = length, init, seed
+    config.train.steps, config.train.batch, config.eval.every = 30, 16, 0
+    config.data.validation_examples = config.data.test_examples = 200
+    config.mesh.population = 0
+    return config
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns a line a trial."""
+    return pd.DataFrame([_line(row) for row in sorted(rows, key=_key)], dtype=object)
+
+
+def _key(row: Row) -> tuple[int, str, int]:
+    return tuple(_line(row)[name] for name in ("P", "init", "seed"))  # type: ignore[return-value]
+
+
+def _line(row: Row) -> dict[str, Any]:
+    method = row["config"]["method"]
+    return {
+        "P": method["length"],
+        "init": method["init"],
+        "seed": row["config"]["seed"],
+        "members": row.get("members", 1),
+        "step s": row.get("step_seconds"),
+        "test accuracy": row["metrics"].get("test", {}).get("accuracy"),
+        "status": row["status"],
+    }
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns test accuracy by prompt length, a line an initialiser."""
+    lines: dict[str, list[Point]] = {}
+    done = [_line(row) for row in rows if row["status"] == "done"]
+    for init, length in sorted({(line["init"], line["P"]) for line in done}):
+        some = [line for line in done if (line["init"], line["P"]) == (init, length)]
+        values = tuple(100 * line["test accuracy"] for line in some)
+        mean = sum(values) / len(values)
+        lines.setdefault(init, []).append(Point(length, mean, min(values), max(values), values))
+    return length_plot(
+        lines,
+        {},
+        xlabel="Length (vectors)",
+        ylabel="Test accuracy (%)",
+        title="Movie-snippet sentiment, SmolLM2-135M-Instruct",
+    )
+
+
+def commands(form: str, folder: Path, overrides: Sequence[str]) -> list[list[str]]:
+    """The command lines of a form, one after another; what the trials have in common comes last."""
+    program = [sys.executable, "-m", "softprompt"]
+    if form != "cold":
+        population = f"--config.mesh.population={1 if form == 'warm' else 0}"
+        sweeping = [*program, "sweep", "sweep_speed", "--workdir", str(folder), population]
+        return [[*sweeping, *overrides]]
+    found = []
+    for config in sweep():
+        own = {f"method.{key}": config.method[key] for key in ("length", "init")}
+        own |= {"seed": config.seed, "eval.every": config.eval.every}
+        own |= {f"train.{key}": config.train[key] for key in ("steps", "batch")}
+        own |= {f"data.{key}_examples": 200 for key in ("validation", "test")}
+        words = [f"--config.{key}={value}" for key, value in own.items()]
+        workdir = ["--workdir", str(folder / trial_name(config))]
+        found.append([*program, "train", *words, *overrides, *workdir])
+    return found
+
+
+def measure(form: str, folder: Path, overrides: Sequence[str]) -> float:
+    """Seconds by the clock of a form, all of its processes included."""
+    note = folder / "seconds.json"
+    if note.exists():
+        return float(json.loads(note.read_text()))
+    if folder.exists():
+        shutil.rmtree(folder)  # what an interruption left would be skipped
+    lines = commands(form, folder, overrides)
+    seconds = 0.0
+    for number, line in enumerate(lines, 1):
+        print(f"{form}: process {number} of {len(lines)}", file=sys.stderr, flush=True)
+        began = time.perf_counter()
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+        seconds += time.perf_counter() - began
+    write_text(note, json.dumps(seconds))
+    return seconds
+
+
+def summary(seconds: Mapping[str, float], rows: Mapping[str, Sequence[Row]]) -> pd.DataFrame:
+    """Returns a line a form: its time, the others' over it, and how far its accuracies are off.
+
+    The last column is the largest difference of a trial's test accuracy from that in the first
+    form.
+    """
+    first = next(iter(seconds))
+    found: dict[str, dict[Any, float]] = {
+        form: {_key(row): row["metrics"]["test"]["accuracy"] for row in some}
+        for form, some in rows.items()
+    }
+    return pd.DataFrame(
+        [
+            {
+                "form": form,
+                "seconds": round(taken, 1),
+                **{f"{other} over it": seconds[other] / taken for other in seconds},
+                "accuracy off by": max(abs(found[form][k] - found[first][k]) for k in found[first]),
+            }
+            for form, taken in seconds.items()
+        ],
+        dtype=object,
+    )
+
+
+def main() -> int:
+    """Measures the forms one after another and prints how they compare."""
+    parser = argparse.ArgumentParser(prog="experiments.sweep_speed", description="12 prompts")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/sweep_speed"))
+    parser.add_argument("--forms", default=",".join(FORMS), help="of cold, warm, together")
+    words, overrides = split_overrides(sys.argv[1:])
+    said = parser.parse_args(words)
+    forms = said.forms.split(",")
+    if unknown_forms := set(forms) - set(FORMS):
+        parser.error(str(unknown("form", sorted(unknown_forms)[0], FORMS)))
+    given = [f"--config.{key}={value}" for key, value in overrides]
+    seconds = {form: measure(form, said.workdir / form, given) for form in forms}
+    rows = {form: read_rows(said.workdir / form) for form in forms}
+    text = to_markdown(summary(seconds, rows))
+    write_text(said.workdir / "summary.md", text)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
