@@ -27,7 +27,11 @@ class Member(NamedTuple):
 
 
 def population_step(
-    members: Sequence[Member], weights: Tree, *, step: TrainStep
+    members: Sequence[Member],
+    weights: Tree,
+    *,
+    step: TrainStep,
+    along: jax.sharding.NamedSharding | None = None,
 ) -> list[tuple[Tree, Tree, Tree]]:
     """The steps of all members, vmapped over everything but the weights.
 
@@ -35,11 +39,14 @@ def population_step(
         members: of equal shapes.
         weights: the frozen model.
         step: `train_step`, its static arguments given.
+        along: how the axis of members lies over devices; None leaves that to their rows.
 
     Returns:
         For each member what `step` returns: delta, optimizer's state, metrics.
     """
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    if along is not None:
+        together = jax.lax.with_sharding_constraint(together, along)
     results = jax.vmap(lambda m: step(m.delta, m.opt_state, weights, m.batch, m.key))(together)
     return [jax.tree.map(lambda leaf, n=n: leaf[n], results) for n in range(len(members))]
 

@@ -26,7 +26,15 @@ from softprompt.models.loading import Loaded, load_model
 from softprompt.progress import Progress
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
 from softprompt.training.population import Member, Population, population_step
-from softprompt.training.sharding import Gather, by_row, make_mesh, put_weight, replicated
+from softprompt.training.sharding import (
+    Gather,
+    by_device,
+    by_row,
+    lies_over_data,
+    make_mesh,
+    put_weight,
+    replicated,
+)
 from softprompt.training.step import StepConfig, TrainStep, train_step
 
 SPLITS = ("train", "validation", "test")
@@ -286,7 +294,7 @@ def compile_step(
     arrays or shapes with shardings.
     """
     whole = replicated(mesh)
-    function = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
+    function = _step(step, optimizer, mesh, arguments)
     kept = [jax.tree.map(functools.partial(_where, whole), tree) for tree in arguments[:2]]
     jitted = jax.jit(
         function,
@@ -306,18 +314,33 @@ def compile_population(
 ) -> Any:
     """Compiles `population_step` for so many members, each with arguments like these.
 
-    Nothing is donated: a member's arguments stand in for those of a trial that is over.
+    Where the members divide by the mesh's data axis, each device along it takes whole trials, which
+    need nothing of one another; else each takes some rows of every trial. Nothing is donated: a
+    member's arguments stand in for those of a trial that is over.
     """
     whole, rows = replicated(mesh), by_row(mesh)
     delta, opt_state, weights, batch, key = arguments
+    over = members % mesh.shape["data"] == 0 and not lies_over_data((delta, weights))
     function = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
+    if not over:
+        function = _step(step, optimizer, mesh, arguments)
     where: Any = Member(whole, whole, rows, whole)  # type: ignore[arg-type]
     jitted = jax.jit(
-        functools.partial(population_step, step=function),
+        functools.partial(population_step, step=function, along=rows if over else None),
         in_shardings=([where] * members, None),
         out_shardings=whole,
     )
     return jitted.lower([Member(delta, opt_state, batch, key)] * members, weights).compile()
+
+
+def _step(
+    step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
+) -> TrainStep:
+    """The function of a step on a mesh."""
+    function = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
+    if mesh.shape["data"] == 1 or lies_over_data((arguments[0], arguments[2])):
+        return function
+    return functools.partial(function, spread=by_device(mesh))
 
 
 def _where(whole: Any, leaf: Any) -> Any:

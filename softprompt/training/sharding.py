@@ -9,7 +9,7 @@ Source: arXiv 1909.08053 (heads and ffn over devices), arXiv 1910.02054 (ZeRO).
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -175,6 +175,36 @@ def random_key(seed: int, mesh: Mesh) -> jax.Array:
 def by_row(mesh: Mesh) -> NamedSharding:
     """Rows, the first axis, are split over "data"."""
     return NamedSharding(mesh, P("data"))
+
+
+def by_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What makes a sum over rows, a function of (delta, weights, batch, key), one of each device's.
+
+    Devices along "data" compute it of their own rows, context included, and add up the results at
+    the end: one all-reduce as large as the delta. Left to XLA, the cotangents of the context's keys
+    and values are summed over devices in every layer. Nothing but the batch may lie over "data".
+    """
+
+    def spread(function: Callable[..., Any]) -> Callable[..., Any]:
+        def summed(*arguments: Any) -> Any:
+            return jax.lax.psum(function(*arguments), "data")
+
+        return jax.shard_map(
+            summed,
+            mesh=mesh,
+            in_specs=(P(), P(), P("data"), P()),
+            out_specs=P(),
+            axis_names={"data"},
+            check_vma=False,
+        )
+
+    return spread
+
+
+def lies_over_data(tree: Any) -> bool:
+    """Whether an array of the tree, or a shape with a sharding, is split over "data"."""
+    specs = [getattr(getattr(x, "sharding", None), "spec", ()) for x in jax.tree.leaves(tree)]
+    return any("data" in (axis if isinstance(axis, tuple) else (axis,)) for s in specs for axis in s)
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

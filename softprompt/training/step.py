@@ -153,6 +153,21 @@ def accumulated(
     return value, pull_back(cotangent)[0]
 
 
+def gradients(
+    delta: Tree, weights: Tree, batch: Batch, key: jax.Array, *, config: StepConfig
+) -> tuple[Metrics, Tree]:
+    """Metrics of the batch's rows and the delta's gradient: sums over rows, as the loss is."""
+    if config.microbatches == 1:
+        loss = functools.partial(loss_fn, config=config)
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(delta, weights, batch, key)
+    else:
+        (_, metrics), grads = accumulated(delta, weights, batch, key, config=config)
+    return metrics, grads
+
+
+Gradients = Callable[[Tree, Tree, Batch, jax.Array], tuple[Metrics, Tree]]
+
+
 def train_step(
     delta: Tree,
     opt_state: Tree,
@@ -162,6 +177,7 @@ def train_step(
     *,
     config: StepConfig,
     tx: optax.GradientTransformation,
+    spread: Callable[[Gradients], Gradients] = lambda function: function,
 ) -> tuple[Tree, Tree, Metrics]:
     """One update of the delta.
 
@@ -173,16 +189,14 @@ def train_step(
         key: folded from the trial's seed and the step.
         config: what is static.
         tx: the optimizer.
+        spread: how `gradients` goes over devices, see `softprompt.training.sharding.by_device`.
 
     Returns:
         The new delta and state, and scalars: loss (nats a target token), token_accuracy, grad_norm,
         update_norm, delta_norm, and row_norm_min, _mean and _max of a delta with a prompt.
     """
-    if config.microbatches == 1:
-        loss = functools.partial(loss_fn, config=config)
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(delta, weights, batch, key)
-    else:
-        (_, metrics), grads = accumulated(delta, weights, batch, key, config=config)
+    of_rows = functools.partial(gradients, config=config)
+    metrics, grads = spread(of_rows)(delta, weights, batch, key)
     updates, opt_state = tx.update(grads, opt_state, delta)
     delta = optax.apply_updates(delta, updates)
     metrics |= {

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from softprompt.training import full_size
+from softprompt.training.session import compile_population
 from softprompt.training.sharding import make_mesh
 from tests.tiny import tiny_config
 from tests.tiny_t5 import tiny_t5_config
@@ -35,6 +36,37 @@ def test_a_microbatch_takes_rows_of_every_device(small):
     """Mutation: the first microbatch is the first rows: every device then computes all of them."""
     compiled = full_size.compiled(DECODER, make_mesh(8, 1), "replicated")
     assert shapes(compiled.as_text(), "all-gather") == []
+
+
+@pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2)])
+def test_over_data_the_deltas_gradient_alone_is_summed(small, data, model):
+    """Mutation: `by_device` is left out: keys and values of the context are summed in every layer.
+
+    Over "model" the parts of products are summed, of tokens by width.
+    """
+    text = full_size.compiled(DECODER, make_mesh(data, model), "replicated").as_text()
+    results = re.findall(r" = (.*?) all-reduce(?:-start)?\(", text)
+    found = {shape for result in results for shape in re.findall(r"\[([\d,]*)\]", result)}
+    delta = f"{full_size.PROMPT},{WIDTH}"
+    assert delta in found
+    heads = (f"{DECODER.kv_heads // model},{DECODER.head_size}",)
+    assert not [shape for shape in found if shape.endswith(heads)], found
+    if model == 1:
+        assert found <= {delta, ""}
+
+
+def test_a_device_takes_whole_trials(small, monkeypatch):
+    """Mutation: the axis of members is left whole, so that every device takes rows of all trials,
+    and computes the contexts of all.
+    """
+    monkeypatch.setattr(full_size, "PROMPT", 24)
+    mesh, step = make_mesh(8, 1), full_size.abstract_step(DECODER)
+    flops = {}
+    for members in (1, 8, 12):
+        told = step.static, full_size.OPTIMIZER, mesh, step.arguments
+        flops[members] = compile_population(*told, members).cost_analysis()["flops"]
+    assert flops[8] < 0.85 * 8 * flops[1]
+    assert flops[12] > 0.95 * 12 * flops[1]
 
 
 @pytest.mark.parametrize(
