@@ -169,8 +169,8 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
 
     Returns:
         The selected delta without what only training needed, its metrics, and facts for the row:
-        steps, flops, peak_share, trained parameters, seconds and memory of a step, and the seconds
-        that earlier processes spent.
+        steps, flops, peak_share, input_wait_share, trained parameters, seconds and memory of a
+        step, and the seconds that earlier processes spent.
     """
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
     state, step_rates = initial_state(prepared), learning_rates(prepared)
@@ -212,7 +212,8 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     facts = {
         "steps": state.step,
         "flops": state.step * parts.step_flops,
-        "peak_share": mean_share(folder),
+        "peak_share": mean_share(folder, "peak_share"),
+        "input_wait_share": mean_share(folder, "input_wait_share"),
         "step_seconds": median_step(folder),
         "step_memory_bytes": program_memory(step),
         "members": getattr(step, "places", 1),
@@ -231,11 +232,11 @@ def parameters(delta: Tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(delta))
 
 
-def mean_share(folder: epath.Path) -> float | None:
-    """Share of the machine's peak over all logged training steps, evaluations left out."""
-    lines = [line for line in read_log(folder) if "peak_share" in line]
+def mean_share(folder: epath.Path, name: str) -> float | None:
+    """A share, such as of the machine's peak, over all logged steps, evaluations left out."""
+    lines = [line for line in read_log(folder) if name in line]
     seconds = sum(line["seconds"] for line in lines)
-    return sum(line["peak_share"] * line["seconds"] for line in lines) / seconds if lines else None
+    return sum(line[name] * line["seconds"] for line in lines) / seconds if lines else None
 
 
 def loop_config(config: ConfigDict) -> loop.LoopConfig:
