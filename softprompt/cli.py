@@ -43,10 +43,13 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         ],
     ),
     "evaluate": (
-        "score a trained prompt on a split",
-        "softprompt evaluate --run runs/first --task sms_spam --split test",
+        "score trained prompts on a split",
+        "softprompt evaluate --run runs/first runs/second --task sms_spam --split test",
         [
-            ("--run", {"required": True, "metavar": "DIR", "help": "a trial's folder"}),
+            (
+                "--run",
+                {"required": True, "nargs": "+", "metavar": "DIR", "help": "trials' folders"},
+            ),
             ("--task", {"metavar": "NAME", "help": "default: the task or tasks of the trial"}),
             ("--split", {"default": "test", "help": "train, validation or test (default)"}),
             ("--generate", {"action": "store_true", "help": "also let the model write answers"}),

@@ -88,12 +88,12 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    """Prints a trained prompt's scores as JSON."""
-    from softprompt.evaluation.run import evaluate_run
+    """Prints a trained prompt's scores as JSON, a list of them where there are several."""
+    from softprompt.evaluation.run import evaluate_runs
     from softprompt.progress import Progress
 
     with Progress() as progress:
-        scores = evaluate_run(
+        scores = evaluate_runs(
             arguments.run,
             task=arguments.task,
             split=arguments.split,
@@ -101,7 +101,8 @@ def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
             any_weights=arguments.any_weights,
             progress=progress,
         )
-    _print_json(scores)
+    named = [{"run": run, **one} for run, one in zip(arguments.run, scores, strict=True)]
+    _print_json(scores[0] if len(scores) == 1 else named)
     return 0
 
 

@@ -32,6 +32,8 @@ FACTS = {
     "steps": "optimizer steps taken",
     "flops": "floating-point operations of the training, all steps",
     "peak_share": "share of the devices' peak that the training reached, 0 to 1",
+    "input_wait_share": "share of the training's time in which the devices had nothing to do, for "
+    "the next batch was not there, 0 to 1",
     "peak_memory_bytes": "the largest memory in use, a device",
     "trainable": "number of trained parameters",
     "stored": "parameters of the saved delta, less what only training needed",

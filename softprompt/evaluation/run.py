@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from softprompt.config import ConfigDict, from_dict, members, to_dict
+from softprompt.config import ConfigDict, from_dict, members, to_dict, trial_name
 from softprompt.data.eval_batches import coarse_shape, eval_batches
 from softprompt.errors import UserError, unknown
+from softprompt.evaluation import many
 from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification, over_tasks
 from softprompt.evaluation.scoring import normalise, probabilities, score_batches
@@ -35,41 +37,86 @@ from softprompt.training.trial import DELTA, read_config, score
 GROUP = 64  # lines answered together
 
 
-def evaluate_run(
-    folder: epath.PathLike,
+def evaluate_runs(
+    folders: Sequence[epath.PathLike],
     *,
     task: str | None = None,
     split: str = "test",
     generated: bool = False,
     any_weights: bool = False,
     progress: Progress,
-) -> dict[str, Any]:
-    """Scores a trial's selected delta.
+) -> list[dict[str, Any]]:
+    """Scores the selected deltas of trials, those of one model, task and shape side by side.
 
     Args:
-        folder: of a trial.
-        task: one of the trial's, or another for the same prompt (domain shift); None for its own.
+        folders: of trials.
+        task: one of each trial's, or another for the same prompts (domain shift); None for their
+            own.
         split: train, validation or test.
         generated: also let the model write its answers, greedily, and count the illegal ones.
-        any_weights: also where it was trained on other weights than the model's.
-        progress: where waiting is reported.
+        any_weights: also where they were trained on other weights than the model's.
+        progress: where waiting is reported, and said which are scored side by side.
 
     Returns:
-        {"task", "split", "accuracy", "macro_f1", "examples"}, those of a mixture as `over_tasks`
-        has them, and with `generated` also {"generated": {..., "illegal": share of answers that are
-        no label}}.
+        For each {"task", "split", "accuracy", "macro_f1", "examples"}, those of a mixture as
+        `over_tasks` has them, and with `generated` also {"generated": {..., "illegal": share of
+        answers that are no label}}.
     """
     if split not in SPLITS:
         raise unknown("--split", split, SPLITS)
-    config, known = for_task(read_config(folder), task)
-    prepared, delta = open_run(folder, config, progress, any_weights=any_weights)
-    prepared = prepared.of(task) if task in known else prepared
-    metrics, _ = score(prepared, delta, split)
-    names = ",".join(one.task.name for one in prepared.tasks)
-    result: dict[str, Any] = {"task": names, "split": split, **metrics}
-    if generated:
-        result["generated"] = generated_scores(prepared, delta, split)
-    return result
+    asked = [for_task(read_config(folder), task) for folder in folders]
+    models: dict[str, list[int]] = {}
+    for place, (config, _) in enumerate(asked):
+        check_trained(folders[place])
+        of_model = json.dumps([to_dict(config.model), to_dict(config.mesh)])
+        models.setdefault(of_model, []).append(place)
+    results: dict[int, dict[str, Any]] = {}
+    for places in models.values():  # each is loaded once, and forgotten
+        session, programs = Session(progress), dict[Any, dict[int, Prepared]]()
+        for place in places:
+            config, known = asked[place]
+            prepared = prepare(config, session)
+            prepared = prepared.of(task) if task in known else prepared
+            programs.setdefault(many.program(prepared), {})[place] = prepared
+        for group in programs.values():
+            trials = [(folders[place], prepared) for place, prepared in group.items()]
+            found = _scored(trials, split, generated=generated, any_weights=any_weights)
+            results.update(zip(group, found, strict=True))
+    return [results[place] for place in range(len(folders))]
+
+
+def _scored(
+    trials: Sequence[tuple[epath.PathLike, Prepared]],
+    split: str,
+    *,
+    generated: bool,
+    any_weights: bool,
+) -> Iterator[dict[str, Any]]:
+    """What `evaluate_runs` returns of trials (folders, and what they are) of one program."""
+    first = trials[0][1]
+    sizes, left = many.chunks(first, len(trials)), iter(trials)
+    if sizes[0] > 1:
+        first.session.progress.say(
+            f"{len(trials)} trials like {trial_name(first.config)} are scored side by side, "
+            f"{sizes[0]} at a time"
+        )
+    for size in sizes:
+        prepared, deltas = [], []
+        for folder, one in itertools.islice(left, size):
+            prepared.append(one)
+            deltas.append(trained_delta(folder, one, any_weights=any_weights))
+        if sizes[0] == 1:
+            found = [score(prepared[0], deltas[0], split)[0]]
+        else:
+            shared = [one.shared(delta) for one, delta in zip(prepared, deltas, strict=True)]
+            shared += shared[:1] * (sizes[0] - size)  # spare places: one program for all parts
+            found = [one.metrics for one in many.score_deltas(first, shared, split)[:size]]
+        for one, delta, metrics in zip(prepared, deltas, found, strict=True):
+            names = ",".join(each.task.name for each in one.tasks)
+            result: dict[str, Any] = {"task": names, "split": split, **metrics}
+            if generated:
+                result["generated"] = generated_scores(one, delta, split)
+            yield result
 
 
 def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str]]:
@@ -89,28 +136,34 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
     return from_dict(tree), [task]
 
 
-def open_run(
-    folder: epath.PathLike, config: ConfigDict, progress: Progress, *, any_weights: bool = False
-) -> tuple[Prepared, Any]:
-    """A trial's model and data, and its selected delta on the devices.
+def check_trained(folder: epath.PathLike) -> None:
+    """Checks that a trial has a delta.
 
     Raises:
-        UserError: no delta there yet, one that was trained on other weights, or, with
-            `any_weights`, one that does not fit these.
+        UserError: not yet.
+    """
+    if not (epath.Path(folder) / DELTA).exists():
+        raise UserError(f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train")
+
+
+def trained_delta(folder: epath.PathLike, prepared: Prepared, *, any_weights: bool = False) -> Any:
+    """A trial's selected delta, on the devices.
+
+    Raises:
+        UserError: one that was trained on other weights, or, with `any_weights`, one that does not
+            fit these.
     """
     file = epath.Path(folder) / DELTA
-    if not file.exists():
-        raise UserError(f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train")
     delta, origin = load_delta(file)
-    prepared = prepare(config, Session(progress))
     if origin.get("fingerprint") != prepared.loaded.fingerprint:
         if not any_weights:
             raise UserError(
-                f"{file} was trained on weights {origin.get('fingerprint')}, {config.model.name} "
-                f"has {prepared.loaded.fingerprint}; --any-weights uses it nevertheless"
+                f"{file} was trained on weights {origin.get('fingerprint')}, "
+                f"{prepared.config.model.name} has {prepared.loaded.fingerprint}; --any-weights "
+                "uses it nevertheless"
             )
         check_fit(delta, prepared, file=str(file))
-    return prepared, jax.tree.map(put, delta, delta_shardings(prepared, delta))
+    return jax.tree.map(put, delta, delta_shardings(prepared, delta))
 
 
 def check_fit(delta: Any, prepared: Prepared, *, file: str) -> None:
@@ -173,7 +226,7 @@ def predict_lines(
         folder: of a trial.
         lines: texts, without line ends.
         progress: where waiting is reported.
-        task: as for `evaluate_run`; needed where the trial has several.
+        task: as for `evaluate_runs`; needed where the trial has several.
         group: lines answered together; 1 answers each as it comes.
         any_weights: also where the prompt was trained on other weights than the model's.
 
@@ -186,9 +239,9 @@ def predict_lines(
     config, known = for_task(read_config(folder), task)
     if task is None and len(known) > 1:
         raise UserError(f"--task is not given; allowed: {', '.join(known)}, the trial's tasks")
-    prepared, delta = open_run(folder, config, progress, any_weights=any_weights)
-    prepared = prepared.of(task or known[0])
-    shared = prepared.shared(delta)
+    check_trained(folder)
+    prepared = prepare(config, Session(progress)).of(task or known[0])
+    shared = prepared.shared(trained_delta(folder, prepared, any_weights=any_weights))
     source, first = iter(lines), 1
     while together := list(itertools.islice(source, group)):
         yield from _answer(prepared, shared, together, first=first)

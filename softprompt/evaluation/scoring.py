@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,6 +20,8 @@ from softprompt.training.sharding import by_row, put_batch, replicated
 from softprompt.training.step import Shared, StepConfig, row_logits, shared_part
 
 Tree = Any
+Scores = tuple[np.ndarray, np.ndarray]  # sums of log-probabilities, and numbers of tokens
+Told = Callable[[int, int], None]
 
 
 @functools.lru_cache(maxsize=32)
@@ -39,8 +42,11 @@ def text_context_function(model: Decoder) -> Callable[[Tree, jax.Array], Context
 
 
 @functools.lru_cache(maxsize=32)
-def score_function(model: Model, mesh: Mesh) -> Callable[..., jax.Array]:
-    """The compiled (weights, shared, batch) -> log-probability of each pair [R, C], float32."""
+def score_function(model: Model, mesh: Mesh, *, many: bool = False) -> Callable[..., jax.Array]:
+    """The compiled (weights, shared, batch) -> log-probability of each pair [R, C], float32.
+
+    `many`: of several deltas, whose shared parts are stacked: [N, R, C]. The weights are not.
+    """
 
     def score(weights: Tree, shared: Shared, batch: dict[str, jax.Array]) -> Any:
         logits_RMV = row_logits(model, weights, shared, batch)
@@ -51,7 +57,10 @@ def score_function(model: Model, mesh: Mesh) -> Callable[..., jax.Array]:
 
         return jax.vmap(pairs)(logits_RMV, norm_RM, batch["pair_head_RC"], batch["pair_token_RC"])
 
-    return jax.jit(score, in_shardings=(None, None, by_row(mesh)), out_shardings=replicated(mesh))
+    function = jax.vmap(score, in_axes=(None, 0, None)) if many else score
+    return jax.jit(
+        function, in_shardings=(None, None, by_row(mesh)), out_shardings=replicated(mesh)
+    )
 
 
 def score_batches(
@@ -61,8 +70,8 @@ def score_batches(
     batches: Sequence[EvalBatch],
     *,
     mesh: Mesh,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[np.ndarray, np.ndarray]:
+    progress: Told = lambda done, total: None,
+) -> Scores:
     """Scores every candidate of every example.
 
     Args:
@@ -76,11 +85,53 @@ def score_batches(
     Returns:
         Sums of log-probabilities (float64) and numbers of tokens, both [examples, candidates].
     """
-    score = score_function(model, mesh)
+    function = score_function(model, mesh)
+    return collect(batches, _run(function, weights, shared, batches, mesh, progress))
+
+
+def score_side_by_side(
+    model: Model,
+    weights: Tree,
+    shared: Sequence[Shared],
+    batches: Sequence[EvalBatch],
+    *,
+    mesh: Mesh,
+    progress: Told = lambda done, total: None,
+) -> list[Scores]:
+    """Scores every candidate of every example behind each of several deltas, in one program.
+
+    Rows are packed once for all of them; each context has been computed once.
+
+    Args:
+        model: of all.
+        weights: of all.
+        shared: one a delta, of equal shapes; otherwise as for `score_batches`.
+        batches: as for `score_batches`; a program runs a batch as often as there are deltas.
+        mesh: where to run.
+        progress: called with batches done and in all.
+
+    Returns:
+        What `score_batches` returns of each.
+    """
+    function = score_function(model, mesh, many=True)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *shared)
+    outputs = _run(function, weights, stacked, batches, mesh, progress)
+    return [collect(batches, [each_NRC[n] for each_NRC in outputs]) for n in range(len(shared))]
+
+
+def _run(
+    function: Callable[..., jax.Array],
+    weights: Tree,
+    shared: Shared,
+    batches: Sequence[EvalBatch],
+    mesh: Mesh,
+    progress: Told,
+) -> list[np.ndarray]:
+    """What the function returns of each batch."""
     outputs: list[np.ndarray] = []
     pending: jax.Array | None = None
     for batch in batches:
-        running = score(weights, shared, put_batch(mesh, batch.arrays))
+        running = function(weights, shared, put_batch(mesh, batch.arrays))
         if pending is not None:  # fetched while the next batch runs
             outputs.append(np.asarray(pending))
             progress(len(outputs), len(batches))
@@ -88,7 +139,7 @@ def score_batches(
     assert pending is not None, "an empty split is refused when it is read"
     outputs.append(np.asarray(pending))
     progress(len(outputs), len(batches))
-    return collect(batches, outputs)
+    return outputs
 
 
 def normalise(sums_NC: np.ndarray, lengths_NC: np.ndarray, score: str) -> np.ndarray:

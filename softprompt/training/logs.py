@@ -16,7 +16,10 @@ Line = dict[str, Any]
 Sink = Callable[[Line], None]
 
 FILE = "metrics.jsonl"
-TIMING = ("seconds", "tokens_per_second", "examples_per_second", "peak_share")
+TIMING = (
+    *("seconds", "tokens_per_second", "examples_per_second"),
+    *("peak_share", "input_wait_share"),
+)
 
 
 class MetricsLog:

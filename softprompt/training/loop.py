@@ -18,9 +18,9 @@ from softprompt.data.pipeline import TrainSource, train_batches
 from softprompt.errors import UserError
 from softprompt.training import checkpoints
 from softprompt.training.delta_file import save_delta
+from softprompt.training.feed import Feed
 from softprompt.training.logs import MetricsLog
 from softprompt.training.optimizers import averaged, set_rate
-from softprompt.training.sharding import put_batch
 from softprompt.training.step import TrainStep
 
 Tree = Any
@@ -163,14 +163,14 @@ def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager
     """
     pending: tuple[int, dict[str, jax.Array], float] | None = None
     last: dict[str, float] = {}
-    clock = Clock(parts, state.step)
-    with preemption(parts.stopping) as asked:
+    steps = {"start": state.step, "stop": loop.steps}
+    batches = iter(train_batches(parts.source, **steps, row_multiple=parts.row_multiple))
+    with preemption(parts.stopping) as asked, Feed(parts.mesh, batches) as feed:
         if state.step == 0:
             validate(loop, parts, state, log)
-        steps = {"start": state.step, "stop": loop.steps}
-        batches = iter(train_batches(parts.source, **steps, row_multiple=parts.row_multiple))
+        clock = Clock(parts, feed, state.step)
         while state.step < loop.steps and not stopped(loop, state):
-            batch = put_batch(parts.mesh, next(batches))
+            batch = feed.take(pending and pending[1])
             rate = float(parts.rates[state.step])
             key = jax.random.fold_in(parts.key, state.step)
             opt_state = set_rate(state.opt_state, parts.rates[state.step])
@@ -186,7 +186,7 @@ def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager
                 last = note(loop, parts, pending, log, clock, last)
                 pending = None
                 finish_step(loop, parts, state, log, manager, stop)
-                clock = Clock(parts, state.step)
+                clock = Clock(parts, feed, state.step)
     return state
 
 
@@ -235,22 +235,25 @@ def validate(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog) -> N
 
 
 class Clock:
-    """Steps and tokens since the last log line or interruption, on the wall clock."""
+    """Steps, tokens and waiting since the last log line or interruption, on the wall clock."""
 
-    def __init__(self, parts: Parts, step: int):
-        self._parts, self._step, self._began = parts, step, time.monotonic()
+    def __init__(self, parts: Parts, feed: Feed, step: int):
+        self._parts, self._feed, self._step = parts, feed, step
+        self._began, self._waited = time.monotonic(), feed.waited
 
     def rates(self, step: int) -> dict[str, float]:
         """Speeds since the last call, over the steps up to `step`."""
-        parts, now = self._parts, time.monotonic()
+        parts, now, waited = self._parts, time.monotonic(), self._feed.waited
         steps, seconds = range(self._step, step), max(now - self._began, 1e-9)
-        self._step, self._began = step, now
+        input_wait = waited - self._waited
+        self._step, self._began, self._waited = step, now, waited
         tokens = sum(parts.source.tokens(s) for s in steps)
         return {
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "examples_per_second": len(steps) * parts.source.template.examples / seconds,
             "peak_share": len(steps) * parts.step_flops / seconds / parts.machine_flops,
+            "input_wait_share": input_wait / seconds,
         }
 
 

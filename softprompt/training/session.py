@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, members, to_dict
 from softprompt.data.encode import Encoded, encode, mix, summary
-from softprompt.data.eval_batches import EvalBatch, eval_batches, eval_shape
+from softprompt.data.eval_batches import EvalBatch, EvalShape, eval_batches, eval_shape
 from softprompt.data.packing import Template
 from softprompt.data.pipeline import TrainSource, train_template
 from softprompt.data.rows import Layout
@@ -203,23 +203,39 @@ class Session:
         return self.once(["template", id(train), examples, *dataclasses.astuple(layout)], make)
 
     def eval_batches(
-        self, tasks: Sequence[TaskData], split: str, *, mesh: Mesh, layout: Layout
+        self,
+        tasks: Sequence[TaskData],
+        split: str,
+        *,
+        mesh: Mesh,
+        layout: Layout,
+        deltas: int = 1,
     ) -> list[list[EvalBatch]]:
-        """A split of each task packed for rank scoring; all validations and tests share a shape."""
-        rows = mesh.shape["data"]
-        key = [*map(id, tasks), rows, *dataclasses.astuple(layout)]
-        shape = self.once(
-            ["shape", *key],
-            lambda: eval_shape(
-                *(part for one in tasks for part in (one.validation, one.test)),
-                budget=scoring_budget(),
-                row_multiple=rows,
-                layout=layout,
-            ),
-        )
+        """A split of each task packed for rank scoring; all validations and tests share a shape.
+
+        With several `deltas` side by side a batch has so much fewer rows.
+        """
+        shape = self.eval_shape(tasks, mesh=mesh, layout=layout, deltas=deltas)
+        key = [*map(id, tasks), *dataclasses.astuple(layout), *dataclasses.astuple(shape)]
         return self.once(
             ["eval", split, *key],
             lambda: [eval_batches(one.split(split), shape, layout=layout) for one in tasks],
+        )
+
+    def eval_shape(
+        self, tasks: Sequence[TaskData], *, mesh: Mesh, layout: Layout, deltas: int = 1
+    ) -> EvalShape:
+        """The shape of `eval_batches`."""
+        rows = mesh.shape["data"]
+        key = ["shape", *map(id, tasks), rows, deltas, *dataclasses.astuple(layout)]
+        return self.once(
+            key,
+            lambda: eval_shape(
+                *(part for one in tasks for part in (one.validation, one.test)),
+                budget=scoring_budget() // deltas,
+                row_multiple=rows,
+                layout=layout,
+            ),
         )
 
     def train_step(

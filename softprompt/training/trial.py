@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,13 @@ from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
 from softprompt.evaluation import latency
 from softprompt.evaluation.metrics import classification, over_tasks
-from softprompt.evaluation.scoring import normalise, score_batches, shared_function, token_nll
+from softprompt.evaluation.scoring import (
+    Scores,
+    normalise,
+    score_batches,
+    shared_function,
+    token_nll,
+)
 from softprompt.evaluation.text import read_text, text_pieces
 from softprompt.methods import METHODS
 from softprompt.models.loading import Loaded
@@ -51,6 +57,7 @@ from softprompt.training.sharding import put_batch, random_key
 from softprompt.training.step import StepConfig
 
 Tree = Any
+Graded = tuple[dict[str, float], list[np.ndarray]]
 CONFIG, DELTA, PREDICTIONS = "config.json", "delta.safetensors", "predictions.jsonl"
 
 
@@ -169,8 +176,8 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
 
     Returns:
         The selected delta without what only training needed, its metrics, and facts for the row:
-        steps, flops, peak_share, trained parameters, seconds and memory of a step, and the seconds
-        that earlier processes spent.
+        steps, flops, peak_share, input_wait_share, trained parameters, seconds and memory of a
+        step, and the seconds that earlier processes spent.
     """
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
     state, step_rates = initial_state(prepared), learning_rates(prepared)
@@ -212,7 +219,8 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     facts = {
         "steps": state.step,
         "flops": state.step * parts.step_flops,
-        "peak_share": mean_share(folder),
+        "peak_share": mean_share(folder, "peak_share"),
+        "input_wait_share": mean_share(folder, "input_wait_share"),
         "step_seconds": median_step(folder),
         "step_memory_bytes": program_memory(step),
         "members": getattr(step, "places", 1),
@@ -231,11 +239,11 @@ def parameters(delta: Tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(delta))
 
 
-def mean_share(folder: epath.Path) -> float | None:
-    """Share of the machine's peak over all logged training steps, evaluations left out."""
-    lines = [line for line in read_log(folder) if "peak_share" in line]
+def mean_share(folder: epath.Path, name: str) -> float | None:
+    """A share, such as of the machine's peak, over all logged steps, evaluations left out."""
+    lines = [line for line in read_log(folder) if name in line]
     seconds = sum(line["seconds"] for line in lines)
-    return sum(line["peak_share"] * line["seconds"] for line in lines) / seconds if lines else None
+    return sum(line[name] * line["seconds"] for line in lines) / seconds if lines else None
 
 
 def loop_config(config: ConfigDict) -> loop.LoopConfig:
@@ -260,26 +268,27 @@ def median_step(folder: epath.Path) -> float | None:
     )
 
 
-def score(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, float], list[np.ndarray]]:
+def score(prepared: Prepared, delta: Tree, split: str) -> Graded:
     """Metrics of a split by rank scoring (see `over_tasks`), and each task's scores [N, C]."""
     session, mesh, tasks = prepared.session, prepared.mesh, prepared.tasks
     batches = session.eval_batches(tasks, split, mesh=mesh, layout=prepared.layout)
-    metrics, scores = {}, []
     with session.alone(mesh):
         shared = prepared.shared(delta)
-        for one, own in zip(tasks, batches, strict=True):
-            sums_NC, lengths_NC = score_batches(
-                prepared.step.model,
-                prepared.frozen,
-                shared,
-                own,
-                mesh=mesh,
-                progress=lambda done, total: session.progress.stage(f"score {split}", done, total),
-            )
-            scores_NC = normalise(sums_NC, lengths_NC, prepared.config.eval.score)
-            labels_N, classes = one.split(split).labels, scores_NC.shape[1]
-            metrics[one.task.name] = classification(scores_NC.argmax(axis=1), labels_N, classes)
-            scores.append(scores_NC)
+        progress = functools.partial(session.progress.stage, f"score {split}")
+        run = functools.partial(
+            score_batches, prepared.step.model, prepared.frozen, shared, mesh=mesh
+        )
+        return graded(prepared, split, [run(own, progress=progress) for own in batches])
+
+
+def graded(prepared: Prepared, split: str, found: Sequence[Scores]) -> Graded:
+    """What `score` returns, of what `score_batches` does for each task."""
+    metrics, scores = {}, []
+    for one, sums_and_lengths in zip(prepared.tasks, found, strict=True):
+        scores_NC = normalise(*sums_and_lengths, prepared.config.eval.score)
+        labels_N, classes = one.split(split).labels, scores_NC.shape[1]
+        metrics[one.task.name] = classification(scores_NC.argmax(axis=1), labels_N, classes)
+        scores.append(scores_NC)
     return over_tasks(metrics), scores
 
 
@@ -290,15 +299,16 @@ def test(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, float
         lines = []
         for one, scores_NC in zip(prepared.tasks, scores, strict=True):
             named = {"task": one.task.name} if prepared.config.data.mixture else {}
-            lines += [json.dumps(named | line, ensure_ascii=False) for line in told(one, scores_NC)]
+            own = told(one, "test", scores_NC)
+            lines += [json.dumps(named | line, ensure_ascii=False) for line in own]
         write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
     return metrics
 
 
-def told(data: TaskData, scores_NC: np.ndarray) -> Iterator[dict[str, Any]]:
-    """What predictions.jsonl says of a task's test examples, in their order."""
-    split, labels = data.test, list(data.task.verbalizers)
-    for name, label, row_C in zip(split.ids, split.labels, scores_NC, strict=True):
+def told(data: TaskData, split: str, scores_NC: np.ndarray) -> Iterator[dict[str, Any]]:
+    """What predictions.jsonl says of a split's examples, in their order."""
+    examples, labels = data.split(split), list(data.task.verbalizers)
+    for name, label, row_C in zip(examples.ids, examples.labels, scores_NC, strict=True):
         yield {
             "id": name,
             "label": labels[label] if label >= 0 else None,

@@ -1,10 +1,15 @@
 """Contract 10: one trial compiles its step once, and trials that may share it do."""
 
+import collections
+import itertools
+
 import jax
 import pytest
 
+from softprompt.evaluation.scoring import score_function, shared_function
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session, trial_config, write_task
+from tests.training.test_together import run
 
 TRIALS = (
     {"seed": 0},
@@ -15,24 +20,51 @@ TRIALS = (
 )
 AVERAGED = {"train__ema": 0.9, "optimizer__name": "sgd"}
 CAPPED = tuple({**AVERAGED, "optimizer__max_row_norm": cap} for cap in (0.5, 2.0))
-PROGRAMS = ("train_step", "score", "shared_part")
+GRID = tuple(
+    {"method__length": length, "seed": seed, "method__init": init, "train__steps": 2}
+    for length, seed, init in itertools.product((3, 5), (0, 1), ("vocabulary", "uniform"))
+)
+
+STEPS, SCORING = ("train_step", "population_step"), ("score", "shared_part")
+EVENTS = {  # what jax calls them
+    "/jax/core/compile/jaxpr_trace_duration": "traced",
+    "/jax/core/compile/backend_compile_duration": "compiled",
+}
 
 
 @pytest.fixture
-def compilations(caplog):
-    """Counts what jax itself says it compiled: {program: times}."""
+def programs():
+    """Counts what jax itself says it traced and compiled, in whatever thread.
 
-    def count():
-        messages = [record.getMessage() for record in caplog.records]
+    A function of the programs asked for that returns {"traced": {program: times}, "compiled": the
+    same}. Those of scoring are made anew, for another test of this process may have them.
+    """
+    told = []  # appending is safe in threads
+
+    def listen(event, seconds, *, fun_name="", **more):
+        if event in EVENTS:
+            told.append((EVENTS[event], fun_name.removeprefix("jit(").removesuffix(")")))
+
+    def count(names=(*STEPS, *SCORING)):
+        found = collections.Counter(told)
         return {
-            name: sum(m.startswith(f"Compiling jit({name})") for m in messages) for name in PROGRAMS
+            kind: {name: found[kind, name] for name in names if found[kind, name]}
+            for kind in EVENTS.values()
         }
 
-    with jax.log_compiles():
-        yield count
+    for function in (score_function, shared_function):
+        function.cache_clear()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_trials_share_one_step(tiny_folder, tmp_path, compilations):
+def each(times, *names):
+    """What `programs` says where each of these was traced and compiled so many times."""
+    return {kind: dict.fromkeys(names, times) for kind in EVENTS.values()}
+
+
+def test_trials_share_one_step(tiny_folder, tmp_path, programs):
     """Mutation: the initialiser is part of the method's static configuration; the key of a compiled
     step has the first prompt in it, or lacks the shapes; the step is compiled twice.
     """
@@ -44,20 +76,35 @@ def test_trials_share_one_step(tiny_folder, tmp_path, compilations):
             assert row["status"] == "done"
             assert (row["compile_seconds"] > 0) == (n == 0)
             assert len(shared.compiled) == 1
-            if n == 0:  # the scoring functions may be there from another session of this process
-                first = compilations()
-        assert first["train_step"] == 1
-        assert compilations() == first
+            assert programs() == each(1, "train_step", *SCORING)
         config = trial_config(tiny_folder, source, method__length=4)
         run_trial(config, tmp_path / "shorter", session=shared)
-        assert len(shared.compiled) == compilations()["train_step"] == 2
+        assert len(shared.compiled) == 2
+        assert programs() == each(2, "train_step", *SCORING)
 
 
-def test_averaged_and_capped_trials_share_one_step(tiny_folder, tmp_path, compilations):
+def test_averaged_and_capped_trials_share_one_step(tiny_folder, tmp_path, programs):
     """Mutation: the largest norm of a row is static."""
     source = write_task(tmp_path)
     with session() as shared:
         for n, changes in enumerate((*CAPPED, {**CAPPED[0], "seed": 1, "optimizer__rate": 0.1})):
             config = trial_config(tiny_folder, source, **changes)
             run_trial(config, tmp_path / str(n), session=shared)
-        assert len(shared.compiled) == compilations()["train_step"] == 1
+        assert len(shared.compiled) == 1
+    assert programs(STEPS) == each(1, "train_step")
+
+
+@pytest.mark.parametrize("population", [1, 2, 0])
+def test_a_whole_sweep_traces_a_program_a_length(tiny_folder, tmp_path, programs, population):
+    """Eight trials, one after another, in two places, and four together: of each length one step is
+    traced and compiled, one context and one scoring program, though four threads score at once.
+
+    Mutations: the seed is part of the step's static configuration; a scoring function is made anew
+    for a trial, or for each thread that asks; a place that another trial takes is compiled anew.
+    """
+    source = write_task(tmp_path)
+    trials = [trial_config(tiny_folder, source, mesh__population=population, **one) for one in GRID]
+    with session() as shared:
+        assert run(trials, tmp_path / "sweep", shared) == []
+    step = "train_step" if population == 1 else "population_step"
+    assert programs() == each(2, step, *SCORING)

@@ -12,6 +12,7 @@ from softprompt.evaluation.scoring import (
     normalise,
     probabilities,
     score_batches,
+    score_side_by_side,
     shared_function,
     text_context_function,
     token_nll,
@@ -95,6 +96,31 @@ def test_scores_on_a_mesh(given):
     model, weights, shared, wanted_NC = given
     sums_NC, _ = scores(model, weights, shared, random_examples(), make_mesh(4, 2))
     np.testing.assert_allclose(sums_NC, wanted_NC, rtol=1e-9)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)], ids=["one device", "mesh"])
+def test_side_by_side_is_one_at_a_time(given, mesh):
+    """Mutation: all see the first one's context; results in another order; the variables are not
+    stacked. Their contexts are [N, L, P, G, K], and the weights have no N.
+    """
+    model, weights, _, _ = given
+    mesh = one_device() if mesh == (1, 1) else make_mesh(*mesh)
+    encoded = random_examples()
+    batches = eval_batches(encoded, eval_shape(encoded, budget=60, row_multiple=mesh.shape["data"]))
+    parts, wanted = [], []
+    for seed in range(3):
+        config, delta = prompted(model, weights, 5, seed=seed)
+        parts.append(shared_function(config, mesh)(delta, weights))
+        wanted.append(brute_force(delta["prompt"], weights, model.config, encoded))
+    told = []
+    found = score_side_by_side(
+        model, weights, parts, batches, mesh=mesh, progress=lambda *p: told.append(p)
+    )
+    assert len(told) == len(batches)
+    for (sums_NC, lengths_NC), wanted_NC in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(sums_NC, wanted_NC, rtol=1e-9)
+        assert lengths_NC.tolist() == [[1, 3, 2]] * 6
+    assert np.abs(wanted[0] - wanted[1]).max() > 1e-2
 
 
 def test_sum_and_mean():

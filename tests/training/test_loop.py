@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import jax
@@ -21,6 +22,7 @@ from softprompt.training.logs import MetricsLog, read_log
 from softprompt.training.loop import Diverged, LoopConfig, Parts, State
 from softprompt.training.optimizers import AverageState, OptimizerConfig, make_optimizer
 from softprompt.training.sharding import make_mesh, random_key, replicated
+from softprompt.training.trial import mean_share
 
 MESH = make_mesh(8, 1)
 
@@ -143,6 +145,45 @@ def test_log_lines(tmp_path, source):
         assert lines[1][key] > 0
     rate = lines[1]["tokens_per_second"] * lines[1]["seconds"]
     assert rate == pytest.approx(sum(map(source.tokens, range(4))))
+    assert 0 <= lines[1]["input_wait_share"] <= 1
+
+
+class SlowSource(TrainSource):
+    """Batches that take 30 ms to make."""
+
+    def __getitem__(self, step):
+        time.sleep(0.03)
+        return super().__getitem__(step)
+
+
+class SlowRun(Run):
+    """Steps of 60 ms."""
+
+    def step(self, *arguments):
+        time.sleep(0.06)
+        return super().step(*arguments)
+
+
+def test_the_share_of_waiting_for_input(tmp_path, source):
+    """A slow source is waited for most of the time; where steps take longer it costs nothing.
+
+    Mutation: a batch is made when its step is due; what one line waited is in the next one too.
+    """
+    slow = SlowSource(source.encoded, source.template, seed=0)
+    runs = {
+        "idle": Run(tmp_path / "idle", slow, steps=24),
+        "busy": SlowRun(tmp_path / "busy", slow),
+    }
+    shares = {}
+    for name, run in runs.items():
+        run()
+        lines = [line for line in read_log(tmp_path / name) if "loss" in line]
+        shares[name] = np.median([line["input_wait_share"] for line in lines])
+        waits = [line["input_wait_share"] * line["seconds"] for line in lines]
+        mean = sum(waits) / sum(line["seconds"] for line in lines)
+        assert mean_share(tmp_path / name, "input_wait_share") == pytest.approx(mean)
+    assert 0.6 < shares["idle"] <= 1
+    assert shares["busy"] < 0.2
 
 
 @pytest.mark.parametrize(

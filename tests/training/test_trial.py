@@ -91,6 +91,7 @@ def test_the_row(done, config):
     assert row["metrics"]["selected_step"] in (0, 8)
     assert 0 < row["compile_seconds"] < row["seconds"]
     assert row["flops"] > 0
+    assert 0 <= row["input_wait_share"] < 1
     assert row["peak_memory_bytes"] > 2**20
     assert row["delta_bytes"] == (folder / "delta.safetensors").stat().st_size
     assert (row["devices"]["count"], row["devices"]["processes"]) == (8, 1)

@@ -1,0 +1,80 @@
+"""Batches on the devices a step ahead of the loop, and the time for which devices lacked one."""
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from softprompt.training.sharding import put_batch
+
+LOOK = 0.001  # seconds between looks at the devices, while a batch is waited for
+
+Placed = dict[str, jax.Array]
+
+
+class Feed:
+    """Puts the next batch on the devices, in a thread of its own, while they take a step.
+
+    Use it as a context manager: leaving it ends the thread.
+
+    Attributes:
+        waited: seconds for which the devices had no step to take since there was no batch for it.
+            While a batch is late the devices may still be busy with the step before; that is no
+            waiting.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh, batches: Iterator[Mapping[str, np.ndarray]]):
+        self.waited = 0.0
+        self._mesh, self._batches = mesh, batches
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._coming = self._ask()
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def take(self, running: Any) -> Placed:
+        """The next batch.
+
+        Args:
+            running: what the step that was started last returns, or a part of it; None or an empty
+                tree where the devices have nothing to do.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        if not self._coming.done():
+            self._wait(running)
+        batch, self._coming = self._coming.result(), self._ask()
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def _ask(self) -> "Future[Placed | None]":
+        return self._thread.submit(self._load)
+
+    def _load(self) -> Placed | None:
+        batch = next(self._batches, None)
+        return None if batch is None else put_batch(self._mesh, batch)
+
+    def _wait(self, running: Any) -> None:
+        """Waits for the batch, and counts from when the devices are done with what is running."""
+        dry = None
+        while True:
+            if dry is None and all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
+                dry = time.monotonic()
+            if wait([self._coming], LOOK).done:
+                break
+        if dry is not None:
+            self.waited += time.monotonic() - dry
