@@ -281,8 +281,8 @@ def _mesh() -> dict[str, Any]:
         # what the backward pass computes again to save memory: none, dots (all but products with
         # frozen matrices) or layer (all but the layers' inputs)
         "remat": "none",
-        # what computes a row's attention in training: splash (a kernel of TPUs), cudnn (of GPUs), or
-        # reference (plain products, anywhere); auto takes the kernel where it can serve
+        # what computes attention in a decoder's rows: splash (a kernel for TPUs), cudnn (for GPUs)
+        # or reference (plain products, anywhere); auto takes a kernel where it can serve
         "attention": "auto",
         # what the model axis leaves of the weights: replicated over the data axis, or sharded
         # (each layer is gathered when it is computed; for models too large to be whole)

@@ -13,9 +13,10 @@
   it keeps for its backward pass is not public either: that pass runs the forward one again.
 
 Neither is batched by `jax.vmap`: they get the rows that it adds as an axis of their arrays
-(`over_rows`). Up to jax 0.11 cuDNN's batching rule fails where an operand is not batched (jax-ml/jax
-pull request 39451), and it needs masks with heads (34920). And a compiler that splits a program
-over a mesh cannot split a Pallas kernel: each device runs its own rows and heads (`on_shards`).
+(`over_rows`). Up to jax 0.11 cuDNN's batching rule fails where an operand is not batched, and later
+too where a mask has no heads (pull requests 39451 and 34920 of jax-ml/jax). And a compiler that
+splits a program over a mesh cannot split a Pallas kernel: each device runs its own rows and heads
+(`on_shards`).
 
 Source: arXiv 2307.08691, section 3.1 (the log-sum-exp, and the backward pass from it).
 """
@@ -27,7 +28,7 @@ import jax
 from softprompt.models import attention
 from softprompt.models.attention import Part, grouped
 from softprompt.models.kernels.choice import REFERENCE, Case, Device, Kernel, choose, device_of
-from softprompt.models.kernels.cudnn import fused, joined
+from softprompt.models.kernels.cudnn import fused, join
 from softprompt.models.kernels.splash import merged
 
 __all__ = ["REFERENCE", "Case", "Device", "Kernel", "attend", "choose", "device_of"]
@@ -62,5 +63,5 @@ def attend(
         own = own._replace(mask_TS=None)
         return merged(kernel, softcap, q_TGQK, (*dense, own)).reshape(q_THK.shape)
     assert kernel.name == "cudnn" and not softcap
-    k_SGK, v_SGK, mask_TS = joined(q_THK.shape[0], parts)
+    k_SGK, v_SGK, mask_TS = join(q_THK.shape[0], parts)
     return fused(kernel, q_TGQK.reshape(q_THK.shape), k_SGK, v_SGK, mask_TS)

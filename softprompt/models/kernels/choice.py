@@ -120,8 +120,7 @@ def _cudnn_checks(case: Case, device: Device | None) -> list[tuple[bool, str]]:
         (case.dtype != "bfloat16", f"it computes in bfloat16, and the model in {case.dtype}"),
         (
             case.head_size % 8 > 0 or case.head_size > largest,
-            f"its heads have a multiple of 8 entries up to {largest}, the model's "
-            f"{case.head_size}",
+            f"its heads have a multiple of 8 entries up to {largest}, the model's {case.head_size}",
         ),
         (
             case.tokens is not None and case.tokens % 2 > 0,

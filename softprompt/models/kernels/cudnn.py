@@ -17,7 +17,7 @@ from softprompt.models.kernels.rows import on_shards, over_rows
 ALIGNED = 8  # keys; it needs an even number with a mask, and 8 of 2 bytes are aligned
 
 
-def joined(tokens: int, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def join(tokens: int, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys, values and masks of all parts as one, with hidden keys up to an aligned number."""
     masks = [
         jnp.broadcast_to(True if part.mask_TS is None else part.mask_TS, (tokens, len(part.k_SGK)))
@@ -25,8 +25,8 @@ def joined(tokens: int, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array, ja
     ]
     mask_TS = jnp.concatenate(masks, axis=1)
     spare = 0, -mask_TS.shape[1] % ALIGNED
-    k_SGK, v_SGK = (jnp.concatenate([part[n] for part in parts]) for n in (0, 1))
-    k_SGK, v_SGK = (jnp.pad(x_SGK, (spare, (0, 0), (0, 0))) for x_SGK in (k_SGK, v_SGK))
+    joined = [part.k_SGK for part in parts], [part.v_SGK for part in parts]
+    k_SGK, v_SGK = (jnp.pad(jnp.concatenate(xs), (spare, (0, 0), (0, 0))) for xs in joined)
     return k_SGK, v_SGK, jnp.pad(mask_TS, ((0, 0), spare))
 
 
@@ -52,7 +52,7 @@ def _backward(kernel: Kernel, arrays: Any, g_THK: jax.Array) -> tuple[Any, ...]:
     """Gradients of queries, keys and values."""
 
     def one(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, g: jax.Array) -> Any:
-        return jax.vjp(lambda *qkv: _cudnn(kernel.interpret, *qkv, mask), q, k, v)[1](g)
+        return jax.vjp(lambda q, k, v: _cudnn(kernel.interpret, q, k, v, mask), q, k, v)[1](g)
 
     call = over_rows(on_shards(kernel.mesh, one, "RTHK RSGK RSGK RTS RTHK", "RTHK RSGK RSGK"))
     return (*call(*arrays, g_THK), None)

@@ -45,8 +45,8 @@ def on_shards(mesh: Mesh | None, function: Function, reads: str, writes: str) ->
         return function
 
     def call(*arrays: jax.Array) -> Any:
-        named = zip(reads.split(), arrays, strict=True)
-        sizes = {axis: n for axes, array in named for axis, n in zip(axes, array.shape, strict=True)}
+        lengths = [n for array in arrays for n in array.shape]
+        sizes = dict(zip(reads.replace(" ", ""), lengths, strict=True))
         over = {"R": "data", "H": "model", "G": "model"}
         for axes in ("R", "HG"):
             if any(sizes[axis] % mesh.shape[over[axis]] for axis in axes):

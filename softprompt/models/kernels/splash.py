@@ -16,9 +16,7 @@ from softprompt.models.kernels.rows import on_shards, over_rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def merged(
-    kernel: Kernel, softcap: float, q_TGQK: jax.Array, parts: tuple[Part, ...]
-) -> jax.Array:
+def merged(kernel: Kernel, softcap: float, q_TGQK: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
     """The mixed values [T, G, Q, K]: the last part's by splash, the others' dense."""
     return _forward(kernel, softcap, q_TGQK, parts)[0]
 
@@ -120,7 +118,9 @@ def _splash(
     tokens += -tokens % BLOCK
     block = next(size for size in (4 * BLOCK, 2 * BLOCK, BLOCK) if tokens % size == 0)
     sizes = ("", "_dkv", "_dq")
-    blocks = {f"block_{axis}{name}": block for axis in ("q", "kv") for name in sizes}
+    blocks: dict[str, Any] = {
+        f"block_{axis}{name}": block for axis in ("q", "kv") for name in sizes
+    }
     return splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((tokens, tokens))] * heads),
         block_sizes=splash.BlockSizes(**blocks),
