@@ -94,6 +94,9 @@ def open_run(
 ) -> tuple[Prepared, Any]:
     """A trial's model and data, and its selected delta on the devices.
 
+    An attention kernel that was asked for in training is used where it can serve: neither the
+    machine nor the rows need be those of training.
+
     Raises:
         UserError: no delta there yet, one that was trained on other weights, or, with
             `any_weights`, one that does not fit these.
@@ -102,6 +105,10 @@ def open_run(
     if not file.exists():
         raise UserError(f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train")
     delta, origin = load_delta(file)
+    if config.mesh.attention != "reference":
+        tree = to_dict(config)
+        tree["mesh"] |= {"attention": "auto"}
+        config = from_dict(tree)
     prepared = prepare(config, Session(progress))
     if origin.get("fingerprint") != prepared.loaded.fingerprint:
         if not any_weights:

@@ -14,10 +14,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from softprompt.config import trial_id
 from softprompt.data.packing import RowShape
 from softprompt.errors import UserError
+from softprompt.evaluation import run
 from softprompt.models.attention import Part
 from softprompt.models.dropout import Rates
 from softprompt.models.kernels import REFERENCE, Case, Device, Kernel, attend, choose, device_of
 from softprompt.models.kernels.choice import refusal
+from softprompt.progress import Progress
 from softprompt.training.prepare import prepare, with_kernel
 from softprompt.training.step import loss_fn
 from tests.contracts.examples import (
@@ -338,6 +340,25 @@ def test_a_trial_s_kernel(tiny_folder, tmp_path, monkeypatch):
             attention(mesh__attention="splash")
     configs = [trial_config(tiny_folder, source, mesh__attention=a) for a in ("auto", "splash")]
     assert len(set(map(trial_id, configs))) == 1
+
+
+class Stopped(Exception):
+    """Ends a test where it has seen enough."""
+
+
+# Mutation: `open_run` prepares the config as it was trained.
+@pytest.mark.parametrize(("trained", "used"), [("splash", "auto"), ("reference", "reference")])
+def test_a_run_is_opened_where_its_kernel_is_not(tmp_path, monkeypatch, trained, used):
+    def stop(config, session):
+        raise Stopped(config.mesh.attention)
+
+    monkeypatch.setattr(run, "prepare", stop)
+    monkeypatch.setattr(run, "load_delta", lambda file: ({}, {}))
+    (tmp_path / run.DELTA).touch()
+    config = trial_config(tmp_path, "jsonl:none", mesh__attention=trained)
+    with Progress() as progress, pytest.raises(Stopped, match=f"^{used}$"):
+        run.open_run(tmp_path, config, progress)
+    assert config.mesh.attention == trained
 
 
 # Mutation: `with_kernel` returns an encoder-decoder before it looks at what is asked for.
