@@ -321,7 +321,7 @@ def _check_method(values: Mapping[str, Any]) -> None:
 
 
 def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> ConfigDict:
-    """Returns a copy in which nothing is "auto", as a trial stores it.
+    """Returns a copy in which nothing scientific is "auto", as a trial stores it.
 
     The dtype becomes bfloat16 on an accelerator, and on a CPU from jax 0.12 on (where it is the
     faster); float32 elsewhere.

@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.reparam": ("none", "residual", "residual_rows", "mlp"),
     "method.placement": ("houlsby", "pfeiffer"),
     "mesh.remat": ("none", "layer"),
+    "mesh.attention": ("auto", "reference", "splash", "cudnn"),
     "optimizer.name": ("adamw", "adafactor", "adafactor_t5x", "sgd"),
     "optimizer.rate_unit": ("absolute", "embedding_rms"),
     "optimizer.schedule": ("cosine", "constant", "linear", "inverse_sqrt"),
@@ -280,6 +281,9 @@ def _mesh() -> dict[str, Any]:
         # what the backward pass computes again to save memory: none (but what is cheap) or layer
         # (all but the layers' inputs)
         "remat": "none",
+        # what computes attention in a decoder's rows: splash (a kernel for TPUs), cudnn (for GPUs)
+        # or reference (plain products, anywhere); auto takes a kernel where it can serve
+        "attention": "auto",
         # what the model axis leaves of the weights: replicated over the data axis, or sharded
         # (each layer is gathered when it is computed; for models too large to be whole)
         "weights": "replicated",

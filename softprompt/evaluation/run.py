@@ -64,7 +64,7 @@ def evaluate_runs(
     """
     if split not in SPLITS:
         raise unknown("--split", split, SPLITS)
-    asked = [for_task(read_config(folder), task) for folder in folders]
+    asked = [for_task(stored_config(folder), task) for folder in folders]
     models: dict[str, list[int]] = {}
     for place, (config, _) in enumerate(asked):
         check_trained(folders[place])
@@ -134,6 +134,19 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
     tree["task"] = {"name": task}
     tree["data"] |= {"mixture": ""}
     return from_dict(tree), [task]
+
+
+def stored_config(folder: epath.PathLike) -> ConfigDict:
+    """A trial's config, whose attention kernel is used where it can serve.
+
+    Neither the machine nor the rows need be those of training.
+    """
+    config = read_config(folder)
+    if config.mesh.attention == "reference":
+        return config
+    tree = to_dict(config)
+    tree["mesh"] |= {"attention": "auto"}
+    return from_dict(tree)
 
 
 def check_trained(folder: epath.PathLike) -> None:
@@ -236,7 +249,7 @@ def predict_lines(
     Raises:
         UserError: a line with another number of fields; no word on which of several tasks.
     """
-    config, known = for_task(read_config(folder), task)
+    config, known = for_task(stored_config(folder), task)
     if task is None and len(known) > 1:
         raise UserError(f"--task is not given; allowed: {', '.join(known)}, the trial's tasks")
     check_trained(folder)

@@ -32,8 +32,11 @@ from softprompt.models.decoder_layers import (
     KeysValues,
     Layer,
     Row,
+    attention_case,
+    cuts,
 )
 from softprompt.models.dropout import Drop, Rates, context_drop, dropped, row_drop
+from softprompt.models.kernels import REFERENCE, Kernel
 from softprompt.models.layers import (
     NORMS,
     Embed,
@@ -120,6 +123,7 @@ class Decoder(nn.Module):
         gather: see `stack`; None where weights lie as they are computed with.
         dropout: rates, see `dropout`. As in GPT-2 entries of embeddings and of what each sublayer
             makes are dropped, and keys of attention.
+        attention: the kernel of `hidden` where it can serve; the rest is left to the reference.
     """
 
     config: DecoderConfig
@@ -127,6 +131,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     gather: Gather | None = None
     dropout: Rates = Rates()
+    attention: Kernel = REFERENCE
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
@@ -201,7 +206,14 @@ class Decoder(nn.Module):
             mask_TS &= (branches_T == 0) | (branches_T[:, None] == branches_T)
         drop = row_drop(self, self.dropout, examples_E, segments_T)
         x_TD, positions_T = self.embed(tokens_T), positions_T + context.length
-        x_TD, _ = self._run(x_TD, context, mask_TS, positions_T, which=which_T, drop=drop)
+        case = attention_case(
+            *(self.config, self.dtype),
+            context=context.length,
+            tokens=tokens_T.shape[0],
+            branches=branches_T is not None,
+        )
+        by = self.attention.serving(case), segments_T
+        x_TD, _ = self._run(x_TD, context, mask_TS, positions_T, which=which_T, drop=drop, by=by)
         return x_TD
 
     def targets(self, context: Context, row: Mapping[str, jax.Array]) -> jax.Array:
@@ -324,11 +336,13 @@ class Decoder(nn.Module):
         cached: tuple[Cached, ...] = (),
         which: jax.Array | None = None,
         drop: Drop | None = None,
+        by: tuple[Kernel, jax.Array | None] = (REFERENCE, None),
     ) -> tuple[jax.Array, KeysValues]:
         """The layers, from vectors of the embedding width; what they share is computed once.
 
         `positions_T` count the context. Without a cache they are below P + T. `which` of several
-        contexts is seen is told by token, or once for all.
+        contexts is seen is told by token, or once for all. `by` is what mixes values, and the
+        segments that `mask_TS` stands for.
         """
         c = self.config
         if c.embed_width:
@@ -345,11 +359,15 @@ class Decoder(nn.Module):
         if c.windows:
             window_L = jnp.array([window or UNBOUNDED for window in c.windows])
         reach = context.length + x_TD.shape[0]
-        cuts = any(0 < window and (cached or window < reach) for window in c.windows)
+        cut = any(c.windows) if cached else cuts(c, reach)
         places = (
             (context.places(), context.mask(which)),
             *((part.positions_S + context.length, part.valid_S) for part in cached),
         )
-        row = Row(mask_TS, positions_T if cuts else None, table, local, places, drop)
+        kernel, segments_T = by
+        # Only splash goes by segments: to the others they are one more array to carry along.
+        segments_T = segments_T if kernel.name == "splash" else None
+        at_T = positions_T if cut else None
+        row = Row(mask_TS, at_T, table, local, places, drop, segments_T, kernel)
         kv = tuple((part.k_LSGK, part.v_LSGK) for part in cached)
         return self.layers(x_TD, Layer((context.k_LPGK, context.v_LPGK), window_L, kv), row)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from softprompt.models.attention import Part, attend
+from softprompt.models.attention import Part
 from softprompt.models.dropout import Drop, dropped, dropped_keys
+from softprompt.models.kernels import REFERENCE, Case, Kernel, attend
 from softprompt.models.layers import NORMS, Adapter, Linear, activate
 from softprompt.models.positions import RopeScaling, rotate, within
 
@@ -116,7 +117,7 @@ class Row:
     table of layers with a window, where they have their own; `before` holds the positions [S] of
     the context's keys and of each cached part's, the context included, and which of them are seen,
     [S] or [T, S] (None: all); `drop` says whose masks its positions get, None where nothing is
-    dropped.
+    dropped; `kernel` mixes the values, and `segments_T` is what it goes by instead of `mask_TS`.
     """
 
     mask_TS: jax.Array
@@ -125,6 +126,33 @@ class Row:
     local: tuple[jax.Array, jax.Array] | None
     before: tuple[tuple[jax.Array, jax.Array | None], ...]
     drop: Drop | None = None
+    segments_T: jax.Array | None = None
+    kernel: Kernel = struct.field(pytree_node=False, default=REFERENCE)
+
+
+def attention_case(
+    config: DecoderConfig,
+    dtype: jnp.dtype,
+    *,
+    context: int,
+    tokens: int | None = None,
+    branches: bool = False,
+) -> Case:
+    """What a kernel would have to serve in rows of so many tokens behind a context."""
+    reach = None if tokens is None else context + tokens
+    return Case(
+        dtype=jnp.dtype(dtype).name,
+        head_size=config.head_size,
+        tokens=tokens,
+        softcap=config.attn_softcap > 0,
+        window=reach is not None and cuts(config, reach),
+        branches=branches,
+    )
+
+
+def cuts(config: DecoderConfig, reach: int) -> bool:
+    """Whether a layer's window is shorter than this many positions."""
+    return any(0 < window < reach for window in config.windows)
 
 
 class Attention(nn.Module):
@@ -148,12 +176,13 @@ class Attention(nn.Module):
             table = _table(layer, row)
             q, k = rotate(q, table), rotate(k, table)
         parts = dropped_keys(self, [layer.context, *layer.cached, (k, v)], row.drop)
-        masks = _masks(layer, row)
+        seen = [Part(*kv, mask) for kv, mask in zip(parts, _masks(layer, row), strict=True)]
         mixed_THK = attend(
             q,
-            [Part(*part, mask) for part, mask in zip(parts, masks, strict=True)],
+            [*seen[:-1], seen[-1]._replace(segments_T=row.segments_T)],
             scale=c.query_scale or c.head_size**-0.5,
             softcap=c.attn_softcap,
+            kernel=row.kernel,
         )
         shape = (c.heads, c.head_size, c.width)
         o = Linear("thk,hkd->td", shape, dtype, c.out_bias, name="o")

@@ -25,11 +25,14 @@ from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.methods.setup import few_shot_tokens, method_config
 from softprompt.models import T5, Model
+from softprompt.models.decoder_layers import attention_case
 from softprompt.models.dropout import Rates
+from softprompt.models.kernels import Case, Kernel, choose, device_of
 from softprompt.models.layers import collections
 from softprompt.models.loading import Loaded
 from softprompt.models.quantize import embedding
 from softprompt.models.t5_layers import T5Config
+from softprompt.schema import UNTRAINED
 from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.session import SPLITS, Session, TaskData, optimizer_config
@@ -105,6 +108,8 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     tasks, train = session.mixture(config, bos=bos)
     cfg = method_config(config, loaded, train)
     model, layout, contexts = arrange(config, loaded, cfg)
+    row_tokens = lambda: session.template(config, train, layout).shape.tokens  # noqa: E731
+    model = with_kernel(config, model, mesh, context=contexts[1], row_tokens=row_tokens)
     name = "none" if method.name == "fewshot" else method.name
     step = StepConfig(model, name, cfg, config.train.z_loss, config.train.microbatches)
     frozen = {} if name == "full" else loaded.weights
@@ -198,6 +203,35 @@ def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout
     if isinstance(cfg, PromptConfig) and config.method.prompt_to_input:
         return model, Layout(loaded.config.start, encoder, decoder, prompts), (0, 0)
     return model, Layout(loaded.config.start), (encoder, decoder)
+
+
+def with_kernel(
+    config: ConfigDict,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    *,
+    context: int,
+    row_tokens: Callable[[], int],
+) -> Model:
+    """The model with the attention that its config asks for.
+
+    Rows that a kernel cannot serve are left to the reference one by one, when they are traced: here
+    their length counts only where a kernel is asked for by its name.
+
+    Raises:
+        UserError: that kernel cannot serve the rows that are trained on.
+    """
+    wanted = config.mesh.attention
+    named = wanted not in ("auto", "reference") and config.method.name not in UNTRAINED
+    if isinstance(model, T5):
+        case = Case(model.dtype.name, model.config.head_size, bias=True)
+    else:
+        tokens = row_tokens() if named else None
+        case = attention_case(model.config, model.dtype, context=context, tokens=tokens)
+    name = choose(wanted, case, device_of(mesh))
+    if name == "reference":
+        return model
+    return model.clone(attention=Kernel(name, mesh if mesh.size > 1 else None))
 
 
 def train_source(prepared: Prepared) -> TrainSource:

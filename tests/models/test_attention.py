@@ -51,7 +51,7 @@ def loss(attention, masks, settings, weight_THK, q_THK, arrays):
 
 
 # Mutations: softcap's derivative left out (`_score` without tanh in the backward pass); the mean
-# left out of `_backward`; division by the total left out of `g_GTQK`.
+# left out of `backward`; division by the total left out of `g_GTQK`.
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 0.7])
 def test_values_and_gradients_are_those_of_one_softmax(x64, softcap, bias):

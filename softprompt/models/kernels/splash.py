@@ -1,0 +1,147 @@
+"""A row's own part by splash (TPU), contexts dense, merged by their log-sum-exps.
+
+Source: jax.experimental.pallas.ops.tpu.splash_attention; arXiv 2307.08691, section 3.1.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softprompt.models import attention
+from softprompt.models.attention import Part, accumulate
+from softprompt.models.kernels.choice import BLOCK, Kernel
+from softprompt.models.kernels.rows import on_shards, over_rows
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def merged(kernel: Kernel, softcap: float, q_TGQK: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
+    """The mixed values [T, G, Q, K]: the last part's by splash, the others' dense."""
+    return _forward(kernel, softcap, q_TGQK, parts)[0]
+
+
+def _forward(
+    kernel: Kernel, softcap: float, q_TGQK: jax.Array, parts: tuple[Part, ...]
+) -> tuple[jax.Array, Any]:
+    """The mixed values, and what the backward pass needs."""
+    *dense, own = parts
+    one = functools.partial(_splash_forward, softcap, kernel.interpret)
+    call = over_rows(on_shards(kernel.mesh, one, "RTHK RTGK RTGK RT", "RTHK RHT"))
+    mixed_THK, lse_HT = call(_by_head(q_TGQK), own.k_SGK, own.v_SGK, own.segments_T)
+    tokens, groups, ratio, _ = q_TGQK.shape
+    mixed_TGQK = mixed_THK.reshape(q_TGQK.shape).astype(accumulate(q_TGQK.dtype))
+    lse_GTQ1 = lse_HT.reshape(groups, ratio, tokens).swapaxes(1, 2)[..., None]
+    done = jnp.moveaxis(mixed_TGQK, 1, 0), lse_GTQ1
+    mixed_TGQK, kept = attention.forward(softcap, q_TGQK, tuple(dense), [done])
+    return mixed_TGQK, (kept, own)
+
+
+def _backward(
+    kernel: Kernel, softcap: float, residuals: Any, g_TGQK: jax.Array
+) -> tuple[jax.Array, tuple[Part, ...]]:
+    """Gradients of queries and parts, each part's from the normaliser and output of all."""
+    kept, own = residuals
+    q_TGQK, _, top_GTQ1, total_GTQ1, mixed_TGQK = kept
+    lse_GTQ = (top_GTQ1 + jnp.log(total_GTQ1))[..., 0]
+    lse_HT = lse_GTQ.swapaxes(1, 2).reshape(-1, q_TGQK.shape[0])
+    one = functools.partial(_splash_backward, softcap, kernel.interpret)
+    reads = "RTHK RTGK RTGK RT RTHK RHT RTHK"
+    call = over_rows(on_shards(kernel.mesh, one, reads, "RTHK RTGK RTGK"))
+    given = own.k_SGK, own.v_SGK, own.segments_T, _by_head(mixed_TGQK), lse_HT, _by_head(g_TGQK)
+    q_THK, k_SGK, v_SGK = call(_by_head(q_TGQK), *given)
+    of_q = jnp.moveaxis(q_THK.reshape(q_TGQK.shape), 1, 0).astype(accumulate(q_TGQK.dtype))
+    q_TGQK, of_parts = attention.backward(softcap, kept, g_TGQK, [of_q])
+    return q_TGQK, (*of_parts, Part(k_SGK, v_SGK))
+
+
+merged.defvjp(_forward, _backward)
+
+
+def _by_head(x_TGQK: jax.Array) -> jax.Array:
+    """The same as [T, H, K]."""
+    return x_TGQK.reshape(x_TGQK.shape[0], -1, x_TGQK.shape[-1])
+
+
+def _splash_forward(
+    softcap: float,
+    interpret: bool,
+    q_RTHK: jax.Array,
+    k_RTGK: jax.Array,
+    v_RTGK: jax.Array,
+    segments_RT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Mixed values [R, T, H, K] and log-sum-exps [R, H, T] of rows that see only themselves."""
+    _, tokens, heads, size = q_RTHK.shape
+    one = _splash(tokens, heads, softcap, interpret, save_residuals=True)
+    q, k, v = map(_in_blocks, (q_RTHK, k_RTGK, v_RTGK))
+    mixed_RHTK, (lse_RHT,) = jax.vmap(one)(q, k, v, _segment_ids(segments_RT))
+    return mixed_RHTK[:, :, :tokens, :size].swapaxes(1, 2), lse_RHT[:, :, :tokens]
+
+
+def _splash_backward(
+    softcap: float,
+    interpret: bool,
+    q_RTHK: jax.Array,
+    k_RTGK: jax.Array,
+    v_RTGK: jax.Array,
+    segments_RT: jax.Array,
+    mixed_RTHK: jax.Array,
+    lse_RHT: jax.Array,
+    g_RTHK: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Gradients of queries, keys and values, from the mixed values and log-sum-exps of all keys."""
+    # The only way to the kernel's gradients for given log-sum-exps; both jax 0.10 and 0.12 have it.
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
+        _splash_attention_bwd,
+    )
+
+    _, tokens, heads, size = q_RTHK.shape
+    kernel = _splash(tokens, heads, softcap, interpret)
+
+    def one(q: Any, k: Any, v: Any, ids: Any, mixed: Any, lse: Any, g: Any) -> Any:
+        kept = q, k, v, ids, None, mixed, lse, kernel.dq_mask_info, kernel.dkv_mask_info
+        return _splash_attention_bwd(**kernel.kwargs, res=kept, do=g)[3:6]
+
+    q, k, v, mixed, g = map(_in_blocks, (q_RTHK, k_RTGK, v_RTGK, mixed_RTHK, g_RTHK))
+    lse_RHT = jnp.pad(lse_RHT, ((0, 0), (0, 0), (0, -tokens % BLOCK)))
+    made = jax.vmap(one)(q, k, v, _segment_ids(segments_RT), mixed, lse_RHT, g)
+    return tuple(array[:, :, :tokens, :size].swapaxes(1, 2) for array in made)
+
+
+def _splash(
+    tokens: int, heads: int, softcap: float, interpret: bool, *, save_residuals: bool = False
+) -> Any:
+    """The kernel for one row, causal; its blocks are the largest that divide the row."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second
+
+    tokens += -tokens % BLOCK
+    block = next(size for size in (4 * BLOCK, 2 * BLOCK, BLOCK) if tokens % size == 0)
+    sizes = ("", "_dkv", "_dq")
+    blocks: dict[str, Any] = {
+        f"block_{axis}{name}": block for axis in ("q", "kv") for name in sizes
+    }
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((tokens, tokens))] * heads),
+        block_sizes=splash.BlockSizes(**blocks),
+        save_residuals=save_residuals,
+        attn_logits_soft_cap=softcap or None,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+
+def _in_blocks(x_RTHK: jax.Array) -> jax.Array:
+    """The same as [R, H, T, K], with zeros up to whole blocks."""
+    tokens, size = (-x_RTHK.shape[axis] % BLOCK for axis in (1, 3))
+    return jnp.pad(x_RTHK, ((0, 0), (0, tokens), (0, 0), (0, size))).swapaxes(1, 2)
+
+
+def _segment_ids(segments_RT: jax.Array) -> Any:
+    """Segments as the kernel wants them; what fills the last block is one of its own."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    spare = -segments_RT.shape[1] % BLOCK
+    ids_RT = jnp.pad(segments_RT.astype(jnp.int32), ((0, 0), (0, spare)), constant_values=-1)
+    return SegmentIds(ids_RT, ids_RT)
