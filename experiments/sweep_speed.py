@@ -75,7 +75,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def _key(row: Row) -> tuple[int, str, int]:
-    return tuple(_line(row)[name] for name in ("P", "init", "seed"))  # type: ignore[return-value]
+    return tuple(_line(row)[name] for name in ("P", "init", "seed"))
 
 
 def _line(row: Row) -> dict[str, Any]:

@@ -337,9 +337,7 @@ def compile_population(
     whole, rows = replicated(mesh), by_row(mesh)
     delta, opt_state, weights, batch, key = arguments
     over = members % mesh.shape["data"] == 0 and not lies_over_data((delta, weights))
-    function = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
-    if not over:
-        function = _step(step, optimizer, mesh, arguments)
+    function = _step(step, optimizer, mesh, arguments, spread=not over)
     where: Any = Member(whole, whole, rows, whole)  # type: ignore[arg-type]
     jitted = jax.jit(
         functools.partial(population_step, step=function, along=rows if over else None),
@@ -350,13 +348,17 @@ def compile_population(
 
 
 def _step(
-    step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
+    step: StepConfig,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    *,
+    spread: bool = True,
 ) -> TrainStep:
-    """The function of a step on a mesh."""
+    """The function of a step on a mesh; `spread`: each device sums over its own rows."""
     function = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
-    if mesh.shape["data"] == 1 or lies_over_data((arguments[0], arguments[2])):
-        return function
-    return functools.partial(function, spread=by_device(mesh))
+    whole = mesh.shape["data"] == 1 or lies_over_data((arguments[0], arguments[2]))
+    return functools.partial(function, spread=by_device(mesh)) if spread and not whole else function
 
 
 def _where(whole: Any, leaf: Any) -> Any:

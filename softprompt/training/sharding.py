@@ -204,7 +204,9 @@ def by_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def lies_over_data(tree: Any) -> bool:
     """Whether an array of the tree, or a shape with a sharding, is split over "data"."""
     specs = [getattr(getattr(x, "sharding", None), "spec", ()) for x in jax.tree.leaves(tree)]
-    return any("data" in (axis if isinstance(axis, tuple) else (axis,)) for s in specs for axis in s)
+    return any(
+        "data" in (axis if isinstance(axis, tuple) else (axis,)) for s in specs for axis in s
+    )
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

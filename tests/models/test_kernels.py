@@ -19,9 +19,9 @@ from softprompt.models.attention import Part
 from softprompt.models.dropout import Rates
 from softprompt.models.kernels import REFERENCE, Case, Device, Kernel, attend, choose, device_of
 from softprompt.models.kernels.choice import refusal
-from softprompt.progress import Progress
+from softprompt.training import step
 from softprompt.training.prepare import prepare, with_kernel
-from softprompt.training.step import loss_fn
+from softprompt.training.sharding import by_device
 from tests.contracts.examples import (
     equations,
     one_device,
@@ -221,12 +221,26 @@ def test_what_a_gpu_is_given(monkeypatch):
 def step_gradients(model, weights, batch, delta, config):
     """Loss and gradient of a training step; and the names of what its program is made of."""
     config = config._replace(model=model)
-    function = functools.partial(loss_fn, config=config)
-    step = jax.value_and_grad(function, has_aux=True)
+    function = functools.partial(step.loss_fn, config=config)
+    both = jax.value_and_grad(function, has_aux=True)
     arguments = delta, weights, batch, jax.random.key(0)
-    names = {equation.primitive.name for equation in equations(jax.make_jaxpr(step)(*arguments))}
-    (value, _), grads = quick_jit(step)(*arguments)
+    names = {equation.primitive.name for equation in equations(jax.make_jaxpr(both)(*arguments))}
+    (value, _), grads = quick_jit(both)(*arguments)
     return (value, grads), names
+
+
+# Mutation: in `on_shards` "data" is split once more, or the mesh is taken as if it were whole.
+def test_in_a_step_of_each_device():
+    mesh = mesh_of_four()
+    model, weights = tiny_decoder(dtype="float32", layers=2)
+    batch = packed(random_examples(), [[3, 0], [1, 4, 2, 5]], RowShape(2, 136, 12))
+    config, delta = prompted(model, weights, P)
+    arguments = delta, weights, batch, jax.random.key(0)
+    theirs, of_theirs = quick_jit(functools.partial(step.gradients, config=config))(*arguments)
+    config = config._replace(model=model.clone(attention=dataclasses.replace(SPLASH, mesh=mesh)))
+    spread = by_device(mesh)(functools.partial(step.gradients, config=config))
+    ours, of_ours = quick_jit(spread)(*arguments)
+    check((ours["loss"], of_ours), (theirs["loss"], of_theirs), within=1e-4)
 
 
 # Mutations: `segments_T` not handed on; the kernel used by the run of the context as well (it has
@@ -342,22 +356,12 @@ def test_a_trial_s_kernel(tiny_folder, tmp_path, monkeypatch):
     assert len(set(map(trial_id, configs))) == 1
 
 
-class Stopped(Exception):
-    """Ends a test where it has seen enough."""
-
-
-# Mutation: `open_run` prepares the config as it was trained.
+# Mutation: `stored_config` returns the config as it was trained.
 @pytest.mark.parametrize(("trained", "used"), [("splash", "auto"), ("reference", "reference")])
 def test_a_run_is_opened_where_its_kernel_is_not(tmp_path, monkeypatch, trained, used):
-    def stop(config, session):
-        raise Stopped(config.mesh.attention)
-
-    monkeypatch.setattr(run, "prepare", stop)
-    monkeypatch.setattr(run, "load_delta", lambda file: ({}, {}))
-    (tmp_path / run.DELTA).touch()
     config = trial_config(tmp_path, "jsonl:none", mesh__attention=trained)
-    with Progress() as progress, pytest.raises(Stopped, match=f"^{used}$"):
-        run.open_run(tmp_path, config, progress)
+    monkeypatch.setattr(run, "read_config", lambda folder: config)
+    assert run.stored_config(tmp_path).mesh.attention == used
     assert config.mesh.attention == trained
 
 

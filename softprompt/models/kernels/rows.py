@@ -45,18 +45,27 @@ def on_shards(mesh: Mesh | None, function: Function, reads: str, writes: str) ->
         return function
 
     def call(*arrays: jax.Array) -> Any:
+        # Inside a step that each device runs on rows of its own "data" is taken already.
+        around = jax.sharding.get_abstract_mesh()
+        taken = set(around.manual_axes)
         lengths = [n for array in arrays for n in array.shape]
         sizes = dict(zip(reads.replace(" ", ""), lengths, strict=True))
         over = {"R": "data", "H": "model", "G": "model"}
         for axes in ("R", "HG"):
-            if any(sizes[axis] % mesh.shape[over[axis]] for axis in axes):
-                over = {axis: name for axis, name in over.items() if axis not in axes}
+            name = over[axes[0]]
+            if name in taken or any(sizes[axis] % mesh.shape[name] for axis in axes):
+                over = {axis: other for axis, other in over.items() if axis not in axes}
         specs = [
             tuple(PartitionSpec(*map(over.get, axes)) for axes in side.split())
             for side in (reads, writes)
         ]
         spread = jax.shard_map(
-            function, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
+            function,
+            mesh=around if taken else mesh,
+            in_specs=specs[0],
+            out_specs=specs[1],
+            axis_names=set(mesh.axis_names) - taken,
+            check_vma=False,
         )
         return spread(*arrays)
 
