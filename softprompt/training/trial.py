@@ -219,8 +219,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     facts = {
         "steps": state.step,
         "flops": state.step * parts.step_flops,
-        "peak_share": mean_share(folder, "peak_share"),
-        "input_wait_share": mean_share(folder, "input_wait_share"),
+        **{name: mean_share(folder, name) for name in ("peak_share", "input_wait_share")},
         "step_seconds": median_step(folder),
         "step_memory_bytes": program_memory(step),
         "members": getattr(step, "places", 1),
