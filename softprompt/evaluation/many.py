@@ -3,6 +3,9 @@
 The program is the scoring of one delta under `jax.vmap`; the weights are not batched, and of a
 method only what its rows share is. Rows are packed once. A batch has as many tokens in all as one
 of a single delta, so that it fits where that does.
+
+Several contexts end to end (`Context.choices`) would do for prompts and prefixes alone, and a token
+would be scored against the keys of all N to see those of one.
 """
 
 import functools
