@@ -139,7 +139,7 @@ def test_remat_changes_nothing_but_memory(folders):
     np.testing.assert_allclose(found["layer"][0], found["none"][0], rtol=1e-6)
     scale = float(jnp.abs(found["none"][1]).max())
     np.testing.assert_allclose(found["layer"][1], found["none"][1], atol=1e-5 * scale)
-    assert found["layer"][2] < 0.5 * found["none"][2]
+    assert found["layer"][2] < 0.6 * found["none"][2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
