@@ -156,6 +156,7 @@ def test_a_real_model(smollm2, tmp_path, kind):
     if kind in ("prompt", "lora"):
         delta = jax.tree.map(lambda leaf: 0.1 * (leaf - 1), delta)
     method = {"name": kind, "bos": "after", "rank": 4, "alpha": 8, "rslora": False}
+    method |= {"dropout": 0.0}
     write_adapter(tmp_path / "adapter", to_peft(delta, Facts(c, method, "smollm2")))
     case = Case("smollm2", "", {}, method)
     found_TV = plain.logits(smollm2.model, smollm2.weights, delta, case)
