@@ -1,14 +1,20 @@
 """What a compiled step moves between devices: rows stay, a layer's weights come and go."""
 
+import functools
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from softprompt.training import full_size
+from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
+from softprompt.training.population import Member
 from softprompt.training.session import compile_population
-from softprompt.training.sharding import make_mesh
-from tests.tiny import tiny_config
+from softprompt.training.sharding import make_mesh, put_batch, random_key, replicated
+from softprompt.training.step import train_step
+from tests.contracts.examples import packed, prompted, random_examples
+from tests.tiny import tiny_config, tiny_decoder
 from tests.tiny_t5 import tiny_t5_config
 
 LAYERS, WIDTH, FFN = 8, 64, 96
@@ -67,6 +73,36 @@ def test_a_device_takes_whole_trials(small, monkeypatch):
         flops[members] = compile_population(*told, members).cost_analysis()["flops"]
     assert flops[8] < 0.85 * 8 * flops[1]
     assert flops[12] > 0.95 * 12 * flops[1]
+
+
+@pytest.mark.parametrize("members", [2, 3])
+def test_members_over_devices_step_as_alone(members):
+    """Two lie whole on a device each, three by their rows. Mutation: the mean over devices is taken
+    for the sum, in steps that are vmapped.
+    """
+    model, weights = tiny_decoder(dtype="float32", layers=2)
+    config, delta = prompted(model, weights, 5)
+    optimizer, batch = OptimizerConfig("adamw"), packed(random_examples(), [[3, 0], [1, 4, 2, 5]])
+    opt_state = set_rate(make_optimizer(optimizer).init(delta), np.float32(0.1))
+    deltas = [jax.tree.map(lambda x, n=n: (n + 1) * x, delta) for n in range(members)]
+    found = []
+    for devices in (1, 2):
+        mesh = make_mesh(devices, 1, devices=jax.devices()[:devices])
+        whole = functools.partial(jax.device_put, device=replicated(mesh))
+        own = whole((opt_state, weights)), put_batch(mesh, batch), random_key(0, mesh)
+        (state, frozen), rows, key = own
+        told = config, optimizer, mesh, (whole(delta), state, frozen, rows, key)
+        trials = [Member(whole(one), state, rows, key) for one in deltas]
+        found.append(compile_population(*told, members)(trials, frozen))
+        if devices == 1:
+            tx = make_optimizer(optimizer)
+            step = jax.jit(functools.partial(train_step, config=config, tx=tx))
+            found.append([step(one.delta, state, frozen, rows, key) for one in trials])
+    for trial in zip(*found, strict=True):
+        one, *others = [(delta, metrics) for delta, _, metrics in trial]
+        for other in others:
+            for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+                np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
