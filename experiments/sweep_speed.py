@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from softprompt.analysis.plots import Point, length_plot
 from softprompt.analysis.tables import to_markdown
 from softprompt.cli import split_overrides
-from softprompt.config import ConfigDict, base_config, trial_name
+from softprompt.config import ConfigDict, base_config, flatten, trial_name
 from softprompt.errors import unknown
 from softprompt.results import Row, read_rows, write_text
 
@@ -116,12 +116,9 @@ def commands(form: str, folder: Path, overrides: Sequence[str]) -> list[list[str
         population = f"--config.mesh.population={1 if form == 'warm' else 0}"
         sweeping = [*program, "sweep", "sweep_speed", "--workdir", str(folder), population]
         return [[*sweeping, *overrides]]
-    found = []
+    found, plain = [], flatten(base_config())
     for config in sweep():
-        own = {f"method.{key}": config.method[key] for key in ("length", "init")}
-        own |= {"seed": config.seed, "eval.every": config.eval.every}
-        own |= {f"train.{key}": config.train[key] for key in ("steps", "batch")}
-        own |= {f"data.{key}_examples": 200 for key in ("validation", "test")}
+        own = {key: value for key, value in flatten(config).items() if value != plain[key]}
         words = [f"--config.{key}={value}" for key, value in own.items()]
         workdir = ["--workdir", str(folder / trial_name(config))]
         found.append([*program, "train", *words, *overrides, *workdir])
