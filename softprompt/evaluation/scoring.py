@@ -5,8 +5,9 @@ of its candidates.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +20,38 @@ from softprompt.models.decoder import Context
 from softprompt.training.sharding import by_row, put_batch, replicated
 from softprompt.training.step import Shared, StepConfig, row_logits, shared_part
 
+Asked = ParamSpec("Asked")
+Program = Callable[..., Any]
 Tree = Any
 Scores = tuple[np.ndarray, np.ndarray]  # sums of log-probabilities, and numbers of tokens
 Told = Callable[[int, int], None]
 
 
-@functools.lru_cache(maxsize=32)
+def one_program(make: Callable[Asked, Program]) -> Callable[Asked, Program]:
+    """Keeps the compiled functions that `make` made, one of each for all threads.
+
+    Of a function JAX makes one program, whoever calls it at once. A cache alone would give each of
+    several threads that find nothing a function of its own.
+    """
+    lock = threading.Lock()
+    kept: Program = functools.lru_cache(maxsize=32)(make)
+
+    @functools.wraps(make)
+    def found(*args: Asked.args, **kwargs: Asked.kwargs) -> Program:
+        with lock:
+            return kept(*args, **kwargs)
+
+    return found
+
+
+@one_program
 def shared_function(config: StepConfig, mesh: Mesh) -> Callable[[Tree, Tree], Any]:
     """The compiled `shared_part`: (delta, weights) -> (variables, context), on every device."""
     del mesh  # a key of the cache: the arguments bring their shardings
     return jax.jit(functools.partial(shared_part, config))
 
 
-@functools.lru_cache(maxsize=32)
+@one_program
 def text_context_function(model: Decoder) -> Callable[[Tree, jax.Array], Context]:
     """The compiled context of a text: (weights, tokens_P) -> Context."""
 
@@ -41,7 +61,7 @@ def text_context_function(model: Decoder) -> Callable[[Tree, jax.Array], Context
     return jax.jit(text_context)
 
 
-@functools.lru_cache(maxsize=32)
+@one_program
 def score_function(model: Model, mesh: Mesh, *, many: bool = False) -> Callable[..., jax.Array]:
     """The compiled (weights, shared, batch) -> log-probability of each pair [R, C], float32.
 

@@ -6,7 +6,6 @@ import itertools
 import jax
 import pytest
 
-from softprompt.evaluation.scoring import score_function, shared_function
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.training.test_together import run
@@ -37,7 +36,7 @@ def programs():
     """Counts what jax itself says it traced and compiled, in whatever thread.
 
     A function of the programs asked for that returns {"traced": {program: times}, "compiled": the
-    same}. Those of scoring are made anew, for another test of this process may have them.
+    same}. All are made anew, for another test of this process may have them.
     """
     told = []  # appending is safe in threads
 
@@ -52,8 +51,7 @@ def programs():
             for kind in EVENTS.values()
         }
 
-    for function in (score_function, shared_function):
-        function.cache_clear()
+    jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield count
     jax.monitoring.unregister_event_duration_listener(listen)

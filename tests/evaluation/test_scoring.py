@@ -1,6 +1,9 @@
 """Rank scoring against one full forward pass per example and candidate."""
 
 import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.evaluation.scoring import (
     normalise,
+    one_program,
     probabilities,
     score_batches,
     score_side_by_side,
@@ -141,3 +145,29 @@ def test_probabilities_are_a_softmax():
 def test_token_nll_weighs_tokens_alike():
     """Mutation: mean over examples."""
     assert token_nll(np.array([[-1.0], [-8.0]]), np.array([[1], [2]])) == pytest.approx(3.0)
+
+
+def test_threads_that_come_at_once_share_a_program():
+    """Mutation: no lock about the cache: each thread makes one of its own."""
+    made, traced, door = [], [], threading.Barrier(4)
+
+    @one_program
+    def doubling(power):
+        made.append(power)
+        time.sleep(0.05)  # the others are here by now
+
+        def double(x):
+            traced.append(power)
+            time.sleep(0.05)
+            return x * 2**power
+
+        return jax.jit(double)
+
+    def ask(power):
+        door.wait()
+        return doubling(power)(jnp.float32(1.5))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, (1, 1, 1, 1))) == [3.0] * 4
+        assert list(pool.map(ask, (2, 1, 2, 1))) == [6.0, 3.0, 6.0, 3.0]
+    assert made == traced == [1, 2]
