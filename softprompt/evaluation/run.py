@@ -31,7 +31,7 @@ from softprompt.training.prepare import (
     prepare,
 )
 from softprompt.training.session import SPLITS, Session, encode_records
-from softprompt.training.sharding import put
+from softprompt.training.sharding import nearest_sizes, put
 from softprompt.training.trial import DELTA, read_config, score
 
 GROUP = 64  # lines answered together
@@ -137,15 +137,17 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
 
 
 def stored_config(folder: epath.PathLike) -> ConfigDict:
-    """A trial's config, whose attention kernel is used where it can serve.
+    """A trial's config, on a mesh that this machine has, its attention kernel where it can serve.
 
     Neither the machine nor the rows need be those of training.
     """
-    config = read_config(folder)
-    if config.mesh.attention == "reference":
-        return config
-    tree = to_dict(config)
-    tree["mesh"] |= {"attention": "auto"}
+    tree = to_dict(read_config(folder))
+    mesh = tree["mesh"]
+    mesh["data"], mesh["model"] = nearest_sizes(
+        mesh["data"], mesh["model"], count=jax.device_count()
+    )
+    if mesh["attention"] != "reference":
+        mesh["attention"] = "auto"
     return from_dict(tree)
 
 

@@ -8,6 +8,7 @@ Source: arXiv 1909.08053 (heads and ffn over devices), arXiv 1910.02054 (ZeRO).
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -72,6 +73,16 @@ def make_mesh(
         )
     axis_types = (AxisType.Auto,) * 2
     return jax.make_mesh((size, model), ("data", "model"), axis_types=axis_types, devices=devices)
+
+
+def nearest_sizes(data: int, model: int, *, count: int) -> tuple[int, int]:
+    """The sizes of a mesh, or where they do not suit `count` devices, the nearest that do.
+
+    Heads are then split over as many devices as divide both; rows over what is left (-1).
+    """
+    if count % model == 0 and data in (-1, count // model):
+        return data, model
+    return -1, math.gcd(model, count)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -1,6 +1,7 @@
 """Trials scored side by side, and which are: against one at a time."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -173,6 +174,18 @@ def test_the_last_part_is_short(runs, monkeypatch):
     sums = [load_delta(folder / DELTA)[0]["prompt"].sum() for folder in folders]
     assert [one["sum"] for one in found] == pytest.approx(sums, abs=1e-3)
     assert widths == [2, 2], "one program"
+
+
+def test_a_trial_of_another_machine(runs, tmp_path):
+    """Mutation: it is asked for the devices that it was trained on."""
+    shutil.copytree(runs["a"], tmp_path / "a")
+    file = tmp_path / "a" / "config.json"
+    config = json.loads(file.read_text())
+    config["mesh"] |= {"data": 3, "model": 4, "attention": "splash"}
+    file.write_text(json.dumps(config))
+    (here,) = evaluate_runs([runs["a"]], progress=Lines())
+    (found,) = evaluate_runs([tmp_path / "a"], progress=Lines())
+    assert found == here
 
 
 def test_the_command(runs, capsys):

@@ -15,6 +15,7 @@ from softprompt.training.sharding import (
     Gather,
     by_row,
     make_mesh,
+    nearest_sizes,
     path_name,
     put_batch,
     put_weight,
@@ -153,3 +154,18 @@ def test_a_mesh_that_is_not_all_devices_is_refused(data, model):
     """Mutation: use fewer devices."""
     with pytest.raises(UserError, match="config.mesh.*8 devices"):
         make_mesh(data, model)
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "found"),
+    [
+        ((-1, 4), 8, (-1, 4)),
+        ((2, 4), 8, (2, 4)),
+        ((4, 4), 8, (-1, 4)),
+        ((1, 4), 1, (-1, 1)),
+        ((-1, 4), 6, (-1, 2)),
+    ],
+)
+def test_the_nearest_mesh(asked, count, found):
+    """Mutation: "data" stays where it does not suit; heads are split over all that there is."""
+    assert nearest_sizes(*asked, count=count) == found
