@@ -114,26 +114,25 @@ def cap_row_norms(max_row_norm: float | jax.Array) -> optax.GradientTransformati
     stay within the cap are updated as without it; others get the cap's norm, to rounding.
 
     Raises:
-        UserError: the delta has no prompt (when the state is made).
+        UserError: the delta is not made of prompts alone (when the state is made): rows that a
+            network or a task's factor turns into others are not what the cap is meant for.
     """
 
     def init(delta: Tree) -> optax.EmptyState:
-        if not prompts(delta):
+        if len(prompts(delta)) != len(jax.tree.leaves(delta)):
             raise UserError(
-                "config key 'optimizer.max_row_norm' is set; allowed: 0 with this method, whose "
-                "delta has no prompt"
+                "config key 'optimizer.max_row_norm' is set; allowed: 0 with this method, which "
+                "trains other things than a prompt's rows"
             )
         return optax.EmptyState()
 
-    def one(path: Any, update: jax.Array, old: jax.Array) -> jax.Array:
-        if not is_prompt(path):
-            return update
+    def one(update: jax.Array, old: jax.Array) -> jax.Array:
         new = old + update
         norm = jnp.linalg.norm(new, axis=-1, keepdims=True)
         return jnp.where(norm > max_row_norm, new * (max_row_norm / norm) - old, update)
 
     def project(updates: Tree, state: Any, delta: Tree | None = None) -> tuple[Tree, Any]:
-        return jax.tree_util.tree_map_with_path(one, updates, delta), state
+        return jax.tree.map(one, updates, delta), state
 
     return optax.GradientTransformation(init, project)
 

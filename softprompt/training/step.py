@@ -193,7 +193,8 @@ def train_step(
 
     Returns:
         The new delta and state, and scalars: loss (nats a target token), token_accuracy, grad_norm,
-        update_norm, delta_norm, and row_norm_min, _mean and _max of a delta with a prompt.
+        update_norm, delta_norm, and row_norm_min, _mean and _max of a delta's prompts, after what
+        reparametrises them (of a multitask: the prompt that its tasks share).
     """
     of_rows = functools.partial(gradients, config=config)
     metrics, grads = spread(of_rows)(delta, weights, batch, key)
@@ -203,7 +204,7 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "update_norm": optax.tree.norm(updates),
         "delta_norm": optax.tree.norm(delta),
-        **row_norms(delta),
+        **row_norms(METHODS[config.method].fold(delta, config.method_config)),
     }
     return delta, opt_state, metrics
 

@@ -1,5 +1,6 @@
 """The training step against its formulas."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from softprompt.data.pipeline import pad_rows
+from softprompt.methods import reparametrize
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
 from softprompt.training.step import accumulated, loss_fn, train_step
 from tests.contracts.examples import (
@@ -114,3 +116,16 @@ def test_a_step_updates_by_the_gradient_and_reports_norms(given):
     for name, norm in rows.items():
         close(metrics[name], norm)
     assert metrics.keys() == {"loss", "token_accuracy", *norms, *rows}
+
+
+def test_norms_are_those_of_the_rows_that_are_read(given):
+    """Mutation: norms of what the network makes the rows of."""
+    config, delta, weights, _, batch = given
+    cfg = dataclasses.replace(config.method_config, reparam="mlp", bottleneck=3)
+    config = config._replace(method_config=cfg)
+    net = reparametrize.init(KEY, delta["prompt"], kind="mlp", bottleneck=3)
+    delta, tx = {"prompt": delta["prompt"], "net": net}, make_optimizer(OptimizerConfig("sgd"))
+    step = quick_jit(functools.partial(train_step, config=config, tx=tx))
+    new, _, metrics = step(delta, tx.init(delta), weights, batch, KEY)  # at a rate of zero
+    rows_P = np.linalg.norm(reparametrize.apply(new["prompt"], net), axis=1)
+    np.testing.assert_allclose(metrics["row_norm_max"], rows_P.max(), rtol=1e-6)
