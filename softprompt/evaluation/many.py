@@ -16,10 +16,10 @@ import jax
 
 from softprompt.evaluation.scoring import score_side_by_side
 from softprompt.methods import METHODS
+from softprompt.training.memory import MEMORY_SHARE, bytes_here, bytes_of, device_memory
 from softprompt.training.prepare import Prepared, delta_shapes
 from softprompt.training.session import scoring_budget
 from softprompt.training.step import Shared
-from softprompt.training.together import MEMORY_SHARE, device_memory
 from softprompt.training.trial import graded, told
 
 
@@ -91,7 +91,7 @@ def chunks(prepared: Prepared, count: int) -> list[int]:
         prepared.tasks, mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()
     )
     each = 2 * shared_bytes(prepared)  # they are copied into one
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.frozen))
+    weights = bytes_here(prepared.frozen)
     room = int((MEMORY_SHARE * device_memory() - weights) // each) if each else count
     tokens = shape.rows * (shape.tokens + shape.inputs)
     most = max(1, min(scoring_budget() // tokens, room, count))
@@ -105,5 +105,4 @@ def shared_bytes(prepared: Prepared) -> int:
     step = prepared.step
     fold = functools.partial(METHODS[step.method].fold, cfg=step.method_config)
     shapes = jax.eval_shape(fold, delta_shapes(prepared))
-    leaves = jax.tree.leaves(jax.eval_shape(prepared.shared, shapes))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return bytes_of(jax.eval_shape(prepared.shared, shapes))

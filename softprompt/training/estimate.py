@@ -1,7 +1,5 @@
 """What a trial will cost, before it runs."""
 
-from typing import Any
-
 import jax
 
 from softprompt.analysis.flops import (
@@ -16,6 +14,7 @@ from softprompt.data.pipeline import train_widths
 from softprompt.evaluation.text import PIECE
 from softprompt.models.decoder import DecoderConfig
 from softprompt.schema import UNTRAINED
+from softprompt.training.memory import bytes_of
 from softprompt.training.optimizers import make_optimizer
 from softprompt.training.prepare import Prepared, delta_shapes, prepare, step_flops, train_source
 from softprompt.training.session import SPLITS, Session, optimizer_config
@@ -42,7 +41,7 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
     """
     prepared = prepare(config, session)
     sizes, layout = prepared.loaded.config, prepared.layout
-    weights = _bytes(prepared.loaded.weights)
+    weights = bytes_of(prepared.loaded.weights)
 
     def scoring(split: str) -> float:
         parts = [one.split(split) for one in prepared.tasks]
@@ -77,7 +76,7 @@ def trained(prepared: Prepared) -> tuple[int, int]:
     """Numbers of the delta, and bytes of it, its best values, gradient and optimizer's state."""
     delta = delta_shapes(prepared)
     state = jax.eval_shape(make_optimizer(optimizer_config(prepared.config)).init, delta)
-    return sum(leaf.size for leaf in jax.tree.leaves(delta)), 3 * _bytes(delta) + _bytes(state)
+    return sum(leaf.size for leaf in jax.tree.leaves(delta)), 3 * bytes_of(delta) + bytes_of(state)
 
 
 def text_work(tokens: int, context: int) -> Work:
@@ -85,28 +84,24 @@ def text_work(tokens: int, context: int) -> Work:
     return Work(tokens + context, tokens * (PIECE / 2 + context) + context**2 / 2, tokens)
 
 
-def _bytes(tree: Any) -> int:
-    """Of arrays or their shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def step_memory(prepared: Prepared, widths: dict[str, int], rows: float) -> float:
     """Bytes that a step keeps for its backward pass, all layers, nothing rematerialised.
 
     About seven arrays of the width and two of the ffn in the compute dtype for every token of
     `rows` rows of these `widths`, and of the contexts, which are run once; of attention's scores,
-    which are computed again, those of one layer in float32.
+    which are computed again, those of one layer in float32; the logits of targets and their
+    gradient, in float32.
     """
     sizes, (before, context) = prepared.loaded.config, prepared.contexts
     context *= max(1, prepared.layout.prompts)
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
     kept = (7 * sizes.width + 2 * sizes.ffn) * size
-    own = widths["T"]
+    own, logits = widths["T"], 8 * rows * widths["M"] * sizes.vocab
     if isinstance(sizes, DecoderConfig):
         scores = rows * own * (own + context) * sizes.heads * 4
-        return sizes.layers * kept * (rows * own + context) + scores
+        return sizes.layers * kept * (rows * own + context) + scores + logits
     read = widths["S"]
     keys = max(read * (read + before), own * (own + context + read + before))
     encoder = sizes.encoder_layers * (rows * read + before)
     decoder = sizes.decoder_layers * (rows * own + context)
-    return kept * (encoder + decoder) + rows * keys * sizes.heads * 4
+    return kept * (encoder + decoder) + rows * keys * sizes.heads * 4 + logits

@@ -6,6 +6,7 @@ thread waits for the others; the last to come runs all their steps as one progra
 frozen weights are not batched.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,13 +58,14 @@ class Population:
     Attributes:
         door: guards all that is here.
         coming: threads that were started for a trial and are not here yet.
+        queued: trials that have not begun.
         undecided: threads whose trial is being prepared, or is between two.
         stopping: set when the sweep is to end: members save after their step.
     """
 
     def __init__(self) -> None:
         self.door = threading.Condition()
-        self.coming = 0
+        self.coming = self.queued = 0
         self.undecided: set[int] = set()
         self.stopping = threading.Event()
         self._meetings: dict[Any, Meeting] = {}
@@ -72,7 +74,7 @@ class Population:
     def trial(self) -> Iterator[None]:
         """A trial in this thread, whose first step the others wait for until it is over."""
         with self.door:
-            self.coming = max(0, self.coming - 1)
+            self.coming, self.queued = max(0, self.coming - 1), max(0, self.queued - 1)
             self.undecided.add(threading.get_ident())
         try:
             yield
@@ -93,6 +95,13 @@ class Population:
             self.door.notify_all()
         return meeting
 
+    def stop(self) -> None:
+        """Members save after their step; who has not come is not waited for."""
+        with self.door:
+            self.coming = self.queued = 0
+            self.stopping.set()
+            self.door.notify_all()
+
     def leave(self) -> None:
         """This thread's trial takes no more steps."""
         with self.door:
@@ -105,8 +114,8 @@ class Population:
 class Meeting:
     """Takes the steps of the trials that share a program, once all of them are here.
 
-    A trial that is over leaves its place in the program to another, or empty: the program is
-    compiled anew when more than half of its places are.
+    A trial that is over leaves its place in the program to another, or empty: once no trial is left
+    to take them, the program is compiled anew when more than half of its places are.
 
     Attributes:
         attending: threads of its trials.
@@ -117,6 +126,7 @@ class Meeting:
         self.attending: set[int] = set()
         self.programs: dict[int, Any] = {}
         self._population, self._compile = population, compile
+        self._weights: Tree = None
         self._asked: dict[int, Member] = {}
         self._answers: dict[int, Any] = {}
 
@@ -124,11 +134,13 @@ class Meeting:
         """The `TrainStep` of one of the trials: waits for the others'."""
         me, door = threading.get_ident(), self._population.door
         with door:
+            self._weights = weights if self._weights is None else self._weights
+            assert weights is self._weights, "members step on one model's weights"
             self._asked[me] = Member(delta, opt_state, batch, key)
             door.notify_all()
             while me not in self._answers:
                 if self._complete():
-                    self._run(weights)
+                    self._run()
                     door.notify_all()
                 else:
                     door.wait()
@@ -151,14 +163,14 @@ class Meeting:
         waiting = self._population.coming or self._population.undecided
         return not waiting and self.attending <= self._asked.keys()
 
-    def _run(self, weights: Tree) -> None:
+    def _run(self) -> None:
         """Takes everybody's step; an error is everybody's."""
         who, members = list(self._asked), list(self._asked.values())
         self._asked.clear()
         try:
             places = self._places(len(members))
             answers = self.programs[places](
-                members + members[:1] * (places - len(members)), weights
+                members + members[:1] * (places - len(members)), self._weights
             )
         except Exception as error:
             answers = [error] * len(who)
@@ -166,7 +178,8 @@ class Meeting:
 
     def _places(self, members: int) -> int:
         """The places of the program to run, compiled if there is none of the right size."""
-        fitting = [places for places in self.programs if members <= places <= 2 * members]
+        most = math.inf if self._population.queued else 2 * members
+        fitting = [places for places in self.programs if members <= places <= most]
         if fitting:
             return min(fitting)
         self.programs[members] = self._compile(members)

@@ -24,6 +24,7 @@ from softprompt.data.subsets import balanced_subset, seeded_sample
 from softprompt.data.tasks import Task, get_task, read_split
 from softprompt.models.loading import Loaded, load_model
 from softprompt.progress import Progress
+from softprompt.training.memory import KEPT_SHARE, bytes_here, device_memory
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
 from softprompt.training.population import Member, Population, population_step
 from softprompt.training.sharding import (
@@ -65,6 +66,8 @@ class TaskData:
 class Session:
     """Caches for trials that run one after another; each thing is made once.
 
+    Models are kept while they are few enough: see `model`.
+
     Attributes:
         progress: where waiting is reported.
         compiled: compiled training steps by all that is static in them; its length is the number of
@@ -78,6 +81,7 @@ class Session:
     compile_seconds: float = 0.0
     population: Population | None = None
     _made: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _models: dict[str, Loaded] = dataclasses.field(default_factory=dict)  # used last, stands last
     _lock: Any = dataclasses.field(default_factory=threading.RLock)
 
     def member(self, progress: Progress, population: Population) -> "Session":
@@ -106,33 +110,43 @@ class Session:
         return make_mesh(config.mesh.data, config.mesh.model)
 
     def model(self, config: ConfigDict) -> Loaded:
-        """The frozen model of a resolved config, on its mesh."""
+        """The frozen model of a resolved config, on its mesh.
+
+        Those that were used longest ago are forgotten where models take more than `KEPT_SHARE` of
+        a device's memory; a trial that still holds one keeps it there.
+        """
+        key = self._model_key(config)
+        with self._lock:
+            loaded = self._models.pop(key, None) or self._load(config)
+            self._models[key] = loaded
+            sizes = {name: bytes_here(one.weights) for name, one in self._models.items()}
+            for name in list(sizes)[:-1]:
+                if sum(sizes.values()) > KEPT_SHARE * device_memory():
+                    del self._models[name], sizes[name]
+        return loaded
+
+    def _load(self, config: ConfigDict) -> Loaded:
+        """Reads a model from where it lies."""
         mesh, model = self.mesh(config), config.model
+        self.progress.stage(f"load {model.name}")
+        loaded = load_model(
+            model.name,
+            dtype=model.dtype,
+            quantize=model.quantize,
+            put=functools.partial(put_weight, mesh, weights=config.mesh.weights),
+            revision=model.revision or None,
+            tokenizer_name=model.tokenizer,
+        )
+        if config.mesh.weights == "replicated":
+            return loaded
+        return dataclasses.replace(loaded, model=loaded.model.clone(gather=Gather(mesh)))
 
-        def make() -> Loaded:
-            self.progress.stage(f"load {model.name}")
-            put = functools.partial(put_weight, mesh, weights=config.mesh.weights)
-            revision = model.revision or None
-            loaded = load_model(
-                model.name,
-                dtype=model.dtype,
-                quantize=model.quantize,
-                put=put,
-                revision=revision,
-                tokenizer_name=model.tokenizer,
-            )
-            if config.mesh.weights == "replicated":
-                return loaded
-            return dataclasses.replace(loaded, model=loaded.model.clone(gather=Gather(mesh)))
-
-        return self.once(self._model_key(config), make)
-
-    def _model_key(self, config: ConfigDict) -> list[Any]:
-        return ["model", to_dict(config.model), to_dict(config.mesh)]
+    def _model_key(self, config: ConfigDict) -> str:
+        return json.dumps([to_dict(config.model), to_dict(config.mesh)], sort_keys=True)
 
     def release(self, config: ConfigDict) -> None:
         """Drops a model's weights from memory; the next trial loads them anew."""
-        loaded = self._made.pop(json.dumps(self._model_key(config), sort_keys=True), None)
+        loaded = self._models.pop(self._model_key(config), None)
         if loaded is not None:
             loaded.weights.clear()
 

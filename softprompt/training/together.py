@@ -1,6 +1,6 @@
 """Which trials of a sweep take their steps together, and how they are run."""
 
-import os
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -13,6 +13,7 @@ from softprompt.data.pipeline import train_widths
 from softprompt.results import Row
 from softprompt.schema import UNTRAINED
 from softprompt.training.estimate import step_memory, trained
+from softprompt.training.memory import MEMORY_SHARE, bytes_here, device_memory
 from softprompt.training.population import Population
 from softprompt.training.prepare import Prepared, delta_shapes, prepare, train_source
 from softprompt.training.session import Session, optimizer_config
@@ -25,7 +26,6 @@ Run = Callable[[ConfigDict, epath.Path], Row]
 # accelerator is not.
 MOST = {"cpu": 4}
 MOST_ELSEWHERE = 16
-MEMORY_SHARE = 0.6  # of a device's memory that members may take beside the weights
 
 
 class Together:
@@ -37,8 +37,9 @@ class Together:
     def plan(self, trials: Sequence[ConfigDict]) -> list[tuple[list[int], int]]:
         """Groups of trials, as their places in `trials`, and how many of each run at a time.
 
-        Trials are of one group when their steps are one program: they may differ in seed,
-        initialiser, rate, schedule, length of training, and task where rows have equal shapes.
+        Trials are of one group when their steps are one program on the same weights: they may
+        differ in seed, initialiser, rate, schedule, length of training, and task where rows have
+        equal shapes.
         """
         groups: dict[Any, list[int]] = {}
         widths: dict[Any, int] = {}
@@ -71,8 +72,9 @@ class Together:
         except Exception:  # the trial will say what is wrong with it
             return None, 1
         sizes = tuple((str(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
-        mesh = tuple(sorted(to_dict(config)["mesh"].items()))
-        key = (prepared.step, optimizer_config(config), mesh, shape, prepared.layout, sizes)
+        tree, rows = to_dict(config), (shape, prepared.layout, sizes)
+        same = json.dumps([tree["model"], tree["mesh"]], sort_keys=True)
+        key = (prepared.step, optimizer_config(config), same, rows)
         most = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
         return key, max(1, min(asked or most, room(prepared)))
 
@@ -93,7 +95,7 @@ class Together:
             SystemExit: with 75 after SIGTERM; every member is saved.
         """
         population = Population()
-        population.coming = min(width, len(jobs))
+        population.coming, population.queued = min(width, len(jobs)), len(jobs)
 
         def work(config: ConfigDict, folder: epath.Path) -> Row:
             member = self.session.member(self.session.progress.part(trial_name(config)), population)
@@ -101,28 +103,20 @@ class Together:
                 return one(config, folder, lambda c, f: run_trial(c, f, session=member))
 
         with ThreadPoolExecutor(width) as pool:
-            places = {pool.submit(work, *job): place for place, job in enumerate(jobs)}
             try:
+                places = {pool.submit(work, *job): place for place, job in enumerate(jobs)}
                 for future in as_completed(places):
                     yield places[future], future.result()
             except BaseException:
-                population.stopping.set()
+                population.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
 
 def room(prepared: Prepared) -> int:
-    """How many trials like this fit into memory, by estimate."""
+    """How many trials like this fit into memory, by estimate; rows or trials lie over "data"."""
     widths = train_widths(shape := train_source(prepared).template.shape, prepared.layout)
     rows = shape.rows / prepared.config.train.microbatches
     each = step_memory(prepared, widths, rows) + trained(prepared)[1]
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.frozen))
-    return int((MEMORY_SHARE * device_memory() - weights) // each)
-
-
-def device_memory() -> int:
-    """Bytes of a device's memory, or of the machine's on a CPU."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    devices = 1 if jax.default_backend() == "cpu" else prepared.mesh.shape["data"]
+    return int((MEMORY_SHARE * device_memory() - bytes_here(prepared.frozen)) * devices // each)

@@ -43,6 +43,7 @@ from softprompt.schema import UNTRAINED
 from softprompt.training import checkpoints, loop
 from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog, open_sinks, read_log
+from softprompt.training.memory import bytes_of
 from softprompt.training.optimizers import set_rate
 from softprompt.training.prepare import (
     Prepared,
@@ -116,7 +117,7 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         peak_memory_bytes=peak_memory(),
         trainable=facts.pop("trained", 0),
         stored=parameters(delta),
-        weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.frozen)),
+        weight_bytes=bytes_of(prepared.frozen),
         **facts,
     )
     write_result(folder, row)
@@ -180,7 +181,8 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         step, and the seconds that earlier processes spent.
     """
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
-    state, step_rates = initial_state(prepared), learning_rates(prepared)
+    with session.alone(mesh):
+        state, step_rates = initial_state(prepared), learning_rates(prepared)
     if not prepared.frozen:  # the weights are trained, and their first values were copied
         session.release(config)
     source = train_source(prepared)

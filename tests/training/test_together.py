@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from safetensors.numpy import load_file
 from softprompt.results import read_result
 from softprompt.sweep import run_sweep, trial_folder
 from softprompt.training import together
+from softprompt.training.population import Population
 from softprompt.training.together import Together
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session
 from tests.contracts.test_population import OTHER, TRIALS, alone, apart, configs
+from tests.tiny import write_llama_folder
 
 FIRST, ANY = TRIALS[0], {"mesh__population": 0}
 
@@ -132,3 +135,59 @@ def test_what_is_never_grouped(tiny_folder, tmp_path):
             assert plan(trials) == [([0], 1), ([1], 1)]
         none = {"method__name": "none", **ANY}
         assert plan(configs(tiny_folder, tmp_path, (none,))) == [([0], 1)]
+
+
+def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
+    """Two models of equal shapes. Mutation: one model's trial steps on the other's weights."""
+    other = write_llama_folder(tmp_path / "other", seed=1)
+    trials = [
+        *configs(tiny_folder, tmp_path, ({**FIRST, "seed": 0}, {**FIRST, "seed": 1}), **ANY),
+        *configs(other, tmp_path, ({**FIRST, "seed": 0}, {**FIRST, "seed": 1}), **ANY),
+    ]
+    with session() as shared:
+        assert Together(shared).plan(trials) == [([0, 1], 2), ([2, 3], 2)]
+
+
+def test_members_have_one_model():
+    """Mutation: a member's weights are not looked at."""
+    population, weights = Population(), ({"w": 1}, {"w": 2})
+    meeting = population.join("key", lambda places: lambda members, weights: list(members))
+    meeting({}, {}, weights[0], {}, 0)
+    with pytest.raises(AssertionError, match="one model"):
+        meeting({}, {}, weights[1], {}, 0)
+
+
+def test_places_are_kept_while_trials_are_queued():
+    """Mutation: what three of four leave is compiled anew, though others are about to come."""
+    population, compiled = Population(), []
+
+    def compile(places):
+        compiled.append(places)
+        return lambda members, weights: list(members)
+
+    meeting, weights, population.queued = population.join("key", compile), {}, 1
+    meeting.programs[4] = compile(4)
+    meeting({}, {}, weights, {}, 0)
+    assert compiled == [4]
+    population.queued = 0
+    meeting({}, {}, weights, {}, 0)
+    assert compiled == [4, 1]
+
+
+def test_who_has_not_come_is_not_waited_for_at_the_end():
+    """Mutation: a population that stops still waits for the threads that were to start."""
+    population, weights = Population(), {}
+    population.coming = 1
+    meeting = population.join("key", lambda places: lambda members, weights: list(members))
+    with ThreadPoolExecutor(1) as pool:
+
+        def step():
+            population.join("key", lambda places: None)
+            return meeting({}, {}, weights, {}, 0)
+
+        population.leave()
+        waiting = pool.submit(step)
+        assert not waiting.done()
+        population.stop()
+        assert waiting.result(timeout=20)
+    assert population.stopping.is_set()

@@ -1,0 +1,51 @@
+"""What a session keeps: models, while they are few enough."""
+
+import jax
+import pytest
+
+from softprompt.training import session as session_module
+from softprompt.training.memory import KEPT_SHARE, bytes_here, bytes_of
+from softprompt.training.session import Session
+from softprompt.training.sharding import make_mesh, put_weight
+from tests.contracts.examples import trial_config
+from tests.tiny import write_llama_folder
+from tests.training.test_trial import Lines
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """Of three models of one size."""
+    place = tmp_path_factory.mktemp("models")
+    folders = [write_llama_folder(place / str(n), seed=n) for n in range(3)]
+    return [trial_config(folder, "jsonl:none") for folder in folders]
+
+
+def test_models_are_kept_while_there_is_room(configs, monkeypatch):
+    """Room for two. Mutations: all are kept; none is; the one that was used last goes first."""
+    each = bytes_here(Session(Lines()).model(configs[0]).weights)
+    monkeypatch.setattr(session_module, "device_memory", lambda: 2.5 * each / KEPT_SHARE)
+    shared = Session(Lines())
+    first, second = shared.model(configs[0]), shared.model(configs[1])
+    assert shared.model(configs[0]) is first, "it is the last used now"
+    third = shared.model(configs[2])
+    assert shared.model(configs[0]) is first
+    assert shared.model(configs[2]) is third
+    assert shared.model(configs[1]) is not second
+    assert len(shared.progress.stages) == 4
+
+
+def test_a_model_that_is_larger_than_all_that_is_kept(configs, monkeypatch):
+    """Mutation: the model that is asked for is forgotten at once."""
+    monkeypatch.setattr(session_module, "device_memory", lambda: 0)
+    shared = Session(Lines())
+    assert shared.model(configs[0]) is shared.model(configs[0])
+    shared.model(configs[1])
+    assert len(shared.progress.stages) == 2
+
+
+def test_bytes_of_a_device():
+    """Mutation: the bytes of the whole array."""
+    mesh = make_mesh(2, 4)
+    array = put_weight(mesh, "layers/mlp/up/kernel", jax.numpy.zeros((2, 8, 12)).__array__())
+    assert bytes_of({"up": array}) == 2 * 8 * 12 * 4
+    assert bytes_here({"up": array}) == 2 * 8 * 12 * 4 / 4
