@@ -14,7 +14,8 @@ Command, from the repository root, on a machine that does nothing else:
     softprompt sweep sweep_speed --workdir runs/twelve       (the trials alone)
 
 Cost: 12 trials of 30 steps in each of three forms, about half an hour on two x86 cores. A form that
-was measured is not measured again; one that was interrupted begins anew.
+was measured by the same command lines is not measured again; one that was measured by others, or
+was interrupted, begins anew, and its trials are deleted.
 
 Expected: not measured yet.
 """
@@ -126,20 +127,23 @@ def commands(form: str, folder: Path, overrides: Sequence[str]) -> list[list[str
 
 
 def measure(form: str, folder: Path, overrides: Sequence[str]) -> float:
-    """Seconds by the clock of a form, all of its processes included."""
-    note = folder / "seconds.json"
-    if note.exists():
-        return float(json.loads(note.read_text()))
+    """Seconds by the clock of a form, all of its processes included.
+
+    Those that the same command lines took before, if they did; else the folder is emptied first.
+    """
+    note, lines = folder / "measured.json", commands(form, folder, overrides)
+    known = json.loads(note.read_text()) if note.exists() else {}
+    if known.get("commands") == lines:
+        return float(known["seconds"])
     if folder.exists():
-        shutil.rmtree(folder)  # what an interruption left would be skipped
-    lines = commands(form, folder, overrides)
+        shutil.rmtree(folder)  # trials of other commands, or of an interruption, would be skipped
     seconds = 0.0
     for number, line in enumerate(lines, 1):
         print(f"{form}: process {number} of {len(lines)}", file=sys.stderr, flush=True)
         began = time.perf_counter()
         subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
         seconds += time.perf_counter() - began
-    write_text(note, json.dumps(seconds))
+    write_text(note, json.dumps({"commands": lines, "seconds": seconds}, indent=1) + "\n")
     return seconds
 
 

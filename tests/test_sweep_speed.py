@@ -47,7 +47,8 @@ def test_the_summary(tmp_path):
 
 
 def test_what_was_measured_is_kept(tmp_path, monkeypatch):
-    """Mutation: it is measured again; what an interruption left is counted as done."""
+    """Mutation: it is measured again; what an interruption left is counted as done; so is what
+    other overrides left, or its time."""
     ran = []
     monkeypatch.setattr(sweep_speed.subprocess, "run", lambda line, **_: ran.append(line))
     folder = tmp_path / "warm"
@@ -56,3 +57,9 @@ def test_what_was_measured_is_kept(tmp_path, monkeypatch):
     first = sweep_speed.measure("warm", folder, [])
     assert sweep_speed.measure("warm", folder, []) == first
     assert len(ran) == 1 and not (folder / "left").exists()
+    (folder / "left").touch()
+    more = ["--config.train.steps=60"]
+    sweep_speed.measure("warm", folder, more)
+    assert ran[1][-1] == more[0] and not (folder / "left").exists()
+    sweep_speed.measure("warm", folder, more)
+    assert len(ran) == 2
