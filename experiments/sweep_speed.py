@@ -45,7 +45,7 @@ LENGTHS, INITS, SEEDS = (5, 20, 100), ("uniform", "vocabulary"), (0, 1)
 FORMS = ("cold", "warm", "together")
 
 CAPTION = (
-    "Members: trials that took their steps together. Step s: of a step of all of them. Test "
+    "Members: the most trials that took a step together. Step s: of a step of all of them. Test "
     "accuracy on 200 examples."
 )
 
@@ -148,10 +148,11 @@ def measure(form: str, folder: Path, overrides: Sequence[str]) -> float:
 
 
 def summary(seconds: Mapping[str, float], rows: Mapping[str, Sequence[Row]]) -> pd.DataFrame:
-    """Returns a line a form: its time, the others' over it, and how far its accuracies are off.
+    """Returns a line a form.
 
-    The last column is the largest difference of a trial's test accuracy from that in the first
-    form.
+    Its time; the others' over it; how many of its trials spent time on compiling; the most that
+    took a step together; and the largest difference of a trial's test accuracy from that in the
+    first form.
     """
     first = next(iter(seconds))
     found: dict[str, dict[Any, float]] = {
@@ -164,12 +165,19 @@ def summary(seconds: Mapping[str, float], rows: Mapping[str, Sequence[Row]]) -> 
                 "form": form,
                 "seconds": round(taken, 1),
                 **{f"{other} over it": seconds[other] / taken for other in seconds},
+                "compiled": sum((row.get("compile_seconds") or 0) > 0 for row in rows[form]),
+                "members": _members(rows[form]),
                 "accuracy off by": max(abs(found[form][k] - found[first][k]) for k in found[first]),
             }
             for form, taken in seconds.items()
         ],
         dtype=object,
     )
+
+
+def _members(rows: Sequence[Row]) -> str:
+    """How many took a step together, such as "1, 4" where some trials were alone."""
+    return ", ".join(map(str, sorted({_line(row)["members"] for row in rows})))
 
 
 def main() -> int:

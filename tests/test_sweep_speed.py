@@ -27,20 +27,27 @@ def test_the_forms_are_the_same_trials(tmp_path):
         assert (population, last) == (f"--config.mesh.population={places}", *more)
 
 
-def row(config, accuracy):
+def row(config, accuracy, **facts):
     plain = json.loads(config.to_json())
-    return {"config": plain, "metrics": {"test": {"accuracy": accuracy}}, "status": "done"}
+    metrics = {"test": {"accuracy": accuracy}}
+    return {"config": plain, "metrics": metrics, "status": "done", **facts}
 
 
 def test_the_summary(tmp_path):
-    """Mutations: a ratio upside down; accuracies are compared by place instead of by trial."""
+    """Mutations: a ratio upside down; accuracies are compared by place instead of by trial; all
+    trials compiled."""
     trials = sweep_speed.sweep()
     rows = [row(config, 0.5 + 0.01 * n) for n, config in enumerate(trials)]
-    off = [row(config, 0.5 + 0.01 * n + (0.02 if n == 3 else 0)) for n, config in enumerate(trials)]
+    off = []
+    for n, config in enumerate(trials):
+        facts = {"compile_seconds": 2.0 if n % 4 == 0 else 0.0, "members": 4 if n < 8 else 1}
+        off.append(row(config, 0.5 + 0.01 * n + (0.02 if n == 3 else 0), **facts))
     told = sweep_speed.summary({"cold": 30.0, "warm": 20.0}, {"cold": rows, "warm": off[::-1]})
     assert list(told["cold over it"]) == [1.0, 1.5]
     assert list(told["warm over it"]) == [pytest.approx(2 / 3), 1.0]
     assert list(told["accuracy off by"]) == [0.0, pytest.approx(0.02)]
+    assert list(told["compiled"]) == [0, 3]
+    assert list(told["members"]) == ["1", "1, 4"]
     table = sweep_speed.table(rows[::-1])
     assert list(table["P"]) == [5] * 4 + [20] * 4 + [100] * 4
     assert sweep_speed.figure(rows)
