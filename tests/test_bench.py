@@ -98,6 +98,7 @@ def test_what_is_off_is_computed(prepared):
 def test_a_process_and_its_resumption(workdir, monkeypatch):
     """Mutation: the warm-up is counted; a share of another shape's rate; a done row is run again; a
     failed one is not."""
+    monkeypatch.setattr(bench, "commit", lambda: "unknown")
     tasks = [cells.Task(TINY, System("ours"), steps=1)]
     with Progress() as progress:
         (row,) = bench.run(tasks, workdir, "no-such-python", progress=progress)
@@ -117,6 +118,35 @@ def test_a_process_and_its_resumption(workdir, monkeypatch):
     table = report.table(rows)
     assert list(table["status"]) == ["done", "killed"]
     assert table["seconds"][0] == row["seconds"][0]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "anew"),
+    [
+        ("a1", "a1", 0),
+        ("a1", "b2", 2),
+        ("a1", "a1-dirty", 2),
+        ("a1-dirty", "a1-dirty", 2),
+        (None, "unknown", 0),
+    ],
+)
+def test_rows_of_other_code(then, now, anew, tmp_path, monkeypatch):
+    """Mutation: a row of another commit is kept, or PEFT's is; two trees with changes are the same;
+    outside git nothing is kept."""
+    tasks = [cells.Task(TINY, System(side)) for side in ("ours", "peft")]
+    lines = [json.dumps(t.key | {"status": "done", "commit": then}) + "\n" for t in tasks]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    told, ran, ended = [], [], {"status": "killed", "error": "9"}
+    monkeypatch.setattr(Progress, "say", lambda self, text: told.append(text))
+    monkeypatch.setattr(bench, "commit", lambda: now)
+    monkeypatch.setattr(bench, "make_inputs", lambda *a: {"status": "done"})
+    monkeypatch.setattr(bench, "run_task", lambda task, *a: ran.append(task) or ended)
+    with Progress() as progress:
+        rows = bench.run(tasks, tmp_path, "no-such-python", progress=progress)
+    assert len(ran) == anew
+    assert [row["status"] for row in rows] == ["killed" if anew else "done"] * 2
+    line = f"{anew} of 2 processes were of other code; they are measured anew"
+    assert told.count(line) == (1 if anew else 0)
 
 
 ENDS = {

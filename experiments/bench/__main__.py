@@ -100,7 +100,7 @@ def run(tasks: Sequence[Task], workdir: Path, peft_python: str, *, progress: Pro
         done are not kept from being tried again.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    finished = read_rows(workdir / "rows.jsonl")
+    finished = finished_rows(tasks, workdir / "rows.jsonl", progress)
     rows: list[Row] = []
     ready: dict[str, Row] = {}
     spent = paid = 0.0
@@ -126,6 +126,26 @@ def run(tasks: Sequence[Task], workdir: Path, peft_python: str, *, progress: Pro
         progress.say(f"{task.name}: {summary(row)}")
     progress.trial("", len(tasks), len(tasks), 0.0)
     return rows
+
+
+def finished_rows(tasks: Sequence[Task], file: Path, progress: Progress) -> dict[str, Row]:
+    """The rows that are done and of the code that runs now; says how many others are done anew.
+
+    Changes that are in no commit cannot be told from others: rows of such a tree are never kept.
+    """
+    now, known = commit(), read_rows(file)
+    changed = now.endswith("-dirty")
+    if changed:
+        progress.say("files differ from the commit: rows made now will not be used again")
+    kept = {
+        name: row
+        for name, row in known.items()
+        if not changed and (row.get("commit") or "unknown") == now
+    }
+    anew = sum(task.identity in known.keys() - kept.keys() for task in tasks)
+    if anew:
+        progress.say(f"{anew} of {len(tasks)} processes were of other code; they are measured anew")
+    return kept
 
 
 def read_rows(file: Path) -> dict[str, Row]:
