@@ -170,6 +170,25 @@ def test_how_a_process_ends(code, tmp_path):
     assert row["error"].count("\n") == 0
 
 
+@pytest.mark.parametrize("status", ["killed", "failed", "out of memory", "terms not accepted"])
+def test_the_exit_code(status, tmp_path, monkeypatch, capsys):
+    """Mutation: a process that failed is no failure; one that ran out of memory is."""
+    failed = status in ("killed", "failed")
+
+    def run(tasks, *a, **k):
+        rows = [task.key | {"status": "out of memory", "error": ""} for task in tasks]
+        rows[2] |= {"status": status, "error": "why"}
+        return rows
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "write_outputs", lambda *a: None)
+    monkeypatch.setattr(sys, "argv", ["experiments.bench", "--workdir", str(tmp_path)])
+    assert bench.main() == int(failed)
+    name = cells.plan("claimed", processes=2, steps=10)[2].name
+    told = f"experiments.bench: {name}: {status} (why)\n" if failed else ""
+    assert capsys.readouterr().err == told
+
+
 def test_only_the_warm_up_is_left_out():
     """Mutation: the limit counts the warm-up; it cuts a process to no step at all."""
     seconds, losses = measure.timed(float, warmup=2, steps=10, limit=-1.0)

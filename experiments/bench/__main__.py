@@ -55,6 +55,7 @@ from softprompt.results import commit, write_text
 from softprompt.sweep import write_outputs
 
 Row = dict[str, Any]
+ANSWERS = ("done", "out of memory", "terms not accepted")  # statuses that are no fault of the run
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -83,7 +84,16 @@ def main() -> int:
     write_text(workdir / "claims.md", told)
     print(to_markdown(report.table(rows), report.CAPTION))
     print(told, end="")
-    return 0
+    return report_failures(tasks, rows)
+
+
+def report_failures(tasks: Sequence[Task], rows: Sequence[Row]) -> int:
+    """Says which tasks failed, on standard error; returns the exit code."""
+    pairs = zip(tasks, rows, strict=True)
+    failed = [(task, row) for task, row in pairs if row["status"] not in ANSWERS]
+    for task, row in failed:
+        print(f"experiments.bench: {task.name}: {row['status']} ({row['error']})", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def run(tasks: Sequence[Task], workdir: Path, peft_python: str, *, progress: Progress) -> list[Row]:
