@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -199,6 +200,30 @@ def test_only_the_warm_up_is_left_out():
         return 0.0
 
     assert len(measure.timed(slow_at_first, warmup=2, steps=10, limit=0.5)[0]) == 12
+
+
+@pytest.mark.parametrize(("platform", "count"), [("cpu", 1), ("gpu", ours.PRODUCTS)])
+def test_products_in_flight(platform, count, monkeypatch):
+    """Mutation: an accelerator is waited for after each product, or a CPU is given many; the time
+    of all is told for that of one."""
+    now, flying, waits = [0.0], [], []
+
+    def wait(results):
+        waits.append(len(flying))
+        now[0] += len(flying)
+        flying.clear()
+
+    class Result:
+        block_until_ready = wait
+
+    def jit(function):
+        return lambda a, b: flying.append(1) or Result()
+
+    fake = {"jit": jit, "block_until_ready": wait, "default_backend": lambda: platform}
+    monkeypatch.setattr(ours, "jax", types.SimpleNamespace(random=jax.random, **fake))
+    monkeypatch.setattr(ours, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    assert ours.product_seconds("mk,kn->mn", [(2, 3), (3, 4)], "float32") == 1.0
+    assert waits == [1] + [count] * 15
 
 
 def test_the_plan():
