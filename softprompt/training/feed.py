@@ -24,7 +24,8 @@ class Feed:
     Attributes:
         waited: seconds for which the devices had no step to take since there was no batch for it.
             While a batch is late the devices may still be busy with the step before; that is no
-            waiting.
+            waiting. It counts from when they were last seen busy: up to `LOOK` too much at a time,
+            never too little.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, batches: Iterator[Mapping[str, np.ndarray]]):
@@ -69,12 +70,11 @@ class Feed:
         return None if batch is None else put_batch(self._mesh, batch)
 
     def _wait(self, running: Any) -> None:
-        """Waits for the batch, and counts from when the devices are done with what is running."""
-        dry = None
-        while True:
-            if dry is None and all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
-                dry = time.monotonic()
-            if wait([self._coming], LOOK).done:
-                break
-        if dry is not None:
-            self.waited += time.monotonic() - dry
+        """Waits for the batch, and counts from when the devices were last seen busy."""
+        busy, there = time.monotonic(), False
+        while not there:
+            there = bool(wait([self._coming], LOOK).done)
+            now = time.monotonic()  # before the look: they are busy until then at least
+            if not all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
+                busy = now
+        self.waited += now - busy

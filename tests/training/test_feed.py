@@ -1,32 +1,25 @@
 """Batches a step ahead, and what counts as waiting for one."""
 
 import threading
-import time
+from concurrent.futures import wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from softprompt.training import feed as feed_module
 from softprompt.training.feed import Feed
 from tests.contracts.examples import one_device
 
 
-def batches(count, *, seconds=0.0, asked=None):
-    """Batches that take so long to make; `asked` is released for each that is begun."""
+def batches(count, *, asked=None, gate=None):
+    """Batches; `asked` is released for each that is begun, and `gate` lets them be made."""
     for number in range(count):
         if asked is not None:
             asked.release()
-        time.sleep(seconds)
+        if gate is not None:
+            assert gate.wait(60)
         yield {"tokens_RT": np.full((2, 3), number, np.int32)}
-
-
-class Running:
-    """What a step returns that takes so long; for ever by default."""
-
-    def __init__(self, seconds=1e9):
-        self.end = time.monotonic() + seconds
-
-    def is_ready(self):
-        return time.monotonic() >= self.end
 
 
 def test_the_next_batch_is_made_before_it_is_asked_for():
@@ -44,21 +37,30 @@ def test_the_next_batch_is_made_before_it_is_asked_for():
             feed.take(None)
 
 
-def test_devices_that_are_busy_do_not_wait():
-    """Mutation: all of the loop's waiting is counted, or none of it."""
-    with Feed(one_device(), batches(4, seconds=0.4)) as feed:
-        feed.take(None)
-        idle = feed.waited
-        assert idle > 0.2
-        feed.take({"loss": Running()})
-        assert feed.waited == idle
-        began = time.monotonic()
-        feed.take({"loss": Running(0.1)})
-        assert 0.1 < feed.waited - idle <= time.monotonic() - began - 0.1
-        idle = feed.waited
-        time.sleep(0.6)  # the batch is there
-        feed.take(None)
-        assert feed.waited - idle < 0.1
+@pytest.mark.parametrize(
+    ("busy", "late", "counted"), [(0, 3, 3), (9, 3, 0), (1.5, 3, 2), (2.5, 3, 1), (0.5, 1, 1)]
+)
+def test_devices_that_are_busy_do_not_wait(busy, late, counted, monkeypatch):
+    """A batch that comes at `late`, and a step that ends at `busy`, by looks.
+
+    Mutations: all of the loop's waiting is counted, or none of it; it is counted from the first
+    look at idle devices; not if they fall idle within the look at which the batch is there.
+    """
+    now, gate = [0.0], threading.Event()
+
+    def look(futures, seconds):
+        now[0] += 1
+        if now[0] < late:
+            return wait(futures, 0)
+        gate.set()
+        return wait(futures, 60)
+
+    monkeypatch.setattr(feed_module, "wait", look)
+    monkeypatch.setattr(feed_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    running = SimpleNamespace(is_ready=lambda: now[0] >= busy)
+    with Feed(one_device(), batches(1, gate=gate)) as feed:
+        feed.take({"loss": running})
+    assert feed.waited == counted
 
 
 def test_a_source_that_fails_fails_the_loop():
