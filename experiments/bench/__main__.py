@@ -18,12 +18,17 @@ Cost, by its own estimate: the claimed cells 38 minutes on two x86 cores, the gr
 
 Expected: it has been run on tiny models only.
 
-Every cell is measured in alternating processes, ours and PEFT's in turns, at least two of each,
-each process on other examples. Rows are appended to WORKDIR/rows.jsonl as they are made; the same
-command goes on where it stopped, tries again what failed, and does nothing once all is done. Both
-sides load the same folders, read the same examples, update with AdamW, and end a step when all of
-it is computed. PEFT's threads: one or all cores, whichever takes less time. Where there is a GPU
-both use the first.
+Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes), each on
+other examples. Of the claimed cells PEFT's float32 has one process of three steps where they are
+long (P = 500, Gemma 3). Rows are appended to WORKDIR/rows.jsonl as they are made; the same command
+goes on where it stopped, tries again what failed, and does nothing once all is done. Rows of either
+side that were made at another commit, or with changes that are in none, are measured anew: a table
+is of one code. The exit code is 1 where a process failed; running out of memory, or a model whose
+terms are not accepted, is no failure.
+
+Both sides load the same folders, read the same examples, update with AdamW, and end a step when all
+of it is computed. PEFT's threads: one or all cores, whichever takes less time for SmolLM2 at
+P = 20, by dtype. Where there is a GPU both use the first.
 """
 
 import argparse

@@ -17,15 +17,15 @@ Row = Mapping[str, Any]
 TOLERANCE = 1e-5  # relative, of losses in float32
 
 CAPTION = (
-    "Threads: PEFT's, the better of one and all. Seconds: median of a step of 16 examples over all"
-    " processes, warm-up left out. Speed: how many times quicker than PEFT in its quicker dtype. "
-    "Memory: peak resident GB above the imports, loading and compilation included (on a GPU: of "
-    "the device). Share: of the rate that the machine reaches in products of the step's own "
-    "shapes, useful operations only. First: seconds of the first step with its compilation, and "
-    "with a program from the cache. Factor: what a step without that saving takes, against one "
-    "with all; alone: against one that differs in nothing else. Passages are cut from speeches and"
-    " labelled in turns: only their length, that of BoolQ's, matters. PEFT trains all weights in "
-    "bfloat16 where it computes in it, this library in float32."
+    "Threads: PEFT's, the better of one and all at P = 20. Seconds: median of a step of 16 "
+    "examples over all processes, warm-up left out. Speed: how many times quicker than PEFT in "
+    "its quicker dtype. Memory: peak resident GB above the imports, loading and compilation "
+    "included (on a GPU: of the device). Share: of the rate that the machine reaches in products "
+    "of the step's own shapes, useful operations only. First: seconds of the first step with its "
+    "compilation, and with a program from the cache. Factor: what a step without that saving "
+    "takes, against one with all; alone: against one that differs in nothing else. Passages are "
+    "cut from speeches and labelled in turns: only their length, that of BoolQ's, matters. PEFT "
+    "trains all weights in bfloat16 where it computes in it, this library in float32."
 )
 
 
