@@ -14,7 +14,8 @@ Command, from the repository root, on a machine that does nothing else:
     make bench-full     two models, two texts, four methods, four lengths, every saving
     python -m experiments.bench --subset claimed --workdir runs/bench --peft-python PATH
 
-Cost, by its own estimate: the claimed cells 38 minutes on two x86 cores, the grid 14 hours.
+Cost, by its own estimate: the claimed cells 39 minutes on two x86 cores, the grid 14 hours. A process
+begins no further step after 150 seconds of them, so that where PEFT is slow it has fewer batches.
 
 Expected: it has been run on tiny models only.
 
