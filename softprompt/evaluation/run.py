@@ -1,7 +1,6 @@
 """A finished trial put to use: scores on any split or task, answers to lines of text."""
 
 import dataclasses
-import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
 
 from softprompt.config import ConfigDict, from_dict, members, to_dict, trial_name
 from softprompt.data.eval_batches import coarse_shape, eval_batches
@@ -20,16 +18,10 @@ from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification, over_tasks
 from softprompt.evaluation.scoring import normalise, probabilities, score_batches
 from softprompt.inference.decode import generate
-from softprompt.methods import METHODS
+from softprompt.methods.fit import check_fit
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
-from softprompt.training.prepare import (
-    Prepared,
-    behind,
-    delta_shapes,
-    delta_shardings,
-    prepare,
-)
+from softprompt.training.prepare import Prepared, behind, delta_shardings, prepare
 from softprompt.training.session import SPLITS, Session, encode_records
 from softprompt.training.sharding import nearest_sizes, put
 from softprompt.training.trial import DELTA, read_config, score
@@ -165,38 +157,19 @@ def trained_delta(folder: epath.PathLike, prepared: Prepared, *, any_weights: bo
     """A trial's selected delta, on the devices.
 
     Raises:
-        UserError: one that was trained on other weights, or, with `any_weights`, one that does not
-            fit these.
+        UserError: one that was trained on other weights (not with `any_weights`), or that is not
+            whole, of the model's shapes, or read by the method.
     """
     file = epath.Path(folder) / DELTA
     delta, origin = load_delta(file)
-    if origin.get("fingerprint") != prepared.loaded.fingerprint:
-        if not any_weights:
-            raise UserError(
-                f"{file} was trained on weights {origin.get('fingerprint')}, "
-                f"{prepared.config.model.name} has {prepared.loaded.fingerprint}; --any-weights "
-                "uses it nevertheless"
-            )
-        check_fit(delta, prepared, file=str(file))
+    if origin.get("fingerprint") != prepared.loaded.fingerprint and not any_weights:
+        raise UserError(
+            f"{file} was trained on weights {origin.get('fingerprint')}, "
+            f"{prepared.config.model.name} has {prepared.loaded.fingerprint}; --any-weights "
+            "uses it nevertheless"
+        )
+    check_fit(delta, prepared.config, prepared.loaded.config, file=str(file))
     return jax.tree.map(put, delta, delta_shardings(prepared, delta))
-
-
-def check_fit(delta: Any, prepared: Prepared, *, file: str) -> None:
-    """Checks that every leaf of a delta is one of the model's and method's, with its shape.
-
-    Raises:
-        UserError: names the first that is not.
-    """
-    step = prepared.step
-    fold = functools.partial(METHODS[step.method].fold, cfg=step.method_config)
-    expected = jax.eval_shape(fold, delta_shapes(prepared))
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
-    for path, leaf in flatten_dict(delta, sep="/").items():
-        if leaf.shape != shapes.get(path):
-            allowed = list(shapes[path]) if path in shapes else f"the leaves {', '.join(shapes)}"
-            raise UserError(
-                f"{file}: {path} {list(leaf.shape)} does not fit this model; allowed: {allowed}"
-            )
 
 
 def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, float]:

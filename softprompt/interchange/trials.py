@@ -23,6 +23,7 @@ from softprompt.interchange.adapter import CONFIG as ADAPTER
 from softprompt.interchange.adapter import Adapter, read_adapter, write_adapter
 from softprompt.interchange.projections import Config
 from softprompt.interchange.whole import export_model
+from softprompt.methods.fit import check_fit
 from softprompt.models.loading import Loaded, load_model, read_model_config
 from softprompt.results import commit, read_result, write_bytes, write_text
 from softprompt.training.delta_file import load_delta, save_delta
@@ -46,7 +47,8 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
         {"format", "method", "wrote", "notes"}: the files, and what their reader has to know.
 
     Raises:
-        UserError: no delta, something at `to`, or a delta that the format cannot say.
+        UserError: no delta, something at `to`, or a delta that does not fit the model or that the
+            format cannot say.
     """
     config, file = read_config(folder), epath.Path(folder) / DELTA
     if not file.exists():
@@ -59,6 +61,7 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
         return {"format": kind, "method": config.method.name, "wrote": wrote, "notes": []}
     delta, known = load_delta(file)
     model = read_model_config(config.model.name, revision=config.model.revision or None)
+    check_fit(delta, config, model, file=str(file))
     facts = peft.Facts(
         model,
         to_dict(config)["method"],

@@ -7,6 +7,7 @@ from etils import epath
 from softprompt.config import ConfigDict
 from softprompt.errors import UserError
 from softprompt.methods import lora
+from softprompt.methods.fit import check_fit
 from softprompt.methods.setup import lora_config
 from softprompt.models.loading import Loaded, find_folder, load_model
 from softprompt.models.save import save_folder
@@ -27,8 +28,8 @@ def export_model(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> 
         The files.
 
     Raises:
-        UserError: another method, other weights than it was trained on, quantised ones, or a folder
-            that is not local.
+        UserError: another method, other weights than it was trained on, quantised ones, a delta
+            that does not fit them, or a folder that is not local.
     """
     method = config.method.name
     if method not in CHANGES:
@@ -51,6 +52,7 @@ def export_model(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> 
             f"{delta_file} was trained on weights {known.get('fingerprint')}, "
             f"{config.model.name} has {loaded.fingerprint}"
         )
+    check_fit(delta, config, loaded.config, file=str(delta_file))
     weights = changed(config, delta, loaded)
     original = find_folder(config.model.name, revision=config.model.revision or None)
     save_folder(to, loaded.config, weights, loaded.tokenizer, original=original)

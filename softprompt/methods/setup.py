@@ -18,6 +18,12 @@ from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.loading import Loaded
 
+# Where an encoder-decoder may have what a method puts before a text.
+PLACES = {
+    "prompt": ("encoder", "decoder"),
+    "multitask": ("encoder",),
+    "prefix": ("encoder", "decoder", "cross"),
+}
 PROMPT_INITS = ("vocabulary", "uniform", "uniform_paper", "labels", "text", "file")
 
 
@@ -35,6 +41,28 @@ def method_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> Any:
         return multitask_config(config, loaded, train)
     if method.name == "prefix":
         return prefix_config(config, loaded, train)
+    return update_config(config)
+
+
+def folded_config(config: ConfigDict, *, encoder_decoder: bool) -> Any:
+    """As much of `method_config` as the shapes of a folded delta depend on; reads no file."""
+    method, start = config.method, initializers.uniform()
+    if method.name not in PLACES:
+        return update_config(config)
+    where = places(config, encoder_decoder, PLACES[method.name])
+    if method.name == "prefix":
+        return PrefixConfig(method.length, where)
+    if method.name == "prompt":
+        return PromptConfig(method.length, initializer=start, places=where)
+    tasks = len(members(config))
+    return MultitaskConfig(
+        method.length, initializer=start, places=where, tasks=tasks, rank=method.rank
+    )
+
+
+def update_config(config: ConfigDict) -> Any:
+    """The configuration of a method that takes no place before a text."""
+    method = config.method
     if method.name == "lora":
         return lora_config(config)
     if method.name == "ia3":
@@ -66,18 +94,12 @@ def multitask_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> Mult
         raise UserError(
             "config key 'method.prompt_to_input' is False; allowed for a multitask: True"
         )
-    shared = prompt_config(config, loaded, train, allowed=("encoder",))
+    shared = prompt_config(config, loaded, train)
     return MultitaskConfig(**vars(shared), tasks=len(members(config)), rank=config.method.rank)
 
 
-def prompt_config(
-    config: ConfigDict,
-    loaded: Loaded,
-    train: Encoded,
-    *,
-    allowed: Sequence[str] = ("encoder", "decoder"),
-) -> PromptConfig:
-    """The prompt method's configuration, of one that may stand in these places.
+def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptConfig:
+    """The prompt method's configuration, or what a multitask prompt shares with it.
 
     Raises:
         UserError: see `method_config`.
@@ -95,7 +117,7 @@ def prompt_config(
         bos if method.bos == "before" else None,
         initializer(config, loaded, train),
         loaded.config.embed_scale,
-        places(config, loaded, allowed),
+        places(config, loaded.encoder_decoder, PLACES[method.name]),
         method.reparam,
         method.bottleneck,
         method.dropout,
@@ -109,7 +131,7 @@ def prefix_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PrefixC
         UserError: see `method_config`; words as a start where they would see the input.
     """
     method = config.method
-    where = places(config, loaded, ("encoder", "decoder", "cross"))
+    where = places(config, loaded.encoder_decoder, PLACES["prefix"])
     made = method.init in ("noise", "zeros")
     if "cross" in where and not made:
         raise UserError(
@@ -135,13 +157,13 @@ def prefix_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PrefixC
     )
 
 
-def places(config: ConfigDict, loaded: Loaded, allowed: Sequence[str]) -> tuple[str, ...]:
+def places(config: ConfigDict, encoder_decoder: bool, allowed: Sequence[str]) -> tuple[str, ...]:
     """The places of an encoder-decoder that `method.place` names; () for a decoder.
 
     Raises:
         UserError: one that the method has nothing for.
     """
-    if not loaded.encoder_decoder:
+    if not encoder_decoder:
         return ()
     named = {"both": ("encoder", "decoder"), "all": ("encoder", "decoder", "cross")}
     where = named.get(config.method.place, (config.method.place,))

@@ -46,6 +46,6 @@ def load_delta(file: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size]).get("__metadata__", {})
         provenance = json.loads(header.get(KEY, "{}"))
+        return unflatten_dict(arrays, sep="/"), provenance
     except Exception as error:  # safetensors raises its own kinds
         raise UserError(f"{file}: not a readable safetensors file ({error})") from error
-    return unflatten_dict(arrays, sep="/"), provenance

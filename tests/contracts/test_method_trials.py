@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from softprompt.methods.fit import check_fit
 from softprompt.progress import Progress
+from softprompt.training.delta_file import load_delta
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import OneDevice, trial_config, two_tasks, write_task
 from tests.contracts.test_frozen import stored
@@ -68,7 +70,8 @@ def delta_of(folder):
 @pytest.mark.usefixtures("quick")
 def test_among_others_alone_and_resumed(place, shared, tmp_path, name):
     """Mutations: the step moves a frozen weight; a checkpoint holds one; a trial begins with the
-    delta or the moments of the one before; a restored delta is the best one, not the last.
+    delta or the moments of the one before; a restored delta is the best one, not the last; a delta
+    of this method, as it was trained, is taken for one that does not fit.
     """
     more = {"data__mixture": two_tasks(place[1])} if name == "multitask" else {}
     config, other = (
@@ -81,6 +84,8 @@ def test_among_others_alone_and_resumed(place, shared, tmp_path, name):
         before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), weights)
     compiled = len(shared.compiled)
     row = run_trial(config, tmp_path / "first", session=shared)
+    written, sizes = tmp_path / "first" / "delta.safetensors", shared.model(config).config
+    check_fit(load_delta(written)[0], config, sizes, file=str(written))
     run_trial(other, tmp_path / "other", session=shared)
     run_trial(config, tmp_path / "again", session=shared)
     assert len(shared.compiled) == compiled + 1  # contract 10
