@@ -20,6 +20,7 @@ from softprompt.schema import (
     OPTIMIZER_KEYS,
     RANGES,
     TASKS_OWN,
+    UNSCIENTIFIC_KEYS,
     UNSCIENTIFIC_SECTIONS,
     UNTRAINED,
     base_config,
@@ -345,15 +346,19 @@ def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> 
 def scientific(config: ConfigDict) -> dict[str, Any]:
     """Returns the flat keys that say what is studied and differ from the defaults, sorted.
 
-    Mesh and logging are not among them. A key that is added later with a default that keeps the
-    old behaviour changes nothing here.
+    Mesh, logging and what only allows something are not among them. A key that is added later with
+    a default that keeps the old behaviour changes nothing here.
     """
     defaults = flatten(base_config())
     return {
         key: value
         for key, value in flatten(config).items()
-        if key.split(".", 1)[0] not in UNSCIENTIFIC_SECTIONS and value != defaults[key]
+        if _is_scientific(key) and value != defaults[key]
     }
+
+
+def _is_scientific(key: str) -> bool:
+    return key.split(".", 1)[0] not in UNSCIENTIFIC_SECTIONS and key not in UNSCIENTIFIC_KEYS
 
 
 def trial_id(config: ConfigDict) -> str:
@@ -381,5 +386,5 @@ def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
     return [
         f"{key}: {left.get(key)!r}, {right.get(key)!r}"
         for key in sorted(left.keys() | right.keys())
-        if key.split(".", 1)[0] not in UNSCIENTIFIC_SECTIONS and left.get(key) != right.get(key)
+        if _is_scientific(key) and left.get(key) != right.get(key)
     ]

@@ -90,6 +90,7 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
 
 # What may differ between two runs of the same trial: none of it is part of the trial's id.
 UNSCIENTIFIC_SECTIONS = ("log", "mesh")
+UNSCIENTIFIC_KEYS = ("method.init_any_weights",)  # it allows, and changes nothing
 
 # What of the section `task` belongs to the task that it names, and not to others of a mixture.
 TASKS_OWN = ("source", "template", "verbalizers", "label_field", "id_field")
@@ -141,6 +142,8 @@ def _method() -> dict[str, Any]:
         "init": "vocabulary",
         "init_text": "",  # init=text: the text whose token embeddings start the prompt
         "init_file": "",  # init=file: a delta.safetensors; truncated or extended to `length`
+        # init=file: also from a prompt that was trained on other weights (True or False)
+        "init_any_weights": False,
         # init=vocabulary and labels: sample from this many most common tokens
         "common_tokens": 5000,
         # whose tokens are counted: train (the task's train split) or a text file's path

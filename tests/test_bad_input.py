@@ -223,6 +223,15 @@ def test_a_prompt_file_of_another_width(refuse, place, tiny_folder, tmp_path):
     )
 
 
+def test_a_prompt_file_of_other_weights(refuse, place, tiny_folder, tmp_path):
+    """Mutation: it is trained from as if it were this model's."""
+    file = tmp_path / "d.safetensors"
+    save_delta(file, {"prompt": np.ones((3, 48), np.float32)}, {"fingerprint": "others"})
+    line = refuse(place, tiny_folder, method__init="file", method__init_file=file)
+    assert line.startswith(f"{file} was trained on weights others, {tiny_folder} has ")
+    assert line.endswith("; method.init_any_weights=True starts from it nevertheless")
+
+
 def test_a_prompt_file_that_is_none(refuse, place, tiny_folder, tmp_path):
     more = {"method__init": "file", "method__init_file": tmp_path / "d.safetensors"}
     assert refuse(place, tiny_folder, **more) == (

@@ -229,6 +229,9 @@ def test_id_ignores_mesh_and_logging():
     plain = trial_id(resolved())
     for key, value in [("mesh.data", 4), ("mesh.model", 2), ("log.every", 1), ("log.wandb", True)]:
         assert trial_id(resolved(**{key: value})) == plain
+    allowed = resolved(method__init_any_weights=True)  # a permission, which changes no result
+    assert trial_id(allowed) == plain
+    assert configs.differences(allowed, resolved()) == []
 
 
 def test_id_covers_what_is_scientific():

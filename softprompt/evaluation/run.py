@@ -88,9 +88,9 @@ def _scored(
     first = trials[0][1]
     sizes, left = many.chunks(first, len(trials)), iter(trials)
     if sizes[0] > 1:
+        name = trial_name(read_config(trials[0][0]))
         first.session.progress.say(
-            f"{len(trials)} trials like {trial_name(first.config)} are scored side by side, "
-            f"{sizes[0]} at a time"
+            f"{len(trials)} trials like {name} are scored side by side, {sizes[0]} at a time"
         )
     for size in sizes:
         prepared, deltas = [], []
@@ -131,7 +131,8 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
 def stored_config(folder: epath.PathLike) -> ConfigDict:
     """A trial's config, on a mesh that this machine has, its attention kernel where it can serve.
 
-    Neither the machine nor the rows need be those of training.
+    Neither the machine nor the rows need be those of training, and the file that a prompt started
+    from need not be there.
     """
     tree = to_dict(read_config(folder))
     mesh = tree["mesh"]
@@ -140,6 +141,8 @@ def stored_config(folder: epath.PathLike) -> ConfigDict:
     )
     if mesh["attention"] != "reference":
         mesh["attention"] = "auto"
+    if tree["method"]["init"] == "file":
+        tree["method"]["init"] = "uniform"
     return from_dict(tree)
 
 

@@ -195,7 +195,7 @@ def initializer(config: ConfigDict, loaded: Loaded, train: Encoded) -> initializ
         if not train.candidates:
             raise UserError("config key 'method.init' is 'labels'; this task has no verbalizers")
         return initializers.fixed([ids.tolist() for ids in train.candidates], rest)
-    return initializers.from_rows(prompt_rows(method.init_file), rest, name=method.init_file)
+    return initializers.from_rows(source_rows(config, loaded), rest, name=method.init_file)
 
 
 def common_ids(config: ConfigDict, loaded: Loaded, train: Encoded) -> list[int]:
@@ -215,18 +215,36 @@ def common_ids(config: ConfigDict, loaded: Loaded, train: Encoded) -> list[int]:
     return initializers.common_tokens(map(loaded.tokenizer.encode, lines), method.common_tokens)
 
 
-def prompt_rows(file: str) -> np.ndarray:
-    """The rows [P, D] of a prompt file.
+def source_rows(config: ConfigDict, loaded: Loaded) -> np.ndarray:
+    """The rows [P, D] that `config.method.init_file` has for this model.
+
+    Raises:
+        UserError: see `prompt_rows`; trained on other weights, without `init_any_weights`.
+    """
+    method = config.method
+    rows_PD, origin = prompt_rows(method.init_file)
+    trained = origin.get("fingerprint", loaded.fingerprint)
+    fits = rows_PD.shape[-1:] == (loaded.config.prompt_width,)  # else no key would make it
+    if fits and trained != loaded.fingerprint and not method.init_any_weights:
+        raise UserError(
+            f"{method.init_file} was trained on weights {trained}, {config.model.name} has "
+            f"{loaded.fingerprint}; method.init_any_weights=True starts from it nevertheless"
+        )
+    return rows_PD
+
+
+def prompt_rows(file: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """The rows [P, D] of a prompt file, and what it says of where they come from.
 
     Raises:
         UserError: unreadable, or no prompt in it.
     """
     from softprompt.training.delta_file import load_delta
 
-    delta, _ = load_delta(file)
+    delta, origin = load_delta(file)
     for place in (delta, delta.get("encoder"), delta.get("decoder")):
         if isinstance(place, dict) and isinstance(place.get("prompt"), np.ndarray):
-            return place["prompt"]
+            return place["prompt"], origin
     raise UserError(f"{file}: no tensor 'prompt' in it; it has {', '.join(delta) or 'none'}")
 
 

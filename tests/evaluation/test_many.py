@@ -176,6 +176,18 @@ def test_the_last_part_is_short(runs, monkeypatch):
     assert widths == [2, 2], "one program"
 
 
+def test_what_a_prompt_started_from_may_be_gone(runs, tiny_folder, tmp_path):
+    """Mutation: the file is read again, or has to be of the model's weights."""
+    place, shared, file = write_task(tmp_path), Session(Progress()), tmp_path / "d.safetensors"
+    source = {"method__init": "file", "method__init_file": str(file)}
+    save_delta(file, load_delta(runs["a"] / DELTA)[0], {"fingerprint": "others"})
+    allowed = {"method__init_any_weights": True}
+    write_trial(tmp_path / "run", tiny_folder, place, shared, **source, **allowed)
+    file.unlink()
+    (found,) = evaluate_runs([tmp_path / "run"], progress=Lines())
+    assert found["examples"] == 20
+
+
 def test_a_trial_of_another_machine(runs, tmp_path):
     """Mutation: it is asked for the devices that it was trained on."""
     shutil.copytree(runs["a"], tmp_path / "a")

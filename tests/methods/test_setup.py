@@ -63,9 +63,32 @@ def test_initializers_by_name(loaded, train, tmp_path):
     np.testing.assert_allclose(rows[:3], means, rtol=1e-5, atol=1e-6)
     file = tmp_path / "delta.safetensors"
     save_delta(file, {"prompt": scaled[:4]}, {})
-    np.testing.assert_array_equal(prompt_rows(str(file)), scaled[:4])
+    np.testing.assert_array_equal(prompt_rows(str(file))[0], scaled[:4])
     rows = rows_of(loaded, train, init="file", init_file=str(file), length=6)
     np.testing.assert_array_equal(rows[:4], scaled[:4])
+
+
+def test_a_prompt_of_other_weights_is_not_a_start_by_chance(loaded, train, tmp_path):
+    """Mutations: where a file says it comes from is not read; the key that allows it is not; a file
+    that says nothing is refused; another width is said to need the key.
+    """
+    file, rows_PD = tmp_path / "d.safetensors", np.ones((5, 48), np.float32)
+    given = {"init": "file", "init_file": str(file)}
+    for origin in ({}, {"fingerprint": loaded.fingerprint}):
+        save_delta(file, {"prompt": rows_PD}, origin)
+        np.testing.assert_array_equal(rows_of(loaded, train, **given), rows_PD)
+    save_delta(file, {"encoder": {"prompt": rows_PD}}, {"fingerprint": "others"})
+    with pytest.raises(UserError) as caught:
+        rows_of(loaded, train, **given)
+    assert str(caught.value) == (
+        f"{file} was trained on weights others, tiny has {loaded.fingerprint}; "
+        "method.init_any_weights=True starts from it nevertheless"
+    )
+    found = rows_of(loaded, train, **given, init_any_weights=True)
+    np.testing.assert_array_equal(found, rows_PD)
+    save_delta(file, {"prompt": rows_PD[:, :40]}, {"fingerprint": "others"})
+    with pytest.raises(UserError, match=r"a prompt of shape \[5, 40\] does not fit this model"):
+        rows_of(loaded, train, **given)
 
 
 def ids_in(loaded, rows):

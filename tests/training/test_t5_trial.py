@@ -160,4 +160,4 @@ def test_the_command_line_takes_a_t5(place, shared, tmp_path, capsys, monkeypatc
         assert answer == plainly(prepared, delta, input_S, len(answer))
     again = to_dict(config)
     again["method"] |= {"init": "file", "init_file": str(tmp_path / "delta.safetensors")}
-    assert prompt_rows(from_dict(again).method.init_file).shape == (5, 20)
+    assert prompt_rows(from_dict(again).method.init_file)[0].shape == (5, 20)
