@@ -7,22 +7,20 @@ keys themselves are in `softprompt/schema.py`; `softprompt/config_files.py` read
 import difflib
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from softprompt.config_checks import check_range, check_together, check_used
 from softprompt.errors import UserError, nearest
 from softprompt.schema import (
     CHOICES,
     OPEN_MAPPINGS,
-    OPTIMIZER_KEYS,
     RANGES,
     TASKS_OWN,
     UNSCIENTIFIC_KEYS,
     UNSCIENTIFIC_SECTIONS,
-    UNTRAINED,
     base_config,
 )
 
@@ -70,13 +68,15 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     """Returns a locked config from nested dicts; absent keys (an older run's) take their defaults.
 
+    What it sets and nothing reads is let be: a run may be older than the check.
+
     Raises:
         UserError: an unknown key, a value of the wrong type, or one that is not allowed.
     """
     config = base_config()
     for key, value in flatten(tree).items():
         set_key(config, key, value)
-    validate(config)
+    _check_values(config)
     return config
 
 
@@ -164,11 +164,18 @@ def _parse(text: str, old: Any) -> Any:
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks every value.
+    """Checks every value, and that what is set is read.
 
     Raises:
-        UserError: the first key whose value is of the wrong type or not allowed, with what is.
+        UserError: the first key whose value is of the wrong type or not allowed, with what is; or
+            one that neither the method nor the optimizer reads, with what does.
     """
+    _check_values(config)
+    check_used(flatten(config), flatten(base_config()))
+
+
+def _check_values(config: ConfigDict) -> None:
+    """`validate`, but for what nothing reads."""
     defaults, values = flatten(base_config()), flatten(config)
     for key, value in values.items():
         if key not in defaults:
@@ -180,9 +187,8 @@ def validate(config: ConfigDict) -> None:
                 f"config key {key!r} is {value!r}{nearest(value, CHOICES[key])}; allowed: {allowed}"
             )
         if key in RANGES:
-            _check_range(key, value)
-    _check_optimizer(values, defaults)
-    _check_together(values)
+            check_range(key, value)
+    check_together(values)
     if values["data.mixture"]:
         _check_mixture(config)
 
@@ -239,86 +245,6 @@ def _entries(mixture: str) -> list[dict[str, Any]]:
                 'keys of `task` as in {"name": "mine", "source": "jsonl:mine.jsonl"}'
             )
     return made
-
-
-def _check_range(key: str, value: float) -> None:
-    low, high = RANGES[key]
-    if not (low <= value <= high and math.isfinite(value)):
-        allowed = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:.10g}"
-        raise UserError(f"config key {key!r} is {value!r}; allowed: {allowed}")
-
-
-def _check_optimizer(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """What the optimizer and the method demand of the optimizer's keys."""
-    for key, names in OPTIMIZER_KEYS.items():
-        if values[key] != defaults[key] and values["optimizer.name"] not in names:
-            raise UserError(
-                f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
-                f"optimizer.name={values['optimizer.name']}; {', '.join(names)} reads it"
-            )
-    for key in ("train.ema", "train.dropout", "optimizer.max_row_norm"):
-        if values[key] and values["method.name"] in UNTRAINED:
-            raise UserError(
-                f"config key {key!r} is {values[key]!r}; allowed: 0 with "
-                f"method.name={values['method.name']}, which trains nothing"
-            )
-
-
-def _check_together(values: Mapping[str, Any]) -> None:
-    """What one key demands of another."""
-    _check_method(values)
-    if values["train.batch"] % values["train.microbatches"]:
-        raise UserError(
-            f"config key 'train.microbatches' is {values['train.microbatches']}; "
-            f"it must divide train.batch, {values['train.batch']}"
-        )
-    if values["optimizer.warmup"] > values["train.steps"] > 0:
-        raise UserError(
-            f"config key 'optimizer.warmup' is {values['optimizer.warmup']}; "
-            f"allowed: at most train.steps, {values['train.steps']}"
-        )
-    if values["mesh.data"] == 0:
-        raise UserError(
-            "config key 'mesh.data' is 0; allowed: -1 (all devices that are left) or at least 1"
-        )
-    source = values["task.source"]
-    if source and not source.startswith(("jsonl:", "tsv:", "csv:", "tfds:")):
-        raise UserError(
-            f"config key 'task.source' is {source!r}; "
-            "allowed: jsonl:PATH, tsv:PATH, csv:PATH or tfds:NAME"
-        )
-    if source and not values["task.template"]:
-        raise UserError(f"config key 'task.template' is empty; task.source={source} needs it")
-    if source and not values["task.verbalizers"]:
-        raise UserError(f"config key 'task.verbalizers' is empty; task.source={source} needs it")
-
-
-def _check_method(values: Mapping[str, Any]) -> None:
-    """What a method's keys demand of one another."""
-    name, init, reparam = (values[f"method.{key}"] for key in ("name", "init", "reparam"))
-    starts = name in ("prompt", "multitask", "prefix")
-    if starts and init in ("text", "file") and not values[f"method.init_{init}"]:
-        raise UserError(f"config key 'method.init_{init}' is empty; method.init={init} needs it")
-    allowed = {"prompt": CHOICES["method.reparam"], "prefix": ("none", "mlp")}.get(name, ("none",))
-    if reparam not in allowed:
-        raise UserError(
-            f"config key 'method.reparam' is {reparam!r}; allowed for method.name={name}: "
-            f"{', '.join(allowed)}"
-        )
-    if values["method.dropout"] and name not in ("prompt", "lora"):
-        raise UserError(
-            f"config key 'method.dropout' is {values['method.dropout']!r}; allowed: 0 with "
-            f"method.name={name}; prompt and lora read it"
-        )
-    if values["method.bos"] == "before" and name not in ("prompt", *UNTRAINED):
-        raise UserError(
-            f"config key 'method.bos' is 'before'; allowed for method.name={name}: after, none"
-        )
-    if values["eval.text"] and name == "multitask":
-        raise UserError(
-            f"config key 'eval.text' is {values['eval.text']!r}; allowed: '' for "
-            "method.name=multitask, whose prompts are for tasks"
-        )
 
 
 def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> ConfigDict:

@@ -82,10 +82,35 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 # Optimizers' own keys: with another optimizer a value of one's own is a mistake.
+_ADAFACTORS = ("adafactor", "adafactor_t5x")
 OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("optimizer.b1", "optimizer.b2", "optimizer.eps"), ("adamw",)),
     "optimizer.momentum": ("sgd",),
+    "optimizer.factored": _ADAFACTORS,
+    "optimizer.factored_min": _ADAFACTORS,
+    "optimizer.decay_rate": _ADAFACTORS,
     "optimizer.start_step": ("adafactor_t5x",),
-    "optimizer.factored": ("adafactor", "adafactor_t5x"),
+}
+
+# Methods' own keys, likewise. `length` and `init` are not among them: config files set them for a
+# prompt, and are trained with other methods by naming one on the command line.
+_CONTEXTS = ("prompt", "multitask", "prefix")
+METHOD_KEYS: dict[str, tuple[str, ...]] = {
+    **{
+        f"method.{key}": _CONTEXTS
+        for key in (
+            *("init_text", "init_file", "init_any_weights", "common_tokens", "common_text"),
+            *("place", "prompt_to_input"),
+        )
+    },
+    "method.shots": ("fewshot",),
+    "method.bottleneck": ("adapter", "method.reparam"),
+    "method.placement": ("adapter",),
+    "method.rank": ("lora", "multitask"),
+    "method.alpha": ("lora",),
+    "method.dropout": ("prompt", "lora"),
+    "method.rslora": ("lora",),
+    "method.targets": ("lora", "ia3"),
 }
 
 # What may differ between two runs of the same trial: none of it is part of the trial's id.

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from softprompt.config import ConfigDict, resolve, set_key, trial_id, trial_name, validate
+from softprompt.config import (
+    ConfigDict,
+    flatten,
+    resolve,
+    set_key,
+    trial_id,
+    trial_name,
+    validate,
+)
+from softprompt.config_checks import reads
 from softprompt.config_files import find_file, list_modules, load_module
 from softprompt.errors import UserError, unknown
 from softprompt.progress import Progress, duration
@@ -60,15 +69,20 @@ def make_trials(
 ) -> list[ConfigDict]:
     """Returns an experiment's resolved configs, overridden and validated.
 
+    A key that is some methods' or optimizers' own is overridden in the trials that read it.
+
     Raises:
-        UserError: a wrong subset, key or value, or two configs that are the same trial.
+        UserError: a wrong subset, key or value, a key that no trial reads, or two configs that are
+            the same trial.
     """
-    trials = []
-    for config in experiment.sweep(subset):
-        for key, value in overrides:
+    configs = list(experiment.sweep(subset))
+    for key, value in overrides:
+        readers = [config for config in configs if reads(flatten(config), key)]
+        for config in readers or configs:
             set_key(config, key, value)
+    for config in configs:
         validate(config)
-        trials.append(resolve(config))
+    trials = [resolve(config) for config in configs]
     seen: dict[str, int] = {}
     for number, config in enumerate(trials, 1):
         first = seen.setdefault(trial_id(config), number)

@@ -134,6 +134,21 @@ def test_the_same_trial_twice_is_an_error():
         sweep.make_trials(experiment, "quickstart", [("method.length", "20")])
 
 
+def test_an_override_is_for_the_trials_that_read_it():
+    """Mutation: the prompts are other trials with other shots; a key that no trial reads passes."""
+    experiment = sweep.load_experiment("prompt_length")
+    plain, other = (
+        sweep.make_trials(experiment, "quickstart", overrides)
+        for overrides in ((), [("method.shots", "4")])
+    )
+    changed = [
+        a.method.name for a, b in zip(plain, other, strict=True) if trial_id(a) != trial_id(b)
+    ]
+    assert changed == ["fewshot"] * 3
+    with pytest.raises(UserError, match="config key 'method.rank' is 4; allowed: 8 with method.n"):
+        sweep.make_trials(experiment, "quickstart", [("method.rank", "4")])
+
+
 def test_mistakes_in_what_to_sweep(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown experiment 'prompt_lenght' .did you mean"):
         sweep.load_experiment("prompt_lenght")

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from softprompt.errors import UserError
+from softprompt.schema import OPTIMIZER_KEYS
 from softprompt.training.optimizers import (
     OPTIMIZERS,
     OptimizerConfig,
@@ -246,6 +247,24 @@ def test_short_schedules_are_finite(name, warmup, steps):
     some = rates(name, peak=0.5, warmup=warmup, steps=steps)
     assert some.shape == (steps,) and some.dtype == np.float32
     assert np.all((some > 0) & (some <= 0.5))
+
+
+OTHER = {
+    **{"b1": 0.5, "b2": 0.5, "eps": 0.1, "momentum": 0.5, "start_step": 0},
+    **{"factored": False, "factored_min": 100, "decay_rate": 0.0},
+}
+
+
+def test_every_key_changes_the_optimizers_that_are_said_to_read_it(delta):
+    """Mutation: a key or a reader is left out of `OPTIMIZER_KEYS`, or one too many in it."""
+    assert {f"optimizer.{key}" for key in OTHER} == set(OPTIMIZER_KEYS)
+    for name in OPTIMIZERS:
+        plain = OptimizerConfig(name, factored_min=8)
+        before = walk(make_optimizer(plain), delta)
+        for key, value in OTHER.items():
+            after = walk(make_optimizer(plain._replace(**{key: value})), delta)
+            read = name in OPTIMIZER_KEYS[f"optimizer.{key}"]
+            assert (np.abs(after - before).max() > 1e-4) == read, (name, key)
 
 
 def test_unknown_names_are_refused():

@@ -211,7 +211,8 @@ def test_a_failed_trial_is_tried_again(config, session, tmp_path):
 @pytest.mark.parametrize("method", ["none", "fewshot"])
 def test_methods_that_train_nothing(place, tiny_folder, session, tmp_path, method):
     """No log, no checkpoint, an empty delta; and idempotent too."""
-    config = make_config(place, tiny_folder, method__name=method, method__shots=2)
+    shots = {"method__shots": 2} if method == "fewshot" else {}
+    config = make_config(place, tiny_folder, method__name=method, **shots)
     row = run_trial(config, tmp_path, session=session)
     assert row["trainable"] == 0
     assert row["metrics"]["test"]["examples"] == SIZES["test"]
