@@ -14,18 +14,18 @@ Command, from the repository root, on a machine that does nothing else:
     make bench-full     two models, two texts, four methods, four lengths, every saving
     python -m experiments.bench --subset claimed --workdir runs/bench --peft-python PATH
 
-Cost, by its own estimate: the claimed cells 39 minutes on two x86 cores, the grid 14 hours. A process
-begins no further step after 150 seconds of them, so that where PEFT is slow it has fewer batches.
+Cost, by its own estimate: the claimed cells 39 minutes on two x86 cores, the grid 14 hours. A
+process begins no further step after 150 seconds of them: where PEFT is slow it has fewer batches.
 
 Expected: it has been run on tiny models only.
 
 Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes), each on
-other examples. Of the claimed cells PEFT's float32 has one process of three steps where they are
-long (P = 500, Gemma 3). Rows are appended to WORKDIR/rows.jsonl as they are made; the same command
-goes on where it stopped, tries again what failed, and does nothing once all is done. Rows of either
-side that were made at another commit, or with changes that are in none, are measured anew: a table
-is of one code. The exit code is 1 where a process failed; running out of memory, or a model whose
-terms are not accepted, is no failure.
+other examples. Of the claimed cells PEFT in float32 has one process of three steps where no claim
+is made against it, and none at P = 500. Rows are appended to WORKDIR/rows.jsonl as they are made;
+the same command goes on where it stopped, tries again what failed, and does nothing once all is
+done. Rows of either side that were made at another commit, or with changes that are in none, are
+measured anew: a table is of one code. The exit code is 1 where a process failed; running out of
+memory, or a model whose terms are not accepted, is no failure.
 
 Both sides load the same folders, read the same examples, update with AdamW, and end a step when all
 of it is computed. PEFT's threads: one or all cores, whichever takes less time for SmolLM2 at
