@@ -25,6 +25,7 @@ from softprompt.methods.prompt import PromptConfig
 from softprompt.models.layers import collections
 from softprompt.training.step import StepConfig, loss_fn, row_logits, shared_part
 from tests.contracts.examples import by_example, double, quick_jit, random_examples
+from tests.families import family_decoder
 from tests.tiny import tiny_decoder
 from tests.tiny_t5 import tiny_t5
 
@@ -67,40 +68,52 @@ CASES = {  # name -> the method and its configuration, for a decoder and for T5
 }
 FRESH_IS_BASE = [name for name in CASES if not name.startswith(("pr", "multitask"))]
 KINDS = ("decoder", "t5", "t5, contexts")
+DECODERS = ("decoder", "gpt2")
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
 @functools.cache
-def base(kind):
+def base(kind, dtype="float64"):
     """A tiny model, its weights, and random examples of its vocabulary, few lengths of each.
 
     They are of two tasks, for methods that tell tasks apart.
     """
-    model, weights = tiny_decoder() if kind == "decoder" else tiny_t5(prompt_to_input=kind == "t5")
+    if kind == "gpt2":
+        model, weights = family_decoder(kind, dtype=dtype)
+    elif kind == "decoder":
+        model, weights = tiny_decoder(dtype=dtype)
+    else:
+        model, weights = tiny_t5(prompt_to_input=kind == "t5", dtype=dtype)
     encoded = random_examples((7, 13, 7, 13), (1, 3, 1, 3), vocab=90)
     return model, weights, dataclasses.replace(encoded, tasks=np.array([0, 1, 1, 0], np.int32))
 
 
+def step_of(name, kind, dtype="float64"):
+    """What is static in a step, and the layout of its rows."""
+    model, decoder = base(kind, dtype)[0], kind in DECODERS
+    method, config_of = CASES[name]
+    cfg = config_of(() if decoder else STACKS)
+    slots = P if method == "prompt" and kind == "t5" else 0
+    layout = DECODER if decoder else Layout(0, slots, slots)
+    if method == "multitask":
+        layout = Layout(prompts=2) if decoder else Layout(0, P, prompts=2)
+    return StepConfig(model, method, cfg), layout
+
+
 def make(name, kind):
     """Step, fresh delta, frozen weights and layout."""
+    config, layout = step_of(name, kind)
     model, weights, _ = base(kind)
-    where = () if kind == "decoder" else STACKS
-    method, config_of = CASES[name]
-    cfg = config_of(where)
-    delta = METHODS[method].init(KEY, model, weights, cfg)
-    slots = P if method == "prompt" and kind == "t5" else 0
-    layout = DECODER if kind == "decoder" else Layout(0, slots, slots)
-    if method == "multitask":
-        layout = Layout(prompts=2) if kind == "decoder" else Layout(0, P, prompts=2)
-    return StepConfig(model, method, cfg), delta, {} if method == "full" else weights, layout
+    delta = METHODS[config.method].init(KEY, model, weights, config.method_config)
+    return config, delta, {} if config.method == "full" else weights, layout
 
 
-def moved(delta):
-    """The delta after a step in a random direction."""
+def moved(delta, *, seed=4, by=0.2):
+    """The delta after a step in a random direction, `by` the size of the noise."""
     leaves, tree = jax.tree.flatten(delta)
-    keys = jax.random.split(jax.random.key(4), len(leaves))
-    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [x + by * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(tree, noisy)
 
 

@@ -1,0 +1,77 @@
+"""Contract 6 for every method, in float32: members of one program step as each does alone.
+
+`test_population.py` and `test_together.py` hold whole trials of prompts to it. `full` is never
+grouped.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from softprompt.data.packing import RowShape
+from softprompt.data.pipeline import train_batch
+from softprompt.methods import METHODS
+from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
+from softprompt.training.population import Member, population_step
+from softprompt.training.step import train_step
+from tests.contracts.examples import quick_jit
+from tests.contracts.test_methods import base, moved, step_of
+
+STEPS, RATES = 3, np.array([0.005, 0.01], np.float32)
+# GPT-2's loss does not depend on a key's bias: its gradient is rounding, of which Adam would make
+# whole steps if its epsilon were as small as it is by default.
+TX = make_optimizer(OptimizerConfig("adamw", eps=1e-3))
+NAMES = ("prompt", "multitask", "prefix", "lora", "houlsby", "bitfit", "ia3")
+CASES = [*((name, "gpt2") for name in NAMES), ("prompt", "t5"), ("lora", "t5")]
+
+
+@functools.partial(quick_jit, static_argnames="config")
+def begun(config, weights, seed, rate):
+    """Delta and optimizer's state of a member before its first step."""
+    key, method = jax.random.key(seed), METHODS[config.method]
+    delta = moved(method.init(key, config.model, weights, config.method_config), seed=seed, by=0.1)
+    return delta, set_rate(TX.init(delta), rate)
+
+
+def batch(kind, layout, n, step):
+    """Three examples, of the member's own choice, in two rows."""
+    encoded, rows_B = base(kind, "float32")[2], np.array([0, 0, 1])
+    order = np.random.default_rng([n, step]).permutation(4)[:3]
+    return train_batch(encoded, order, rows_B, RowShape(2, 40, 6, 2), layout)
+
+
+def trained(members, batches_SN, take):
+    """Deltas of members, and the loss of each step of each, after steps of `take`."""
+    losses = []
+    for batches_N in batches_SN:
+        pairs = zip(members, batches_N, strict=True)
+        members = [Member(*one, batch, jax.random.key(0)) for one, batch in pairs]
+        members, metrics = zip(*((r[:2], r[2]) for r in take(members)), strict=True)
+        losses.append([one["loss"] for one in metrics])
+    return [delta for delta, _ in members], losses
+
+
+def apart(one, other):
+    """The largest difference between the leaves of two trees."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_members_step_as_alone(name, kind):
+    """Mutations: every member has the first one's batch, or its rate; one gets another's result."""
+    config, layout = step_of(name, kind, "float32")
+    weights, count = base(kind, "float32")[1], len(RATES)
+    step = functools.partial(train_step, config=config, tx=TX)
+    alone = quick_jit(step)
+    together = quick_jit(functools.partial(population_step, step=step))
+    members = [begun(config, weights, n, RATES[n]) for n in range(count)]
+    batches = [[batch(kind, layout, n, step) for n in range(count)] for step in range(STEPS)]
+    run = functools.partial(trained, members, batches)
+    ours = run(lambda some: together(some, weights))
+    theirs = run(lambda some: [alone(*one[:2], weights, *one[2:]) for one in some])
+    assert apart(ours, theirs) <= 1e-5
+    assert apart(*ours[0]) > 1e-2  # they are different trials
+    assert min(apart(m[0], after) for m, after in zip(members, ours[0], strict=True)) > 1e-3
