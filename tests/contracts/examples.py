@@ -105,6 +105,12 @@ def prompted(
 
 
 @functools.partial(quick_jit, static_argnames="config")
+def logits(config: StepConfig, delta: Any, weights: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """Logits [R, M, V] of a batch."""
+    return row_logits(config.model, weights, shared_part(config, delta, weights), batch)
+
+
+@functools.partial(quick_jit, static_argnames="config")
 def logits_and_loss(
     config: StepConfig, delta: Any, weights: Any, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:

@@ -24,8 +24,15 @@ from softprompt.methods.initializers import vocabulary
 from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.decoder import Decoder
-from softprompt.training.step import StepConfig, loss_fn, row_logits, shared_part
-from tests.contracts.examples import by_example, double, one_device, quick_jit, random_examples
+from softprompt.training.step import StepConfig, loss_fn, shared_part
+from tests.contracts.examples import (
+    by_example,
+    double,
+    logits,
+    one_device,
+    quick_jit,
+    random_examples,
+)
 from tests.contracts.test_methods import alone, moved, plain
 from tests.tiny import tiny_decoder
 from tests.tiny_t5 import tiny_t5
@@ -81,11 +88,6 @@ def separate(kind, delta):
         parts = {name: [getattr(encoded, name)[n]] for name in ("ids", "inputs", "targets")}
         found += alone(*own(kind, delta, task), weights, dataclasses.replace(encoded, **parts))
     return found
-
-
-@functools.partial(quick_jit, static_argnames="config")
-def logits(config, delta, weights, batch):
-    return row_logits(config.model, weights, shared_part(config, delta, weights), batch)
 
 
 @functools.partial(quick_jit, static_argnames="config")
