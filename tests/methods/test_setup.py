@@ -1,19 +1,28 @@
 """A config's words become token ids."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softprompt.data.encode import encode
 from softprompt.errors import UserError
-from softprompt.methods import setup
-from softprompt.methods.setup import balanced_draw, few_shot_tokens, prompt_config, prompt_rows
+from softprompt.methods import METHODS, setup
+from softprompt.methods.setup import (
+    balanced_draw,
+    few_shot_tokens,
+    method_config,
+    prompt_config,
+    prompt_rows,
+)
 from softprompt.models.loading import load_model
 from softprompt.training.delta_file import save_delta
 from softprompt.training.prepare import prepare
 from tests.contracts.examples import SNIPPETS, session, trial_config, write_task
+from tests.families import write_family_folder
 
 KEY = jax.random.key(0)
 TEXTS = ("a warm film", "the plot is old", "good good good", "a mess", "very warm", "not funny")
@@ -89,6 +98,24 @@ def test_a_prompt_of_other_weights_is_not_a_start_by_chance(loaded, train, tmp_p
     save_delta(file, {"prompt": rows_PD[:, :40]}, {"fingerprint": "others"})
     with pytest.raises(UserError, match=r"a prompt of shape \[5, 40\] does not fit this model"):
         rows_of(loaded, train, **given)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["prompt", "multitask", "prefix"])
+def test_words_begin_as_a_model_that_scales_embeddings_reads_them(tmp_path, train, name):
+    """As Gemma does. Mutations: `embed_scale` is left out of a prompt's config, or a prefix's."""
+    gemma = load_model(str(write_family_folder(tmp_path, "gemma")))
+    ids = gemma.tokenizer.encode("the city")
+    method = {"name": name, "init": "text", "init_text": "the city", "length": len(ids)}
+    changes = {f"method__{key}": value for key, value in method.items()}
+    cfg = method_config(trial_config("tiny", "jsonl:x", **changes), gemma, train)
+    delta = METHODS[name].init(KEY, gemma.model, gemma.weights, cfg)
+    given = delta if name == "prefix" else {"prompt": delta["prompt"]}
+    apply = functools.partial(gemma.model.apply, {"params": gemma.weights, "delta": given})
+    context, words = apply(method="prompt_context"), jnp.array(ids)
+    wanted = gemma.model.apply({"params": gemma.weights}, words, method="text_context")
+    np.testing.assert_allclose(context.k_LPGK, wanted.k_LPGK, atol=1e-5)
+    np.testing.assert_allclose(context.v_LPGK, wanted.v_LPGK, atol=1e-5)
 
 
 def ids_in(loaded, rows):
