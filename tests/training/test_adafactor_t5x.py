@@ -97,8 +97,8 @@ def test_step_by_step(kind):
     for n, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
         (prompt_PD, update_PD, moment), (wanted_PD, clipped_PD, estimate_PD) = ours, theirs
         np.testing.assert_allclose(estimate(moment), estimate_PD, rtol=5e-3, err_msg=f"step {n}")
-        scale = np.abs(clipped_PD).max()
-        np.testing.assert_allclose(update_PD, clipped_PD, rtol=1e-5, atol=1e-5 * scale)
+        assert np.sqrt(np.mean(clipped_PD**2)) == pytest.approx(1)
+        np.testing.assert_allclose(update_PD, clipped_PD, rtol=0, atol=1e-5)
         np.testing.assert_allclose(prompt_PD, wanted_PD, rtol=1e-5, atol=1e-5)
 
 
