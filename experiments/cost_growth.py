@@ -69,6 +69,7 @@ from softprompt.training.prepare import (
     step_flops,
     step_work,
     train_source,
+    trial_key,
 )
 from softprompt.training.session import (
     Session,
@@ -76,7 +77,7 @@ from softprompt.training.session import (
     compile_step,
     optimizer_config,
 )
-from softprompt.training.sharding import put_batch, random_key
+from softprompt.training.sharding import put_batch
 
 CAPTION = (
     "Seconds: median of a step over all rounds, compilation and the first round left out, with the "
@@ -240,7 +241,7 @@ def stepper(prepared: Prepared, members: int, count: int) -> Callable[[int], flo
     config, mesh, frozen = prepared.config, prepared.mesh, prepared.frozen
     source, optimizer = train_source(prepared), optimizer_config(config)
     made = [pad_rows(source[n], mesh.shape["data"]) for n in range(count * members)]
-    key, state = random_key(config.seed, mesh), initial_state(prepared)
+    key, state = trial_key(prepared), initial_state(prepared)
     opt_state = set_rate(state.opt_state, np.float32(RATE))
     arguments = (state.delta, opt_state, frozen, put_batch(mesh, made[0]), key)
     if members == 1:

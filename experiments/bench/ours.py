@@ -22,9 +22,16 @@ from softprompt.models.decoder import DecoderConfig
 from softprompt.progress import Progress
 from softprompt.results import versions
 from softprompt.training.optimizers import set_rate
-from softprompt.training.prepare import Prepared, initial_state, prepare, step_flops, train_source
+from softprompt.training.prepare import (
+    Prepared,
+    initial_state,
+    prepare,
+    step_flops,
+    train_source,
+    trial_key,
+)
 from softprompt.training.session import Session, optimizer_config
-from softprompt.training.sharding import put_batch, random_key
+from softprompt.training.sharding import put_batch
 
 PRODUCTS = 20  # in flight at a time on an accelerator
 HITS: list[str] = []  # programs that the compilation cache had
@@ -106,7 +113,7 @@ def stepper(
         returns its loss.
     """
     config, mesh, session = prepared.config, prepared.mesh, prepared.session
-    state, key = initial_state(prepared), random_key(config.seed, mesh)
+    state, key = initial_state(prepared), trial_key(prepared)
     delta, frozen = state.delta, prepared.frozen
     opt_state = set_rate(state.opt_state, np.float32(rate))
     optimizer = optimizer_config(config)

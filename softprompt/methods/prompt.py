@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from softprompt.methods import reparametrize
 from softprompt.methods.initializers import Initializer
 from softprompt.models import Model
+from softprompt.models.dropout import Share, masked
 from softprompt.models.quantize import embedding
 
 
@@ -35,7 +36,6 @@ class PromptConfig:
             their own; () for a decoder, which has one place.
         reparam: of `reparametrize.KINDS`.
         bottleneck: of the reparametrisation's networks.
-        dropout: the share of a prompt's entries that a step drops.
     """
 
     length: int
@@ -45,7 +45,6 @@ class PromptConfig:
     places: tuple[str, ...] = ()
     reparam: str = "none"
     bottleneck: int = 0
-    dropout: float = 0.0
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
@@ -85,20 +84,18 @@ def variables(
     return {"prompt": jnp.concatenate([bos_D[None].astype(prompt_PD.dtype), prompt_PD])}
 
 
-def dropped(delta: dict[str, Any], cfg: PromptConfig, key: jax.Array) -> dict[str, Any]:
-    """The folded delta with entries dropped, and the others scaled up to the same mean.
+def dropped(
+    delta: dict[str, Any], cfg: PromptConfig, key: jax.Array, kept: Share
+) -> dict[str, Any]:
+    """The folded delta with a share of its entries kept and scaled up to the same mean, the rest 0.
 
     All rows see the same prompt, so a step has one mask. A BOS before the prompt is not dropped.
     """
-    folded = fold(delta, cfg)
-    if not cfg.dropout:
-        return folded
 
     def one(prompt_PD: jax.Array, key: jax.Array) -> jax.Array:
-        keep_PD = jax.random.bernoulli(key, 1 - cfg.dropout, prompt_PD.shape)
-        return jnp.where(keep_PD, prompt_PD / (1 - cfg.dropout), 0)
+        return masked(jax.random.bernoulli(key, kept, prompt_PD.shape), prompt_PD, kept)
 
-    leaves, tree = jax.tree.flatten(folded)
+    leaves, tree = jax.tree.flatten(fold(delta, cfg))
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(tree, map(one, leaves, keys))
 

@@ -120,7 +120,6 @@ def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptC
         places(config, loaded.encoder_decoder, PLACES[method.name]),
         method.reparam,
         method.bottleneck,
-        method.dropout,
     )
 
 

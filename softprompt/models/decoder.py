@@ -35,7 +35,7 @@ from softprompt.models.decoder_layers import (
     attention_case,
     cuts,
 )
-from softprompt.models.dropout import Drop, Rates, context_drop, dropped, row_drop
+from softprompt.models.dropout import Drop, context_drop, dropped, kept_in, row_drop
 from softprompt.models.kernels import REFERENCE, Kernel
 from softprompt.models.layers import (
     NORMS,
@@ -116,13 +116,14 @@ class Decoder(nn.Module):
     width into the model's; with learned positions it gets its positions added like any token. It is
     what transformers does with `inputs_embeds`, and PEFT with a prompt.
 
+    Dropout (see `dropout`) is of entries of embeddings and of what each sublayer makes, and of keys
+    of attention, as in GPT-2.
+
     Attributes:
         config: sizes and parts.
         dtype: what it computes in. Norms, biases, softmax and logits are at least float32.
         remat: what the backward pass computes again, see `stack`.
         gather: see `stack`; None where weights lie as they are computed with.
-        dropout: rates, see `dropout`. As in GPT-2 entries of embeddings and of what each sublayer
-            makes are dropped, and keys of attention.
         attention: the kernel of `hidden` where it can serve; the rest is left to the reference.
     """
 
@@ -130,7 +131,6 @@ class Decoder(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
     gather: Gather | None = None
-    dropout: Rates = Rates()
     attention: Kernel = REFERENCE
 
     def setup(self) -> None:
@@ -204,7 +204,7 @@ class Decoder(nn.Module):
         mask_TS = (segments_T[:, None] == segments_T) & (index_T[:, None] >= index_T)
         if branches_T is not None:
             mask_TS &= (branches_T == 0) | (branches_T[:, None] == branches_T)
-        drop = row_drop(self, self.dropout, examples_E, segments_T)
+        drop = row_drop(kept_in(self), examples_E, segments_T)
         x_TD, positions_T = self.embed(tokens_T), positions_T + context.length
         case = attention_case(
             *(self.config, self.dtype),
@@ -323,7 +323,7 @@ class Decoder(nn.Module):
             mask &= which[:, None] == which
         positions = jnp.tile(jnp.arange(length), choices)
         x_PD = x_NPD.reshape(choices * length, width)
-        drop = context_drop(self, self.dropout, choices * length)
+        drop = context_drop(kept_in(self), choices * length)
         _, (k_LPGK, v_LPGK) = self._run(x_PD, self.empty_context(), mask, positions, drop=drop)
         return Context(k_LPGK, v_LPGK, choices)
 

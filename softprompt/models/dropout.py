@@ -9,8 +9,9 @@ in PEFT.
 What is computed once for all rows (a context) has one mask a step: it is like one example, whose
 key is another than the rows'.
 
-A model drops where it has a rate and is given a key (Flax's stream "dropout"). Evaluation and
-generation give none.
+A model drops where it is given shares to keep (the variable "kept" of a collection "dropout") and a
+key (Flax's stream of the same name). Evaluation and generation give neither. The shares are data,
+so that one program serves all rates; whether there is one is the structure of `Shares`.
 
 Source: arXiv 1910.10683, section 2.1; for the shared masks, `broadcast_dims=(-2,)` and
 `broadcast_dropout` in the T5.1.1 of google-research/prompt-tuning.
@@ -21,17 +22,33 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
-STREAM = "dropout"
+STREAM = "dropout"  # Flax's stream of keys, and the collection that has the shares
+Share = jax.Array | np.ndarray | float
 
 
-class Rates(NamedTuple):
-    """Shares that are dropped: in the model, and of what LoRA's factors read."""
+class Shares(NamedTuple):
+    """Shares [] that are not dropped; None where nothing is.
 
-    model: float = 0.0
-    lora: float = 0.0
+    They and not the rates, for a mask is drawn with a share, which float32 would round once more.
+
+    Attributes:
+        model: in the model.
+        lora: of what LoRA's factors read.
+        prompt: of a prompt, once a step (`softprompt.methods.prompt.dropped`).
+    """
+
+    model: Share | None = None
+    lora: Share | None = None
+    prompt: Share | None = None
+
+    @property
+    def by_example(self) -> bool:
+        """Whether something is dropped of rows."""
+        return self.model is not None or self.lora is not None
 
 
 @struct.dataclass
@@ -42,67 +59,72 @@ class Drop:
         ids_E: ids of the row's examples.
         place_T: which of them a position belongs to; any in padding.
         offset_T: how many positions of its example stand before it.
-        rates: how much is dropped.
+        kept: how much is not dropped.
     """
 
     ids_E: jax.Array
     place_T: jax.Array
     offset_T: jax.Array
-    rates: Rates = struct.field(pytree_node=False)
+    kept: Shares
 
     def at(self, index_M: jax.Array) -> "Drop":
         """The same for some of the positions."""
-        return Drop(self.ids_E, self.place_T[index_M], self.offset_T[index_M], self.rates)
+        return Drop(self.ids_E, self.place_T[index_M], self.offset_T[index_M], self.kept)
+
+
+def kept_in(model: nn.Module) -> Shares | None:
+    """What the outermost module is given to keep; None where nothing is dropped of rows."""
+    kept: Shares | None = model.get_variable(STREAM, "kept")
+    return kept if kept is not None and kept.by_example else None
 
 
 def row_drop(
-    model: nn.Module, rates: Rates, examples_E: jax.Array | None, segments_T: jax.Array
+    kept: Shares | None, examples_E: jax.Array | None, segments_T: jax.Array
 ) -> Drop | None:
     """What a row's layers are told; None where nothing is dropped.
 
     Args:
-        model: is given a key, or not.
-        rates: how much is dropped.
+        kept: what the model is given.
         examples_E: the id of the example that is segment 1, of that which is segment 2, ...
         segments_T: positions of one segment lie side by side.
     """
-    if not any(rates) or not model.has_rng(STREAM):
+    if kept is None:
         return None
     assert examples_E is not None, "dropout goes by the ids of examples"
     index_T = jnp.arange(segments_T.shape[0])
     starts_T = jnp.where(segments_T != jnp.roll(segments_T, 1), index_T, 0)
     offset_T = index_T - jax.lax.cummax(starts_T)
-    return Drop(examples_E, jnp.maximum(segments_T - 1, 0), offset_T, rates)
+    return Drop(examples_E, jnp.maximum(segments_T - 1, 0), offset_T, kept)
 
 
-def context_drop(model: nn.Module, rates: Rates, length: int) -> Drop | None:
+def context_drop(kept: Shares | None, length: int) -> Drop | None:
     """What the layers of a context of this length are told; None where nothing is dropped."""
-    return _shared(length, rates) if any(rates) and model.has_rng(STREAM) else None
+    return None if kept is None else _shared(length, kept)
 
 
-def _shared(length: int, rates: Rates) -> Drop:
+def _shared(length: int, kept: Shares) -> Drop:
     """For positions that all rows have in common."""
-    return Drop(jnp.zeros(1, int), jnp.zeros(length, int), jnp.arange(length), rates)
+    return Drop(jnp.zeros(1, int), jnp.zeros(length, int), jnp.arange(length), kept)
 
 
 def dropped(module: nn.Module, x: jax.Array, drop: Drop | None) -> jax.Array:
     """Vectors [T, ...] with entries dropped, and the others scaled up to the same mean."""
-    if drop is None or not drop.rates.model or not x.shape[0]:
+    if drop is None or drop.kept.model is None or not x.shape[0]:
         return x
-    key, kept = module.make_rng(STREAM), 1 - drop.rates.model
+    key, kept = module.make_rng(STREAM), drop.kept.model
 
     def keep(example: jax.Array) -> jax.Array:
         return jax.random.bernoulli(jax.random.fold_in(key, example), kept, x.shape[1:])
 
     keep_E = jax.vmap(keep)(drop.ids_E)
-    return jnp.where(keep_E[drop.place_T], x / kept, 0)
+    return masked(keep_E[drop.place_T], x, kept)
 
 
 def lora_dropped(module: nn.Module, x: jax.Array, drop: Drop | None) -> jax.Array:
     """The same at LoRA's rate, each position by itself."""
-    if drop is None or not drop.rates.lora:
+    if drop is None or drop.kept.lora is None:
         return x
-    return _each_position(module, x, drop, x.shape[1:], drop.rates.lora)
+    return _each_position(module, x, drop, x.shape[1:], drop.kept.lora)
 
 
 def dropped_keys(
@@ -115,18 +137,18 @@ def dropped_keys(
         parts: those that all rows see, and last the row's own.
         drop: of the row that the last are of.
     """
-    if drop is None or not drop.rates.model:
+    if drop is None or drop.kept.model is None:
         return list(parts)
-    drops = [_shared(k.shape[0], drop.rates) for k, _ in parts[:-1]] + [drop]
+    drops = [_shared(k.shape[0], drop.kept) for k, _ in parts[:-1]] + [drop]
     made = []
     for (k_SGK, v_SGK), one in zip(parts, drops, strict=True):
         heads = (v_SGK.shape[1], 1)
-        made.append((k_SGK, _each_position(module, v_SGK, one, heads, drop.rates.model)))
+        made.append((k_SGK, _each_position(module, v_SGK, one, heads, drop.kept.model)))
     return made
 
 
 def _each_position(
-    module: nn.Module, x: jax.Array, drop: Drop, shape: tuple[int, ...], rate: float
+    module: nn.Module, x: jax.Array, drop: Drop, shape: tuple[int, ...], kept: Share
 ) -> jax.Array:
     """`x` [T, ...] with a mask of this shape for every position."""
     if not x.shape[0]:
@@ -135,6 +157,11 @@ def _each_position(
 
     def keep(example: jax.Array, offset: jax.Array) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key, example), offset)
-        return jax.random.bernoulli(own, 1 - rate, shape)
+        return jax.random.bernoulli(own, kept, shape)
 
-    return jnp.where(jax.vmap(keep)(drop.ids_E[drop.place_T], drop.offset_T), x / (1 - rate), 0)
+    return masked(jax.vmap(keep)(drop.ids_E[drop.place_T], drop.offset_T), x, kept)
+
+
+def masked(keep: jax.Array, x: jax.Array, kept: Share) -> jax.Array:
+    """`x` where the mask keeps it, scaled up to the same mean and rounded once; else 0."""
+    return jnp.where(keep, (x * (1 / kept)).astype(x.dtype), 0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from softprompt.models.attention import accumulate
-from softprompt.models.dropout import Drop, lora_dropped
+from softprompt.models.dropout import STREAM, Drop, Shares, lora_dropped
 from softprompt.models.quantize import PARTS, dequantize
 
 _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=-1)
@@ -32,13 +32,17 @@ def read_delta(module: nn.Module, name: str) -> jax.Array | None:
     return module.get_variable("delta", name)
 
 
-def collections(weights: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+def collections(
+    weights: Any, variables: Mapping[str, Any], kept: Shares | None = None
+) -> dict[str, Any]:
     """What a model is applied to: frozen weights, and a method's variables beside them.
 
-    Weights that are trained themselves come among the variables, as "params".
+    Weights that are trained themselves come among the variables, as "params". `kept` is for a step
+    that drops something.
     """
     beside = {name: tree for name, tree in variables.items() if name != "params"}
-    return {"params": {**weights, **variables.get("params", {})}, "delta": beside}
+    made = {"params": {**weights, **variables.get("params", {})}, "delta": beside}
+    return made if kept is None else made | {STREAM: {"kept": kept}}
 
 
 class Linear(nn.Module):

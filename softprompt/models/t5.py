@@ -33,7 +33,7 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.decoder import Cached, Context
-from softprompt.models.dropout import Rates, row_drop
+from softprompt.models.dropout import kept_in, row_drop
 from softprompt.models.layers import Embed, Linear
 from softprompt.models.stack import Gather
 from softprompt.models.t5_layers import KeysValues, T5Config
@@ -78,15 +78,15 @@ class Memory:
 class T5(nn.Module):
     """The model. Each method takes one row.
 
+    Dropout (see `dropout`) is of entries of embeddings, of what each sublayer makes, inside the
+    feed-forward and behind the final norms, and of keys of attention, as in T5X.
+
     Attributes:
         config: sizes.
         dtype: what it computes in. Norms, softmax, relative biases and logits are at least float32.
         prompt_to_input: whether a prompt sees the input; see the module's own docstring.
         remat: what the backward pass computes again, see `stack`.
         gather: see `stack`; None where weights lie as they are computed with.
-        dropout: rates, see `dropout`. As in T5X entries are dropped of embeddings, of what each
-            sublayer makes, inside the feed-forward and behind the final norms, and keys of
-            attention.
     """
 
     config: T5Config
@@ -94,13 +94,12 @@ class T5(nn.Module):
     prompt_to_input: bool = True
     remat: str = "none"
     gather: Gather | None = None
-    dropout: Rates = Rates()
 
     def setup(self) -> None:
         """Declares embeddings, the two stacks, and the head where it is not tied."""
         c = self.config
         self.embed = Embed(c.vocab, c.width, self.dtype)
-        memory = self.remat, self.gather, self.dropout
+        memory = self.remat, self.gather
         self.encoder = Stack(c, c.encoder_layers, False, self.dtype, *memory)
         self.decoder = Stack(c, c.decoder_layers, True, self.dtype, *memory)
         if not c.tied:
@@ -113,14 +112,15 @@ class T5(nn.Module):
             none = jnp.zeros((0, self.config.width), self.dtype)
             encoder, decoder = self.encoder.prefix_context(), self.decoder.prefix_context()
             return Contexts(encoder, none, decoder, cross)
-        encoder, states_PD = self.encoder.prompt_context()
-        decoder, _ = self.decoder.prompt_context()
+        kept = kept_in(self)
+        encoder, states_PD = self.encoder.prompt_context(kept)
+        decoder, _ = self.decoder.prompt_context(kept)
         return Contexts(encoder, states_PD, decoder, cross)
 
     def text_context(self, tokens_P: jax.Array, *, place: str) -> Context:
         """The context of a text in one stack, "encoder" or "decoder", which sees nothing else."""
         stack: Stack = getattr(self, place)
-        return stack.context_of(self.embed(tokens_P))[0]
+        return stack.context_of(self.embed(tokens_P), None)[0]
 
     def encode(
         self,
@@ -148,7 +148,7 @@ class T5(nn.Module):
         """
         x_SD = self.encoder.with_prompt(self.embed(tokens_S), prompt_index_S)
         mask_SS = segments_S[:, None] == segments_S
-        drop = row_drop(self, self.dropout, examples_E, segments_S)
+        drop = row_drop(kept_in(self), examples_E, segments_S)
         x_SD, _ = self.encoder(x_SD, contexts.encoder, mask_SS, positions_S, drop=(drop, None))
         return self.encoder.final_states(x_SD, drop)
 
@@ -186,7 +186,8 @@ class T5(nn.Module):
         mask_TS = (segments_T[:, None] == segments_T) & (index_T[:, None] >= index_T)
         if branches_T is not None:
             mask_TS &= branches_T[:, None] == branches_T
-        drop = row_drop(self, self.dropout, examples_E, segments_T)
+        kept = kept_in(self)
+        drop = row_drop(kept, examples_E, segments_T)
         x_TD, _ = self.decoder(
             x_TD,
             contexts.decoder,
@@ -195,7 +196,7 @@ class T5(nn.Module):
             states=(contexts.states_PD, states_SD),
             cross_mask_TS=segments_T[:, None] == encoder_segments_S,
             cross_prefix=contexts.cross,
-            drop=(drop, row_drop(self, self.dropout, examples_E, encoder_segments_S)),
+            drop=(drop, row_drop(kept, examples_E, encoder_segments_S)),
         )
         return x_TD
 
@@ -219,7 +220,7 @@ class T5(nn.Module):
     def target_states(self, contexts: Contexts, row: Mapping[str, jax.Array]) -> jax.Array:
         """What the head reads [M, D] at the positions that `targets` is of."""
         x_MD, index_M = self.targets(contexts, row), row["index_M"]
-        drop = row_drop(self, self.dropout, row.get("examples_E"), row["segments_T"])
+        drop = row_drop(kept_in(self), row.get("examples_E"), row["segments_T"])
         return self.decoder.final_states(x_MD, None if drop is None else drop.at(index_M))
 
     # Where `jax.vmap` over inputs finds the axis of inputs in `prefill`'s memory.

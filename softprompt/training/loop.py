@@ -21,7 +21,7 @@ from softprompt.training.delta_file import save_delta
 from softprompt.training.feed import Feed
 from softprompt.training.logs import MetricsLog
 from softprompt.training.optimizers import averaged, set_rate
-from softprompt.training.step import TrainStep
+from softprompt.training.step import Key, TrainStep, folded
 
 Tree = Any
 PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again
@@ -105,7 +105,8 @@ class Parts:
         weights: the frozen model.
         source: batches by step.
         rates: learning rate of each step [steps].
-        key: the trial's random key; a step's is folded from it.
+        key: the trial's, random, with what is kept where something is dropped; a step's is folded
+            from it.
         mesh: where rows go.
         row_multiple: empty rows are added to a batch until its rows are a multiple of this.
         evaluate: delta -> validation metrics.
@@ -122,7 +123,7 @@ class Parts:
     weights: Tree
     source: TrainSource
     rates: np.ndarray
-    key: jax.Array
+    key: Key
     mesh: jax.sharding.Mesh
     row_multiple: int
     evaluate: Callable[[Tree], dict[str, float]]
@@ -172,7 +173,7 @@ def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager
         while state.step < loop.steps and not stopped(loop, state):
             batch = feed.take(pending and pending[1])
             rate = float(parts.rates[state.step])
-            key = jax.random.fold_in(parts.key, state.step)
+            key = folded(parts.key, state.step)
             opt_state = set_rate(state.opt_state, parts.rates[state.step])
             state.delta, state.opt_state, metrics = parts.step(
                 state.delta, opt_state, parts.weights, batch, key

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from softprompt.training.step import TrainStep, Tree
+from softprompt.training.step import Key, TrainStep, Tree
 
 
 class Member(NamedTuple):
@@ -24,7 +24,7 @@ class Member(NamedTuple):
     delta: Tree
     opt_state: Tree
     batch: Tree
-    key: jax.Array
+    key: Key
 
 
 def population_step(

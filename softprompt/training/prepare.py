@@ -19,14 +19,13 @@ from softprompt.errors import UserError
 from softprompt.evaluation.scoring import shared_function, text_context_function
 from softprompt.methods import METHODS
 from softprompt.methods.initializers import embedding_rms
-from softprompt.methods.lora import LoraConfig
 from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.methods.setup import few_shot_tokens, method_config
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
-from softprompt.models.dropout import Rates
+from softprompt.models.dropout import Shares
 from softprompt.models.kernels import Case, Kernel, choose, device_of
 from softprompt.models.layers import collections
 from softprompt.models.loading import Loaded
@@ -36,8 +35,8 @@ from softprompt.schema import UNTRAINED
 from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.session import SPLITS, Session, TaskData, optimizer_config
-from softprompt.training.sharding import path_name, put, replicated, weight_shardings
-from softprompt.training.step import StepConfig, row_inputs
+from softprompt.training.sharding import path_name, put, random_key, replicated, weight_shardings
+from softprompt.training.step import Draw, Key, StepConfig, row_inputs
 
 Tree = Any
 
@@ -192,10 +191,8 @@ def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout
         length, places = cfg.length, cfg.places
     if isinstance(cfg, PromptConfig) and cfg.bos_before is not None:
         length += 1
-    lora = config.method.dropout if isinstance(cfg, LoraConfig) else 0.0
-    rates = Rates(config.train.dropout, lora)
     prompts = cfg.tasks if isinstance(cfg, MultitaskConfig) else 0
-    model = loaded.model.clone(remat=config.mesh.remat, dropout=rates)
+    model = loaded.model.clone(remat=config.mesh.remat)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
         return model, dataclasses.replace(DECODER, prompts=prompts), (0, length)
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
@@ -238,8 +235,31 @@ def train_source(prepared: Prepared) -> TrainSource:
     """The training batches of a trial, by step."""
     config, train, layout = prepared.config, prepared.train, prepared.layout
     template = prepared.session.template(config, train, layout)
-    ids = any(prepared.step.model.dropout)
+    ids = kept_shares(config).by_example
     return TrainSource(train, template, config.seed, layout, ids=ids)
+
+
+def kept_shares(config: ConfigDict) -> Shares:
+    """What a trial's dropout keeps, float32 []; None where its rate is 0."""
+    method, kept = config.method, Shares(model=_share(config.train.dropout))
+    if method.name in ("lora", "prompt"):
+        kept = kept._replace(**{method.name: _share(method.dropout)})
+    return kept
+
+
+def _share(rate: float) -> np.ndarray | None:
+    return np.asarray(1 - rate, np.float32) if rate else None
+
+
+def trial_key(prepared: Prepared) -> Key:
+    """The random key of a trial's steps, with what they keep where they drop something.
+
+    All of it is on every device of every process.
+    """
+    key, kept = random_key(prepared.config.seed, prepared.mesh), kept_shares(prepared.config)
+    if not jax.tree.leaves(kept):
+        return key
+    return Draw(key, jax.tree.map(lambda share: put(share, replicated(prepared.mesh)), kept))
 
 
 def initial_state(prepared: Prepared) -> loop.State:

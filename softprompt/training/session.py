@@ -279,7 +279,9 @@ class Session:
 
 
 def _shapes(arguments: Any) -> tuple[Any, ...]:
-    return tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(arguments))
+    """Of all arrays, and how they are put together: a key's structure says what is dropped."""
+    leaves, structure = jax.tree.flatten(arguments)
+    return (structure, *((a.shape, str(a.dtype)) for a in leaves))
 
 
 def encode_records(

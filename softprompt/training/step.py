@@ -1,6 +1,7 @@
 """The training step: a pure function of (delta, opt_state, weights, batch, key).
 
-Gradients are taken with respect to the first argument only; frozen is a fact of the signature.
+Gradients are taken with respect to the first argument only; frozen is a fact of the signature. The
+last is a random key, or where something is dropped a `Draw`, which has the shares too: data.
 """
 
 import functools
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from softprompt.methods import METHODS
-from softprompt.methods.prompt import PromptConfig, dropped
+from softprompt.methods.prompt import dropped
 from softprompt.models import Model
-from softprompt.models.dropout import STREAM
+from softprompt.models.dropout import STREAM, Shares
 from softprompt.models.layers import collections
 from softprompt.training.optimizers import row_norms
 
@@ -25,7 +26,10 @@ Metrics = dict[str, jax.Array]
 
 
 class StepConfig(NamedTuple):
-    """All that is static in a training step: trials that agree in it share one compiled program.
+    """What is static in a training step besides shapes and the optimizer.
+
+    Trials that agree in all of these, and in what is dropped, if not in how much, share one
+    compiled program: `Draw` has their rates.
 
     Attributes:
         model: a decoder or an encoder-decoder, without its weights.
@@ -42,19 +46,38 @@ class StepConfig(NamedTuple):
     microbatches: int = 1
 
 
+class Draw(NamedTuple):
+    """The key of a step that drops something, and how much it keeps."""
+
+    key: jax.Array
+    kept: Shares
+
+
+Key = jax.Array | Draw
+
+
+def folded(key: Key, step: int) -> Key:
+    """A step's key, of a trial's."""
+    if isinstance(key, Draw):
+        return key._replace(key=jax.random.fold_in(key.key, step))
+    return jax.random.fold_in(key, step)
+
+
 class Keys(NamedTuple):
-    """Random keys of a step's dropout: of a prompt, of the context, and of what follows it."""
+    """A step's dropout: random keys of a prompt, the context and what follows it; what is kept."""
 
     prompt: jax.Array
     context: jax.Array
     rows: jax.Array
+    kept: Shares
 
 
-def dropout_keys(config: StepConfig, key: jax.Array) -> Keys | None:
+def dropout_keys(key: Key) -> Keys | None:
     """The keys of a step; None where nothing is dropped."""
-    cfg = config.method_config
-    prompt = isinstance(cfg, PromptConfig) and cfg.dropout > 0
-    return Keys(*jax.random.split(key, 3)) if prompt or any(config.model.dropout) else None
+    if not isinstance(key, Draw):
+        return None
+    prompt, context, rows = jax.random.split(key.key, 3)
+    return Keys(prompt, context, rows, key.kept)
 
 
 def shared_part(config: StepConfig, delta: Tree, weights: Tree, keys: Keys | None = None) -> Shared:
@@ -62,24 +85,24 @@ def shared_part(config: StepConfig, delta: Tree, weights: Tree, keys: Keys | Non
 
     Without keys nothing is dropped.
     """
-    cfg, rngs = config.method_config, None
+    cfg, rngs, kept = config.method_config, None, None
     if keys is not None:
-        rngs = {STREAM: keys.context}
-        if isinstance(cfg, PromptConfig):
-            delta = dropped(delta, cfg, keys.prompt)
+        rngs, kept = {STREAM: keys.context}, keys.kept
+        if kept.prompt is not None:
+            delta = dropped(delta, cfg, keys.prompt, kept.prompt)
     variables = METHODS[config.method].variables(delta, weights, cfg, None)
-    model = collections(weights, variables)
+    model = collections(weights, variables, kept)
     return variables, config.model.apply(model, method="prompt_context", rngs=rngs)
 
 
 def row_logits(
-    model: Model, weights: Tree, shared: Shared, batch: Batch, key: jax.Array | None = None
+    model: Model, weights: Tree, shared: Shared, batch: Batch, keys: Keys | None = None
 ) -> jax.Array:
-    """Logits [R, M, V] at the positions `index_RM` of every row; without a key none is dropped."""
+    """Logits [R, M, V] at the positions `index_RM` of every row; without keys none is dropped."""
     variables, context = shared
-    rngs = None if key is None else {STREAM: key}
+    rngs, kept = (None, None) if keys is None else ({STREAM: keys.rows}, keys.kept)
     apply: Callable[..., Any] = functools.partial(
-        model.apply, collections(weights, variables), rngs=rngs
+        model.apply, collections(weights, variables, kept), rngs=rngs
     )
     x_RMD = jax.vmap(lambda row: apply(context, row, method="target_states"))(row_inputs(batch))
     # The head is no row's affair: its matrix, if it is trained, gets one gradient.
@@ -107,8 +130,7 @@ def rows_loss(
     The weights make the loss a plain sum over rows: neither packing, nor padding rows, nor
     microbatches, nor devices change what it means.
     """
-    key = None if keys is None else keys.rows
-    logits_RMV = row_logits(config.model, weights, shared, batch, key)
+    logits_RMV = row_logits(config.model, weights, shared, batch, keys)
     norm_RM = jax.nn.logsumexp(logits_RMV, axis=-1)
     target_RM, weight_RM = batch["target_RM"], batch["weight_RM"]
     right_RM = jnp.take_along_axis(logits_RMV, target_RM[..., None], axis=-1)[..., 0]
@@ -119,22 +141,22 @@ def rows_loss(
 
 
 def loss_fn(
-    delta: Tree, weights: Tree, batch: Batch, key: jax.Array, *, config: StepConfig
+    delta: Tree, weights: Tree, batch: Batch, key: Key, *, config: StepConfig
 ) -> tuple[jax.Array, Metrics]:
-    """Loss of a step and its metrics. `key` is for a method's or model's dropout."""
-    keys = dropout_keys(config, key)
+    """Loss of a step and its metrics."""
+    keys = dropout_keys(key)
     return rows_loss(config, shared_part(config, delta, weights, keys), weights, batch, keys)
 
 
 def accumulated(
-    delta: Tree, weights: Tree, batch: Batch, key: jax.Array, *, config: StepConfig
+    delta: Tree, weights: Tree, batch: Batch, key: Key, *, config: StepConfig
 ) -> tuple[tuple[jax.Array, Metrics], Tree]:
     """Value and gradient of `loss_fn`, a microbatch of rows at a time.
 
     The context is computed once, outside the microbatches; its cotangents are summed and pulled
     back once. Dropout goes by examples, so that a part drops what the whole would.
     """
-    keys = dropout_keys(config, key)
+    keys = dropout_keys(key)
     shared, pull_back = jax.vjp(lambda d: shared_part(config, d, weights, keys), delta)
     # Row r goes to part r mod n: a part has rows of every device, which keep them where they are.
     parts = {
@@ -154,7 +176,7 @@ def accumulated(
 
 
 def gradients(
-    delta: Tree, weights: Tree, batch: Batch, key: jax.Array, *, config: StepConfig
+    delta: Tree, weights: Tree, batch: Batch, key: Key, *, config: StepConfig
 ) -> tuple[Metrics, Tree]:
     """Metrics of the batch's rows and the delta's gradient: sums over rows, as the loss is."""
     if config.microbatches == 1:
@@ -165,7 +187,7 @@ def gradients(
     return metrics, grads
 
 
-Gradients = Callable[[Tree, Tree, Batch, jax.Array], tuple[Metrics, Tree]]
+Gradients = Callable[[Tree, Tree, Batch, Key], tuple[Metrics, Tree]]
 
 
 def train_step(
@@ -173,7 +195,7 @@ def train_step(
     opt_state: Tree,
     weights: Tree,
     batch: Batch,
-    key: jax.Array,
+    key: Key,
     *,
     config: StepConfig,
     tx: optax.GradientTransformation,
@@ -186,7 +208,7 @@ def train_step(
         opt_state: the optimizer's state, which carries the learning rate. Donated when jitted.
         weights: the frozen model.
         batch: see `softprompt.data.pipeline`.
-        key: folded from the trial's seed and the step.
+        key: folded from the trial's seed and the step; a `Draw` where something is dropped.
         config: what is static.
         tx: the optimizer.
         spread: how `gradients` goes over devices, see `softprompt.training.sharding.by_device`.
@@ -209,4 +231,4 @@ def train_step(
     return delta, opt_state, metrics
 
 
-TrainStep = Callable[[Tree, Tree, Tree, Batch, jax.Array], tuple[Tree, Tree, Metrics]]
+TrainStep = Callable[[Tree, Tree, Tree, Batch, Key], tuple[Tree, Tree, Metrics]]

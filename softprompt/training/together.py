@@ -15,7 +15,7 @@ from softprompt.schema import UNTRAINED
 from softprompt.training.estimate import step_memory, trained
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, device_memory
 from softprompt.training.population import Population
-from softprompt.training.prepare import Prepared, delta_shapes, prepare, train_source
+from softprompt.training.prepare import Prepared, delta_shapes, kept_shares, prepare, train_source
 from softprompt.training.session import Session, optimizer_config
 from softprompt.training.trial import run_trial
 
@@ -38,8 +38,8 @@ class Together:
         """Groups of trials, as their places in `trials`, and how many of each run at a time.
 
         Trials are of one group when their steps are one program on the same weights: they may
-        differ in seed, initialiser, rate, schedule, length of training, and task where rows have
-        equal shapes.
+        differ in seed, initialiser, rate, schedule, length of training, how much is dropped where
+        the same is, and task where rows have equal shapes.
         """
         groups: dict[Any, list[int]] = {}
         widths: dict[Any, int] = {}
@@ -74,7 +74,8 @@ class Together:
         sizes = tuple((str(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
         tree, rows = to_dict(config), (shape, prepared.layout, sizes)
         same = json.dumps([tree["model"], tree["mesh"]], sort_keys=True)
-        key = (prepared.step, optimizer_config(config), same, rows)
+        drops = jax.tree.structure(kept_shares(config))
+        key = (prepared.step, drops, optimizer_config(config), same, rows)
         most = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
         return key, max(1, min(asked or most, room(prepared)))
 

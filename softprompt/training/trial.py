@@ -52,9 +52,10 @@ from softprompt.training.prepare import (
     prepare,
     step_flops,
     train_source,
+    trial_key,
 )
 from softprompt.training.session import Session, TaskData, optimizer_config, scoring_budget
-from softprompt.training.sharding import put_batch, random_key
+from softprompt.training.sharding import put_batch
 from softprompt.training.step import StepConfig
 
 Tree = Any
@@ -186,7 +187,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     if not prepared.frozen:  # the weights are trained, and their first values were copied
         session.release(config)
     source = train_source(prepared)
-    key = random_key(config.seed, mesh)
+    key = trial_key(prepared)
     multiple = mesh.shape["data"] * config.train.microbatches
     batch = put_batch(mesh, pad_rows(source[0], multiple))
     opt_state = set_rate(state.opt_state, np.float32(0))

@@ -8,6 +8,7 @@ import pytest
 
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session, trial_config, write_task
+from tests.contracts.test_population import alone, apart, configs, outcome
 from tests.training.test_together import run
 
 TRIALS = (
@@ -23,6 +24,8 @@ GRID = tuple(
     {"method__length": length, "seed": seed, "method__init": init, "train__steps": 2}
     for length, seed, init in itertools.product((3, 5), (0, 1), ("vocabulary", "uniform"))
 )
+
+DROPS = ((0.1, 0.4), (0.3, 0.2))  # of the model, and of the method
 
 STEPS, SCORING = ("train_step", "population_step"), ("score", "shared_part")
 EVENTS = {  # what jax calls them
@@ -90,6 +93,21 @@ def test_averaged_and_capped_trials_share_one_step(tiny_folder, tmp_path, progra
             run_trial(config, tmp_path / str(n), session=shared)
         assert len(shared.compiled) == 1
     assert programs(STEPS) == each(1, "train_step")
+
+
+@pytest.mark.parametrize("method", ["prompt", "lora"])
+def test_trials_of_unlike_dropout_share_one_step(tiny_folder, tmp_path, programs, method):
+    """And the second is what it is alone, at its own rates. Mutations: what is kept is static; it
+    is that of the session's first trial.
+    """
+    some = [{"train__dropout": model, "method__dropout": own} for model, own in DROPS]
+    trials = configs(tiny_folder, tmp_path, some, method__name=method)
+    with session() as shared:
+        ours = [outcome(config, tmp_path / str(n), shared) for n, config in enumerate(trials)]
+        assert len(shared.compiled) == 1
+    assert programs() == each(1, "train_step", *SCORING)
+    assert min(apart(*ours)) > 1e-3
+    assert max(apart(ours[1], alone(trials[1], tmp_path / "alone"))) <= 1e-5
 
 
 @pytest.mark.parametrize("population", [1, 2, 0])

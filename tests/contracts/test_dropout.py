@@ -19,7 +19,7 @@ from softprompt.methods.prompt import PromptConfig
 from softprompt.methods.prompt import dropped as dropped_prompt
 from softprompt.models.dropout import (
     STREAM,
-    Rates,
+    Shares,
     dropped,
     dropped_keys,
     lora_dropped,
@@ -27,6 +27,7 @@ from softprompt.models.dropout import (
 )
 from softprompt.models.stack import stack
 from softprompt.training.step import (
+    Draw,
     StepConfig,
     accumulated,
     dropout_keys,
@@ -50,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 @functools.cache
-def made(kind, method, rates, prompt_rate=0.0):
+def made(kind, method, kept):
     """A step, its delta (moved off its start), the weights and the layout."""
     places = () if kind == "decoder" else ("encoder", "decoder")
     inline = {} if kind == "decoder" else {"prompt_to_input": kind == "t5"}
@@ -58,14 +59,14 @@ def made(kind, method, rates, prompt_rate=0.0):
     slots = P if method == "prompt" and kind == "t5" else 0
     layout = Layout(0, slots, slots) if places else DECODER
     cfg = {
-        "prompt": PromptConfig(P, None, SOURCE, places=places, dropout=prompt_rate),
+        "prompt": PromptConfig(P, None, SOURCE, places=places),
         "prefix": PrefixConfig(P, places and (*places, "cross")),
-        "lora": LoraConfig(3, 5.0, targets=("q", "down") if rates.model else PROJECTIONS),
+        "lora": LoraConfig(3, 5.0, targets=("q", "down") if kept.model else PROJECTIONS),
     }[method]
     delta = METHODS[method].init(KEY, model, weights, cfg)
     noise = iter(jax.random.split(KEY, 99))
     delta = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(noise), x.shape), delta)
-    return StepConfig(model.clone(dropout=rates), method, cfg), delta, weights, layout
+    return StepConfig(model, method, cfg), delta, weights, layout
 
 
 def batch_of(rows, layout):
@@ -78,26 +79,26 @@ def batch_of(rows, layout):
 
 @functools.partial(quick_jit, static_argnames="config")
 def logits(config, delta, weights, batch, key):
-    keys = dropout_keys(config, key)
+    keys = dropout_keys(key)
     shared = shared_part(config, delta, weights, keys)
-    return row_logits(config.model, weights, shared, batch, keys.rows)
+    return row_logits(config.model, weights, shared, batch, keys)
 
 
-def by_id(made, rows, key=KEY, renamed=lambda ids_RE: ids_RE):
+def by_id(case, rows, key=KEY, renamed=lambda ids_RE: ids_RE):
     """The logits [targets, V] of every example in the order of examples."""
-    *step, layout = made
+    *step, layout = made(*case)
     batch = batch_of(rows, layout)
     batch["examples_RE"] = renamed(batch["examples_RE"])
-    found = dict(by_example(ENCODED, rows, logits(*step, batch, key)))
+    found = dict(by_example(ENCODED, rows, logits(*step, batch, Draw(key, case[-1]))))
     return np.concatenate([found[n] for n in range(5)])
 
 
 CASES = [
-    ("decoder", "prompt", Rates(0.3), 0.2),
-    ("decoder", "lora", Rates(0.2, 0.4)),
-    ("t5", "prompt", Rates(0.3), 0.2),
-    ("t5", "prefix", Rates(0.3)),
-    ("contexts", "prompt", Rates(0.3)),
+    ("decoder", "prompt", Shares(0.7, prompt=0.8)),
+    ("decoder", "lora", Shares(0.8, 0.6)),
+    ("t5", "prompt", Shares(0.7, prompt=0.8)),
+    ("t5", "prefix", Shares(0.7)),
+    ("contexts", "prompt", Shares(0.7)),
 ]
 
 
@@ -106,11 +107,10 @@ def test_an_example_is_dropped_alike_in_any_row(case):
     """Mutations: masks by a segment's place, by its row, or by a position in the row; a context's
     mask drawn with the rows; ids left out of a mask; the step's key left out.
     """
-    step = made(*case)
-    wanted = by_id(step, ROWS[0])
+    wanted = by_id(case, ROWS[0])
     for rows in ROWS[1:]:
-        np.testing.assert_allclose(by_id(step, rows), wanted, **EXACT)
-    others = by_id(step, ROWS[0], jax.random.key(9)), by_id(step, ROWS[0], KEY, lambda x: x + 1)
+        np.testing.assert_allclose(by_id(case, rows), wanted, **EXACT)
+    others = by_id(case, ROWS[0], jax.random.key(9)), by_id(case, ROWS[0], KEY, lambda x: x + 1)
     for other in others:
         assert (np.abs(other - wanted).max(axis=1) > 1e-3).all()
 
@@ -126,7 +126,7 @@ def test_microbatches_and_remat_drop_the_same(case):
             function = functools.partial(accumulated, config=config)
         else:
             function = jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True)
-        return quick_jit(function)(delta, weights, batch, KEY)
+        return quick_jit(function)(delta, weights, batch, Draw(KEY, case[-1]))
 
     other = config._replace(model=config.model.clone(remat="layer"), microbatches=2)
     close = functools.partial(np.testing.assert_allclose, **EXACT)
@@ -134,18 +134,36 @@ def test_microbatches_and_remat_drop_the_same(case):
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=lambda case: f"{case[0]}, {case[1]}")
-def test_nothing_is_dropped_without_a_key(case):
-    """Evaluation. Mutation: a rate alone switches dropout on, or changes what is computed."""
+def test_nothing_is_dropped_without_shares(case):
+    """Evaluation has no keys, a trial without dropout a bare one. Mutations: keys are made of that;
+    masks are drawn, at a share of 1, where none is given.
+    """
     config, delta, weights, layout = made(*case)
     batch = batch_of(ROWS[1], layout)
 
-    def run(config):
-        function = lambda *a: row_logits(config.model, a[1], shared_part(config, *a[:2]), a[2])  # noqa: E731
-        return jax.jit(function).lower(delta, weights, batch).as_text()
+    def drawn(kept):
+        keys = None if kept is None else dropout_keys(Draw(KEY, kept))
 
-    plain = config._replace(model=config.model.clone(dropout=Rates()))
-    assert run(config) == run(plain)
-    assert dropout_keys(plain._replace(method_config=None), KEY) is None
+        def function(delta, weights, batch):
+            shared = shared_part(config, delta, weights, keys)
+            return row_logits(config.model, weights, shared, batch, keys)
+
+        jaxpr = jax.make_jaxpr(function)(delta, weights, batch)
+        return sum(e.primitive.name == "random_bits" for e in equations(jaxpr))
+
+    assert drawn(None) == drawn(Shares()) == 0
+    assert dropout_keys(KEY) is None
+
+
+def test_one_program_drops_at_any_rate():
+    """Mutation: the share that a program was traced with stays in it."""
+    case = CASES[0]
+    first = by_id(case, ROWS[0])
+    programs = logits._cache_size()
+    for other in (Shares(0.6, prompt=0.8), Shares(0.7, prompt=0.9)):
+        found = by_id((*case[:2], other), ROWS[0])
+        assert (np.abs(found - first).max(axis=1) > 1e-3).all()
+    assert logits._cache_size() == programs
 
 
 PLACES = {  # masks of the layers, an encoder's first; inline prompts, so that contexts are empty
@@ -160,11 +178,11 @@ PLACES = {  # masks of the layers, an encoder's first; inline prompts, so that c
 @pytest.mark.parametrize("kind, method", PLACES)
 def test_every_place_has_a_mask(kind, method):
     """GPT-2's places, and T5X's; what every A reads. Mutation: leave one out."""
-    rates = Rates(0.3) if method == "prompt" else Rates(0, 0.3)
-    config, delta, weights, layout = made(kind, method, rates)
-    shared = shared_part(config, delta, weights)
+    kept = Shares(0.7) if method == "prompt" else Shares(lora=0.7)
+    config, delta, weights, layout = made(kind, method, kept)
+    shared, keys = shared_part(config, delta, weights), dropout_keys(Draw(KEY, kept))
     function = functools.partial(row_logits, config.model)
-    jaxpr = jax.make_jaxpr(function)(weights, shared, batch_of(ROWS[0], layout), KEY)
+    jaxpr = jax.make_jaxpr(function)(weights, shared, batch_of(ROWS[0], layout), keys)
     drawn = [e for e in equations(jaxpr) if e.primitive.name == "random_bits"]
     assert len(drawn) == PLACES[kind, method]
 
@@ -186,7 +204,7 @@ def masks(keys):
     class Layers(nn.Module):
         @nn.compact
         def __call__(self):
-            drop = row_drop(self, Rates(0.25, 0.5), jnp.array([7, 9]), segments_T)
+            drop = row_drop(Shares(0.75, 0.5), jnp.array([7, 9]), segments_T)
             return stack(Masks, length=3)()(0.0, jnp.zeros(3), drop)[1]
 
     return jax.vmap(lambda key: Layers().apply({}, rngs={STREAM: key}))(keys)
@@ -219,18 +237,16 @@ def test_masks_keep_the_mean_and_differ_where_they_should():
 def test_a_prompt_is_dropped_once_a_step_and_bos_never():
     """Mutations: BOS is dropped too; both stacks get one mask; no scaling."""
     delta = {place: {"prompt": jnp.ones((3, 4))} for place in ("encoder", "decoder")}
-    cfg = PromptConfig(3, places=("encoder", "decoder"), dropout=0.25)
-    many = jax.vmap(lambda key: dropped_prompt(delta, cfg, key))(jax.random.split(KEY, 2000))
+    cfg, keys = PromptConfig(3, places=("encoder", "decoder")), jax.random.split(KEY, 2000)
+    many = jax.vmap(lambda key: dropped_prompt(delta, cfg, key, 0.75))(keys)
     first, second = (np.asarray(many[place]["prompt"]) for place in ("encoder", "decoder"))
     for x in (first, second):
         assert np.abs(x.mean(axis=0) - 1).max() < 5 * np.sqrt(1 / 3 / 2000)
     assert (first != second).mean() == pytest.approx(2 * 0.75 * 0.25, abs=0.03)
     model, weights = tiny_decoder()
-    cfg = PromptConfig(P, 7, SOURCE, dropout=0.9)
-    step = StepConfig(model, "prompt", cfg)
-    variables, _ = shared_part(
-        step, {"prompt": jnp.ones((P, 48))}, weights, dropout_keys(step, KEY)
-    )
+    step = StepConfig(model, "prompt", PromptConfig(P, 7, SOURCE))
+    keys = dropout_keys(Draw(KEY, Shares(prompt=0.1)))
+    variables, _ = shared_part(step, {"prompt": jnp.ones((P, 48))}, weights, keys)
     np.testing.assert_array_equal(variables["prompt"][0], weights["embed"]["embedding"][7])
     assert set(np.unique(variables["prompt"][1:].round(6))) == {0, 10}
 

@@ -32,7 +32,7 @@ def outcome(config, folder, shared):
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 4
     delta = load_file(folder / "delta.safetensors")
-    return np.array(losses), np.concatenate([delta[name] for name in sorted(delta)])
+    return np.array(losses), np.concatenate([delta[name].ravel() for name in sorted(delta)])
 
 
 def alone(config, folder):

@@ -16,7 +16,7 @@ from softprompt.data.packing import RowShape
 from softprompt.errors import UserError
 from softprompt.evaluation import run
 from softprompt.models.attention import Part
-from softprompt.models.dropout import Rates
+from softprompt.models.dropout import Shares
 from softprompt.models.kernels import REFERENCE, Case, Device, Kernel, attend, choose, device_of
 from softprompt.models.kernels.choice import refusal
 from softprompt.training import step
@@ -219,11 +219,12 @@ def test_what_a_gpu_is_given(monkeypatch):
 
 
 def step_gradients(model, weights, batch, delta, config):
-    """Loss and gradient of a training step; and the names of what its program is made of."""
+    """Loss and gradient of a step with dropout; and the names of what its program is made of."""
     config = config._replace(model=model)
     function = functools.partial(step.loss_fn, config=config)
     both = jax.value_and_grad(function, has_aux=True)
-    arguments = delta, weights, batch, jax.random.key(0)
+    key = step.Draw(jax.random.key(0), Shares(np.float32(0.8)))
+    arguments = delta, weights, batch, key
     names = {equation.primitive.name for equation in equations(jax.make_jaxpr(both)(*arguments))}
     (value, _), grads = quick_jit(both)(*arguments)
     return (value, grads), names
@@ -252,7 +253,6 @@ def test_in_a_step_of_each_device():
 )
 def test_a_training_step(kernel, dtype, within):
     model, weights = tiny_decoder(dtype=dtype, layers=2)
-    model = model.clone(dropout=Rates(0.2))
     batch = packed(random_examples(), [[3, 0], [1, 4, 2, 5]], RowShape(2, 136, 12))
     batch["examples_RE"] = np.arange(8, dtype=np.int32).reshape(2, 4)
     config, delta = prompted(model, weights, P)

@@ -1,12 +1,15 @@
 """What a session keeps: models, while they are few enough."""
 
 import jax
+import numpy as np
 import pytest
 
+from softprompt.models.dropout import Shares
 from softprompt.training import session as session_module
 from softprompt.training.memory import KEPT_SHARE, bytes_here, bytes_of
 from softprompt.training.session import Session
 from softprompt.training.sharding import make_mesh, put_weight
+from softprompt.training.step import Draw
 from tests.contracts.examples import trial_config
 from tests.tiny import write_llama_folder
 from tests.training.test_trial import Lines
@@ -41,6 +44,16 @@ def test_a_model_that_is_larger_than_all_that_is_kept(configs, monkeypatch):
     assert shared.model(configs[0]) is shared.model(configs[0])
     shared.model(configs[1])
     assert len(shared.progress.stages) == 2
+
+
+def test_a_program_is_told_by_what_is_dropped(configs, monkeypatch):
+    """Mutation: arrays alone tell it, of which a rate of the model has as many as one of LoRA."""
+    monkeypatch.setattr(session_module, "compile_step", lambda *arguments: object())
+    shared, key = Session(Lines()), jax.random.key(0)
+    keys = [Draw(key, Shares(**{name: np.float32(0.9)})) for name in ("model", "lora")]
+    keys.append(Draw(key, Shares(model=np.float32(0.7))))
+    first, lora, again = [shared.train_step(None, None, None, ({}, {}, {}, {}, k)) for k in keys]
+    assert first is again and first is not lora
 
 
 def test_bytes_of_a_device():

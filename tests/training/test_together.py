@@ -45,8 +45,11 @@ def rows_of(trials, workdir):
 
 
 def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
-    """Contract 6. Mutations: a member gets its neighbour's result, or the first one's batch."""
-    trials, workdir = configs(tiny_folder, tmp_path, (*TRIALS, OTHER), **ANY), tmp_path / "sweep"
+    """Contract 6, with unlike dropout too. Mutations: a member gets its neighbour's result, or the
+    first one's batch, or drops as much as the first one."""
+    rates = zip((*TRIALS, OTHER), (0.1, 0.3, 0.2, 0.1), strict=True)
+    some = [{**one, "train__dropout": rate} for one, rate in rates]
+    trials, workdir = configs(tiny_folder, tmp_path, some, **ANY), tmp_path / "sweep"
     with session() as shared:
         assert run(trials, workdir, shared) == []
         assert len(shared.compiled) == 2  # three together, and one whose optimizer is another
@@ -54,6 +57,24 @@ def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
     for n, config in enumerate(trials):
         ours = outcome(trial_folder(workdir, config))
         assert max(apart(ours, alone(config, tmp_path / f"alone{n}"))) <= 1e-5
+
+
+DROPS = (
+    ("train__dropout", {}),
+    ("method__dropout", {}),
+    ("method__dropout", {"method__name": "lora"}),
+)
+
+
+@pytest.mark.parametrize(("name", "more"), DROPS, ids=["model", "prompt", "lora"])
+def test_how_much_is_dropped_is_data(tiny_folder, tmp_path, name, more):
+    """Whether something is, and what, is not. Mutations: a rate tells groups apart; a trial without
+    one is of the group; what is dropped is not looked at."""
+    other = "method__dropout" if name == "train__dropout" else "train__dropout"
+    some = [{**FIRST, **one} for one in ({name: 0.1}, {name: 0.3}, {}, {other: 0.1})]
+    with session() as shared:
+        plan = Together(shared).plan(configs(tiny_folder, tmp_path, some, **ANY, **more))
+    assert plan == [([0, 1], 2), ([2], 1), ([3], 1)]
 
 
 def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_path):
