@@ -11,7 +11,8 @@ as long again a step as LoRA and several times its memory, and loses most on oth
 
 Equal conditions: model, task, precision, the order of the data for a seed, steps, and three
 learning rates for every method, of which validation accuracy chooses, for each size of the training
-set anew. LoRA, adapters and IA3 are timed unmerged.
+set anew. LoRA, adapters and IA3 are timed unmerged. Multitask prompts are left out: for a single
+task they are a prompt times factors, which one product makes a prompt again.
 
 Command:
     softprompt sweep method_comparison --workdir runs/method_comparison

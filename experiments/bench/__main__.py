@@ -17,7 +17,7 @@ Command, from the repository root, on a machine that does nothing else:
 Cost, by its own estimate: the claimed cells 39 minutes on two x86 cores, the grid 14 hours. A
 process begins no further step after 150 seconds of them: where PEFT is slow it has fewer batches.
 
-Expected: it has been run on tiny models only.
+Expected: no run that nothing disturbed yet; experiments/LOG.md has one that was.
 
 Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes), each on
 other examples. Of the claimed cells PEFT in float32 has one process of three steps where no claim
