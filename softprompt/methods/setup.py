@@ -16,6 +16,7 @@ from softprompt.methods.lora import LoraConfig
 from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
+from softprompt.models.dropout import Shares
 from softprompt.models.loading import Loaded
 
 # Where an encoder-decoder may have what a method puts before a text.
@@ -70,6 +71,18 @@ def update_config(config: ConfigDict) -> Any:
     if method.name == "adapter":
         return AdapterConfig(method.bottleneck, method.placement)
     return None
+
+
+def kept_shares(config: ConfigDict) -> Shares:
+    """What a trial's dropout keeps, float32 []; None where its rate is 0."""
+    method, kept = config.method, Shares(model=_share(config.train.dropout))
+    if method.name in ("lora", "prompt"):
+        kept = kept._replace(**{method.name: _share(method.dropout)})
+    return kept
+
+
+def _share(rate: float) -> np.ndarray | None:
+    return np.asarray(1 - rate, np.float32) if rate else None
 
 
 def lora_config(config: ConfigDict) -> LoraConfig:

@@ -22,10 +22,9 @@ from softprompt.methods.initializers import embedding_rms
 from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
-from softprompt.methods.setup import few_shot_tokens, method_config
+from softprompt.methods.setup import few_shot_tokens, kept_shares, method_config
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
-from softprompt.models.dropout import Shares
 from softprompt.models.kernels import Case, Kernel, choose, device_of
 from softprompt.models.layers import collections
 from softprompt.models.loading import Loaded
@@ -237,18 +236,6 @@ def train_source(prepared: Prepared) -> TrainSource:
     template = prepared.session.template(config, train, layout)
     ids = kept_shares(config).by_example
     return TrainSource(train, template, config.seed, layout, ids=ids)
-
-
-def kept_shares(config: ConfigDict) -> Shares:
-    """What a trial's dropout keeps, float32 []; None where its rate is 0."""
-    method, kept = config.method, Shares(model=_share(config.train.dropout))
-    if method.name in ("lora", "prompt"):
-        kept = kept._replace(**{method.name: _share(method.dropout)})
-    return kept
-
-
-def _share(rate: float) -> np.ndarray | None:
-    return np.asarray(1 - rate, np.float32) if rate else None
 
 
 def trial_key(prepared: Prepared) -> Key:

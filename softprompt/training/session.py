@@ -66,8 +66,6 @@ class TaskData:
 class Session:
     """Caches for trials that run one after another; each thing is made once.
 
-    Models are kept while they are few enough: see `model`.
-
     Attributes:
         progress: where waiting is reported.
         compiled: compiled training steps by all that is static in them; its length is the number of

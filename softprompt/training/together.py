@@ -10,12 +10,13 @@ from etils import epath
 
 from softprompt.config import ConfigDict, to_dict, trial_name
 from softprompt.data.pipeline import train_widths
+from softprompt.methods.setup import kept_shares
 from softprompt.results import Row
 from softprompt.schema import UNTRAINED
 from softprompt.training.estimate import step_memory, trained
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, device_memory
 from softprompt.training.population import Population
-from softprompt.training.prepare import Prepared, delta_shapes, kept_shares, prepare, train_source
+from softprompt.training.prepare import Prepared, delta_shapes, prepare, train_source
 from softprompt.training.session import Session, optimizer_config
 from softprompt.training.trial import run_trial
 

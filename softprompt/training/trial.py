@@ -186,8 +186,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         state, step_rates = initial_state(prepared), learning_rates(prepared)
     if not prepared.frozen:  # the weights are trained, and their first values were copied
         session.release(config)
-    source = train_source(prepared)
-    key = trial_key(prepared)
+    source, key = train_source(prepared), trial_key(prepared)
     multiple = mesh.shape["data"] * config.train.microbatches
     batch = put_batch(mesh, pad_rows(source[0], multiple))
     opt_state = set_rate(state.opt_state, np.float32(0))

@@ -37,7 +37,7 @@ def outcome(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     delta = load_file(folder / "delta.safetensors")
-    return np.array(losses), np.concatenate([delta[name] for name in sorted(delta)])
+    return np.array(losses), np.concatenate([delta[name].ravel() for name in sorted(delta)])
 
 
 def rows_of(trials, workdir):
