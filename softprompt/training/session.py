@@ -110,17 +110,17 @@ class Session:
     def model(self, config: ConfigDict) -> Loaded:
         """The frozen model of a resolved config, on its mesh.
 
-        Those that were used longest ago are forgotten where models take more than `KEPT_SHARE` of
-        a device's memory; a trial that still holds one keeps it there.
+        Before another is loaded, those that were used longest ago are forgotten until the rest take
+        no more than `KEPT_SHARE` of a device's memory; a trial that still holds one keeps it there.
         """
         key = self._model_key(config)
         with self._lock:
-            loaded = self._models.pop(key, None) or self._load(config)
-            self._models[key] = loaded
             sizes = {name: bytes_here(one.weights) for name, one in self._models.items()}
-            for name in list(sizes)[:-1]:
+            for name in list(sizes) if key not in sizes else ():
                 if sum(sizes.values()) > KEPT_SHARE * device_memory():
                     del self._models[name], sizes[name]
+            loaded = self._models.pop(key, None) or self._load(config)
+            self._models[key] = loaded
         return loaded
 
     def _load(self, config: ConfigDict) -> Loaded:
