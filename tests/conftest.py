@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,19 +41,46 @@ def forget_programs() -> Iterator[None]:
         jax.clear_caches()
 
 
+@contextmanager
+def compiled(optimized: bool) -> Iterator[None]:
+    """Programs compiled within it are optimised as a user's are, or not."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def needs_optimizing(node: Any) -> bool:
+    """Whether the programs of a module or of a test are large, or what is looked at."""
+    return any(node.get_closest_marker(name) for name in ("real", "optimized"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs of tiny models are not optimised: compiling is most of what they take."""
+    with compiled(needs_optimizing(request.node)):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def compile_test(compile_module: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same for a test with a marker of its own."""
+    with compiled(needs_optimizing(request.node)):
+        yield
+
+
+@pytest.fixture
+def quick(compile_test: None) -> Iterator[None]:
+    """Programs of a real model are not optimised either: for tests of a few short rows."""
+    with compiled(False):
+        yield
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Float64 for the length of one test: algebra is checked to 1e-9."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture
-def quick() -> Iterator[None]:
-    """Programs compiled within one test are not optimised: tiny ones run in no time anyway."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -234,11 +234,10 @@ def test_the_plan():
     timed = [t for t in tasks if t.purpose == "time" and t.cell.length == 20]
     assert [(t.system.side, t.process) for t in timed] == [
         *(("ours", 0), ("peft", 0)),
-        *(("ours", 1), ("peft", 1), ("peft", 0)),
+        *(("ours", 1), ("peft", 1)),
     ]
-    assert (timed[-1].system.dtype, timed[-1].steps) == ("float32", measure.FEWEST)
     compared = [t.steps for t in tasks if t.purpose == "time" and t.system.dtype == "float32"]
-    assert compared == [10, 10, measure.FEWEST, measure.FEWEST]
+    assert compared == [10, 10, 2]
     jobs = [cells.job(t, bench.ROOT, best_threads={}) for t in (timed[0], timed[2])]
     assert [job["start"] for job in jobs] == [0, cells.SPAN]
     cells_of = {task.cell for task in cells.plan("full", processes=1, steps=1)}

@@ -86,7 +86,6 @@ def delta_of(folder):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.usefixtures("quick")
 def test_among_others_alone_and_resumed(place, shared, tmp_path, name):
     """Mutations: the step moves a frozen weight; a checkpoint holds one, if only a norm's scale; a
     trial begins with the delta or the moments of the one before; a restored delta is the best one,

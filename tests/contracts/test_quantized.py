@@ -174,7 +174,7 @@ def test_a_prompt_is_trained_on_a_quantised_model(folders, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ("llama", "t5"))
-def test_a_quantised_model_decodes_as_its_rounded_weights_do(folders, name, quick):
+def test_a_quantised_model_decodes_as_its_rounded_weights_do(folders, name):
     """Mutation: looking up a token's embedding takes the scale of another row."""
     inputs = [random_examples().inputs[n] for n in (0, 2, 5)]
     loaded = load_model(str(folders / name), quantize="int8")

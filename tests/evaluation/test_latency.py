@@ -29,7 +29,7 @@ def base(loaded):
     return Served(loaded.weights, ({}, context), INPUTS)
 
 
-def test_what_is_timed_is_what_generates(loaded, base, quick):
+def test_what_is_timed_is_what_generates(loaded, base):
     """Mutation: the rows end early; the inputs that come again are others."""
     _, decode = functions(loaded.model, base, mesh=None, rows=4, new=6)
     wanted = generate(
@@ -129,7 +129,7 @@ def test_the_base_reads_no_shots(tmp_path, monkeypatch):
     assert ours.inputs[0].tolist() == [*prepared.prefix, *base.inputs[0]]
 
 
-def test_numbers_of_a_real_pair(loaded, base, quick):
+def test_numbers_of_a_real_pair(loaded, base):
     """Mutation: what is not JSON is in the row."""
     found = compare(loaded.model, base, base, rows=2, new=2, pairs=2)
     assert {type(value) for value in found.values()} == {int, float, list}

@@ -17,8 +17,6 @@ from tests.tiny_t5 import tiny_t5
 
 NEW = 5
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def given(tiny):

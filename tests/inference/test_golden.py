@@ -24,8 +24,6 @@ from tests.generation_cases import (
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "generation.json").read_text())
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def read(folder, name):
     """Model, weights, the shared part of the plain base model, and the ragged inputs."""

@@ -100,7 +100,6 @@ def test_a_prompt_of_other_weights_is_not_a_start_by_chance(loaded, train, tmp_p
         rows_of(loaded, train, **given)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["prompt", "multitask", "prefix"])
 def test_words_begin_as_a_model_that_scales_embeddings_reads_them(tmp_path, train, name):
     """As Gemma does. Mutations: `embed_scale` is left out of a prompt's config, or a prefix's."""

@@ -77,7 +77,7 @@ def greedy(model: Any, weights: Any, inputs: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_greedy_by_every_decoder(name, tmp_path, quick):
+def test_greedy_by_every_decoder(name, tmp_path):
     """Mutation: positions by slot, not by row; a window that what is cached never leaves."""
     save_with_small_embeddings(random_model(name), tmp_path)
     write_small_tokenizer(tmp_path)
@@ -89,7 +89,7 @@ def test_greedy_by_every_decoder(name, tmp_path, quick):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_by_every_t5(family, tmp_path, quick):
+def test_greedy_by_every_t5(family, tmp_path):
     """Mutation: biases by slot; padding of the input is seen."""
     model = saved_by_transformers(tmp_path, family)
     save_with_small_embeddings(model, tmp_path)
@@ -127,7 +127,7 @@ def test_greedy_by_a_real_model(name, shared_data):
 
 
 @pytest.mark.parametrize("name", ENDING)
-def test_beam_search(name, tmp_path, quick):
+def test_beam_search(name, tmp_path):
     """Mutation: EOS is not counted in the length; the search goes on until no beam can win; an end
     beyond the first beams competes; the cache does not follow its beam.
     """
