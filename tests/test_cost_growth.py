@@ -2,7 +2,6 @@
 
 import io
 
-import jax
 import numpy as np
 import pytest
 
@@ -31,11 +30,7 @@ def rows(tmp_path_factory, tiny_folder):
     place = write_task(tmp_path_factory.mktemp("growth"))
     shared = from_dict(to_dict(make_config(place, tiny_folder)))
     set_key(shared, "method.init", "uniform")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        return cost_growth.measure(ASKED, shared, rounds=2, progress=Progress())
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    return cost_growth.measure(ASKED, shared, rounds=2, progress=Progress())
 
 
 def test_points_differ_from_the_base_in_one_field():

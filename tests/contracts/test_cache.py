@@ -208,7 +208,7 @@ def test_greedy_on_the_real_model_is_full_recomputation(smollm2, shared_data):
     """
     model, weights = smollm2.model, smollm2.weights
     _, delta = prompted(model, weights, 20)
-    inputs = snippets(shared_data, smollm2.tokenizer, 8).inputs
+    inputs = snippets(shared_data, smollm2.tokenizer, 4).inputs
     context = model.apply({"params": weights, "delta": delta}, method="prompt_context")
     shared = delta, context
     answers = generate(model, weights, shared, inputs, max_new=32, eos_id=None)

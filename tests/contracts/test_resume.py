@@ -349,7 +349,7 @@ def test_early_stopping_counts_on(place, tiny_folder, session, tmp_path):
 
 
 @pytest.mark.real
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_killed(tmp_path):
     """The same on the real model, killed once."""
     write_task(tmp_path, {"train": 12, "validation": 4, "test": 4}, endings=("film",))
