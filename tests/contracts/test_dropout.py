@@ -47,7 +47,7 @@ ROWS = ([[0, 1, 2, 3, 4]], [[4, 3], [], [1, 0, 2]], [[2], [4, 0], [3], [1]])
 SOURCE = vocabulary(range(90))
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("x64")]
 
 
 @functools.cache

@@ -26,6 +26,8 @@ from tests.contracts.examples import (
 )
 from tests.families import family_decoder
 
+pytestmark = pytest.mark.newest
+
 FAMILIES = (
     "gpt2",
     "neox",

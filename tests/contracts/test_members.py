@@ -19,6 +19,8 @@ from softprompt.training.step import train_step
 from tests.contracts.examples import quick_jit
 from tests.contracts.test_methods import base, moved, step_of
 
+pytestmark = pytest.mark.newest
+
 STEPS, RATES = 3, np.array([0.005, 0.01], np.float32)
 # GPT-2's loss does not depend on a key's bias: its gradient is rounding, of which Adam would make
 # whole steps if its epsilon were as small as it is by default.

@@ -20,6 +20,8 @@ from tests.contracts.test_resume import check_same
 from tests.families import write_family_folder
 from tests.tiny_t5 import write_complete_t5
 
+pytestmark = pytest.mark.newest
+
 METHODS = {
     "prompt": {"method__name": "prompt", "method__place": "both"},
     "residual": {"method__name": "prompt", "method__reparam": "residual"},

@@ -70,7 +70,7 @@ FRESH_IS_BASE = [name for name in CASES if not name.startswith(("pr", "multitask
 KINDS = ("decoder", "t5", "t5, contexts")
 DECODERS = ("decoder", "gpt2")
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("x64")]
 
 
 @functools.cache

@@ -44,7 +44,7 @@ EXACT = {"atol": 1e-9, "rtol": 1e-9}
 KINDS = ("decoder", "t5")
 PLACED = ("windows", "t5")  # of windows some end inside a prompt
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("x64")]
 
 
 @functools.cache

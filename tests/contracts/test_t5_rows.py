@@ -34,7 +34,7 @@ FORMS = {
 }
 ROWS = ([[0, 1, 2, 3, 4, 5]], [[4, 2], [5, 3, 0], [1]], [[], [2], [], [5, 4, 3, 2, 1, 0]])
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("x64")]
 
 
 def make(form):

@@ -21,6 +21,8 @@ from tests.own_task import words, write_task
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 
+pytestmark = pytest.mark.newest
+
 
 def run(capsys, *arguments, code=0):
     """Runs a command; returns its JSON, or its one line where it is a mistake."""

@@ -15,6 +15,8 @@ from tests.own_task import words, write_task
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 
+pytestmark = pytest.mark.newest
+
 WRITE = {"llama": write_llama_folder, "t5": write_complete_t5}
 
 

@@ -158,10 +158,28 @@ def real_pair(base, smollm2, shared_data, tmp_path):
     return make
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("name", REAL)
-def test_real_model(real_pair, name):
-    """Gradients, then fifty steps. Mutation: LoRA's scale is alpha / sqrt(rank)."""
+def check_real(real_pair, name):
+    """Gradients, then fifty steps."""
     check_gradients(real_pair(name), name, 1e-4)
     for optimizer, rate in REAL_RATES.items():
         check_training(real_pair(name), name, optimizer=optimizer, rate=rate, steps=STEPS)
+
+
+@pytest.mark.real
+class TestRealVectors:
+    """Two classes, so that workers may share the minutes that they take."""
+
+    @pytest.mark.parametrize("name", ["prompt-smollm2", "prefix-smollm2"])
+    def test_training(self, real_pair, name):
+        """Prompt and prefix: what stands before the text."""
+        check_real(real_pair, name)
+
+
+@pytest.mark.real
+class TestRealLayers:
+    """The methods that change layers."""
+
+    @pytest.mark.parametrize("name", ["lora-smollm2", "ia3-smollm2"])
+    def test_training(self, real_pair, name):
+        """Mutation: LoRA's scale is alpha / sqrt(rank)."""
+        check_real(real_pair, name)
