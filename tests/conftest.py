@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,39 +40,20 @@ def forget_programs() -> Iterator[None]:
         jax.clear_caches()
 
 
-@contextmanager
-def compiled(optimized: bool) -> Iterator[None]:
-    """Programs compiled within it are optimised as a user's are, or not."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", not optimized)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Programs of tiny models are not optimised: compiling is most of what they take.
 
-
-def needs_optimizing(node: Any) -> bool:
-    """Whether the programs of a module or of a test are large, or what is looked at."""
-    return any(node.get_closest_marker(name) for name in ("real", "optimized"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_module(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Programs of tiny models are not optimised: compiling is most of what they take."""
-    with compiled(needs_optimizing(request.node)):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def compile_test(compile_module: None, request: pytest.FixtureRequest) -> Iterator[None]:
-    """The same for a test with a marker of its own."""
-    with compiled(needs_optimizing(request.node)):
-        yield
+    A hook, not a fixture: it comes before the fixtures of a module, whose programs it is about too.
+    """
+    real = item.get_closest_marker("real") is not None
+    jax.config.update("jax_disable_most_optimizations", not real)
 
 
 @pytest.fixture
-def quick(compile_test: None) -> Iterator[None]:
-    """Programs of a real model are not optimised either: for tests of a few short rows."""
-    with compiled(False):
-        yield
+def quick() -> None:
+    """Nor are those of a test of the real model: for a few short rows."""
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

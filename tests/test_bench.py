@@ -65,7 +65,7 @@ def first_losses(prepared, off):
     return [run(0) for _ in range(3)]
 
 
-def test_losses_without_a_saving(prepared, quick):
+def test_losses_without_a_saving(prepared):
     """Mutation: a row's context is another row's; a target's weight is lost, or its position; an
     example stands in no row. ("context" has the rows of "packing".)"""
     whole = first_losses(prepared, "")
@@ -330,7 +330,7 @@ def test_table_claims_and_figure(tmp_path):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("method", cells.METHODS)
-def test_peft_starts_where_we_do(method, workdir, quick):
+def test_peft_starts_where_we_do(method, workdir):
     """Mutation: other weights, other examples or other labels; PEFT trains nothing."""
     torch = pytest.importorskip("torch")
     cell = dataclasses.replace(TINY, method=method, length=5)

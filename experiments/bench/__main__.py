@@ -14,7 +14,7 @@ Command, from the repository root, on a machine that does nothing else:
     make bench-full     two models, two texts, four methods, four lengths, every saving
     python -m experiments.bench --subset claimed --workdir runs/bench --peft-python PATH
 
-Cost: the claimed cells 40 minutes on two x86 cores, the grid 14 hours by its own estimate. A
+Cost: the claimed cells about 40 minutes on two x86 cores, the grid 14 hours by its own estimate. A
 process begins no further step after 150 seconds of them: where PEFT is slow it has fewer batches.
 
 Expected (two x86 cores, jax 0.12 and PyTorch, commit 7db79cf): 3.6, 6.8 and 13 times PEFT's speed
@@ -24,11 +24,11 @@ times its speed on Gemma 3 270M; without the context, packing and targets a step
 
 Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes), each on
 other examples. Of the claimed cells PEFT in float32 has few steps or none where no claim is made
-against it. Rows are appended to WORKDIR/rows.jsonl as they are made;
-the same command goes on where it stopped, tries again what failed, and does nothing once all is
-done. Rows of either side that were made at another commit, or with changes that are in none, are
-measured anew: a table is of one code. The exit code is 1 where a process failed; running out of
-memory, or a model whose terms are not accepted, is no failure.
+against it. Rows are appended to WORKDIR/rows.jsonl as they are made; the same command goes on where
+it stopped, tries again what failed, and does nothing once all is done. Rows of either side that
+were made at another commit, or with changes that are in none, are measured anew: a table is of one
+code. The exit code is 1 where a process failed; running out of memory, or a model whose terms are
+not accepted, is no failure.
 
 Both sides load the same folders, read the same examples, update with AdamW, and end a step when all
 of it is computed. PEFT's threads: one or all cores, whichever takes less time for SmolLM2 at

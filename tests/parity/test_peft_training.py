@@ -38,11 +38,12 @@ _SAME = "prompt-t5 lora-llama lora-gpt2 lora-t5 ia3-llama ia3-gpt2 ia3-t5".split
 TINY = {**_causal("llama"), **_causal("gpt2"), **{name: CASES[name] for name in _SAME}}
 _LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 _KEYS = {"rank": 4, "alpha": 8, "rslora": False, "targets": "q,v,down"}
-REAL = {
-    **_causal("smollm2"),
+REAL_VECTORS = _causal("smollm2")
+REAL_LAYERS = {
     "lora-smollm2": _case("smollm2", "LoraConfig", "lora", _LORA, **_KEYS),
     "ia3-smollm2": _case("smollm2", "IA3Config", "ia3", {}, targets="k,v,down"),
 }
+REAL = REAL_VECTORS | REAL_LAYERS
 # Where training starts and how fast it goes. Further out rounding grows from step to step until the
 # two sides part, whoever computes: a prompt whose rows are short is divided by their length, and
 # LoRA's factors multiply each other.
@@ -169,7 +170,7 @@ def check_real(real_pair, name):
 class TestRealVectors:
     """Two classes, so that workers may share the minutes that they take."""
 
-    @pytest.mark.parametrize("name", ["prompt-smollm2", "prefix-smollm2"])
+    @pytest.mark.parametrize("name", REAL_VECTORS)
     def test_training(self, real_pair, name):
         """Prompt and prefix: what stands before the text."""
         check_real(real_pair, name)
@@ -179,7 +180,7 @@ class TestRealVectors:
 class TestRealLayers:
     """The methods that change layers."""
 
-    @pytest.mark.parametrize("name", ["lora-smollm2", "ia3-smollm2"])
+    @pytest.mark.parametrize("name", REAL_LAYERS)
     def test_training(self, real_pair, name):
         """Mutation: LoRA's scale is alpha / sqrt(rank)."""
         check_real(real_pair, name)

@@ -183,7 +183,7 @@ def test_the_share_of_waiting_for_input(tmp_path, source):
         mean = sum(waits) / sum(line["seconds"] for line in lines)
         assert mean_share(tmp_path / name, "input_wait_share") == pytest.approx(mean)
     assert 0.6 < shares["idle"] <= 1
-    assert shares["busy"] < 0.3
+    assert shares["busy"] < 0.2
 
 
 @pytest.mark.parametrize(
