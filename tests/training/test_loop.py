@@ -167,7 +167,8 @@ class SlowRun(Run):
 def test_the_share_of_waiting_for_input(tmp_path, source):
     """A slow source is waited for most of the time; where steps take longer it costs nothing.
 
-    Mutation: a batch is made when its step is due; what one line waited is in the next one too.
+    Mutation: a batch is made when its step is due (neither the reader nor the feed looks ahead);
+    what one line waited is in the next one too.
     """
     slow = SlowSource(source.encoded, source.template, seed=0)
     runs = {
