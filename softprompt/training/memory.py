@@ -26,3 +26,8 @@ def bytes_of(tree: Any) -> int:
 def bytes_here(tree: Any) -> int:
     """Bytes that arrays take on one of their devices."""
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a program could not be compiled or run for lack of a device's memory."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

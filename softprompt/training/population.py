@@ -6,7 +6,7 @@ thread waits for the others; the last to come runs all their steps as one progra
 frozen weights are not batched.
 """
 
-import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from softprompt.training.memory import out_of_memory
 from softprompt.training.step import Key, TrainStep, Tree
 
 
@@ -81,15 +82,18 @@ class Population:
         finally:
             self.leave()
 
-    def join(self, key: Any, compile: Callable[[int], Any]) -> "Meeting":
+    def join(
+        self, key: Any, compile: Callable[[int], Any], say: Callable[[str], None]
+    ) -> "Meeting":
         """Where those meet whose steps are one program.
 
         Args:
             key: all that is static in the step, and shapes.
             compile: compiles the program of so many members.
+            say: is told where they turn out to be too many for the memory.
         """
         with self.door:
-            meeting = self._meetings.setdefault(key, Meeting(self, compile))
+            meeting = self._meetings.setdefault(key, Meeting(self, compile, say))
             meeting.attending.add(threading.get_ident())
             self.undecided.discard(threading.get_ident())
             self.door.notify_all()
@@ -115,17 +119,22 @@ class Meeting:
     """Takes the steps of the trials that share a program, once all of them are here.
 
     A trial that is over leaves its place in the program to another, or empty: once no trial is left
-    to take them, the program is compiled anew when more than half of its places are.
+    to take them, the program is compiled anew when more than half of its places are. Where memory
+    has no room for so many steps at a time, half as many are taken, from then on.
 
     Attributes:
         attending: threads of its trials.
         programs: by their number of places.
+        most: the most steps that memory has room for, as far as is known.
     """
 
-    def __init__(self, population: Population, compile: Callable[[int], Any]) -> None:
+    def __init__(
+        self, population: Population, compile: Callable[[int], Any], say: Callable[[str], None]
+    ) -> None:
         self.attending: set[int] = set()
         self.programs: dict[int, Any] = {}
-        self._population, self._compile = population, compile
+        self.most = sys.maxsize
+        self._population, self._compile, self._say = population, compile, say
         self._weights: Tree = None
         self._asked: dict[int, Member] = {}
         self._answers: dict[int, Any] = {}
@@ -164,23 +173,35 @@ class Meeting:
         return not waiting and self.attending <= self._asked.keys()
 
     def _run(self) -> None:
-        """Takes everybody's step; an error is everybody's."""
+        """Takes everybody's step; an error is of all whose step is not taken by then."""
         who, members = list(self._asked), list(self._asked.values())
         self._asked.clear()
+        answers: list[Any] = []
         try:
-            places = self._places(len(members))
-            answers = self.programs[places](
-                members + members[:1] * (places - len(members)), self._weights
-            )
+            while some := members[len(answers) :][: self.most]:
+                answers += self._take(some)
         except Exception as error:
-            answers = [error] * len(who)
-        self._answers.update(zip(who, answers, strict=False))
+            answers += [error] * (len(who) - len(answers))
+        self._answers.update(zip(who, answers, strict=True))
+
+    def _take(self, members: list[Member]) -> list[Any]:
+        """The steps of these; of none of them where there is no memory for so many."""
+        places = self._places(len(members))
+        filled = members + members[:1] * (places - len(members))
+        try:
+            if places not in self.programs:
+                self.programs[places] = self._compile(places)
+            return self.programs[places](filled, self._weights)[: len(members)]
+        except Exception as error:
+            if places == 1 or not out_of_memory(error):
+                raise
+        self.most = places // 2
+        self.programs = {n: one for n, one in self.programs.items() if n <= self.most}
+        self._say(f"no memory for {places} steps together: {self.most} at a time from now on")
+        return []
 
     def _places(self, members: int) -> int:
-        """The places of the program to run, compiled if there is none of the right size."""
-        most = math.inf if self._population.queued else 2 * members
-        fitting = [places for places in self.programs if members <= places <= most]
-        if fitting:
-            return min(fitting)
-        self.programs[members] = self._compile(members)
-        return members
+        """The places of the program to run: as many as members where none fits that there is."""
+        most = self.most if self._population.queued else 2 * members
+        fitting = (places for places in self.programs if members <= places <= most)
+        return min(fitting, default=members)

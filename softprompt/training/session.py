@@ -264,7 +264,7 @@ class Session:
                 lambda: compile_population(step, optimizer, mesh, arguments, members),
             )
 
-        return self.population.join(key, compile_for)
+        return self.population.join(key, compile_for, self.progress.say)
 
     def _compiled(self, key: Any, compile: Callable[[], Any]) -> Any:
         """A program, compiled where there is none yet."""

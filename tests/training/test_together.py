@@ -4,6 +4,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -115,13 +116,14 @@ def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypa
     begun = []
 
     def interrupt(futures):
-        while len(begun) < 4:  # some steps of both
+        end = time.monotonic() + 300
+        while len(begun) < 4 and time.monotonic() < end:  # some steps of both
             time.sleep(0.01)
         raise SystemExit(75)
 
     class Counting(together.Population):
-        def join(self, key, compile):
-            meeting = super().join(key, compile)
+        def join(self, *given):
+            meeting = super().join(*given)
 
             def step(*arguments):
                 begun.append(1)
@@ -172,7 +174,7 @@ def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
 def test_members_have_one_model():
     """Mutation: a member's weights are not looked at."""
     population, weights = Population(), ({"w": 1}, {"w": 2})
-    meeting = population.join("key", lambda places: lambda members, weights: list(members))
+    meeting = population.join("key", lambda places: lambda members, weights: list(members), print)
     meeting({}, {}, weights[0], {}, 0)
     with pytest.raises(AssertionError, match="one model"):
         meeting({}, {}, weights[1], {}, 0)
@@ -186,7 +188,7 @@ def test_places_are_kept_while_trials_are_queued():
         compiled.append(places)
         return lambda members, weights: list(members)
 
-    meeting, weights, population.queued = population.join("key", compile), {}, 1
+    meeting, weights, population.queued = population.join("key", compile, print), {}, 1
     meeting.programs[4] = compile(4)
     meeting({}, {}, weights, {}, 0)
     assert compiled == [4]
@@ -195,15 +197,54 @@ def test_places_are_kept_while_trials_are_queued():
     assert compiled == [4, 1]
 
 
+def test_as_many_steps_are_taken_at_a_time_as_memory_has_room_for():
+    """Mutations: an error for want of memory is everybody's; any error is taken for one; a part's
+    results go to others; what did not fit is tried at every step."""
+    population, compiled, said = Population(), [], []
+
+    def compile(places):
+        def program(members, weights):
+            if places > 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            if any(member.key == "broken" for member in members):
+                raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+            return [(member.key, member.batch) for member in members]
+
+        compiled.append(places)
+        return program
+
+    weights, keys = {}, ("a", "b", "c", "d", "e", "broken")
+    meeting = population.join("key", compile, said.append)
+
+    def trial(key):
+        with population.trial():
+            population.join("key", compile, said.append)
+            first, second = (meeting({}, {}, weights, n, key) for n in range(2))
+        return first, second
+
+    population.leave()
+    population.coming = population.queued = 5
+    with ThreadPoolExecutor(6) as pool:
+        trials = {key: pool.submit(trial, key) for key in keys[:5]}
+        assert {key: one.result(timeout=20) for key, one in trials.items()} == {
+            key: ((key, 0), (key, 1)) for key in keys[:5]
+        }
+    assert compiled == [5, 2]
+    assert said == ["no memory for 5 steps together: 2 at a time from now on"]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        trial("broken")
+    assert len(said) == 1
+
+
 def test_who_has_not_come_is_not_waited_for_at_the_end():
     """Mutation: a population that stops still waits for the threads that were to start."""
     population, weights = Population(), {}
     population.coming = 1
-    meeting = population.join("key", lambda places: lambda members, weights: list(members))
+    meeting = population.join("key", lambda places: lambda members, weights: list(members), print)
     with ThreadPoolExecutor(1) as pool:
 
         def step():
-            population.join("key", lambda places: None)
+            population.join("key", lambda places: None, print)
             return meeting({}, {}, weights, {}, 0)
 
         population.leave()
