@@ -170,7 +170,8 @@ def project(
     dtype = module.dtype
     product = functools.partial(_product, inputs, acc or dtype)
     if module.has_variable("params", name):
-        return recomputed(product)(x, module.get_variable("params", name).astype(dtype))
+        whole = module.get_variable("params", name)
+        return recomputed(lambda x, whole: product(x, whole.astype(dtype)))(x, whole)
     parts = quantized_parts(module, name)
     if not parts:
         return product(x, module.param(name, _normal, shape).astype(dtype))
