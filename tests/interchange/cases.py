@@ -100,6 +100,17 @@ CASES: dict[str, Case] = {
         {"num_virtual_tokens": 3, "num_tasks": 2, "num_ranks": 2},
         {"name": "multitask", "length": 3, "rank": 2},
     ),
+    "multitask-t5": Case(
+        "t5",
+        "MultitaskPromptTuningConfig",
+        {
+            "num_virtual_tokens": 3,
+            "num_tasks": 2,
+            "num_ranks": 2,
+            "num_transformer_submodules": 1,
+        },
+        {"name": "multitask", "length": 3, "rank": 2, "place": "encoder"},
+    ),
     "prefix-llama": Case(
         "llama", "PrefixTuningConfig", {"num_virtual_tokens": 3}, {"name": "prefix", "length": 3}
     ),

@@ -58,6 +58,8 @@ def logits(model: Any, case: Case) -> np.ndarray:
         inputs["decoder_input_ids"] = torch.tensor([T5_TARGETS])
     if case.method["name"] == "multitask":
         inputs["task_ids"] = torch.tensor([TASK])
+        if inputs.pop("decoder_input_ids", None) is not None:  # PEFT does not hand them on
+            inputs["labels"] = torch.tensor([T5_TARGETS[1:] + [1]])  # the decoder's, shifted
     ones = torch.ones_like(inputs["input_ids"])
     with torch.no_grad():
         found = model(**inputs, attention_mask=ones).logits[0].numpy()

@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.models.decoder import Context, Decoder
 from softprompt.models.t5 import T5, Contexts
-from tests.contracts.examples import quick_jit
 from tests.interchange.cases import Case
 from tests.interchange.texts import IDS, T5_IDS, T5_TARGETS, TASK
 
@@ -27,9 +26,10 @@ def logits(model: Decoder | T5, weights: Any, delta: Any, case: Case) -> np.ndar
         _scale(plain, path.removesuffix("/ia3"), leaves.pop(path))
     for path in [path for path in leaves if path.endswith("/lora_a")]:
         _update(plain, path.removesuffix("/lora_a"), leaves, case.method)
-    if "task_cols" in leaves:
-        product_PD = leaves["task_cols"][TASK] @ leaves["task_rows"][TASK]
-        leaves = {"prompt": leaves["prompt"] * product_PD}
+    for path in [path for path in leaves if path.endswith("task_cols")]:
+        place = path.removesuffix("task_cols")
+        product_PD = leaves[path][TASK] @ leaves[f"{place}task_rows"][TASK]
+        leaves = {f"{place}prompt": leaves[f"{place}prompt"] * product_PD}
     prompt = {path: leaf for path, leaf in leaves.items() if path.endswith("prompt")}
     variables = {
         "params": unflatten_dict(plain, sep="/"),
@@ -70,7 +70,7 @@ def _update(
         plain[kernel] = (plain[kernel] + scale * product).astype(np.float32)
 
 
-@functools.partial(quick_jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def run(model: Decoder | T5, variables: Any, prefix: Context | None = None) -> jax.Array:
     """Logits [T, V] of the text, behind a prefix where there is one."""
     if isinstance(model, T5):
