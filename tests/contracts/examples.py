@@ -34,8 +34,6 @@ SNIPPETS = Task(
     template="Review: {text}\nSentiment:",
     verbalizers={"negative": " negative", "positive": " positive", "neither": " not so sure"},
 )
-# Tiny programs run in no time: what takes seconds is optimising them.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LENGTHS, TARGETS = (7, 13, 2, 21, 5, 9), (1, 3, 2, 1, 4, 2)
 
 
@@ -104,13 +102,13 @@ def prompted(
     return StepConfig(model, "prompt", cfg, **step), {"prompt": prompt_PD + noise_PD}
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def logits(config: StepConfig, delta: Any, weights: Any, batch: dict[str, jax.Array]) -> jax.Array:
     """Logits [R, M, V] of a batch."""
     return row_logits(config.model, weights, shared_part(config, delta, weights), batch)
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def logits_and_loss(
     config: StepConfig, delta: Any, weights: Any, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:

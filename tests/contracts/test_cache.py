@@ -10,7 +10,7 @@ import pytest
 from softprompt.inference.cache import empty_cache, extend, prefill
 from softprompt.inference.decode import generate
 from softprompt.models.decoder import Cached
-from tests.contracts.examples import equations, prompted, quick_jit, snippets
+from tests.contracts.examples import equations, prompted, snippets
 from tests.contracts.test_families import FAMILIES
 from tests.families import SLIDING, family_decoder
 from tests.models.test_t5 import compiled_row, packed
@@ -32,7 +32,7 @@ def ragged():
     return inputs_BT, after_BN, rows
 
 
-@functools.partial(quick_jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def cached_logits(model, collections, inputs_BT, lengths_B, after_BN):
     """Logits [N, B, V] that predict each token of `after_BN`, a token at a time."""
     weights, variables = collections["params"], collections["delta"]
@@ -48,7 +48,7 @@ def cached_logits(model, collections, inputs_BT, lengths_B, after_BN):
     return jax.lax.scan(step, first, jnp.arange(STEPS))[1]
 
 
-@functools.partial(quick_jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def whole_logits(model, variables, *tokens):
     return model.apply(variables, *tokens)
 
@@ -132,7 +132,7 @@ def test_t5(x64, inline, stacks):
     check(model, weights, t5_prompts(stacks), t5_whole(model))
 
 
-@functools.partial(quick_jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def extended(model, variables, input_T, pieces):
     """Logits of pieces of several tokens each, after an input."""
     context = model.apply(variables, method="prompt_context")
@@ -201,6 +201,7 @@ def test_layers_read_the_cache_and_never_copy_it(x64, name):
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("quick")
 def test_greedy_on_the_real_model_is_full_recomputation(smollm2, shared_data):
     """Mutation: positions by slot, not by row; a soft prompt that decoding forgets.
 

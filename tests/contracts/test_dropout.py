@@ -35,7 +35,7 @@ from softprompt.training.step import (
     row_logits,
     shared_part,
 )
-from tests.contracts.examples import by_example, double, equations, quick_jit, random_examples
+from tests.contracts.examples import by_example, double, equations, random_examples
 from tests.tiny import tiny_decoder
 from tests.tiny_t5 import tiny_t5
 
@@ -77,7 +77,7 @@ def batch_of(rows, layout):
     return batch | {"examples_RE": row_examples(order, rows_B, SHAPE)}
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def logits(config, delta, weights, batch, key):
     keys = dropout_keys(key)
     shared = shared_part(config, delta, weights, keys)
@@ -126,7 +126,7 @@ def test_microbatches_and_remat_drop_the_same(case):
             function = functools.partial(accumulated, config=config)
         else:
             function = jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True)
-        return quick_jit(function)(delta, weights, batch, Draw(KEY, case[-1]))
+        return jax.jit(function)(delta, weights, batch, Draw(KEY, case[-1]))
 
     other = config._replace(model=config.model.clone(remat="layer"), microbatches=2)
     close = functools.partial(np.testing.assert_allclose, **EXACT)

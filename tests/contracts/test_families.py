@@ -16,14 +16,7 @@ from softprompt.methods.initializers import text
 from softprompt.methods.prompt import PromptConfig, init, variables
 from softprompt.training.step import row_logits, shared_part
 from tests.contracts import concatenated
-from tests.contracts.examples import (
-    by_example,
-    double,
-    packed,
-    prompted,
-    quick_jit,
-    random_examples,
-)
+from tests.contracts.examples import by_example, double, packed, prompted, random_examples
 from tests.families import family_decoder
 
 pytestmark = pytest.mark.newest
@@ -52,7 +45,7 @@ def cross_entropy(logits, target, weight):
     return -jnp.sum(weight * jnp.take_along_axis(log, target[..., None], axis=-1)[..., 0])
 
 
-@functools.partial(quick_jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 @functools.partial(jax.value_and_grad, has_aux=True)
 def repeated(prompt_PD, weights, model, batch):
     """Loss with the prompt inside every example's row, and logits [B, T, V] after it."""
@@ -71,7 +64,7 @@ def repeated(prompt_PD, weights, model, batch):
     return cross_entropy(logits_BTV, batch["next_BT"], batch["weight_BT"]), logits_BTV
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 @functools.partial(jax.value_and_grad, has_aux=True)
 def once(delta, weights, config, batch):
     """Loss with the prompt as a context, and logits [R, M, V]."""

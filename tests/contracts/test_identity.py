@@ -17,7 +17,6 @@ from tests.contracts.examples import (
     double,
     logits_and_loss,
     packed,
-    quick_jit,
     random_examples,
     snippets,
 )
@@ -67,7 +66,7 @@ def test_no_prompt_is_the_base_model(tiny):
     assert delta["prompt"].shape == (0, model.config.width)
     base = check(config, delta, weights, encoded, encoded, EXACT)
     batch = concatenated.pad_right(encoded, range(len(encoded.ids)))
-    logits_BTV = quick_jit(concatenated.batch_logits, static_argnames="config")(
+    logits_BTV = jax.jit(concatenated.batch_logits, static_argnames="config")(
         delta["prompt"], weights, model.config, batch["tokens_BT"]
     )
     for n, logits_MV in base.items():
@@ -106,6 +105,7 @@ def test_a_fresh_prompt_in_the_model_call_is_the_text(tiny):
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("bos", ["none", "before", "after"])
 def test_real_text_prompts(smollm2, shared_data, bos):
     """Mutation: positions of a row do not continue after the context."""

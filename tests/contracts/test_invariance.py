@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,7 +18,6 @@ from tests.contracts.examples import (
     one_device,
     packed,
     prompted,
-    quick_jit,
     random_examples,
     snippets,
 )
@@ -36,7 +36,7 @@ WIDE = RowShape(4, 90, 20)
 def alone(config, delta, weights, encoded):
     """Logits [targets, V] of every example in the reference form: no packing, own prompt."""
     batch = concatenated.pad_right(encoded, range(len(encoded.ids)))
-    logits_BSV = quick_jit(concatenated.batch_logits, static_argnames="config")(
+    logits_BSV = jax.jit(concatenated.batch_logits, static_argnames="config")(
         delta["prompt"], weights, config.model.config, batch["tokens_BT"]
     )
     length = config.method_config.length
@@ -106,6 +106,7 @@ def test_candidates_do_not_see_each_other(tiny):
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("quick")
 def test_real_logits_and_scores(smollm2, shared_data):
     """Mutation: no segments in the mask; a candidate's tokens see the other candidates."""
     model, weights = smollm2.model, smollm2.weights

@@ -16,7 +16,6 @@ from softprompt.methods import METHODS
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
 from softprompt.training.population import Member, population_step
 from softprompt.training.step import train_step
-from tests.contracts.examples import quick_jit
 from tests.contracts.test_methods import base, moved, step_of
 
 pytestmark = pytest.mark.newest
@@ -29,7 +28,7 @@ NAMES = ("prompt", "multitask", "prefix", "lora", "houlsby", "bitfit", "ia3")
 CASES = [*((name, "gpt2") for name in NAMES), ("prompt", "t5"), ("lora", "t5")]
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def begun(config, weights, seed, rate):
     """Delta and optimizer's state of a member before its first step."""
     key, method = jax.random.key(seed), METHODS[config.method]
@@ -67,8 +66,8 @@ def test_members_step_as_alone(name, kind):
     config, layout = step_of(name, kind, "float32")
     weights, count = base(kind, "float32")[1], len(RATES)
     step = functools.partial(train_step, config=config, tx=TX)
-    alone = quick_jit(step)
-    together = quick_jit(functools.partial(population_step, step=step))
+    alone = jax.jit(step)
+    together = jax.jit(functools.partial(population_step, step=step))
     members = [begun(config, weights, n, RATES[n]) for n in range(count)]
     batches = [[batch(kind, layout, n, step) for n in range(count)] for step in range(STEPS)]
     run = functools.partial(trained, members, batches)

@@ -24,7 +24,7 @@ from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.layers import collections
 from softprompt.training.step import StepConfig, loss_fn, row_logits, shared_part
-from tests.contracts.examples import by_example, double, quick_jit, random_examples
+from tests.contracts.examples import by_example, double, random_examples
 from tests.families import family_decoder
 from tests.tiny import tiny_decoder
 from tests.tiny_t5 import tiny_t5
@@ -117,7 +117,7 @@ def moved(delta, *, seed=4, by=0.2):
     return jax.tree.unflatten(tree, noisy)
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def plain(config, delta, weights, task, *tokens):
     tasks = jnp.array([task])
     variables = METHODS[config.method].variables(delta, weights, config.method_config, tasks)
@@ -137,7 +137,7 @@ def alone(config, delta, weights, encoded):
     return made
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def logits_and_gradient(config, delta, weights, batch):
     logits_RMV = row_logits(config.model, weights, shared_part(config, delta, weights), batch)
     loss = functools.partial(loss_fn, config=config)

@@ -25,14 +25,7 @@ from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.decoder import Decoder
 from softprompt.training.step import StepConfig, loss_fn, shared_part
-from tests.contracts.examples import (
-    by_example,
-    double,
-    logits,
-    one_device,
-    quick_jit,
-    random_examples,
-)
+from tests.contracts.examples import by_example, double, logits, one_device, random_examples
 from tests.contracts.test_methods import alone, moved, plain
 from tests.tiny import tiny_decoder
 from tests.tiny_t5 import tiny_t5
@@ -90,7 +83,7 @@ def separate(kind, delta):
     return found
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def gradient(config, delta, weights, batch):
     loss = functools.partial(loss_fn, config=config)
     return jax.grad(loss, has_aux=True)(delta, weights, batch, KEY)[0]
@@ -139,7 +132,7 @@ def test_gradients_are_those_of_the_separate_prompts(kind):
             total -= log_TV[first + np.arange(len(target)), target].sum()
         return total / count
 
-    wanted = quick_jit(jax.grad(loss))(delta)
+    wanted = jax.jit(jax.grad(loss))(delta)
     rows = [[3], [], [2, 0, 1]]
     found = gradient(config, delta, weights, packed(encoded, rows, layout))
     assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted)) > 1e-3

@@ -9,12 +9,12 @@ import pytest
 
 from softprompt.training.step import accumulated, loss_fn
 from tests.contracts import concatenated
-from tests.contracts.examples import double, packed, prompted, quick_jit, random_examples, snippets
+from tests.contracts.examples import double, packed, prompted, random_examples, snippets
 from tests.tiny import tiny_decoder
 
 KEY = jax.random.key(0)
 ROWS = [[3], [1, 4], [2, 0], [5]]
-reference = quick_jit(jax.value_and_grad(concatenated.loss), static_argnames="config")
+reference = jax.jit(jax.value_and_grad(concatenated.loss), static_argnames="config")
 
 
 def once(config, delta, weights, batch):
@@ -24,7 +24,7 @@ def once(config, delta, weights, batch):
     else:
         loss = functools.partial(loss_fn, config=config)
         function = jax.value_and_grad(loss, has_aux=True)
-    (loss, _), grads = quick_jit(function)(delta, weights, batch, KEY)
+    (loss, _), grads = jax.jit(function)(delta, weights, batch, KEY)
     assert grads.keys() == {"prompt"}
     return loss, grads["prompt"]
 
@@ -74,6 +74,7 @@ def test_an_untied_model_with_one_key_head(x64):
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("quick")
 def test_real_loss_and_gradient(smollm2, shared_data):
     """Mutation: `stop_gradient` on the context's keys; positions that ignore the context."""
     model, weights = smollm2.model, smollm2.weights

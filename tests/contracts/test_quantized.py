@@ -18,7 +18,6 @@ from tests.contracts.examples import (
     logits_and_loss,
     packed,
     prompted,
-    quick_jit,
     random_examples,
     session,
     trial_config,
@@ -82,7 +81,7 @@ def test_the_model_is_that_of_the_rounded_weights(folders, name, kind):
     assert jax.tree.map(jnp.shape, rounded) == shapes
     rng = np.random.default_rng(0)
     tokens = [jnp.array(rng.integers(2, 90, n)) for n in ((9, 5) if name == "t5" else (9,))]
-    run = quick_jit(lambda weights: loaded.model.apply({"params": weights}, *tokens))
+    run = jax.jit(lambda weights: loaded.model.apply({"params": weights}, *tokens))
     ours, wanted = run(loaded.weights), run(rounded)
     np.testing.assert_allclose(ours, wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
     assert np.abs(ours - run(plain.weights)).max() > 1e-3, "rounding shows"
@@ -92,7 +91,7 @@ def loss_of(delta, config, weights, batch):
     return loss_fn(delta, weights, batch, jax.random.key(0), config=config)[0]
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def value_and_grad(config, delta, weights, batch):
     return jax.value_and_grad(loss_of)(delta, config, weights, batch)
 

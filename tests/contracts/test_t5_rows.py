@@ -20,7 +20,7 @@ from softprompt.evaluation.scoring import score_batches
 from softprompt.methods.initializers import vocabulary
 from softprompt.methods.prompt import PromptConfig, init
 from softprompt.training.step import StepConfig, loss_fn, row_logits, shared_part
-from tests.contracts.examples import by_example, double, one_device, quick_jit, random_examples
+from tests.contracts.examples import by_example, double, one_device, random_examples
 from tests.tiny_t5 import tiny_t5
 
 P = 4
@@ -52,7 +52,7 @@ def examples():
     return random_examples((7, 13, 7, 7, 13, 7), (1, 3, 2, 1, 3, 2), vocab=99)
 
 
-@functools.partial(quick_jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def plain(model, weights, delta, tokens_S, tokens_T):
     return model.apply({"params": weights, "delta": delta}, tokens_S, tokens_T)
 
@@ -63,7 +63,7 @@ def alone(config, delta, weights, tokens_S, target):
     return np.asarray(plain(config.model, weights, delta, jnp.array(tokens_S), jnp.array(start)))
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def logits_and_loss(config, delta, weights, batch):
     logits_RMV = row_logits(config.model, weights, shared_part(config, delta, weights), batch)
     return logits_RMV, loss_fn(delta, weights, batch, jax.random.key(0), config=config)[0]

@@ -23,9 +23,9 @@ from softprompt.evaluation.scoring import (
 )
 from softprompt.training.sharding import make_mesh
 from tests.contracts import concatenated
-from tests.contracts.examples import one_device, prompted, quick_jit, random_examples
+from tests.contracts.examples import one_device, prompted, random_examples
 
-reference = quick_jit(concatenated.batch_logits, static_argnames="config")
+reference = jax.jit(concatenated.batch_logits, static_argnames="config")
 
 
 def brute_force(prompt_PD, weights, config, encoded):

@@ -11,7 +11,7 @@ from softprompt.inference.sampling import sampling
 from softprompt.training.sharding import make_mesh
 from softprompt.training.step import shared_part
 from tests.contracts import concatenated
-from tests.contracts.examples import prompted, quick_jit, random_examples
+from tests.contracts.examples import prompted, random_examples
 from tests.tiny import tiny_decoder
 from tests.tiny_t5 import tiny_t5
 
@@ -24,7 +24,7 @@ def given(tiny):
     model, weights = tiny
     config, delta = prompted(model, weights, 4)
     encoded, embedding_VD = random_examples(), np.asarray(weights["embed"]["embedding"])
-    logits_fn = quick_jit(concatenated.logits, static_argnames="config")
+    logits_fn = jax.jit(concatenated.logits, static_argnames="config")
     room = 4 + max(map(len, encoded.inputs)) + NEW
     wanted = []
     for tokens in encoded.inputs:

@@ -20,7 +20,6 @@ from softprompt.models.names import decoder_shapes
 from softprompt.models.positions import RopeScaling
 from softprompt.models.t5_names import t5_shapes
 from softprompt.training.sharding import WEIGHT_RULES, make_mesh, path_name, weight_spec
-from tests.contracts.examples import quick_jit
 from tests.families import FAMILY_IDS, VARIANTS, family_tensors, golden_prompt, write_family_folder
 from tests.tiny_t5 import tiny_t5_config
 
@@ -38,7 +37,7 @@ def declared(config):
     return {path_name(path): leaf.shape for path, leaf in leaves}
 
 
-@functools.partial(quick_jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def last_logits(model, weights, delta):
     """After a soft prompt and `FAMILY_IDS`."""
     return model.apply({"params": weights, "delta": delta}, jnp.array(FAMILY_IDS))[-1, :16]

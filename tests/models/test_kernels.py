@@ -27,7 +27,6 @@ from tests.contracts.examples import (
     one_device,
     packed,
     prompted,
-    quick_jit,
     random_examples,
     session,
     trial_config,
@@ -115,7 +114,7 @@ def check(ours, theirs, *, within=1e-5):
 )
 def test_values_and_gradients_are_the_reference_s(kernel, rows, softcap):
     arrays = rows.arrays()
-    ours, theirs = (quick_jit(gradients(k, softcap))(*arrays) for k in (kernel, REFERENCE))
+    ours, theirs = (jax.jit(gradients(k, softcap))(*arrays) for k in (kernel, REFERENCE))
     check(ours, theirs)
 
 
@@ -133,7 +132,7 @@ def test_cudnn_takes_any_mask():
 
     def found(kernel):
         step = jax.value_and_grad(functools.partial(function, kernel), (0, 1))
-        return quick_jit(step)(q_THK, [(part.k_SGK, part.v_SGK) for part in parts])
+        return jax.jit(step)(q_THK, [(part.k_SGK, part.v_SGK) for part in parts])
 
     check(found(CUDNN), found(REFERENCE))
 
@@ -154,8 +153,8 @@ def test_rows_of_several_trials(kernel):
     contexts = [jnp.stack([x, x[::-1], -x]) for x in (context_k, context_v)]
     axes = (0, 1, None, 0, 0, None)  # of trials; the second's is not the first of its array
     arrays = jnp.stack([q, 2 * q, -q]), jnp.stack([k, -k, k], 1), v, *contexts, segments_RT
-    many = quick_jit(jax.vmap(gradients(kernel), axes))(*arrays)
-    reference = quick_jit(gradients(REFERENCE))
+    many = jax.jit(jax.vmap(gradients(kernel), axes))(*arrays)
+    reference = jax.jit(gradients(REFERENCE))
     for n in range(3):
         pairs = zip(arrays, axes, strict=True)
         one = [x if axis is None else jnp.take(x, n, axis) for x, axis in pairs]
@@ -185,8 +184,8 @@ def everywhere(mesh, arrays):
 )
 def test_each_device_has_its_own_rows_and_heads(kernel, rows):
     mesh, arrays = mesh_of_four(), rows.arrays()
-    spread = quick_jit(gradients(dataclasses.replace(kernel, mesh=mesh)))
-    check(spread(*everywhere(mesh, arrays)), quick_jit(gradients(REFERENCE))(*arrays))
+    spread = jax.jit(gradients(dataclasses.replace(kernel, mesh=mesh)))
+    check(spread(*everywhere(mesh, arrays)), jax.jit(gradients(REFERENCE))(*arrays))
 
 
 def lowered(kernel, platform, arrays):
@@ -226,7 +225,7 @@ def step_gradients(model, weights, batch, delta, config):
     key = step.Draw(jax.random.key(0), Shares(np.float32(0.8)))
     arguments = delta, weights, batch, key
     names = {equation.primitive.name for equation in equations(jax.make_jaxpr(both)(*arguments))}
-    (value, _), grads = quick_jit(both)(*arguments)
+    (value, _), grads = jax.jit(both)(*arguments)
     return (value, grads), names
 
 
@@ -237,10 +236,10 @@ def test_in_a_step_of_each_device():
     batch = packed(random_examples(), [[3, 0], [1, 4, 2, 5]], RowShape(2, 136, 12))
     config, delta = prompted(model, weights, P)
     arguments = delta, weights, batch, jax.random.key(0)
-    theirs, of_theirs = quick_jit(functools.partial(step.gradients, config=config))(*arguments)
+    theirs, of_theirs = jax.jit(functools.partial(step.gradients, config=config))(*arguments)
     config = config._replace(model=model.clone(attention=dataclasses.replace(SPLASH, mesh=mesh)))
     spread = by_device(mesh)(functools.partial(step.gradients, config=config))
-    ours, of_ours = quick_jit(spread)(*arguments)
+    ours, of_ours = jax.jit(spread)(*arguments)
     check((ours["loss"], of_ours), (theirs["loss"], of_theirs), within=1e-4)
 
 

@@ -13,7 +13,6 @@ import pytest
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import T5Config, bucket
 from softprompt.models.t5_names import load_weights
-from tests.contracts.examples import quick_jit
 from tests.tiny_t5 import FAMILIES, tiny_t5, write_t5_folder
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "t5.json").read_text())
@@ -37,7 +36,7 @@ def collections(weights: Any, delta: Any = None) -> dict[str, Any]:
 @functools.cache
 def compiled(model: T5) -> Any:
     """The model on one pair, compiled once a shape whichever test asks."""
-    return quick_jit(lambda variables, *tokens: model.apply(variables, *tokens))
+    return jax.jit(lambda variables, *tokens: model.apply(variables, *tokens))
 
 
 def alone(model: T5, variables: Any, tokens_S: list[int], tokens_T: list[int]) -> np.ndarray:
@@ -56,7 +55,7 @@ def compiled_row(model: T5) -> Any:
         x_TD = model.apply(variables, contexts, states_SD, *row, method="decode")
         return model.apply(variables, x_TD, method="logits")
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 def packed(
@@ -106,7 +105,7 @@ def test_rows_under_vmap_equal_rows_alone():
     model, weights = tiny_t5(prompt_to_input=False)
     variables = collections(weights, prompts(encoder=3, decoder=2))
     rows = jnp.array([INPUTS[0], INPUTS[0][::-1]]), jnp.array([TARGETS[0], TARGETS[0][::-1]])
-    together = quick_jit(jax.vmap(lambda s, t: model.apply(variables, s, t)))(*rows)
+    together = jax.jit(jax.vmap(lambda s, t: model.apply(variables, s, t)))(*rows)
     for logits_TV, tokens_S, tokens_T in zip(together, *rows, strict=True):
         close(logits_TV, alone(model, variables, tokens_S, tokens_T))
 
@@ -263,8 +262,7 @@ def test_once_equals_repeated_behind_a_mask():
 
     forms = (once, lambda d: repeated(model, weights, d, pair))
     ((_, logits_a), grads_a), ((_, logits_b), grads_b) = (
-        quick_jit(jax.value_and_grad(lambda d, f=f: score(f, d), has_aux=True))(delta)
-        for f in forms
+        jax.jit(jax.value_and_grad(lambda d, f=f: score(f, d), has_aux=True))(delta) for f in forms
     )
     close(logits_a, logits_b)
     jax.tree.map(close, grads_a, grads_b)

@@ -21,7 +21,6 @@ from softprompt.interchange.prompts import ROWS
 from softprompt.models.t5 import T5
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
 from softprompt.training.step import StepConfig, loss_fn, train_step
-from tests.contracts.examples import quick_jit
 from tests.interchange.cases import Case
 from tests.interchange.methods import CONFIGS
 
@@ -121,7 +120,7 @@ def _square(values: Sequence[np.ndarray], fill: int) -> torch.Tensor:
 def gradients(both: Pair) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Ours and PEFT's at the first step, by the paths of our delta's leaves."""
     batch, arguments = both.batches[0]
-    loss = quick_jit(jax.grad(functools.partial(loss_fn, config=both.step), has_aux=True))
+    loss = jax.jit(jax.grad(functools.partial(loss_fn, config=both.step), has_aux=True))
     ours, _ = loss(both.delta(), both.weights, batch, KEY)
     both.theirs.zero_grad()
     both.theirs(**arguments).loss.backward()
@@ -136,7 +135,7 @@ def train_ours(
     tx = make_optimizer(OptimizerConfig(optimizer, weight_decay=DECAY))
     delta = jax.tree.map(jax.numpy.asarray, both.delta())
     state = set_rate(tx.init(delta), np.float32(rate))
-    step = quick_jit(functools.partial(train_step, config=both.step, tx=tx))
+    step = jax.jit(functools.partial(train_step, config=both.step, tx=tx))
     losses = []
     for n in range(steps):
         batch, _ = both.batches[n % len(both.batches)]

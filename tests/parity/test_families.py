@@ -16,7 +16,6 @@ import pytest
 from softprompt.models.decoder import Decoder
 from softprompt.models.families import FAMILIES
 from softprompt.models.loading import Loaded, load_model
-from tests.contracts.examples import quick_jit
 from tests.families import SLIDING, VARIANTS, VOCAB, write_family_folder, write_small_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -87,7 +86,7 @@ def theirs(model: Any, ids: list[list[int]], prompt_PD: np.ndarray | None = None
     return [x[length : length + len(row)] for x, row in zip(logits_BTV, ids, strict=True)]
 
 
-@functools.partial(quick_jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def row_logits(model: Decoder, variables: Any, *row: jax.Array) -> Any:
     context = model.apply(variables, method="prompt_context")
     x_TD = model.apply(variables, context, *row, method="hidden")

@@ -127,6 +127,7 @@ def random_like(tree, rng):
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "lora", "ia3"])
 def test_a_real_model(smollm2, tmp_path, kind):
     """Adapters made here, on SmolLM2-135M, give PEFT's logits (which reach about 20)."""

@@ -167,6 +167,7 @@ def check_real(real_pair, name):
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("quick")
 class TestRealVectors:
     """Two classes, so that workers may share the minutes that they take."""
 
@@ -177,6 +178,7 @@ class TestRealVectors:
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("quick")
 class TestRealLayers:
     """The methods that change layers."""
 

@@ -19,7 +19,6 @@ from tests.contracts.examples import (
     logits_and_loss,
     packed,
     prompted,
-    quick_jit,
     random_examples,
 )
 
@@ -48,7 +47,7 @@ def target_logits(config, delta, weights, encoded, batch):
 
 def value(config, delta, weights, batch):
     function = loss_fn if config.microbatches == 1 else accumulated
-    return quick_jit(functools.partial(function, config=config))(delta, weights, batch, KEY)
+    return jax.jit(functools.partial(function, config=config))(delta, weights, batch, KEY)
 
 
 def test_loss_z_loss_and_accuracy_by_their_formulas(given):
@@ -89,7 +88,7 @@ def test_accumulated_is_the_gradient_of_the_loss(given):
     config, delta, weights, _, batch = given
     config = config._replace(z_loss=0.1)
     function = jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True)
-    wanted = quick_jit(function)(delta, weights, batch, KEY)
+    wanted = jax.jit(function)(delta, weights, batch, KEY)
     parts = value(config._replace(microbatches=2), delta, weights, batch)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
     jax.tree.map(close, parts, wanted)
@@ -101,9 +100,9 @@ def test_a_step_updates_by_the_gradient_and_reports_norms(given):
     config, delta, weights, _, batch = given
     tx = make_optimizer(OptimizerConfig())
     state = set_rate(tx.init(delta), jnp.float32(0.01))
-    step = quick_jit(functools.partial(train_step, config=config, tx=tx))
+    step = jax.jit(functools.partial(train_step, config=config, tx=tx))
     new, new_state, metrics = step(delta, state, weights, batch, KEY)
-    grads = quick_jit(jax.grad(lambda d: loss_fn(d, weights, batch, KEY, config=config)[0]))(delta)
+    grads = jax.jit(jax.grad(lambda d: loss_fn(d, weights, batch, KEY, config=config)[0]))(delta)
     updates, wanted_state = tx.update(grads, state, delta)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-12)
     jax.tree.map(close, new, optax.apply_updates(delta, updates))
@@ -125,7 +124,7 @@ def test_norms_are_those_of_the_rows_that_are_read(given):
     config = config._replace(method_config=cfg)
     net = reparametrize.init(KEY, delta["prompt"], kind="mlp", bottleneck=3)
     delta, tx = {"prompt": delta["prompt"], "net": net}, make_optimizer(OptimizerConfig("sgd"))
-    step = quick_jit(functools.partial(train_step, config=config, tx=tx))
+    step = jax.jit(functools.partial(train_step, config=config, tx=tx))
     new, _, metrics = step(delta, tx.init(delta), weights, batch, KEY)  # at a rate of zero
     rows_P = np.linalg.norm(reparametrize.apply(new["prompt"], net), axis=1)
     np.testing.assert_allclose(metrics["row_norm_max"], rows_P.max(), rtol=1e-6)
