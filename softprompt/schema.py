@@ -316,6 +316,7 @@ def _mesh() -> dict[str, Any]:
         # (each layer is gathered when it is computed; for models too large to be whole)
         "weights": "replicated",
         # trials of a sweep that take their steps together, as one program of the vmapped step: at
-        # most this many; 0 is as many as suit the machine, 1 is one trial after another
-        "population": 1,
+        # most this many; 1 is one trial after another; 0 is that on a CPU, whose cores are busy
+        # with one trial, and on an accelerator up to 16, or what its memory has room for
+        "population": 0,
     }

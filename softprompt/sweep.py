@@ -8,7 +8,7 @@ import functools
 import io
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,7 @@ def run_sweep(
         progress.say(f"{finished} of {len(trials)} trials are done already")
     weights = {index: _seconds(trials[index], estimate) for index in todo}
     jobs = {index: (trials[index], folders[index]) for index in todo}
-    groups: list[tuple[list[int], int]] = [([place], 1) for place in range(len(todo))]
+    groups: Iterable[tuple[list[int], int]] = [([place], 1) for place in range(len(todo))]
     if together is not None:
         groups = together.plan([trials[index] for index in todo])
     failed: list[Row] = []

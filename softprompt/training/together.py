@@ -23,9 +23,9 @@ from softprompt.training.trial import run_trial
 Job = tuple[ConfigDict, epath.Path]
 Run = Callable[[ConfigDict, epath.Path], Row]
 
-# Members of a population where the config leaves it open. Two cores are busy with one trial; an
-# accelerator is not.
-MOST = {"cpu": 4}
+# Members of a population where the config leaves it open. A CPU's cores are busy with one trial, so
+# that together they gain nothing; an accelerator is not.
+MOST = {"cpu": 1}
 MOST_ELSEWHERE = 16
 
 
@@ -35,36 +35,44 @@ class Together:
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def plan(self, trials: Sequence[ConfigDict]) -> list[tuple[list[int], int]]:
+    def plan(self, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
         """Groups of trials, as their places in `trials`, and how many of each run at a time.
 
         Trials are of one group when their steps are one program on the same weights: they may
         differ in seed, initialiser, rate, schedule, length of training, how much is dropped where
-        the same is, and task where rows have equal shapes.
+        the same is, and task where rows have equal shapes. Groups of a model come one after
+        another, and are told apart when its turn comes: a sweep over models loads each once.
         """
+        models: dict[Any, list[int]] = {}
+        for place, config in enumerate(trials):
+            models.setdefault(_weights(config) if _most(config) > 1 else place, []).append(place)
+        for places in models.values():
+            yield from self._groups(trials, places)
+
+    def _groups(
+        self, trials: Sequence[ConfigDict], places: Sequence[int]
+    ) -> Iterator[tuple[list[int], int]]:
+        """The groups of one model's trials."""
         groups: dict[Any, list[int]] = {}
         widths: dict[Any, int] = {}
-        for place, config in enumerate(trials):
-            key, width = self._program(config)
+        for place in places:
+            key, width = self._program(trials[place])
             groups.setdefault(key or place, []).append(place)
             widths[key or place] = width
-        found: list[tuple[list[int], int]] = []
         for key, group in groups.items():
             width = min(widths[key], len(group))
             if width == 1:
-                found += [([place], 1) for place in group]
+                yield from (([place], 1) for place in group)
                 continue
-            found.append((group, width))
             self.session.progress.say(
                 f"{len(group)} trials like {trial_name(trials[group[0]])} share a program: {width} "
                 "of them take their steps together"
             )
-        return found
+            yield group, width
 
     def _program(self, config: ConfigDict) -> tuple[Any, int]:
         """What a trial's program is told by, and how many members it may have; None where alone."""
-        name, asked = config.method.name, config.mesh.population
-        if asked == 1 or name in (*UNTRAINED, "full") or jax.process_count() > 1:
+        if _most(config) == 1:
             return None, 1
         try:
             prepared = prepare(config, self.session)
@@ -73,12 +81,10 @@ class Together:
         except Exception:  # the trial will say what is wrong with it
             return None, 1
         sizes = tuple((str(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
-        tree, rows = to_dict(config), (shape, prepared.layout, sizes)
-        same = json.dumps([tree["model"], tree["mesh"]], sort_keys=True)
         drops = jax.tree.structure(kept_shares(config))
-        key = (prepared.step, drops, optimizer_config(config), same, rows)
-        most = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
-        return key, max(1, min(asked or most, room(prepared)))
+        rows = (shape, prepared.layout, sizes)
+        key = (prepared.step, drops, optimizer_config(config), _weights(config), rows)
+        return key, max(1, min(_most(config), room(prepared)))
 
     def run(
         self, jobs: Sequence[Job], width: int, one: Callable[[ConfigDict, epath.Path, Run], Row]
@@ -113,6 +119,20 @@ class Together:
                 population.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def _most(config: ConfigDict) -> int:
+    """How many trials like this may take their steps together; 1 of those that never do."""
+    if config.method.name in (*UNTRAINED, "full") or jax.process_count() > 1:
+        return 1
+    automatic = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
+    return int(config.mesh.population or automatic)
+
+
+def _weights(config: ConfigDict) -> str:
+    """What tells one model's weights from another's, and from the same on other devices."""
+    tree = to_dict(config)
+    return json.dumps([tree["model"], tree["mesh"]], sort_keys=True)
 
 
 def room(prepared: Prepared) -> int:

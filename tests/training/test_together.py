@@ -19,7 +19,7 @@ from tests.contracts.examples import session
 from tests.contracts.test_population import OTHER, TRIALS, alone, apart, configs
 from tests.tiny import write_llama_folder
 
-FIRST, ANY = TRIALS[0], {"mesh__population": 0}
+FIRST, ANY = TRIALS[0], {"mesh__population": 4}
 
 
 def run(trials, workdir, shared):
@@ -74,7 +74,7 @@ def test_how_much_is_dropped_is_data(tiny_folder, tmp_path, name, more):
     other = "method__dropout" if name == "train__dropout" else "train__dropout"
     some = [{**FIRST, **one} for one in ({name: 0.1}, {name: 0.3}, {}, {other: 0.1})]
     with session() as shared:
-        plan = Together(shared).plan(configs(tiny_folder, tmp_path, some, **ANY, **more))
+        plan = [*Together(shared).plan(configs(tiny_folder, tmp_path, some, **ANY, **more))]
     assert plan == [([0, 1], 2), ([2], 1), ([3], 1)]
 
 
@@ -148,27 +148,35 @@ def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypa
 
 def test_what_is_never_grouped(tiny_folder, tmp_path):
     """Mutations: full fine-tuning shares a program, which has a copy of the weights for each; a
-    population of one is a group; what does not fit into memory is put together nevertheless."""
+    population of one is a group, or on a CPU what the config leaves open."""
     source = (*({**FIRST, "seed": seed} for seed in range(2)),)
     with session() as shared:
-        plan = Together(shared).plan
+        plan = lambda trials: [*Together(shared).plan(trials)]  # noqa: E731
         assert plan(configs(tiny_folder, tmp_path, source, **ANY)) == [([0, 1], 2)]
-        for changes in ({"method__name": "full"}, {"mesh__population": 1}):
+        for changes in ({"method__name": "full"}, *({"mesh__population": n} for n in (0, 1))):
             trials = configs(tiny_folder, tmp_path, source, **(ANY | changes))
             assert plan(trials) == [([0], 1), ([1], 1)]
         none = {"method__name": "none", **ANY}
         assert plan(configs(tiny_folder, tmp_path, (none,))) == [([0], 1)]
 
 
-def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
-    """Two models of equal shapes. Mutation: one model's trial steps on the other's weights."""
+def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path, monkeypatch):
+    """Two models of equal shapes, in turns, on what takes two together by itself. Mutations: one
+    model's trial steps on the other's weights; all models are loaded before the first group runs.
+    """
+    monkeypatch.setattr(together, "MOST", {"cpu": 2})
     other = write_llama_folder(tmp_path / "other", seed=1)
     trials = [
-        *configs(tiny_folder, tmp_path, ({**FIRST, "seed": 0}, {**FIRST, "seed": 1}), **ANY),
-        *configs(other, tmp_path, ({**FIRST, "seed": 0}, {**FIRST, "seed": 1}), **ANY),
+        config
+        for seed in range(2)
+        for model in (tiny_folder, other)
+        for config in configs(model, tmp_path, ({**FIRST, "seed": seed},), mesh__population=0)
     ]
     with session() as shared:
-        assert Together(shared).plan(trials) == [([0, 1], 2), ([2, 3], 2)]
+        groups = Together(shared).plan(trials)
+        assert next(groups) == ([0, 2], 2)
+        assert len(shared._models) == 1
+        assert [*groups] == [([1, 3], 2)]
 
 
 def test_members_have_one_model():
