@@ -1,13 +1,14 @@
-"""What does a sweep save over as many commands, and what do steps taken together save?
+"""What does a sweep save over as many commands, and what do trials that run at a time save?
 
 Question: 12 prompts (3 lengths, 2 initialisers, 2 seeds) on SmolLM2-135M-Instruct and movie-snippet
 sentiment: how long do they take as 12 processes of `softprompt train`, as one sweep that trains one
-after another, and as one sweep whose trials of equal length take their steps together?
+after another, and as one sweep whose trials of equal length run together: on a CPU two side by
+side, on an accelerator all four as one program?
 
-Prediction: a process pays for imports, the model, the data and a compilation, some 15 seconds on
-two x86 cores; a sweep pays once, and once a length. So the shorter its trials, the more it saves:
-1.27 times less with 30 steps (measured), 1.33 with 20. Two cores are busy with one trial, so that
-steps taken together gain a tenth at most; a GPU is not, and gains several times.
+Prediction: a process pays for imports, the model, the data and a compilation, some 10 to 15 seconds
+on two x86 cores; a sweep pays once, and once a length. So the shorter its trials, the more it
+saves. Two cores are busy with one trial but for a tenth, which two trials side by side gain; a GPU
+is not, and gains several times.
 
 Command, from the repository root, on a machine that does nothing else:
     python -m experiments.sweep_speed --workdir runs/sweep_speed
@@ -47,8 +48,8 @@ LENGTHS, INITS, SEEDS = (5, 20, 100), ("uniform", "vocabulary"), (0, 1)
 FORMS = ("cold", "warm", "together")
 
 CAPTION = (
-    "Members: the most trials that took a step together. Step s: of a step of all of them. Test "
-    "accuracy on 200 examples."
+    "Members: the most trials that ran at a time. Step s: of a step of each of them. Test accuracy "
+    "on 200 examples."
 )
 
 
@@ -68,7 +69,6 @@ def _trial(length: int, init: str, seed: int) -> ConfigDict:
     config.method.length, config.method.init, config.seed = length, init, seed
     config.train.steps, config.train.batch, config.eval.every = 20, 16, 0
     config.data.validation_examples = config.data.test_examples = 200
-    config.mesh.population = 4
     return config
 
 
@@ -116,7 +116,7 @@ def commands(form: str, folder: Path, overrides: Sequence[str]) -> list[list[str
     """The command lines of a form, one after another; what the trials have in common comes last."""
     program = [sys.executable, "-m", "softprompt"]
     if form != "cold":
-        population = f"--config.mesh.population={1 if form == 'warm' else 4}"
+        population = f"--config.mesh.population={1 if form == 'warm' else 0}"
         sweeping = [*program, "sweep", "sweep_speed", "--workdir", str(folder), population]
         return [[*sweeping, *overrides]]
     found, plain = [], flatten(base_config())
@@ -153,7 +153,7 @@ def summary(seconds: Mapping[str, float], rows: Mapping[str, Sequence[Row]]) -> 
     """Returns a line a form.
 
     Its time; the others' over it; how many of its trials spent time on compiling; the most that
-    took a step together; and the largest difference of a trial's test accuracy from that in the
+    ran at a time; and the largest difference of a trial's test accuracy from that in the
     first form.
     """
     first = next(iter(seconds))
@@ -178,7 +178,7 @@ def summary(seconds: Mapping[str, float], rows: Mapping[str, Sequence[Row]]) -> 
 
 
 def _members(rows: Sequence[Row]) -> str:
-    """How many took a step together, such as "1, 4" where some trials were alone."""
+    """How many ran at a time, such as "1, 4" where some trials were alone."""
     return ", ".join(map(str, sorted({_line(row)["members"] for row in rows})))
 
 

@@ -39,8 +39,8 @@ FACTS = {
     "stored": "parameters of the saved delta, less what only training needed",
     "weight_bytes": "of the frozen weights, over all devices once",
     "step_seconds": "median of a training step, evaluations and compilation left out",
-    "members": "the most trials that the trial's program held at a time: step_seconds and "
-    "step_memory_bytes are of all of them",
+    "members": "the most trials that ran at a time and shared the devices' peak: step_seconds is "
+    "of a step of each, and so is step_memory_bytes where their steps were one program",
     "step_memory_bytes": "what a training step needs on a device, weights and batch included, by "
     "the compiler's own account",
     "delta_bytes": "of the saved delta's file",

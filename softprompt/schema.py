@@ -315,8 +315,8 @@ def _mesh() -> dict[str, Any]:
         # what the model axis leaves of the weights: replicated over the data axis, or sharded
         # (each layer is gathered when it is computed; for models too large to be whole)
         "weights": "replicated",
-        # trials of a sweep that take their steps together, as one program of the vmapped step: at
-        # most this many; 1 is one trial after another; 0 is that on a CPU, whose cores are busy
-        # with one trial, and on an accelerator up to 16, or what its memory has room for
+        # trials of a sweep that run at a time, where their training steps share a program: at most
+        # this many, or what memory has room for; 1 is one after another; 0 is two on a CPU, side by
+        # side, and 16 on an accelerator, where they take their steps together, vmapped
         "population": 0,
     }

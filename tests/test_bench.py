@@ -237,7 +237,7 @@ def test_the_plan():
         *(("ours", 1), ("peft", 1)),
     ]
     compared = [t.steps for t in tasks if t.purpose == "time" and t.system.dtype == "float32"]
-    assert compared == [10, 10, 2]
+    assert compared == [10, 10, 1]
     jobs = [cells.job(t, bench.ROOT, best_threads={}) for t in (timed[0], timed[2])]
     assert [job["start"] for job in jobs] == [0, cells.SPAN]
     cells_of = {task.cell for task in cells.plan("full", processes=1, steps=1)}

@@ -15,7 +15,7 @@ Command, from the repository root, on a machine that does nothing else:
     python -m experiments.bench --subset claimed --workdir runs/bench --peft-python PATH
 
 Cost: the claimed cells about 40 minutes on two x86 cores, the grid 14 hours by its own estimate. A
-process begins no further step after 150 seconds of them: where PEFT is slow it has fewer batches.
+process begins no further step after 100 seconds of them: where PEFT is slow it has fewer batches.
 
 Expected (two x86 cores, jax 0.12 and PyTorch, commit 7db79cf): 3.6, 6.8 and 13 times PEFT's speed
 at P = 20, 100 and 500, 12 times its float32, 0.28 of its memory, 0.77 of the products' rate, and 11

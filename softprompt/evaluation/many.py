@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from softprompt.evaluation.scoring import score_side_by_side
+from softprompt.evaluation.scoring import score_side_by_side, scored_at_once, scoring_budget
 from softprompt.methods import METHODS
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, bytes_of, device_memory
 from softprompt.training.prepare import Prepared, delta_shapes
-from softprompt.training.session import scoring_budget
 from softprompt.training.step import Shared
 from softprompt.training.trial import graded, told
 
@@ -53,6 +52,7 @@ def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> li
         prepared.frozen,
         shared,
         mesh=mesh,
+        at_once=scored_at_once(mesh),
         progress=functools.partial(session.progress.stage, f"score {split}"),
     )
     with session.alone(mesh):

@@ -1,9 +1,10 @@
-"""Trials that take their steps together: one program of the vmapped step and update.
+"""Trials that run at a time: where it pays, one program of the vmapped step and update.
 
 Each trial runs its own loop in a thread of its own, so that its data order, evaluations, early
 stop, checkpoints and log are those of a trial alone (contract 6). Where a loop takes its step, its
 thread waits for the others; the last to come runs all their steps as one program, in which the
-frozen weights are not batched.
+frozen weights are not batched. Where trials are `apart` nobody waits: each runs the step of a trial
+alone, beside the others'.
 """
 
 import sys
@@ -57,6 +58,7 @@ class Population:
     """The trials of a sweep that run at a time.
 
     Attributes:
+        apart: how many, where each takes its own steps; 0 where they take them together.
         door: guards all that is here.
         coming: threads that were started for a trial and are not here yet.
         queued: trials that have not begun.
@@ -64,7 +66,8 @@ class Population:
         stopping: set when the sweep is to end: members save after their step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, apart: int = 0) -> None:
+        self.apart = apart
         self.door = threading.Condition()
         self.coming = self.queued = 0
         self.undecided: set[int] = set()

@@ -22,6 +22,7 @@ from softprompt.data.rows import Layout
 from softprompt.data.sources import Record
 from softprompt.data.subsets import balanced_subset, seeded_sample
 from softprompt.data.tasks import Task, get_task, read_split
+from softprompt.evaluation.scoring import scoring_budget
 from softprompt.models.loading import Loaded, load_model
 from softprompt.progress import Progress
 from softprompt.training.memory import KEPT_SHARE, bytes_here, device_memory
@@ -71,7 +72,7 @@ class Session:
         compiled: compiled training steps by all that is static in them; its length is the number of
             compilations (contract 10).
         compile_seconds: spent on them.
-        population: whose trials take their steps together; None for a trial alone.
+        population: of the trials that run at a time; None for a trial alone.
     """
 
     progress: Progress
@@ -255,7 +256,7 @@ class Session:
     ) -> TrainStep:
         """The compiled training step for arguments of these shapes, compiled at its first use."""
         key = (step, optimizer, mesh, *_shapes(arguments))
-        if self.population is None:
+        if self.population is None or self.population.apart:
             return self._compiled(key, lambda: compile_step(step, optimizer, mesh, arguments))
 
         def compile_for(members: int) -> Any:
@@ -267,13 +268,14 @@ class Session:
         return self.population.join(key, compile_for, self.progress.say)
 
     def _compiled(self, key: Any, compile: Callable[[], Any]) -> Any:
-        """A program, compiled where there is none yet."""
-        if key not in self.compiled:
-            self.progress.stage("compile the training step")
-            began = time.monotonic()
-            self.compiled[key] = compile()
-            self.compile_seconds += time.monotonic() - began
-        return self.compiled[key]
+        """A program, compiled where there is none yet; by one of several threads that want it."""
+        with self._lock:
+            if key not in self.compiled:
+                self.progress.stage("compile the training step")
+                began = time.monotonic()
+                self.compiled[key] = compile()
+                self.compile_seconds += time.monotonic() - began
+            return self.compiled[key]
 
 
 def _shapes(arguments: Any) -> tuple[Any, ...]:
@@ -296,11 +298,6 @@ def encode_records(
         eos=config.task.eos,
         input_eos=loaded.encoder_decoder and loaded.tokenizer.add_eos,
     )
-
-
-def scoring_budget() -> int:
-    """Tokens scored at once: what a CPU's caches hold, or enough to fill an accelerator."""
-    return 512 if jax.default_backend() == "cpu" else 16384
 
 
 def describe(encoded: Encoded) -> str:

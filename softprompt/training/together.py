@@ -1,4 +1,4 @@
-"""Which trials of a sweep take their steps together, and how they are run."""
+"""Which trials of a sweep run at a time, and how."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from softprompt.analysis.flops import machine_flops
 from softprompt.config import ConfigDict, to_dict, trial_name
 from softprompt.data.pipeline import train_widths
 from softprompt.methods.setup import kept_shares
@@ -23,10 +24,12 @@ from softprompt.training.trial import run_trial
 Job = tuple[ConfigDict, epath.Path]
 Run = Callable[[ConfigDict, epath.Path], Row]
 
-# Members of a population where the config leaves it open. A CPU's cores are busy with one trial, so
-# that together they gain nothing; an accelerator is not.
-MOST = {"cpu": 1}
+# Members of a population where the config leaves it open.
+MOST = {"cpu": 2}
 MOST_ELSEWHERE = 16
+# Where they run side by side, each with the program of a trial alone. A CPU's cores are busy with
+# one step, but for waiting for one another: it gains by a second program, not by a larger one.
+APART = ("cpu",)
 
 
 class Together:
@@ -66,7 +69,7 @@ class Together:
                 continue
             self.session.progress.say(
                 f"{len(group)} trials like {trial_name(trials[group[0]])} share a program: {width} "
-                "of them take their steps together"
+                "of them run at a time"
             )
             yield group, width
 
@@ -91,9 +94,11 @@ class Together:
     ) -> Iterator[tuple[int, Row]]:
         """Runs a group's trials, `width` at a time; a place that falls free takes the next.
 
+        Their steps are one program, or on one device of `APART` each trial's own.
+
         Args:
             jobs: configs and their folders.
-            width: how many take their steps together.
+            width: how many run at a time.
             one: runs a config in its folder with the function it is given, and returns its row.
 
         Yields:
@@ -102,7 +107,9 @@ class Together:
         Raises:
             SystemExit: with 75 after SIGTERM; every member is saved.
         """
-        population = Population()
+        single = self.session.mesh(jobs[0][0]).size == 1
+        machine_flops(jobs[0][0].model.dtype)  # measured while nothing else runs
+        population = Population(width if single and jax.default_backend() in APART else 0)
         population.coming, population.queued = min(width, len(jobs)), len(jobs)
 
         def work(config: ConfigDict, folder: epath.Path) -> Row:
@@ -122,8 +129,10 @@ class Together:
 
 
 def _most(config: ConfigDict) -> int:
-    """How many trials like this may take their steps together; 1 of those that never do."""
+    """How many trials like this may run at a time; 1 of those that never do with others."""
     if config.method.name in (*UNTRAINED, "full") or jax.process_count() > 1:
+        return 1
+    if config.eval.latency:  # would time the others too
         return 1
     automatic = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
     return int(config.mesh.population or automatic)

@@ -32,6 +32,8 @@ from softprompt.evaluation.scoring import (
     Scores,
     normalise,
     score_batches,
+    scored_at_once,
+    scoring_budget,
     shared_function,
     token_nll,
 )
@@ -54,7 +56,7 @@ from softprompt.training.prepare import (
     train_source,
     trial_key,
 )
-from softprompt.training.session import Session, TaskData, optimizer_config, scoring_budget
+from softprompt.training.session import Session, TaskData, optimizer_config
 from softprompt.training.sharding import put_batch
 from softprompt.training.step import StepConfig
 
@@ -224,7 +226,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         **{name: mean_share(folder, name) for name in ("peak_share", "input_wait_share")},
         "step_seconds": median_step(folder),
         "step_memory_bytes": program_memory(step),
-        "members": getattr(step, "places", 1),
+        "members": getattr(step, "places", session.population.apart if session.population else 1),
         "seconds": state.seconds,
     }
     chosen, scores, at = state.best, state.best_scores, state.best_step
@@ -276,9 +278,8 @@ def score(prepared: Prepared, delta: Tree, split: str) -> Graded:
     with session.alone(mesh):
         shared = prepared.shared(delta)
         progress = functools.partial(session.progress.stage, f"score {split}")
-        run = functools.partial(
-            score_batches, prepared.step.model, prepared.frozen, shared, mesh=mesh
-        )
+        model, frozen, at_once = prepared.step.model, prepared.frozen, scored_at_once(mesh)
+        run = functools.partial(score_batches, model, frozen, shared, mesh=mesh, at_once=at_once)
         return graded(prepared, split, [run(own, progress=progress) for own in batches])
 
 
@@ -331,6 +332,7 @@ def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
         prepared.shared(delta),
         eval_batches(pieces, shape, score="targets"),
         mesh=prepared.mesh,
+        at_once=scored_at_once(prepared.mesh),
         progress=lambda done, total: session.progress.stage("score text", done, total),
     )
     nats = token_nll(sums_NC, lengths_NC)

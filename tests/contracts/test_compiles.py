@@ -6,6 +6,7 @@ import itertools
 import jax
 import pytest
 
+from softprompt.training import together
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.contracts.test_population import alone, apart, configs, outcome
@@ -110,17 +111,24 @@ def test_trials_of_unlike_dropout_share_one_step(tiny_folder, tmp_path, programs
     assert max(apart(ours[1], alone(trials[1], tmp_path / "alone"))) <= 1e-5
 
 
-@pytest.mark.parametrize("population", [0, 2, 4])
-def test_a_whole_sweep_traces_a_program_a_length(tiny_folder, tmp_path, programs, population):
-    """Eight trials, one after another, in two places, and four together: of each length one step is
+@pytest.mark.parametrize(
+    ("population", "apart_on"),
+    [(1, ("cpu",)), (4, ("cpu",)), (2, ()), (4, ())],
+    ids=["alone", "four apart", "two together", "four together"],
+)
+def test_a_whole_sweep_traces_a_program_a_length(
+    tiny_folder, tmp_path, programs, monkeypatch, population, apart_on
+):
+    """Eight trials, one after another, side by side, and together: of each length one step is
     traced and compiled, one context and one scoring program, though four threads score at once.
 
     Mutations: the seed is part of the step's static configuration; a scoring function is made anew
     for a trial, or for each thread that asks; a place that another trial takes is compiled anew.
     """
+    monkeypatch.setattr(together, "APART", apart_on)
     source = write_task(tmp_path)
     trials = [trial_config(tiny_folder, source, mesh__population=population, **one) for one in GRID]
     with session() as shared:
         assert run(trials, tmp_path / "sweep", shared) == []
-    step = "train_step" if population == 0 else "population_step"
+    step = "train_step" if apart_on else "population_step"
     assert programs() == each(2, step, *SCORING)

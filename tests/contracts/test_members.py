@@ -1,4 +1,4 @@
-"""Contract 6 for every method, in float32: members of one program step as each does alone.
+"""Contract 6 for every method: members of one program step as each does alone.
 
 `test_population.py` and `test_together.py` hold whole trials of prompts to it. `full` is never
 grouped.
@@ -7,6 +7,7 @@ grouped.
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,11 +17,10 @@ from softprompt.methods import METHODS
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
 from softprompt.training.population import Member, population_step
 from softprompt.training.step import train_step
+from tests.contracts.examples import packed, prompted, snippets
 from tests.contracts.test_methods import base, moved, step_of
 
-pytestmark = pytest.mark.newest
-
-STEPS, RATES = 3, np.array([0.005, 0.01], np.float32)
+KEY, STEPS, RATES = jax.random.key(0), 3, np.array([0.005, 0.01], np.float32)
 # GPT-2's loss does not depend on a key's bias: its gradient is rounding, of which Adam would make
 # whole steps if its epsilon were as small as it is by default.
 TX = make_optimizer(OptimizerConfig("adamw", eps=1e-3))
@@ -48,7 +48,7 @@ def trained(members, batches_SN, take):
     losses = []
     for batches_N in batches_SN:
         pairs = zip(members, batches_N, strict=True)
-        members = [Member(*one, batch, jax.random.key(0)) for one, batch in pairs]
+        members = [Member(*one, batch, KEY) for one, batch in pairs]
         members, metrics = zip(*((r[:2], r[2]) for r in take(members)), strict=True)
         losses.append([one["loss"] for one in metrics])
     return [delta for delta, _ in members], losses
@@ -60,6 +60,7 @@ def apart(one, other):
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_members_step_as_alone(name, kind):
     """Mutations: every member has the first one's batch, or its rate; one gets another's result."""
@@ -76,3 +77,48 @@ def test_members_step_as_alone(name, kind):
     assert apart(ours, theirs) <= 1e-5
     assert apart(*ours[0]) > 1e-2  # they are different trials
     assert min(apart(m[0], after) for m, after in zip(members, ours[0], strict=True)) > 1e-3
+
+
+@pytest.mark.real
+@pytest.mark.long
+def test_bfloat16_on_a_real_model(smollm2, shared_data):
+    """What thirty layers in bfloat16 make of a gradient is some hundredths off float32's, and any
+    other program makes it another way. Members' are as near to it as a trial's alone, and to that.
+
+    Mutation: every member has the first one's batch.
+    """
+    encoded = snippets(shared_data, smollm2.tokenizer, 8)
+    sgd, weights = make_optimizer(OptimizerConfig("sgd")), smollm2.weights
+    shape = RowShape(2, 160, 8)
+    rows = ([[3, 1], [2]], [[4, 7], [5]])
+    deltas = [prompted(smollm2.model, weights, 20, seed=n)[1] for n in range(len(rows))]
+    members = [
+        Member(delta, set_rate(sgd.init(delta), np.float32(1)), packed(encoded, some, shape), KEY)
+        for delta, some in zip(deltas, rows, strict=True)
+    ]
+
+    def gradients(dtype):
+        """Of members alone, and together: with a rate of 1 what plain SGD takes off the prompt."""
+        model = smollm2.model.clone(dtype=jnp.dtype(dtype))
+        step = functools.partial(train_step, config=prompted(model, weights, 20)[0], tx=sgd)
+        alone, together = jax.jit(step), jax.jit(functools.partial(population_step, step=step))
+        for results in (
+            [alone(one.delta, one.opt_state, weights, one.batch, one.key) for one in members],
+            together(members, weights),
+        ):
+            pairs = zip(deltas, results, strict=True)
+            yield [np.asarray(before["prompt"] - after["prompt"]) for before, (after, *_) in pairs]
+
+    exact, same = gradients("float32")
+    rough, ours = gradients("bfloat16")
+
+    def far(some, others):
+        """Distances, as shares of the gradients' sizes."""
+        norm = np.linalg.norm
+        return [norm(a - b) / norm(e) for a, b, e in zip(some, others, exact, strict=True)]
+
+    noise = far(rough, exact)
+    assert max(far(same, exact)) < 3e-4
+    assert max(noise) < 0.3
+    for distances in (far(ours, exact), far(ours, rough)):
+        assert all(d < 2 * n for d, n in zip(distances, noise, strict=True)), (distances, noise)

@@ -24,6 +24,7 @@ from softprompt.evaluation.scoring import (
 from softprompt.training.sharding import make_mesh
 from tests.contracts import concatenated
 from tests.contracts.examples import one_device, prompted, random_examples
+from tests.tiny import tiny_decoder
 
 reference = jax.jit(concatenated.batch_logits, static_argnames="config")
 
@@ -71,6 +72,21 @@ def test_scores_are_brute_force_log_probabilities(given):
     )
     np.testing.assert_allclose(sums_NC, wanted_NC, rtol=1e-9)
     assert lengths_NC.tolist() == [[1, 3, 2]] * 6
+    assert len(told) > 1 and told == [(n + 1, len(told)) for n in range(len(told))]
+
+
+def test_batches_in_threads_are_those_in_turns():
+    """Mutations: outputs in another order; the last ones are lost; progress is told
+    of what has begun."""
+    model, weights = tiny_decoder(dtype="float32")
+    config, delta = prompted(model, weights, 5)
+    shared = shared_function(config, one_device())(delta, weights)
+    given, told = (
+        (model, weights, shared, random_examples((7, 13, 21) * 9, (1,) * 27), one_device()),
+        [],
+    )
+    sums_NC, _ = scores(*given, at_once=3, progress=lambda *p: told.append(p))
+    np.testing.assert_array_equal(sums_NC, scores(*given)[0])
     assert len(told) > 1 and told == [(n + 1, len(told)) for n in range(len(told))]
 
 

@@ -1,4 +1,4 @@
-"""Trials of a sweep that take their steps together: contract 6, and what becomes of each."""
+"""Trials of a sweep that run at a time: contract 6, and what becomes of each."""
 
 import json
 import time
@@ -11,12 +11,12 @@ from safetensors.numpy import load_file
 
 from softprompt.results import read_result
 from softprompt.sweep import run_sweep, trial_folder
-from softprompt.training import together
+from softprompt.training import prepare, together
 from softprompt.training.population import Population
 from softprompt.training.together import Together
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session
-from tests.contracts.test_population import OTHER, TRIALS, alone, apart, configs
+from tests.contracts.test_population import OTHER, TRIALS, Backwards, alone, apart, configs
 from tests.tiny import write_llama_folder
 
 FIRST, ANY = TRIALS[0], {"mesh__population": 4}
@@ -45,6 +45,18 @@ def rows_of(trials, workdir):
     return [read_result(trial_folder(workdir, config)) for config in trials]
 
 
+@pytest.fixture(autouse=True)
+def apart_on(request):
+    """Where trials run side by side: by default nowhere, so that they take their steps together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(together, "APART", getattr(request, "param", ()))
+        yield
+
+
+CPU = pytest.mark.parametrize("apart_on", [("cpu",)], indirect=True, ids=["apart"])
+BOTH = pytest.mark.parametrize("apart_on", [(), ("cpu",)], indirect=True, ids=["together", "apart"])
+
+
 def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
     """Contract 6, with unlike dropout too. Mutations: a member gets its neighbour's result, or the
     first one's batch, or drops as much as the first one."""
@@ -58,6 +70,36 @@ def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
     for n, config in enumerate(trials):
         ours = outcome(trial_folder(workdir, config))
         assert max(apart(ours, alone(config, tmp_path / f"alone{n}"))) <= 1e-5
+
+
+@CPU
+def test_side_by_side_to_the_bit(tiny_folder, tmp_path):
+    """Mutations: threads compile a program each; a member's step takes another's batch or state."""
+    trials = configs(tiny_folder, tmp_path, TRIALS, **ANY)
+    with session() as shared:
+        assert run(trials, tmp_path / "sweep", shared) == []
+        assert len(shared.compiled) == 1
+    rows = rows_of(trials, tmp_path / "sweep")
+    assert [row["members"] for row in rows] == [3] * 3
+    assert sum(row["compile_seconds"] > 0 for row in rows) == 1
+    for n, config in enumerate(trials):
+        ours = outcome(trial_folder(tmp_path / "sweep", config))
+        assert apart(ours, alone(config, tmp_path / f"alone{n}")) == (0, 0)
+
+
+def test_in_bfloat16(tiny_folder, tmp_path, monkeypatch):
+    """Contract 6: no further from a trial alone than three times what rows in the opposite order
+    make of it. Mutations: a member gets its neighbour's result, or the first one's batch."""
+    trials = configs(tiny_folder, tmp_path, TRIALS, model__dtype="bfloat16", **ANY)
+    with session() as shared:
+        assert run(trials, tmp_path / "sweep", shared) == []
+    ours = [outcome(trial_folder(tmp_path / "sweep", config)) for config in trials]
+    solo = [alone(config, tmp_path / f"alone{n}") for n, config in enumerate(trials)]
+    monkeypatch.setattr(prepare, "TrainSource", Backwards)
+    permuted = [alone(config, tmp_path / f"permuted{n}") for n, config in enumerate(trials)]
+    noise = np.max(list(map(apart, permuted, solo)), axis=0)
+    assert (np.max(list(map(apart, ours, solo)), axis=0) <= 3 * noise + 1e-5).all()
+    assert max(apart(ours[0], ours[1])) > 1e-2  # they are different trials
 
 
 DROPS = (
@@ -78,6 +120,7 @@ def test_how_much_is_dropped_is_data(tiny_folder, tmp_path, name, more):
     assert plan == [([0, 1], 2), ([2], 1), ([3], 1)]
 
 
+@BOTH
 def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_path):
     """Five trials in two places, one of which diverges: one program. Mutations: the next trial
     waits for the whole group; the others of a failed step's program fail with it."""
@@ -148,23 +191,27 @@ def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypa
 
 def test_what_is_never_grouped(tiny_folder, tmp_path):
     """Mutations: full fine-tuning shares a program, which has a copy of the weights for each; a
-    population of one is a group, or on a CPU what the config leaves open."""
+    population of one is a group; trials are timed beside others."""
     source = (*({**FIRST, "seed": seed} for seed in range(2)),)
     with session() as shared:
         plan = lambda trials: [*Together(shared).plan(trials)]  # noqa: E731
         assert plan(configs(tiny_folder, tmp_path, source, **ANY)) == [([0, 1], 2)]
-        for changes in ({"method__name": "full"}, *({"mesh__population": n} for n in (0, 1))):
+        for changes in (
+            {"method__name": "full"},
+            {"mesh__population": 1},
+            {"eval__latency": True},
+        ):
             trials = configs(tiny_folder, tmp_path, source, **(ANY | changes))
             assert plan(trials) == [([0], 1), ([1], 1)]
         none = {"method__name": "none", **ANY}
         assert plan(configs(tiny_folder, tmp_path, (none,))) == [([0], 1)]
 
 
-def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path, monkeypatch):
-    """Two models of equal shapes, in turns, on what takes two together by itself. Mutations: one
-    model's trial steps on the other's weights; all models are loaded before the first group runs.
+def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
+    """Two models of equal shapes, in turns; a CPU runs two trials at a time by itself. Mutations:
+    one model's trial steps on the other's weights; all models are loaded before the first group
+    runs.
     """
-    monkeypatch.setattr(together, "MOST", {"cpu": 2})
     other = write_llama_folder(tmp_path / "other", seed=1)
     trials = [
         config
