@@ -14,13 +14,13 @@ Command, from the repository root, on a machine that does nothing else:
     make bench-full     two models, two texts, four methods, four lengths, every saving
     python -m experiments.bench --subset claimed --workdir runs/bench --peft-python PATH
 
-Cost: the claimed cells about 40 minutes on two x86 cores, the grid 14 hours by its own estimate. A
+Cost: the claimed cells about 35 minutes on two x86 cores, the grid 14 hours by its own estimate. A
 process begins no further step after 100 seconds of them: where PEFT is slow it has fewer batches.
 
-Expected (two x86 cores, jax 0.12 and PyTorch, commit 7db79cf): 3.6, 6.8 and 13 times PEFT's speed
-at P = 20, 100 and 500, 12 times its float32, 0.28 of its memory, 0.77 of the products' rate, and 11
-times its speed on Gemma 3 270M; without the context, packing and targets a step takes 4.1, 1.8 and
-1.4 times as long.
+Expected (two x86 cores, jax 0.12 and PyTorch, commit fda10e2): 3.4, 7.3 and 15 times PEFT's speed
+at P = 20, 100 and 500, 10 times its float32, 0.27 of its memory, 0.74 of the products' rate, and 13
+times its speed on Gemma 3 270M; without the context, packing and targets a step takes 3.5, 1.6 and
+1.2 times as long.
 
 Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes), each on
 other examples. Of the claimed cells PEFT in float32 has few steps or none where no claim is made

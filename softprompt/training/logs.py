@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -78,28 +79,33 @@ def read_log(folder: epath.PathLike) -> list[Line]:
     return [line for line in lines if line is not None]
 
 
-def open_sinks(config: ConfigDict, folder: epath.PathLike, name: str) -> list[Sink]:
-    """The sinks that the config switches on.
+@contextmanager
+def open_sinks(config: ConfigDict, folder: epath.PathLike, name: str) -> Iterator[list[Sink]]:
+    """Within the block, the trial's own sinks, those that the config switches on.
+
+    Of several processes the first has them.
 
     Raises:
         UserError: a sink's package is not installed.
     """
-    sinks: list[Sink] = []
-    if config.log.tensorboard:
-        sinks.append(_tensorboard(folder))
-    if config.log.wandb:
-        sinks.append(_wandb(config, name))
-    return sinks
+    writes = jax.process_index() == 0
+    with ExitStack() as stack:
+        sinks: list[Sink] = []
+        if writes and config.log.tensorboard:
+            sinks.append(_tensorboard(folder, stack))
+        if writes and config.log.wandb:
+            sinks.append(_wandb(config, name, stack))
+        yield sinks
 
 
-def _tensorboard(folder: epath.PathLike) -> Sink:
+def _tensorboard(folder: epath.PathLike, stack: ExitStack) -> Sink:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise UserError(
             "config.log.tensorboard is True; it needs tensorboardX: pip install 'softprompt[sweep]'"
         ) from error
-    writer = SummaryWriter(str(epath.Path(folder) / "tensorboard"))
+    writer = stack.enter_context(SummaryWriter(str(epath.Path(folder) / "tensorboard")))
 
     def sink(line: Line) -> None:
         for key, value in line.items():
@@ -110,14 +116,16 @@ def _tensorboard(folder: epath.PathLike) -> Sink:
     return sink
 
 
-def _wandb(config: ConfigDict, name: str) -> Sink:
+def _wandb(config: ConfigDict, name: str, stack: ExitStack) -> Sink:
     try:
         import wandb
     except ImportError as error:
         raise UserError(
             "config.log.wandb is True; it needs wandb: pip install 'softprompt[sweep]'"
         ) from error
-    run = wandb.init(project="softprompt", name=name, config=config.to_dict())
+    told = config.to_dict()
+    run = wandb.init(project="softprompt", name=name, config=told, reinit="create_new")
+    stack.enter_context(run)  # trials beside this one have runs of their own
 
     def sink(line: Line) -> None:
         run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])

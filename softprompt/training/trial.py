@@ -210,16 +210,16 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         stage=session.progress.stage,
         stopping=session.population.stopping if session.population else None,
     )
-    sinks = open_sinks(config, folder, trial_name(config)) if jax.process_index() == 0 else []
-    claim(folder, config)
-    with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
-        fingerprint = prepared.loaded.fingerprint
-        restored = loop.restore(manager, state, fingerprint=fingerprint)
-        if restored is not None:
-            session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
-        state = restored or state
-        log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
-        state = loop.train(loop_config(config), parts, state, log, manager)
+    with open_sinks(config, folder, trial_name(config)) as sinks:
+        claim(folder, config)
+        with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
+            fingerprint = prepared.loaded.fingerprint
+            restored = loop.restore(manager, state, fingerprint=fingerprint)
+            if restored is not None:
+                session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
+            state = restored or state
+            log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
+            state = loop.train(loop_config(config), parts, state, log, manager)
     facts = {
         "steps": state.step,
         "flops": state.step * parts.step_flops,

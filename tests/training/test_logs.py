@@ -91,7 +91,8 @@ def test_sinks_get_each_new_line(tmp_path):
 
 
 def test_no_sinks_unless_they_are_asked_for(tmp_path):
-    assert open_sinks(base_config(), tmp_path, "name") == []
+    with open_sinks(base_config(), tmp_path, "name") as sinks:
+        assert sinks == []
 
 
 @pytest.mark.parametrize(("key", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
@@ -99,11 +100,24 @@ def test_a_sink_without_its_package(tmp_path, monkeypatch, key, package):
     monkeypatch.setitem(sys.modules, package, None)
     config = base_config()
     config.log[key] = True
-    with pytest.raises(UserError, match=rf"config.log.{key} is True; it needs {package}: pip"):
-        open_sinks(config, tmp_path, "name")
+    wanted = rf"config.log.{key} is True; it needs {package}: pip"
+    with pytest.raises(UserError, match=wanted), open_sinks(config, tmp_path, "name"):
+        pass
 
 
-class FakeWriter:
+class Closing:
+    """Knows whether its block was left."""
+
+    left = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.left = True
+
+
+class FakeWriter(Closing):
     """Stands for tensorboardX.SummaryWriter, which an extra installs."""
 
     def __init__(self, folder):
@@ -123,16 +137,22 @@ def test_tensorboard_gets_scalars_by_step(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", module)
     config = base_config()
     config.log.tensorboard = True
-    log = MetricsLog(tmp_path, step=None, sinks=open_sinks(config, tmp_path, "name"))
-    log.write({"step": 4, "loss": 0.5})
+    with open_sinks(config, tmp_path, "name") as sinks:
+        MetricsLog(tmp_path, step=None, sinks=sinks).write({"step": 4, "loss": 0.5})
+        assert not FakeWriter.last.left
+    assert FakeWriter.last.left
     assert FakeWriter.last.folder == str(tmp_path / "tensorboard")
     assert FakeWriter.last.scalars == [("loss", 0.5, 4)]
 
 
 def test_wandb_gets_the_config_and_lines_by_step(tmp_path, monkeypatch):
-    calls = []
+    """Mutations: a trial's run is ended by the next one's; it is never ended."""
+    calls, runs = [], []
 
-    class Run:
+    class Run(Closing):
+        def __init__(self):
+            runs.append(self)
+
         def log(self, values, step):
             calls.append((values, step))
 
@@ -141,12 +161,12 @@ def test_wandb_gets_the_config_and_lines_by_step(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = base_config()
     config.log.wandb = True
-    (sink,) = open_sinks(config, tmp_path, "prompt-20")
-    sink({"step": 4, "loss": 0.5})
-    assert calls == [
-        {"project": "softprompt", "name": "prompt-20", "config": config.to_dict()},
-        ({"loss": 0.5}, 4),
-    ]
+    with open_sinks(config, tmp_path, "prompt-20") as (sink,):
+        sink({"step": 4, "loss": 0.5})
+        assert not runs[0].left
+    assert runs[0].left
+    own = {"project": "softprompt", "name": "prompt-20", "config": config.to_dict()}
+    assert calls == [own | {"reinit": "create_new"}, ({"loss": 0.5}, 4)]
 
 
 def test_read_line():
