@@ -76,15 +76,12 @@ def test_scores_are_brute_force_log_probabilities(given):
 
 
 def test_batches_in_threads_are_those_in_turns():
-    """Mutations: outputs in another order; the last ones are lost; progress is told
-    of what has begun."""
+    """Mutations: outputs in another order; the last one is lost."""
     model, weights = tiny_decoder(dtype="float32")
     config, delta = prompted(model, weights, 5)
     shared = shared_function(config, one_device())(delta, weights)
-    given, told = (
-        (model, weights, shared, random_examples((7, 13, 21) * 9, (1,) * 27), one_device()),
-        [],
-    )
+    encoded, told = random_examples((7, 13, 21) * 9, (1,) * 27), []
+    given = model, weights, shared, encoded, one_device()
     sums_NC, _ = scores(*given, at_once=3, progress=lambda *p: told.append(p))
     np.testing.assert_array_equal(sums_NC, scores(*given)[0])
     assert len(told) > 1 and told == [(n + 1, len(told)) for n in range(len(told))]

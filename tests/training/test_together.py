@@ -74,7 +74,7 @@ def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
 
 @CPU
 def test_side_by_side_to_the_bit(tiny_folder, tmp_path):
-    """Mutations: threads compile a program each; a member's step takes another's batch or state."""
+    """Mutation: threads compile a program each."""
     trials = configs(tiny_folder, tmp_path, TRIALS, **ANY)
     with session() as shared:
         assert run(trials, tmp_path / "sweep", shared) == []
@@ -194,9 +194,10 @@ def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypa
         assert max(apart(outcome(folder), alone(trials[n], tmp_path / f"alone{n}"))) <= 1e-5
 
 
-def test_what_is_never_grouped(tiny_folder, tmp_path):
+def test_what_is_never_grouped(tiny_folder, tmp_path, monkeypatch):
     """Mutations: full fine-tuning shares a program, which has a copy of the weights for each; a
-    population of one is a group; trials are timed beside others."""
+    population of one is a group; trials are timed beside others; what does not fit into memory is
+    grouped nevertheless."""
     source = (*({**FIRST, "seed": seed} for seed in range(2)),)
     with session() as shared:
         plan = lambda trials: [*Together(shared).plan(trials)]  # noqa: E731
@@ -210,6 +211,8 @@ def test_what_is_never_grouped(tiny_folder, tmp_path):
             assert plan(trials) == [([0], 1), ([1], 1)]
         none = {"method__name": "none", **ANY}
         assert plan(configs(tiny_folder, tmp_path, (none,))) == [([0], 1)]
+        monkeypatch.setattr(together, "device_memory", lambda: 1)
+        assert plan(configs(tiny_folder, tmp_path, source, **ANY)) == [([0], 1), ([1], 1)]
 
 
 def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
