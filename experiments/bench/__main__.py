@@ -15,7 +15,7 @@ Command, from the repository root, on a machine that does nothing else:
     python -m experiments.bench --subset claimed --workdir runs/bench --peft-python PATH
 
 Cost: the claimed cells about 35 minutes on two x86 cores, the grid 14 hours by its own estimate. A
-process begins no further step after 100 seconds of them: where PEFT is slow it has fewer batches.
+process begins no further step after 115 seconds of them: where PEFT is slow it has fewer batches.
 
 Expected (two x86 cores, jax 0.12 and PyTorch, commit fda10e2): 3.4, 7.3 and 15 times PEFT's speed
 at P = 20, 100 and 500, 10 times its float32, 0.27 of its memory, 0.74 of the products' rate, and 13

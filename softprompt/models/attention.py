@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Done = tuple[jax.Array, jax.Array]  # mixed values [G, T, Q, K], log-sum-exp [G, T, Q, 1]
+Done = tuple[jax.Array, jax.Array]  # mixed values [G, Q, T, K], log-sum-exp [G, Q, T, 1]
 
 
 def accumulate(dtype: jnp.dtype) -> jnp.dtype:
@@ -52,109 +52,116 @@ def attend(
     Returns:
         [T, H, K].
     """
-    q_TGQK, parts = grouped(q_THK, parts, scale=scale)
-    return _mix(softcap, q_TGQK, parts).reshape(q_THK.shape)
+    q_GQTK, parts = grouped(q_THK, parts, scale=scale)
+    return by_token(_mix(softcap, q_GQTK, parts))
 
 
 def grouped(
     q_THK: jax.Array, parts: Sequence[Part], *, scale: float
 ) -> tuple[jax.Array, tuple[Part, ...]]:
-    """Queries, scaled, by the head of keys that they share [T, G, Q, K]; and what is not empty."""
+    """Queries, scaled, by the head of keys that they share [G, Q, T, K]; and what is not empty."""
     parts = [part for part in parts if part.k_SGK.shape[0]] or parts[-1:]
-    tokens, heads, size = q_THK.shape
-    groups = parts[0].k_SGK.shape[1]
     q_THK = q_THK if scale == 1.0 else q_THK * scale
-    return q_THK.reshape(tokens, groups, heads // groups, size), tuple(parts)
+    return by_head(q_THK, parts[0].k_SGK.shape[1]), tuple(parts)
+
+
+def by_head(x_THK: jax.Array, groups: int) -> jax.Array:
+    """The same as [G, Q, T, K]: heads in the order in which they share keys."""
+    tokens, heads, size = x_THK.shape
+    return x_THK.swapaxes(0, 1).reshape(groups, heads // groups, tokens, size)
+
+
+def by_token(x_GQTK: jax.Array) -> jax.Array:
+    """The same as [T, H, K]."""
+    groups, ratio, tokens, size = x_GQTK.shape
+    return x_GQTK.reshape(groups * ratio, tokens, size).swapaxes(0, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mix(softcap: float, q_TGQK: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
-    """The mixed values [T, G, Q, K].
+def _mix(softcap: float, q_GQTK: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
+    """The mixed values [G, Q, T, K].
 
-    What is as large as the scores has its axes in the order in which a product of matrices writes
-    them.
+    What is as large as the scores has its axes in the order in which products of matrices read and
+    write them. An einsum sums over axes in the order of their letters, so that Q, T is the order
+    that needs no copy for the gradients of keys and values.
     """
-    return forward(softcap, q_TGQK, parts)[0]
+    return forward(softcap, q_GQTK, parts)[0]
 
 
 def forward(
-    softcap: float, q_TGQK: jax.Array, parts: Sequence[Part], done: Sequence[Done] = ()
+    softcap: float, q_GQTK: jax.Array, parts: Sequence[Part], done: Sequence[Done] = ()
 ) -> tuple[jax.Array, Any]:
-    """The mixed values [T, G, Q, K], and what `backward` needs.
+    """The mixed values [G, Q, T, K], and what `backward` needs.
 
     Args:
         softcap: as for `attend`.
-        q_TGQK: queries, scaled.
+        q_GQTK: queries, scaled.
         parts: what they attend to.
         done: what else they attend to, as others have mixed it.
     """
-    acc, dtype = accumulate(q_TGQK.dtype), q_TGQK.dtype
-    scores = [_score(softcap, part.mask_TS, _raw(q_TGQK, part), part.bias_HTS) for part in parts]
+    acc, dtype = accumulate(q_GQTK.dtype), q_GQTK.dtype
+    scores = [_score(softcap, part.mask_TS, _raw(q_GQTK, part), part.bias_HTS) for part in parts]
     tops = [x.max(axis=-1, keepdims=True, initial=jnp.finfo(acc).min) for x in scores]
-    tops += [lse_GTQ1 for _, lse_GTQ1 in done]
-    top_GTQ1 = functools.reduce(jnp.maximum, tops)
-    raised = [jnp.exp(x - top_GTQ1) for x in scores]
-    shares = [jnp.exp(lse_GTQ1 - top_GTQ1) for _, lse_GTQ1 in done]
+    tops += [lse_GQT1 for _, lse_GQT1 in done]
+    top_GQT1 = functools.reduce(jnp.maximum, tops)
+    raised = [jnp.exp(x - top_GQT1) for x in scores]
+    shares = [jnp.exp(lse_GQT1 - top_GQT1) for _, lse_GQT1 in done]
     totals = [x.sum(axis=-1, keepdims=True) for x in raised] + shares
-    total_GTQ1 = functools.reduce(jnp.add, totals)
+    total_GQT1 = functools.reduce(jnp.add, totals)
     mixed = [
-        jnp.einsum("gtqs,sgk->gtqk", x.astype(dtype), part.v_SGK, preferred_element_type=acc)
+        jnp.einsum("gqts,sgk->gqtk", x.astype(dtype), part.v_SGK, preferred_element_type=acc)
         for x, part in zip(raised, parts, strict=True)
     ]
-    mixed += [share * mixed_GTQK for share, (mixed_GTQK, _) in zip(shares, done, strict=True)]
+    mixed += [share * mixed_GQTK for share, (mixed_GQTK, _) in zip(shares, done, strict=True)]
     # Divided last: there are fewer values than keys, which takes a fifth off attention on a CPU.
-    mixed_GTQK = functools.reduce(jnp.add, mixed) / total_GTQ1
-    mixed_TGQK = jnp.moveaxis(mixed_GTQK.astype(dtype), 0, 1)
-    return mixed_TGQK, (q_TGQK, parts, top_GTQ1, total_GTQ1, mixed_TGQK)
+    mixed_GQTK = (functools.reduce(jnp.add, mixed) / total_GQT1).astype(dtype)
+    return mixed_GQTK, (q_GQTK, parts, top_GQT1, total_GQT1, mixed_GQTK)
 
 
 def backward(
-    softcap: float, kept: Any, g_TGQK: jax.Array, of_q: Sequence[jax.Array] = ()
+    softcap: float, kept: Any, g_GQTK: jax.Array, of_q: Sequence[jax.Array] = ()
 ) -> tuple[jax.Array, tuple[Part, ...]]:
     """Gradients of queries and parts; products take their operands in the queries' dtype.
 
-    `of_q` are what the queries' gradient has from elsewhere, [G, T, Q, K].
+    `of_q` are what the queries' gradient has from elsewhere, [G, Q, T, K].
     """
-    q_TGQK, parts, top_GTQ1, total_GTQ1, mixed_TGQK = kept
-    acc, dtype = accumulate(q_TGQK.dtype), q_TGQK.dtype
-    g_GTQK = jnp.moveaxis(g_TGQK, 1, 0).astype(acc) / total_GTQ1
-    mean_GTQ1 = jnp.sum(g_GTQK * jnp.moveaxis(mixed_TGQK, 1, 0), axis=-1, keepdims=True)
-    g_GTQK = g_GTQK.astype(dtype)
+    q_GQTK, parts, top_GQT1, total_GQT1, mixed_GQTK = kept
+    acc, dtype = accumulate(q_GQTK.dtype), q_GQTK.dtype
+    g_GQTK = g_GQTK.astype(acc) / total_GQT1
+    mean_GQT1 = jnp.sum(g_GQTK * mixed_GQTK, axis=-1, keepdims=True)
+    g_GQTK = g_GQTK.astype(dtype)
     of_q, of_parts = list(of_q), []
     for part in parts:
         of_raw = functools.partial(_score, softcap, part.mask_TS)
-        score_GTQS, pull = jax.vjp(of_raw, _raw(q_TGQK, part), part.bias_HTS)
-        raised_GTQS = jnp.exp(score_GTQS - top_GTQ1)
-        back_GTQS = jnp.einsum("gtqk,sgk->gtqs", g_GTQK, part.v_SGK, preferred_element_type=acc)
-        raw_GTQS, bias_HTS = pull(raised_GTQS * (back_GTQS - mean_GTQ1))
-        raw_GTQS, raised_GTQS = raw_GTQS.astype(dtype), raised_GTQS.astype(dtype)
-        of_q.append(jnp.einsum("gtqs,sgk->gtqk", raw_GTQS, part.k_SGK, preferred_element_type=acc))
-        k_SGK = jnp.einsum("gtqs,tgqk->sgk", raw_GTQS, q_TGQK)
-        v_SGK = jnp.einsum("gtqs,gtqk->sgk", raised_GTQS, g_GTQK)
+        score_GQTS, pull = jax.vjp(of_raw, _raw(q_GQTK, part), part.bias_HTS)
+        raised_GQTS = jnp.exp(score_GQTS - top_GQT1).astype(dtype)
+        back_GQTS = jnp.einsum("gqtk,sgk->gqts", g_GQTK, part.v_SGK, preferred_element_type=acc)
+        raw_GQTS, bias_HTS = pull(raised_GQTS * (back_GQTS - mean_GQT1))
+        raw_GQTS = raw_GQTS.astype(dtype)
+        of_q.append(jnp.einsum("gqts,sgk->gqtk", raw_GQTS, part.k_SGK, preferred_element_type=acc))
+        k_SGK = jnp.einsum("gqts,gqtk->sgk", raw_GQTS, q_GQTK)
+        v_SGK = jnp.einsum("gqts,gqtk->sgk", raised_GQTS, g_GQTK)
         of_parts.append(Part(k_SGK, v_SGK, None, bias_HTS))
-    q_GTQK = functools.reduce(jnp.add, of_q).astype(dtype)
-    return jnp.moveaxis(q_GTQK, 0, 1), tuple(of_parts)
+    return functools.reduce(jnp.add, of_q).astype(dtype), tuple(of_parts)
 
 
 _mix.defvjp(forward, backward)
 
 
-def _raw(q_TGQK: jax.Array, part: Part) -> jax.Array:
-    """Products of queries and keys [G, T, Q, S]."""
-    acc = accumulate(q_TGQK.dtype)
-    return jnp.einsum("tgqk,sgk->gtqs", q_TGQK, part.k_SGK, preferred_element_type=acc)
+def _raw(q_GQTK: jax.Array, part: Part) -> jax.Array:
+    """Products of queries and keys [G, Q, T, S]."""
+    acc = accumulate(q_GQTK.dtype)
+    return jnp.einsum("gqtk,sgk->gqts", q_GQTK, part.k_SGK, preferred_element_type=acc)
 
 
 def _score(
-    softcap: float, mask_TS: jax.Array | None, x_GTQS: jax.Array, bias_HTS: jax.Array | None
+    softcap: float, mask_TS: jax.Array | None, x_GQTS: jax.Array, bias_HTS: jax.Array | None
 ) -> jax.Array:
     """Scores of products: capped, biased, masked."""
-    groups, tokens, ratio, keys = x_GTQS.shape
     if softcap:
-        x_GTQS = softcap * jnp.tanh(x_GTQS / softcap)
+        x_GQTS = softcap * jnp.tanh(x_GQTS / softcap)
     if bias_HTS is not None:
-        x_GTQS += bias_HTS.reshape(groups, ratio, tokens, keys).swapaxes(1, 2)
+        x_GQTS += bias_HTS.reshape(x_GQTS.shape)
     if mask_TS is None:
-        return x_GTQS
-    mask_T1S = jnp.broadcast_to(mask_TS, (tokens, keys))[:, None]
-    return jnp.where(mask_T1S, x_GTQS, jnp.finfo(x_GTQS.dtype).min)
+        return x_GQTS
+    return jnp.where(mask_TS, x_GQTS, jnp.finfo(x_GQTS.dtype).min)

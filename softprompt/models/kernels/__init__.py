@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import jax
 
 from softprompt.models import attention
-from softprompt.models.attention import Part, grouped
+from softprompt.models.attention import Part, by_token, grouped
 from softprompt.models.kernels.choice import REFERENCE, Case, Device, Kernel, choose, device_of
 from softprompt.models.kernels.cudnn import fused, join
 from softprompt.models.kernels.splash import merged
@@ -56,12 +56,12 @@ def attend(
     """
     if kernel.name == "reference":
         return attention.attend(q_THK, parts, scale=scale, softcap=softcap)
-    q_TGQK, parts = grouped(q_THK, parts, scale=scale)
+    q_GQTK, parts = grouped(q_THK, parts, scale=scale)
     if kernel.name == "splash":
         *dense, own = parts
         assert own.segments_T is not None, "splash goes by segments"
         own = own._replace(mask_TS=None)
-        return merged(kernel, softcap, q_TGQK, (*dense, own)).reshape(q_THK.shape)
+        return by_token(merged(kernel, softcap, q_GQTK, (*dense, own)))
     assert kernel.name == "cudnn" and not softcap
     k_SGK, v_SGK, mask_TS = join(q_THK.shape[0], parts)
-    return fused(kernel, q_TGQK.reshape(q_THK.shape), k_SGK, v_SGK, mask_TS)
+    return fused(kernel, by_token(q_GQTK), k_SGK, v_SGK, mask_TS)

@@ -10,57 +10,49 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.models import attention
-from softprompt.models.attention import Part, accumulate
+from softprompt.models.attention import Part, accumulate, by_head, by_token
 from softprompt.models.kernels.choice import BLOCK, Kernel
 from softprompt.models.kernels.rows import on_shards, over_rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def merged(kernel: Kernel, softcap: float, q_TGQK: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
-    """The mixed values [T, G, Q, K]: the last part's by splash, the others' dense."""
-    return _forward(kernel, softcap, q_TGQK, parts)[0]
+def merged(kernel: Kernel, softcap: float, q_GQTK: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
+    """The mixed values [G, Q, T, K]: the last part's by splash, the others' dense."""
+    return _forward(kernel, softcap, q_GQTK, parts)[0]
 
 
 def _forward(
-    kernel: Kernel, softcap: float, q_TGQK: jax.Array, parts: tuple[Part, ...]
+    kernel: Kernel, softcap: float, q_GQTK: jax.Array, parts: tuple[Part, ...]
 ) -> tuple[jax.Array, Any]:
     """The mixed values, and what the backward pass needs."""
     *dense, own = parts
     one = functools.partial(_splash_forward, softcap, kernel.interpret)
     call = over_rows(on_shards(kernel.mesh, one, "RTHK RTGK RTGK RT", "RTHK RHT"))
-    mixed_THK, lse_HT = call(_by_head(q_TGQK), own.k_SGK, own.v_SGK, own.segments_T)
-    tokens, groups, ratio, _ = q_TGQK.shape
-    mixed_TGQK = mixed_THK.reshape(q_TGQK.shape).astype(accumulate(q_TGQK.dtype))
-    lse_GTQ1 = lse_HT.reshape(groups, ratio, tokens).swapaxes(1, 2)[..., None]
-    done = jnp.moveaxis(mixed_TGQK, 1, 0), lse_GTQ1
-    mixed_TGQK, kept = attention.forward(softcap, q_TGQK, tuple(dense), [done])
-    return mixed_TGQK, (kept, own)
+    mixed_THK, lse_HT = call(by_token(q_GQTK), own.k_SGK, own.v_SGK, own.segments_T)
+    mixed_GQTK = by_head(mixed_THK, q_GQTK.shape[0]).astype(accumulate(q_GQTK.dtype))
+    done = mixed_GQTK, lse_HT.reshape(*q_GQTK.shape[:3], 1)
+    mixed_GQTK, kept = attention.forward(softcap, q_GQTK, tuple(dense), [done])
+    return mixed_GQTK, (kept, own)
 
 
 def _backward(
-    kernel: Kernel, softcap: float, residuals: Any, g_TGQK: jax.Array
+    kernel: Kernel, softcap: float, residuals: Any, g_GQTK: jax.Array
 ) -> tuple[jax.Array, tuple[Part, ...]]:
     """Gradients of queries and parts, each part's from the normaliser and output of all."""
     kept, own = residuals
-    q_TGQK, _, top_GTQ1, total_GTQ1, mixed_TGQK = kept
-    lse_GTQ = (top_GTQ1 + jnp.log(total_GTQ1))[..., 0]
-    lse_HT = lse_GTQ.swapaxes(1, 2).reshape(-1, q_TGQK.shape[0])
+    q_GQTK, _, top_GQT1, total_GQT1, mixed_GQTK = kept
+    lse_HT = (top_GQT1 + jnp.log(total_GQT1)).reshape(-1, q_GQTK.shape[2])
     one = functools.partial(_splash_backward, softcap, kernel.interpret)
     reads = "RTHK RTGK RTGK RT RTHK RHT RTHK"
     call = over_rows(on_shards(kernel.mesh, one, reads, "RTHK RTGK RTGK"))
-    given = own.k_SGK, own.v_SGK, own.segments_T, _by_head(mixed_TGQK), lse_HT, _by_head(g_TGQK)
-    q_THK, k_SGK, v_SGK = call(_by_head(q_TGQK), *given)
-    of_q = jnp.moveaxis(q_THK.reshape(q_TGQK.shape), 1, 0).astype(accumulate(q_TGQK.dtype))
-    q_TGQK, of_parts = attention.backward(softcap, kept, g_TGQK, [of_q])
-    return q_TGQK, (*of_parts, Part(k_SGK, v_SGK))
+    given = own.k_SGK, own.v_SGK, own.segments_T, by_token(mixed_GQTK), lse_HT, by_token(g_GQTK)
+    q_THK, k_SGK, v_SGK = call(by_token(q_GQTK), *given)
+    of_q = by_head(q_THK, q_GQTK.shape[0]).astype(accumulate(q_GQTK.dtype))
+    q_GQTK, of_parts = attention.backward(softcap, kept, g_GQTK, [of_q])
+    return q_GQTK, (*of_parts, Part(k_SGK, v_SGK))
 
 
 merged.defvjp(_forward, _backward)
-
-
-def _by_head(x_TGQK: jax.Array) -> jax.Array:
-    """The same as [T, H, K]."""
-    return x_TGQK.reshape(x_TGQK.shape[0], -1, x_TGQK.shape[-1])
 
 
 def _splash_forward(
