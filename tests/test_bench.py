@@ -236,10 +236,10 @@ def test_the_plan():
         *(("peft", 0), ("ours", 0)),
         *(("peft", 1), ("ours", 1)),
     ]
-    cell = [t.system for t in tasks if t.purpose == "time" and t.cell.model == "smollm2"][:3]
-    assert cell == [
-        *(cells.System("peft", "bfloat16"), cells.System("ours")),
-        cells.System("peft", "float32"),
+    cell = [t for t in tasks if t.purpose == "time" and t.cell.model == "smollm2"][:4]
+    assert [(t.system.side, t.system.dtype, t.process) for t in cell] == [
+        *(("peft", "bfloat16", 0), ("ours", "auto", 0)),
+        *(("peft", "float32", 0), ("ours", "auto", 1)),
     ]
     compared = [t.steps for t in tasks if t.purpose == "time" and t.system.dtype == "float32"]
     assert compared == [10, 10, 1]

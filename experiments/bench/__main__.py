@@ -22,13 +22,13 @@ at P = 20, 100 and 500, 10 times its float32, 0.27 of its memory, 0.74 of the pr
 times its speed on Gemma 3 270M; without the context, packing and targets a step takes 3.5, 1.6 and
 1.2 times as long.
 
-Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes), each on
-other examples. Of the claimed cells PEFT in float32 has few steps or none where no claim is made
-against it. Rows are appended to WORKDIR/rows.jsonl as they are made; the same command goes on where
-it stopped, tries again what failed, and does nothing once all is done. Rows of either side that
-were made at another commit, or with changes that are in none, are measured anew: a table is of one
-code. The exit code is 1 where a process failed; running out of memory, or a model whose terms are
-not accepted, is no failure.
+Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes; at P = 100
+ours has twice as many, beside each of PEFT's dtypes), each on other examples. Of the claimed cells
+PEFT in float32 has few steps or none where no claim is made against it. Rows are appended to
+WORKDIR/rows.jsonl as they are made; the same command goes on where it stopped, tries again what
+failed, and does nothing once all is done. Rows of either side that were made at another commit, or
+with changes that are in none, are measured anew: a table is of one code. The exit code is 1 where a
+process failed; running out of memory, or a model whose terms are not accepted, is no failure.
 
 Both sides load the same folders, read the same examples, update with AdamW, and end a step when all
 of it is computed. PEFT's threads: one or all cores, whichever takes less time for SmolLM2 at

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ DTYPES = ("bfloat16", "float32")
 
 EXAMPLES = 16  # a step
 WARMUP = 1  # steps of a process that are not counted
-SPAN, PROCESSES = 100, 10  # steps that a process has examples for, and processes
+SPAN, PROCESSES = 100, 10  # steps that a process has examples for, and times that all take turns
+TWICE = 2  # the most that a system stands in one turn
 CHECKED = 3  # steps whose losses must agree with a saving and without it
 LIMIT = 115.0  # seconds of timed steps after which a process begins no further one
 
@@ -141,7 +143,7 @@ def claimed(processes: int, steps: int) -> Iterator[Task]:
         cell = Cell(model, "movie", "prompt", length)
         whole = (model, length) == ("smollm2", 100)
         # Ours stands beside what it is compared with: a machine's speed changes with the minutes.
-        more = [float32, *(System("ours", off=one) for one in SAVINGS)] if whole else []
+        more = [float32, ours, *(System("ours", off=one) for one in SAVINGS)] if whole else []
         yield from turns(cell, [bfloat16, ours, *more], processes, steps)
         if model == "gemma3":
             yield Task(cell, float32, steps=1)
@@ -163,9 +165,11 @@ def full(processes: int, steps: int) -> Iterator[Task]:
 
 
 def turns(cell: Cell, systems: Sequence[System], processes: int, steps: int) -> Iterator[Task]:
-    """The systems one after another, and again."""
-    for process, system in itertools.product(range(processes), systems):
-        yield Task(cell, system, "time", process, steps)
+    """The systems one after another, and again; one that stands twice has two processes a turn."""
+    begun: Counter[System] = Counter()
+    for _, system in itertools.product(range(processes), systems):
+        yield Task(cell, system, "time", begun[system], steps)
+        begun[system] += 1
 
 
 def threads() -> Iterator[Task]:

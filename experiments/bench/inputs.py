@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench.cells import PROCESSES, SPAN
+from experiments.bench.cells import PROCESSES, SPAN, TWICE
 from experiments.bench.measure import Job, main
 from experiments.bench.ours import settings
 from softprompt.config import ConfigDict
@@ -66,7 +66,7 @@ def save_examples(file: str, config: ConfigDict, session: Session) -> None:
     """
     source = train_source(prepare(config, session))
     encoded = source.encoded
-    examples_SB = np.stack([source.places(step)[0] for step in range(SPAN * PROCESSES)])
+    examples_SB = np.stack([source.places(step)[0] for step in range(SPAN * PROCESSES * TWICE)])
     whole = [np.concatenate([encoded.inputs[n], encoded.targets[n]]) for n in examples_SB.flat]
     inputs = [len(encoded.inputs[n]) for n in examples_SB.flat]
     Path(file).parent.mkdir(parents=True, exist_ok=True)

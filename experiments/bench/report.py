@@ -160,7 +160,7 @@ def _alike(one: Group, other: Group) -> bool:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Returns the speed against PEFT's quicker dtype by prompt length; bars span the processes."""
+    """Returns the speed against PEFT's quicker dtype by prompt length; bars span all pairs."""
     found = groups(rows)
     lines: dict[str, list[Point]] = {}
     for cell in dict.fromkeys(group.cell for group in found if group.cell.length):
@@ -169,7 +169,7 @@ def figure(rows: Sequence[Row]) -> Figure:
             continue
         each = [
             statistics.median(theirs["seconds"]) / statistics.median(mine["seconds"])
-            for mine, theirs in zip(ours.done, peft.done, strict=False)
+            for mine, theirs in itertools.product(ours.done, peft.done)
         ]
         mean = (peft.seconds or 0.0) / (ours.seconds or 1.0)
         point = Point(cell.length, mean, min(each), max(each), tuple(each))
