@@ -14,17 +14,17 @@ Command, from the repository root, on a machine that does nothing else:
     make bench-full     two models, two texts, four methods, four lengths, every saving
     python -m experiments.bench --subset claimed --workdir runs/bench --peft-python PATH
 
-Cost: the claimed cells about 35 minutes on two x86 cores, the grid 14 hours by its own estimate. A
+Cost: the claimed cells about 38 minutes on two x86 cores, the grid 14 hours by its own estimate. A
 process begins no further step after 115 seconds of them: where PEFT is slow it has fewer batches.
 
-Expected (two x86 cores, jax 0.12 and PyTorch, commit fda10e2): 3.4, 7.3 and 15 times PEFT's speed
-at P = 20, 100 and 500, 10 times its float32, 0.27 of its memory, 0.74 of the products' rate, and 13
-times its speed on Gemma 3 270M; without the context, packing and targets a step takes 3.5, 1.6 and
+Expected (two x86 cores, jax 0.12 and PyTorch, commit a6b2b73): 3.1, 6.5 and 15 times PEFT's speed
+at P = 20, 100 and 500, 10 times its float32, 0.27 of its memory, 0.83 of the products' rate, and 14
+times its speed on Gemma 3 270M; without the context, packing and targets a step takes 3.3, 1.4 and
 1.2 times as long.
 
-Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes; at P = 100
-ours has twice as many, beside each of PEFT's dtypes), each on other examples. Of the claimed cells
-PEFT in float32 has few steps or none where no claim is made against it. Rows are appended to
+Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes; ours at
+P = 100 has twice as many, beside each of PEFT's dtypes), each on other examples. Of the claimed
+cells PEFT in float32 has few steps or none where no claim is made against it. Rows are appended to
 WORKDIR/rows.jsonl as they are made; the same command goes on where it stopped, tries again what
 failed, and does nothing once all is done. Rows of either side that were made at another commit, or
 with changes that are in none, are measured anew: a table is of one code. The exit code is 1 where a
