@@ -51,7 +51,8 @@ def loss(attention, masks, settings, weight_THK, q_THK, arrays):
 
 
 # Mutations: softcap's derivative left out (`_score` without tanh in the backward pass); the mean
-# left out of `backward`; division by the total left out of `g_GTQK`.
+# left out of `backward`; division by the total left out of `g_GQTK`;
+# heads split as [Q, G] in `by_head`; a bias read as that of [Q, G] heads.
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 0.7])
 def test_values_and_gradients_are_those_of_one_softmax(x64, softcap, bias):
