@@ -19,8 +19,8 @@ Cost: 12 trials of 20 steps in each of three forms, about half an hour on two x8
 was measured by the same command lines is not measured again; one that was measured by others, or
 was interrupted, begins anew, and its trials are deleted.
 
-Expected, two x86 cores: 660 s as processes, 498 s as one sweep, 442 s two at a time; 12, 3 and 3
-compilations; accuracies equal to the digit.
+Expected, two x86 cores, commit fda10e2: 660 s as processes, 498 s as one sweep, 442 s two at a
+time; 12, 3 and 3 compilations; accuracies equal to the digit.
 """
 
 import argparse

@@ -332,6 +332,15 @@ def test_table_claims_and_figure(tmp_path):
     sweep.write_outputs(report, rows[:1], tmp_path)
 
 
+def test_the_figures_bars(monkeypatch):
+    """Mutation: only processes of one number are compared, of which ours has more."""
+    lines = {}
+    monkeypatch.setattr(report, "length_plot", lambda given, *rest, **more: lines.update(given))
+    report.figure(made_rows(ours_bfloat16=1.0, peft_bfloat16=10.0))
+    ((point,),) = lines.values()
+    assert (point.low, point.high) == (5.0, 20.0)
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("method", cells.METHODS)

@@ -136,7 +136,7 @@ def rows_loss(
     right_RM = jnp.take_along_axis(logits_RMV, target_RM[..., None], axis=-1)[..., 0]
     cross_entropy = jnp.sum(weight_RM * (norm_RM - right_RM))
     loss = cross_entropy + config.z_loss * jnp.sum(weight_RM * norm_RM**2)
-    hit_RM = right_RM >= logits_RMV.max(axis=-1)  # argmax takes a CPU as long as the logits do
+    hit_RM = right_RM >= logits_RMV.max(axis=-1)  # an argmax takes a CPU far longer
     return loss, {"loss": cross_entropy, "token_accuracy": jnp.sum(weight_RM * hit_RM)}
 
 
