@@ -56,7 +56,7 @@ from softprompt.config import (
     validate,
 )
 from softprompt.data.pipeline import pad_rows
-from softprompt.errors import unknown
+from softprompt.errors import UserError, unknown
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.loading import Loaded
 from softprompt.progress import Progress
@@ -187,7 +187,7 @@ def measure(
     """Times the steps of points in turns.
 
     Args:
-        asked: the points.
+        asked: the points; those of as many layers as the model has, or more, are left out.
         shared: see `base`.
         rounds: steps that are timed at each, after one that is not.
         progress: where it says how far it is.
@@ -197,6 +197,9 @@ def measure(
         "tokens" of its examples, and what was run where.
     """
     loaded = Session(progress).model(shared)
+    if not isinstance(loaded.config, DecoderConfig):
+        raise UserError(f"--model is {shared.model.name!r}, an encoder-decoder; allowed: decoders")
+    asked = [point for point in asked if point.layers < loaded.config.layers]
     sessions = {
         layers: Given(progress, shorter(loaded, layers)) for layers in {p.layers for p in asked}
     }
@@ -352,10 +355,13 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct-q4", help="a decoder")
     parser.add_argument("--dtype", default="bfloat16")
     said = parser.parse_args()
-    with Progress() as progress:
-        shared = base(said.model, said.dtype)
-        asked = points(said.subset)
-        rows = measure(asked, shared, rounds=ROUNDS[said.subset], progress=progress)
+    try:
+        with Progress() as progress:
+            shared = base(said.model, said.dtype)
+            asked = points(said.subset)
+            rows = measure(asked, shared, rounds=ROUNDS[said.subset], progress=progress)
+    except UserError as error:
+        parser.error(str(error))
     write_text(said.workdir / "rows.json", json.dumps(rows, indent=1) + "\n")
     write_outputs(sys.modules[__name__], rows, said.workdir)
     print(to_markdown(table(rows), CAPTION), end="")

@@ -16,10 +16,10 @@ Command, from the repository root, on a machine that does nothing else:
     softprompt sweep sweep_speed --workdir runs/twelve       (the trials alone)
 
 Cost: 12 trials of 20 steps in each of three forms, about half an hour on two x86 cores. A form that
-was measured by the same command lines is not measured again; one that was measured by others, or
-was interrupted, begins anew, and its trials are deleted.
+was measured by the same command lines at this commit is not measured again; one that was measured
+otherwise, or was interrupted, begins anew, and its trials are deleted.
 
-Expected, two x86 cores, commit fda10e2: 660 s as processes, 498 s as one sweep, 442 s two at a
+Expected, two x86 cores, commit b78314e: 639 s as processes, 508 s as one sweep, 452 s two at a
 time; 12, 3 and 3 compilations; accuracies equal to the digit.
 """
 
@@ -41,8 +41,8 @@ from softprompt.analysis.plots import Point, length_plot
 from softprompt.analysis.tables import to_markdown
 from softprompt.cli import split_overrides
 from softprompt.config import ConfigDict, base_config, flatten, trial_name
-from softprompt.errors import unknown
-from softprompt.results import Row, read_rows, write_text
+from softprompt.errors import UserError, unknown
+from softprompt.results import Row, commit, read_rows, write_text
 
 LENGTHS, INITS, SEEDS = (5, 20, 100), ("uniform", "vocabulary"), (0, 1)
 FORMS = ("cold", "warm", "together")
@@ -131,11 +131,13 @@ def commands(form: str, folder: Path, overrides: Sequence[str]) -> list[list[str
 def measure(form: str, folder: Path, overrides: Sequence[str]) -> float:
     """Seconds by the clock of a form, all of its processes included.
 
-    Those that the same command lines took before, if they did; else the folder is emptied first.
+    Those that the same command lines took before at this commit, if they did; else the folder is
+    emptied first.
     """
     note, lines = folder / "measured.json", commands(form, folder, overrides)
     known = json.loads(note.read_text()) if note.exists() else {}
-    if known.get("commands") == lines:
+    same = (known.get("commands"), known.get("commit")) == (lines, commit())
+    if same and not commit().endswith("-dirty"):  # changes that are in no commit are all alike
         return float(known["seconds"])
     if folder.exists():
         shutil.rmtree(folder)  # trials of other commands, or of an interruption, would be skipped
@@ -145,7 +147,10 @@ def measure(form: str, folder: Path, overrides: Sequence[str]) -> float:
         began = time.perf_counter()
         subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
         seconds += time.perf_counter() - began
-    write_text(note, json.dumps({"commands": lines, "seconds": seconds}, indent=1) + "\n")
+    write_text(
+        note,
+        json.dumps({"commands": lines, "commit": commit(), "seconds": seconds}, indent=1) + "\n",
+    )
     return seconds
 
 
@@ -187,13 +192,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="experiments.sweep_speed", description="12 prompts")
     parser.add_argument("--workdir", type=Path, default=Path("runs/sweep_speed"))
     parser.add_argument("--forms", default=",".join(FORMS), help="of cold, warm, together")
-    words, overrides = split_overrides(sys.argv[1:])
+    try:
+        words, overrides = split_overrides(sys.argv[1:])
+    except UserError as error:
+        parser.error(str(error))
     said = parser.parse_args(words)
     forms = said.forms.split(",")
     if unknown_forms := set(forms) - set(FORMS):
         parser.error(str(unknown("form", sorted(unknown_forms)[0], FORMS)))
     given = [f"--config.{key}={value}" for key, value in overrides]
-    seconds = {form: measure(form, said.workdir / form, given) for form in forms}
+    try:
+        seconds = {form: measure(form, said.workdir / form, given) for form in forms}
+    except subprocess.CalledProcessError as error:  # it has said why
+        return error.returncode
     rows = {form: read_rows(said.workdir / form) for form in forms}
     text = to_markdown(summary(seconds, rows))
     write_text(said.workdir / "summary.md", text)

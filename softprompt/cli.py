@@ -1,7 +1,7 @@
 """The command line: `softprompt train|evaluate|predict|export|import|sweep|table|models|data`.
 
-Results go to standard output, progress to standard error. Exit codes: 0 done, 1 a sweep with failed
-trials, 2 a mistake in what was asked, 75 stopped by SIGTERM and resumable, 130 interrupted.
+Results go to standard output, progress to standard error. Exit codes: 0 done, 1 a trial failed,
+2 a mistake in what was asked, 75 stopped by SIGTERM and resumable, 130 interrupted.
 The commands themselves are in softprompt/commands.py.
 """
 

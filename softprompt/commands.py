@@ -6,7 +6,7 @@ Everything slow to import is imported by the command that needs it.
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from softprompt.columns import print_columns
@@ -113,17 +113,29 @@ def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.evaluation.run import predict_lines
     from softprompt.progress import Progress
 
-    lines = (line.rstrip("\r\n") for line in sys.stdin)
     options = {"task": arguments.task, "any_weights": arguments.any_weights}
     options |= {"group": 1} if sys.stdin.isatty() else {}
     with Progress() as progress:
-        for answer in predict_lines(arguments.run, lines, progress, **options):
+        for answer in predict_lines(arguments.run, _lines(sys.stdin.buffer), progress, **options):
             if arguments.format == "json":
                 print(json.dumps(answer, ensure_ascii=False), flush=True)
             else:
                 shares = [f"{name}={share:.4f}" for name, share in answer["probabilities"].items()]
                 print("\t".join([answer["label"], *shares]), flush=True)
     return 0
+
+
+def _lines(stream: Iterable[bytes]) -> Iterator[str]:
+    """Lines of text without their ends.
+
+    Raises:
+        UserError: one that is not UTF-8.
+    """
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"line {number} of the input is not UTF-8: {error}") from error
 
 
 def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
@@ -184,7 +196,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
             costs = sweeps.dry_run(trials, arguments.workdir, lambda c: estimate(c, session))
             print(to_markdown(costs), end="")
-            return 0
+            return int(any(str(state).startswith("fails") for state in costs["state"]))
         failed = sweeps.run_sweep(
             trials,
             arguments.workdir,
@@ -195,8 +207,6 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
         )
         if session.compiled:
             progress.say(f"{len(session.compiled)} training programs compiled")
-    if jax.process_index() == 0:
-        _write_experiment(experiment, arguments.workdir)
     for row in failed:
         print(f"softprompt: trial {row['name']} failed: {row['error']}", file=sys.stderr)
     if failed:
@@ -205,6 +215,8 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             "them again",
             file=sys.stderr,
         )
+    if jax.process_index() == 0:
+        _write_experiment(experiment, arguments.workdir)
     return 1 if failed else 0
 
 

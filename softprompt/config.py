@@ -40,6 +40,7 @@ __all__ = [
     "trial_name",
     "unknown_key",
     "validate",
+    "weights_key",
 ]
 
 
@@ -269,7 +270,7 @@ def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> 
     return resolved
 
 
-def scientific(config: ConfigDict) -> dict[str, Any]:
+def scientific(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Returns the flat keys that say what is studied and differ from the defaults, sorted.
 
     Mesh, logging and what only allows something are not among them. A key that is added later with
@@ -279,7 +280,7 @@ def scientific(config: ConfigDict) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(config).items()
-        if _is_scientific(key) and value != defaults[key]
+        if _is_scientific(key) and (key not in defaults or value != defaults[key])
     }
 
 
@@ -291,6 +292,11 @@ def trial_id(config: ConfigDict) -> str:
     """Returns ten hex digits of a hash of `scientific(resolve(config))`."""
     canonical = json.dumps(scientific(resolve(config)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+def weights_key(config: ConfigDict) -> str:
+    """What tells one model's weights, and how they lie on devices, from another's."""
+    return json.dumps([to_dict(config.model), to_dict(config.mesh)], sort_keys=True)
 
 
 def trial_name(config: ConfigDict) -> str:

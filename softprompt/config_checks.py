@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from softprompt.errors import UserError
-from softprompt.schema import CHOICES, METHOD_KEYS, OPTIMIZER_KEYS, RANGES, UNTRAINED
+from softprompt.schema import (
+    CHOICES,
+    INIT_KEYS,
+    METHOD_KEYS,
+    OPTIMIZER_KEYS,
+    RANGES,
+    TRAINING_KEYS,
+    UNTRAINED,
+)
 
 OWN_KEYS = OPTIMIZER_KEYS | METHOD_KEYS
 
@@ -82,7 +90,20 @@ def _check_method(values: Mapping[str, Any]) -> None:
 
 
 def reads(values: Mapping[str, Any], key: str) -> bool:
-    """Whether a config's method or optimizer reads a key; one that is nobody's own, all do."""
+    """Whether a key changes a config's trial: its method, optimizer and start read it.
+
+    One that is nobody's own all do, but for training's where nothing is trained.
+    """
+    if values["method.name"] in UNTRAINED and key.startswith(TRAINING_KEYS):
+        return False
+    starts = INIT_KEYS.get(key)
+    if starts is not None and values["method.init"] not in starts:
+        return False
+    return _owned(values, key)
+
+
+def _owned(values: Mapping[str, Any], key: str) -> bool:
+    """Whether a config's method or optimizer has a key; one that is nobody's own, all have."""
     names = {values["optimizer.name"], values["method.name"]}
     if values["method.reparam"] != "none":
         names.add("method.reparam")
@@ -97,12 +118,19 @@ def check_used(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         UserError: names the first that does not, and what reads it.
     """
     for key, owners in OWN_KEYS.items():
-        if values[key] != defaults[key] and not reads(values, key):
+        if values[key] != defaults[key] and not _owned(values, key):
             choice = f"{key.split('.', 1)[0]}.name"
             raise UserError(
                 f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
                 f"{choice}={values[choice]}; {', '.join(owners)} "
                 f"{'reads' if len(owners) == 1 else 'read'} it"
+            )
+    for key, starts in INIT_KEYS.items():
+        if values[key] != defaults[key] and values["method.init"] not in starts:
+            raise UserError(
+                f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
+                f"method.init={values['method.init']}; {', '.join(starts)} "
+                f"{'reads' if len(starts) == 1 else 'read'} it"
             )
     name = values["method.name"]
     for key in ("train.ema", "train.dropout", "optimizer.max_row_norm"):

@@ -76,15 +76,20 @@ def _from_file(path: str) -> ConfigDict:
         if arg and not inspect.signature(module.get_config).parameters:
             raise UserError(f"{file}: its get_config takes no argument; {arg!r} was given")
         config = module.get_config(arg) if arg else module.get_config()
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"{file}{_line(error, file)}: {_reason(error)}") from error
+        raise blamed(error, file) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"{file}: get_config() returned {type(config).__name__}; it must return a ConfigDict"
         )
     return config
+
+
+def blamed(error: Exception, file: Path) -> UserError:
+    """A mistake in a user's Python file as one line: where, and what; a UserError as it is."""
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"{file}{_line(error, file)}: {_reason(error)}")
 
 
 def _line(error: Exception, file: Path) -> str:

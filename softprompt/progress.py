@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -27,7 +29,7 @@ class Progress:
         self._sweep: TaskID | None = None
         self._current: TaskID | None = None
         self._stage = ""
-        self._trial = ""
+        self._trial = self._name = ""
         self._began = self._printed = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -44,11 +46,15 @@ class Progress:
             self._bars.start()
         return self
 
-    def part(self, name: str) -> "Progress":
-        """The display of a trial that runs beside others: lines of its own, and bars."""
+    @contextmanager
+    def part(self, name: str) -> "Iterator[Progress]":
+        """The display of a trial that runs beside others: lines of its own, and a bar."""
         made = Progress(self._stream)
-        made._bars, made._trial = self._bars, name
-        return made
+        made._bars, made._trial, made._name = self._bars, name, f"{name}: "
+        try:
+            yield made
+        finally:
+            made._drop_bar()
 
     def __exit__(
         self,
@@ -98,7 +104,7 @@ class Progress:
         """The bar of the current stage."""
         assert self._bars is not None
         if self._current is None:
-            self._current = self._bars.add_task(what, total=total or None, note=note)
+            self._current = self._bars.add_task(self._name + what, total=total or None, note=note)
         self._bars.update(self._current, completed=done, total=total or None, note=note)
 
     def _drop_bar(self) -> None:

@@ -113,6 +113,21 @@ METHOD_KEYS: dict[str, tuple[str, ...]] = {
     "method.targets": ("lora", "ia3"),
 }
 
+# Starts' own keys, likewise.
+_DRAWN = ("vocabulary", "labels", "file")
+INIT_KEYS: dict[str, tuple[str, ...]] = {
+    "method.init_text": ("text",),
+    "method.init_file": ("file",),
+    "method.common_tokens": _DRAWN,
+    "method.common_text": _DRAWN,
+}
+
+# What changes nothing where nothing is trained; sections end in a dot.
+TRAINING_KEYS = (
+    *("train.", "optimizer."),
+    *("eval.every", "eval.patience", "eval.metric", "eval.select"),
+)
+
 # What may differ between two runs of the same trial: none of it is part of the trial's id.
 UNSCIENTIFIC_SECTIONS = ("log", "mesh")
 UNSCIENTIFIC_KEYS = ("method.init_any_weights",)  # it allows, and changes nothing

@@ -6,6 +6,7 @@ An experiment is a Python file in `experiments/` with `CAPTION`, `sweep(subset)`
 
 import functools
 import io
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,12 +24,21 @@ from softprompt.config import (
     trial_id,
     trial_name,
     validate,
+    weights_key,
 )
 from softprompt.config_checks import reads
-from softprompt.config_files import find_file, list_modules, load_module
+from softprompt.config_files import blamed, find_file, list_modules, load_module
 from softprompt.errors import UserError, unknown
 from softprompt.progress import Progress, duration
-from softprompt.results import Row, is_done, make_row, write_bytes, write_result, write_text
+from softprompt.results import (
+    Row,
+    check_place,
+    is_done,
+    make_row,
+    write_bytes,
+    write_result,
+    write_text,
+)
 from softprompt.schema import UNTRAINED
 
 if TYPE_CHECKING:
@@ -57,11 +67,23 @@ def load_experiment(name: str) -> ModuleType:
     try:
         module = load_module(file)
     except Exception as error:
-        raise UserError(f"{file}: {type(error).__name__}: {error}") from error
+        raise blamed(error, file) from error
     missing = [part for part in _PARTS if not hasattr(module, part)]
     if missing:
         raise UserError(f"{file}: no experiment, it lacks {', '.join(missing)}")
     return module
+
+
+def ask(experiment: ModuleType, part: str, *arguments: Any) -> Any:
+    """What a function of an experiment returns.
+
+    Raises:
+        UserError: its own, or a mistake in it, with the file and the line.
+    """
+    try:
+        return getattr(experiment, part)(*arguments)
+    except Exception as error:
+        raise blamed(error, Path(str(experiment.__file__))) from error
 
 
 def make_trials(
@@ -69,14 +91,16 @@ def make_trials(
 ) -> list[ConfigDict]:
     """Returns an experiment's resolved configs, overridden and validated.
 
-    A key that is some methods' or optimizers' own is overridden in the trials that read it.
+    A key that some methods, optimizers or starts read, or those that train anything, is overridden
+    in the trials that read it: as they are once methods, optimizers and starts are overridden.
 
     Raises:
         UserError: a wrong subset, key or value, a key that no trial reads, or two configs that are
             the same trial.
     """
-    configs = list(experiment.sweep(subset))
-    for key, value in overrides:
+    configs = list(ask(experiment, "sweep", subset))
+    choosing = ("method.name", "method.init", "method.reparam", "optimizer.name")
+    for key, value in sorted(overrides, key=lambda pair: pair[0] not in choosing):
         readers = [config for config in configs if reads(flatten(config), key)]
         for config in readers or configs:
             set_key(config, key, value)
@@ -148,32 +172,30 @@ def run_sweep(
     Returns:
         The rows that failed.
     """
+    check_place(workdir)
     folders = [trial_folder(workdir, config) for config in trials]
     todo = [index for index, folder in enumerate(folders) if not is_done(folder)]
     finished = len(trials) - len(todo)
     if finished:
         progress.say(f"{finished} of {len(trials)} trials are done already")
-    weights = {index: _seconds(trials[index], estimate) for index in todo}
+    forecast = Forecast({index: trials[index] for index in todo}, estimate)
     jobs = {index: (trials[index], folders[index]) for index in todo}
     groups: Iterable[tuple[list[int], int]] = [([place], 1) for place in range(len(todo))]
     if together is not None:
         groups = together.plan([trials[index] for index in todo])
     failed: list[Row] = []
-    spent = paid = 0.0
     for places, width in groups:
         members = {index: jobs[index] for index in (todo[place] for place in places)}
-        rest = sum(weights.values())
-        left = rest * spent / paid if paid else (rest if estimate else None)
-        name = trial_name(trials[next(iter(members))])
+        first = trials[next(iter(members))]
+        forecast.meet(first)
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""
-        progress.trial(name + more, len(trials) - len(weights), len(trials), left)
+        over = len(trials) - len(forecast.todo)
+        progress.trial(trial_name(first) + more, over, len(trials), forecast.left())
         began = time.monotonic()
         for index, row in _run_group(members, width, run_trial, progress, together):
             seconds, began = time.monotonic() - began, time.monotonic()
-            weight = weights.pop(index)
-            if row["status"] == "done":
-                spent, paid = spent + seconds, paid + weight
-            else:
+            forecast.end(index, seconds, done=row["status"] == "done")
+            if row["status"] != "done":
                 failed.append(row)
     progress.trial("", len(trials), len(trials), 0.0)
     return failed
@@ -196,12 +218,49 @@ def _run_group(
         yield indices[place], row
 
 
-def _seconds(config: ConfigDict, estimate: Estimate | None) -> float:
-    """The seconds a trial should take; 0 where that fails, for then the trial will, and say why."""
-    try:
-        return estimate(config)["seconds"] if estimate else 1.0
-    except Exception:
-        return 0.0
+class Forecast:
+    """Says how long the trials that are left will take, by estimates and by how those held.
+
+    An estimate loads the trial's model. So it is made when the model's turn comes; until then a
+    trial counts like the mean of the others.
+
+    Attributes:
+        todo: the trials that are left.
+    """
+
+    def __init__(self, todo: Mapping[int, ConfigDict], estimate: Estimate | None) -> None:
+        self.todo = dict(todo)
+        self._estimate = estimate
+        self._expected: dict[int, float] = {}  # seconds; of those that are over, too
+        self._spent = self._paid = 0.0
+
+    def meet(self, config: ConfigDict) -> None:
+        """The turn of a trial's model has come."""
+        turn = weights_key(config)
+        for index, other in self.todo.items():
+            if index not in self._expected and weights_key(other) == turn:
+                self._expected[index] = self._seconds(other)
+
+    def _seconds(self, config: ConfigDict) -> float:
+        """0 where the estimate fails, for then the trial will, and say why."""
+        try:
+            return self._estimate(config)["seconds"] if self._estimate else 1.0
+        except Exception:
+            return 0.0
+
+    def left(self) -> float | None:
+        """Seconds; None where nobody knows."""
+        mean = statistics.fmean(self._expected.values()) if self._expected else 0.0
+        rest = sum(self._expected.get(index, mean) for index in self.todo)
+        if self._paid:
+            return rest * self._spent / self._paid
+        return rest if self._estimate else None
+
+    def end(self, index: int, seconds: float, *, done: bool) -> None:
+        """A trial is over, after so many seconds."""
+        del self.todo[index]
+        if done:
+            self._spent, self._paid = self._spent + seconds, self._paid + self._expected[index]
 
 
 def _run_one(
@@ -226,21 +285,26 @@ def record_failure(
     """
     import jax  # here, since what a sweep is made of needs none of it
 
-    reason = " ".join(str(error).split())
-    if not isinstance(error, UserError):
-        reason = f"{type(error).__name__}: {reason}"
-        if jax.process_index() == 0:
-            text = "".join(traceback.format_exception(error))
-            write_text(epath.Path(folder) / "traceback.txt", text)
-    row = make_row(config, status="failed", error=reason, seconds=seconds)
+    if not isinstance(error, UserError) and jax.process_index() == 0:
+        text = "".join(traceback.format_exception(error))
+        write_text(epath.Path(folder) / "traceback.txt", text)
+    row = make_row(config, status="failed", error=_reason(error), seconds=seconds)
     write_result(folder, row)
     return row
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
 
 
 def dry_run(
     trials: Sequence[ConfigDict], workdir: epath.PathLike, estimate: Estimate
 ) -> "pd.DataFrame":
     """Returns what a sweep would cost, a row a trial and a last row with the totals.
+
+    A trial's "state" is "done", "to run", or "fails: ..." where it is known that it would.
 
     Args:
         trials: resolved configs.
@@ -249,28 +313,33 @@ def dry_run(
     """
     import pandas as pd  # slow to import
 
-    rows: list[dict[str, Any]] = []
+    rows: dict[int, dict[str, Any]] = {}
     flops = seconds = 0.0
-    for config in trials:
-        cost = estimate(config)
-        done = is_done(trial_folder(workdir, config))
-        if not done:
+    for index in sorted(range(len(trials)), key=lambda n: weights_key(trials[n])):
+        config = trials[index]
+        row = rows[index] = {
+            "trial": trial_name(config),
+            "id": trial_id(config),
+            "state": "done" if is_done(trial_folder(workdir, config)) else "to run",
+            "steps": 0 if config.method.name in UNTRAINED else config.train.steps,
+        }
+        try:
+            cost = estimate(config)
+        except Exception as error:
+            row["state"] = f"fails: {_reason(error)}"
+            continue
+        if row["state"] == "to run":
             flops, seconds = flops + cost["flops"], seconds + cost["seconds"]
-        rows.append(
-            {
-                "trial": trial_name(config),
-                "id": trial_id(config),
-                "state": "done" if done else "to run",
-                "steps": 0 if config.method.name in UNTRAINED else config.train.steps,
-                "trainable": int(cost["trainable"]),
-                "FLOPs": f"{cost['flops']:.3g}",
-                "memory": f"{cost['memory_bytes'] / 2**30:.2f} GiB",
-                "time": duration(cost["seconds"]),
-            }
-        )
-    left = sum(row["state"] == "to run" for row in rows)
+        row |= {
+            "trainable": int(cost["trainable"]),
+            "FLOPs": f"{cost['flops']:.3g}",
+            "memory": f"{cost['memory_bytes'] / 2**30:.2f} GiB",
+            "time": duration(cost["seconds"]),
+        }
+    left = sum(row["state"] == "to run" for row in rows.values())
     total = {"trial": f"{left} to run", "FLOPs": f"{flops:.3g}", "time": duration(seconds)}
-    return pd.DataFrame([*rows, total], dtype=object).fillna("")
+    ordered = [rows[index] for index in range(len(trials))]
+    return pd.DataFrame([*ordered, total], dtype=object).fillna("")
 
 
 def write_outputs(experiment: ModuleType, rows: Sequence[Row], folder: epath.PathLike) -> None:
@@ -278,11 +347,11 @@ def write_outputs(experiment: ModuleType, rows: Sequence[Row], folder: epath.Pat
     from softprompt.analysis import tables  # pandas is slow to import
 
     root = epath.Path(folder)
-    table = experiment.table(rows)
+    table = ask(experiment, "table", rows)
     write_text(root / "table.md", tables.to_markdown(table, experiment.CAPTION))
     write_text(root / "table.csv", tables.to_csv(table))
     write_text(root / "table.tex", tables.to_latex(table, experiment.CAPTION))
-    figure = experiment.figure(rows)
+    figure = ask(experiment, "figure", rows)
     for suffix in ("png", "pdf"):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, dpi=160, bbox_inches="tight")

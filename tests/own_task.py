@@ -1,11 +1,13 @@
 """A small sentiment task in JSON lines, and configs of trials on it: what whole runs train on."""
 
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from softprompt.config import ConfigDict, base_config, resolve, set_key, validate
 
@@ -78,6 +80,12 @@ def words(folder: Path, model: Path | str, **more: Any) -> list[str]:
 
     found = settings(folder, model, **more)
     return [f"--config.{key}={text(value)}" for key, value in found.items()]
+
+
+def give(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
+    """Puts a text on standard input."""
+    content = text if isinstance(text, bytes) else text.encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
 def train_command(folder: Path, model: Path | str, workdir: Path, **more: Any) -> list[str]:

@@ -314,7 +314,8 @@ def test_a_folder_that_holds_no_trial(tmp_path, capsys):
     assert line == f"{tmp_path}: no trial there (it has no config.json)"
     (tmp_path / "config.json").write_text('{"seeds": 1}')
     assert cli.main(["evaluate", "--run", str(tmp_path)]) == 2
-    assert one_line(capsys.readouterr().err).startswith("unknown config key 'seeds' (did you mean")
+    wanted = f"{tmp_path}/config.json: unknown config key 'seeds' (did you mean"
+    assert one_line(capsys.readouterr().err).startswith(wanted)
 
 
 def run_command(command, **environment):

@@ -99,7 +99,7 @@ def test_what_is_off_is_computed(prepared):
 def test_a_process_and_its_resumption(workdir, monkeypatch):
     """Mutation: the warm-up is counted; a share of another shape's rate; a done row is run again; a
     failed one is not."""
-    monkeypatch.setattr(bench, "commit", lambda: "unknown")
+    monkeypatch.setattr(bench, "commit_now", lambda: "unknown")
     tasks = [cells.Task(TINY, System("ours"), steps=1)]
     with Progress() as progress:
         (row,) = bench.run(tasks, workdir, "no-such-python", progress=progress)
@@ -139,7 +139,7 @@ def test_rows_of_other_code(then, now, anew, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     told, ran, ended = [], [], {"status": "killed", "error": "9"}
     monkeypatch.setattr(Progress, "say", lambda self, text: told.append(text))
-    monkeypatch.setattr(bench, "commit", lambda: now)
+    monkeypatch.setattr(bench, "commit_now", lambda: now)
     monkeypatch.setattr(bench, "make_inputs", lambda *a: {"status": "done"})
     monkeypatch.setattr(bench, "run_task", lambda task, *a: ran.append(task) or ended)
     with Progress() as progress:
@@ -148,6 +148,25 @@ def test_rows_of_other_code(then, now, anew, tmp_path, monkeypatch):
     assert [row["status"] for row in rows] == ["killed" if anew else "done"] * 2
     line = f"{anew} of 2 processes were of other code; they are measured anew"
     assert told.count(line) == (1 if anew else 0)
+
+
+def test_a_failed_process_stands_with_the_others_of_its_kind():
+    """It has no dtype but the one that was asked for. Mutation: it is a line of its own."""
+    asked = cells.Task(TINY, System("ours"), steps=1).key
+    assert asked["dtype"] == "auto"
+    done = asked | {"status": "done", "actual_dtype": "bfloat16", "seconds": [1.0]}
+    (group,) = report.groups([asked | {"status": "failed", "error": "9"}, done])
+    assert (group.dtype, group.status) == ("bfloat16", "done, failed")
+
+
+def test_peft_needs_a_python(monkeypatch, capsys, tmp_path):
+    """Mutation: it is found out once all models are written."""
+    words = ["experiments.bench", "--peft-python", "/no/such", "--workdir", str(tmp_path / "w")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "--peft-python is '/no/such': no such program" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
 
 
 ENDS = {

@@ -1,8 +1,8 @@
 """The command line on a tiny random model and a task of a few lines: commands and mistakes."""
 
-import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +12,7 @@ import pytest
 
 from softprompt import cli, results
 from softprompt.errors import UserError
+from tests.own_task import give
 from tests.tiny import write_llama_folder
 
 REPOSITORY = Path(__file__).parents[1]
@@ -142,7 +143,7 @@ def test_evaluate(trained, capsys):
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_predict_answers_each_line(trained, capsys, monkeypatch, form):
-    monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\nthe jokes are old\r\n"))
+    give(monkeypatch, "a warm film\nthe jokes are old\r\n")
     assert cli.main(["predict", "--run", str(trained), "--format", form]) == 0
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 2
@@ -158,65 +159,34 @@ def test_predict_answers_each_line(trained, capsys, monkeypatch, form):
             assert sorted(share.split("=")[0] for share in shares) == ["bad", "good"]
 
 
-EXPERIMENT = '''
-"""A prompt against none."""
-from softprompt.analysis.plots import length_plot
-from softprompt.analysis.tables import summarise
-from softprompt.config import base_config
-
-CAPTION = "A prompt against none."
-
-
-def sweep(subset="full"):
-    zero, prompt = base_config(), base_config()
-    zero.method.name = "none"
-    return [zero, prompt]
-
-
-def table(rows):
-    return summarise(rows, {"trial": lambda row: row["name"]})
+def test_predict_needs_no_data(place, trained, capsys, monkeypatch, tmp_path):
+    """Nor what it started from. Mutation: the splits are read."""
+    config = json.loads((trained / "config.json").read_text())
+    config["task"]["source"] = "jsonl:gone/{split}.jsonl"
+    config["method"]["common_text"] = config["eval"]["text"] = "gone.txt"
+    shutil.copytree(trained, tmp_path / "moved")
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
+    answers = []
+    for folder in (trained, tmp_path / "moved"):
+        give(monkeypatch, "a warm film\n")
+        assert cli.main(["predict", "--run", str(folder)]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
 
 
-def figure(rows):
-    return length_plot({}, {}, xlabel="", ylabel="")
-'''
+def test_input_that_is_no_text(trained, capsys, monkeypatch):
+    """Mutation: the stream is decoded as it comes."""
+    give(monkeypatch, b"a warm film\n\xff\xfe\n")
+    assert cli.main(["predict", "--run", str(trained)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("softprompt: error: line 2 of the input is not UTF-8: ")
 
 
-def test_sweep_then_table(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("experiments").mkdir()
-    Path("experiments/two.py").write_text(EXPERIMENT)
-    sweep = ["sweep", "two", "--workdir", "out", *keys(place)]
-    assert cli.main([*sweep, "--dry-run"]) == 0
-    assert "2 to run" in capsys.readouterr().out
-    assert not Path("out").exists()
-    assert cli.main([*sweep, "--shard", "1/2"]) == 0
-    assert len(results.read_rows("out")) == 1
-    assert cli.main(sweep) == 0
-    written = capsys.readouterr()
-    assert "1 of 2 trials are done already" in written.err
-    assert "prompt-3-vocabulary-s0" in written.out
-    names = {file.name for file in Path("out").iterdir() if file.is_file()}
-    assert names == {"table.md", "table.csv", "table.tex", "figure.png", "figure.pdf"}
-    first = Path("out/table.csv").read_text()
-    Path("out/table.csv").unlink()
-    assert cli.main(["table", "out", "--experiment", "two"]) == 0
-    assert Path("out/table.csv").read_text() == first
-    capsys.readouterr()
-    assert cli.main(["table", "out"]) == 0
-    assert "method.name" in capsys.readouterr().out.splitlines()[0]
-
-
-def test_a_sweep_with_a_failed_trial_ends_with_one(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("two.py").write_text(EXPERIMENT)
-    words = keys(place, task__source="jsonl:nowhere/{split}.jsonl")
-    assert cli.main(["sweep", "two.py", "--workdir", "out", *words]) == 1
-    written = capsys.readouterr().err
-    assert "2 of 2 trials failed; the same command tries them again" in written
-    assert "prompt-3-vocabulary-s0 failed: " in written
-    assert all(row["status"] == "failed" for row in results.read_rows("out"))
-    assert "failed: " in Path("out/table.md").read_text()
+def test_a_workdir_that_is_a_file(capsys, place, tmp_path):
+    """Mutation: it is found out when the first file is written."""
+    (tmp_path / "w").write_text("")
+    found = mistake(capsys, "train", *keys(place), "--workdir", tmp_path / "w")
+    assert found == f"{tmp_path}/w: {tmp_path}/w is no folder; give another --workdir"
 
 
 def test_models_and_data(place, capsys):

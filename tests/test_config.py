@@ -76,6 +76,12 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
         ("task.verbalizers", "x", "a mapping of strings"),
         ("eval.score", "smu", "(did you mean 'sum'?); allowed: sum, mean"),
         ("method.init", "text", "'method.init_text' is empty; method.init=text needs it"),
+        (
+            "method.init_file",
+            "a.safetensors",
+            "config key 'method.init_file' is 'a.safetensors'; allowed: '' with "
+            "method.init=vocabulary; file reads it",
+        ),
         ("train.microbatches", "5", "must divide train.batch, 32"),
         ("optimizer.warmup", "200", "at most train.steps, 100"),
         (

@@ -30,7 +30,8 @@ def rows(tmp_path_factory, tiny_folder):
     place = write_task(tmp_path_factory.mktemp("growth"))
     shared = from_dict(to_dict(make_config(place, tiny_folder)))
     set_key(shared, "method.init", "uniform")
-    return cost_growth.measure(ASKED, shared, rounds=2, progress=Progress())
+    deeper = [Point(layers=3), Point(layers=20)]  # as the model is, and more: left out
+    return cost_growth.measure([*ASKED, *deeper], shared, rounds=2, progress=Progress())
 
 
 def test_points_differ_from_the_base_in_one_field():

@@ -104,8 +104,8 @@ def test_the_library_imports_neither_torch_nor_tensorflow():
 # Mutation: misspell a target in README.md.
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_documented_make_targets_exist(page):
-    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    commands = r"(?:^ *(?:\$ )?|`)make ([a-z]+)"  # in a code block or between backquotes
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    commands = r"(?:^ *(?:\$ )?|`|gemma )make ([a-z-]+)"  # in a code block or between backquotes
     named = set(re.findall(commands, (REPOSITORY / page).read_text(), re.MULTILINE))
     assert named
     assert named <= targets

@@ -1,16 +1,13 @@
-import io
 import json
-import resource
-import sys
 from pathlib import Path
 
 import matplotlib
 import pytest
 
 from softprompt import results, sweep
-from softprompt.config import base_config, trial_id, trial_name
+from softprompt.config import base_config, trial_id
 from softprompt.errors import UserError
-from softprompt.progress import Progress, duration
+from softprompt.progress import Progress
 
 
 def config(length=20, seed=0, name="prompt"):
@@ -110,6 +107,27 @@ def test_the_time_left_comes_from_the_estimates(tmp_path, capsys):
     assert lines[2] == "trial 3 of 3: prompt-2-vocabulary-s0, about 0 s left"
 
 
+def test_a_models_trials_are_estimated_when_its_turn_comes(tmp_path, capsys):
+    """An estimate loads the model. Mutations: all are asked for first; a trial that was not counts
+    nothing; the estimates of a model are made one by one."""
+    asked, trials = [], [config(length) for length in (1, 2, 3, 4)]
+    trials[1].model.name = trials[3].model.name = "other"
+
+    def estimate(made):
+        asked.append(made.method.length)
+        return {"seconds": 60.0}
+
+    class Looking(Runner):
+        def __call__(self, made, folder):
+            asked.append(f"run {made.method.length}")
+            return super().__call__(made, folder)
+
+    with Progress() as progress:
+        sweep.run_sweep(trials, tmp_path, Looking(), progress=progress, estimate=estimate)
+    assert asked == [1, 3, "run 1", 2, 4, "run 2", "run 3", "run 4"]
+    assert "about 4 min 0 s left" in capsys.readouterr().err.splitlines()[0]
+
+
 def test_a_trials_folder_is_found_by_its_id(tmp_path):
     folder = sweep.trial_folder(tmp_path, config(5))
     assert folder.name == f"prompt-5-vocabulary-s0-{trial_id(config(5))}"
@@ -149,6 +167,24 @@ def test_an_override_is_for_the_trials_that_read_it():
         sweep.make_trials(experiment, "quickstart", [("method.rank", "4")])
 
 
+def test_an_override_of_training_is_for_what_is_trained():
+    """And one of a start for the trials that start so, whatever the order of the words. Mutations:
+    zero-shot is another trial with other steps; overrides are taken in their order."""
+    experiment = sweep.load_experiment("prompt_length")
+
+    def changed(*overrides):
+        trials = sweep.make_trials(experiment, "quickstart", overrides)
+        return [a.method.name for a, b in zip(trials, plain, strict=True) if trial_id(a) != b]
+
+    plain = [trial_id(made) for made in sweep.make_trials(experiment, "quickstart")]
+    assert changed(("train.dropout", "0.1")) == ["prompt"] * 3
+    assert changed(("train.steps", "60"), ("eval.every", "20")) == ["prompt"] * 3
+    assert changed(("method.common_tokens", "100")) == ["prompt"] * 3
+    words = [("method.init_text", "a film"), ("method.init", "text"), ("method.length", "2")]
+    with pytest.raises(UserError, match="are the same"):  # but no complaint of init_text
+        sweep.make_trials(experiment, "quickstart", words)
+
+
 def test_mistakes_in_what_to_sweep(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown experiment 'prompt_lenght' .did you mean"):
         sweep.load_experiment("prompt_lenght")
@@ -162,8 +198,22 @@ def test_mistakes_in_what_to_sweep(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="mine.py: no experiment, it lacks sweep, table, figure"):
         sweep.load_experiment("mine.py")
     Path("mine.py").write_text("1/0\n")
-    with pytest.raises(UserError, match="mine.py: ZeroDivisionError"):
+    with pytest.raises(UserError, match="mine.py, line 1: ZeroDivisionError"):
         sweep.load_experiment("mine.py")
+
+
+def test_a_mistake_in_an_experiment_is_one_line(tmp_path, monkeypatch):
+    """Mutation: its functions are called as they are."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "CAPTION = ''\ndef sweep(subset):\n    return [][0]\n"
+        "def table(rows):\n    return rows.names\nfigure = table\n"
+    )
+    mine = sweep.load_experiment("mine.py")
+    with pytest.raises(UserError, match="mine.py, line 3: IndexError: list index out of range"):
+        sweep.make_trials(mine)
+    with pytest.raises(UserError, match="mine.py, line 5: AttributeError: 'list' object"):
+        sweep.write_outputs(mine, [], tmp_path)
 
 
 def test_the_working_directorys_experiments_come_first(tmp_path, monkeypatch):
@@ -189,45 +239,22 @@ def test_dry_run_says_what_each_trial_costs(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_rows_go_in_and_come_out(tmp_path):
-    row = done_row(config(5), accuracy=float("nan"))
-    results.write_result(tmp_path / "a" / "b", row)
-    (found,) = results.read_rows(tmp_path)
-    assert found["metrics"]["test"]["accuracy"] is None
-    found["metrics"] = row["metrics"] = {}
-    assert found == row
-    assert found["name"] == trial_name(config(5)) == "prompt-5-vocabulary-s0"
-    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["devices"]["platform"] == "cpu"
-    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["result.json"]
-    frame = results.to_frame([row])
-    assert frame["config.method.length"].tolist() == [5]
+def test_a_dry_run_says_which_trials_would_fail(tmp_path):
+    """Mutations: one that fails ends all; models are loaded in the order of the trials."""
+    asked, trials = [], [config(length) for length in (1, 2, 3)]
+    trials[1].model.name = "other"
 
+    def estimate(made):
+        asked.append(made.method.length)
+        if made.method.length == 3:
+            raise UserError("no data")
+        return {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 90.0}
 
-def test_unreadable_rows_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="no folder"):
-        results.read_rows(tmp_path / "nowhere")
-    (tmp_path / "result.json").write_text("{")
-    with pytest.raises(UserError, match="result.json: not JSON"):
-        results.read_rows(tmp_path)
-    (tmp_path / "result.json").write_text("[]")
-    with pytest.raises(UserError, match="result.json: not a result row"):
-        results.read_rows(tmp_path)
-
-
-def test_a_write_that_stops_half_way_leaves_the_old_file(tmp_path):
-    """Breaks when write_bytes writes the file itself rather than a temporary one."""
-    file = tmp_path / "result.json"
-    results.write_text(file, "old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            results.write_text(file, "new" * 10_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert file.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [file]
+    table = sweep.dry_run(trials, tmp_path, estimate)
+    assert list(table["state"]) == ["to run", "to run", "fails: no data", ""]
+    assert list(table["steps"])[:3] == [100] * 3
+    assert (table["trial"].iloc[-1], table["time"].iloc[-1]) == ("2 to run", "3 min 0 s")
+    assert sorted(asked) == [1, 2, 3] and abs(asked.index(1) - asked.index(3)) == 1
 
 
 def experiment_rows(subset):
@@ -262,6 +289,14 @@ def test_outputs_are_written_and_pure_functions_of_the_rows(tmp_path, subset):
     assert matplotlib.rcParams["axes.grid"] is False
 
 
+def test_rows_of_other_experiments_may_lie_beside():
+    """Mutation: a method that is not this experiment's ends in an error."""
+    experiment, rows = sweep.load_experiment("prompt_length"), experiment_rows("quickstart")
+    table = experiment.table([done_row(config(name="lora")), *rows])
+    assert table["method"].tolist()[-1] == "lora" and table["chosen"].tolist()[-1] == ""
+    experiment.figure([done_row(config(name="lora")), *rows])
+
+
 def test_failed_trials_show_in_the_table_and_never_as_zero(tmp_path):
     experiment, rows = sweep.load_experiment("prompt_length"), experiment_rows("quickstart")
     for row in rows[-2:]:
@@ -274,43 +309,3 @@ def test_failed_trials_show_in_the_table_and_never_as_zero(tmp_path):
     for row in rows:
         row.update(status="failed", error="x", metrics={})
     sweep.write_outputs(experiment, rows, tmp_path)
-
-
-def test_progress_off_a_terminal_is_plain_lines(capsys):
-    with Progress() as progress:
-        progress.trial("prompt-5-vocabulary-s0", 0, 4, 600.0)
-        progress.stage("load the model")
-        progress.stage("train", 1, 100, "loss 0.7")
-        progress.stage("train", 2, 100, "loss 0.6")
-        progress.stage("train", 100, 100, "loss 0.5")
-    assert capsys.readouterr().err.splitlines() == [
-        "trial 1 of 4: prompt-5-vocabulary-s0, about 10 min 0 s left",
-        "[prompt-5-vocabulary-s0] load the model ...",
-        "[prompt-5-vocabulary-s0] train 1/100: loss 0.7, 0 s left",
-        "[prompt-5-vocabulary-s0] train 100/100: loss 0.5",
-    ]
-
-
-def test_progress_on_a_terminal_ends_with_what_was_said(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(stream, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "xterm")
-    with Progress(stream) as progress:
-        progress.trial("prompt-5-vocabulary-s0", 0, 4, None)
-        progress.stage("load the model")
-        progress.stage("train", 50, 100, "loss 0.7")
-        progress.say("validation accuracy 0.8 [best]")
-    written = stream.getvalue()
-    assert "validation accuracy 0.8 [best]\n" in written
-    assert "50/100" in written
-
-
-def test_durations():
-    assert [duration(s) for s in (0.4, 59, 60, 3599, 3600, 7500)] == [
-        "0 s",
-        "59 s",
-        "1 min 0 s",
-        "59 min 59 s",
-        "1 h 0 min",
-        "2 h 5 min",
-    ]

@@ -67,6 +67,18 @@ def test_summary_groups_seeds():
     assert tables.summarise([], {"length": len}).columns[0] == "length"
 
 
+def test_what_differs_in_more_than_the_seed_is_no_group():
+    """As after another run of a sweep with other steps. Mutations: all of them are seeds; the
+    column is always there; what else is measured tells trials apart."""
+    by = {"length": lambda row: row["config"]["method"]["length"]}
+    rows = [row(0.8), row(0.9, seed=1, train__steps=50), row(0.7, seed=1, eval__latency=True)]
+    table = tables.summarise([*rows, row(0.6, method__length=5)], by)
+    assert table.columns[:3].tolist() == ["length", "also", "seeds"]
+    assert table["also"].tolist() == ["train.steps=100", "train.steps=50", ""]
+    assert table["values"].tolist() == [(0.8, 0.7), (0.9,), (0.6,)]
+    assert "also" not in tables.summarise(rows[::2], by)
+
+
 def test_a_failed_or_unscored_trial_counts_for_nothing():
     unlabelled = row(method__length=5)
     unlabelled["metrics"]["test"] = {"examples": 0}
@@ -146,3 +158,4 @@ def test_length_plot_draws_every_point_and_band():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["5", "20"]
     colours = {text.get_text(): text.get_color() for text in axes.texts}
     assert colours["vocabulary"] == plots.COLOURS[2]
+    assert {text.xy[0] for text in axes.texts} == {1.0}, "beside the axes, where nothing is drawn"

@@ -38,6 +38,7 @@ P = 20, by dtype. Where there is a GPU both use the first.
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -61,7 +62,7 @@ from experiments.bench.cells import (
 from softprompt.analysis.tables import to_markdown
 from softprompt.errors import UserError
 from softprompt.progress import Progress
-from softprompt.results import commit, write_text
+from softprompt.results import commit_now, write_text
 from softprompt.sweep import write_outputs
 
 Row = dict[str, Any]
@@ -78,6 +79,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="timed in a process")
     parser.add_argument("--processes", type=int, default=2, help="of each system and cell")
     said = parser.parse_args()
+    if shutil.which(said.peft_python) is None:
+        parser.error(f"--peft-python is {said.peft_python!r}: no such program")
     try:
         tasks = plan(said.subset, processes=said.processes, steps=said.steps)
     except UserError as error:
@@ -139,7 +142,7 @@ def run(tasks: Sequence[Task], workdir: Path, peft_python: str, *, progress: Pro
         if row["status"] == "done":
             row = run_task(task, rows, workdir, peft_python)
             spent, paid = spent + time.monotonic() - began, paid + task.guess()
-        row = task.key | {"commit": commit()} | row
+        row = task.key | {"commit": commit_now()} | row  # the code may change on the way
         rows.append(row)
         with (workdir / "rows.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -153,7 +156,7 @@ def finished_rows(tasks: Sequence[Task], file: Path, progress: Progress) -> dict
 
     Changes that are in no commit cannot be told from others: rows of such a tree are never kept.
     """
-    now, known = commit(), read_rows(file)
+    now, known = commit_now(), read_rows(file)
     changed = now.endswith("-dirty")
     if changed:
         progress.say("files differ from the commit: rows made now will not be used again")

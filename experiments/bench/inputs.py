@@ -3,6 +3,7 @@
 `python -m experiments.bench.inputs job.json`, with a job of `experiments.bench.__main__`.
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from softprompt.evaluation.text import read_text
 from softprompt.models.loading import load_model
 from softprompt.models.save import save_folder
 from softprompt.progress import Progress
-from softprompt.results import write_text
+from softprompt.results import write_bytes, write_text
 from softprompt.training.prepare import prepare, train_source
 from softprompt.training.session import Session
 
@@ -69,14 +70,15 @@ def save_examples(file: str, config: ConfigDict, session: Session) -> None:
     examples_SB = np.stack([source.places(step)[0] for step in range(SPAN * PROCESSES * TWICE)])
     whole = [np.concatenate([encoded.inputs[n], encoded.targets[n]]) for n in examples_SB.flat]
     inputs = [len(encoded.inputs[n]) for n in examples_SB.flat]
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
     np.savez(
-        file,
+        content,
         tokens=np.concatenate(whole),
         lengths=np.array([len(one) for one in whole]).reshape(examples_SB.shape),
         inputs=np.array(inputs).reshape(examples_SB.shape),
         examples=examples_SB,
     )
+    write_bytes(file, content.getvalue())
 
 
 if __name__ == "__main__":

@@ -89,10 +89,13 @@ class Group:
 def groups(rows: Sequence[Row]) -> list[Group]:
     """The timed rows by what they measured, in the order of the first."""
     found: dict[tuple[Cell, str, str, str], list[Row]] = {}
+    done = [row for row in rows if "actual_dtype" in row]
+    chosen: dict[str, str] = {row["dtype"]: row["actual_dtype"] for row in done}
     for row in rows:
         if row["purpose"] == "time":
             cell = Cell(row["model"], row["text"], row["method"], row["length"])
-            dtype = row.get("actual_dtype", row["dtype"])
+            asked: str = row["dtype"]  # all that a failed row has
+            dtype = chosen.get(asked, asked)
             found.setdefault((cell, row["side"], dtype, row["off"]), []).append(row)
     return [Group(*key, rows=tuple(some)) for key, some in found.items()]
 

@@ -81,11 +81,7 @@ def length_plot(
             style = {"color": colour, "marker": marker, "linestyle": dash}
             _draw_line(axes, points, style, shift=1.0 + 0.03 * (number - 1))
             last = max(points, key=lambda point: point.x)
-            if last.x == lengths[-1]:
-                labels.append((last.mean, name, colour))
-            else:
-                place = (last.x * 1.08, last.mean)
-                axes.annotate(name, place, (6, 4), textcoords="offset points", color=colour)
+            labels.append((last.mean, name, colour))
         _scale(axes, lengths)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_title(title, loc="left", fontsize=10)

@@ -9,12 +9,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from softprompt.config import flatten
+from softprompt.config import base_config, flatten, scientific
 from softprompt.results import Row
 
 Interval = tuple[float, float]
 
 LEVEL = 0.95
+
+# Keys that trials of one group may differ in: the seed, and what is measured beside the scores.
+NO_DIFFERENCE = {"seed", "eval.latency", "eval.text", "eval.text_tokens"}
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -61,7 +64,9 @@ def summarise(
 
     Args:
         rows: result rows; groups stand in the order of their first row.
-        by: column name -> what it says of a row; rows that agree in all are a group.
+        by: column name -> what it says of a row; rows that agree in all are a group. Those that
+            differ otherwise than in seed or in what else was measured (as after another run of a
+            sweep with other steps) are none: each is a line, and a column "also" tells them apart.
         metric: a share of examples that "validation" and "test" of a row's metrics hold.
 
     Returns:
@@ -73,12 +78,30 @@ def summarise(
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(value(row) for value in by.values()), []).append(row)
-    lines = [
-        {**dict(zip(by, key, strict=True)), **_group(group, metric)}
-        for key, group in groups.items()
+    lines: list[dict[str, object]] = []
+    for key, group in groups.items():
+        for also, part in _unlike(group).items():
+            told = {"also": also} if also else {}
+            lines.append({**dict(zip(by, key, strict=True)), **told, **_group(part, metric)})
+    also_there = ["also"] if any("also" in line for line in lines) else []
+    frame = pd.DataFrame(lines, columns=[*by, *also_there, *_group([], metric)], dtype=object)
+    return frame.fillna({"also": ""}) if also_there else frame
+
+
+def _unlike(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by what else they differ in, such as "train.steps=100"; "" where that is nothing."""
+    settings = [scientific(row["config"]) for row in rows]
+    usual = flatten(base_config())
+    differing = [
+        key
+        for key in sorted(set().union(*settings) - NO_DIFFERENCE)
+        if len({repr(one.get(key, usual.get(key))) for one in settings}) > 1
     ]
-    columns = [*by, *_group([], metric)]
-    return pd.DataFrame(lines, columns=columns, dtype=object)
+    parts: dict[str, list[Row]] = {}
+    for row, one in zip(rows, settings, strict=True):
+        also = ", ".join(f"{key}={one.get(key, usual.get(key))}" for key in differing)
+        parts.setdefault(also, []).append(row)
+    return parts
 
 
 def _group(rows: Sequence[Row], metric: str) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from softprompt.config import ConfigDict, from_dict, members, to_dict, trial_name
+from softprompt.config import ConfigDict, from_dict, members, to_dict, trial_name, weights_key
 from softprompt.data.eval_batches import coarse_shape, eval_batches
+from softprompt.data.tasks import get_task
 from softprompt.errors import UserError, unknown
 from softprompt.evaluation import many
 from softprompt.evaluation.generation import read_labels
@@ -22,7 +22,7 @@ from softprompt.methods.fit import check_fit
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
 from softprompt.training.prepare import Prepared, behind, delta_shardings, prepare
-from softprompt.training.session import SPLITS, Session, encode_records
+from softprompt.training.session import SPLITS, Session, TaskData, encode_records
 from softprompt.training.sharding import nearest_sizes, put
 from softprompt.training.trial import DELTA, read_config, score
 
@@ -60,8 +60,7 @@ def evaluate_runs(
     models: dict[str, list[int]] = {}
     for place, (config, _) in enumerate(asked):
         check_trained(folders[place])
-        of_model = json.dumps([to_dict(config.model), to_dict(config.mesh)])
-        models.setdefault(of_model, []).append(place)
+        models.setdefault(weights_key(config), []).append(place)
     results: dict[int, dict[str, Any]] = {}
     for places in models.values():  # each is loaded once, and forgotten
         session, programs = Session(progress), dict[Any, dict[int, Prepared]]()
@@ -131,8 +130,8 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
 def stored_config(folder: epath.PathLike) -> ConfigDict:
     """A trial's config, on a mesh that this machine has, its attention kernel where it can serve.
 
-    Neither the machine nor the rows need be those of training, and the file that a prompt started
-    from need not be there.
+    Neither the machine nor the rows need be those of training, and files that it started from or
+    measured its perplexity on need not be there.
     """
     tree = to_dict(read_config(folder))
     mesh = tree["mesh"]
@@ -141,8 +140,9 @@ def stored_config(folder: epath.PathLike) -> ConfigDict:
     )
     if mesh["attention"] != "reference":
         mesh["attention"] = "auto"
-    if tree["method"]["init"] == "file":
+    if tree["method"]["init"] not in ("noise", "zeros"):  # else it may say where a prefix can stand
         tree["method"]["init"] = "uniform"
+    tree["eval"]["text"] = ""
     return from_dict(tree)
 
 
@@ -200,6 +200,16 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
     return over_tasks(scores)
 
 
+class Unread(Session):
+    """A session whose tasks have no examples: answers need none, nor the files that hold them."""
+
+    def data(self, config: ConfigDict, *, bos: bool) -> TaskData:
+        """The task without examples."""
+        task = get_task(config.task)
+        none = encode_records(config, self.model(config), task, [], bos=bos)
+        return TaskData(task, none, none, none)
+
+
 def predict_lines(
     folder: epath.PathLike,
     lines: Iterable[str],
@@ -231,7 +241,8 @@ def predict_lines(
     if task is None and len(known) > 1:
         raise UserError(f"--task is not given; allowed: {', '.join(known)}, the trial's tasks")
     check_trained(folder)
-    prepared = prepare(config, Session(progress)).of(task or known[0])
+    session = Session(progress) if config.method.name == "fewshot" else Unread(progress)
+    prepared = prepare(config, session).of(task or known[0])
     shared = prepared.shared(trained_delta(folder, prepared, any_weights=any_weights))
     source, first = iter(lines), 1
     while together := list(itertools.islice(source, group)):
@@ -244,8 +255,9 @@ def _answer(
 ) -> Iterator[dict[str, Any]]:
     """Answers one group of lines; `first` is the number of its first line."""
     task, fields = prepared.data.task, prepared.data.task.fields
-    tasks_N = np.full(len(lines), prepared.data.test.task(0), np.int32)
-    (config,) = (one for one in members(prepared.config) if one.task.name == task.name)
+    known = members(prepared.config)
+    number = [one.task.name for one in known].index(task.name)
+    config, tasks_N = known[number], np.full(len(lines), number, np.int32)
     records: list[dict[str, str | None]] = []
     for number, line in enumerate(lines, first):
         texts = line.split("\t") if len(fields) > 1 else [line]

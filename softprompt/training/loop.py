@@ -1,6 +1,7 @@
 """The loop around the training step: metrics a step behind, evaluations, checkpoints."""
 
 import dataclasses
+import itertools
 import math
 import signal
 import threading
@@ -117,6 +118,7 @@ class Parts:
         stage: (what, done, total, note), for the progress display.
         stopping: set when the trial is to save and end, where it runs in a thread, which no signal
             reaches.
+        idle: seconds so far in which its steps waited for other trials, or for a compilation.
     """
 
     step: TrainStep
@@ -133,6 +135,7 @@ class Parts:
     machine_flops: float
     stage: Callable[[str, int, int, str], None]
     stopping: threading.Event | None = None
+    idle: Callable[[], float] = lambda: 0.0
 
 
 def restore(manager: Any, state: State, *, fingerprint: str) -> State | None:
@@ -204,9 +207,9 @@ def finish_step(
     step, end = state.step, state.step == loop.steps
     if end or (loop.eval_every and step % loop.eval_every == 0):
         validate(loop, parts, state, log)
-    if loop.snapshots and step % loop.snapshots == 0 and jax.process_index() == 0:
+    if loop.snapshots and step % loop.snapshots == 0:
         file = parts.folder / "snapshots" / f"{step}.safetensors"
-        save_delta(file, jax.device_get(state.tested()), {"step": step, **parts.notes})
+        save_delta(file, state.tested(), {"step": step, **parts.notes})
     stop = stopped(loop, state)
     if end or stop or asked or step % loop.checkpoint_every == 0:
         checkpoints.save(manager, step, state.arrays(), {**state.notes(), **parts.notes})
@@ -236,15 +239,21 @@ def validate(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog) -> N
 
 
 class Clock:
-    """Steps, tokens and waiting since the last log line or interruption, on the wall clock."""
+    """Steps, tokens and waiting since the last log line or interruption.
+
+    On the wall clock, less what the steps waited for other trials.
+    """
 
     def __init__(self, parts: Parts, feed: Feed, step: int):
         self._parts, self._feed, self._step = parts, feed, step
-        self._began, self._waited = time.monotonic(), feed.waited
+        self._began, self._waited = self._now(), feed.waited
+
+    def _now(self) -> float:
+        return time.monotonic() - self._parts.idle()
 
     def rates(self, step: int) -> dict[str, float]:
         """Speeds since the last call, over the steps up to `step`."""
-        parts, now, waited = self._parts, time.monotonic(), self._feed.waited
+        parts, now, waited = self._parts, self._now(), self._feed.waited
         steps, seconds = range(self._step, step), max(now - self._began, 1e-9)
         input_wait = waited - self._waited
         self._step, self._began, self._waited = step, now, waited
@@ -294,9 +303,9 @@ def terminable() -> Iterator[None]:
     """Within the block SIGTERM ends the process at once with code 75: nothing needs saving.
 
     `preemption` takes over while there is something to save. In a thread other than the main one
-    nothing changes.
+    nothing changes, nor with several processes: there JAX listens, so that none leaves alone.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -310,15 +319,19 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+_asked = itertools.count(1)  # over all trials: where to stop is agreed on in numbers that only grow
+
+
 @contextmanager
 def preemption(stopping: threading.Event | None = None) -> Iterator[Callable[[int], bool]]:
     """Within the block SIGTERM does not kill; the given function of the step says whether it came.
 
-    With several processes all of them hear of it after the same step. Signals reach the main thread
-    only; elsewhere the function says whether `stopping` is set.
+    One that came too late for a step to notice is sent again behind the block. With several
+    processes all of them hear of it after the same step. Signals reach the main thread only;
+    elsewhere the function says whether `stopping` is set.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_asked))
         return
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -329,3 +342,5 @@ def preemption(stopping: threading.Event | None = None) -> Iterator[Callable[[in
         yield lambda step: flag.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
+    if flag.is_set():
+        signal.raise_signal(signal.SIGTERM)

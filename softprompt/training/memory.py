@@ -1,6 +1,8 @@
-"""How much memory a device has, and what lies there."""
+"""How much memory a device has, what lies there, and what a program needs."""
 
 import os
+import resource
+import sys
 from typing import Any
 
 import jax
@@ -31,3 +33,24 @@ def bytes_here(tree: Any) -> int:
 def out_of_memory(error: Exception) -> bool:
     """Whether a program could not be compiled or run for lack of a device's memory."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def program_memory(step: Any) -> int | None:
+    """Bytes that a compiled program needs on a device: what goes in, comes out, and lies between.
+
+    None where the compiler keeps no account.
+    """
+    account = step.memory_analysis()
+    if account is None:
+        return None
+    there = account.argument_size_in_bytes + account.output_size_in_bytes
+    return int(there + account.temp_size_in_bytes - account.alias_size_in_bytes)
+
+
+def peak_memory() -> int:
+    """Largest memory in use so far in bytes: of a device, or of this process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -9,6 +9,7 @@ alone, beside the others'.
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from softprompt.training.feed import LOOK
 from softprompt.training.memory import out_of_memory
 from softprompt.training.step import Key, TrainStep, Tree
 
@@ -141,10 +143,14 @@ class Meeting:
         self._weights: Tree = None
         self._asked: dict[int, Member] = {}
         self._answers: dict[int, Any] = {}
+        self._busy: dict[int, float] = {}  # when each last saw the devices at its step before
+        self._idle: dict[int, float] = {}
+        self._compiling = 0.0  # seconds
 
     def __call__(self, delta: Tree, opt_state: Tree, weights: Tree, batch: Tree, key: Any) -> Any:
         """The `TrainStep` of one of the trials: waits for the others'."""
         me, door = threading.get_ident(), self._population.door
+        self._busy[me] = time.monotonic()
         with door:
             self._weights = weights if self._weights is None else self._weights
             assert weights is self._weights, "members step on one model's weights"
@@ -154,12 +160,22 @@ class Meeting:
                 if self._complete():
                     self._run()
                     door.notify_all()
-                else:
+                elif all(leaf.is_ready() for leaf in jax.tree.leaves(delta)):
                     door.wait()
+                else:
+                    door.wait(LOOK)
+                    self._busy[me] = time.monotonic()
             answer = self._answers.pop(me)
         if isinstance(answer, BaseException):
             raise answer
         return answer
+
+    def idle(self) -> float:
+        """Seconds in which this thread's steps waited for the others', or for a compilation.
+
+        Those in which the devices were still at the step before, up to `LOOK`, are left out.
+        """
+        return self._idle.get(threading.get_ident(), 0.0)
 
     @property
     def places(self) -> int:
@@ -179,6 +195,7 @@ class Meeting:
         """Takes everybody's step; an error is of all whose step is not taken by then."""
         who, members = list(self._asked), list(self._asked.values())
         self._asked.clear()
+        began, compiling = time.monotonic(), self._compiling
         answers: list[Any] = []
         try:
             while some := members[len(answers) :][: self.most]:
@@ -186,6 +203,9 @@ class Meeting:
         except Exception as error:
             answers += [error] * (len(who) - len(answers))
         self._answers.update(zip(who, answers, strict=True))
+        for one in who:
+            waited = began - self._busy[one] + self._compiling - compiling
+            self._idle[one] = self._idle.get(one, 0.0) + waited
 
     def _take(self, members: list[Member]) -> list[Any]:
         """The steps of these; of none of them where there is no memory for so many."""
@@ -193,7 +213,9 @@ class Meeting:
         filled = members + members[:1] * (places - len(members))
         try:
             if places not in self.programs:
+                began = time.monotonic()
                 self.programs[places] = self._compile(places)
+                self._compiling += time.monotonic() - began
             return self.programs[places](filled, self._weights)[: len(members)]
         except Exception as error:
             if places == 1 or not out_of_memory(error):

@@ -96,11 +96,8 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     """
     mesh, loaded = session.mesh(config), session.model(config)
     method = config.method
-    if config.eval.text and loaded.encoder_decoder:
-        raise UserError(
-            f"config key 'eval.text' is {config.eval.text!r}; allowed: '' for an encoder-decoder, "
-            "which predicts no plain text"
-        )
+    if config.eval.text:
+        session.text(config)  # read before anything is trained, for it may not be there
     bos = loaded.tokenizer.add_bos and method.name != "fewshot" and method.bos == "after"
     room = min(free_positions(one, loaded) for one in members(config))
     tasks, train = session.mixture(config, bos=bos)

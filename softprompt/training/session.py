@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from softprompt.config import ConfigDict, members, to_dict
+from softprompt.config import ConfigDict, members, to_dict, weights_key
 from softprompt.data.encode import Encoded, encode, mix, summary
 from softprompt.data.eval_batches import EvalBatch, EvalShape, eval_batches, eval_shape
 from softprompt.data.packing import Template
@@ -23,6 +23,7 @@ from softprompt.data.sources import Record
 from softprompt.data.subsets import balanced_subset, seeded_sample
 from softprompt.data.tasks import Task, get_task, read_split
 from softprompt.evaluation.scoring import scoring_budget
+from softprompt.evaluation.text import config_text
 from softprompt.models.loading import Loaded, load_model
 from softprompt.progress import Progress
 from softprompt.training.memory import KEPT_SHARE, bytes_here, device_memory
@@ -114,7 +115,7 @@ class Session:
         Before another is loaded, those that were used longest ago are forgotten until the rest take
         no more than `KEPT_SHARE` of a device's memory; a trial that still holds one keeps it there.
         """
-        key = self._model_key(config)
+        key = weights_key(config)
         with self._lock:
             sizes = {name: bytes_here(one.weights) for name, one in self._models.items()}
             for name in list(sizes) if key not in sizes else ():
@@ -140,12 +141,9 @@ class Session:
             return loaded
         return dataclasses.replace(loaded, model=loaded.model.clone(gather=Gather(mesh)))
 
-    def _model_key(self, config: ConfigDict) -> str:
-        return json.dumps([to_dict(config.model), to_dict(config.mesh)], sort_keys=True)
-
     def release(self, config: ConfigDict) -> None:
         """Drops a model's weights from memory; the next trial loads them anew."""
-        loaded = self._models.pop(self._model_key(config), None)
+        loaded = self._models.pop(weights_key(config), None)
         if loaded is not None:
             loaded.weights.clear()
 
@@ -158,16 +156,13 @@ class Session:
 
         An encoder-decoder's inputs end with EOS where its tokenizer says that they do.
         """
-        model = config.model
-        key = [
-            "data",
-            model.name,
-            model.tokenizer,
-            to_dict(config.task),
-            to_dict(config.data),
-            bos,
-        ]
+        key = ["data", *_tokenizer(config), to_dict(config.task), to_dict(config.data), bos]
         return self.once(key, lambda: self._encode(config, bos))
+
+    def text(self, config: ConfigDict) -> Encoded:
+        """The pieces of the config's text: see `config_text`."""
+        key = ["text", *_tokenizer(config), config.eval.text, config.eval.text_tokens]
+        return self.once(key, lambda: config_text(config, self.model(config)))
 
     def mixture(self, config: ConfigDict, *, bos: bool) -> tuple[tuple[TaskData, ...], Encoded]:
         """The data of each of a config's tasks, numbered, and the examples that are trained on."""
@@ -276,6 +271,11 @@ class Session:
                 self.compiled[key] = compile()
                 self.compile_seconds += time.monotonic() - began
             return self.compiled[key]
+
+
+def _tokenizer(config: ConfigDict) -> list[str]:
+    """What tells one tokenizer from another."""
+    return [config.model.name, config.model.revision, config.model.tokenizer]
 
 
 def _shapes(arguments: Any) -> tuple[Any, ...]:

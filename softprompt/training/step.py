@@ -153,8 +153,8 @@ def accumulated(
 ) -> tuple[tuple[jax.Array, Metrics], Tree]:
     """Value and gradient of `loss_fn`, a microbatch of rows at a time.
 
-    The context is computed once, outside the microbatches; its cotangents are summed and pulled
-    back once. Dropout goes by examples, so that a part drops what the whole would.
+    The context is computed once, outside the microbatches; its cotangents are summed, in float32,
+    and pulled back once. Dropout goes by examples, so that a part drops what the whole would.
     """
     keys = dropout_keys(key)
     shared, pull_back = jax.vjp(lambda d: shared_part(config, d, weights, keys), delta)
@@ -170,8 +170,9 @@ def accumulated(
         return jax.tree.map(jnp.add, total, part_loss(shared, part)), None
 
     shapes = jax.eval_shape(lambda: part_loss(shared, {k: v[0] for k, v in parts.items()}))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (value, cotangent), _ = jax.lax.scan(add, zeros, parts)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, "f4")), shapes)
+    (value, total), _ = jax.lax.scan(add, zeros, parts)
+    cotangent = jax.tree.map(lambda leaf, s: leaf.astype(s.dtype), total, shared)
     return value, pull_back(cotangent)[0]
 
 

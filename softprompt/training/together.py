@@ -1,6 +1,5 @@
 """Which trials of a sweep run at a time, and how."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 from etils import epath
 
 from softprompt.analysis.flops import machine_flops
-from softprompt.config import ConfigDict, to_dict, trial_name
+from softprompt.config import ConfigDict, trial_name, weights_key
 from softprompt.data.pipeline import train_widths
 from softprompt.methods.setup import kept_shares
 from softprompt.results import Row
@@ -48,7 +47,7 @@ class Together:
         """
         models: dict[Any, list[int]] = {}
         for place, config in enumerate(trials):
-            models.setdefault(_weights(config) if _most(config) > 1 else place, []).append(place)
+            models.setdefault(weights_key(config) if _most(config) > 1 else place, []).append(place)
         for places in models.values():
             yield from self._groups(trials, places)
 
@@ -86,7 +85,7 @@ class Together:
         sizes = tuple((str(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
         drops = jax.tree.structure(kept_shares(config))
         rows = (shape, prepared.layout, sizes)
-        key = (prepared.step, drops, optimizer_config(config), _weights(config), rows)
+        key = (prepared.step, drops, optimizer_config(config), weights_key(config), rows)
         return key, max(1, min(_most(config), room(prepared)))
 
     def run(
@@ -113,8 +112,8 @@ class Together:
         population.coming, population.queued = min(width, len(jobs)), len(jobs)
 
         def work(config: ConfigDict, folder: epath.Path) -> Row:
-            member = self.session.member(self.session.progress.part(trial_name(config)), population)
-            with population.trial():
+            with self.session.progress.part(trial_name(config)) as progress, population.trial():
+                member = self.session.member(progress, population)
                 return one(config, folder, lambda c, f: run_trial(c, f, session=member))
 
         with ThreadPoolExecutor(width) as pool:
@@ -136,12 +135,6 @@ def _most(config: ConfigDict) -> int:
         return 1
     automatic = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
     return int(config.mesh.population or automatic)
-
-
-def _weights(config: ConfigDict) -> str:
-    """What tells one model's weights from another's, and from the same on other devices."""
-    tree = to_dict(config)
-    return json.dumps([tree["model"], tree["mesh"]], sort_keys=True)
 
 
 def room(prepared: Prepared) -> int:

@@ -3,8 +3,6 @@
 import functools
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,15 +35,22 @@ from softprompt.evaluation.scoring import (
     shared_function,
     token_nll,
 )
-from softprompt.evaluation.text import read_text, text_pieces
 from softprompt.methods import METHODS
 from softprompt.models.loading import Loaded
-from softprompt.results import Row, make_row, read_result, write_result, write_text
+from softprompt.results import (
+    Row,
+    check_place,
+    is_done,
+    make_row,
+    read_result,
+    write_result,
+    write_text,
+)
 from softprompt.schema import UNTRAINED
 from softprompt.training import checkpoints, loop
 from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog, open_sinks, read_log
-from softprompt.training.memory import bytes_of
+from softprompt.training.memory import bytes_of, peak_memory, program_memory
 from softprompt.training.optimizers import set_rate
 from softprompt.training.prepare import (
     Prepared,
@@ -108,8 +113,8 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
             metrics["text"] = text_metrics(prepared, delta)
         if config.eval.latency:
             metrics["latency"] = latency_metrics(prepared, delta)
+    save_delta(folder / DELTA, delta, provenance(config, prepared.loaded))
     if jax.process_index() == 0:
-        save_delta(folder / DELTA, jax.device_get(delta), provenance(config, prepared.loaded))
         facts["delta_bytes"] = (folder / DELTA).stat().length
     row = make_row(
         config,
@@ -131,8 +136,10 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
     """Checks that a folder is new or this trial's.
 
     Raises:
-        UserError: the folder holds another config (names what differs), or an imported delta.
+        UserError: the folder holds another config (names what differs), or an imported delta; or
+            nothing can be written there.
     """
+    check_place(folder)
     if not (folder / CONFIG).exists():
         return
     theirs = read_config(folder)
@@ -142,7 +149,7 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
             "there); give another --workdir"
         )
     trained = (folder / "checkpoints").exists() or config.method.name in UNTRAINED
-    if (folder / DELTA).exists() and not trained and read_result(folder) is None:
+    if (folder / DELTA).exists() and not trained and not is_done(folder):
         raise UserError(
             f"{folder} holds an imported delta, which training would replace; give another "
             "--workdir (method.init=file starts a prompt from one)"
@@ -172,7 +179,12 @@ def read_config(folder: epath.PathLike) -> ConfigDict:
         tree = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from error
-    return from_dict(tree)
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: not a trial's config; allowed: a JSON object")
+    try:
+        return from_dict(tree)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], dict[str, Any]]:
@@ -209,6 +221,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         machine_flops=machine_flops(config.model.dtype),
         stage=session.progress.stage,
         stopping=session.population.stopping if session.population else None,
+        idle=getattr(step, "idle", lambda: 0.0),
     )
     with open_sinks(config, folder, trial_name(config)) as sinks:
         claim(folder, config)
@@ -226,7 +239,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         **{name: mean_share(folder, name) for name in ("peak_share", "input_wait_share")},
         "step_seconds": median_step(folder),
         "step_memory_bytes": program_memory(step),
-        "members": getattr(step, "places", session.population.apart if session.population else 1),
+        "members": at_a_time(step, session),
         "seconds": state.seconds,
     }
     chosen, scores, at = state.best, state.best_scores, state.best_step
@@ -235,6 +248,12 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     fold = functools.partial(METHODS[config.method.name].fold, cfg=prepared.step.method_config)
     facts["trained"] = parameters(chosen)
     return jax.jit(fold)(chosen), {"validation": scores, "selected_step": at}, facts
+
+
+def at_a_time(step: Any, session: Session) -> int:
+    """The most trials that ran with this one, itself included: also where none took a step."""
+    apart = session.population.apart if session.population else 1
+    return max(1, getattr(step, "places", apart))
 
 
 def parameters(delta: Tree) -> int:
@@ -322,8 +341,7 @@ def told(data: TaskData, split: str, scores_NC: np.ndarray) -> Iterator[dict[str
 def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
     """Perplexity of the config's text behind the delta, and the tokens that were predicted."""
     config, session = prepared.config, prepared.session
-    text = read_text(config.eval.text)
-    pieces = text_pieces(prepared.loaded.tokenizer, text, tokens=config.eval.text_tokens)
+    pieces = session.text(config)
     rows = prepared.mesh.shape["data"]
     shape = eval_shape(pieces, budget=scoring_budget(), row_multiple=rows, score="targets")
     sums_NC, lengths_NC = score_batches(
@@ -362,18 +380,6 @@ def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
     return latency.compare(step.model, base, ours, mesh=mesh, rows=rows)
 
 
-def program_memory(step: Any) -> int | None:
-    """Bytes that a compiled program needs on a device: what goes in, comes out, and lies between.
-
-    None where the compiler keeps no account.
-    """
-    account = step.memory_analysis()
-    if account is None:
-        return None
-    there = account.argument_size_in_bytes + account.output_size_in_bytes
-    return int(there + account.temp_size_in_bytes - account.alias_size_in_bytes)
-
-
 def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
     """What a delta file says of itself."""
     return {
@@ -384,12 +390,3 @@ def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
         "task": ",".join(one.task.name for one in members(config)),
         "trial": trial_id(config),
     }
-
-
-def peak_memory() -> int:
-    """Largest memory in use so far in bytes: of a device, or of this process on a CPU."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        return int(stats["peak_bytes_in_use"])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

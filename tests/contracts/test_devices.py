@@ -9,6 +9,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -230,6 +231,43 @@ def test_two_processes_train_the_same_and_the_first_writes(place, alone, tmp_pat
     assert (row["devices"]["count"], row["devices"]["processes"]) == (4, 2)
     assert "metrics.jsonl" in written[0]
     assert written[1] == []
+
+
+def test_two_processes_save_all_weights(place, tmp_path):
+    """Full fine-tuning whose weights no process has whole. Mutations: the first process fetches
+    what it cannot reach; it alone asks for what all must send."""
+    full = {"method__name": "full", "mesh__weights": "sharded", "log__snapshots": 2}
+    sgd = {"optimizer__name": "sgd", "optimizer__rate": 0.05}
+    more = {**TRIAL, **full, **sgd, "train__steps": 2}
+    run_trial(config_of(place, **more), tmp_path / "alone", session=session_on((1, 1)))
+    finish(start_processes(tmp_path / "w", words(place, place / "model", **more), devices=1))
+    check_same(tmp_path / "w", tmp_path / "alone")
+    ours, theirs = (
+        load_delta(tmp_path / name / "snapshots" / "2.safetensors")[0] for name in ("w", "alone")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=LAST), ours, theirs)
+
+
+def test_a_sigterm_to_one_process_stops_both(place, tmp_path):
+    """Both save after the same step, and go on from it. Mutations: the command line's own handler
+    takes the signal from JAX; the one that got it leaves alone."""
+    more = {**TRIAL, "train__steps": 5000, "log__checkpoint_every": 10_000, "log__every": 1}
+    overrides = words(place, place / "model", **more)
+    processes = start_processes(tmp_path / "w", overrides, devices=1)
+    try:
+        end = time.monotonic() + 240
+        log = tmp_path / "w" / "metrics.jsonl"
+        while not (log.exists() and log.read_text().count("loss") > 3):
+            assert time.monotonic() < end, "no step was taken"
+            time.sleep(0.05)
+        processes[1].terminate()
+        ended = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [75, 75], ended[0][1][-2000:]
+    (saved,) = (int(child.name) for child in (tmp_path / "w" / "checkpoints").iterdir())
+    assert 3 < saved < 5000 and losses(tmp_path / "w").size == saved
 
 
 class LoadedSession(MeshSession):

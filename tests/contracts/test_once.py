@@ -64,6 +64,18 @@ def test_loss_and_gradient(tiny, bos_before):
         check(once(parts, delta, weights, batch), wanted)
 
 
+def test_microbatches_sum_in_float32():
+    """Whatever the model computes in. Mutation: a bfloat16 context's cotangents are summed in it,
+    rounded once a microbatch."""
+    model, weights = tiny_decoder(layers=3, dtype="float32")
+    config, delta = prompted(model.clone(dtype=jnp.bfloat16), weights, 4, microbatches=2)
+    step = functools.partial(accumulated, config=config)
+    traced = jax.make_jaxpr(step)(delta, weights, packed(random_examples(), ROWS), KEY)
+    scans = [e for e in traced.eqns if e.primitive.name == "scan" and e.params["length"] == 2]
+    (sums,) = ([one.aval.dtype for one in e.outvars] for e in scans)
+    assert len(sums) >= 4 and set(sums) == {jnp.dtype("float32")}
+
+
 def test_an_untied_model_with_one_key_head(x64):
     """Mutation: the untied head is read as the embedding."""
     model, weights = tiny_decoder(tied=False, heads=3, kv_heads=1, layers=2)

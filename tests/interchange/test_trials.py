@@ -1,6 +1,5 @@
 """`softprompt export` and `softprompt import` on trials: there and back, and mistakes."""
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from softprompt.training.delta_file import load_delta
 from softprompt.training.trial import check_folder, read_config
 from tests.interchange.cases import MODELS, sizes
 from tests.mistakes import one_line
-from tests.own_task import words, write_task
+from tests.own_task import give, words, write_task
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 
@@ -161,13 +160,13 @@ def test_a_prompt_for_tasks_knows_them_by_number(place, tmp_path, capsys, monkey
         assert found["accuracy"] == told["metrics"]["test"][f"{task}/accuracy"]
     line = run(capsys, "evaluate", "--run", trial, "--task", "sms_spam", code=2)
     assert line == "unknown --task 'sms_spam'; known: mine, other"
-    monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\n"))
+    give(monkeypatch, "a warm film\n")
     line = run(capsys, "predict", "--run", trial, code=2)
     assert line == "--task is not given; allowed: other, mine, the trial's tasks"
     texts = [json.loads(line)["text"] for line in (place / "test.jsonl").read_text().splitlines()]
     lines = (trial / "predictions.jsonl").read_text().splitlines()
     wanted = [line for line in map(json.loads, lines) if line["task"] == "mine"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts)))
+    give(monkeypatch, "\n".join(texts))
     asked = ["predict", "--run", str(trial), "--task", "mine", "--format", "json"]
     assert cli.main(asked) == 0
     for text, line in zip(capsys.readouterr().out.splitlines(), wanted, strict=True):
@@ -192,7 +191,7 @@ def test_an_imported_adapter_answers(place, tmp_path, capsys, monkeypatch):
     )
     file = tmp_path / "a" / "adapter_config.json"
     run(capsys, "import", file, *taking(place), "--workdir", tmp_path / "b")
-    monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\n"))
+    give(monkeypatch, "a warm film\n")
     assert cli.main(["predict", "--run", str(tmp_path / "b"), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] in ("good", "bad")
     with pytest.raises(UserError, match="holds an imported delta, which training would replace"):

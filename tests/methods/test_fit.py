@@ -1,6 +1,5 @@
 """Deltas that nothing would read whole: refused, by every command that reads one."""
 
-import io
 import json
 
 import numpy as np
@@ -15,7 +14,7 @@ from softprompt.models.loading import load_model
 from softprompt.training.delta_file import save_delta
 from softprompt.training.trial import provenance
 from tests.mistakes import one_line
-from tests.own_task import make_config, write_task
+from tests.own_task import give, make_config, write_task
 from tests.tiny import tiny_config
 from tests.tiny_t5 import tiny_t5_config
 
@@ -130,7 +129,7 @@ def test_every_command_refuses_it(
 ):
     """Mutation: the check only where fingerprints differ, or not in one of the three."""
     folder, to = spoilt(name, **leaves), tmp_path / "to"
-    monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\n"))
+    give(monkeypatch, "a warm film\n")
     for command in (
         ["evaluate", "--run", folder],
         ["predict", "--run", folder],

@@ -321,16 +321,23 @@ def test_sigterm_saves_the_step_it_comes_in_and_exits_with_75(tmp_path, source, 
     assert lines == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
 
 
-def test_sigterm_in_the_last_step_lets_the_trial_end(tmp_path, source):
-    """Nothing is left to save it for."""
+@pytest.mark.parametrize("steps", [5, 6])
+def test_sigterm_in_the_last_step_is_not_forgotten(tmp_path, source, steps):
+    """Nor behind it, in the last validation. Mutation: the signal is dropped with its handler, so
+    that a sweep goes on with its next trial."""
 
     def terminate(step):
-        if step == 5:
+        if step == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    state = Run(tmp_path, source, on_stage=terminate)()
-    assert state.step == 6
+    run = Run(tmp_path, source, on_stage=terminate)
+    with pytest.raises(SystemExit) as end, loop.terminable():
+        run()
+    assert end.value.code == 75
     assert checkpoints_in(tmp_path) == [6]
+    run.on_stage = None
+    assert run().step == 6
+    assert [number for number, *_ in run.seen] == [1, 2, 3, 4, 5, 6], "no step twice"
 
 
 def test_no_steps_is_an_evaluation(tmp_path, source):

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from softprompt.results import read_result
 from softprompt.sweep import run_sweep, trial_folder
+from softprompt.training import session as sessions
 from softprompt.training import together
 from softprompt.training.population import Population
 from softprompt.training.together import Together
@@ -241,6 +242,51 @@ def test_members_have_one_model():
     meeting({}, {}, weights[0], {}, 0)
     with pytest.raises(AssertionError, match="one model"):
         meeting({}, {}, weights[1], {}, 0)
+
+
+def test_waiting_for_others_is_no_time_of_a_step():
+    """Mutations: what a member waits for the last to come counts; what all wait for the program
+    does; the step itself does not."""
+    population, weights = Population(), {}
+
+    def compile(places):
+        time.sleep(0.4)
+
+        def program(members, weights):
+            time.sleep(0.4)
+            return list(members)
+
+        return program
+
+    def trial(late):
+        with population.trial():
+            meeting = population.join("key", compile, print)
+            time.sleep(late)
+            began = time.monotonic()
+            meeting({}, {}, weights, {}, 0)
+            return time.monotonic() - began - meeting.idle()
+
+    population.coming = population.queued = 2
+    with ThreadPoolExecutor(2) as pool:
+        taken = list(pool.map(trial, (0.0, 0.8), timeout=60))
+    assert taken == pytest.approx([0.4, 0.4], abs=0.2)
+
+
+def test_what_a_row_says_of_its_steps(tiny_folder, tmp_path, monkeypatch):
+    """Mutation: a step of several together takes as long as their compilation."""
+    compiled = sessions.compile_population
+
+    def slow(*arguments):
+        time.sleep(3)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(sessions, "compile_population", slow)
+    some = [{**FIRST, "seed": seed} for seed in range(2)]
+    trials = configs(tiny_folder, tmp_path, some, **ANY, train__steps=2)
+    with session() as shared:
+        assert run(trials, tmp_path / "sweep", shared) == []
+    for row in rows_of(trials, tmp_path / "sweep"):
+        assert 0 < row["step_seconds"] < 1
 
 
 def test_places_are_kept_while_trials_are_queued():

@@ -12,15 +12,16 @@ from softprompt.config import from_dict, to_dict, trial_id
 from softprompt.errors import UserError
 from softprompt.progress import Progress
 from softprompt.results import read_result
+from softprompt.sweep import record_failure
 from softprompt.training.delta_file import load_delta
 from softprompt.training.estimate import estimate
 from softprompt.training.logs import read_log
+from softprompt.training.memory import program_memory
 from softprompt.training.prepare import check_read, initial_state, prepare, train_source
 from softprompt.training.session import Session
 from softprompt.training.trial import (
     check_folder,
     claim,
-    program_memory,
     read_config,
     run_trial,
     score,
@@ -128,7 +129,9 @@ def test_the_memory_of_a_step(done, place, tiny_folder, session, tmp_path):
     assert 0.2 < costs["memory_bytes"] / trained["step_memory_bytes"] < 5
 
 
-def test_an_estimate_counts_the_update_and_the_text(place, tiny_folder, session, monkeypatch):
+def test_an_estimate_counts_the_update_and_the_text(
+    place, tiny_folder, session, monkeypatch, tmp_path
+):
     """Mutation: training all weights costs what their products do; a text is free."""
     monkeypatch.setattr("softprompt.training.estimate.machine_flops", lambda dtype: 1e9)
     monkeypatch.setattr("softprompt.training.estimate.machine_bandwidth", lambda: 1e6)
@@ -137,7 +140,9 @@ def test_an_estimate_counts_the_update_and_the_text(place, tiny_folder, session,
     assert costs["seconds"] == pytest.approx(costs["flops"] / 5e8 + 8 * parameters * 60 / 1e6)
     none = {"method__name": "none"}
     plain = estimate(make_config(place, tiny_folder, **none), session)
-    scored = estimate(make_config(place, tiny_folder, **none, eval__text="a.txt"), session)
+    (tmp_path / "a.txt").write_text("a warm film " * 400)
+    text = {"eval__text": str(tmp_path / "a.txt")}
+    scored = estimate(make_config(place, tiny_folder, **none, **text), session)
     assert plain["seconds"] == pytest.approx(plain["flops"] / 5e8)
     assert scored["flops"] - plain["flops"] > 2 * parameters * 65536
 
@@ -298,6 +303,28 @@ def test_a_mistake_leaves_no_folder(place, tiny_folder, session, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("text", ["nowhere.txt", "short.txt"])
+def test_a_text_is_read_before_anything_is_trained(place, tiny_folder, tmp_path, text):
+    """Mutation: only once the trial has trained."""
+    (tmp_path / "short.txt").write_text("a warm film")
+    wrong = make_config(place, tiny_folder, eval__text=str(tmp_path / text))
+    with pytest.raises(UserError, match="config key 'eval.text'"):
+        run_trial(wrong, tmp_path / "w", session=Session(Lines()))
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_imported_delta_is_kept_by_a_sweep_that_tries_again(config, session, tmp_path):
+    """Mutation: the row of the first failure makes the folder a trial's own."""
+    folder = epath.Path(tmp_path / "imported")
+    claim(folder, config)
+    (folder / "delta.safetensors").write_bytes(b"theirs")
+    for _ in range(2):
+        with pytest.raises(UserError, match="holds an imported delta") as error:
+            run_trial(config, folder, session=session)
+        record_failure(config, folder, error.value, 1.0)
+    assert (folder / "delta.safetensors").read_bytes() == b"theirs"
+
+
 def test_claiming(config, tmp_path):
     folder = epath.Path(tmp_path / "new")
     check_folder(folder, config)
@@ -323,7 +350,11 @@ def test_reading_a_config(tmp_path):
     with pytest.raises(UserError, match=r"config.json: not JSON \(Expecting value"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"method": {"lenght": 3}}')
-    with pytest.raises(UserError, match=r"unknown config key 'method.lenght' \(did you mean"):
+    message = r"config.json: unknown config key 'method.lenght' \(did you mean"
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config.json: not a trial's config; allowed: a JSON obj"):
         read_config(tmp_path)
 
 

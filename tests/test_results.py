@@ -1,0 +1,70 @@
+"""Result rows and the files that they are in."""
+
+import resource
+import sys
+
+import pytest
+
+from softprompt import results
+from softprompt.config import trial_name
+from softprompt.errors import UserError
+from tests.test_sweep import Runner, config, done_row, run
+
+
+def test_rows_go_in_and_come_out(tmp_path):
+    row = done_row(config(5), accuracy=float("nan"))
+    results.write_result(tmp_path / "a" / "b", row)
+    (found,) = results.read_rows(tmp_path)
+    assert found["metrics"]["test"]["accuracy"] is None
+    found["metrics"] = row["metrics"] = {}
+    assert found == row
+    assert found["name"] == trial_name(config(5)) == "prompt-5-vocabulary-s0"
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["devices"]["platform"] == "cpu"
+    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["result.json"]
+    frame = results.to_frame([row])
+    assert frame["config.method.length"].tolist() == [5]
+
+
+def test_unreadable_rows_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        results.read_rows(tmp_path / "nowhere")
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(UserError, match="result.json: not JSON"):
+        results.read_rows(tmp_path)
+    (tmp_path / "result.json").write_text("[]")
+    with pytest.raises(UserError, match="result.json: not a result row"):
+        results.read_rows(tmp_path)
+
+
+def test_a_write_that_stops_half_way_leaves_the_old_file(tmp_path):
+    """Breaks when write_bytes writes the file itself rather than a temporary one."""
+    file = tmp_path / "result.json"
+    results.write_text(file, "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=f"cannot write {file}: File too large"):
+            results.write_text(file, "new" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_where_nothing_can_be_written(tmp_path, monkeypatch):
+    """Before anything is loaded. Mutations: a file is a folder; the parent is not looked at; the
+    folder is made."""
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        message = f"{place}: {tmp_path / 'file'} is no folder; give another --workdir"
+        with pytest.raises(UserError, match=message):
+            run([config(1)], place, Runner())
+        with pytest.raises(UserError, match=f"cannot write {place}/x: "):
+            results.write_text(place / "x", "")
+    results.check_place(tmp_path / "new" / "folder")
+    assert [child.name for child in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(results.os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=f"{tmp_path} may not be written to; give another --work"):
+        results.check_place(tmp_path / "new")
+    results.check_place("gs://bucket/folder")
