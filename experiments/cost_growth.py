@@ -18,12 +18,13 @@ Command, from the repository root, on a machine that does nothing else:
     python -m experiments.cost_growth --subset quick
     python -m experiments.cost_growth
 
-Cost: quick (11 points, 5 rounds) 4 minutes on two x86 cores, full (21 points, 9 rounds) 20 minutes
-by the prediction. Memory: 5 GB; the layers of shorter models are copied.
+Cost: quick (11 points, 5 rounds) 4 minutes on two x86 cores, full (21 points, 9 rounds) 9 minutes.
+Memory: 5 GB; the layers of shorter models are copied.
 
-Expected (quick, two x86 cores, jax 0.12): 0.92 to 1.09 of the prediction for layers, for P of 100
-and 300 and for half the tokens; 0.80 for twice the tokens, 0.80 and 0.93 for 2 and 4 trials
-together; 0.73 at P = 0 and 1.24 at P = 1000, where the prediction had it below.
+Expected (full, two x86 cores, jax 0.12, commit b78314e): 1.01 to 1.09 of the prediction for P of 1
+to 500, 0.95 to 1.03 for 2 to 8 trials together, 1.01 to 1.20 for 5 to 20 layers and 3.6 for one;
+0.93 to 0.95 for more tokens, 1.12 to 2.13 for fewer; 0.79 at P = 0 and 1.26 at P = 1000, where the
+prediction had it below.
 """
 
 import argparse

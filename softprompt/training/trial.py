@@ -226,8 +226,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
     with open_sinks(config, folder, trial_name(config)) as sinks:
         claim(folder, config)
         with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
-            fingerprint = prepared.loaded.fingerprint
-            restored = loop.restore(manager, state, fingerprint=fingerprint)
+            restored = loop.restore(manager, state, fingerprint=prepared.loaded.fingerprint)
             if restored is not None:
                 session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
             state = restored or state

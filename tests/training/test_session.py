@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from softprompt.config import from_dict, to_dict
 from softprompt.models.dropout import Shares
 from softprompt.training import session as session_module
 from softprompt.training.memory import KEPT_SHARE, bytes_here, bytes_of
@@ -51,6 +52,16 @@ def test_a_model_that_is_larger_than_all_that_is_kept(configs, monkeypatch):
     monkeypatch.setattr(shared, "_load", lambda c: there.append(first()) or load(c))
     shared.model(configs[1])
     assert there == [None] and len(shared.progress.stages) == 2
+
+
+def test_tokens_are_those_of_a_revision(configs, monkeypatch):
+    """Mutation: a revision with another tokenizer takes the first one's tokens."""
+    read = []
+    monkeypatch.setattr(Session, "_encode", lambda self, config, bos: read.append(config))
+    shared, tree = Session(Lines()), to_dict(configs[0])
+    for tree["model"]["revision"] in ("", "step1", "step1"):
+        shared.data(from_dict(tree), bos=True)
+    assert len(read) == 2
 
 
 def test_a_program_is_told_by_what_is_dropped(configs, monkeypatch):
