@@ -17,10 +17,10 @@ Command, from the repository root, on a machine that does nothing else:
 Cost: the claimed cells about 38 minutes on two x86 cores, the grid 14 hours by its own estimate. A
 process begins no further step after 115 seconds of them: where PEFT is slow it has fewer batches.
 
-Expected (two x86 cores, jax 0.12 and PyTorch, commit a6b2b73): 3.1, 6.5 and 15 times PEFT's speed
-at P = 20, 100 and 500, 10 times its float32, 0.27 of its memory, 0.83 of the products' rate, and 14
-times its speed on Gemma 3 270M; without the context, packing and targets a step takes 3.3, 1.4 and
-1.2 times as long.
+Expected (two x86 cores, jax 0.12 and PyTorch, commit c7c06eb): 3.3, 6.4 and 14 times PEFT's speed
+at P = 20, 100 and 500, 9 to 12 times its float32, 0.27 of its memory, 0.76 of the products' rate,
+and 11 times its speed on Gemma 3 270M; without the context, packing and targets a step takes 3.5,
+1.5 and 1.15 times as long.
 
 Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes; ours at
 P = 100 has twice as many, beside each of PEFT's dtypes), each on other examples. Of the claimed
