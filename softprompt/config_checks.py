@@ -96,10 +96,12 @@ def reads(values: Mapping[str, Any], key: str) -> bool:
     """
     if values["method.name"] in UNTRAINED and key.startswith(TRAINING_KEYS):
         return False
-    starts = INIT_KEYS.get(key)
-    if starts is not None and values["method.init"] not in starts:
-        return False
-    return _owned(values, key)
+    return _started(values, key) and _owned(values, key)
+
+
+def _started(values: Mapping[str, Any], key: str) -> bool:
+    """Whether a config's start has a key; one that is no start's own, all have."""
+    return values["method.init"] in INIT_KEYS.get(key, (values["method.init"],))
 
 
 def _owned(values: Mapping[str, Any], key: str) -> bool:
@@ -118,20 +120,19 @@ def check_used(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         UserError: names the first that does not, and what reads it.
     """
     for key, owners in OWN_KEYS.items():
-        if values[key] != defaults[key] and not _owned(values, key):
-            choice = f"{key.split('.', 1)[0]}.name"
-            raise UserError(
-                f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
-                f"{choice}={values[choice]}; {', '.join(owners)} "
-                f"{'reads' if len(owners) == 1 else 'read'} it"
-            )
-    for key, starts in INIT_KEYS.items():
-        if values[key] != defaults[key] and values["method.init"] not in starts:
-            raise UserError(
-                f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
-                f"method.init={values['method.init']}; {', '.join(starts)} "
-                f"{'reads' if len(starts) == 1 else 'read'} it"
-            )
+        if values[key] == defaults[key]:
+            continue
+        if not _owned(values, key):
+            choice, readers = f"{key.split('.', 1)[0]}.name", owners
+        elif not _started(values, key):
+            choice, readers = "method.init", INIT_KEYS[key]
+        else:
+            continue
+        raise UserError(
+            f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
+            f"{choice}={values[choice]}; {', '.join(readers)} "
+            f"{'reads' if len(readers) == 1 else 'read'} it"
+        )
     name = values["method.name"]
     for key in ("train.ema", "train.dropout", "optimizer.max_row_norm"):
         if values[key] and name in UNTRAINED:

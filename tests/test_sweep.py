@@ -169,7 +169,8 @@ def test_an_override_is_for_the_trials_that_read_it():
 
 def test_an_override_of_training_is_for_what_is_trained():
     """And one of a start for the trials that start so, whatever the order of the words. Mutations:
-    zero-shot is another trial with other steps; overrides are taken in their order."""
+    zero-shot is another trial with other steps; overrides are taken in their order; a start is not
+    looked at."""
     experiment = sweep.load_experiment("prompt_length")
 
     def changed(*overrides):
@@ -180,6 +181,10 @@ def test_an_override_of_training_is_for_what_is_trained():
     assert changed(("train.dropout", "0.1")) == ["prompt"] * 3
     assert changed(("train.steps", "60"), ("eval.every", "20")) == ["prompt"] * 3
     assert changed(("method.common_tokens", "100")) == ["prompt"] * 3
+    full = sweep.make_trials(experiment, "full")
+    fewer = sweep.make_trials(experiment, "full", [("method.common_tokens", "100")])
+    starts = {b.method.init for a, b in zip(full, fewer, strict=True) if trial_id(a) != trial_id(b)}
+    assert starts == {"vocabulary", "labels"}
     words = [("method.init_text", "a film"), ("method.init", "text"), ("method.length", "2")]
     with pytest.raises(UserError, match="are the same"):  # but no complaint of init_text
         sweep.make_trials(experiment, "quickstart", words)

@@ -56,8 +56,8 @@ def test_the_summary(tmp_path):
 def test_what_was_measured_is_kept(tmp_path, monkeypatch):
     """Mutation: it is measured again; what an interruption left is counted as done; so is what
     other overrides left, or its time, or another commit; changed files are told from none."""
-    ran, now = [], ["a"]
-    monkeypatch.setattr(sweep_speed, "commit", lambda: now[0])
+    ran, code = [], ["a"]
+    monkeypatch.setattr(sweep_speed, "commit", lambda: code[-1])
     monkeypatch.setattr(sweep_speed.subprocess, "run", lambda line, **_: ran.append(line))
     folder = tmp_path / "warm"
     folder.mkdir()
@@ -71,6 +71,7 @@ def test_what_was_measured_is_kept(tmp_path, monkeypatch):
     assert ran[1][-1] == more[0] and not (folder / "left").exists()
     sweep_speed.measure("warm", folder, more)
     assert len(ran) == 2
-    for now[0], runs in (("b", 3), ("b", 3), ("b-dirty", 4), ("b-dirty", 5)):
+    for there, runs in (("b", 3), ("b", 3), ("b-dirty", 4), ("b-dirty", 5)):
+        code.append(there)
         sweep_speed.measure("warm", folder, more)
         assert len(ran) == runs
