@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -304,6 +305,17 @@ def test_a_broken_config_file_is_one_line(tmp_path, body, message):
         load_config(str(file))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_edit_within_the_same_second_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "mine.py"
+    body = "from softprompt.config import base_config\ndef get_config():\n  c = base_config()\n"
+    for length in (10, 20):
+        file.write_text(f"{body}  c.method.length = {length}\n  return c\n")
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        assert load_config(str(file)).method.length == length
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
 
 
 def test_a_missing_config_file_lists_those_there_are(tmp_path, monkeypatch):
