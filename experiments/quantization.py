@@ -24,12 +24,15 @@ Expected: SmolLM2's perplexity is 26.53 in float32, 26.52 in int8 and 27.96 in i
 MB); Gemma's 51.67, 51.36 and 64.04 (1,072, 270 and 168 MB). See experiments/LOG.md.
 """
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from softprompt.analysis.plots import named_points
+from softprompt.analysis.tables import unlike
 from softprompt.config import ConfigDict, base_config
 from softprompt.errors import unknown
 from softprompt.results import Row
@@ -77,48 +80,71 @@ def _trial(model: str, dtype: str, quantize: str, method: str) -> ConfigDict:
     return config
 
 
+Key = tuple[str, str, str]
+
+
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Returns one line a model and form."""
-    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    """Returns one line a model and form, of the mean over seeds.
+
+    Where trials of a form differ otherwise, as in their text, each is a line, and a column "also"
+    tells them apart.
+    """
+    forms: dict[Key, list[Row]] = {}
     for row in rows:
-        model, method = row["config"]["model"], row["config"]["method"]["name"]
-        key = model["name"], model["dtype"], model["quantize"]
-        found.setdefault(key, {})[method] = row
-    lines = [_line(key, found[key], found) for key in sorted(found, key=_place)]
-    return pd.DataFrame(lines, dtype=object)
+        model = row["config"]["model"]
+        forms.setdefault((model["name"], model["dtype"], model["quantize"]), []).append(row)
+    lines = [line for key in sorted(forms, key=_place) for line in _lines(key, forms)]
+    frame = pd.DataFrame(lines, dtype=object)
+    told_apart = any(line["also"] for line in lines)
+    return frame if told_apart or not lines else frame.drop(columns="also")
 
 
-def _place(key: tuple[str, str, str]) -> tuple[int, int]:
+def _place(key: Key) -> tuple[int, int]:
     names, form = list(MODELS.values()), (key[1], key[2])
     name = names.index(key[0]) if key[0] in names else len(names)
     return name, FORMS.index(form) if form in FORMS else len(FORMS)
 
 
-def _line(
-    key: tuple[str, str, str],
-    rows: dict[str, Row],
-    found: dict[tuple[str, str, str], dict[str, Row]],
-) -> dict[str, object]:
-    plain, prompt = rows.get("none"), rows.get("prompt")
-    perplexity = _metric(plain, "text", "perplexity")
-    whole = _metric(found.get((key[0], "float32", "none"), {}).get("none"), "text", "perplexity")
-    size = next((row["weight_bytes"] for row in (plain, prompt) if row), None)
-    change = perplexity / whole - 1 if perplexity and whole else None
-    return {
-        "model": key[0],
-        "dtype": key[1],
-        "quantize": key[2],
-        "weights MB": None if size is None else round(size / 1e6, 1),
-        "perplexity": None if perplexity is None else f"{perplexity:.2f}",
-        "change": None if change is None else f"{change:+.2%}",
-        "zero-shot": _metric(plain, "test", "accuracy"),
-        "prompt": _metric(prompt, "test", "accuracy"),
-        "step seconds": prompt and prompt["step_seconds"] and round(prompt["step_seconds"], 2),
-    }
+def _zero_shot(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows without a prompt by what they differ in beside the seed; at least one group."""
+    plain = [row for row in rows if row["config"]["method"]["name"] == "none"]
+    return unlike(plain, but={"seed"}) or {"": []}
 
 
-def _metric(row: Row | None, part: str, name: str) -> float | None:
-    return row["metrics"].get(part, {}).get(name) if row and row["status"] == "done" else None
+def _lines(key: Key, forms: dict[Key, list[Row]]) -> Iterator[dict[str, object]]:
+    """The lines of a form: one, where its trials differ in nothing but their seed."""
+    exact = _zero_shot(forms.get((key[0], "float32", "none"), []))
+    trained = [row for row in forms[key] if row["config"]["method"]["name"] == "prompt"]
+    pairs = product(_zero_shot(forms[key]).items(), (unlike(trained) or {"": []}).items())
+    for (text, plain), (training, prompt) in pairs:
+        perplexity = _mean(_metric(plain, "text", "perplexity"))
+        whole = _mean(_metric(exact.get(text, []), "text", "perplexity"))
+        seconds = _mean(row["step_seconds"] for row in prompt if row["step_seconds"])
+        size = next((row["weight_bytes"] for row in plain + prompt if row["weight_bytes"]), None)
+        yield {
+            "model": key[0],
+            "dtype": key[1],
+            "quantize": key[2],
+            "also": ", ".join(filter(None, (text, training))),
+            "weights MB": size and round(size / 1e6, 1),
+            "perplexity": perplexity and f"{perplexity:.2f}",
+            "change": f"{perplexity / whole - 1:+.2%}" if perplexity and whole else None,
+            "zero-shot": _mean(_metric(plain, "test", "accuracy")),
+            "prompt": _mean(_metric(prompt, "test", "accuracy")),
+            "step seconds": seconds and round(seconds, 2),
+        }
+
+
+def _metric(rows: Sequence[Row], part: str, name: str) -> Iterator[float]:
+    """A number of the trials that are done, where they have it."""
+    for row in rows:
+        if row["status"] == "done" and row["metrics"].get(part, {}).get(name) is not None:
+            yield row["metrics"][part][name]
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = tuple(values)
+    return statistics.fmean(found) if found else None
 
 
 def figure(rows: Sequence[Row]) -> Figure:

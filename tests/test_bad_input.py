@@ -130,6 +130,16 @@ def refuse(capsys, tmp_path):
             "config key 'method.init' is 'zeros'; allowed for a prompt: vocabulary, uniform,",
         ),
         (
+            {"method__place": "decoder"},
+            "config key 'method.place' is 'decoder', of encoder-decoders; allowed for a decoder: "
+            "'encoder'",
+        ),
+        (
+            {"method__name": "prefix", "method__init": "noise", "method__prompt_to_input": False},
+            "config key 'method.prompt_to_input' is False, of encoder-decoders; allowed for a "
+            "decoder: True",
+        ),
+        (
             {"train__batch": 6, "train__microbatches": 4},
             "config key 'train.microbatches' is 4; it must divide train.batch, 6",
         ),

@@ -1,9 +1,11 @@
 """The experiment on rounding: its trials, and its table of made-up rows."""
 
+import copy
+
 import pytest
 
 from softprompt import sweep
-from softprompt.config import to_dict
+from softprompt.config import base_config, to_dict
 from softprompt.errors import UserError
 
 
@@ -60,3 +62,33 @@ def test_a_table_of_half_a_sweep():
     assert list(table["perplexity"]) == [None, None]
     assert list(table["prompt"]) == [0.801, None]
     experiment.figure(rows[1:3])
+    assert experiment.table([]).empty
+
+
+def test_seeds_are_averaged_and_other_differences_are_lines():
+    """Mutation: the last of two rows of a form stands for both; another text is averaged in."""
+    experiment = sweep.load_experiment("quantization")
+    rows = rows_of(experiment, sweep.make_trials(experiment, "smollm2")[:4])
+    again, longer = copy.deepcopy(rows), copy.deepcopy(rows)
+    for row in again:
+        row["config"]["seed"] = 1
+        row["metrics"]["test"]["accuracy"] += 0.1
+    table = experiment.table(rows + again)
+    assert list(table["prompt"]) == pytest.approx([0.851, 0.853])
+    assert list(table["zero-shot"]) == pytest.approx([0.85, 0.852])
+    assert "also" not in table
+    for row in longer:
+        row["config"]["train"]["steps"] = 100
+        row["config"]["eval"]["text"] = "other.txt"
+        row["metrics"].get("text", {})["perplexity"] = 20.0
+    prompts = [row for row in longer if row["config"]["method"]["name"] == "prompt"]
+    table = experiment.table(rows + prompts)
+    assert list(table["also"]) == ["train.steps=50", "train.steps=100"] * 2
+    assert list(table["change"]) == ["+0.00%"] * 2 + ["+20.00%"] * 2
+    texts = [row for row in longer if row["config"]["method"]["name"] == "none"]
+    for row in texts:
+        row["config"]["train"]["steps"] = base_config().train.steps
+    table = experiment.table(rows + texts)
+    assert list(table["perplexity"]) == ["10.00", "20.00", "12.00", "20.00"]
+    assert list(table["change"]) == ["+0.00%", "+0.00%", "+20.00%", "+0.00%"]
+    assert list(table["also"])[1] == "eval.text=other.txt"

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def summarise(
         groups.setdefault(tuple(value(row) for value in by.values()), []).append(row)
     lines: list[dict[str, object]] = []
     for key, group in groups.items():
-        for also, part in _unlike(group).items():
+        for also, part in unlike(group).items():
             told = {"also": also} if also else {}
             lines.append({**dict(zip(by, key, strict=True)), **told, **_group(part, metric)})
     also_there = ["also"] if any("also" in line for line in lines) else []
@@ -88,13 +88,18 @@ def summarise(
     return frame.fillna({"also": ""}) if also_there else frame
 
 
-def _unlike(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by what else they differ in, such as "train.steps=100"; "" where that is nothing."""
+def unlike(rows: Sequence[Row], *, but: Collection[str] = NO_DIFFERENCE) -> dict[str, list[Row]]:
+    """Rows by what else they differ in, such as "train.steps=100"; "" where that is nothing.
+
+    Args:
+        rows: result rows.
+        but: config keys that make no difference.
+    """
     settings = [scientific(row["config"]) for row in rows]
     usual = flatten(base_config())
     differing = [
         key
-        for key in sorted(set().union(*settings) - NO_DIFFERENCE)
+        for key in sorted(set().union(*settings).difference(but))
         if len({repr(one.get(key, usual.get(key))) for one in settings}) > 1
     ]
     parts: dict[str, list[Row]] = {}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from softprompt.config import ConfigDict, members
+from softprompt.config import ConfigDict, base_config, members
 from softprompt.data.encode import Encoded
 from softprompt.errors import UserError
 from softprompt.methods import initializers
@@ -173,9 +173,16 @@ def places(config: ConfigDict, encoder_decoder: bool, allowed: Sequence[str]) ->
     """The places of an encoder-decoder that `method.place` names; () for a decoder.
 
     Raises:
-        UserError: one that the method has nothing for.
+        UserError: one that the method has nothing for; a decoder with a key of encoder-decoders.
     """
     if not encoder_decoder:
+        usual = base_config().method
+        for key in ("place", "prompt_to_input"):
+            if config.method[key] != usual[key]:
+                raise UserError(
+                    f"config key 'method.{key}' is {config.method[key]!r}, of encoder-decoders; "
+                    f"allowed for a decoder: {usual[key]!r}"
+                )
         return ()
     named = {"both": ("encoder", "decoder"), "all": ("encoder", "decoder", "cross")}
     where = named.get(config.method.place, (config.method.place,))
