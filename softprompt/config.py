@@ -104,7 +104,13 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
     node = config
     for section in sections:
         node = node[section]
-    node[leaf] = coerce(key, value, flat[key])
+    found = coerce(key, value, flat[key])
+    node[leaf] = _tree(found) if isinstance(found, dict) else found
+
+
+def _tree(tree: Mapping[str, Any]) -> ConfigDict:
+    """A ConfigDict in which free keys may have dots, as the label 1.0 has."""
+    return ConfigDict(tree, allow_dotted_keys=True)
 
 
 def unknown_key(key: str, known: Mapping[str, Any]) -> str:
@@ -259,7 +265,7 @@ def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> 
         backend: "cpu", "gpu" or "tpu"; "" asks JAX, and only where something is "auto".
         jax_version: such as "0.12.0"; "" asks JAX.
     """
-    resolved = ConfigDict(config.to_dict()).lock()
+    resolved = _tree(config.to_dict()).lock()
     if resolved.model.dtype == "auto":
         import jax  # here, since help texts and tables never need it
 

@@ -140,6 +140,19 @@ def test_every_range_is_checked():
             load_config("", [(key, str(int(low) - 1))])
 
 
+def test_labels_may_have_dots():
+    """Mutation: a label such as 1.0 is no key of a config."""
+    config = base_config()
+    configs.set_key(config, "task.verbalizers.1.0", " good")
+    configs.set_key(
+        config, "task.verbalizers", {**config.task.verbalizers.to_dict(), "0.0": " bad"}
+    )
+    wanted = {"0.0": " bad", "1.0": " good"}
+    again = from_dict(json.loads(json.dumps(to_dict(resolve(config)))))
+    assert to_dict(again)["task"]["verbalizers"] == wanted
+    assert trial_id(again) == trial_id(config)
+
+
 def test_json_round_trip():
     config = resolved(method__length=5, task__verbalizers={"a": " b"}, optimizer__rate=1)
     again = from_dict(json.loads(json.dumps(to_dict(config))))

@@ -50,9 +50,29 @@ def test_t_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_accuracy_interval_takes_seeds_where_there_are_several():
-    assert tables.accuracy_interval([0.8], [100]) == tables.wilson_interval(0.8, 100)
-    assert tables.accuracy_interval([0.8, 0.82], [100, 100])[1] < 1
-    assert tables.accuracy_interval([0.5, 0.99], [100, 100]) == (0.0, 1.0)
+    alone = tables.accuracy_interval([0.8], [[(0.8, 100)]])
+    assert alone == pytest.approx(tables.wilson_interval(0.8, 100), abs=1e-15)
+    several = [[(0.8, 100)]] * 2  # is not read
+    assert tables.accuracy_interval([0.8, 0.82], several)[1] < 1
+    assert tables.accuracy_interval([0.5, 0.99], several) == (0.0, 1.0)
+
+
+def test_a_mixture_is_as_uncertain_as_its_smallest_task():
+    """The variance of a mean of tasks; mutation: the examples of all count as of one task."""
+    tasks = [(0.9, 1000), (0.5, 10)]
+    low, high = tables.mean_interval(tasks)
+    deviation = math.sqrt(sum(share * (1 - share) / n for share, n in tasks)) / 2
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.15)
+    draws = np.random.default_rng(0).binomial(
+        [n for _, n in tasks], [s for s, _ in tasks], (999, 2)
+    )
+    found = [tables.mean_interval([(x / 1000, 1000), (y / 10, 10)]) for x, y in draws]
+    assert 0.93 < np.mean([one[0] <= 0.7 <= one[1] for one in found]) < 0.99
+    own = {"accuracy": 0.7, "examples": 1010, "large/accuracy": 0.9, "large/examples": 1000}
+    own |= {"small/accuracy": 0.5, "small/examples": 10, "empty/accuracy": 0.0, "empty/examples": 0}
+    mixed = row() | {"metrics": {"validation": own, "test": own}}
+    table = tables.summarise([mixed], {"name": lambda row: row["name"]})
+    assert (table["low"][0], table["high"][0]) == (low, high)
 
 
 def test_summary_groups_seeds():
@@ -61,8 +81,9 @@ def test_summary_groups_seeds():
     assert table["length"].tolist() == [20, 5]
     assert table["seeds"].tolist() == [2, 1]
     assert table["test accuracy"].tolist() == pytest.approx([0.82, 0.70])
-    assert (table["low"][0], table["high"][0]) == tables.accuracy_interval([0.80, 0.84], [100, 100])
-    assert (table["low"][1], table["high"][1]) == tables.wilson_interval(0.70, 100)
+    both = tables.accuracy_interval([0.80, 0.84], [[(0.8, 100)], [(0.84, 100)]])
+    assert (table["low"][0], table["high"][0]) == both
+    assert (table["low"][1], table["high"][1]) == tables.mean_interval([(0.70, 100)])
     assert table["values"].tolist() == [(0.80, 0.84), (0.70,)]
     assert tables.summarise([], {"length": len}).columns[0] == "length"
 

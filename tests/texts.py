@@ -2,6 +2,9 @@
 
 import random
 from pathlib import Path
+from typing import Any
+
+from tokenizers import pre_tokenizers
 
 AWKWARD = (
     "",
@@ -19,6 +22,22 @@ AWKWARD = (
     "https://example.org/a_b?c=d&e=%20#f",
     "\x00\x01\x7f",
 )
+
+
+def as_published(tokenizer: Any) -> Any:
+    """SmolLM2's tokenizer as transformers reads it from a GGUF file, with its published cuts.
+
+    The file names the pre-tokenizer "smollm", which is digits apart and then GPT-2's, as in the
+    model's `tokenizer.json` and in llama.cpp; transformers takes GPT-2's alone.
+    """
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer
+
 
 FILES = (
     "sst2/stsa.binary.test",

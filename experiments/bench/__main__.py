@@ -144,11 +144,19 @@ def run(tasks: Sequence[Task], workdir: Path, peft_python: str, *, progress: Pro
             spent, paid = spent + time.monotonic() - began, paid + task.guess()
         row = task.key | {"commit": commit_now()} | row  # the code may change on the way
         rows.append(row)
-        with (workdir / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(workdir / "rows.jsonl", row)
         progress.say(f"{task.name}: {summary(row)}")
     progress.trial("", len(tasks), len(tasks), 0.0)
     return rows
+
+
+def append(file: Path, row: Row) -> None:
+    """Adds a row to a file, on a line of its own also where the last one was not written whole."""
+    with file.open("a+b") as opened:
+        if opened.tell():
+            opened.seek(-1, os.SEEK_END)
+            opened.write(b"" if opened.read() == b"\n" else b"\n")
+        opened.write(json.dumps(row).encode() + b"\n")
 
 
 def finished_rows(tasks: Sequence[Task], file: Path, progress: Progress) -> dict[str, Row]:

@@ -41,16 +41,34 @@ def wilson_interval(share: float, examples: int, level: float = LEVEL) -> Interv
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def accuracy_interval(values: Sequence[float], examples: Sequence[int]) -> Interval:
+def mean_interval(tasks: Sequence[tuple[float, int]], level: float = LEVEL) -> Interval:
+    """Returns an interval of the mean of tasks' shares of examples, in which tasks count alike.
+
+    Of one task it is Wilson's; several are combined by the distances of their own limits.
+    Source: Zou and Donner 2008, "Construction of confidence limits about effect measures".
+
+    Args:
+        tasks: each one's share and its number of examples, at least one.
+        level: of confidence.
+    """
+    shares = np.array([share for share, _ in tasks])
+    limits = np.array([wilson_interval(share, examples, level) for share, examples in tasks])
+    below, above = np.linalg.norm(limits - shares[:, None], axis=0) / len(tasks)
+    return float(shares.mean() - below), float(shares.mean() + above)
+
+
+def accuracy_interval(
+    values: Sequence[float], tasks: Sequence[Sequence[tuple[float, int]]]
+) -> Interval:
     """Returns the interval of a mean accuracy, clipped to [0, 1].
 
-    Over seeds (Student's t) where there are several, else over the test examples (Wilson).
+    Over seeds (Student's t) where there are several, else over the test examples.
 
     Args:
         values: one accuracy a seed, at least one.
-        examples: how many examples each was measured on.
+        tasks: for each seed, what `mean_interval` takes.
     """
-    low, high = t_interval(values) if len(values) > 1 else wilson_interval(values[0], examples[0])
+    low, high = t_interval(values) if len(values) > 1 else mean_interval(tasks[0])
     return max(0.0, low), min(1.0, high)
 
 
@@ -115,7 +133,7 @@ def _group(rows: Sequence[Row], metric: str) -> dict[str, object]:
     test, validation = (_scores(done, split, metric) for split in ("test", "validation"))
     values = tuple(scores[metric] for scores in test)
     low, high = (
-        accuracy_interval(values, [scores["examples"] for scores in test])
+        accuracy_interval(values, [_tasks(scores, metric) for scores in test])
         if values
         else (None, None)
     )
@@ -137,6 +155,13 @@ def _scores(rows: Sequence[Row], split: str, metric: str) -> list[dict[str, Any]
     """A split's scores in each row that measured the metric there."""
     scores = [row["metrics"].get(split, {}) for row in rows]
     return [found for found in scores if found.get(metric) is not None]
+
+
+def _tasks(scores: Mapping[str, Any], metric: str) -> list[tuple[float, int]]:
+    """A metric and the number of examples, of each task of a mixture that has some."""
+    names = [name.removesuffix("examples") for name in scores if name.endswith("/examples")]
+    counts = {name: scores[f"{name}examples"] for name in names or [""]}
+    return [(scores[f"{name}{metric}"], count) for name, count in counts.items() if count]
 
 
 def _mean(values: Sequence[float]) -> float | None:

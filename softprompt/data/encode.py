@@ -1,5 +1,6 @@
 """Records to token ids: the template filled in, too long inputs cut inside their fields."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,8 +76,8 @@ def encode(
         input_eos: end each input with EOS, which is never cut off.
 
     Raises:
-        UserError: an input's template alone or a target is too long, two verbalizers have the same
-            tokens, or the tokenizer has no BOS or EOS.
+        UserError: an input's template alone or a target is too long, an input has no tokens, two
+            verbalizers have the same tokens, or the tokenizer has no BOS or EOS.
     """
     prefix = _special(tokenizer.bos_id, "BOS", bos)
     suffix = _special(tokenizer.eos_id, "EOS", eos)
@@ -150,6 +151,10 @@ def _inputs(
                     )
                 tokens = [tokens[place] for place in keep]
                 truncated += 1
+            if not (prefix or tokens or suffix):
+                raise UserError(
+                    f"example {record['id']!r}: its input, of {task.template!r}, has no tokens"
+                )
             inputs.append(np.array([*prefix, *tokens, *suffix], np.int32))
     return inputs, truncated
 
@@ -228,6 +233,22 @@ def mix(splits: Mapping[str, Encoded]) -> Encoded:
         truncated=sum(part.truncated for part in parts),
         tasks=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.ids) for part in parts]),
     )
+
+
+def check_ranking(encoded: Encoded, score: str) -> None:
+    """Checks that every candidate of a task can be ranked first, by `eval.score`.
+
+    Raises:
+        UserError: by a sum of log-probabilities, a candidate that begins with another one.
+    """
+    whole = [tuple(tokens.tolist()) for tokens in encoded.candidates]
+    names = encoded.label_names
+    for (name, one), (other, start) in itertools.permutations(zip(names, whole, strict=True), 2):
+        if score == "sum" and one[: len(start)] == start:
+            raise UserError(
+                f"the verbalizer of {name!r} begins with that of {other!r}, and so is never the "
+                "likelier by config key 'eval.score'=sum; allowed: mean, or task.eos=True"
+            )
 
 
 def summary(encoded: Encoded) -> dict[str, Any]:

@@ -151,11 +151,19 @@ def collect(
 
     Returns:
         The sums (float64) and the number of tokens summed, both [examples, candidates].
+
+    Raises:
+        UserError: a log-probability that is no number.
     """
     example = np.concatenate([batch.pair_example_RC.ravel() for batch in batches])
     candidate = np.concatenate([batch.pair_candidate_RC.ravel() for batch in batches])
     values = np.concatenate([np.asarray(array, np.float64).ravel() for array in log_probs])
     real = example >= 0
+    if wrong := np.count_nonzero(~np.isfinite(values[real])):
+        raise UserError(
+            f"{wrong:,} of {np.count_nonzero(real):,} log-probabilities are no finite number: the "
+            "delta, or what the model makes of it, is broken"
+        )
     where = example[real], candidate[real]
     sums_NC = np.zeros((example.max() + 1, candidate.max() + 1))
     lengths_NC = np.zeros(sums_NC.shape, np.int64)

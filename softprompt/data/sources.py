@@ -144,9 +144,10 @@ def _comma_rows(path: str) -> Iterator[tuple[int, Record]]:
     start = 1
     try:
         for cells in reader:
-            if names and cells:
+            blank = len(cells) < 2 and not "".join(cells).strip()
+            if names and not blank:
                 yield start, _named(names, cells, f"{path}:{start}")
-            elif cells:
+            elif not blank:
                 names = _header(cells, f"{path}:{start}")
             start = reader.line_num + 1
     except csv.Error as error:
@@ -177,7 +178,15 @@ def _text(row: Record, name: str, where: str) -> str:
     value = row[name]
     if value is None or isinstance(value, list | dict):
         raise UserError(f"{where}: field {name!r} is {json.dumps(value)[:40]}, expected text")
-    return value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: field {name!r} has half of a character, {text[error.start]!a}, at place "
+            f"{error.start}"
+        ) from error
+    return text
 
 
 def _label(row: Record, name: str, where: str) -> str | None:

@@ -247,6 +247,12 @@ def get_task(config: Mapping[str, Any]) -> Task:
         raise unknown("task", config["name"], TASKS)
     else:
         task = TASKS[config["name"]]
+        for key, usual in (("label_field", Task.label_field), ("id_field", Task.id_field)):
+            if config[key] != usual:
+                raise UserError(
+                    f"config key 'task.{key}' is {config[key]!r}; allowed: {usual!r} without a "
+                    "task.source"
+                )
         template = config["template"] or task.template
         task = replace(task, template=template, verbalizers=verbalizers or task.verbalizers)
     _check(task)
@@ -280,6 +286,12 @@ def _check(task: Task) -> None:
     """What template and verbalizers must be, whatever the data."""
     if not task.fields:
         raise UserError(f"template {task.template!r} of task {task.name!r} names no {{field}}")
+    for name in task.fields:
+        said = f"template {task.template!r} of task {task.name!r} names {{{name}}}"
+        if name == task.label_field:
+            raise UserError(f"{said}, which is the label; allowed: fields of the input")
+        if name in ("id", "label") and name != task.id_field:
+            raise UserError(f"{said}, as records call their own {name}; allowed: another name")
     targets = list(task.verbalizers.values())
     for label, target in task.verbalizers.items():
         if not target.strip():
@@ -333,7 +345,12 @@ def _read(task: Task, part: Part) -> list[Record]:
         from softprompt.data.tfds_reader import read_tfds
 
         return read_tfds(
-            path, part.split, fields=task.fields, label_field=task.label_field, labels=labels
+            path,
+            part.split,
+            fields=task.fields,
+            label_field=task.label_field,
+            id_field=task.id_field,
+            labels=labels,
         )
     return read_file(
         path.replace("{split}", part.split),

@@ -22,6 +22,7 @@ def read_tfds(
     *,
     fields: Sequence[str],
     label_field: str = "label",
+    id_field: str = "",
     labels: Collection[str] | None = None,
 ) -> list[Record]:
     """Reads a split of a TFDS dataset, preparing the dataset in the cache if it is not there.
@@ -35,15 +36,16 @@ def read_tfds(
         fields: the features that records are to hold; numbers become text.
         label_field: the feature with the label; classes become their names, a class of -1 (a hidden
             label) None.
+        id_field: the feature with the id; "" is the dataset's own text "id", or else numbers the
+            records.
         labels: the labels that are allowed; None allows any.
 
     Returns:
-        Records in the order of the prepared files; "id" is the dataset's own feature "id" if it has
-        one, else "<split>-<index>".
+        Records in the order of the prepared files; one that is numbered is "<split>-<index>".
 
     Raises:
-        UserError: unknown dataset, config, version, split or field, a label that is not allowed, or
-            a failed preparation.
+        UserError: unknown dataset, config, version, split or field, a label that is not allowed, an
+            id that is used twice, or a failed preparation.
     """
     import tensorflow_datasets as tfds
 
@@ -51,7 +53,7 @@ def read_tfds(
         builder = _prepared(name)
         source = _open_split(builder, name, split)
         features = builder.info.features
-        for field in (*fields, *([label_field] if label_field else [])):
+        for field in filter(None, (*fields, label_field, id_field)):
             if field not in features:
                 raise UserError(
                     f"tfds:{name} has no field {field!r}{nearest(field, features)}; "
@@ -59,10 +61,14 @@ def read_tfds(
                 )
         names = getattr(features[label_field], "names", None) if label_field else None
         rows = [source[index] for index in range(len(source))]
-    own_id = "id" in features and isinstance(features["id"], tfds.features.Text)
-    records = []
+    if not id_field and "id" in features and isinstance(features["id"], tfds.features.Text):
+        id_field = "id"
+    records, seen = [], set[str]()
     for index, row in enumerate(rows):
-        key = _string(row["id"]) if own_id else f"{split}-{index}"
+        key = _string(row[id_field]) if id_field else f"{split}-{index}"
+        if key in seen:
+            raise UserError(f"tfds:{name}, {split}: id {key!r} of field {id_field!r} is used twice")
+        seen.add(key)
         record = {field: _string(row[field]) for field in fields}
         label = _class(row[label_field], names) if label_field else None
         if label is not None and labels is not None and label not in labels:

@@ -9,7 +9,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from softprompt.config import ConfigDict, from_dict, members, to_dict, trial_name, weights_key
+from softprompt.config import (
+    ConfigDict,
+    base_config,
+    from_dict,
+    members,
+    to_dict,
+    trial_name,
+    weights_key,
+)
 from softprompt.data.eval_batches import coarse_shape, eval_batches
 from softprompt.data.tasks import get_task
 from softprompt.errors import UserError, unknown
@@ -20,6 +28,7 @@ from softprompt.evaluation.scoring import normalise, probabilities, score_batche
 from softprompt.inference.decode import generate
 from softprompt.methods.fit import check_fit
 from softprompt.progress import Progress
+from softprompt.schema import TASKS_OWN
 from softprompt.training.delta_file import load_delta
 from softprompt.training.prepare import Prepared, behind, delta_shardings, prepare
 from softprompt.training.session import SPLITS, Session, TaskData, encode_records
@@ -113,6 +122,8 @@ def _scored(
 def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str]]:
     """A trial's config for a task that it may not have been trained on, and the config's tasks.
 
+    What is not a task's own stays: lengths and EOS. Few shots are drawn anew, from that task.
+
     Raises:
         UserError: another task where each has a prompt of its own.
     """
@@ -122,7 +133,8 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
     if config.method.name == "multitask":
         raise unknown("--task", task, known)
     tree = to_dict(config)
-    tree["task"] = {"name": task}
+    usual = to_dict(base_config())["task"]
+    tree["task"] |= {"name": task} | {key: usual[key] for key in TASKS_OWN}
     tree["data"] |= {"mixture": ""}
     return from_dict(tree), [task]
 

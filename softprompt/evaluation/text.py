@@ -73,8 +73,13 @@ def read_text(name: str) -> str:
         ) from error
 
 
-def config_text(config: ConfigDict, loaded: Loaded) -> Encoded:
+def config_text(config: ConfigDict, loaded: Loaded, *, bos: bool) -> Encoded:
     """The pieces of a config's text, for its model.
+
+    Args:
+        config: its `eval.text` and `eval.text_tokens`.
+        loaded: the model.
+        bos: begin each piece with BOS.
 
     Raises:
         UserError: see `read_text` and `text_pieces`; an encoder-decoder.
@@ -85,25 +90,41 @@ def config_text(config: ConfigDict, loaded: Loaded) -> Encoded:
             "which predicts no plain text"
         )
     text = read_text(config.eval.text)
-    return text_pieces(loaded.tokenizer, text, tokens=config.eval.text_tokens)
+    return text_pieces(loaded.tokenizer, text, tokens=config.eval.text_tokens, bos=bos)
 
 
-def text_pieces(tokenizer: Tokenizer, text: str, *, tokens: int, piece: int = PIECE) -> Encoded:
+def check_room(config: ConfigDict, pieces: Encoded, loaded: Loaded, *, context: int) -> None:
+    """Checks that a model's context holds a piece behind so many tokens.
+
+    Raises:
+        UserError: it does not.
+    """
+    whole = context + len(pieces.inputs[0]) + len(pieces.targets[0])
+    most = loaded.config.context_length
+    if whole > most:
+        raise UserError(
+            f"config key 'eval.text' is {config.eval.text!r}: its pieces take {whole} positions, "
+            f"{context} before them counted; allowed: {most}, the model's context"
+        )
+
+
+def text_pieces(
+    tokenizer: Tokenizer, text: str, *, tokens: int, bos: bool, piece: int = PIECE
+) -> Encoded:
     """The text's first tokens in pieces that are scored apart, each token but the first predicted.
-
-    A piece begins with BOS where the model was trained so.
 
     Args:
         tokenizer: of the model.
         text: any length.
         tokens: how many of its tokens are used, at most.
+        bos: begin each piece with BOS, so that all tokens of the text are predicted.
         piece: tokens of a piece; what is left at the end is dropped.
 
     Raises:
         UserError: the text has less than one piece.
     """
     ids = np.array(tokenizer.encode(text)[:tokens], np.int32)
-    start = [tokenizer.bos_id] if tokenizer.add_bos else []
+    start = [tokenizer.bos_id] if bos else []
     pieces = ids[: len(ids) // piece * piece].reshape(-1, piece)
     if not len(pieces):
         raise UserError(f"config key 'eval.text' has {len(ids)} tokens; allowed: {piece} or more")

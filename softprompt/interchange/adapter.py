@@ -72,8 +72,9 @@ def read_adapter(folder: Path) -> Adapter:
     """Reads an adapter's folder; tensors become float32.
 
     Raises:
-        UserError: no adapter there, a malformed config, an incomplete file of tensors, or a pickle
-            that holds more than tensors (or that needs PyTorch, where there is none).
+        UserError: no adapter there, a malformed config, a file of tensors that is incomplete or has
+            other entries than finite numbers, or a pickle that holds more than tensors (or that
+            needs PyTorch, where there is none).
     """
     if not (folder / CONFIG).exists():
         inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
@@ -86,7 +87,19 @@ def read_adapter(folder: Path) -> Adapter:
         raise UserError(f"{folder}: neither {TENSORS} nor {PICKLE}")
     opened = open_file(file)
     tensors = {name: opened.read(name, ALL).astype(np.float32) for name in opened.tensors}
+    check_finite(file, tensors)
     return Adapter(config, tensors, _provenance(file), str(folder))
+
+
+def check_finite(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Checks that all entries of tensors are finite numbers.
+
+    Raises:
+        UserError: names the first that has others.
+    """
+    for name, tensor in tensors.items():
+        if wrong := np.count_nonzero(~np.isfinite(tensor)):
+            raise UserError(f"{file}: {name}: {wrong:,} of {tensor.size:,} are no finite numbers")
 
 
 def _provenance(file: Path) -> dict[str, Any]:

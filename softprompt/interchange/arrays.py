@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from softprompt.errors import UserError
+from softprompt.interchange.adapter import check_finite
 from softprompt.interchange.peft import Facts, check_contexts
 from softprompt.interchange.projections import Config
 from softprompt.interchange.prompts import prompt_place
@@ -55,7 +56,7 @@ def from_npy(file: Path, model: Config) -> tuple[dict[str, Any], dict[str, Any]]
     """The delta of a prompt's array, and its keys of a config's method section.
 
     Raises:
-        UserError: not an array, one of other things than numbers, or of another shape than
+        UserError: not an array, one of other things than finite numbers, or of another shape than
             [P, D] for this model.
     """
     try:
@@ -71,6 +72,7 @@ def from_npy(file: Path, model: Config) -> tuple[dict[str, Any], dict[str, Any]]
             f"{file}: an array of {array.dtype} {list(array.shape)}; allowed for this model: "
             f"floating-point numbers of shape [length, {width}]"
         )
+    check_finite(file, {"the array": array})
     place = prompt_place(model)
     prompt: dict[str, Any] = {"prompt": np.ascontiguousarray(array, np.float32)}
     method = {"name": "prompt", "length": len(array)}

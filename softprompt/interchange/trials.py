@@ -225,11 +225,11 @@ def with_method(
             f"config key 'method.bos' is 'before'; in {file} the prompt comes first; allowed: "
             "after, none"
         )
-    made = ConfigDict(to_dict(config) | {"method": usual}).lock()
-    for key, value in {**method, "bos": bos}.items():
+    made = resolve(config)
+    for key, value in {**usual, **method, "bos": bos}.items():
         set_key(made, f"method.{key}", value)
     validate(made)
-    return resolve(made)
+    return made
 
 
 def notes_on(said: Mapping[str, Any], adapter: Adapter | None) -> list[str]:

@@ -18,6 +18,7 @@ from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.dropout import Shares
 from softprompt.models.loading import Loaded
+from softprompt.models.tokenizer import Tokenizer
 
 # Where an encoder-decoder may have what a method puts before a text.
 PLACES = {
@@ -111,15 +112,27 @@ def multitask_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> Mult
     return MultitaskConfig(**vars(shared), tasks=len(members(config)), rank=config.method.rank)
 
 
+def wants_bos(config: ConfigDict, tokenizer: Tokenizer) -> bool:
+    """Whether a text, or what stands before it, begins with BOS.
+
+    With `method.bos` "after" it does where the model was trained so, with "before" always.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if config.method.bos == "before" and tokenizer.bos_id is None:
+        raise UserError("config key 'method.bos' is 'before'; this model's tokenizer has no BOS")
+    return config.method.bos == "before" or tokenizer.add_bos and config.method.bos == "after"
+
+
 def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptConfig:
     """The prompt method's configuration, or what a multitask prompt shares with it.
 
     Raises:
         UserError: see `method_config`.
     """
-    method, bos = config.method, loaded.tokenizer.bos_id
-    if method.bos == "before" and bos is None:
-        raise UserError("config key 'method.bos' is 'before'; this model's tokenizer has no BOS")
+    method = config.method
+    before = wants_bos(config, loaded.tokenizer) and method.bos == "before"
     if method.init not in PROMPT_INITS:
         raise UserError(
             f"config key 'method.init' is {method.init!r}; allowed for a {method.name}: "
@@ -127,7 +140,7 @@ def prompt_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PromptC
         )
     return PromptConfig(
         method.length,
-        bos if method.bos == "before" else None,
+        loaded.tokenizer.bos_id if before else None,
         initializer(config, loaded, train),
         loaded.config.embed_scale,
         places(config, loaded.encoder_decoder, PLACES[method.name]),
@@ -277,7 +290,8 @@ def few_shot_tokens(config: ConfigDict, loaded: Loaded, train: Encoded, *, room:
         room: largest number of tokens that leaves the model room for an input and its target.
 
     Raises:
-        UserError: fewer labelled examples than shots, or a longer text than there is room for.
+        UserError: fewer labelled examples than shots, a longer text than there is room for, or no
+            BOS where one is wanted.
     """
     shots, random = config.method.shots, np.random.default_rng([config.seed, 2])
     drawn = balanced_draw(train.labels, shots, random)
@@ -288,7 +302,7 @@ def few_shot_tokens(config: ConfigDict, loaded: Loaded, train: Encoded, *, room:
         )
     tokenizer = loaded.tokenizer
     gap = tokenizer.encode("\n\n")
-    start = [tokenizer.bos_id] if tokenizer.add_bos and config.method.bos != "none" else []
+    start = [tokenizer.bos_id] if wants_bos(config, tokenizer) else []
     end = -1 if loaded.encoder_decoder and tokenizer.add_eos else None  # inputs end with EOS
     parts = [start] + [[*train.inputs[i][:end], *train.targets[i], *gap] for i in drawn]
     tokens_P = np.array([token for part in parts for token in part], np.int32)

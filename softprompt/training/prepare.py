@@ -12,17 +12,18 @@ import optax
 
 from softprompt.analysis.flops import Work, train_flops, train_work
 from softprompt.config import ConfigDict, members, trial_id
-from softprompt.data.encode import Encoded
+from softprompt.data.encode import Encoded, check_ranking
 from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import DECODER, Layout
 from softprompt.errors import UserError
 from softprompt.evaluation.scoring import shared_function, text_context_function
+from softprompt.evaluation.text import check_room
 from softprompt.methods import METHODS
 from softprompt.methods.initializers import embedding_rms
 from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
-from softprompt.methods.setup import few_shot_tokens, kept_shares, method_config
+from softprompt.methods.setup import few_shot_tokens, kept_shares, method_config, wants_bos
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
 from softprompt.models.kernels import Case, Kernel, choose, device_of
@@ -96,11 +97,12 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     """
     mesh, loaded = session.mesh(config), session.model(config)
     method = config.method
-    if config.eval.text:
-        session.text(config)  # read before anything is trained, for it may not be there
-    bos = loaded.tokenizer.add_bos and method.name != "fewshot" and method.bos == "after"
+    begun = method.name == "fewshot" or (method.name == "prompt" and method.bos == "before")
+    bos = wants_bos(config, loaded.tokenizer) and not begun  # else it begins the context
     room = min(free_positions(one, loaded) for one in members(config))
     tasks, train = session.mixture(config, bos=bos)
+    for one in tasks:
+        check_ranking(one.train, config.eval.score)
     cfg = method_config(config, loaded, train)
     model, layout, contexts = arrange(config, loaded, cfg)
     row_tokens = lambda: session.template(config, train, layout).shape.tokens  # noqa: E731
@@ -121,6 +123,8 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
             context = text_context_function(model)(loaded.weights, jnp.asarray(tokens_P))
             contexts = 0, len(tokens_P)
             shared = lambda delta: ({}, context)  # noqa: E731
+    if config.eval.text:  # read before anything is trained, for it may not be there
+        check_room(config, session.text(config, bos=bos), loaded, context=contexts[1])
     return Prepared(
         config=config,
         session=session,

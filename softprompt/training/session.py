@@ -159,10 +159,10 @@ class Session:
         key = ["data", *_tokenizer(config), to_dict(config.task), to_dict(config.data), bos]
         return self.once(key, lambda: self._encode(config, bos))
 
-    def text(self, config: ConfigDict) -> Encoded:
+    def text(self, config: ConfigDict, *, bos: bool) -> Encoded:
         """The pieces of the config's text: see `config_text`."""
-        key = ["text", *_tokenizer(config), config.eval.text, config.eval.text_tokens]
-        return self.once(key, lambda: config_text(config, self.model(config)))
+        key = ["text", *_tokenizer(config), config.eval.text, config.eval.text_tokens, bos]
+        return self.once(key, lambda: config_text(config, self.model(config), bos=bos))
 
     def mixture(self, config: ConfigDict, *, bos: bool) -> tuple[tuple[TaskData, ...], Encoded]:
         """The data of each of a config's tasks, numbered, and the examples that are trained on."""

@@ -340,7 +340,7 @@ def told(data: TaskData, split: str, scores_NC: np.ndarray) -> Iterator[dict[str
 def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
     """Perplexity of the config's text behind the delta, and the tokens that were predicted."""
     config, session = prepared.config, prepared.session
-    pieces = session.text(config)
+    pieces = session.text(config, bos=prepared.bos)
     rows = prepared.mesh.shape["data"]
     shape = eval_shape(pieces, budget=scoring_budget(), row_multiple=rows, score="targets")
     sums_NC, lengths_NC = score_batches(

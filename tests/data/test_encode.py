@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from softprompt.data.encode import encode, mix, summary
+from softprompt.data.encode import check_ranking, encode, mix, summary
 from softprompt.data.tasks import TASKS, Task
 from softprompt.errors import UserError
 from softprompt.models.tokenizer import Tokenizer
@@ -167,6 +167,24 @@ def test_verbalizers_of_equal_tokens_are_a_user_error() -> None:
     lower.backend.normalizer = normalizers.Lowercase()
     with pytest.raises(UserError, match="two of its verbalizers have the same tokens"):
         run(movie("x"), replace(MOVIE, verbalizers={"negative": " A", "positive": " a"}), lower)
+
+
+def test_a_verbalizer_that_goes_on_from_another_needs_eos_or_the_mean() -> None:
+    """Breaks when a class that a sum can never choose is scored without a word."""
+    task = replace(MOVIE, verbalizers={"negative": " xy", "positive": " x"})
+    with pytest.raises(UserError, match=r"'negative' begins with that of 'positive'.*task.eos"):
+        check_ranking(run(movie("x"), task), "sum")
+    check_ranking(run(movie("x"), task), "mean")
+    check_ranking(run(movie("x"), task, eos=True), "sum")
+    check_ranking(run(movie("x")), "sum")
+
+
+def test_an_input_without_tokens_is_a_user_error() -> None:
+    """Breaks when the token before it, of another example, is what is scored."""
+    bare = replace(MOVIE, template="{text}")
+    with pytest.raises(UserError, match=r"example 'test-1': its input, of '{text}', has no tokens"):
+        run(movie("fine", ""), bare)
+    assert [len(one) for one in run(movie(""), bare, bos=True).inputs] == [1]
 
 
 def test_encoding_depends_on_the_example_alone() -> None:

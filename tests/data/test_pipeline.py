@@ -220,6 +220,17 @@ def test_each_input_is_read_once_and_its_end_has_one_head():
     assert len(heads) == 3 * (1 + own)
 
 
+def test_scores_that_are_no_numbers_are_an_error():
+    # Mutation: the first candidate wins, since nothing is larger than what is no number.
+    encoded = make([5, 9])
+    batches = eval_batches(encoded, eval_shape(encoded))
+    found = [pretend_log_probs(batch) for batch in batches]
+    for batch, values_RC in zip(batches, found, strict=True):
+        values_RC[(batch.pair_example_RC == 1) & (batch.pair_candidate_RC == 0)] = np.nan
+    with pytest.raises(UserError, match=r"^\d of \d+ log-probabilities are no finite number"):
+        collect(batches, found)
+
+
 def test_targets_are_scored_for_perplexity():
     # Mutation: score="targets" uses the candidates.
     encoded = make([5, 9, 2, 30], [1, 4, 2, 7], candidates=())

@@ -54,6 +54,11 @@ def test_csv_keeps_line_breaks_inside_quotes_and_names_the_line_a_row_begins(
         read(path)
 
 
+def test_blank_lines_of_a_csv_are_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "  \r\ntext,label\r\nx,pos\r\n   \r\n\r\ny,neg\r\n \r\n")
+    assert [record["text"] for record in read(path)] == ["x", "y"]
+
+
 def test_unlabelled_rows_have_no_label(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "a", "label": null}\n{"text": "b", "label": ""}')
     assert [record["label"] for record in read(path)] == [None, None]
@@ -86,6 +91,7 @@ BAD_LINES = {
     "missing field": ("jsonl", '{"txet": "a", "label": "pos"}', r"missing field 'text' \(did you"),
     "missing label": ("jsonl", '{"text": "a"}', "missing field 'label'"),
     "null text": ("jsonl", '{"text": null, "label": "pos"}', "field 'text' is null, expected text"),
+    "half an emoji": ("jsonl", r'{"text": "a\ud83d", "label": "pos"}', "field 'text' has half of"),
     "list as label": ("jsonl", '{"text": "a", "label": ["pos"]}', "field 'label' is .*pos"),
     "unknown label": (
         "jsonl",
@@ -183,6 +189,8 @@ def test_catalogue_dataset_is_read_under_its_own_name(boolq: Path) -> None:
         (f"q\xe9{n}", f"p{n}", str(n), str(n % 2 == 1)) for n in range(5)
     }
     assert len(read_tfds(BOOLQ, "train[:40%]", fields=["question"])) == 2
+    named = read_tfds(BOOLQ, "train", fields=["idx"], id_field="idx")
+    assert [record["id"] for record in named] == [record["idx"] for record in records]
     assert "tensorflow" not in sys.modules
 
 
@@ -197,6 +205,8 @@ def test_hidden_label_is_none(boolq: Path) -> None:
         (BOOLQ, "dev", {}, "has no split 'dev'; known: test, train|train, test"),
         (BOOLQ, "train", {"fields": ["pasage"]}, r"no field 'pasage' \(did you mean 'passage'\?\)"),
         (BOOLQ, "train", {"label_field": "y"}, "no field 'y'"),
+        (BOOLQ, "train", {"id_field": "i"}, "no field 'i'"),
+        (BOOLQ, "train", {"id_field": "label"}, "train: id '[01]' of field 'label' is used twice"),
         (BOOLQ, "train", {"labels": ["True"]}, "train, example 'train-.*label 'False' has no verb"),
         ("super_glu/boolq", "train", {}, r"'super_glu/boolq' \(did you mean 'super_glue'\?\)"),
         ("super_glue/bolq:1.0.2", "train", {}, "BuilderConfig bolq not found"),

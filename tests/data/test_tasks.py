@@ -153,6 +153,14 @@ def test_label_outside_the_verbalizers_names_file_and_line(tmp_path: Path) -> No
             r"'jsnl:x' \(did you mean 'jsonl'\?\); allowed: jsonl:P",
         ),
         ({"source": "tsv:", "name": "m"}, "task.source 'tsv:'"),
+        ({"label_field": "y"}, "'task.label_field' is 'y'; allowed: 'label' without a task.source"),
+        ({"id_field": "key"}, "'task.id_field' is 'key'; allowed: '' without a task.source"),
+        ({"template": "{text} {label}"}, "names {label}, which is the label"),
+        ({"template": "{text} {id}"}, "names {id}, as records call their own id"),
+        (
+            {"source": "tsv:x", "name": "m", "label_field": "y", "template": "{text} {label}"},
+            "names {label}, as records call their own label",
+        ),
     ],
 )
 def test_config_that_names_no_task_is_one_line(values: dict[str, Any], reason: str) -> None:

@@ -9,13 +9,15 @@ import pytest
 from etils import epath
 
 from softprompt import cli
+from softprompt.data.tasks import TASKS, get_task
 from softprompt.evaluation import many
-from softprompt.evaluation.run import evaluate_runs, trained_delta
+from softprompt.evaluation.run import evaluate_runs, for_task, trained_delta
 from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta, save_delta
 from softprompt.training.prepare import first_delta, prepare
 from softprompt.training.session import Session
 from softprompt.training.trial import DELTA, claim, provenance, read_config, score
+from tests.contracts.examples import trial_config
 from tests.own_task import make_config, write_task
 from tests.tiny_t5 import write_complete_t5
 
@@ -212,3 +214,12 @@ def test_the_command(runs, capsys):
     assert json.loads(capsys.readouterr().out) == found[1]
     assert cli.main(["evaluate", "--run", folders[0], "nowhere"]) == 2
     assert "nowhere: no trial there" in capsys.readouterr().err
+
+
+def test_another_task_keeps_what_is_not_a_tasks_own():
+    """Mutation: its targets end without the EOS that the prompt was trained with."""
+    keys = {"task__eos": True, "task__max_input": 48, "task__label_field": "y"}
+    config, known = for_task(trial_config("tiny", "jsonl:x", **keys), "sms_spam")
+    assert known == ["sms_spam"]
+    assert (config.task.eos, config.task.max_input, config.task.max_target) == (True, 48, 8)
+    assert get_task(config.task) == TASKS["sms_spam"]

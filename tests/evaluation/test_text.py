@@ -15,7 +15,7 @@ from softprompt.training.delta_file import load_delta
 from softprompt.training.prepare import prepare
 from softprompt.training.trial import run_trial
 from tests.contracts.examples import session, trial_config, write_task
-from tests.tiny import SENTENCES
+from tests.tiny import SENTENCES, write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 
 TEXT = "\n".join(SENTENCES * 20)
@@ -45,7 +45,7 @@ def tokenizer(tiny_folder):
 
 def test_pieces_cover_the_text_once(tokenizer):
     """Mutation: the last piece is shorter; pieces overlap by a token."""
-    pieces = text_pieces(tokenizer, TEXT, tokens=210, piece=50)
+    pieces = text_pieces(tokenizer, TEXT, tokens=210, bos=False, piece=50)
     joined = np.concatenate(
         [np.concatenate(pair) for pair in zip(pieces.inputs, pieces.targets, strict=True)]
     )
@@ -55,8 +55,8 @@ def test_pieces_cover_the_text_once(tokenizer):
 
 def test_bos_begins_each_piece_and_costs_no_token(tokenizer):
     """Mutation: BOS only before the first piece, or in the place of a token."""
-    with_bos = dataclasses.replace(tokenizer, bos_id=0, add_bos=True)
-    pieces = text_pieces(with_bos, TEXT, tokens=100, piece=50)
+    with_bos = dataclasses.replace(tokenizer, bos_id=0)
+    pieces = text_pieces(with_bos, TEXT, tokens=100, bos=True, piece=50)
     assert [one.tolist() for one in pieces.inputs] == [[0], [0]]
     assert np.concatenate(pieces.targets).tolist() == tokenizer.encode(TEXT)[:100]
 
@@ -64,7 +64,7 @@ def test_bos_begins_each_piece_and_costs_no_token(tokenizer):
 def test_mistakes(tokenizer, tmp_path):
     """Mutation: an empty mean is not a number, and nobody says so."""
     with pytest.raises(UserError, match=r"'eval.text' has \d+ tokens; allowed: 512 or more"):
-        text_pieces(tokenizer, "a film", tokens=1000)
+        text_pieces(tokenizer, "a film", tokens=1000, bos=False)
     with pytest.raises(UserError, match=r"'eval.text' is '.*none.txt': .*allowed: a text file"):
         read_text(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match=r"'sotuu' \(did you mean 'sotu'\?\): .* file, or sotu$"):
@@ -75,12 +75,40 @@ def test_mistakes(tokenizer, tmp_path):
         prepare(config, shared)
 
 
-def test_a_trial_measures_it_behind_its_prompt(tiny_folder, tmp_path):
+def test_a_piece_that_the_context_has_no_room_for(tiny_folder, tmp_path):
+    """Mutation: positions that the model has not are taken for its last."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = trial_config(tiny_folder, write_task(tmp_path), eval__text=str(tmp_path / "text.txt"))
+    message = "'eval.text' is '.*text.txt': .* take 517 positions, 5 before them.*allowed: 512, the"
+    with session() as shared, pytest.raises(UserError, match=message):
+        prepare(config, shared)
+
+
+def test_pieces_have_the_bos_that_the_texts_have(tiny_folder, tmp_path, monkeypatch):
+    """Mutation: a BOS for each piece whatever the config says; one session's pieces for all."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    folder, found = write_llama_folder(tmp_path / "longer", context=640), {}
+    keys = {"eval__text": str(tmp_path / "text.txt"), "method__length": 2}
+    source, loaded = write_task(tmp_path), load_model(str(folder))
+    wants = dataclasses.replace(loaded.tokenizer, add_bos=True, bos_id=0)
+    with session() as shared:
+        ours = dataclasses.replace(loaded, tokenizer=wants)
+        monkeypatch.setattr(shared, "model", lambda config: ours)
+        for bos in ("after", "before", "none"):
+            config = trial_config(folder, source, method__bos=bos, **keys)
+            prepared = prepare(config, shared)
+            pieces = shared.text(config, bos=prepared.bos)
+            found[bos] = pieces.inputs[0].tolist() == [0], len(pieces.targets[0])
+    assert found == {"after": (True, 512), "before": (False, 511), "none": (False, 511)}
+
+
+def test_a_trial_measures_it_behind_its_prompt(tmp_path):
     """Mutation: the plain model is measured; a piece's first token is predicted from nothing."""
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     changes = {"eval__text": str(file), "eval__text_tokens": 600, "optimizer__rate": 0.3}
-    config = trial_config(tiny_folder, write_task(tmp_path), **changes)
+    folder = write_llama_folder(tmp_path / "longer", context=640)
+    config = trial_config(folder, write_task(tmp_path), **changes)
     with session() as shared:
         row = run_trial(config, tmp_path / "w", session=shared)
         loaded = shared.model(config)

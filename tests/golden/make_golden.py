@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt.models.loading import find
 from tests.families import FAMILY_IDS, VARIANTS, golden_prompt, write_family_folder
+from tests.texts import as_published
 from tests.tiny import write_llama_folder
 
 TEXTS = (
@@ -28,6 +29,7 @@ TEXTS = (
     "def f(x):\n    return x ** 2  # squared\n",
     "<|im_start|>user\nhello<|im_end|>",
     "I'll, we'd, YOU'RE, o'clock, 'tis",
+    "In  2023, or\n\n7 of   10",
 )
 
 TINY = {
@@ -88,7 +90,7 @@ def write(name: str, golden: dict[str, Any]) -> None:
 def main() -> None:
     """Writes llama.json and families.json beside this file."""
     path = find("smollm2-135m-instruct-q4")
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = as_published(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )

@@ -161,6 +161,15 @@ def test_folders(folder, tmp_path):
     refused(f"{folder}: neither {TENSORS} nor adapter_model.bin", read_adapter, folder)
 
 
+def test_what_is_no_number(folder):
+    """Mutation: take it, and score every example as of the first class."""
+    rows = np.zeros((3, 8), np.float32)
+    rows[1] = np.inf
+    save_file({"prompt_embeddings": rows}, folder / TENSORS)
+    message = f"{folder / TENSORS}: prompt_embeddings: 8 of 24 are no finite numbers"
+    refused(message, read_adapter, folder)
+
+
 def test_metadata_that_is_not_ours(folder):
     rows = {"prompt_embeddings": np.zeros((3, 8), np.float32)}
     save_file(rows, folder / TENSORS, metadata={"softprompt": "not JSON"})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -150,22 +151,27 @@ def test_what_cannot_start_a_prompt_is_refused(loaded, train, tmp_path):
 
 
 def test_bos_stands_where_the_config_says(tiny_folder, tmp_path, loaded, monkeypatch):
-    """Mutation: "after" puts BOS before the prompt, "before" puts it on both sides."""
+    """Mutation: "after" puts BOS before the prompt, "before" puts it on both sides; without a
+    prompt "before" has none."""
     tokenizer = dataclasses.replace(loaded.tokenizer, add_bos=True, bos_id=0)
     source = write_task(tmp_path)
     found = {}
     with session() as shared:
         ours = dataclasses.replace(loaded, tokenizer=tokenizer)
         monkeypatch.setattr(shared, "model", lambda config: ours)
-        for bos in ("after", "before", "none"):
-            prepared = prepare(trial_config(tiny_folder, source, method__bos=bos), shared)
+        for bos, method in itertools.product(("after", "before", "none"), ("prompt", "none")):
+            keys = {"method__bos": bos, "method__name": method}
+            prepared = prepare(trial_config(tiny_folder, source, **keys), shared)
             starts = {tokens[0] == 0 for tokens in prepared.data.train.inputs}
-            before = prepared.step.method_config.bos_before
-            found[bos] = starts, before, prepared.contexts[1]
+            before = getattr(prepared.step.method_config, "bos_before", None)
+            found[bos, method] = starts, before, prepared.contexts[1]
     assert found == {
-        "after": ({True}, None, 5),
-        "before": ({False}, 0, 6),
-        "none": ({False}, None, 5),
+        ("after", "prompt"): ({True}, None, 5),
+        ("before", "prompt"): ({False}, 0, 6),
+        ("none", "prompt"): ({False}, None, 5),
+        ("after", "none"): ({True}, None, 0),
+        ("before", "none"): ({True}, None, 0),
+        ("none", "none"): ({False}, None, 0),
     }
 
 
@@ -213,6 +219,8 @@ def test_few_shot_begins_with_bos_where_the_model_wants_one(loaded, train):
     plain = shots(loaded, train, method__shots=3)
     np.testing.assert_array_equal(shots(ours, train, method__shots=3), [0, *plain])
     np.testing.assert_array_equal(shots(ours, train, method__shots=3, method__bos="none"), plain)
+    told = shots(loaded, train, method__shots=3, method__bos="before")
+    np.testing.assert_array_equal(told, [loaded.tokenizer.bos_id, *plain])
 
 
 def test_draws_are_balanced_while_the_labels_last():

@@ -10,7 +10,7 @@ import pytest
 from softprompt.methods import initializers
 from softprompt.models.loading import find, load_model
 from tests.parity.real import largest_difference, reference_logits
-from tests.texts import AWKWARD, real_lines
+from tests.texts import AWKWARD, as_published, real_lines
 from tests.tiny import tiny_config, write_llama_folder, write_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -26,7 +26,7 @@ def reference() -> tuple[Any, Any]:
     path = find("smollm2-135m-instruct-q4")
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(**where)
+    return model.eval(), as_published(AutoTokenizer.from_pretrained(**where))
 
 
 def test_real_logits(smollm2, reference, shared_data):

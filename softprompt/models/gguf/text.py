@@ -24,9 +24,13 @@ _WORDS = (
 )
 _LLAMA3, _QWEN2 = _WORDS.format(r"\p{N}{1,3}"), _WORDS.format(r"\p{N}")
 
+# SmolLM 1 and 2 cut out each digit, then as GPT-2 does, as in their `tokenizer.json`. transformers
+# leaves out the digits when it reads a GGUF file, and so merges white space across them.
+_SMOLLM = r"\p{N}"
+
 # `tokenizer.ggml.pre` -> that, as a pattern; None for GPT-2's own.
 CUTS: Mapping[str, str | None] = {
-    "smollm": None,
+    "smollm": _SMOLLM,
     "gpt-2": None,
     "default": None,
     "llama-bpe": _LLAMA3,
@@ -78,15 +82,10 @@ def _byte_level(file: File, tokens: list[str]) -> Backend:
     whole = pattern == _LLAMA3  # a word that is a token is not merged from its bytes
     vocabulary = {_spelt_in_bytes(token): i for i, token in enumerate(tokens)}
     backend = _build(file, lambda: models.BPE(vocabulary, merges, ignore_merges=whole))
-    if pattern is None:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    cuts: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated")] if pattern else []
+    as_gpt2 = pattern in (None, _SMOLLM)
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=as_gpt2))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     if pattern == _QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
