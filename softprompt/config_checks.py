@@ -12,6 +12,7 @@ from softprompt.schema import (
     CHOICES,
     INIT_KEYS,
     METHOD_KEYS,
+    NEEDS,
     OPTIMIZER_KEYS,
     RANGES,
     TRAINING_KEYS,
@@ -96,12 +97,17 @@ def reads(values: Mapping[str, Any], key: str) -> bool:
     """
     if values["method.name"] in UNTRAINED and key.startswith(TRAINING_KEYS):
         return False
-    return _started(values, key) and _owned(values, key)
+    return _started(values, key) and _owned(values, key) and _needed(values, key)
 
 
 def _started(values: Mapping[str, Any], key: str) -> bool:
     """Whether a config's start has a key; one that is no start's own, all have."""
     return values["method.init"] in INIT_KEYS.get(key, (values["method.init"],))
+
+
+def _needed(values: Mapping[str, Any], key: str) -> bool:
+    """Whether what a key changes is there; one that needs no other always."""
+    return key not in NEEDS or any(values[other] for other in NEEDS[key])
 
 
 def _owned(values: Mapping[str, Any], key: str) -> bool:
@@ -133,6 +139,12 @@ def check_used(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             f"{choice}={values[choice]}; {', '.join(readers)} "
             f"{'reads' if len(readers) == 1 else 'read'} it"
         )
+    for key, others in NEEDS.items():
+        if values[key] != defaults[key] and not _needed(values, key):
+            raise UserError(
+                f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} without "
+                f"{' or '.join(others)}"
+            )
     name = values["method.name"]
     for key in ("train.ema", "train.dropout", "optimizer.max_row_norm"):
         if values[key] and name in UNTRAINED:

@@ -28,7 +28,7 @@ _NOT_TRIALS = ("checkpoints", "snapshots")
 
 # What a row tells of a trial that ran, in numbers: None where a trial has none.
 FACTS = {
-    "compile_seconds": "of `seconds`, those spent on compiling",
+    "compile_seconds": "of `seconds`, those that the last process spent on compiling",
     "steps": "optimizer steps taken",
     "flops": "floating-point operations of the training, all steps",
     "peak_share": "share of the devices' peak that the training reached, 0 to 1",

@@ -56,9 +56,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.warmup": (0, math.inf),
     "optimizer.weight_decay": (0, math.inf),
     "optimizer.clip": (0, math.inf),
-    "optimizer.b1": (0, 1),
-    "optimizer.b2": (0, 1),
-    "optimizer.eps": (0, math.inf),
+    "optimizer.b1": (0, 0.999999),
+    "optimizer.b2": (0, 0.999999),
+    "optimizer.eps": (1e-30, math.inf),
     "optimizer.momentum": (0, 0.999999),
     "optimizer.start_step": (0, 2**30),
     "optimizer.max_row_norm": (0, math.inf),
@@ -72,7 +72,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.dropout": (0, 0.999999),
     "eval.every": (0, math.inf),
     "eval.patience": (0, math.inf),
-    "eval.text_tokens": (1, math.inf),
+    "eval.text_tokens": (512, math.inf),
     "log.every": (1, math.inf),
     "log.checkpoint_every": (1, math.inf),
     "log.snapshots": (0, math.inf),
@@ -120,6 +120,14 @@ INIT_KEYS: dict[str, tuple[str, ...]] = {
     "method.init_file": ("file",),
     "method.common_tokens": _DRAWN,
     "method.common_text": _DRAWN,
+}
+
+# Keys that change nothing unless one of others is set.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "eval.patience": ("eval.every",),
+    "eval.text_tokens": ("eval.text",),
+    "data.subset_seed": ("data.train_examples", "data.cap"),
+    "optimizer.factored_min": ("optimizer.factored",),
 }
 
 # What changes nothing where nothing is trained; sections end in a dot.
@@ -251,7 +259,8 @@ def _optimizer() -> dict[str, Any]:
         # adamw, adafactor, adafactor_t5x (as the paper's training ran it: see `start_step`) or sgd
         "name": "adamw",
         "rate": 0.01,  # peak learning rate, in `rate_unit`
-        # absolute, or embedding_rms (multiples of the RMS of the model's embedding table)
+        # absolute, or embedding_rms (multiples of the RMS of the embeddings, scaled where the model
+        # scales them)
         "rate_unit": "absolute",
         # after the warm-up: cosine or linear to zero, constant, or inverse_sqrt (of the step)
         "schedule": "cosine",

@@ -69,7 +69,7 @@ def refuse(capsys, tmp_path):
         ({"task__eos": "maybe"}, "config key 'task.eos' is 'maybe'; it takes True or False"),
         ({"method__length": -1}, "config key 'method.length' is -1; allowed: at least 0"),
         ({"optimizer__rate": "nan"}, "config key 'optimizer.rate' is nan; allowed: at least 0"),
-        ({"optimizer__b1": 1.5}, "config key 'optimizer.b1' is 1.5; allowed: 0 to 1"),
+        ({"optimizer__b1": 1.0}, "config key 'optimizer.b1' is 1.0; allowed: 0 to 0.999999"),
         (
             {"optimizer__name": "adam"},
             "config key 'optimizer.name' is 'adam' (did you mean 'adamw'?); "

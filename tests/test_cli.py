@@ -245,7 +245,7 @@ def test_wrong_commands(capsys, tmp_path, monkeypatch, words, message):
         ({"method__length": 600}, "config key 'method.length' is 600; allowed: at most"),
         ({"task__verbalizers": '{"good": " positive", "poor": " bad"}'}, "train.jsonl:2: label"),
         ({"method__init": "file", "method__init_file": "no.safetensors"}, "no.safetensors"),
-        ({"data__train_examples": 1000}, "a subset of 1000 examples was asked for; there are 24"),
+        ({"data__train_examples": 1000}, "'data.train_examples' is 1000; allowed: at most 24, the"),
     ],
 )
 def test_wrong_values(capsys, place, tmp_path, more, message):

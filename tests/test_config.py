@@ -72,7 +72,7 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
         ("method.length", "-1", "config key 'method.length' is -1; allowed: at least 0"),
         ("optimizer.rate", "fast", "a number"),
         ("optimizer.rate", "nan", "config key 'optimizer.rate' is nan"),
-        ("optimizer.b1", "1.5", "allowed: 0 to 1"),
+        ("optimizer.b1", "1", "allowed: 0 to 0.999999"),
         ("log.wandb", "maybe", "config key 'log.wandb' is 'maybe'; it takes True or False"),
         ("task.verbalizers", "x", "a mapping of strings"),
         ("eval.score", "smu", "(did you mean 'sum'?); allowed: sum, mean"),

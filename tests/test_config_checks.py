@@ -3,10 +3,10 @@
 import pytest
 
 from softprompt.config import base_config, flatten, from_dict, to_dict, trial_id
-from softprompt.config_checks import OWN_KEYS, reads
+from softprompt.config_checks import OWN_KEYS, check_used, reads
 from softprompt.config_files import load_config
 from softprompt.errors import UserError
-from softprompt.schema import CHOICES, METHOD_KEYS
+from softprompt.schema import CHOICES, METHOD_KEYS, NEEDS
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,15 @@ from softprompt.schema import CHOICES, METHOD_KEYS
             "prompt, multitask, prefix read it",
         ),
         (
+            {"eval.patience": "2"},
+            "config key 'eval.patience' is 2; allowed: 0 without eval.every",
+        ),
+        (
+            {"data.subset_seed": "2"},
+            "config key 'data.subset_seed' is 2; allowed: 0 without data.train_examples or "
+            "data.cap",
+        ),
+        (
             {"method.name": "lora", "method.alpha": "0"},
             "config key 'method.alpha' is 0.0; allowed: above 0 with method.name=lora, whose "
             "update it scales",
@@ -106,6 +115,9 @@ def test_a_key_that_nothing_would_read_is_a_mistake(keys, message):
         {"optimizer.name": "adafactor", "optimizer.factored_min": "64"},
         {"optimizer.b1": "0.5", "optimizer.b2": "0.9", "optimizer.eps": "1e-6"},
         {"train.ema": "0.9", "optimizer.max_row_norm": "3"},
+        {"eval.patience": "2", "eval.every": "10"},
+        {"data.subset_seed": "2", "data.cap": "100"},
+        {"eval.text": "sotu", "eval.text_tokens": "600"},
         {"train.dropout": "0.1", "method.dropout": "0.999999"},
         {"train.dropout": "0.1", "method.name": "lora", "method.dropout": "0.1"},
         {"method.name": "ia3", "method.targets": "k"},
@@ -116,6 +128,18 @@ def test_a_key_that_nothing_would_read_is_a_mistake(keys, message):
 )
 def test_and_where_it_is_read_it_is_none(keys):
     load_config("", list(keys.items()))
+
+
+def test_every_key_that_needs_another_is_refused_without():
+    """Mutation: one of them is not looked at; a sweep's baseline takes it."""
+    usual = flatten(base_config())
+    for key, others in NEEDS.items():
+        values = usual | {"optimizer.name": "adafactor"} | dict.fromkeys(others, 0)
+        assert not reads(values, key)
+        with pytest.raises(UserError, match=f"{key}.* without {' or '.join(others)}"):
+            check_used(values | {key: usual[key] + 1}, usual)
+        for other in others:
+            assert reads(values | {other: 1}, key)
 
 
 EVERYONES = ("bos", "init", "length", "name", "reparam")  # reparam has a check of its own

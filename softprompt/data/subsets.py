@@ -36,7 +36,10 @@ def balanced_subset(records: Sequence[Record], n: int, seed: int) -> list[Record
         UserError: there are fewer than n records.
     """
     if n > len(records):
-        raise UserError(f"a subset of {n} examples was asked for; there are {len(records)}")
+        raise UserError(
+            f"config key 'data.train_examples' is {n}; allowed: at most {len(records)}, the "
+            "examples of the train split"
+        )
     groups: dict[str, list[Record]] = {}
     for index in seeded_order([record["id"] for record in records], seed):
         groups.setdefault(str(records[index]["label"]), []).append(records[index])

@@ -6,7 +6,7 @@ tensorflow_datasets takes half a second to import, so everything here imports it
 import io
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from types import SimpleNamespace
 from typing import Any
@@ -53,12 +53,7 @@ def read_tfds(
         builder = _prepared(name)
         source = _open_split(builder, name, split)
         features = builder.info.features
-        for field in filter(None, (*fields, label_field, id_field)):
-            if field not in features:
-                raise UserError(
-                    f"tfds:{name} has no field {field!r}{nearest(field, features)}; "
-                    f"known: {', '.join(features)}"
-                )
+        _check_fields(filter(None, (*fields, label_field, id_field)), name, features)
         names = getattr(features[label_field], "names", None) if label_field else None
         rows = [source[index] for index in range(len(source))]
     if not id_field and "id" in features and isinstance(features["id"], tfds.features.Text):
@@ -78,6 +73,16 @@ def read_tfds(
             )
         records.append({"id": key, **record, "label": label})
     return records
+
+
+def _check_fields(fields: Iterable[str], name: str, features: Mapping[str, Any]) -> None:
+    """Checks that a dataset has them."""
+    for field in fields:
+        if field not in features:
+            raise UserError(
+                f"tfds:{name} has no field {field!r}{nearest(field, features)}; "
+                f"known: {', '.join(features)}"
+            )
 
 
 def _string(value: Any) -> str:

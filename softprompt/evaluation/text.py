@@ -99,7 +99,7 @@ def check_room(config: ConfigDict, pieces: Encoded, loaded: Loaded, *, context: 
     Raises:
         UserError: it does not.
     """
-    whole = context + len(pieces.inputs[0]) + len(pieces.targets[0])
+    whole = context + len(pieces.inputs[0]) + len(pieces.targets[0]) - 1  # the last is not read
     most = loaded.config.context_length
     if whole > most:
         raise UserError(

@@ -15,7 +15,6 @@ from flax.traverse_util import unflatten_dict
 from softprompt.methods.sites import delta_dtype, keys_by_path, projections
 from softprompt.models import Model
 
-PLACEMENTS = ("houlsby", "pfeiffer")
 SPREAD = 0.01  # standard deviation of the first "down" (arXiv 1902.00751, section 3.6)
 
 

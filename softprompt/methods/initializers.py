@@ -18,7 +18,7 @@ Initializer = Callable[[jax.Array, jax.Array, int], jax.Array]
 
 
 def embedding_rms(embedding_VD: jax.Array) -> jax.Array:
-    """Root mean square of the embedding matrix's entries: the unit of `embedding_rms` rates."""
+    """Root mean square of the embedding matrix's entries."""
     return jnp.sqrt(jnp.mean(jnp.square(embedding_VD.astype(jnp.float32))))
 
 

@@ -51,8 +51,13 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[st
     """Returns A uniform in +-1 / sqrt(inputs), and B of zeros, float32 (or float64).
 
     Raises:
-        UserError: a target that the model lacks.
+        UserError: a target that the model lacks; "qkv" beside one of the three.
     """
+    if SHARED in cfg.targets and (twice := {"q", "k", "v"} & set(cfg.targets)):
+        raise UserError(
+            f"config key 'method.targets' names {SHARED} and {', '.join(sorted(twice))}; allowed: "
+            "one of the two"
+        )
     sites = {site.path: site for site in targeted(model, cfg.targets, more=[SHARED])}
     groups = {path: [site] for path, site in sites.items()}
     if SHARED in cfg.targets:

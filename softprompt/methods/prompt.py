@@ -34,7 +34,7 @@ class PromptConfig:
             from, and BOS before it, are scaled embeddings.
         places: an encoder-decoder's stacks, "encoder", "decoder" or both, that each get a prompt of
             their own; () for a decoder, which has one place.
-        reparam: of `reparametrize.KINDS`.
+        reparam: none, residual, residual_rows or mlp (see `reparametrize`).
         bottleneck: of the reparametrisation's networks.
     """
 

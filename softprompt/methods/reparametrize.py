@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-KINDS = ("none", "residual", "residual_rows", "mlp")
 EPSILON = 1e-5
 
 
@@ -23,7 +22,7 @@ def init(key: jax.Array, prompt_PD: jax.Array, *, kind: str, bottleneck: int) ->
     Args:
         key: random.
         prompt_PD: the rows.
-        kind: of `KINDS`.
+        kind: `method.reparam`: none, residual, residual_rows or mlp.
         bottleneck: Z, the width of the hidden layers.
     """
     if kind == "none":

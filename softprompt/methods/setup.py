@@ -163,6 +163,11 @@ def prefix_config(config: ConfigDict, loaded: Loaded, train: Encoded) -> PrefixC
             f"config key 'method.init' is {method.init!r}; allowed for a prefix of "
             "cross-attention: noise, zeros"
         )
+    if where and made and not method.prompt_to_input:
+        raise UserError(
+            f"config key 'method.prompt_to_input' is False; allowed with method.init={method.init} "
+            "of a prefix, which is no input: True"
+        )
     if "encoder" in where and method.prompt_to_input and not made:
         raise UserError(
             f"config key 'method.init' is {method.init!r}: in an encoder, keys and values of words "
@@ -231,12 +236,14 @@ def initializer(config: ConfigDict, loaded: Loaded, train: Encoded) -> initializ
 
 
 def common_ids(config: ConfigDict, loaded: Loaded, train: Encoded) -> list[int]:
-    """The most common tokens of the named text: the train split's inputs, or a file's lines."""
-    method = config.method
+    """The most common tokens of the named text: the train split's inputs, or a file's lines.
+
+    BOS and EOS, which inputs may begin and end with, are none of them.
+    """
+    method, added = config.method, {loaded.tokenizer.bos_id, loaded.tokenizer.eos_id}
     if method.common_text == "train":
-        return initializers.common_tokens(
-            map(np.ndarray.tolist, train.inputs), method.common_tokens
-        )
+        texts = ([i for i in ids.tolist() if i not in added] for ids in train.inputs)
+        return initializers.common_tokens(texts, method.common_tokens)
     try:
         lines = epath.Path(method.common_text).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -254,7 +261,7 @@ def source_rows(config: ConfigDict, loaded: Loaded) -> np.ndarray:
         UserError: see `prompt_rows`; trained on other weights, without `init_any_weights`.
     """
     method = config.method
-    rows_PD, origin = prompt_rows(method.init_file)
+    rows_PD, origin = prompt_rows(method.init_file, method.place)
     trained = origin.get("fingerprint", loaded.fingerprint)
     fits = rows_PD.shape[-1:] == (loaded.config.prompt_width,)  # else no key would make it
     if fits and trained != loaded.fingerprint and not method.init_any_weights:
@@ -265,19 +272,40 @@ def source_rows(config: ConfigDict, loaded: Loaded) -> np.ndarray:
     return rows_PD
 
 
-def prompt_rows(file: str) -> tuple[np.ndarray, dict[str, Any]]:
+def prompt_rows(file: str, place: str = "encoder") -> tuple[np.ndarray, dict[str, Any]]:
     """The rows [P, D] of a prompt file, and what it says of where they come from.
 
+    Args:
+        file: a delta.
+        place: `method.place`, which chooses where the file has a prompt for each of two stacks.
+
     Raises:
-        UserError: unreadable, or no prompt in it.
+        UserError: unreadable, no prompt in it, one that its other tensors belong to, or two and
+            none of them chosen.
     """
     from softprompt.training.delta_file import load_delta
 
     delta, origin = load_delta(file)
-    for place in (delta, delta.get("encoder"), delta.get("decoder")):
-        if isinstance(place, dict) and isinstance(place.get("prompt"), np.ndarray):
-            return place["prompt"], origin
-    raise UserError(f"{file}: no tensor 'prompt' in it; it has {', '.join(delta) or 'none'}")
+    parts = {"": delta, "encoder": delta.get("encoder"), "decoder": delta.get("decoder")}
+    found = {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, dict) and isinstance(part.get("prompt"), np.ndarray)
+    }
+    if not found:
+        raise UserError(f"{file}: no tensor 'prompt' in it; it has {', '.join(delta) or 'none'}")
+    if len(found) > 1 and place not in found:
+        raise UserError(
+            f"{file} has prompts of {' and '.join(found)}; config key 'method.place' is {place!r}; "
+            f"allowed: {', '.join(found)}"
+        )
+    part = found[place] if place in found else next(iter(found.values()))
+    if others := part.keys() - {"prompt"}:
+        raise UserError(
+            f"{file}: its 'prompt' is none without what stands beside it, "
+            f"{', '.join(sorted(others))}; allowed: prompts of method.name=prompt"
+        )
+    return part["prompt"], origin
 
 
 def few_shot_tokens(config: ConfigDict, loaded: Loaded, train: Encoded, *, room: int) -> np.ndarray:

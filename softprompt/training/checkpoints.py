@@ -40,28 +40,36 @@ def save(manager: ocp.CheckpointManager, step: int, state: Tree, notes: dict[str
         manager: of the trial's folder.
         step: updates done.
         state: trees of arrays. Copied before this returns, so that the caller may donate them.
+            Those without entries, which orbax does not write, are left out.
         notes: small JSON beside the arrays: the resolved config, and where the best delta was.
     """
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+    held = jax.tree.map(lambda leaf: leaf if leaf.size else None, state)
+    items = ocp.args.Composite(state=ocp.args.StandardSave(held), notes=ocp.args.JsonSave(notes))
     with _WRITING:
         manager.save(step, args=items)
         if threading.current_thread() is not threading.main_thread():
             manager.wait_until_finished()
 
 
-def restore(manager: ocp.CheckpointManager, like: Tree) -> tuple[int, Tree, dict[str, Any]] | None:
-    """The newest complete checkpoint as (step, state, notes), or None where there is none.
-
-    Args:
-        manager: of the trial's folder.
-        like: a state of the same structure, whose shapes and shardings the restored one gets.
-    """
+def newest(manager: ocp.CheckpointManager) -> tuple[int, dict[str, Any]] | None:
+    """The step and the notes of the newest complete checkpoint, or None where there is none."""
     step = manager.latest_step()
     if step is None:
         return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    items = ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()
-    )
-    restored = manager.restore(step, args=items)
-    return step, restored["state"], restored["notes"]
+    found = manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
+    return step, found["notes"]
+
+
+def restore(manager: ocp.CheckpointManager, step: int, like: Tree) -> Tree:
+    """The state of a checkpoint.
+
+    Args:
+        manager: of the trial's folder.
+        step: of the checkpoint.
+        like: a state of the same structure, whose shapes and shardings the restored one gets.
+    """
+    held = jax.tree.map(lambda leaf: leaf if leaf.size else None, like)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, held)
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    found = manager.restore(step, args=items)["state"]
+    return jax.tree.map(lambda leaf, one: leaf if one is None else one, like, found)

@@ -59,7 +59,7 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
         flops += steps * step_flops(prepared) + (looks - 1) * once["validation"]
         shape = source.template.shape
         widths = train_widths(shape, layout)
-        memory += step_memory(prepared, widths, shape.rows / config.train.microbatches)
+        memory += step_memory(prepared, widths, -(-shape.rows // config.train.microbatches))
         trainable, kept = trained(prepared)
         memory += kept - (weights if config.method.name == "full" else 0)  # takes their place
         seconds += steps * trainable * UPDATE / machine_bandwidth()

@@ -78,6 +78,12 @@ class State:
         """The delta that is validated and kept: see `averaged`."""
         return averaged(self.delta, self.opt_state)
 
+    def selected(self, which: str) -> tuple[Tree, dict[str, float], int]:
+        """The "best" or "last" delta, its validation's scores, and its step."""
+        if which == "last":
+            return self.tested(), self.last_scores, self.step
+        return self.best, self.best_scores, self.best_step
+
     def elapsed(self) -> float:
         """Wall seconds spent on the trial so far, by all of its processes up to their last save."""
         return self.seconds + time.monotonic() - self.began
@@ -119,6 +125,7 @@ class Parts:
         stopping: set when the trial is to save and end, where it runs in a thread, which no signal
             reaches.
         idle: seconds so far in which its steps waited for other trials, or for a compilation.
+        fold: delta -> the delta without what only training needs.
     """
 
     step: TrainStep
@@ -136,6 +143,7 @@ class Parts:
     stage: Callable[[str, int, int, str], None]
     stopping: threading.Event | None = None
     idle: Callable[[], float] = lambda: 0.0
+    fold: Callable[[Tree], Tree] = lambda delta: delta
 
 
 def restore(manager: Any, state: State, *, fingerprint: str) -> State | None:
@@ -144,15 +152,16 @@ def restore(manager: Any, state: State, *, fingerprint: str) -> State | None:
     Raises:
         UserError: it was trained on weights of another fingerprint.
     """
-    found = checkpoints.restore(manager, state.arrays())
+    found = checkpoints.newest(manager)
     if found is None:
         return None
-    step, arrays, notes = found
-    if notes["fingerprint"] != fingerprint:
+    step, notes = found
+    if notes["fingerprint"] != fingerprint:  # before arrays that may have other shapes
         raise UserError(
             f"{manager.directory}: step {step} was trained on weights {notes['fingerprint']}, "
             f"the model has {fingerprint} now; give another --workdir"
         )
+    arrays = checkpoints.restore(manager, step, state.arrays())
     names = ("best_step", "best_scores", "last_scores", "waited", "seconds")
     kept = {name: notes[name] for name in names}
     return State(**arrays, step=step, began=state.began, **kept)
@@ -209,7 +218,7 @@ def finish_step(
         validate(loop, parts, state, log)
     if loop.snapshots and step % loop.snapshots == 0:
         file = parts.folder / "snapshots" / f"{step}.safetensors"
-        save_delta(file, state.tested(), {"step": step, **parts.notes})
+        save_delta(file, parts.fold(state.tested()), {"step": step, **parts.notes})
     stop = stopped(loop, state)
     if end or stop or asked or step % loop.checkpoint_every == 0:
         checkpoints.save(manager, step, state.arrays(), {**state.notes(), **parts.notes})

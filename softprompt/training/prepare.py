@@ -257,7 +257,7 @@ def initial_state(prepared: Prepared) -> loop.State:
         UserError: the delta has a leaf that no module reads.
     """
     config, step = prepared.config, prepared.step
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)  # apart from the steps' keys
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
     shapes = delta_shapes(prepared)
     where = delta_shardings(prepared, shapes)
     make = jax.jit(functools.partial(first_delta, step), out_shardings=where)

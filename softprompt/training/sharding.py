@@ -43,8 +43,6 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-WEIGHTS = ("replicated", "sharded")  # what `config.mesh.weights` may be
-
 # Too small to be worth a gather: they stay whole along "data".
 SMALL = ("scale", "_min", "/bias", "/relative_bias/embedding")
 

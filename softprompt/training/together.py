@@ -140,7 +140,7 @@ def _most(config: ConfigDict) -> int:
 def room(prepared: Prepared) -> int:
     """How many trials like this fit into memory, by estimate; rows or trials lie over "data"."""
     widths = train_widths(shape := train_source(prepared).template.shape, prepared.layout)
-    rows = shape.rows / prepared.config.train.microbatches
+    rows = -(-shape.rows // prepared.config.train.microbatches)
     each = step_memory(prepared, widths, rows) + trained(prepared)[1]
     devices = 1 if jax.default_backend() == "cpu" else prepared.mesh.shape["data"]
     return int((MEMORY_SHARE * device_memory() - bytes_here(prepared.frozen)) * devices // each)

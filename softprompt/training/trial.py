@@ -202,6 +202,9 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         session.release(config)
     source, key = train_source(prepared), trial_key(prepared)
     multiple = mesh.shape["data"] * config.train.microbatches
+    if spare := -source.template.shape.rows % multiple:
+        session.progress.say(f"a step computes {spare} empty rows, for a multiple of {multiple}")
+    fold = METHODS[config.method.name].fold
     batch = put_batch(mesh, pad_rows(source[0], multiple))
     opt_state = set_rate(state.opt_state, np.float32(0))
     arguments = (state.delta, opt_state, prepared.frozen, batch, key)
@@ -215,6 +218,7 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         mesh=mesh,
         row_multiple=multiple,
         evaluate=lambda delta: score(prepared, delta, "validation")[0],
+        fold=jax.jit(functools.partial(fold, cfg=prepared.step.method_config)),
         folder=folder,
         notes={"config": to_dict(config), "fingerprint": prepared.loaded.fingerprint},
         step_flops=step_flops(prepared),
@@ -232,21 +236,23 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
             state = restored or state
             log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
             state = loop.train(loop_config(config), parts, state, log, manager)
-    facts = {
+    chosen, scores, at = state.selected(config.eval.select)
+    facts = fit_facts(parts, state, session)
+    return parts.fold(chosen), {"validation": scores, "selected_step": at}, facts
+
+
+def fit_facts(parts: loop.Parts, state: loop.State, session: Session) -> dict[str, Any]:
+    """The facts that `fit` returns."""
+    return {
         "steps": state.step,
         "flops": state.step * parts.step_flops,
-        **{name: mean_share(folder, name) for name in ("peak_share", "input_wait_share")},
-        "step_seconds": median_step(folder),
-        "step_memory_bytes": program_memory(step),
-        "members": at_a_time(step, session),
+        **{name: mean_share(parts.folder, name) for name in ("peak_share", "input_wait_share")},
+        "step_seconds": median_step(parts.folder),
+        "step_memory_bytes": program_memory(parts.step),
+        "members": at_a_time(parts.step, session),
         "seconds": state.seconds,
+        "trained": parameters(state.delta),
     }
-    chosen, scores, at = state.best, state.best_scores, state.best_step
-    if config.eval.select == "last":
-        chosen, scores, at = state.tested(), state.last_scores, state.step
-    fold = functools.partial(METHODS[config.method.name].fold, cfg=prepared.step.method_config)
-    facts["trained"] = parameters(chosen)
-    return jax.jit(fold)(chosen), {"validation": scores, "selected_step": at}, facts
 
 
 def at_a_time(step: Any, session: Session) -> int:

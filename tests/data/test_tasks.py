@@ -216,7 +216,7 @@ def test_seeds_draw_different_subsets() -> None:
 
 
 def test_subset_larger_than_the_data_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="subset of 4 examples was asked for; there are 3"):
+    with pytest.raises(UserError, match="'data.train_examples' is 4; allowed: at most 3,"):
         balanced_subset(records(*"aab"), 4, 0)
 
 

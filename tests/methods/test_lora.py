@@ -86,3 +86,12 @@ def test_first_values_and_scale():
     bound = (c.heads * c.head_size) ** -0.5
     assert 0.9 * bound < np.abs(a).max() <= bound and not b.any()
     assert LoraConfig(16, 8.0).scale == 0.5 and LoraConfig(16, 8.0, True).scale == 2.0
+
+
+@pytest.mark.parametrize("more", ["q", "v,k"])
+def test_one_factor_for_three_takes_the_place_of_each(more):
+    """Mutation: factors of q's own are kept beside it, and never trained."""
+    model, weights = family_decoder("llama")
+    cfg = LoraConfig(3, 5.0, False, ("qkv", *more.split(",")))
+    with pytest.raises(UserError, match="'method.targets' names qkv and .*; allowed: one of the"):
+        lora.init(KEY, model, weights, cfg)

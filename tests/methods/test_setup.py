@@ -78,6 +78,24 @@ def test_initializers_by_name(loaded, train, tmp_path):
     np.testing.assert_array_equal(rows[:4], scaled[:4])
 
 
+def test_a_file_of_two_stacks_gives_the_one_that_is_trained(tmp_path):
+    """Mutation: the encoder's prompt starts the decoder's; one of two is chosen unasked; rows are
+    taken without the network, or the tasks' factors, that make a prompt of them."""
+    first_PD, second_PD = np.ones((2, 48), np.float32), np.full((3, 48), 2.0, np.float32)
+    file = str(tmp_path / "d.safetensors")
+    save_delta(file, {"encoder": {"prompt": first_PD}, "decoder": {"prompt": second_PD}}, {})
+    np.testing.assert_array_equal(prompt_rows(file, "encoder")[0], first_PD)
+    np.testing.assert_array_equal(prompt_rows(file, "decoder")[0], second_PD)
+    with pytest.raises(UserError, match="encoder and decoder; .* is 'both'; allowed: encoder, dec"):
+        prompt_rows(file, "both")
+    save_delta(file, {"decoder": {"prompt": second_PD}}, {})
+    np.testing.assert_array_equal(prompt_rows(file, "encoder")[0], second_PD)
+    for name in ("net", "task_cols"):
+        save_delta(file, {"prompt": first_PD, name: {"a": first_PD}}, {})
+        with pytest.raises(UserError, match=f"none without what stands beside it, {name}; allowed"):
+            prompt_rows(file)
+
+
 def test_a_prompt_of_other_weights_is_not_a_start_by_chance(loaded, train, tmp_path):
     """Mutations: where a file says it comes from is not read; the key that allows it is not; a file
     that says nothing is refused; another width is said to need the key.
@@ -123,9 +141,13 @@ def ids_in(loaded, rows):
 
 
 def test_the_vocabulary_is_that_of_the_named_text(loaded, train, tmp_path):
-    """Mutation: common_text is not read; common_tokens is not used; all ids."""
+    """Mutation: common_text is not read; common_tokens is not used; all ids, or BOS and EOS."""
     used = {int(token) for tokens in train.inputs for token in tokens}
     assert len(used) < 100
+    added = [loaded.tokenizer.bos_id, loaded.tokenizer.eos_id]
+    inputs = [np.array([added[0], *ids, added[1]], np.int32) for ids in train.inputs]
+    train = dataclasses.replace(train, inputs=inputs)
+    assert not used & set(added)
     assert ids_in(loaded, rows_of(loaded, train, init="vocabulary", length=200)) == used
     three = ids_in(loaded, rows_of(loaded, train, init="vocabulary", common_tokens=3, length=60))
     assert len(three) == 3 and three < used
