@@ -23,10 +23,10 @@ from tests.tiny_t5 import write_complete_t5
 pytestmark = pytest.mark.newest
 
 METHODS = {
-    "prompt": {"method__name": "prompt", "method__place": "both"},
+    "prompt": {"method__name": "prompt"},
     "residual": {"method__name": "prompt", "method__reparam": "residual"},
     "multitask": {"method__name": "multitask", "method__rank": 2},
-    "prefix": {"method__name": "prefix", "method__init": "noise", "method__place": "all"},
+    "prefix": {"method__name": "prefix", "method__init": "noise"},
     "lora": {"method__name": "lora", "method__targets": "q,v,down"},
     "dropout": {"method__name": "lora", "method__dropout": 0.3, "train__dropout": 0.2},
     "adapter": {"method__name": "adapter", "method__bottleneck": 4},
@@ -34,6 +34,7 @@ METHODS = {
     "ia3": {"method__name": "ia3"},
     "full": {"method__name": "full"},
 }
+PLACES = {"prompt": "both", "prefix": "all"}  # of a T5
 COMMON = {"eval__select": "last", "train__steps": 4, "optimizer__rate": 0.02, "eval__every": 2}
 
 
@@ -49,13 +50,18 @@ class Stopping(Progress):
 
 
 @pytest.fixture(scope="module", params=["gpt2", "t5"])
-def place(request, tmp_path_factory):
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def place(family, tmp_path_factory):
     """A model's folder and a task."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "t5":
+    folder = tmp_path_factory.mktemp(family)
+    if family == "t5":
         write_complete_t5(folder / "model")
     else:
-        write_family_folder(folder / "model", request.param)
+        write_family_folder(folder / "model", family)
     return folder / "model", write_task(folder)
 
 
@@ -88,16 +94,18 @@ def delta_of(folder):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_among_others_alone_and_resumed(place, shared, tmp_path, name):
+def test_among_others_alone_and_resumed(family, place, shared, tmp_path, name):
     """Mutations: the step moves a frozen weight; a checkpoint holds one, if only a norm's scale; a
     trial begins with the delta or the moments of the one before; a restored delta is the best one,
     not the last; the log is not cut back to the restored step; a delta of this method, as it was
     trained, is taken for one that does not fit.
     """
-    more = {"data__mixture": two_tasks(place[1])} if name == "multitask" else {}
-    config, other = (
-        trial_config(*place, seed=seed, **COMMON, **METHODS[name], **more) for seed in (1, 2)
-    )
+    keys = COMMON | METHODS[name]
+    if name == "multitask":
+        keys["data__mixture"] = two_tasks(place[1])
+    if family == "t5":
+        keys |= {"method__place": PLACES[name]} if name in PLACES else {}
+    config, other = (trial_config(*place, seed=seed, **keys) for seed in (1, 2))
     frozen = name != "full"
     before = {}
     if frozen:
