@@ -24,15 +24,14 @@ Expected: SmolLM2's perplexity is 26.53 in float32, 26.52 in int8 and 27.96 in i
 MB); Gemma's 51.67, 51.36 and 64.04 (1,072, 270 and 168 MB). See experiments/LOG.md.
 """
 
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from softprompt.analysis.plots import named_points
-from softprompt.analysis.tables import unlike
+from softprompt.analysis.tables import mean, unlike
 from softprompt.config import ConfigDict, base_config
 from softprompt.errors import unknown
 from softprompt.results import Row
@@ -117,9 +116,9 @@ def _lines(key: Key, forms: dict[Key, list[Row]]) -> Iterator[dict[str, object]]
     trained = [row for row in forms[key] if row["config"]["method"]["name"] == "prompt"]
     pairs = product(_zero_shot(forms[key]).items(), (unlike(trained) or {"": []}).items())
     for (text, plain), (training, prompt) in pairs:
-        perplexity = _mean(_metric(plain, "text", "perplexity"))
-        whole = _mean(_metric(exact.get(text, []), "text", "perplexity"))
-        seconds = _mean(row["step_seconds"] for row in prompt if row["step_seconds"])
+        perplexity = mean(_metric(plain, "text", "perplexity"))
+        whole = mean(_metric(exact.get(text, []), "text", "perplexity"))
+        seconds = mean([row["step_seconds"] for row in prompt if row["step_seconds"]])
         size = next((row["weight_bytes"] for row in plain + prompt if row["weight_bytes"]), None)
         yield {
             "model": key[0],
@@ -129,22 +128,16 @@ def _lines(key: Key, forms: dict[Key, list[Row]]) -> Iterator[dict[str, object]]
             "weights MB": size and round(size / 1e6, 1),
             "perplexity": perplexity and f"{perplexity:.2f}",
             "change": f"{perplexity / whole - 1:+.2%}" if perplexity and whole else None,
-            "zero-shot": _mean(_metric(plain, "test", "accuracy")),
-            "prompt": _mean(_metric(prompt, "test", "accuracy")),
+            "zero-shot": mean(_metric(plain, "test", "accuracy")),
+            "prompt": mean(_metric(prompt, "test", "accuracy")),
             "step seconds": seconds and round(seconds, 2),
         }
 
 
-def _metric(rows: Sequence[Row], part: str, name: str) -> Iterator[float]:
+def _metric(rows: Sequence[Row], part: str, name: str) -> list[float]:
     """A number of the trials that are done, where they have it."""
-    for row in rows:
-        if row["status"] == "done" and row["metrics"].get(part, {}).get(name) is not None:
-            yield row["metrics"][part][name]
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = tuple(values)
-    return statistics.fmean(found) if found else None
+    parts = [row["metrics"].get(part, {}) for row in rows if row["status"] == "done"]
+    return [found[name] for found in parts if found.get(name) is not None]
 
 
 def figure(rows: Sequence[Row]) -> Figure:

@@ -32,6 +32,7 @@ __all__ = [
     "flatten",
     "from_dict",
     "members",
+    "of_task",
     "resolve",
     "scientific",
     "set_key",
@@ -225,15 +226,25 @@ def members(config: ConfigDict) -> list[ConfigDict]:
     """
     if not config.data.mixture:
         return [config]
-    made, usual = [], to_dict(base_config())["task"]
-    for keys in _entries(config.data.mixture):
-        tree = to_dict(config)
-        if keys["name"] != config.task.name:
-            tree["task"] |= {key: usual[key] for key in TASKS_OWN}
-        tree["task"] |= keys
-        tree["data"] |= {"mixture": ""}
-        made.append(from_dict(tree))
-    return made
+    return [of_task(config, keys) for keys in _entries(config.data.mixture)]
+
+
+def of_task(config: ConfigDict, keys: Mapping[str, Any]) -> ConfigDict:
+    """The same config for one task alone: what is another task's own goes, lengths and EOS stay.
+
+    Args:
+        config: any.
+        keys: of the section `task`, its name among them.
+
+    Raises:
+        UserError: what they set is not allowed.
+    """
+    tree, usual = to_dict(config), to_dict(base_config())["task"]
+    if keys["name"] != config.task.name:
+        tree["task"] |= {key: usual[key] for key in TASKS_OWN}
+    tree["task"] |= keys
+    tree["data"] |= {"mixture": ""}
+    return from_dict(tree)
 
 
 def _entries(mixture: str) -> list[dict[str, Any]]:

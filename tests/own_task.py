@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from softprompt.config import ConfigDict, base_config, resolve, set_key, validate
+from softprompt.progress import Progress
 
 REPOSITORY = Path(__file__).parents[1]
 SIZES = {"train": 48, "validation": 20, "test": 20}
@@ -25,6 +26,20 @@ ENDINGS = (
     "ending",
     "story of people in the city",
 )
+
+
+class Lines(Progress):
+    """Keeps what is said, and which stages there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.said, self.stages = [], []
+
+    def say(self, line):
+        self.said.append(line)
+
+    def stage(self, what, done=0, total=0, note=""):
+        self.stages.append(what)
 
 
 def write_task(

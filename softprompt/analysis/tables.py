@@ -139,13 +139,13 @@ def _group(rows: Sequence[Row], metric: str) -> dict[str, object]:
     )
     return {
         "seeds": len(done),
-        f"validation {metric}": _mean([scores[metric] for scores in validation]),
-        f"test {metric}": _mean(values),
+        f"validation {metric}": mean([scores[metric] for scores in validation]),
+        f"test {metric}": mean(values),
         "low": low,
         "high": high,
         "trainable": done[0]["trainable"] if done else None,
         "steps": done[0]["steps"] if done else None,
-        "seconds": _mean([row["seconds"] for row in done]),
+        "seconds": mean([row["seconds"] for row in done]),
         "status": _status(rows),
         "values": values,
     }
@@ -164,7 +164,8 @@ def _tasks(scores: Mapping[str, Any], metric: str) -> list[tuple[float, int]]:
     return [(scores[f"{name}{metric}"], count) for name, count in counts.items() if count]
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """The mean; None of none."""
     return float(np.mean(values)) if values else None
 
 

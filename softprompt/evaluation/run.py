@@ -11,9 +11,9 @@ from etils import epath
 
 from softprompt.config import (
     ConfigDict,
-    base_config,
     from_dict,
     members,
+    of_task,
     to_dict,
     trial_name,
     weights_key,
@@ -28,7 +28,6 @@ from softprompt.evaluation.scoring import normalise, probabilities, score_batche
 from softprompt.inference.decode import generate
 from softprompt.methods.fit import check_fit
 from softprompt.progress import Progress
-from softprompt.schema import TASKS_OWN
 from softprompt.training.delta_file import load_delta
 from softprompt.training.prepare import Prepared, behind, delta_shardings, prepare
 from softprompt.training.session import SPLITS, Session, TaskData, encode_records
@@ -122,7 +121,7 @@ def _scored(
 def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str]]:
     """A trial's config for a task that it may not have been trained on, and the config's tasks.
 
-    What is not a task's own stays: lengths and EOS. Few shots are drawn anew, from that task.
+    Few shots are drawn anew, from that task; the rest is as `of_task` says.
 
     Raises:
         UserError: another task where each has a prompt of its own.
@@ -132,11 +131,7 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
         return config, known
     if config.method.name == "multitask":
         raise unknown("--task", task, known)
-    tree = to_dict(config)
-    usual = to_dict(base_config())["task"]
-    tree["task"] |= {"name": task} | {key: usual[key] for key in TASKS_OWN}
-    tree["data"] |= {"mixture": ""}
-    return from_dict(tree), [task]
+    return of_task(config, {"name": task}), [task]
 
 
 def stored_config(folder: epath.PathLike) -> ConfigDict:

@@ -33,6 +33,11 @@ def checkpoint_manager(folder: epath.PathLike, *, keep: int = 2) -> Iterator[ocp
             manager.close()
 
 
+def _written(state: Tree) -> Tree:
+    """The state with None for what has no entries."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, state)
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: Tree, notes: dict[str, Any]) -> None:
     """Starts writing the state after `step` updates.
 
@@ -43,8 +48,9 @@ def save(manager: ocp.CheckpointManager, step: int, state: Tree, notes: dict[str
             Those without entries, which orbax does not write, are left out.
         notes: small JSON beside the arrays: the resolved config, and where the best delta was.
     """
-    held = jax.tree.map(lambda leaf: leaf if leaf.size else None, state)
-    items = ocp.args.Composite(state=ocp.args.StandardSave(held), notes=ocp.args.JsonSave(notes))
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(_written(state)), notes=ocp.args.JsonSave(notes)
+    )
     with _WRITING:
         manager.save(step, args=items)
         if threading.current_thread() is not threading.main_thread():
@@ -68,8 +74,7 @@ def restore(manager: ocp.CheckpointManager, step: int, like: Tree) -> Tree:
         step: of the checkpoint.
         like: a state of the same structure, whose shapes and shardings the restored one gets.
     """
-    held = jax.tree.map(lambda leaf: leaf if leaf.size else None, like)
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, held)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _written(like))
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     found = manager.restore(step, args=items)["state"]
     return jax.tree.map(lambda leaf, one: leaf if one is None else one, like, found)

@@ -10,6 +10,7 @@ from softprompt.analysis.flops import (
     scoring_work,
 )
 from softprompt.config import ConfigDict
+from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_widths
 from softprompt.evaluation.text import PIECE
 from softprompt.models.decoder import DecoderConfig
@@ -57,9 +58,7 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
         source = train_source(prepared)
         looks = 1 + (steps // every if every else 0) + int(not every or steps % every > 0)
         flops += steps * step_flops(prepared) + (looks - 1) * once["validation"]
-        shape = source.template.shape
-        widths = train_widths(shape, layout)
-        memory += step_memory(prepared, widths, -(-shape.rows // config.train.microbatches))
+        memory += step_memory(prepared, source.template.shape)
         trainable, kept = trained(prepared)
         memory += kept - (weights if config.method.name == "full" else 0)  # takes their place
         seconds += steps * trainable * UPDATE / machine_bandwidth()
@@ -84,14 +83,16 @@ def text_work(tokens: int, context: int) -> Work:
     return Work(tokens + context, tokens * (PIECE / 2 + context) + context**2 / 2, tokens)
 
 
-def step_memory(prepared: Prepared, widths: dict[str, int], rows: float) -> float:
+def step_memory(prepared: Prepared, shape: RowShape) -> float:
     """Bytes that a step keeps for its backward pass, all layers, nothing rematerialised.
 
     About seven arrays of the width and two of the ffn in the compute dtype for every token of
-    `rows` rows of these `widths`, and of the contexts, which are run once; of attention's scores,
+    a microbatch's rows, and of the contexts, which are run once; of attention's scores,
     which are computed again, those of one layer in float32; the logits of targets and their
     gradient, in float32.
     """
+    widths = train_widths(shape, prepared.layout)
+    rows = -(-shape.rows // prepared.config.train.microbatches)
     sizes, (before, context) = prepared.loaded.config, prepared.contexts
     context *= max(1, prepared.layout.prompts)
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]

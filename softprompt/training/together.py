@@ -9,7 +9,6 @@ from etils import epath
 
 from softprompt.analysis.flops import machine_flops
 from softprompt.config import ConfigDict, trial_name, weights_key
-from softprompt.data.pipeline import train_widths
 from softprompt.methods.setup import kept_shares
 from softprompt.results import Row
 from softprompt.schema import UNTRAINED
@@ -139,8 +138,6 @@ def _most(config: ConfigDict) -> int:
 
 def room(prepared: Prepared) -> int:
     """How many trials like this fit into memory, by estimate; rows or trials lie over "data"."""
-    widths = train_widths(shape := train_source(prepared).template.shape, prepared.layout)
-    rows = -(-shape.rows // prepared.config.train.microbatches)
-    each = step_memory(prepared, widths, rows) + trained(prepared)[1]
+    each = step_memory(prepared, train_source(prepared).template.shape) + trained(prepared)[1]
     devices = 1 if jax.default_backend() == "cpu" else prepared.mesh.shape["data"]
     return int((MEMORY_SHARE * device_memory() - bytes_here(prepared.frozen)) * devices // each)

@@ -18,7 +18,7 @@ from softprompt.training.prepare import first_delta, prepare
 from softprompt.training.session import Session
 from softprompt.training.trial import DELTA, claim, provenance, read_config, score
 from tests.contracts.examples import trial_config
-from tests.own_task import make_config, write_task
+from tests.own_task import Lines, make_config, write_task
 from tests.tiny_t5 import write_complete_t5
 
 TRIALS = {  # "a" to "c" differ in what they were trained from alone
@@ -37,17 +37,6 @@ TRIALS = {  # "a" to "c" differ in what they were trained from alone
 def budget(monkeypatch):
     """A CPU's is too small for several rows on each of eight devices."""
     monkeypatch.setattr(many, "scoring_budget", lambda: 10_000)
-
-
-class Lines(Progress):
-    """Keeps what is said."""
-
-    def __init__(self):
-        super().__init__()
-        self.said = []
-
-    def say(self, line):
-        self.said.append(line)
 
 
 def write_trial(folder, model, place, shared, **changes):

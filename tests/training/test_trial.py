@@ -10,7 +10,6 @@ from etils import epath
 
 from softprompt.config import from_dict, to_dict, trial_id
 from softprompt.errors import UserError
-from softprompt.progress import Progress
 from softprompt.results import read_result
 from softprompt.sweep import record_failure
 from softprompt.training.delta_file import load_delta
@@ -26,21 +25,7 @@ from softprompt.training.trial import (
     run_trial,
     score,
 )
-from tests.own_task import SIZES, make_config, write_task
-
-
-class Lines(Progress):
-    """Keeps what is said, and which stages there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.said, self.stages = [], []
-
-    def say(self, line):
-        self.said.append(line)
-
-    def stage(self, what, done=0, total=0, note=""):
-        self.stages.append(what)
+from tests.own_task import SIZES, Lines, make_config, write_task
 
 
 @pytest.fixture(scope="module")

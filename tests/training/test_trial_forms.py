@@ -7,23 +7,11 @@ import numpy as np
 import pytest
 
 from softprompt.errors import UserError
-from softprompt.progress import Progress
 from softprompt.training.delta_file import load_delta
 from softprompt.training.session import Session
 from softprompt.training.trial import run_trial
-from tests.own_task import make_config, write_task
+from tests.own_task import Lines, make_config, write_task
 from tests.tiny import write_llama_folder
-
-
-class Lines(Progress):
-    """Keeps what is said."""
-
-    def __init__(self):
-        super().__init__()
-        self.said = []
-
-    def say(self, line):
-        self.said.append(line)
 
 
 @pytest.fixture(scope="module")
