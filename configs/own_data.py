@@ -13,7 +13,7 @@ Cost: as the base config for texts of a sentence or two; in proportion to tokens
 from ml_collections import ConfigDict
 
 from softprompt.config import base_config
-from softprompt.config_files import parse_arg
+from softprompt.config.files import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -25,7 +25,7 @@ configs (and, for the rate of the latter, T5X's for fine-tuning, which they incl
 from ml_collections import ConfigDict
 
 from softprompt.config import base_config
-from softprompt.config_files import parse_arg
+from softprompt.config.files import parse_arg
 from softprompt.errors import UserError
 
 SIZES = ("small", "base", "large", "xl", "xxl")

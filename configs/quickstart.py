@@ -14,7 +14,7 @@ Expected: test accuracy 0.83 to 0.85 (seed 0), by the roundings of the version; 
 from ml_collections import ConfigDict
 
 from softprompt.config import base_config
-from softprompt.config_files import parse_arg
+from softprompt.config.files import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -56,16 +56,17 @@ from softprompt.config import (
     to_dict,
     validate,
 )
+from softprompt.console import Progress
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError, unknown
+from softprompt.files import write_text
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.loading import Loaded
-from softprompt.progress import Progress
-from softprompt.results import Row, commit, devices, versions, write_text
-from softprompt.sweep import write_outputs
+from softprompt.pretrained.loading import Loaded
+from softprompt.results import Row, commit, devices, versions
 from softprompt.training.optimizers import set_rate
-from softprompt.training.population import Member
-from softprompt.training.prepare import (
+from softprompt.training.sharding import put_batch
+from softprompt.trials.population import Member
+from softprompt.trials.prepare import (
     Prepared,
     initial_state,
     prepare,
@@ -74,13 +75,13 @@ from softprompt.training.prepare import (
     train_source,
     trial_key,
 )
-from softprompt.training.session import (
+from softprompt.trials.session import (
     Session,
     compile_population,
     compile_step,
     optimizer_config,
 )
-from softprompt.training.sharding import put_batch
+from softprompt.trials.sweep import write_outputs
 
 CAPTION = (
     "Seconds: median of a step over all rounds, compilation and the first round left out, with the "

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.evaluation.latency import Served, functions, in_turns
-from softprompt.models.loading import Loaded, load_model
+from softprompt.pretrained.loading import Loaded, load_model
 
 MODEL = "smollm2-135m-instruct-q4"
 INPUT, CONTEXT = 64, 100  # tokens

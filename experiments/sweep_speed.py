@@ -42,7 +42,8 @@ from softprompt.analysis.tables import to_markdown
 from softprompt.cli import split_overrides
 from softprompt.config import ConfigDict, base_config, flatten, trial_name
 from softprompt.errors import UserError, unknown
-from softprompt.results import Row, commit, read_rows, write_text
+from softprompt.files import write_text
+from softprompt.results import Row, commit, read_rows
 
 LENGTHS, INITS, SEEDS = (5, 20, 100), ("uniform", "vocabulary"), (0, 1)
 FORMS = ("cold", "warm", "together")

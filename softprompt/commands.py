@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from softprompt.columns import print_columns
+from softprompt.console import print_columns
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     import time
 
     from softprompt.config import resolve
-    from softprompt.config_files import load_config
+    from softprompt.config.files import load_config
 
     config = load_config(arguments.config, overrides)  # its mistakes show before JAX is imported
     join(arguments.distributed)
-    from softprompt.progress import Progress
-    from softprompt.sweep import record_failure
+    from softprompt.console import Progress
     from softprompt.training.loop import Diverged, terminable
-    from softprompt.training.session import Session
-    from softprompt.training.trial import run_trial
+    from softprompt.trials.run import run_trial
+    from softprompt.trials.session import Session
+    from softprompt.trials.sweep import record_failure
 
     config = resolve(config)
     began = time.monotonic()
@@ -89,8 +89,8 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints a trained prompt's scores as JSON, a list of them where there are several."""
-    from softprompt.evaluation.run import evaluate_runs
-    from softprompt.progress import Progress
+    from softprompt.console import Progress
+    from softprompt.trials.evaluate import evaluate_runs
 
     with Progress() as progress:
         scores = evaluate_runs(
@@ -110,8 +110,8 @@ def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints an answer for each line of standard input."""
     import json
 
-    from softprompt.evaluation.run import predict_lines
-    from softprompt.progress import Progress
+    from softprompt.console import Progress
+    from softprompt.trials.evaluate import predict_lines
 
     options = {"task": arguments.task, "any_weights": arguments.any_weights}
     options |= {"group": 1} if sys.stdin.isatty() else {}
@@ -140,7 +140,7 @@ def _lines(stream: Iterable[bytes]) -> Iterator[str]:
 
 def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Writes a trial's delta for another program, and prints what to know of it."""
-    from softprompt.interchange.trials import export_run
+    from softprompt.trials.convert import export_run
 
     report = export_run(arguments.run, kind=arguments.format, to=arguments.to)
     _print_json(report)
@@ -149,7 +149,7 @@ def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Makes a trial's folder of another program's file, and prints what to know of it."""
-    from softprompt.config_files import load_config
+    from softprompt.config.files import load_config
 
     for key, _ in overrides:
         if key.startswith("method.") and key != "method.bos":
@@ -159,8 +159,8 @@ def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
             )
     # Mistakes in it show before JAX is imported.
     config = load_config(arguments.config, [*overrides, ("model.name", arguments.model)])
-    from softprompt.interchange.trials import import_run
-    from softprompt.progress import Progress
+    from softprompt.console import Progress
+    from softprompt.trials.convert import import_run
 
     with Progress() as progress:
         progress.stage(f"load {arguments.model}")
@@ -173,7 +173,7 @@ def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Runs an experiment's trials, or says what they would cost."""
-    from softprompt import sweep as sweeps
+    from softprompt.trials import sweep as sweeps
 
     experiment = sweeps.load_experiment(arguments.experiment)
     shard = sweeps.parse_shard(arguments.shard)
@@ -182,12 +182,12 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     trials = sweeps.take_shard(trials, shard)
     import jax
 
-    from softprompt.progress import Progress
-    from softprompt.training.estimate import estimate
+    from softprompt.console import Progress
     from softprompt.training.loop import terminable
-    from softprompt.training.session import Session
-    from softprompt.training.together import Together
-    from softprompt.training.trial import run_trial
+    from softprompt.trials.estimate import estimate
+    from softprompt.trials.groups import Together
+    from softprompt.trials.run import run_trial
+    from softprompt.trials.session import Session
 
     with Progress() as progress, terminable():
         session = Session(progress)
@@ -223,8 +223,8 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
 def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints a table of results."""
     from softprompt import results
-    from softprompt import sweep as sweeps
     from softprompt.analysis import tables
+    from softprompt.trials import sweep as sweeps
 
     if arguments.experiment:
         _write_experiment(sweeps.load_experiment(arguments.experiment), arguments.folder)
@@ -241,7 +241,7 @@ def _write_experiment(experiment: "ModuleType", folder: str) -> None:
     from etils import epath
 
     from softprompt import results
-    from softprompt import sweep as sweeps
+    from softprompt.trials import sweep as sweeps
 
     rows = results.read_rows(folder)
     if not rows:
@@ -256,10 +256,10 @@ def _write_experiment(experiment: "ModuleType", folder: str) -> None:
 def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints the catalogue, or checks it at full size."""
     if arguments.check:
-        from softprompt.training import full_size
+        from softprompt.trials import shape_check as full_size
 
         return full_size.run(arguments.names)
-    from softprompt.models.catalog import listing
+    from softprompt.pretrained.catalog import listing
 
     print_columns(*listing(arguments.names))
     print(
@@ -272,7 +272,7 @@ def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
 def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Lists the tasks, prepares one's data, or shows its examples."""
     from softprompt.config import members
-    from softprompt.config_files import load_config
+    from softprompt.config.files import load_config
     from softprompt.data.tasks import TASKS, get_task
 
     if arguments.action == "list":

@@ -16,7 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     from softprompt.models.decoder import Decoder
-    from softprompt.models.loading import Loaded
+    from softprompt.pretrained.loading import Loaded
 
 # Config rather than environment: a subprocess (the command line, a second process of a cluster)
 # starts with one device as a user's would.
@@ -75,7 +75,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> "Loaded":
     """The real SmolLM2-135M in float32, read once a test run."""
-    from softprompt.models.loading import load_model
+    from softprompt.pretrained.loading import load_model
 
     return load_model("smollm2-135m-instruct-q4", dtype="float32")
 

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from softprompt.models.decoder import Decoder
-from softprompt.models.families import read_family
-from softprompt.models.names import Source, read_weights, tensor_names
+from softprompt.pretrained.families import read_family
+from softprompt.pretrained.name_tables import Source, read_weights, tensor_names
 from tests.tiny import tiny_config, write_tokenizer
 
 VOCAB = 331

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from softprompt.models.t5 import T5
-from softprompt.models.t5_names import load_weights
+from softprompt.pretrained.t5_names import load_weights
 from tests.families import write_family_folder
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import FAMILIES as T5_FAMILIES

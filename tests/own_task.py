@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from softprompt.config import ConfigDict, base_config, resolve, set_key, validate
-from softprompt.progress import Progress
+from softprompt.console import Progress
 
 REPOSITORY = Path(__file__).parents[1]
 SIZES = {"train": 48, "validation": 20, "test": 20}

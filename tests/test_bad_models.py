@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.mistakes import refused
-from tests.models.ggufs import write_gguf
 from tests.own_task import REPOSITORY, write_task
+from tests.pretrained.ggufs import write_gguf
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 

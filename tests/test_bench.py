@@ -15,15 +15,15 @@ import pytest
 from experiments.bench import __main__ as bench
 from experiments.bench import cells, forms, inputs, measure, ours, report, theirs
 from experiments.bench.cells import Cell, System
-from softprompt import sweep
+from softprompt.console import Progress
 from softprompt.errors import UserError
-from softprompt.models.loading import load_model
-from softprompt.models.save import save_folder
-from softprompt.progress import Progress
+from softprompt.pretrained.loading import load_model
+from softprompt.pretrained.save import save_folder
 from softprompt.training.optimizers import make_optimizer, set_rate
-from softprompt.training.prepare import initial_state, prepare, train_source
-from softprompt.training.session import Session, optimizer_config
 from softprompt.training.step import train_step
+from softprompt.trials import sweep
+from softprompt.trials.prepare import initial_state, prepare, train_source
+from softprompt.trials.session import Session, optimizer_config
 
 TINY = Cell("tiny", "passage", "prompt", 20)
 WORDS = "a warm and funny film that never loses its way in the city"

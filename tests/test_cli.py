@@ -340,7 +340,7 @@ def test_a_trial_that_fails_is_a_row_and_exits_with_one(place, tmp_path, monkeyp
     def broken(config, folder, *, session):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("softprompt.training.trial.run_trial", broken)
+    monkeypatch.setattr("softprompt.trials.run.run_trial", broken)
     assert cli.main(["train", *keys(place), "--workdir", str(tmp_path / "w")]) == 1
     assert "trial failed: RuntimeError: RESOURCE_EXHAUSTED" in capsys.readouterr().err
     row = results.read_result(tmp_path / "w")
@@ -351,7 +351,7 @@ def test_sigterm_passes_through(place, tmp_path, monkeypatch):
     def stopped(config, folder, *, session):
         raise SystemExit(75)
 
-    monkeypatch.setattr("softprompt.training.trial.run_trial", stopped)
+    monkeypatch.setattr("softprompt.trials.run.run_trial", stopped)
     with pytest.raises(SystemExit) as done:
         cli.main(["train", *keys(place), "--workdir", str(tmp_path / "w")])
     assert done.value.code == 75

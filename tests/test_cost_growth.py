@@ -8,10 +8,10 @@ import pytest
 from experiments import cost_growth
 from experiments.cost_growth import AXES, BASE, Point
 from softprompt.config import from_dict, set_key, to_dict
+from softprompt.console import Progress
 from softprompt.errors import UserError
-from softprompt.models.loading import load_model
-from softprompt.progress import Progress
-from softprompt.sweep import write_outputs
+from softprompt.pretrained.loading import load_model
+from softprompt.trials.sweep import write_outputs
 from tests.own_task import make_config, write_task
 
 ASKED = [

@@ -4,9 +4,9 @@ import collections
 
 import pytest
 
-from softprompt import sweep
 from softprompt.config import to_dict
 from softprompt.errors import UserError
+from softprompt.trials import sweep
 
 PARAMETERS = 1_000_000
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from softprompt import sweep
 from softprompt.config import base_config, to_dict
 from softprompt.errors import UserError
+from softprompt.trials import sweep
 
 
 def rows_of(experiment, trials):

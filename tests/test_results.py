@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from softprompt import results
+from softprompt import files, results
 from softprompt.config import trial_name
 from softprompt.errors import UserError
-from tests.test_sweep import Runner, config, done_row, run
+from tests.trials.test_sweep import Runner, config, done_row, run
 
 
 def test_rows_go_in_and_come_out(tmp_path):
@@ -40,12 +40,12 @@ def test_unreadable_rows_are_one_line(tmp_path):
 def test_a_write_that_stops_half_way_leaves_the_old_file(tmp_path):
     """Breaks when write_bytes writes the file itself rather than a temporary one."""
     file = tmp_path / "result.json"
-    results.write_text(file, "old")
+    files.write_text(file, "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(UserError, match=f"cannot write {file}: File too large"):
-            results.write_text(file, "new" * 10_000)
+            files.write_text(file, "new" * 10_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert file.read_text() == "old"
@@ -61,10 +61,10 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             run([config(1)], place, Runner())
         with pytest.raises(UserError, match=f"cannot write {place}/x: "):
-            results.write_text(place / "x", "")
-    results.check_place(tmp_path / "new" / "folder")
+            files.write_text(place / "x", "")
+    files.check_writable(tmp_path / "new" / "folder")
     assert [child.name for child in tmp_path.iterdir()] == ["file"]
     monkeypatch.setattr(results.os, "access", lambda *_: False)
     with pytest.raises(UserError, match=f"{tmp_path} may not be written to; give another --work"):
-        results.check_place(tmp_path / "new")
-    results.check_place("gs://bucket/folder")
+        files.check_writable(tmp_path / "new")
+    files.check_writable("gs://bucket/folder")

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
 from softprompt.models.decoder import Decoder, DecoderConfig
-from softprompt.models.families.llama import table
-from softprompt.models.names import Source, read_weights, tensor_names
+from softprompt.pretrained.families.llama import table
+from softprompt.pretrained.name_tables import Source, read_weights, tensor_names
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 

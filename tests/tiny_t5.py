@@ -10,10 +10,10 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers.processors import TemplateProcessing
 
-from softprompt.models.names import Source, read_weights, tensor_names
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import T5Config
-from softprompt.models.t5_names import t5_table
+from softprompt.pretrained.name_tables import Source, read_weights, tensor_names
+from softprompt.pretrained.t5_names import t5_table
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
 # The families, by what sets them apart; heads times their size is never the width.

@@ -60,10 +60,11 @@ from experiments.bench.cells import (
     text_config,
 )
 from softprompt.analysis.tables import to_markdown
+from softprompt.console import Progress
 from softprompt.errors import UserError
-from softprompt.progress import Progress
-from softprompt.results import commit_now, write_text
-from softprompt.sweep import write_outputs
+from softprompt.files import write_text
+from softprompt.results import commit_now
+from softprompt.trials.sweep import write_outputs
 
 Row = dict[str, Any]
 ANSWERS = ("done", "out of memory", "terms not accepted")  # statuses that are no fault of the run

@@ -14,13 +14,13 @@ from experiments.bench.cells import PROCESSES, SPAN, TWICE
 from experiments.bench.measure import Job, main
 from experiments.bench.ours import settings
 from softprompt.config import ConfigDict
-from softprompt.evaluation.text import read_text
-from softprompt.models.loading import load_model
-from softprompt.models.save import save_folder
-from softprompt.progress import Progress
-from softprompt.results import write_bytes, write_text
-from softprompt.training.prepare import prepare, train_source
-from softprompt.training.session import Session
+from softprompt.console import Progress
+from softprompt.evaluation.perplexity import read_text
+from softprompt.files import write_bytes, write_text
+from softprompt.pretrained.loading import load_model
+from softprompt.pretrained.save import save_folder
+from softprompt.trials.prepare import prepare, train_source
+from softprompt.trials.session import Session
 
 WORDS = (100, 116)  # of a passage: 130 to 150 tokens of most tokenizers, with its template
 

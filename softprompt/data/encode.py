@@ -11,7 +11,7 @@ import numpy as np
 from softprompt.data.sources import Record
 from softprompt.data.tasks import Task, pieces, target_text
 from softprompt.errors import UserError
-from softprompt.models.tokenizer import Tokenizer
+from softprompt.pretrained.tokenizer import Tokenizer
 
 CHUNK = 4096  # texts tokenised at a time, which bounds the memory for offsets
 

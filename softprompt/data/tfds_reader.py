@@ -11,8 +11,8 @@ from contextlib import contextmanager, redirect_stdout
 from types import SimpleNamespace
 from typing import Any
 
-from softprompt.cache import cache_dir, locked, say
 from softprompt.data.sources import Record
+from softprompt.downloads import cache_dir, locked, say
 from softprompt.errors import UserError, nearest
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from softprompt.models.tokenizer import Tokenizer
+from softprompt.pretrained.tokenizer import Tokenizer
 
 
 def read_labels(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from softprompt.errors import UserError
 from softprompt.inference.batches import InputBatch, slots_for
-from softprompt.inference.cache import Cache, Tree, empty_cache, extend
 from softprompt.inference.decode import NO_TOKEN, Inputs, cut, over_batches
+from softprompt.inference.kv_cache import Cache, Tree, empty_cache, extend
 from softprompt.models import Model
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from softprompt.errors import UserError
 from softprompt.inference.batches import InputBatch, input_batches, slots_for
-from softprompt.inference.cache import Cache, Tree, empty_cache, extend, prefill
+from softprompt.inference.kv_cache import Cache, Tree, empty_cache, extend, prefill
 from softprompt.inference.sampling import GREEDY, Sampling, choose, row_keys
 from softprompt.models import Decoder, Model
 from softprompt.training.sharding import by_row, put, replicated

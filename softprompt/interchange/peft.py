@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from softprompt.errors import UserError, unknown
 from softprompt.interchange.adapter import Adapter
 from softprompt.interchange.fields import TASKS, check_fields, complete
-from softprompt.interchange.projections import Config
+from softprompt.interchange.lora_ia3 import ia3_from, ia3_to, lora_from, lora_to
+from softprompt.interchange.module_names import Config
 from softprompt.interchange.prompts import (
     Leaves,
     multitask_from,
@@ -25,7 +26,6 @@ from softprompt.interchange.prompts import (
     prompt_from,
     prompt_to,
 )
-from softprompt.interchange.updates import ia3_from, ia3_to, lora_from, lora_to
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 

@@ -17,8 +17,8 @@ from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.dropout import Shares
-from softprompt.models.loading import Loaded
-from softprompt.models.tokenizer import Tokenizer
+from softprompt.pretrained.loading import Loaded
+from softprompt.pretrained.tokenizer import Tokenizer
 
 # Where an encoder-decoder may have what a method puts before a text.
 PLACES = {

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from softprompt.errors import UserError, nearest
 from softprompt.models import Model
-from softprompt.models.catalog import leaf_shapes
 from softprompt.models.quantize import input_axes
+from softprompt.models.shapes import leaf_shapes
 
 
 @dataclasses.dataclass(frozen=True)

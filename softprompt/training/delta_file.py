@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load, save
 
 from softprompt.errors import UserError
-from softprompt.results import write_bytes
+from softprompt.files import write_bytes
 from softprompt.training.sharding import on_host, path_name
 
 KEY = "softprompt"  # of the header's one metadata entry

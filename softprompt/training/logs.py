@@ -11,7 +11,7 @@ from etils import epath
 
 from softprompt.config import ConfigDict
 from softprompt.errors import UserError
-from softprompt.results import write_text
+from softprompt.files import write_text
 
 Line = dict[str, Any]
 Sink = Callable[[Line], None]

@@ -19,9 +19,9 @@ from softprompt.data.pipeline import TrainSource, train_batches
 from softprompt.errors import UserError
 from softprompt.training import checkpoints
 from softprompt.training.delta_file import save_delta
-from softprompt.training.feed import Feed
 from softprompt.training.logs import MetricsLog
 from softprompt.training.optimizers import averaged, set_rate
+from softprompt.training.prefetch import Feed
 from softprompt.training.step import Key, TrainStep, folded
 
 Tree = Any

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from softprompt.config import ConfigDict, base_config, set_key
+from softprompt.console import Progress
 from softprompt.data.encode import Encoded, encode
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_batch
@@ -23,10 +24,9 @@ from softprompt.methods.initializers import vocabulary
 from softprompt.methods.prompt import PromptConfig, init
 from softprompt.models.decoder import Decoder
 from softprompt.models.quantize import embedding
-from softprompt.models.tokenizer import Tokenizer
-from softprompt.progress import Progress
-from softprompt.training.session import Session
+from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.training.step import StepConfig, loss_fn, row_logits, shared_part
+from softprompt.trials.session import Session
 
 SNIPPETS = Task(
     name="snippets",

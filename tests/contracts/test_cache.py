@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt.inference.cache import empty_cache, extend, prefill
 from softprompt.inference.decode import generate
+from softprompt.inference.kv_cache import empty_cache, extend, prefill
 from softprompt.models.decoder import Cached
 from tests.contracts.examples import equations, prompted, snippets
 from tests.contracts.test_families import FAMILIES

@@ -6,11 +6,11 @@ import itertools
 import jax
 import pytest
 
-from softprompt.training import together
-from softprompt.training.trial import run_trial
+from softprompt.trials import groups as together
+from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.contracts.test_population import alone, apart, configs, outcome
-from tests.training.test_together import run
+from tests.trials.test_groups import run
 
 TRIALS = (
     {"seed": 0},

@@ -18,15 +18,15 @@ import pytest
 from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, trial_id
-from softprompt.models.loading import Loaded
-from softprompt.progress import Progress
+from softprompt.console import Progress
+from softprompt.pretrained.loading import Loaded
 from softprompt.results import read_result
 from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import read_log
-from softprompt.training.prepare import initial_state, prepare
-from softprompt.training.session import Session
 from softprompt.training.sharding import Gather, make_mesh, path_name, put_weight
-from softprompt.training.trial import run_trial
+from softprompt.trials.prepare import initial_state, prepare
+from softprompt.trials.run import run_trial
+from softprompt.trials.session import Session
 from tests.families import write_family_folder
 from tests.own_task import REPOSITORY, make_config, words, write_task
 from tests.tiny import write_llama_folder

@@ -13,9 +13,9 @@ from softprompt.data.encode import Encoded, encode
 from softprompt.data.pipeline import TrainSource, train_template
 from softprompt.data.tasks import get_task, read_split
 from softprompt.methods.prompt import PromptConfig
-from softprompt.models import gguf
 from softprompt.models.decoder import Decoder, DecoderConfig
-from softprompt.models.loading import find
+from softprompt.pretrained import gguf
+from softprompt.pretrained.loading import find
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
 from softprompt.training.step import StepConfig, train_step
 from tests.contracts import concatenated

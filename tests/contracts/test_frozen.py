@@ -8,7 +8,7 @@ import pytest
 
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
 from softprompt.training.step import accumulated, loss_fn, train_step
-from softprompt.training.trial import run_trial
+from softprompt.trials.run import run_trial
 from tests.contracts.examples import (
     double,
     packed,

@@ -7,9 +7,10 @@ import re
 import jax
 import pytest
 
-from softprompt.models.catalog import CATALOG, leaf_shapes
-from softprompt.training.full_size import check_shapes
+from softprompt.models.shapes import leaf_shapes
+from softprompt.pretrained.catalog import CATALOG
 from softprompt.training.sharding import WEIGHT_RULES
+from softprompt.trials.shape_check import check_shapes
 
 # One name for each that has sizes of its own.
 ENTRIES = {entry.config: entry.name for entry in CATALOG.values()}

@@ -8,7 +8,7 @@ import pytest
 
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.packing import RowShape
-from softprompt.evaluation.scoring import score_batches
+from softprompt.evaluation.ranking import score_batches
 from softprompt.training.step import shared_part
 from tests.contracts import concatenated
 from tests.contracts.examples import (

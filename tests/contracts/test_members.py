@@ -15,8 +15,8 @@ from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_batch
 from softprompt.methods import METHODS
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
-from softprompt.training.population import Member, population_step
 from softprompt.training.step import train_step
+from softprompt.trials.population import Member, population_step
 from tests.contracts.examples import packed, prompted, snippets
 from tests.contracts.test_methods import base, moved, step_of
 

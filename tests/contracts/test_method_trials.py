@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from softprompt.methods.fit import check_fit
-from softprompt.progress import Progress
+from softprompt.console import Progress
 from softprompt.training.delta_file import load_delta
-from softprompt.training.prepare import delta_shapes, prepare
-from softprompt.training.trial import run_trial
+from softprompt.trials.delta_shapes import check_fit
+from softprompt.trials.prepare import delta_shapes, prepare
+from softprompt.trials.run import run_trial
 from tests.contracts.examples import OneDevice, trial_config, two_tasks, write_task
 from tests.contracts.test_frozen import stored
 from tests.contracts.test_resume import check_same

@@ -16,7 +16,7 @@ from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_batch
 from softprompt.data.rows import Layout
-from softprompt.evaluation.scoring import score_batches
+from softprompt.evaluation.ranking import score_batches
 from softprompt.inference.beam import beam_search
 from softprompt.inference.decode import generate
 from softprompt.methods import multitask, prompt

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from softprompt.training import prepare
-from softprompt.training.trial import run_trial
+from softprompt.trials import prepare
+from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.families import write_family_folder
 from tests.tiny_t5 import write_complete_t5

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from softprompt import cli
+from softprompt.console import Progress
 from softprompt.errors import UserError
-from softprompt.progress import Progress
 from softprompt.results import read_result
 from softprompt.training.logs import TIMING, read_line, read_log
-from softprompt.training.session import Session
-from softprompt.training.trial import run_trial
+from softprompt.trials.run import run_trial
+from softprompt.trials.session import Session
 from tests.own_task import REPOSITORY, make_config, train_command, words, write_task
 from tests.tiny import write_llama_folder
 

@@ -16,7 +16,7 @@ from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import TrainSource, pad_rows, train_batch, train_template
 from softprompt.data.rows import Layout
-from softprompt.evaluation.scoring import score_batches
+from softprompt.evaluation.ranking import score_batches
 from softprompt.methods.initializers import vocabulary
 from softprompt.methods.prompt import PromptConfig, init
 from softprompt.training.step import StepConfig, loss_fn, row_logits, shared_part

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.cache import cache_dir
 from softprompt.data import builders
 from softprompt.data.builders import deduplicate, split_documents
 from softprompt.data.tfds_reader import read_tfds
+from softprompt.downloads import cache_dir
 from softprompt.errors import UserError
 
 SPLITS = ("train", "validation", "test")

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from softprompt.data.encode import check_ranking, encode, mix, summary
 from softprompt.data.tasks import TASKS, Task
 from softprompt.errors import UserError
-from softprompt.models.tokenizer import Tokenizer
+from softprompt.pretrained.tokenizer import Tokenizer
 
 SENTENCES = [
     "Review: a warm, funny film that never loses its way.\nSentiment: positive",

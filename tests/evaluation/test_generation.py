@@ -5,7 +5,7 @@ import pytest
 
 from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification
-from softprompt.models.tokenizer import Tokenizer
+from softprompt.pretrained.tokenizer import Tokenizer
 from tests.tiny import tiny_tokenizer
 
 

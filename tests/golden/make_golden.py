@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompt.models.loading import find
+from softprompt.pretrained.loading import find
 from tests.families import FAMILY_IDS, VARIANTS, golden_prompt, write_family_folder
 from tests.texts import as_published
 from tests.tiny import write_llama_folder

@@ -7,7 +7,7 @@ import pytest
 
 from softprompt.inference.beam import beam_search
 from softprompt.inference.decode import generate
-from softprompt.models.loading import load_model
+from softprompt.pretrained.loading import load_model
 from tests.generation_cases import (
     BEAMS,
     ENDING,

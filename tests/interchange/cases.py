@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from softprompt.interchange.module_names import Config
 from softprompt.interchange.peft import Facts
-from softprompt.interchange.projections import Config
-from softprompt.models.families import read_family
-from softprompt.models.t5_names import read_config
+from softprompt.pretrained.families import read_family
+from softprompt.pretrained.t5_names import read_config
 from tests.families import VARIANTS, write_family_folder
 from tests.tiny_t5 import hf_t5_config, tiny_t5_config, write_t5_folder
 

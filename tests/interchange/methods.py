@@ -14,11 +14,11 @@ from softprompt.methods.lora import LoraConfig
 from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
-from softprompt.models import t5_names
 from softprompt.models.decoder import Decoder
 from softprompt.models.layers import collections
-from softprompt.models.loading import load_model, make_model
 from softprompt.models.t5 import T5
+from softprompt.pretrained import t5_names
+from softprompt.pretrained.loading import load_model, make_model
 from tests.interchange.cases import Case, is_t5
 from tests.interchange.plain import run
 from tests.interchange.texts import TASK

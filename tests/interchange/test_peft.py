@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from softprompt.interchange.adapter import CONFIG, TENSORS, Adapter, read_adapter, tensors_bytes
 from softprompt.interchange.peft import Facts, from_peft, to_peft
-from softprompt.models import t5_names
-from softprompt.models.loading import load_model, make_model
+from softprompt.pretrained import t5_names
+from softprompt.pretrained.loading import load_model, make_model
 from tests.interchange import methods, plain
 from tests.interchange.cases import CASES, GOLDEN, facts, is_t5, same_config, sizes, write_model
 from tests.interchange.methods import CONFIGS

@@ -8,7 +8,7 @@ import pytest
 from softprompt.errors import UserError
 from softprompt.methods import lora
 from softprompt.methods.lora import LoraConfig
-from softprompt.models.loading import load_model
+from softprompt.pretrained.loading import load_model
 from tests.families import family_decoder
 from tests.tiny_t5 import tiny_t5
 

@@ -19,9 +19,9 @@ from softprompt.methods.setup import (
     prompt_config,
     prompt_rows,
 )
-from softprompt.models.loading import load_model
+from softprompt.pretrained.loading import load_model
 from softprompt.training.delta_file import save_delta
-from softprompt.training.prepare import prepare
+from softprompt.trials.prepare import prepare
 from tests.contracts.examples import SNIPPETS, session, trial_config, write_task
 from tests.families import write_family_folder
 

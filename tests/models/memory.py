@@ -69,7 +69,7 @@ def child(model: str, dtype: str, shards: int) -> None:
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that PyTorch is absent
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-    from softprompt.models.loading import load_model
+    from softprompt.pretrained.loading import load_model
     from softprompt.training.sharding import make_mesh, put_weight
 
     put = functools.partial(put_weight, make_mesh(1, shards))
@@ -85,8 +85,8 @@ def child(model: str, dtype: str, shards: int) -> None:
 
 def write_smollm2(folder: Path) -> Path:
     """The real SmolLM2-135M as sharded safetensors."""
-    from softprompt.models.loading import load_model
-    from softprompt.models.save import save_folder
+    from softprompt.pretrained.loading import load_model
+    from softprompt.pretrained.save import save_folder
 
     loaded = load_model(SMOLLM2, dtype="bfloat16")
     parts = loaded.config, loaded.weights, loaded.tokenizer
@@ -100,8 +100,8 @@ def write_llama_1b(folder: Path) -> Path:
     from safetensors.numpy import save_file
 
     from softprompt.models.decoder import DecoderConfig
-    from softprompt.models.families.llama import LLAMA, table
-    from softprompt.models.names import tensor_names
+    from softprompt.pretrained.families.llama import LLAMA, table
+    from softprompt.pretrained.name_tables import tensor_names
     from tests.tiny import tiny_config, write_tokenizer
 
     heads = {"heads": 32, "kv_heads": 8, "head_size": 64}

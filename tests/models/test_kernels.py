@@ -14,14 +14,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from softprompt.config import trial_id
 from softprompt.data.packing import RowShape
 from softprompt.errors import UserError
-from softprompt.evaluation import run
 from softprompt.models.attention import Part
 from softprompt.models.dropout import Shares
 from softprompt.models.kernels import REFERENCE, Case, Device, Kernel, attend, choose, device_of
 from softprompt.models.kernels.choice import refusal
 from softprompt.training import step
-from softprompt.training.prepare import prepare, with_kernel
 from softprompt.training.sharding import by_device
+from softprompt.trials import evaluate as run
+from softprompt.trials.prepare import prepare, with_kernel
 from tests.contracts.examples import (
     equations,
     one_device,
@@ -347,7 +347,7 @@ def test_a_trial_s_kernel(tiny_folder, tmp_path, monkeypatch):
         assert attention() == attention(mesh__attention="reference") == REFERENCE
         with pytest.raises(UserError, match="'mesh.attention' is 'splash'.*this is a cpu; allowed"):
             attention(mesh__attention="splash")
-        monkeypatch.setattr("softprompt.training.prepare.device_of", lambda mesh: TPU)
+        monkeypatch.setattr("softprompt.trials.prepare.device_of", lambda mesh: TPU)
         assert attention() == Kernel("splash")
         with pytest.raises(UserError, match="blocks are of 128 tokens, and rows have"):
             attention(mesh__attention="splash")
@@ -366,7 +366,7 @@ def test_a_run_is_opened_where_its_kernel_is_not(tmp_path, monkeypatch, trained,
 
 # Mutation: `with_kernel` returns an encoder-decoder before it looks at what is asked for.
 def test_an_encoder_decoder_has_the_reference(tiny_folder, monkeypatch):
-    monkeypatch.setattr("softprompt.training.prepare.device_of", lambda mesh: TPU)
+    monkeypatch.setattr("softprompt.trials.prepare.device_of", lambda mesh: TPU)
     model, _ = tiny_t5(dtype="float32")
     rows = {"context": 0, "row_tokens": lambda: 256}
     config = trial_config(tiny_folder, "jsonl:none")

@@ -12,7 +12,7 @@ import pytest
 
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import T5Config, bucket
-from softprompt.models.t5_names import load_weights
+from softprompt.pretrained.t5_names import load_weights
 from tests.tiny_t5 import FAMILIES, tiny_t5, write_t5_folder
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "t5.json").read_text())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt.models.loading import Loaded
+from softprompt.pretrained.loading import Loaded
 
 torch = pytest.importorskip("torch")
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from softprompt.errors import UserError
-from softprompt.models import t5_names
-from softprompt.models.loading import load_model
+from softprompt.pretrained import t5_names
+from softprompt.pretrained.loading import load_model
 from tests.families import write_family_folder
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_t5_folder

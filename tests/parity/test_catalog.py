@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from softprompt.models.catalog import CATALOG, Entry
-from softprompt.models.published import DECODERS
 from softprompt.models.t5_layers import T5Config
-from softprompt.models.t5_names import COPIES, HEAD
+from softprompt.pretrained.catalog import CATALOG, Entry
+from softprompt.pretrained.published import DECODERS
+from softprompt.pretrained.t5_names import COPIES, HEAD
 from tests.tiny_t5 import hf_t5_config
 
 pytestmark = pytest.mark.parity

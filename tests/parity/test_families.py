@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from softprompt.models.decoder import Decoder
-from softprompt.models.families import FAMILIES
-from softprompt.models.loading import Loaded, load_model
+from softprompt.pretrained.families import FAMILIES
+from softprompt.pretrained.loading import Loaded, load_model
 from tests.families import SLIDING, VARIANTS, VOCAB, write_family_folder, write_small_tokenizer
 
 pytestmark = pytest.mark.parity

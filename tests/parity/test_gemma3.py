@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from softprompt.errors import UserError
-from softprompt.models import gguf
-from softprompt.models.catalog import CATALOG
-from softprompt.models.loading import find, load_model
+from softprompt.pretrained import gguf
+from softprompt.pretrained.catalog import CATALOG
+from softprompt.pretrained.loading import find, load_model
 from tests.parity.real import largest_difference
 from tests.texts import AWKWARD, real_lines
 

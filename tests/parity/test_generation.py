@@ -8,8 +8,8 @@ import pytest
 from softprompt.errors import UserError
 from softprompt.inference.beam import beam_search
 from softprompt.inference.decode import generate
-from softprompt.models.catalog import CATALOG
-from softprompt.models.loading import find, load_model
+from softprompt.pretrained.catalog import CATALOG
+from softprompt.pretrained.loading import find, load_model
 from tests.contracts.examples import snippets
 from tests.families import VARIANTS, write_small_tokenizer
 from tests.generation_cases import (

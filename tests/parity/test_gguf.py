@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt.models.loading import load_model
+from softprompt.pretrained.loading import load_model
 from tests.families import VARIANTS, VOCAB, family_tensors
-from tests.models.ggufs import CASES, write_gguf
+from tests.pretrained.ggufs import CASES, write_gguf
 from tests.tiny_t5 import FAMILIES, hf_t5_config, tiny_t5_config, tiny_t5_tensors
 
 pytestmark = pytest.mark.parity

@@ -18,7 +18,7 @@ from softprompt.interchange.adapter import (
     write_adapter,
 )
 from softprompt.interchange.peft import Facts, from_peft, to_peft
-from softprompt.models.loading import find
+from softprompt.pretrained.loading import find
 from tests.families import write_family_folder
 from tests.interchange import methods, plain
 from tests.interchange.cases import (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softprompt.models.loading import find
+from softprompt.pretrained.loading import find
 from tests.contracts.examples import LENGTHS, TARGETS, cut, random_examples, snippets
 from tests.interchange import methods
 from tests.interchange.cases import CASES, MODELS, Case, write_model

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softprompt.models.loading import load_model
-from softprompt.models.save import save_folder
+from softprompt.pretrained.loading import load_model
+from softprompt.pretrained.save import save_folder
 from tests.families import VARIANTS, VOCAB, write_family_folder
-from tests.models.ggufs import write_gguf
+from tests.pretrained.ggufs import write_gguf
 from tests.tiny_t5 import FAMILIES, write_complete_t5
 
 pytestmark = pytest.mark.parity

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from softprompt.methods import initializers
-from softprompt.models.loading import find, load_model
+from softprompt.pretrained.loading import find, load_model
 from tests.parity.real import largest_difference, reference_logits
 from tests.texts import AWKWARD, as_published, real_lines
 from tests.tiny import tiny_config, write_llama_folder, write_tokenizer

@@ -10,7 +10,7 @@ import pytest
 
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import bucket
-from softprompt.models.t5_names import load_weights
+from softprompt.pretrained.t5_names import load_weights
 from tests.tiny_t5 import FAMILIES, hf_t5_config, tiny_t5_config, write_t5_folder
 
 pytestmark = pytest.mark.parity

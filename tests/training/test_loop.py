@@ -22,7 +22,7 @@ from softprompt.training.logs import MetricsLog, read_log
 from softprompt.training.loop import Diverged, LoopConfig, Parts, State
 from softprompt.training.optimizers import AverageState, OptimizerConfig, make_optimizer
 from softprompt.training.sharding import make_mesh, random_key, replicated
-from softprompt.training.trial import mean_share
+from softprompt.trials.run import mean_share
 
 MESH = make_mesh(8, 1)
 

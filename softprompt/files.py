@@ -1,0 +1,46 @@
+"""Files written whole or not at all, local or gs://."""
+
+import os
+from pathlib import Path
+
+from etils import epath
+
+from softprompt.errors import UserError
+
+
+def write_text(file: epath.PathLike, text: str) -> None:
+    """Writes a text file whole or not at all, making its folder; local or gs://."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: epath.PathLike, content: bytes) -> None:
+    """Writes a file whole or not at all, making its folder; local or gs://."""
+    file = epath.Path(file)
+    temporary = file.parent / f".{file.name}.{os.getpid()}.tmp"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def check_writable(folder: epath.PathLike) -> None:
+    """Checks that a folder can be made, or written to, and leaves nothing behind.
+
+    Raises:
+        UserError: names what is there and no folder, or may not be written to.
+    """
+    place = os.fspath(folder)
+    if "://" in place:
+        return  # a bucket says so when it is written to
+    there = Path(place).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{place}: {there} is no folder; give another --workdir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{place}: {there} may not be written to; give another --workdir")

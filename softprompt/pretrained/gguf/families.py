@@ -1,0 +1,295 @@
+"""The architectures of GGUF files: what their metadata says, and which tensor fills which leaf.
+
+Keys and tensor names are those of llama.cpp's converter, which stores every matrix [out, in].
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt.errors import UserError
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.positions import RopeScaling, stretch
+from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
+from softprompt.models.t5_layers import T5Config
+from softprompt.pretrained.gguf.file import File
+from softprompt.pretrained.name_tables import Part, Table, decoder_table, torch_part
+
+Config = DecoderConfig | T5Config
+
+NAMES: Mapping[str, str] = {
+    "embed": "token_embd",
+    "positions": "position_embd",
+    "layers/attn_norm": "blk.{}.attn_norm",
+    "layers/attn/q": "blk.{}.attn_q",
+    "layers/attn/k": "blk.{}.attn_k",
+    "layers/attn/v": "blk.{}.attn_v",
+    "layers/attn/q_norm": "blk.{}.attn_q_norm",
+    "layers/attn/k_norm": "blk.{}.attn_k_norm",
+    "layers/attn/o": "blk.{}.attn_output",
+    "layers/attn_post_norm": "blk.{}.post_attention_norm",
+    "layers/mlp_norm": "blk.{}.ffn_norm",
+    "layers/mlp/gate": "blk.{}.ffn_gate",
+    "layers/mlp/up": "blk.{}.ffn_up",
+    "layers/mlp/down": "blk.{}.ffn_down",
+    "layers/mlp_post_norm": "blk.{}.post_ffw_norm",
+    "final_norm": "output_norm",
+    "head": "output",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture: config from the metadata, table from the config.
+
+    `harmless`: pattern of tensors that no leaf asks for and that the config accounts for.
+    """
+
+    config: Callable[[File], Config]
+    table: Callable[[Any], Table]
+    harmless: str = ""
+
+
+def _plain(config: DecoderConfig) -> Table:
+    """Every leaf apart. Gemma's norms too: the converter has added their 1 already."""
+    return decoder_table(config, NAMES)
+
+
+def _sizes(file: File) -> dict[str, Any]:
+    """What all decoders' metadata call alike."""
+    width, heads = file.size("embedding_length"), file.size("attention.head_count")
+    return {
+        "vocab": file.size("vocab_size", len(file.need("tokenizer.ggml.tokens", list))),
+        "width": width,
+        "layers": file.size("block_count"),
+        "heads": heads,
+        "kv_heads": file.size("attention.head_count_kv", heads),
+        "head_size": file.size("attention.key_length", width // heads),
+        "ffn": file.size("feed_forward_length"),
+        "context_length": file.size("context_length"),
+        "tied": "output.weight" not in file.tensors,
+    }
+
+
+def _rotary(file: File, base: float = 10000.0) -> dict[str, Any]:
+    """Sizes, norm and rotary positions of every family but GPT-2."""
+    name, sizes = file.architecture, _sizes(file)
+    rotated = file.size("rope.dimension_count", sizes["head_size"])
+    if rotated != sizes["head_size"]:
+        raise UserError(
+            f"{file.path}: {name}.rope.dimension_count {rotated} must be the head size "
+            f"{sizes['head_size']} (partial rotary positions are not supported)"
+        )
+    if experts := file.get(f"{name}.expert_count", 0):
+        raise UserError(f"{file.path}: {name}.expert_count {experts}: experts are not supported")
+    rope_base = file.number("rope.freq_base", base)
+    return {
+        **sizes,
+        "norm_eps": file.number("attention.layer_norm_rms_epsilon"),
+        "rope_base": rope_base,
+        "rope_scaling": _scaling(file, sizes["head_size"], rope_base),
+    }
+
+
+def _scaling(file: File, size: int, base: float) -> RopeScaling | None:
+    """Linear scaling is in the metadata; Llama 3's is a tensor of what frequencies are divided by.
+
+    Its three constants are not in the file. They are the same in every published Llama since 3.1.
+    """
+    key = f"{file.architecture}.rope.scaling"
+    kind = file.get(f"{key}.type", "none")
+    if kind == "linear":
+        return RopeScaling("linear", file.number("rope.scaling.factor"))
+    if kind != "none":
+        raise UserError(
+            f"{file.path}: rotary scaling ({key}.type {kind!r}) is not supported; "
+            "allowed: none, linear"
+        )
+    if "rope_freqs.weight" not in file.tensors:
+        return None
+    factors_K, _ = file.read("rope_freqs.weight")
+    scaling = RopeScaling("llama3", float(factors_K.max()))
+    frequency_K = base ** -(np.arange(0, size, 2, dtype=np.float32) / size)
+    expected_K = frequency_K / np.asarray(stretch(jnp.asarray(frequency_K), scaling))
+    if factors_K.shape != expected_K.shape or not np.allclose(factors_K, expected_K, rtol=1e-4):
+        raise UserError(
+            f"{file.path}: rotary scaling (rope_freqs.weight) is not supported; allowed: that of "
+            f"Llama 3.1 and later, from {scaling.original} positions on"
+        )
+    return scaling
+
+
+def _llama(file: File) -> DecoderConfig:
+    return DecoderConfig(
+        **_rotary(file),
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        out_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
+    )
+
+
+def _llama_table(config: DecoderConfig) -> Table:
+    """llama.cpp interleaves the two halves of a head's queries and keys for its own rotation."""
+    parts = dict(decoder_table(config, NAMES))
+    for path, part in parts.items():
+        if path.startswith(("layers/attn/q/", "layers/attn/k/")):
+            parts[path] = _uninterleaved(part, config.head_size)
+    return parts
+
+
+def _uninterleaved(part: Part, head_size: int) -> Part:
+    """Undoes the order of a head's rows: 0, K/2, 1, K/2 + 1, ... becomes 0, 1, 2, ..."""
+
+    def convert(x: np.ndarray) -> np.ndarray:
+        pairs = x.reshape(-1, head_size // 2, 2, *x.shape[1:])
+        return part.convert(pairs.swapaxes(1, 2).reshape(x.shape))
+
+    return dataclasses.replace(part, convert=convert)
+
+
+def _qwen2(file: File) -> DecoderConfig:
+    return DecoderConfig(**_rotary(file), qkv_bias=True)
+
+
+def _qwen3(file: File) -> DecoderConfig:
+    return DecoderConfig(**_rotary(file), qk_norm=True)
+
+
+def _gemma(file: File, biggest: int, base: float = 10000.0) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common; the file does not say how queries are scaled.
+
+    They are by the root of the head size, but in the biggest model by that of width / heads.
+    """
+    shared = _rotary(file, base)
+    wide = shared["layers"] == biggest
+    return {
+        **shared,
+        "embed_scale": shared["width"] ** 0.5,
+        "activation": "gelu_tanh",
+        "norms": "both",
+        "query_scale": ((shared["width"] // shared["heads"]) if wide else shared["head_size"])
+        ** -0.5,
+    }
+
+
+def _gemma2(file: File) -> DecoderConfig:
+    shared, window = _gemma(file, biggest=46), file.size("attention.sliding_window", 4096)
+    return DecoderConfig(
+        **shared,
+        attn_softcap=file.number("attn_logit_softcapping", 50.0),
+        final_softcap=file.number("final_logit_softcapping", 30.0),
+        windows=_windows(shared["layers"], window, 2),
+    )
+
+
+def _gemma3(file: File) -> DecoderConfig:
+    shared, window = _gemma(file, biggest=62, base=1e6), file.size("attention.sliding_window")
+    return DecoderConfig(
+        **shared,
+        qk_norm=True,
+        rope_base_local=file.number("rope.freq_base_swa", 10000.0),
+        final_softcap=file.number("final_logit_softcapping", 0.0),
+        windows=_windows(
+            shared["layers"], window, file.size("attention.sliding_window_pattern", 6)
+        ),
+    )
+
+
+def _windows(layers: int, window: int, period: int) -> tuple[int, ...]:
+    """The last layer of each period sees everything."""
+    return tuple(window if (n + 1) % period else 0 for n in range(layers))
+
+
+def _gpt2(file: File) -> DecoderConfig:
+    return DecoderConfig(
+        **_sizes(file),
+        positions="learned",
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        gated=False,
+        activation="gelu_tanh",
+        norm="layer",
+        norm_eps=file.number("attention.layer_norm_epsilon"),
+    )
+
+
+_FUSED = "blk.{}.attn_qkv"
+
+
+def _gpt2_table(config: DecoderConfig) -> Table:
+    """Queries, keys and values are the thirds of one matrix's rows."""
+    parts = dict(decoder_table(config, {**NAMES, **{f"layers/attn/{n}": _FUSED for n in "qkv"}}))
+    for path, part in parts.items():
+        if part.name.startswith(_FUSED):
+            parts[path] = _third(part, "qkv".index(path.split("/")[2]))
+    return parts
+
+
+def _third(part: Part, nth: int) -> Part:
+    out, *inputs = part.source
+
+    def convert(x: np.ndarray) -> np.ndarray:
+        return part.convert(x[nth * out : (nth + 1) * out])
+
+    return dataclasses.replace(part, source=(3 * out, *inputs), convert=convert)
+
+
+def _t5(file: File) -> T5Config:
+    """The largest distance of the relative bias is not in the file; all published T5s have 128."""
+    layers = file.size("block_count")
+    return T5Config(
+        vocab=file.size("vocab_size", len(file.need("tokenizer.ggml.tokens", list))),
+        width=file.size("embedding_length"),
+        encoder_layers=layers,
+        decoder_layers=file.size("decoder_block_count", layers),
+        heads=file.size("attention.head_count"),
+        head_size=file.size("attention.key_length"),
+        ffn=file.size("feed_forward_length"),
+        gated="enc.blk.0.ffn_gate.weight" in file.tensors,
+        tied="output.weight" not in file.tensors,
+        norm_eps=file.number("attention.layer_norm_rms_epsilon"),
+        buckets=file.size("attention.relative_buckets_count"),
+        context_length=file.size("context_length"),
+    )
+
+
+def _t5_table(config: T5Config) -> Table:
+    names = _t5_names()
+    return {
+        path: torch_part(path, names[path], leaf, layers=layer_count(config, path))
+        for path, leaf in t5_shapes(config).items()
+    }
+
+
+def _t5_names() -> dict[str, str]:
+    """Leaf path -> tensor, `{}` for the layer."""
+    names = {"embed/embedding": "token_embd.weight", "head/kernel": "output.weight"}
+    prefixes = {"attn": "attn", "cross": "cross_attn"}
+    for stack, attentions in ATTENTIONS.items():
+        short, layers = stack[:3], f"{stack}/layers"
+        names[f"{stack}/relative_bias/embedding"] = f"{short}.blk.0.attn_rel_b.weight"
+        names[f"{stack}/final_norm/scale"] = f"{short}.output_norm.weight"
+        for kind in attentions:
+            theirs = f"{short}.blk.{{}}.{prefixes[kind]}"
+            names[f"{layers}/{kind}_norm/scale"] = f"{theirs}_norm.weight"
+            for p in "qkvo":
+                names[f"{layers}/{kind}/{p}/kernel"] = f"{theirs}_{p}.weight"
+        names[f"{layers}/mlp_norm/scale"] = f"{short}.blk.{{}}.ffn_norm.weight"
+        for part in ("gate", "up", "down"):
+            names[f"{layers}/mlp/{part}/kernel"] = f"{short}.blk.{{}}.ffn_{part}.weight"
+    return names
+
+
+FAMILIES: dict[str, Family] = {
+    "gemma2": Family(_gemma2, _plain),
+    "gemma3": Family(_gemma3, _plain),
+    "gpt2": Family(_gpt2, _gpt2_table),
+    "llama": Family(_llama, _llama_table, r"rope_freqs\.weight"),
+    "qwen2": Family(_qwen2, _plain),
+    "qwen3": Family(_qwen3, _plain),
+    "t5": Family(_t5, _t5_table, r"dec\.blk\.0\.cross_attn_rel_b\.weight"),
+}

@@ -1,0 +1,230 @@
+"""Hugging Face folders: config.json, weights (one file or shards), and the hub."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softprompt.downloads import cache_dir
+from softprompt.errors import UserError
+from softprompt.models.decoder import DecoderConfig
+from softprompt.pretrained.families import Family, read_family
+from softprompt.pretrained.name_tables import Source, Table
+from softprompt.pretrained.tensor_files import ALL, TensorFile, open_file
+
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+FILES = (*TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
+PYTORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
+    """The decoder that config.json describes.
+
+    Raises:
+        UserError: no readable config.json, another architecture, a variant that the decoder does
+            not have, or a missing key.
+    """
+    return _read_family(Path(folder))[1]
+
+
+def architecture(folder: str | os.PathLike[str]) -> str:
+    """The class that config.json names, "" where it names none.
+
+    Raises:
+        UserError: no readable config.json.
+    """
+    return str((read_json(Path(folder) / "config.json").get("architectures") or [""])[0])
+
+
+def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, Table, Source]:
+    """The folder's decoder, which tensors fill its leaves, and these tensors; reads headers only.
+
+    Raises:
+        UserError: what `read_config` and `open_source` raise.
+    """
+    folder = Path(folder)
+    family, config = _read_family(folder)
+    table = family.table(config)
+    source = open_source(
+        folder,
+        original=table["embed/embedding"].name,
+        copies=[_head_name(family, config)] if config.tied else [],
+        harmless=family.harmless,
+        spellings=family.spellings,
+    )
+    return config, table, source
+
+
+def open_source(
+    folder: str | os.PathLike[str],
+    *,
+    original: str,
+    copies: Sequence[str],
+    harmless: str,
+    spellings: Sequence[tuple[str, str]] = (),
+) -> Source:
+    """The folder's tensors as a source of weights; reads headers, and copies where there are any.
+
+    Args:
+        folder: holds model.safetensors, or an index and shards, or the same of pytorch_model.bin.
+        original: the name of the embeddings.
+        copies: names of tensors that may lie beside the embeddings and must then equal them.
+        harmless: pattern of other tensors that no leaf asks for.
+        spellings: as in `Family`.
+
+    Raises:
+        UserError: no weights, a shard named in the index that is absent, a file that cannot be
+            read, or a copy that is none.
+    """
+    folder = Path(folder)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    where: dict[str, tuple[Path, TensorFile, str]] = {}
+    for file in _weight_files(folder):
+        opened = open_file(file)
+        for stored, kind in opened.tensors.items():
+            name = canonical(stored, spellings)
+            if name in where:
+                raise UserError(f"{file}: tensor {stored} is also in {where[name][0].name}")
+            tensors[name] = kind
+            where[name] = file, opened, stored
+
+    for copy in copies:
+        if {original, copy} <= set(where):
+            _check_copy(where[original], where[copy])
+
+    def read(name: str) -> tuple[np.ndarray, np.ndarray]:
+        _, opened, stored = where[name]
+        values = opened.read(stored, ALL)
+        return values, values
+
+    def may_be_left(name: str) -> bool:
+        return bool(re.fullmatch(harmless, name)) or name in copies
+
+    return Source(str(folder), tensors, read, may_be_left)
+
+
+def download(repo: str, *, revision: str | None = None, patterns: Sequence[str] = FILES) -> Path:
+    """Fetches files of a hub repository into the cache, with progress.
+
+    Args:
+        repo: its name.
+        revision: branch, tag or commit; None for the default branch.
+        patterns: which files. With `FILES`, a repository without safetensors gives its PyTorch
+            files instead.
+
+    Raises:
+        UserError: not reachable and not in the cache, no such repository or revision, or no access.
+    """
+    folder = _snapshot(repo, revision, patterns)
+    if patterns == FILES and not any(folder.glob("model*.safetensors")):
+        folder = _snapshot(repo, revision, PYTORCH_FILES)
+    return folder
+
+
+def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import: only for hub names
+
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_dir() / "hub",
+                allow_patterns=list(patterns),
+            )
+        )
+    except Exception as e:  # httpx, OS and hub errors alike: the user's remedy is the same
+        reason = next((line for line in str(e).splitlines() if line.strip()), "no reason given")
+        raise UserError(
+            f"could not fetch model {where} from the hub ({type(e).__name__}: {reason[:200]}); "
+            "check the name and the network, or give a local folder"
+        ) from e
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index, single = folder / f"{name}.index.json", folder / name
+        if index.exists():
+            return _shards(index)
+        if single.exists():
+            return [single]
+    raise UserError(
+        f"{folder}: no model.safetensors and no model.safetensors.index.json "
+        "(nor pytorch_model.bin and its index)"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    shards: Any = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{index}: no weight_map")
+    files = [index.parent / str(name) for name in sorted(set(map(str, shards.values())))]
+    absent = [file.name for file in files if not file.exists()]
+    if absent:
+        raise UserError(f"{index}: names shards that are not there: {', '.join(absent)}")
+    return files
+
+
+def _read_family(folder: Path) -> tuple[Family, DecoderConfig]:
+    file = folder / "config.json"
+    return read_family(read_json(file), file=str(file))
+
+
+def canonical(stored: str, spellings: Sequence[tuple[str, str]]) -> str:
+    """A tensor's name as the family's table has it."""
+    for pattern, replacement in spellings:
+        name, found = re.subn(f"^{pattern}", replacement, stored)
+        if found:
+            return name
+    return stored
+
+
+def _head_name(family: Family, config: DecoderConfig) -> str:
+    """What the head would be called if it were not tied."""
+    return family.table(dataclasses.replace(config, tied=False))["head/kernel"].name
+
+
+def _check_copy(original: tuple[Path, TensorFile, str], copy: tuple[Path, TensorFile, str]) -> None:
+    """Refuses a tensor that is said to be the embeddings once more, a tied head's, yet differs."""
+    (_, ours, name), (file, theirs, other) = original, copy
+    shape, step = ours.tensors[name][1], 4096  # in pieces: the matrix may be the largest tensor
+    pieces = [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
+    same = shape == theirs.tensors[other][1] and all(
+        np.array_equal(ours.read(name, piece), theirs.read(other, piece)) for piece in pieces
+    )
+    if not same:
+        raise UserError(
+            f"{file}: {other} differs from {name}, but config.json ties them; "
+            "set tie_word_embeddings to false there if it is a head of its own"
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{file}: no such file") from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: not readable as JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return value

@@ -1,0 +1,202 @@
+"""A model saved as a Hugging Face folder, the inverse of loading: for full fine-tuning."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
+
+from softprompt.errors import UserError
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.quantize import VALUES
+from softprompt.models.t5_layers import T5Config
+from softprompt.pretrained import hf, t5_names
+from softprompt.pretrained.families import T5_ARCHITECTURES, find_family
+from softprompt.pretrained.name_tables import Part, Table, tensor_names
+from softprompt.pretrained.tokenizer import Tokenizer
+
+Config = DecoderConfig | T5Config
+BESIDE = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+COPIED = (*hf.TOKENIZER_FILES[1:], *BESIDE)
+
+
+def save_folder(
+    folder: str | os.PathLike[str],
+    config: Config,
+    weights: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    original: str | os.PathLike[str] | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Writes config.json, safetensors and the tokenizer; transformers and `load_model` read them.
+
+    Args:
+        folder: a local folder, new or empty.
+        config: of the model.
+        weights: the tree that `load_model` gives, or one like it; not quantised.
+        tokenizer: of the model.
+        original: the Hugging Face folder that the model came from, if any: what else its
+            config.json says, and its tokenizer's files, are taken over.
+        shard_bytes: size at which the weights are cut into several files. One of them at a time is
+            in memory.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder is not empty, the weights are not the config's, no family of
+            transformers computes what the config says, `original` is another model, the weights are
+            quantised, or the disk takes no more. What was half-written is gone.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: not an empty folder; a model is saved into a new one")
+    leaves = flatten_dict(weights, sep="/")
+    if any(path.endswith(VALUES) for path in leaves):
+        raise UserError("quantised weights cannot be saved; load the model with quantize none")
+    raw, table = _describe(config, tokenizer, original)
+    _check(leaves, table)
+    raw["dtype"] = str(leaves["embed/embedding"].dtype)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        _save_weights(partial, leaves, table, shard_bytes)
+        if original is None or not _copy_tokenizer(Path(original), partial):
+            _save_tokenizer(partial, tokenizer)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{folder}: cannot be written ({e})") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _describe(
+    config: Config, tokenizer: Tokenizer, original: str | os.PathLike[str] | None
+) -> tuple[dict[str, Any], Table]:
+    """The content of config.json, and the name table that goes with it."""
+    if original is not None:
+        is_t5 = hf.architecture(original) in T5_ARCHITECTURES
+        found, table, _ = (t5_names if is_t5 else hf).open_folder(original)
+        if found != config:
+            raise UserError(f"{original}: its config.json is not that of the model to be saved")
+        raw = hf.read_json(Path(original) / "config.json")
+        if "text_config" not in raw:  # else it sees images, and its text part is saved without them
+            return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}, table
+    if isinstance(config, T5Config):
+        raw = t5_names.raw_config(config)
+        return {"architectures": [T5_ARCHITECTURES[0]], **raw}, t5_names.t5_table(config)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    architecture, family = find_family(config)
+    raw = {"architectures": [architecture], **family.raw(config), **ids}
+    return raw, family.table(config)
+
+
+def _check(leaves: Mapping[str, Any], table: Table) -> None:
+    """Raises where leaves are missing, too many, or of another shape."""
+    expected = {path: part.shape for path, part in table.items()}
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    wrong = sorted(
+        path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)
+    )
+    if wrong:
+        raise UserError(f"weights do not match the config: {', '.join(wrong)}")
+
+
+def _save_weights(folder: Path, leaves: Mapping[str, Any], table: Table, shard_bytes: int) -> None:
+    """Writes model.safetensors, or shards and their index."""
+    pieces: dict[str, list[tuple[str, int | None]]] = {}
+    for path, part in table.items():
+        for layer, name in enumerate(tensor_names(part)):
+            pieces.setdefault(name, []).append((path, None if part.layers is None else layer))
+    sizes = {
+        name: int(np.prod(table[path].source)) * leaves[path].dtype.itemsize
+        for name, ((path, _), *_) in pieces.items()
+    }
+    shards = list(_shards(sizes, shard_bytes))
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
+        tensors = {name: _tensor(pieces[name], leaves, table) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+        del tensors  # before the next shard's are made
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in groups of at most `limit` bytes, but for a tensor that alone is larger."""
+    group: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if group and total + size > limit:
+            yield group
+            group, total = [], 0
+        group.append(name)
+        total += size
+    yield group
+
+
+def _tensor(
+    pieces: list[tuple[str, int | None]], leaves: Mapping[str, Any], table: Table
+) -> np.ndarray:
+    """One tensor of the file, each leaf that has a part of it written through that part's view."""
+    first = table[pieces[0][0]]
+    tensor = np.empty(first.source, leaves[pieces[0][0]].dtype)
+    for path, layer in pieces:
+        leaf = leaves[path] if layer is None else leaves[path][layer]
+        _write(tensor, table[path], np.asarray(jax.device_get(leaf)))
+    return tensor
+
+
+def _write(tensor: np.ndarray, part: Part, values: np.ndarray) -> None:
+    view = part.convert(tensor)
+    assert np.may_share_memory(view, tensor), f"{part.name}: convert gives a copy"
+    view[...] = values - values.dtype.type(part.offset) if part.offset else values
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes a tokenizer that came from elsewhere as a fast one of transformers."""
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    names = {role: tokenizer.token(i) for role, i in ids.items() if i is not None}
+    around = [
+        names.get("bos_token", "") if tokenizer.add_bos else "",
+        "$A",
+        names.get("eos_token", "") if tokenizer.add_eos else "",
+    ]
+    if any(around[::2]):
+        backend.post_processor = TemplateProcessing(
+            single=" ".join(filter(None, around)),
+            special_tokens=[(names[role], ids[role]) for role in names],
+        )
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _copy_tokenizer(original: Path, folder: Path) -> bool:
+    """Copies a tokenizer's files, and what else is about text; returns whether there is one."""
+    files = {file for pattern in COPIED for file in original.glob(pattern) if file.is_file()}
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return any(file.name not in BESIDE for file in files)

@@ -1,0 +1,1 @@
+"""A trial from its config to its result row, groups of trials, and sweeps."""

@@ -1,0 +1,108 @@
+"""What a trial will cost, before it runs."""
+
+import jax
+
+from softprompt.analysis.flops import (
+    Work,
+    forward_flops,
+    machine_bandwidth,
+    machine_flops,
+    scoring_work,
+)
+from softprompt.config import ConfigDict
+from softprompt.config.schema import UNTRAINED
+from softprompt.data.packing import RowShape
+from softprompt.data.pipeline import train_widths
+from softprompt.evaluation.perplexity import PIECE
+from softprompt.models.decoder import DecoderConfig
+from softprompt.training.memory import bytes_of
+from softprompt.training.optimizers import make_optimizer
+from softprompt.trials.prepare import Prepared, delta_shapes, prepare, step_flops, train_source
+from softprompt.trials.session import SPLITS, Session, optimizer_config
+
+SHARE = 0.5  # of the machine's own rate that a step or an evaluation is expected to reach
+
+# Bytes that a step moves for each trained number, once and away: its gradient, two moments, the
+# number itself and three norms, in float32.
+UPDATE = 60
+
+
+def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
+    """Parameters, operations, memory and time of a trial, from its real data and shapes.
+
+    Loads the model and the data, which the trial needs too.
+
+    Returns:
+        trainable: trained parameters.
+        flops: useful operations of training and all evaluations, but for `eval.latency`.
+        memory_bytes: weights, what a training step keeps for its backward pass, and the delta with
+            its best values, gradient and optimizer's state.
+        seconds: at half of the machine's measured rate of operations, and all of that at which it
+            moves bytes for the update; compilation left out.
+    """
+    prepared = prepare(config, session)
+    sizes, layout = prepared.loaded.config, prepared.layout
+    weights = bytes_of(prepared.loaded.weights)
+
+    def scoring(split: str) -> float:
+        parts = [one.split(split) for one in prepared.tasks]
+        work = [scoring_work(part, layout, prepared.contexts) for part in parts]
+        return sum(forward_flops(sizes, one) for one in work)
+
+    once = {split: scoring(split) for split in SPLITS[1:]}
+    flops, memory, trainable, seconds = once["validation"] + once["test"], float(weights), 0, 0.0
+    if config.eval.text:
+        flops += forward_flops(sizes, text_work(config.eval.text_tokens, prepared.contexts[1]))
+    if config.method.name not in UNTRAINED:
+        every, steps = config.eval.every, config.train.steps
+        source = train_source(prepared)
+        looks = 1 + (steps // every if every else 0) + int(not every or steps % every > 0)
+        flops += steps * step_flops(prepared) + (looks - 1) * once["validation"]
+        memory += step_memory(prepared, source.template.shape)
+        trainable, kept = trained(prepared)
+        memory += kept - (weights if config.method.name == "full" else 0)  # takes their place
+        seconds += steps * trainable * UPDATE / machine_bandwidth()
+    seconds += flops / machine_flops(config.model.dtype) / SHARE
+    return {
+        "trainable": trainable,
+        "flops": flops,
+        "memory_bytes": memory,
+        "seconds": seconds,
+    }
+
+
+def trained(prepared: Prepared) -> tuple[int, int]:
+    """Numbers of the delta, and bytes of it, its best values, gradient and optimizer's state."""
+    delta = delta_shapes(prepared)
+    state = jax.eval_shape(make_optimizer(optimizer_config(prepared.config)).init, delta)
+    return sum(leaf.size for leaf in jax.tree.leaves(delta)), 3 * bytes_of(delta) + bytes_of(state)
+
+
+def text_work(tokens: int, context: int) -> Work:
+    """Scoring of so many tokens of plain text, in pieces behind a context."""
+    return Work(tokens + context, tokens * (PIECE / 2 + context) + context**2 / 2, tokens)
+
+
+def step_memory(prepared: Prepared, shape: RowShape) -> float:
+    """Bytes that a step keeps for its backward pass, all layers, nothing rematerialised.
+
+    About seven arrays of the width and two of the ffn in the compute dtype for every token of
+    a microbatch's rows, and of the contexts, which are run once; of attention's scores,
+    which are computed again, those of one layer in float32; the logits of targets and their
+    gradient, in float32.
+    """
+    widths = train_widths(shape, prepared.layout)
+    rows = -(-shape.rows // prepared.config.train.microbatches)
+    sizes, (before, context) = prepared.loaded.config, prepared.contexts
+    context *= max(1, prepared.layout.prompts)
+    size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
+    kept = (7 * sizes.width + 2 * sizes.ffn) * size
+    own, logits = widths["T"], 8 * rows * widths["M"] * sizes.vocab
+    if isinstance(sizes, DecoderConfig):
+        scores = rows * own * (own + context) * sizes.heads * 4
+        return sizes.layers * kept * (rows * own + context) + scores + logits
+    read = widths["S"]
+    keys = max(read * (read + before), own * (own + context + read + before))
+    encoder = sizes.encoder_layers * (rows * read + before)
+    decoder = sizes.decoder_layers * (rows * own + context)
+    return kept * (encoder + decoder) + rows * keys * sizes.heads * 4 + logits

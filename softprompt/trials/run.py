@@ -1,0 +1,390 @@
+"""One trial, from a config to a result row: an idempotent command on a folder."""
+
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from softprompt.analysis.flops import machine_flops
+from softprompt.config import (
+    ConfigDict,
+    differences,
+    from_dict,
+    members,
+    to_dict,
+    trial_id,
+    trial_name,
+)
+from softprompt.config.schema import UNTRAINED
+from softprompt.data.eval_batches import eval_batches, eval_shape
+from softprompt.data.pipeline import pad_rows
+from softprompt.errors import UserError
+from softprompt.evaluation import latency
+from softprompt.evaluation.metrics import classification, over_tasks
+from softprompt.evaluation.ranking import (
+    Scores,
+    normalise,
+    score_batches,
+    scored_at_once,
+    scoring_budget,
+    shared_function,
+    token_nll,
+)
+from softprompt.files import check_writable, write_text
+from softprompt.methods import METHODS
+from softprompt.pretrained.loading import Loaded
+from softprompt.results import Row, is_done, make_row, read_result, write_result
+from softprompt.training import checkpoints, loop
+from softprompt.training.delta_file import save_delta
+from softprompt.training.logs import MetricsLog, open_sinks, read_log
+from softprompt.training.memory import bytes_of, peak_memory, program_memory
+from softprompt.training.optimizers import set_rate
+from softprompt.training.sharding import put_batch
+from softprompt.training.step import StepConfig
+from softprompt.trials.prepare import (
+    Prepared,
+    initial_state,
+    learning_rates,
+    prepare,
+    step_flops,
+    train_source,
+    trial_key,
+)
+from softprompt.trials.session import Session, TaskData, optimizer_config
+
+Tree = Any
+Graded = tuple[dict[str, float], list[np.ndarray]]
+CONFIG, DELTA, PREDICTIONS = "config.json", "delta.safetensors", "predictions.jsonl"
+
+
+def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -> Row:
+    """Trains and tests one config, going on from where an earlier run of it stopped.
+
+    On several hosts, call `jax.distributed.initialize()` first in each process and then this with
+    the same arguments, `folder` on storage that all of them reach. The mesh spans the devices of
+    all processes; the first process writes; a SIGTERM to one of them stops all.
+
+    Args:
+        config: resolved and valid.
+        folder: of this trial alone, local or gs://. Afterwards holds config.json, metrics.jsonl,
+            checkpoints, delta.safetensors (the selected delta), predictions.jsonl and, written
+            last, result.json.
+        session: what the process's trials share.
+
+    Returns:
+        The result row.
+
+    Raises:
+        UserError: anything the user can mend; the folder is another config's, for one.
+        SystemExit: with 75 after SIGTERM; the state is saved.
+    """
+    folder = epath.Path(folder)
+    began = time.monotonic()
+    check_folder(folder, config)
+    row = read_result(folder)
+    if row is not None and row["status"] == "done":
+        session.progress.say(f"{trial_name(config)} is done already (in {folder})")
+        return row
+    compiled_before = session.compile_seconds
+    prepared = prepare(config, session)
+    if config.method.name not in UNTRAINED:
+        delta, metrics, facts = fit(prepared, folder)
+        if session.population:
+            session.population.leave()
+    else:
+        claim(folder, config)
+        delta, metrics, facts = {}, {"validation": score(prepared, {}, "validation")[0]}, {}
+    metrics["test"] = test(prepared, folder, delta)
+    with session.alone(prepared.mesh):
+        if config.eval.text:
+            metrics["text"] = text_metrics(prepared, delta)
+        if config.eval.latency:
+            metrics["latency"] = latency_metrics(prepared, delta)
+    save_delta(folder / DELTA, delta, provenance(config, prepared.loaded))
+    if jax.process_index() == 0:
+        facts["delta_bytes"] = (folder / DELTA).stat().length
+    row = make_row(
+        config,
+        status="done",
+        metrics=metrics,
+        seconds=facts.pop("seconds", 0.0) + time.monotonic() - began,
+        compile_seconds=session.compile_seconds - compiled_before,
+        peak_memory_bytes=peak_memory(),
+        trainable=facts.pop("trained", 0),
+        stored=parameters(delta),
+        weight_bytes=bytes_of(prepared.frozen),
+        **facts,
+    )
+    write_result(folder, row)
+    return row
+
+
+def check_folder(folder: epath.Path, config: ConfigDict) -> None:
+    """Checks that a folder is new or this trial's.
+
+    Raises:
+        UserError: the folder holds another config (names what differs), or an imported delta; or
+            nothing can be written there.
+    """
+    check_writable(folder)
+    if not (folder / CONFIG).exists():
+        return
+    theirs = read_config(folder)
+    if trial_id(theirs) != trial_id(config):
+        raise UserError(
+            f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
+            "there); give another --workdir"
+        )
+    trained = (folder / "checkpoints").exists() or config.method.name in UNTRAINED
+    if (folder / DELTA).exists() and not trained and not is_done(folder):
+        raise UserError(
+            f"{folder} holds an imported delta, which training would replace; give another "
+            "--workdir (method.init=file starts a prompt from one)"
+        )
+
+
+def claim(folder: epath.Path, config: ConfigDict) -> None:
+    """Writes the config into a new folder, once nothing the user asked for can be wrong any more.
+
+    So a mistake leaves no folder behind that would refuse the corrected command.
+    """
+    file = folder / CONFIG
+    if jax.process_index() == 0 and not file.exists():
+        write_text(file, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def read_config(folder: epath.PathLike) -> ConfigDict:
+    """The resolved config of a trial's folder.
+
+    Raises:
+        UserError: no config.json, or not one of ours.
+    """
+    file = epath.Path(folder) / CONFIG
+    if not file.exists():
+        raise UserError(f"{folder}: no trial there (it has no {CONFIG})")
+    try:
+        tree = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: not a trial's config; allowed: a JSON object")
+    try:
+        return from_dict(tree)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], dict[str, Any]]:
+    """Trains the delta, from the newest checkpoint where there is one.
+
+    Returns:
+        The selected delta without what only training needed, its metrics, and facts for the row:
+        steps, flops, peak_share, input_wait_share, trained parameters, seconds and memory of a
+        step, and the seconds that earlier processes spent.
+    """
+    config, session, mesh = prepared.config, prepared.session, prepared.mesh
+    with session.alone(mesh):
+        state, step_rates = initial_state(prepared), learning_rates(prepared)
+    if not prepared.frozen:  # the weights are trained, and their first values were copied
+        session.release(config)
+    source, key = train_source(prepared), trial_key(prepared)
+    multiple = mesh.shape["data"] * config.train.microbatches
+    if spare := -source.template.shape.rows % multiple:
+        session.progress.say(f"a step computes {spare} empty rows, for a multiple of {multiple}")
+    fold = METHODS[config.method.name].fold
+    batch = put_batch(mesh, pad_rows(source[0], multiple))
+    opt_state = set_rate(state.opt_state, np.float32(0))
+    arguments = (state.delta, opt_state, prepared.frozen, batch, key)
+    step = session.train_step(prepared.step, optimizer_config(config), mesh, arguments)
+    parts = loop.Parts(
+        step=step,
+        weights=prepared.frozen,
+        source=source,
+        rates=step_rates,
+        key=key,
+        mesh=mesh,
+        row_multiple=multiple,
+        evaluate=lambda delta: score(prepared, delta, "validation")[0],
+        fold=jax.jit(functools.partial(fold, cfg=prepared.step.method_config)),
+        folder=folder,
+        notes={"config": to_dict(config), "fingerprint": prepared.loaded.fingerprint},
+        step_flops=step_flops(prepared),
+        machine_flops=machine_flops(config.model.dtype),
+        stage=session.progress.stage,
+        stopping=session.population.stopping if session.population else None,
+        idle=getattr(step, "idle", lambda: 0.0),
+    )
+    with open_sinks(config, folder, trial_name(config)) as sinks:
+        claim(folder, config)
+        with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
+            restored = loop.restore(manager, state, fingerprint=prepared.loaded.fingerprint)
+            if restored is not None:
+                session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
+            state = restored or state
+            log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
+            state = loop.train(loop_config(config), parts, state, log, manager)
+    chosen, scores, at = state.selected(config.eval.select)
+    facts = fit_facts(parts, state, session)
+    return parts.fold(chosen), {"validation": scores, "selected_step": at}, facts
+
+
+def fit_facts(parts: loop.Parts, state: loop.State, session: Session) -> dict[str, Any]:
+    """The facts that `fit` returns."""
+    return {
+        "steps": state.step,
+        "flops": state.step * parts.step_flops,
+        **{name: mean_share(parts.folder, name) for name in ("peak_share", "input_wait_share")},
+        "step_seconds": median_step(parts.folder),
+        "step_memory_bytes": program_memory(parts.step),
+        "members": at_a_time(parts.step, session),
+        "seconds": state.seconds,
+        "trained": parameters(state.delta),
+    }
+
+
+def at_a_time(step: Any, session: Session) -> int:
+    """The most trials that ran with this one, itself included: also where none took a step."""
+    apart = session.population.apart if session.population else 1
+    return max(1, getattr(step, "places", apart))
+
+
+def parameters(delta: Tree) -> int:
+    """How many numbers a delta holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(delta))
+
+
+def mean_share(folder: epath.Path, name: str) -> float | None:
+    """A share, such as of the machine's peak, over all logged steps, evaluations left out."""
+    lines = [line for line in read_log(folder) if name in line]
+    seconds = sum(line["seconds"] for line in lines)
+    return sum(line[name] * line["seconds"] for line in lines) / seconds if lines else None
+
+
+def loop_config(config: ConfigDict) -> loop.LoopConfig:
+    """The loop's half of a config."""
+    return loop.LoopConfig(
+        steps=config.train.steps,
+        log_every=config.log.every,
+        eval_every=config.eval.every,
+        checkpoint_every=config.log.checkpoint_every,
+        snapshots=config.log.snapshots,
+        patience=config.eval.patience,
+        metric=config.eval.metric,
+    )
+
+
+def median_step(folder: epath.Path) -> float | None:
+    """The median over log lines of the seconds that a step took."""
+    lines = [line for line in read_log(folder) if "examples_per_second" in line]
+    batch = read_config(folder).train.batch
+    return (
+        float(np.median([batch / line["examples_per_second"] for line in lines])) if lines else None
+    )
+
+
+def score(prepared: Prepared, delta: Tree, split: str) -> Graded:
+    """Metrics of a split by rank scoring (see `over_tasks`), and each task's scores [N, C]."""
+    session, mesh, tasks = prepared.session, prepared.mesh, prepared.tasks
+    batches = session.eval_batches(tasks, split, mesh=mesh, layout=prepared.layout)
+    with session.alone(mesh):
+        shared = prepared.shared(delta)
+        progress = functools.partial(session.progress.stage, f"score {split}")
+        model, frozen, at_once = prepared.step.model, prepared.frozen, scored_at_once(mesh)
+        run = functools.partial(score_batches, model, frozen, shared, mesh=mesh, at_once=at_once)
+        return graded(prepared, split, [run(own, progress=progress) for own in batches])
+
+
+def graded(prepared: Prepared, split: str, found: Sequence[Scores]) -> Graded:
+    """What `score` returns, of what `score_batches` does for each task."""
+    metrics, scores = {}, []
+    for one, sums_and_lengths in zip(prepared.tasks, found, strict=True):
+        scores_NC = normalise(*sums_and_lengths, prepared.config.eval.score)
+        labels_N, classes = one.split(split).labels, scores_NC.shape[1]
+        metrics[one.task.name] = classification(scores_NC.argmax(axis=1), labels_N, classes)
+        scores.append(scores_NC)
+    return over_tasks(metrics), scores
+
+
+def test(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, float]:
+    """Scores the test split, once, and writes the predictions by example id."""
+    metrics, scores = score(prepared, delta, "test")
+    if jax.process_index() == 0:
+        lines = []
+        for one, scores_NC in zip(prepared.tasks, scores, strict=True):
+            named = {"task": one.task.name} if prepared.config.data.mixture else {}
+            own = told(one, "test", scores_NC)
+            lines += [json.dumps(named | line, ensure_ascii=False) for line in own]
+        write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
+    return metrics
+
+
+def told(data: TaskData, split: str, scores_NC: np.ndarray) -> Iterator[dict[str, Any]]:
+    """What predictions.jsonl says of a split's examples, in their order."""
+    examples, labels = data.split(split), list(data.task.verbalizers)
+    for name, label, row_C in zip(examples.ids, examples.labels, scores_NC, strict=True):
+        yield {
+            "id": name,
+            "label": labels[label] if label >= 0 else None,
+            "predicted": labels[int(row_C.argmax())],
+            "scores": dict(zip(labels, row_C.round(5).tolist(), strict=True)),
+        }
+
+
+def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
+    """Perplexity of the config's text behind the delta, and the tokens that were predicted."""
+    config, session = prepared.config, prepared.session
+    pieces = session.text(config, bos=prepared.bos)
+    rows = prepared.mesh.shape["data"]
+    shape = eval_shape(pieces, budget=scoring_budget(), row_multiple=rows, score="targets")
+    sums_NC, lengths_NC = score_batches(
+        prepared.step.model,
+        prepared.frozen,
+        prepared.shared(delta),
+        eval_batches(pieces, shape, score="targets"),
+        mesh=prepared.mesh,
+        at_once=scored_at_once(prepared.mesh),
+        progress=lambda done, total: session.progress.stage("score text", done, total),
+    )
+    nats = token_nll(sums_NC, lengths_NC)
+    return {"perplexity": math.exp(nats), "nats": nats, "tokens": int(lengths_NC.sum())}
+
+
+def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
+    """What the delta costs in use, against the base: see `latency.compare`.
+
+    Of a mixture the inputs are the first task's. Weights that were trained themselves are first
+    cast to the dtype of the base's.
+    """
+    config, session, mesh, step = prepared.config, prepared.session, prepared.mesh, prepared.step
+    session.progress.stage("time prefill and decoding")
+    weights = session.model(config).weights  # anew, where the training of all weights dropped them
+    plain = shared_function(StepConfig(step.model, "none", None), mesh)
+    behind = prepared.data.test.inputs
+    inputs = [tokens[len(prepared.prefix) :] for tokens in behind]
+    base = latency.Served(weights, plain({}, weights), inputs)
+    if step.method == "full":
+        trained = jax.tree.map(lambda new, old: new.astype(old.dtype), delta, weights)
+        ours = latency.Served(trained, plain({}, trained), behind)
+    else:
+        which = 0 if prepared.layout.prompts else None
+        ours = latency.Served(weights, prepared.shared(delta), behind, which)
+    rows = -(-latency.ROWS // mesh.shape["data"]) * mesh.shape["data"]
+    return latency.compare(step.model, base, ours, mesh=mesh, rows=rows)
+
+
+def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
+    """What a delta file says of itself."""
+    return {
+        "model": config.model.name,
+        "fingerprint": loaded.fingerprint,
+        "method": config.method.name,
+        "bos": config.method.bos,
+        "task": ",".join(one.task.name for one in members(config)),
+        "trial": trial_id(config),
+    }

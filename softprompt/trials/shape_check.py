@@ -1,0 +1,279 @@
+"""Catalogued models at full size without their weights: a step's shapes, its shards, what fits.
+
+A training step of a frozen model and a prompt runs through `jax.eval_shape` with the model's real
+shapes; a scanned stack of layers is traced once, whatever its depth, so that XXL costs no more than
+small. Every leaf must have a sharding rule. Meshes are sizes only: no accelerator is needed.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from softprompt.console import print_columns
+from softprompt.data.packing import RowShape
+from softprompt.data.pipeline import train_widths
+from softprompt.data.rows import DECODER, TRAIN, Layout, empty
+from softprompt.methods import METHODS, initializers
+from softprompt.methods.prompt import PromptConfig
+from softprompt.models import T5, Decoder, Model
+from softprompt.models.decoder_layers import DecoderConfig
+from softprompt.models.shapes import leaf_dtype, leaf_shapes
+from softprompt.models.t5_layers import T5Config
+from softprompt.pretrained.catalog import Entry, select
+from softprompt.training.optimizers import OptimizerConfig, make_optimizer
+from softprompt.training.sharding import Gather, make_mesh, weight_shardings, weight_spec
+from softprompt.training.step import StepConfig, train_step
+from softprompt.trials.session import compile_step
+
+Tree = Any
+Sizes = DecoderConfig | T5Config
+
+# P, R, T and M of the step that is checked; a T5's encoder reads P + T.
+PROMPT, ROWS, TOKENS, TARGETS = 100, 32, 512, 8
+DTYPE = jnp.dtype("bfloat16")
+OPTIMIZER = OptimizerConfig(name="adafactor")
+ALLOWANCE = 0.25  # of a chip's memory: activations, gathered weights, the program, what XLA needs
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A Cloud TPU slice: how many chips, and the bytes of memory of each."""
+
+    name: str
+    chips: int
+    memory: int
+
+
+# Source: https://cloud.google.com/tpu/docs/v5e and /v4.
+SLICES = (Slice("v5e-16", 16, 16 * GIB), Slice("v4-128", 64, 32 * GIB))
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a model's weights lie on a slice.
+
+    Attributes:
+        data: devices along "data".
+        model: devices along "model".
+        weights: as in `config.mesh.weights`.
+        weight_bytes: that a device holds.
+        fits: whether weights, delta and optimizer state leave the allowance free.
+    """
+
+    data: int
+    model: int
+    weights: str
+    weight_bytes: int
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step as shapes: what is static, and (delta, state, weights, batch, key)."""
+
+    static: StepConfig
+    arguments: tuple[Tree, ...]
+
+    @property
+    def trained(self) -> int:
+        """Parameters of the delta."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.arguments[0]))
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of delta and optimizer state, which every device holds."""
+        leaves = jax.tree.leaves(self.arguments[:2])
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def abstract_step(config: Sizes) -> Step:
+    """A prompt-tuning step of a model of these sizes, weights in bfloat16, nothing in memory.
+
+    T5 is prompted as in the paper: before the encoder's input, and seen by it.
+    """
+    model: Model
+    places: tuple[str, ...] = ()
+    if isinstance(config, T5Config):
+        model, places, layout = T5(config, DTYPE), ("encoder",), Layout(0, input_slots=PROMPT)
+    else:
+        model, layout = Decoder(config, DTYPE), DECODER
+    prompt = PromptConfig(PROMPT, initializer=initializers.uniform(), places=places)
+    init = functools.partial(METHODS["prompt"].init, model=model, cfg=prompt)
+    weights, key = abstract_weights(config), jax.eval_shape(lambda: jax.random.key(0))
+    delta = jax.eval_shape(lambda key, weights: init(key, weights=weights), key, weights)
+    state = jax.eval_shape(make_optimizer(OPTIMIZER).init, delta)
+    step = StepConfig(model, "prompt", prompt)
+    return Step(step, (delta, state, weights, abstract_batch(layout), key))
+
+
+def abstract_weights(config: Sizes) -> Tree:
+    """The tree of the frozen weights' shapes and dtypes."""
+    tree: dict[str, Any] = {}
+    for path, shape in leaf_shapes(config).items():
+        *folders, last = path.split("/")
+        place = functools.reduce(lambda at, folder: at.setdefault(folder, {}), folders, tree)
+        place[last] = jax.ShapeDtypeStruct(shape, leaf_dtype(path, DTYPE))
+    return tree
+
+
+def abstract_batch(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """A step's rows, one example in each."""
+    shape = RowShape(ROWS, TOKENS + layout.input_slots, TARGETS, examples=1)
+    arrays = empty(ROWS, train_widths(shape, layout), layout.names(*TRAIN))
+    return {
+        name: jax.ShapeDtypeStruct(
+            array.shape, jnp.float32 if name.startswith("weight") else array.dtype
+        )
+        for name, array in arrays.items()
+    }
+
+
+@functools.cache
+def check_shapes(config: Sizes) -> Step:
+    """The step of a model of these sizes, traced with its real shapes.
+
+    Raises:
+        UserError: a leaf of the weights has no sharding rule.
+        Exception: what Flax or JAX say of shapes that do not go together.
+    """
+    for path, shape in leaf_shapes(config).items():
+        weight_spec(path, shape, AbstractMesh((1, 1), ("data", "model")))
+    step = abstract_step(config)
+    function = functools.partial(train_step, config=step.static, tx=make_optimizer(OPTIMIZER))
+    delta, state, metrics = jax.eval_shape(function, *step.arguments)
+    assert jax.tree.all(jax.tree.map(_alike, (delta, state), step.arguments[:2]))
+    assert all(value.shape == () for value in metrics.values())
+    return step
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def place(config: Sizes, where: Slice) -> Placement:
+    """The first way that fits: whole along "data" with 1, 2, ... chips along "model"; else split.
+
+    "model" goes up to a square mesh, since each doubling sends the activations of every layer to
+    more chips; then the weights are split over both axes of the square. Rows are one chip's at
+    least: no more chips along "data" than rows.
+    """
+    trained = check_shapes(config).trained_bytes
+    side = math.isqrt(where.chips)
+    ways = [(where.chips // 2**n, 2**n, "replicated") for n in range(side.bit_length())]
+    for data, model, weights in [*ways, (side, side, "sharded")]:
+        size = device_bytes(config, data=data, model=model, weights=weights)
+        fits = data <= ROWS and size + trained <= (1 - ALLOWANCE) * where.memory
+        if fits:
+            break
+    return Placement(data, model, weights, size, fits)
+
+
+def device_bytes(config: Sizes, *, data: int, model: int, weights: str) -> int:
+    """Bytes of the weights that one device of a mesh holds."""
+    mesh = AbstractMesh((data, model), ("data", "model"))
+    total = 0
+    for path, shape in leaf_shapes(config).items():
+        spec = weight_spec(path, shape, mesh, weights=weights)
+        part = NamedSharding(mesh, spec).shard_shape(shape)
+        total += math.prod(part) * leaf_dtype(path, DTYPE).itemsize
+    return total
+
+
+def compiled(config: Sizes, mesh: Mesh, weights: str, *, remat: str = "layer") -> Any:
+    """The step compiled for a mesh of this machine, from shapes alone; a row a device at a time."""
+    delta, state, frozen, batch, key = abstract_step(config).arguments
+    shardings = weight_shardings(frozen, mesh, weights=weights)
+    frozen = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        frozen,
+        shardings,
+    )
+    static = abstract_step(config).static
+    static = static._replace(
+        model=static.model.clone(
+            remat=remat, gather=Gather(mesh) if weights == "sharded" else None
+        ),
+        microbatches=ROWS // mesh.shape["data"],
+    )
+    return compile_step(static, OPTIMIZER, mesh, (delta, state, frozen, batch, key))
+
+
+def report(entries: Sequence[Entry]) -> list[str]:
+    """Checks the entries and prints a line for each; returns what failed, one line each."""
+    lines, failed = [], []
+    for entry in entries:
+        try:
+            step = check_shapes(entry.config)
+        except Exception as error:  # whatever the model's code says, the others are still checked
+            failed.append(f"{entry.name}: {' '.join(str(error).split())[:300]}")
+            continue
+        places = [place(entry.config, where) for where in SLICES]
+        counts = (f"{entry.parameters:,}", f"{step.trained:,}")
+        lines.append((entry.name, *counts, *map(_describe, places)))
+    slices = [f"{s.name} ({s.chips} x {s.memory // GIB} GiB)" for s in SLICES]
+    print_columns(("NAME", "PARAMETERS", "TRAINED", *slices), lines)
+    return failed
+
+
+def _describe(placement: Placement) -> str:
+    size = f"{placement.weight_bytes / GIB:6.2f} GiB"
+    fits = "" if placement.fits else "  DOES NOT FIT"
+    return f"{size} a chip, {placement.data}x{placement.model} {placement.weights}{fits}"
+
+
+def report_memory(entries: Sequence[Entry]) -> None:
+    """Compiles the largest of each kind that fits the first slice, and prints what XLA says."""
+    slice_ = SLICES[0]
+    mesh_of = functools.partial(make_mesh, devices=jax.devices()[: slice_.chips])
+    for kind in dict.fromkeys(entry.kind for entry in entries):
+        fitting = [e for e in entries if e.kind == kind and place(e.config, slice_).fits]
+        if not fitting:
+            continue
+        entry = max(fitting, key=lambda entry: entry.parameters)
+        where = place(entry.config, slice_)
+        memory = compiled(entry.config, mesh_of(where.data, where.model), where.weights)
+        sizes = memory.memory_analysis()
+        print(
+            f"{entry.name} compiled for {where.data}x{where.model} {where.weights}, a row a device "
+            f"at a time, remat=layer: {sizes.argument_size_in_bytes / GIB:.2f} GiB of arguments "
+            f"and {sizes.temp_size_in_bytes / GIB:.2f} GiB of temporaries a device, of "
+            f"{slice_.memory // GIB} (XLA for CPU devices)"
+        )
+
+
+def virtual_devices() -> None:
+    """Lets JAX see as many CPU devices as the first slice has chips; before it looks at any."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", SLICES[0].chips)
+
+
+def run(names: Sequence[str]) -> int:
+    """Checks the models of these names (see `select`), prints all of it, returns the exit code.
+
+    It needs no accelerator and asks for none: XLA compiles for virtual CPU devices.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    entries = select(names)
+    virtual_devices()
+    failed = report(entries)
+    print(
+        f"A training step of {ROWS} rows of {TOKENS} tokens, {PROMPT} prompt vectors, Adafactor, "
+        f"weights in {DTYPE.name}. A chip's weights are those of a (data x model) mesh; they fit "
+        f"where prompt and optimizer state leave {ALLOWANCE:.0%} of its memory to the program, "
+        "gathered layers, and the activations of a row at a time (train.microbatches) with "
+        "mesh.remat=layer."
+    )
+    report_memory([e for e in entries if not any(f.startswith(f"{e.name}: ") for f in failed)])
+    for line in failed:
+        print(f"softprompt: {line}", file=sys.stderr)
+    return 1 if failed else 0

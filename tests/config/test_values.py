@@ -1,0 +1,346 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softprompt.config import values as configs
+from softprompt.config import base_config, from_dict, resolve, schema, scientific, to_dict, trial_id
+from softprompt.config.files import list_modules, load_config, parse_arg
+from softprompt.data.tasks import get_task
+from softprompt.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def resolved(**keys):
+    config = base_config()
+    for key, value in keys.items():
+        configs.set_key(config, key.replace("__", "."), value)
+    config.model.dtype = "float32"
+    return config
+
+
+def test_base_config_is_valid_and_locked():
+    config = base_config()
+    configs.validate(config)
+    with pytest.raises(AttributeError):
+        config.method.lenght = 5
+
+
+def test_every_limit_names_a_key():
+    keys = configs.flatten(base_config()).keys()
+    assert schema.CHOICES.keys() <= keys
+    assert schema.RANGES.keys() <= keys
+    assert set(schema.OPEN_MAPPINGS) <= keys
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("method.length", "5", 5),
+        ("optimizer.rate", "1", 1.0),
+        ("optimizer.rate", "3e-2", 0.03),
+        ("log.tensorboard", "True", True),
+        ("log.tensorboard", "false", False),
+        ("model.name", "123", "123"),
+        ("task.verbalizers.pos", " good", {"pos": " good"}),
+        ("task.verbalizers", '{"a": " b"}', {"a": " b"}),
+    ],
+)
+def test_overrides_are_read_as_the_keys_type(key, text, value):
+    config = base_config()
+    configs.set_key(config, key, text)
+    stored = configs.flatten(config)[key if key != "task.verbalizers.pos" else "task.verbalizers"]
+    assert stored == value
+    assert type(stored) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("method.lenght", "5", "unknown config key 'method.lenght' (did you mean method.length"),
+        ("lenght", "5", "did you mean method.length"),
+        ("metod.length", "5", "did you mean method.length"),
+        ("foo.bar", "5", "sections: data, eval"),
+        ("method", "5", "'method' is a section; its keys: method.alpha, method.bos"),
+        ("method.length", "long", "config key 'method.length' is 'long'; it takes a whole number"),
+        ("method.length", "2.5", "a whole number"),
+        ("method.length", "-1", "config key 'method.length' is -1; allowed: at least 0"),
+        ("optimizer.rate", "fast", "a number"),
+        ("optimizer.rate", "nan", "config key 'optimizer.rate' is nan"),
+        ("optimizer.b1", "1", "allowed: 0 to 0.999999"),
+        ("log.wandb", "maybe", "config key 'log.wandb' is 'maybe'; it takes True or False"),
+        ("task.verbalizers", "x", "a mapping of strings"),
+        ("eval.score", "smu", "(did you mean 'sum'?); allowed: sum, mean"),
+        ("method.init", "text", "'method.init_text' is empty; method.init=text needs it"),
+        (
+            "method.init_file",
+            "a.safetensors",
+            "config key 'method.init_file' is 'a.safetensors'; allowed: '' with "
+            "method.init=vocabulary; file reads it",
+        ),
+        ("train.microbatches", "5", "must divide train.batch, 32"),
+        ("optimizer.warmup", "200", "at most train.steps, 100"),
+        (
+            "optimizer.momentum",
+            "1",
+            "config key 'optimizer.momentum' is 1.0; allowed: 0 to 0.999999",
+        ),
+        ("train.ema", "1", "config key 'train.ema' is 1.0; allowed: 0 to 0.999999"),
+        ("train.ema", "-0.1", "config key 'train.ema' is -0.1; allowed: 0 to 0.999999"),
+        ("train.dropout", "1", "config key 'train.dropout' is 1.0; allowed: 0 to 0.999999"),
+        ("train.dropout", "nan", "config key 'train.dropout' is nan; allowed: 0 to 0.999999"),
+        ("method.dropout", "1.5", "config key 'method.dropout' is 1.5; allowed: 0 to 0.999999"),
+        ("method.dropout", "-0.1", "config key 'method.dropout' is -0.1; allowed: 0 to 0.9999"),
+        ("optimizer.factored", "no", "config key 'optimizer.factored' is 'no'; it takes True or"),
+        (
+            "optimizer.start_step",
+            "-1",
+            "config key 'optimizer.start_step' is -1; allowed: 0 to 1073",
+        ),
+        ("optimizer.max_row_norm", "-1", "'optimizer.max_row_norm' is -1.0; allowed: at least 0"),
+        ("optimizer.max_row_norm", "inf", "'optimizer.max_row_norm' is inf; allowed: at least 0"),
+        ("mesh.data", "0", "config key 'mesh.data' is 0"),
+        ("task.source", "my.jsonl", "allowed: jsonl:PATH"),
+        ("data.mixture", "sms_spam,", "'data.mixture' has an entry {'name': ''}; allowed: the n"),
+        ("data.mixture", "[]", "'data.mixture' has an entry None; allowed: the name of a task"),
+        ("data.mixture", "[3]", "'data.mixture' has an entry 3; allowed: the name of a task"),
+        ("data.mixture", '["sms_spam"', "'data.mixture' is not JSON: Expecting ',' delimiter"),
+        ("data.mixture", "sarcasm, sms_spam,sarcasm", "'data.mixture' names 'sarcasm' twice"),
+        (
+            "data.mixture",
+            '[{"name": "mine", "sorce": "tsv:x"}]',
+            "unknown config key 'task.sorce' (did you mean task.source",
+        ),
+        ("data.mixture", '[{"name": "mine", "source": "tsv:x"}]', "'task.template' is empty"),
+        ("data.cap", "-1", "config key 'data.cap' is -1; allowed: at least 0"),
+        ("task.source", "jsonl:my.jsonl", "'task.template' is empty"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(key, text, message):
+    with pytest.raises(UserError) as caught:
+        load_config("", [(key, text)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_choice_is_checked():
+    for key in schema.CHOICES:
+        with pytest.raises(UserError, match=f"'{key}' is 'zzz'; allowed: "):
+            load_config("", [(key, "zzz")])
+
+
+def test_every_range_is_checked():
+    for key, (low, _) in schema.RANGES.items():
+        with pytest.raises(UserError, match=f"'{key}' is .*allowed: "):
+            load_config("", [(key, str(int(low) - 1))])
+
+
+def test_labels_may_have_dots():
+    """Mutation: a label such as 1.0 is no key of a config."""
+    config = base_config()
+    configs.set_key(config, "task.verbalizers.1.0", " good")
+    configs.set_key(
+        config, "task.verbalizers", {**config.task.verbalizers.to_dict(), "0.0": " bad"}
+    )
+    wanted = {"0.0": " bad", "1.0": " good"}
+    again = from_dict(json.loads(json.dumps(to_dict(resolve(config)))))
+    assert to_dict(again)["task"]["verbalizers"] == wanted
+    assert trial_id(again) == trial_id(config)
+
+
+def test_json_round_trip():
+    config = resolved(method__length=5, task__verbalizers={"a": " b"}, optimizer__rate=1)
+    again = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert to_dict(again) == to_dict(config)
+    assert trial_id(again) == trial_id(config)
+
+
+def test_a_config_of_an_older_version_takes_defaults_for_what_it_lacks():
+    tree = to_dict(resolved(method__length=5))
+    del tree["method"]["bos"], tree["log"]
+    assert to_dict(from_dict(tree)) == to_dict(resolved(method__length=5))
+    with pytest.raises(UserError, match="unknown config key 'method.size'"):
+        from_dict({"method": {"size": 3}})
+
+
+def test_id_is_the_same_in_every_version():
+    # Written down once: a change here orphans every finished trial.
+    assert scientific(resolved(method__length=5)) == {"method.length": 5, "model.dtype": "float32"}
+    assert trial_id(resolved(method__length=5)) == "acadd86e8b"
+
+
+def test_id_ignores_mesh_and_logging():
+    plain = trial_id(resolved())
+    for key, value in [("mesh.data", 4), ("mesh.model", 2), ("log.every", 1), ("log.wandb", True)]:
+        assert trial_id(resolved(**{key: value})) == plain
+    allowed = resolved(method__init_any_weights=True)  # a permission, which changes no result
+    assert trial_id(allowed) == plain
+    assert configs.differences(allowed, resolved()) == []
+
+
+def test_id_covers_what_is_scientific():
+    changes = {"seed": 1, "method.length": 5, "task.name": "sms_spam", "eval.score": "mean"}
+    ids = {trial_id(resolved(**{key: value})) for key, value in changes.items()}
+    bfloat16 = resolved()
+    bfloat16.model.dtype = "bfloat16"
+    assert len(ids | {trial_id(resolved()), trial_id(bfloat16)}) == len(changes) + 2
+
+
+def test_a_new_key_with_the_old_behaviour_as_default_changes_no_id(monkeypatch):
+    """Breaks when the id hashes the whole config instead of what differs from the defaults."""
+    before = trial_id(resolved(method__length=5))
+    old = configs.base_config
+
+    def newer():
+        config = old()
+        with config.unlocked():
+            config.method.later = 0.0
+        return config
+
+    monkeypatch.setattr(configs, "base_config", newer)
+    config = newer()
+    config.method.length = 5
+    config.model.dtype = "float32"
+    assert "method.later" in configs.flatten(config)
+    assert trial_id(config) == before
+    config.method.later = 0.1
+    assert trial_id(config) != before
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "dtype"),
+    [
+        ("cpu", "0.10.2", "float32"),
+        ("cpu", "0.12.0.1", "bfloat16"),
+        ("tpu", "0.10.2", "bfloat16"),
+        ("gpu", "0.10.2", "bfloat16"),
+    ],
+)
+def test_auto_dtype(backend, version, dtype):
+    config = base_config()
+    assert resolve(config, backend=backend, jax_version=version).model.dtype == dtype
+    assert config.model.dtype == "auto"
+    config.model.dtype = "float32"
+    assert resolve(config, backend=backend, jax_version=version).model.dtype == "float32"
+
+
+def test_differences_name_scientific_keys_with_both_values():
+    ours, theirs = resolved(method__length=5), resolved(method__length=20, log__every=1)
+    assert configs.differences(ours, theirs) == ["method.length: 5, 20"]
+
+
+def test_parse_arg():
+    found = parse_arg("length=5,small,rate=1", length=20, small=False, rate=0.1, name="x")
+    assert found.to_dict() == {"length": 5, "small": True, "rate": 1.0, "name": "x"}
+    with pytest.raises(UserError, match="unknown config argument 'lenght' .did you mean 'length'"):
+        parse_arg("lenght=5", length=20)
+    with pytest.raises(UserError, match="config key 'length' is 'x'"):
+        parse_arg("length=x", length=20)
+
+
+@pytest.mark.parametrize("path", list_modules("configs"))
+def test_every_config_file_loads_and_says_what_it_is(path):
+    configs.validate(load_config(path))
+    text = (REPOSITORY / path).read_text()
+    for word in ("Question:", "Command:", "Cost:"):
+        assert word in text
+
+
+def test_the_papers_setting():
+    """Section 1 of what is to be reproduced. Mutation: any number of the preset."""
+    flat = configs.flatten(load_config("configs/paper.py"))
+    wanted = {
+        "model.name": "google/t5-base-lm-adapt",
+        "method.length": 100,
+        "method.init": "labels",
+        "method.place": "encoder",
+        "method.prompt_to_input": True,
+        "task.name": "boolq_dev",
+        "task.max_input": 512,
+        "task.max_target": 8,
+        "train.batch": 32,
+        "train.steps": 30_000,
+        "train.z_loss": 1e-4,
+        "train.dropout": 0.1,
+        "method.dropout": 0.0,
+        "optimizer.name": "adafactor_t5x",
+        "optimizer.rate": 0.3,
+        "optimizer.rate_unit": "absolute",
+        "optimizer.schedule": "constant",
+        "optimizer.warmup": 0,
+        "optimizer.weight_decay": 1e-5,
+        "optimizer.decay_rate": 0.8,
+        "optimizer.start_step": 1_100_000,
+        "optimizer.clip": 0.0,
+        "eval.metric": "accuracy",
+        "eval.select": "best",
+    }
+    assert {key: flat[key] for key in wanted} == wanted
+    task = get_task(load_config("configs/paper.py").task)
+    assert dict(task.verbalizers) == {"False": " False", "True": " True"}
+    assert task.splits["validation"] == task.splits["test"], "as in the paper"
+
+
+def test_the_papers_sizes():
+    names = [load_config(f"configs/paper.py:{size}").model.name for size in ("small", "xxl")]
+    assert names == ["google/t5-small-lm-adapt", "google/t5-xxl-lm-adapt"]
+    config = load_config("configs/paper.py:xl,task=rte_dev,seed=2")
+    assert (config.model.name, config.task.name) == ("google/t5-xl-lm-adapt", "rte_dev")
+    assert config.seed == 2
+    with pytest.raises(UserError, match="'base,xl' names base and xl; allowed: one size"):
+        load_config("configs/paper.py:base,xl")
+    with pytest.raises(UserError, match="unknown config argument 'bas' .did you mean 'base'"):
+        load_config("configs/paper.py:bas")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("c.method.lenght = 5", "bad.py, line 4: unknown config key 'lenght' (did you mean method"),
+        ("c.method.length = 'x'", "bad.py, line 4: TypeError: "),
+        ("return 3", "get_config() returned int"),
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("c.method.length = -1", "config key 'method.length' is -1"),
+    ],
+)
+def test_a_broken_config_file_is_one_line(tmp_path, body, message):
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "from softprompt.config import base_config\n"
+        f"def get_config():\n  c = base_config()\n  {body}\n  return c\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_config(str(file))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_edit_within_the_same_second_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "mine.py"
+    body = "from softprompt.config import base_config\ndef get_config():\n  c = base_config()\n"
+    for length in (10, 20):
+        file.write_text(f"{body}  c.method.length = {length}\n  return c\n")
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        assert load_config(str(file)).method.length == length
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
+def test_a_missing_config_file_lists_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no config file 'configs/no.py'.*configs/base.py"):
+        load_config("configs/no.py")
+    with pytest.raises(UserError, match="takes no argument"):
+        load_config("configs/base.py:length=3")
+
+
+def test_reading_a_config_does_not_import_jax():
+    code = (
+        "import sys; from softprompt.config.files import load_config; load_config();"
+        "sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

@@ -1,0 +1,113 @@
+"""Tokenizers from GGUF metadata and from folders. Equality with transformers is in tests/parity."""
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+
+from softprompt.errors import UserError
+from softprompt.pretrained.gguf import File, read_tokenizer
+from softprompt.pretrained.tokenizer import from_folder
+from tests.pretrained.ggufs import write_gguf
+from tests.tiny import write_llama_folder
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "llama.json").read_text())
+
+TEXTS = (
+    "Review: a warm, funny and moving film.\nSentiment: positive",
+    "  runs   of\t\tspaces \n\n",
+    "digits 1234 and 5,6.7",
+    "crème 日本語 🙂👩‍👧 \u200b½",
+    "",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.real
+def test_the_real_vocabulary_gives_the_ids_of_transformers(smollm2):
+    # Breaks if: add_prefix_space, the split or the special tokens change.
+    tokenizer = smollm2.tokenizer
+    for case in GOLDEN["smollm2-135m-instruct-q4"]:
+        assert tokenizer.encode(case["text"]) == case["ids"]
+        assert tokenizer.decode(case["ids"]) == case["text"]
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (49152, 1, 2)
+    assert not tokenizer.add_bos
+    assert tokenizer.token(2) == "<|im_end|>"
+
+
+def test_gguf_and_folder_give_the_same_tokenizer(folder, tmp_path):
+    ours, theirs = from_folder(folder), read_tokenizer(File(write_gguf(tmp_path / "a.gguf")))
+    for text in (*TEXTS, "<|bos|>x<|eos|>"):
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode_with_offsets(text) == theirs.encode_with_offsets(text)
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (0, 1, 320)
+    assert (theirs.bos_id, theirs.eos_id, theirs.vocab_size) == (0, 1, 320)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decoding_gives_the_text_back_and_spans_cover_it(folder, text):
+    # Breaks if: the post-processor, which trims spaces off the spans, is left in place.
+    tokenizer = from_folder(folder)
+    ids, spans = tokenizer.encode_with_offsets(text)
+    assert ids == tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    covered = {i for start, end in spans for i in range(start, end)}
+    assert covered == set(range(len(text)))
+
+
+def test_a_folder_that_adds_bos_says_so_and_encode_still_does_not(folder, tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    write_llama_folder(tmp_path)
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    backend.enable_truncation(4)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = from_folder(tmp_path)
+    assert tokenizer.add_bos
+    assert tokenizer.encode(TEXTS[0]) == from_folder(folder).encode(TEXTS[0])
+
+
+def test_special_tokens_are_whole_and_user_defined_ones_too(tmp_path):
+    kinds = {"<|bos|>": gguf.TokenType.CONTROL, "<|eos|>": gguf.TokenType.USER_DEFINED}
+    tokenizer = read_tokenizer(File(write_gguf(tmp_path / "a.gguf", kinds=kinds)))
+    assert tokenizer.encode("<|bos|><|eos|>") == [0, 1]
+    assert tokenizer.decode([0, 1]) == "<|bos|><|eos|>"
+
+
+def test_unknown_token_id_is_an_error(folder):
+    with pytest.raises(UserError, match="token id 320 is not in the vocabulary of 320"):
+        from_folder(folder).token(320)
+
+
+def test_unknown_pre_tokenizer_lists_the_known(tmp_path):
+    with pytest.raises(UserError, match=r"a\.gguf: tokenizer.ggml.pre 'falcon' .*known: smollm"):
+        read_tokenizer(File(write_gguf(tmp_path / "a.gguf", pre="falcon")))
+
+
+def test_other_kinds_of_tokenizer_are_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"a\.gguf: tokenizer.ggml.model 'bert' .*known: gpt2, llama, t5"
+    ):
+        read_tokenizer(File(write_gguf(tmp_path / "a.gguf", tokenizer_model="bert")))
+
+
+def test_merges_outside_the_vocabulary_are_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"a\.gguf: tokenizer.ggml fields do not fit together"):
+        read_tokenizer(File(write_gguf(tmp_path / "a.gguf", extra_merge="zq qz")))
+
+
+def test_a_folder_without_tokenizer_is_one_line(tmp_path):
+    write_llama_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no readable tokenizer") as error:
+        from_folder(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)

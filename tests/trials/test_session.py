@@ -1,0 +1,82 @@
+"""What a session keeps: models, while they are few enough."""
+
+import weakref
+
+import jax
+import numpy as np
+import pytest
+
+from softprompt.config import from_dict, to_dict
+from softprompt.models.dropout import Shares
+from softprompt.training.memory import KEPT_SHARE, bytes_here, bytes_of
+from softprompt.training.sharding import make_mesh, put_weight
+from softprompt.training.step import Draw
+from softprompt.trials import session as session_module
+from softprompt.trials.session import Session
+from tests.contracts.examples import trial_config
+from tests.tiny import write_llama_folder
+from tests.trials.test_run import Lines
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """Of three models of one size."""
+    place = tmp_path_factory.mktemp("models")
+    folders = [write_llama_folder(place / str(n), seed=n) for n in range(3)]
+    return [trial_config(folder, "jsonl:none") for folder in folders]
+
+
+def test_models_are_kept_while_there_is_room(configs, monkeypatch):
+    """Room for one besides. Mutations: all are kept; none is; the last used goes first."""
+    each = bytes_here(Session(Lines()).model(configs[0]).weights)
+    monkeypatch.setattr(session_module, "device_memory", lambda: 1.5 * each / KEPT_SHARE)
+    shared = Session(Lines())
+    first, second = shared.model(configs[0]), shared.model(configs[1])
+    assert shared.model(configs[0]) is first, "it is the last used now"
+    third = shared.model(configs[2])
+    assert shared.model(configs[0]) is first
+    assert shared.model(configs[2]) is third
+    assert shared.model(configs[1]) is not second
+    assert len(shared.progress.stages) == 4
+
+
+def test_a_model_that_is_larger_than_all_that_is_kept(configs, monkeypatch):
+    """Mutations: the model that is asked for is forgotten at once; room is made after a load, so
+    that memory has both.
+    """
+    monkeypatch.setattr(session_module, "device_memory", lambda: 0)
+    shared = Session(Lines())
+    first = weakref.ref(shared.model(configs[0]))
+    assert shared.model(configs[0]) is first()
+    load, there = shared._load, []
+    monkeypatch.setattr(shared, "_load", lambda c: there.append(first()) or load(c))
+    shared.model(configs[1])
+    assert there == [None] and len(shared.progress.stages) == 2
+
+
+def test_tokens_are_those_of_a_revision(configs, monkeypatch):
+    """Mutation: a revision with another tokenizer takes the first one's tokens."""
+    read = []
+    monkeypatch.setattr(Session, "_encode", lambda self, config, bos: read.append(config))
+    shared, tree = Session(Lines()), to_dict(configs[0])
+    for tree["model"]["revision"] in ("", "step1", "step1"):
+        shared.data(from_dict(tree), bos=True)
+    assert len(read) == 2
+
+
+def test_a_program_is_told_by_what_is_dropped(configs, monkeypatch):
+    """Mutation: arrays alone tell it, of which a rate of the model has as many as one of LoRA."""
+    monkeypatch.setattr(session_module, "compile_step", lambda *arguments: object())
+    shared, key = Session(Lines()), jax.random.key(0)
+    keys = [Draw(key, Shares(**{name: np.float32(0.9)})) for name in ("model", "lora")]
+    keys.append(Draw(key, Shares(model=np.float32(0.7))))
+    first, lora, again = [shared.train_step(None, None, None, ({}, {}, {}, {}, k)) for k in keys]
+    assert first is again and first is not lora
+
+
+def test_bytes_of_a_device():
+    """Mutation: the bytes of the whole array."""
+    mesh = make_mesh(2, 4)
+    array = put_weight(mesh, "layers/mlp/up/kernel", jax.numpy.zeros((2, 8, 12)).__array__())
+    assert bytes_of({"up": array}) == 2 * 8 * 12 * 4
+    assert bytes_here({"up": array}) == 2 * 8 * 12 * 4 / 4
