@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from softprompt import cli
+from softprompt.methods.delta_file import save_delta
 from softprompt.results import read_result
-from softprompt.training.delta_file import save_delta
 from tests.mistakes import one_line, refused
 from tests.own_task import REPOSITORY, train_command, words, write_task
 

@@ -283,7 +283,7 @@ def prompt_rows(file: str, place: str = "encoder") -> tuple[np.ndarray, dict[str
         UserError: unreadable, no prompt in it, one that its other tensors belong to, or two and
             none of them chosen.
     """
-    from softprompt.training.delta_file import load_delta
+    from softprompt.methods.delta_file import load_delta
 
     delta, origin = load_delta(file)
     parts = {"": delta, "encoder": delta.get("encoder"), "decoder": delta.get("decoder")}

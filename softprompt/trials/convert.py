@@ -24,9 +24,9 @@ from softprompt.interchange import prompt_arrays as arrays
 from softprompt.interchange.adapter import CONFIG as ADAPTER
 from softprompt.interchange.adapter import Adapter, read_adapter, write_adapter
 from softprompt.interchange.module_names import Config
+from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.pretrained.loading import Loaded, load_model, read_model_config
 from softprompt.results import commit, read_result
-from softprompt.training.delta_file import load_delta, save_delta
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.merged_model import export_model
 from softprompt.trials.run import CONFIG, DELTA, provenance, read_config

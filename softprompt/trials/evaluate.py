@@ -26,7 +26,7 @@ from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification, over_tasks
 from softprompt.evaluation.ranking import normalise, probabilities, score_batches
 from softprompt.inference.decode import generate
-from softprompt.training.delta_file import load_delta
+from softprompt.methods.delta_file import load_delta
 from softprompt.training.sharding import nearest_sizes, put
 from softprompt.trials import side_by_side as many
 from softprompt.trials.delta_shapes import check_fit

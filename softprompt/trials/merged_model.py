@@ -7,10 +7,10 @@ from etils import epath
 from softprompt.config import ConfigDict
 from softprompt.errors import UserError
 from softprompt.methods import lora
+from softprompt.methods.delta_file import load_delta
 from softprompt.methods.setup import lora_config
 from softprompt.pretrained.loading import Loaded, find_folder, load_model
 from softprompt.pretrained.save import save_folder
-from softprompt.training.delta_file import load_delta
 from softprompt.trials.delta_shapes import check_fit
 
 CHANGES = ("lora", "full")  # methods that change the model's matrices, and nothing else

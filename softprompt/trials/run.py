@@ -38,10 +38,10 @@ from softprompt.evaluation.ranking import (
 )
 from softprompt.files import check_writable, write_text
 from softprompt.methods import METHODS
+from softprompt.methods.delta_file import save_delta
 from softprompt.pretrained.loading import Loaded
 from softprompt.results import Row, is_done, make_row, read_result, write_result
 from softprompt.training import checkpoints, loop
-from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog, open_sinks, read_log
 from softprompt.training.memory import bytes_of, peak_memory, program_memory
 from softprompt.training.optimizers import set_rate

@@ -8,8 +8,8 @@ from softprompt.config import trial_id
 from softprompt.evaluation import latency
 from softprompt.evaluation.latency import Served, compare, functions, in_turns, median_interval
 from softprompt.inference.decode import generate
+from softprompt.methods.delta_file import load_delta
 from softprompt.pretrained.loading import load_model
-from softprompt.training.delta_file import load_delta
 from softprompt.trials.prepare import prepare
 from softprompt.trials.run import latency_metrics, run_trial
 from tests.contracts.examples import session, trial_config, two_tasks, write_task

@@ -12,6 +12,7 @@ import pytest
 from softprompt.data.encode import encode
 from softprompt.errors import UserError
 from softprompt.methods import METHODS, setup
+from softprompt.methods.delta_file import save_delta
 from softprompt.methods.setup import (
     balanced_draw,
     few_shot_tokens,
@@ -20,7 +21,6 @@ from softprompt.methods.setup import (
     prompt_rows,
 )
 from softprompt.pretrained.loading import load_model
-from softprompt.training.delta_file import save_delta
 from softprompt.trials.prepare import prepare
 from tests.contracts.examples import SNIPPETS, session, trial_config, write_task
 from tests.families import write_family_folder

@@ -5,10 +5,10 @@ import pytest
 
 from softprompt import cli
 from softprompt.methods import METHODS
+from softprompt.methods.delta_file import load_delta
 from softprompt.methods.setup import method_config
 from softprompt.models.layers import collections
 from softprompt.pretrained.loading import load_model
-from softprompt.training.delta_file import load_delta
 from softprompt.trials.run import read_config
 from tests.own_task import words, write_task
 from tests.tiny import write_llama_folder

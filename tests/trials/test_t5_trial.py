@@ -10,8 +10,8 @@ from softprompt.config import from_dict, to_dict
 from softprompt.console import Progress
 from softprompt.evaluation.ranking import probabilities
 from softprompt.inference.decode import generate
+from softprompt.methods.delta_file import load_delta
 from softprompt.methods.setup import prompt_rows
-from softprompt.training.delta_file import load_delta
 from softprompt.trials import evaluate as evaluation
 from softprompt.trials.estimate import estimate
 from softprompt.trials.evaluate import predict_lines
