@@ -119,7 +119,7 @@ def refuse(capsys, tmp_path):
         ),
         (
             {"method__name": "lora", "method__reparam": "mlp"},
-            "config key 'method.reparam' is 'mlp'; allowed for method.name=lora: none",
+            "config key 'method.reparam' is 'mlp'; method.name=lora has no such key (prompt, pre",
         ),
         (
             {"method__name": "prefix", "method__reparam": "mlp"},
@@ -127,7 +127,7 @@ def refuse(capsys, tmp_path):
         ),
         (
             {"method__init": "zeros"},
-            "config key 'method.init' is 'zeros'; allowed for a prompt: vocabulary, uniform,",
+            "config key 'method.init' is 'zeros'; allowed for method.name=prompt: vocabulary,",
         ),
         (
             {"method__place": "decoder"},

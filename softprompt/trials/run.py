@@ -17,11 +17,11 @@ from softprompt.config import (
     differences,
     from_dict,
     members,
+    method_settings,
     to_dict,
     trial_id,
     trial_name,
 )
-from softprompt.config.schema import UNTRAINED
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
@@ -93,7 +93,7 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         return row
     compiled_before = session.compile_seconds
     prepared = prepare(config, session)
-    if config.method.name not in UNTRAINED:
+    if method_settings(config).trains:
         delta, metrics, facts = fit(prepared, folder)
         if session.population:
             session.population.leave()
@@ -141,7 +141,7 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
             f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
             "there); give another --workdir"
         )
-    trained = (folder / "checkpoints").exists() or config.method.name in UNTRAINED
+    trained = (folder / "checkpoints").exists() or not method_settings(config).trains
     if (folder / DELTA).exists() and not trained and not is_done(folder):
         raise UserError(
             f"{folder} holds an imported delta, which training would replace; give another "
@@ -365,15 +365,14 @@ def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
     session.progress.stage("time prefill and decoding")
     weights = session.model(config).weights  # anew, where the training of all weights dropped them
     plain = shared_function(StepConfig(step.model, "none", None), mesh)
-    behind = prepared.data.test.inputs
-    inputs = [tokens[len(prepared.prefix) :] for tokens in behind]
+    inputs = prepared.data.test.inputs
     base = latency.Served(weights, plain({}, weights), inputs)
-    if step.method == "full":
+    if METHODS[step.method].Settings.trains_weights:
         trained = jax.tree.map(lambda new, old: new.astype(old.dtype), delta, weights)
-        ours = latency.Served(trained, plain({}, trained), behind)
+        ours = latency.Served(trained, plain({}, trained), inputs)
     else:
         which = 0 if prepared.layout.prompts else None
-        ours = latency.Served(weights, prepared.shared(delta), behind, which)
+        ours = latency.Served(weights, prepared.shared(delta), inputs, which)
     rows = -(-latency.ROWS // mesh.shape["data"]) * mesh.shape["data"]
     return latency.compare(step.model, base, ours, mesh=mesh, rows=rows)
 
