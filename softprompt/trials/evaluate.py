@@ -13,6 +13,7 @@ from softprompt.config import (
     ConfigDict,
     from_dict,
     members,
+    method_settings,
     of_task,
     to_dict,
     trial_name,
@@ -26,12 +27,12 @@ from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification, over_tasks
 from softprompt.evaluation.ranking import normalise, probabilities, score_batches
 from softprompt.inference.decode import generate
-from softprompt.training.delta_file import load_delta
+from softprompt.methods.delta_file import load_delta
 from softprompt.training.sharding import nearest_sizes, put
 from softprompt.trials import side_by_side as many
 from softprompt.trials.data import TaskData, TrialData, encode_records
 from softprompt.trials.delta_shapes import check_fit
-from softprompt.trials.prepare import Prepared, behind, delta_shardings, prepare
+from softprompt.trials.prepare import Prepared, delta_shardings, prepare
 from softprompt.trials.run import DELTA, read_config, score
 from softprompt.trials.session import Session
 
@@ -130,7 +131,7 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
     known = [one.task.name for one in members(config)]
     if task is None or task in known:
         return config, known
-    if config.method.name == "multitask":
+    if method_settings(config).per_task:
         raise unknown("--task", task, known)
     return of_task(config, {"name": task}), [task]
 
@@ -252,7 +253,8 @@ def predict_lines(
     if task is None and len(known) > 1:
         raise UserError(f"--task is not given; allowed: {', '.join(known)}, the trial's tasks")
     check_trained(folder)
-    session = Session(progress) if config.method.name == "fewshot" else Unread(progress)
+    reads_examples = method_settings(config).shows_examples
+    session = Session(progress) if reads_examples else Unread(progress)
     prepared = prepare(config, session).of(task or known[0])
     shared = prepared.shared(trained_delta(folder, prepared, any_weights=any_weights))
     source, first = iter(lines), 1
@@ -280,7 +282,7 @@ def _answer(
         texts_by_field = dict(zip(fields, texts, strict=True))
         records.append({"id": f"line {number}", "label": None, **texts_by_field})
     encoded = encode_records(config, prepared.loaded, task, records, bos=prepared.bos)
-    encoded = dataclasses.replace(behind(prepared.prefix, encoded), tasks=tasks_N)
+    encoded = dataclasses.replace(encoded, tasks=tasks_N)
     rows = 8 if len(lines) > 1 else 1
     multiple, layout = prepared.mesh.shape["data"], prepared.layout
     shape = coarse_shape(encoded, rows=-(-rows // multiple) * multiple, layout=layout)

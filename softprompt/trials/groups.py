@@ -16,14 +16,12 @@ import jax
 from etils import epath
 
 from softprompt.analysis.flops import machine_flops
-from softprompt.config import ConfigDict, trial_name, weights_key
-from softprompt.config.schema import UNTRAINED
-from softprompt.methods.setup import kept_shares
+from softprompt.config import ConfigDict, method_settings, trial_name, weights_key
 from softprompt.results import Row
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, device_memory
 from softprompt.training.step import StepCall, StepResult
 from softprompt.trials.estimate import step_memory, trained
-from softprompt.trials.prepare import Prepared, delta_shapes, prepare, train_source
+from softprompt.trials.prepare import Prepared, delta_shapes, kept_shares, prepare, train_source
 from softprompt.trials.run import TrialSteps, trial_steps
 from softprompt.trials.session import Session, optimizer_config
 

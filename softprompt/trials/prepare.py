@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,15 +17,13 @@ from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import DECODER, Layout
 from softprompt.errors import UserError
 from softprompt.evaluation.perplexity import check_room
-from softprompt.evaluation.ranking import shared_function, text_context_function
+from softprompt.evaluation.ranking import shared_function
 from softprompt.methods import METHODS
+from softprompt.methods.base import Context, Setup, wants_bos
 from softprompt.methods.initializers import embedding_rms
-from softprompt.methods.multitask import MultitaskConfig
-from softprompt.methods.prefix import PrefixConfig
-from softprompt.methods.prompt import PromptConfig
-from softprompt.methods.setup import few_shot_tokens, kept_shares, method_config, wants_bos
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
+from softprompt.models.dropout import Shares
 from softprompt.models.kernels import Case, Kernel, choose, device_of
 from softprompt.models.layers import collections
 from softprompt.models.quantize import embedding
@@ -59,8 +56,6 @@ class Prepared:
         contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, a BOS before
             a prompt included.
         shared: delta -> what every row of a forward pass shares (variables and context).
-        prefix: solved examples that an encoder reads before each input, as those of `tasks` have
-            them already; empty but for few-shot.
     """
 
     config: ConfigDict
@@ -74,7 +69,6 @@ class Prepared:
     layout: Layout
     contexts: tuple[int, int]
     shared: Callable[[Tree], Any]
-    prefix: np.ndarray
 
     @property
     def tasks(self) -> tuple[TaskData, ...]:
@@ -93,24 +87,34 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
         UserError: see `load_model`, the task's source, and the method's settings.
     """
     mesh, loaded = session.mesh(config), session.model(config)
-    method = config.method
-    begun = method.name == "fewshot" or (method.name == "prompt" and method.bos == "before")
-    bos = wants_bos(config, loaded.tokenizer) and not begun  # else it begins the context
+    settings = method_settings(config)
+    method = METHODS[settings.name]
+    bos = wants_bos(settings.bos, loaded.tokenizer) and not settings.begins_with_bos
     room = min(free_positions(one, loaded) for one in members(config))
     data = session.data(config, bos=bos)
     train = data.train
     for one in data.tasks:
         check_ranking(one.train, config.eval.score)
-    cfg = method_config(config, loaded, train)
+    cfg = method.resolve(
+        settings,
+        Setup(
+            sizes=loaded.config,
+            tasks=len(tasks),
+            seed=config.seed,
+            room=room,
+            start=start_settings(config),
+            loaded=loaded,
+            train=train,
+        ),
+    )
     model, layout, contexts = arrange(config, loaded, cfg)
 
     def row_tokens() -> int:
         return data.template(config.train.batch, layout, session.progress.say).shape.tokens
 
     model = with_kernel(config, model, mesh, context=contexts[1], row_tokens=row_tokens)
-    name = "none" if method.name == "fewshot" else method.name
-    step = StepConfig(model, name, cfg, config.train.z_loss, config.train.microbatches)
-    frozen = {} if name == "full" else loaded.weights
+    step = StepConfig(model, settings.name, cfg, config.train.z_loss, config.train.microbatches)
+    frozen = {} if settings.trains_weights else loaded.weights
     compiled = shared_function(step, mesh)
     shared: Callable[[Tree], Any] = lambda delta: compiled(delta, frozen)  # noqa: E731
     prefix = np.zeros(0, np.int32)
@@ -137,7 +141,6 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
         layout=layout,
         contexts=contexts,
         shared=shared,
-        prefix=prefix,
     )
 
 
@@ -153,11 +156,10 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
     """Positions that the task leaves for a context; an encoder-decoder's are relative, and endless.
 
     Raises:
-        UserError: a prompt that takes more, or inputs that alone may.
+        UserError: the task's inputs alone may take more than there are.
     """
     if loaded.encoder_decoder:
         return 2**30
-    method = config.method
     room = loaded.config.context_length - config.task.max_input - config.task.max_target
     if room < 0:
         raise UserError(
@@ -165,33 +167,23 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
             f"{room + config.task.max_input} (the model's context of "
             f"{loaded.config.context_length} less task.max_target)"
         )
-    most = room - (method.bos == "before")
-    if method.name in ("prompt", "multitask", "prefix") and method.length > most:
-        raise UserError(
-            f"config key 'method.length' is {method.length}; allowed: at most {most} (the model's "
-            f"context of {loaded.config.context_length} less task.max_input and task.max_target"
-            f"{', and a BOS before the prompt' if most < room else ''})"
-        )
     return room
 
 
 def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout, tuple[int, int]]:
     """The model as the method wants it, the layout of its rows, and its contexts' lengths.
 
-    `cfg` is the method's; a prompt and a prefix take places before a text.
+    `cfg` is the method's.
     """
-    length, places = 0, tuple[str, ...]()
-    if isinstance(cfg, PromptConfig | PrefixConfig):
-        length, places = cfg.length, cfg.places
-    if isinstance(cfg, PromptConfig) and cfg.bos_before is not None:
-        length += 1
-    prompts = cfg.tasks if isinstance(cfg, MultitaskConfig) else 0
+    method, settings = METHODS[config.method.name], method_settings(config)
+    before = method.context(cfg) if settings.is_context else Context()
+    length, places, prompts = before.length, before.places, before.prompts
     model = loaded.model.clone(remat=config.mesh.remat)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
         return model, dataclasses.replace(DECODER, prompts=prompts), (0, length)
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
-    if isinstance(cfg, PromptConfig) and config.method.prompt_to_input:
+    if settings.is_prompt and config.method.prompt_to_input:
         return model, Layout(loaded.config.start, encoder, decoder, prompts), (0, 0)
     return model, Layout(loaded.config.start), (encoder, decoder)
 
@@ -213,7 +205,7 @@ def with_kernel(
         UserError: that kernel cannot serve the rows that are trained on.
     """
     wanted = config.mesh.attention
-    named = wanted not in ("auto", "reference") and config.method.name not in UNTRAINED
+    named = wanted not in ("auto", "reference") and method_settings(config).trains
     if isinstance(model, T5):
         case = Case(model.dtype.name, model.config.head_size, bias=True)
     else:
@@ -231,6 +223,16 @@ def train_source(prepared: Prepared) -> TrainSource:
     template = data.template(config.train.batch, layout, prepared.session.progress.say)
     ids = kept_shares(config).by_example
     return TrainSource(data.train, template, config.seed, layout, ids=ids)
+
+
+def kept_shares(config: ConfigDict) -> Shares:
+    """What a trial's dropout keeps, float32 []; None where its rate is 0."""
+    kept, drops = Shares(model=_share(config.train.dropout)), method_settings(config).drops
+    return kept._replace(**{drops: _share(config.method.dropout)}) if drops else kept
+
+
+def _share(rate: float) -> np.ndarray | None:
+    return np.asarray(1 - rate, np.float32) if rate else None
 
 
 def trial_key(prepared: Prepared) -> Key:
@@ -268,7 +270,7 @@ def initial_state(prepared: Prepared) -> loop.State:
 def delta_shardings(prepared: Prepared, delta: Tree) -> Tree:
     """How a delta (arrays or shapes) lies: whole everywhere; weights as frozen ones would."""
     mesh = prepared.mesh
-    if prepared.step.method == "full":
+    if METHODS[prepared.step.method].Settings.trains_weights:
         return weight_shardings(delta, mesh, weights=prepared.config.mesh.weights)
     return jax.tree.map(lambda _: replicated(mesh), delta)
 
@@ -368,12 +370,10 @@ def step_work(prepared: Prepared) -> Work:
 
 def step_flops(prepared: Prepared) -> float:
     """Useful operations of an average step."""
-    work, method = step_work(prepared), prepared.step.method
-    flops = train_flops(prepared.loaded.config, work, weights=method == "full")
-    return flops + (matrix_flops(delta_shapes(prepared), work) if method in MATRICES else 0.0)
-
-
-MATRICES = ("lora", "adapter")  # methods whose delta every token is multiplied by
+    work, method = step_work(prepared), METHODS[prepared.step.method].Settings
+    flops = train_flops(prepared.loaded.config, work, weights=method.trains_weights)
+    more = matrix_flops(delta_shapes(prepared), work) if method.multiplies_tokens else 0.0
+    return flops + more
 
 
 def matrix_flops(delta: Tree, work: Work) -> float:

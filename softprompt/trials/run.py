@@ -17,11 +17,11 @@ from softprompt.config import (
     differences,
     from_dict,
     members,
+    method_settings,
     to_dict,
     trial_id,
     trial_name,
 )
-from softprompt.config.schema import UNTRAINED
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
@@ -38,10 +38,10 @@ from softprompt.evaluation.ranking import (
 )
 from softprompt.files import check_writable, write_text
 from softprompt.methods import METHODS
+from softprompt.methods.delta_file import save_delta
 from softprompt.pretrained.loading import Loaded
 from softprompt.results import Row, is_done, make_row, read_result, write_result
 from softprompt.training import checkpoints, loop
-from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog, open_sinks, read_log
 from softprompt.training.memory import bytes_of, peak_memory
 from softprompt.training.optimizers import set_rate
@@ -171,7 +171,7 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
             f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
             "there); give another --workdir"
         )
-    trained = (folder / "checkpoints").exists() or config.method.name in UNTRAINED
+    trained = (folder / "checkpoints").exists() or not method_settings(config).trains
     if (folder / DELTA).exists() and not trained and not is_done(folder):
         raise UserError(
             f"{folder} holds an imported delta, which training would replace; give another "
@@ -396,12 +396,12 @@ def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
     behind = prepared.tasks[0].test.inputs
     inputs = [tokens[len(prepared.prefix) :] for tokens in behind]
     base = latency.Served(weights, plain({}, weights), inputs)
-    if step.method == "full":
+    if METHODS[step.method].Settings.trains_weights:
         trained = jax.tree.map(lambda new, old: new.astype(old.dtype), delta, weights)
-        ours = latency.Served(trained, plain({}, trained), behind)
+        ours = latency.Served(trained, plain({}, trained), inputs)
     else:
         which = 0 if prepared.layout.prompts else None
-        ours = latency.Served(weights, prepared.shared(delta), behind, which)
+        ours = latency.Served(weights, prepared.shared(delta), inputs, which)
     rows = -(-latency.ROWS // mesh.shape["data"]) * mesh.shape["data"]
     return latency.compare(step.model, base, ours, mesh=mesh, rows=rows)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from softprompt.config import ConfigDict, members, to_dict, weights_key
+from softprompt.config import ConfigDict, members, optimizer_settings, to_dict, weights_key
 from softprompt.console import Progress
 from softprompt.data.encode import Encoded
 from softprompt.evaluation.perplexity import config_text
@@ -174,19 +174,5 @@ def _tokenizer(config: ConfigDict) -> list[str]:
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
     """The static half of a config's optimizer."""
-    o = config.optimizer
-    return OptimizerConfig(
-        name=o.name,
-        weight_decay=o.weight_decay,
-        clip=o.clip,
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
-        momentum=o.momentum,
-        decay_rate=o.decay_rate,
-        factored=o.factored,
-        factored_min=o.factored_min,
-        start_step=o.start_step,
-        cap_rows=o.max_row_norm > 0,
-        ema=config.train.ema,
-    )
+    o, rule = config.optimizer, optimizer_settings(config)
+    return OptimizerConfig(rule, o.weight_decay, o.clip, o.max_row_norm > 0, config.train.ema)

@@ -89,7 +89,7 @@ def chunks(prepared: Prepared, count: int) -> list[int]:
     As many as leave each a row on every device within the tokens of a batch, and whose contexts fit
     into memory beside the weights, by estimate. Weights that were trained are scored one by one.
     """
-    if prepared.step.method == "full":
+    if METHODS[prepared.step.method].Settings.trains_weights:
         return [1] * count
     shape = prepared.data.eval_shape(  # of a row a device
         "test", mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()

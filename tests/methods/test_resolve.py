@@ -1,4 +1,4 @@
-"""A config's words become token ids."""
+"""A method's settings become what its functions take: words become token ids."""
 
 import dataclasses
 import functools
@@ -9,18 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from softprompt.config import method_settings, start_settings
 from softprompt.data.encode import encode
 from softprompt.errors import UserError
-from softprompt.methods import METHODS, setup
-from softprompt.methods.setup import (
-    balanced_draw,
-    few_shot_tokens,
-    method_config,
-    prompt_config,
-    prompt_rows,
-)
+from softprompt.methods import METHODS
+from softprompt.methods.base import Setup
+from softprompt.methods.delta_file import save_delta
+from softprompt.methods.fewshot import balanced_draw
+from softprompt.methods.initializers import prompt_rows
 from softprompt.pretrained.loading import load_model
-from softprompt.training.delta_file import save_delta
 from softprompt.trials.prepare import prepare
 from tests.contracts.examples import SNIPPETS, session, trial_config, write_task
 from tests.families import write_family_folder
@@ -44,11 +41,19 @@ def train(loaded):
     return encode(records, SNIPPETS, loaded.tokenizer, **sizes, bos=False, eos=False)
 
 
+def resolved(loaded, train, *, room=400, **changes):
+    """The static configuration of a config's method."""
+    config = trial_config("tiny", "jsonl:x", **changes)
+    settings, start = method_settings(config), start_settings(config)
+    setup = Setup(
+        loaded.config, seed=config.seed, room=room, start=start, loaded=loaded, train=train
+    )
+    return METHODS[settings.name].resolve(settings, setup)
+
+
 def rows_of(loaded, train, **method):
     """The first prompt of a config."""
-    changes = {f"method__{key}": value for key, value in method.items()}
-    config = trial_config("tiny", "jsonl:x", **changes)
-    cfg = prompt_config(config, loaded, train)
+    cfg = resolved(loaded, train, **{f"method__{key}": value for key, value in method.items()})
     return np.asarray(cfg.initializer(KEY, embedding(loaded), cfg.length))
 
 
@@ -109,7 +114,7 @@ def test_a_prompt_of_other_weights_is_not_a_start_by_chance(loaded, train, tmp_p
     with pytest.raises(UserError) as caught:
         rows_of(loaded, train, **given)
     assert str(caught.value) == (
-        f"{file} was trained on weights others, tiny has {loaded.fingerprint}; "
+        f"{file} was trained on weights others, {loaded.name} has {loaded.fingerprint}; "
         "method.init_any_weights=True starts from it nevertheless"
     )
     found = rows_of(loaded, train, **given, init_any_weights=True)
@@ -126,7 +131,7 @@ def test_words_begin_as_a_model_that_scales_embeddings_reads_them(tmp_path, trai
     ids = gemma.tokenizer.encode("the city")
     method = {"name": name, "init": "text", "init_text": "the city", "length": len(ids)}
     changes = {f"method__{key}": value for key, value in method.items()}
-    cfg = method_config(trial_config("tiny", "jsonl:x", **changes), gemma, train)
+    cfg = resolved(gemma, train, **changes)
     delta = METHODS[name].init(KEY, gemma.model, gemma.weights, cfg)
     given = delta if name == "prefix" else {"prompt": delta["prompt"]}
     apply = functools.partial(gemma.model.apply, {"params": gemma.weights, "delta": given})
@@ -202,14 +207,13 @@ def test_a_bos_that_the_tokenizer_lacks_is_refused(loaded, train):
     without = dataclasses.replace(
         loaded, tokenizer=dataclasses.replace(loaded.tokenizer, bos_id=None)
     )
-    config = trial_config("tiny", "jsonl:x", method__bos="before")
-    with pytest.raises(UserError, match="method.bos.*no BOS"):
-        prompt_config(config, without, train)
+    for method in ("prompt", "fewshot"):
+        with pytest.raises(UserError, match="method.bos.*no BOS"):
+            resolved(without, train, method__name=method, method__bos="before", method__shots=2)
 
 
-def shots(loaded, train, *, room=400, **changes):
-    config = trial_config("tiny", "jsonl:x", method__name="fewshot", **changes)
-    return few_shot_tokens(config, loaded, train, room=room)
+def shots(loaded, train, **more):
+    return np.array(resolved(loaded, train, method__name="fewshot", **more).tokens)
 
 
 def test_few_shot_examples_are_solved_balanced_and_seeded(loaded, train):
@@ -257,4 +261,4 @@ def test_draws_are_balanced_while_the_labels_last():
         seen |= set(drawn.tolist())
     assert len(seen) > 30
     assert len(balanced_draw(labels_N, 99, np.random.default_rng(0))) == 43
-    assert setup.balanced_draw(np.array([-1, -1]), 3, np.random.default_rng(0)).size == 0
+    assert balanced_draw(np.array([-1, -1]), 3, np.random.default_rng(0)).size == 0
