@@ -32,6 +32,7 @@ class Encoded:
         label_names: the labels' names, in the candidates' order.
         tasks: int32 [N], the number of each example's task in a mixture; None where all are of
             task 0.
+        eos: targets and candidates end with EOS.
     """
 
     ids: list[str]
@@ -42,6 +43,11 @@ class Encoded:
     truncated: int
     label_names: tuple[str, ...] = ()
     tasks: np.ndarray | None = None
+    eos: bool = False
+
+    def without_eos(self, tokens: np.ndarray) -> np.ndarray:
+        """The token ids of a target's or a candidate's text alone, without the EOS after it."""
+        return tokens[:-1] if self.eos else tokens
 
     def task(self, example: int) -> int:
         """The number of an example's task."""
@@ -101,8 +107,16 @@ def encode(
         else:
             text, where = target_text(task, record["label"]), f"target of example {record['id']!r}"
             targets.append(_target(tokenizer, text, suffix, max_target, where))
-    ids = [record["id"] for record in records]
-    return Encoded(ids, inputs, targets, labels, candidates, truncated, task.labels)
+    return Encoded(
+        ids=[record["id"] for record in records],
+        inputs=inputs,
+        targets=targets,
+        labels=labels,
+        candidates=candidates,
+        truncated=truncated,
+        label_names=task.labels,
+        eos=eos,
+    )
 
 
 def _special(token: int | None, name: str, wanted: bool) -> list[int]:
@@ -232,6 +246,7 @@ def mix(splits: Mapping[str, Encoded]) -> Encoded:
         candidates=tuple(candidates.values()),
         truncated=sum(part.truncated for part in parts),
         tasks=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.ids) for part in parts]),
+        eos=parts[0].eos,
     )
 
 

@@ -231,7 +231,8 @@ def initializer(config: ConfigDict, loaded: Loaded, train: Encoded) -> initializ
     if method.init == "labels":
         if not train.candidates:
             raise UserError("config key 'method.init' is 'labels'; this task has no verbalizers")
-        return initializers.fixed([ids.tolist() for ids in train.candidates], rest)
+        texts = [train.without_eos(ids).tolist() for ids in train.candidates]
+        return initializers.fixed(texts, rest)
     return initializers.from_rows(source_rows(config, loaded), rest, name=method.init_file)
 
 
