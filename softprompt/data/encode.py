@@ -130,7 +130,7 @@ def _target(
     tokenizer: Tokenizer, text: str, suffix: list[int], max_target: int, where: str
 ) -> np.ndarray:
     """A target's token ids, never cut."""
-    tokens = [*tokenizer.encode(text), *suffix]
+    tokens = [*tokenizer.encode_continuation(text), *suffix]
     if len(tokens) > max_target:
         raise UserError(f"{where} has {len(tokens)} tokens; task.max_target is {max_target}")
     if len(tokens) == len(suffix):
