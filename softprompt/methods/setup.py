@@ -312,6 +312,9 @@ def prompt_rows(file: str, place: str = "encoder") -> tuple[np.ndarray, dict[str
 def few_shot_tokens(config: ConfigDict, loaded: Loaded, train: Encoded, *, room: int) -> np.ndarray:
     """Solved examples as one text, int32 [P]: a seeded draw, the labels balanced, in random order.
 
+    A blank line, and no EOS, ends each example. (An input keeps the space that a SentencePiece
+    tokenizer begins every text with, as the input that is to be answered has it, too.)
+
     Args:
         config: its `method.shots` and `seed` choose.
         loaded: the model, for its BOS and the blank line between examples.
@@ -330,10 +333,12 @@ def few_shot_tokens(config: ConfigDict, loaded: Loaded, train: Encoded, *, room:
             "examples of the train split"
         )
     tokenizer = loaded.tokenizer
-    gap = tokenizer.encode("\n\n")
+    gap = tokenizer.encode_continuation("\n\n")
     start = [tokenizer.bos_id] if wants_bos(config, tokenizer) else []
     end = -1 if loaded.encoder_decoder and tokenizer.add_eos else None  # inputs end with EOS
-    parts = [start] + [[*train.inputs[i][:end], *train.targets[i], *gap] for i in drawn]
+    parts = [start] + [
+        [*train.inputs[i][:end], *train.without_eos(train.targets[i]), *gap] for i in drawn
+    ]
     tokens_P = np.array([token for part in parts for token in part], np.int32)
     if len(tokens_P) > room:
         raise UserError(

@@ -238,6 +238,14 @@ def test_few_shot_examples_are_solved_balanced_and_seeded(loaded, train):
     assert all(f"Review: {one}\n" in everything for one in TEXTS)
 
 
+def test_few_shot_examples_end_with_a_blank_line_and_no_eos(loaded, train):
+    """Breaks when the EOS that `task.eos` ends targets with stands between two examples."""
+    np.testing.assert_array_equal(
+        shots(loaded, encoded(loaded, eos=True), method__shots=3),
+        shots(loaded, train, method__shots=3),
+    )
+
+
 def test_few_shot_limits(loaded, train):
     """Mutation: cut the text, or repeat examples."""
     with pytest.raises(UserError, match="method.shots.*7; allowed: at most 6"):
