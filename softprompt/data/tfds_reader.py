@@ -3,6 +3,7 @@
 tensorflow_datasets takes half a second to import, so everything here imports it when it is called.
 """
 
+import functools
 import io
 import re
 import sys
@@ -14,6 +15,9 @@ from typing import Any
 from softprompt.data.sources import Record
 from softprompt.downloads import cache_dir, locked, say
 from softprompt.errors import UserError, nearest
+
+RETRIES = 2  # of a download
+TIMEOUT = (5, 60)  # seconds to wait for a connection, and for the next piece of a download
 
 
 def read_tfds(
@@ -49,7 +53,7 @@ def read_tfds(
     """
     import tensorflow_datasets as tfds
 
-    with _without_tensorflow():
+    with _adapted_tfds():
         builder = _prepared(name)
         source = _open_split(builder, name, split)
         features = builder.info.features
@@ -169,8 +173,8 @@ def _prepare(builder: Any, name: str) -> None:
     except failures as error:
         raise UserError(
             f"could not prepare TFDS dataset {name}: {type(error).__name__}: {_first(error)} "
-            "(check the network; a dataset prepared elsewhere as array_record can be copied into "
-            f"{builder.data_path})"
+            "(check the network and HTTPS_PROXY; or prepare it on another machine with `softprompt "
+            f"data prepare` and copy its folder to {builder.data_path})"
         ) from error
 
 
@@ -181,12 +185,13 @@ def _first(error: BaseException) -> str:
 
 
 @contextmanager
-def _without_tensorflow() -> Iterator[None]:
-    """Lets TFDS's catalogue run where TensorFlow is not installed.
+def _adapted_tfds() -> Iterator[None]:
+    """Lets TFDS's catalogue run without TensorFlow, and lets its downloads fail soon.
 
-    Three modules of TFDS reach for a handful of TensorFlow's names (an integer type, file access)
-    and one for a backport of the standard library; they find equivalents for as long as this lasts.
-    `sys.modules` is left alone.
+    Three modules of TFDS use a handful of TensorFlow's names (an integer type, file access) and one
+    a backport of the standard library: within the block they find equivalents. Downloads, which
+    would be tried for 200 seconds where there is no network, are retried `RETRIES` times and time
+    out. `sys.modules` is left alone.
     """
     import importlib.resources.abc  # noqa: F401  read as importlib.resources.abc.Traversable
     import importlib.util
@@ -196,7 +201,9 @@ def _without_tensorflow() -> Iterator[None]:
     from tensorflow_datasets.text import super_glue
 
     patches: list[tuple[Any, str, Any]] = [
-        (dataset_builder, "importlib_resources", importlib.resources)
+        (dataset_builder, "importlib_resources", importlib.resources),
+        (downloader, "MAX_RETRIES", RETRIES),
+        (downloader, "_open_url", functools.partial(downloader._open_url, timeout=TIMEOUT)),
     ]
     if importlib.util.find_spec("tensorflow") is None:
         tf = _tensorflow_names()

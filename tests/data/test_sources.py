@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softprompt.data.sources import read_file
-from softprompt.data.tfds_reader import _without_tensorflow, read_tfds
+from softprompt.data.tfds_reader import TIMEOUT, _adapted_tfds, read_tfds
 from softprompt.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t"), min_size=1).filter(
@@ -173,7 +174,7 @@ def boolq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path))
     builder = SuperGlue(config="boolq", data_dir=tmp_path / "tfds")
-    with _without_tensorflow():
+    with _adapted_tfds():
         builder.download_and_prepare(file_format="array_record")
     return tmp_path
 
@@ -240,7 +241,7 @@ def local_boolq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return archive
 
 
-def test_catalogue_builder_prepares_without_tensorflow(local_boolq: Path) -> None:
+def test_catalogue_builder_prepares_adapted_tfds(local_boolq: Path) -> None:
     """Breaks when a module of TFDS still reaches for TensorFlow, or a fake one is installed."""
     import tensorflow_datasets.text.super_glue as module
 
@@ -254,6 +255,33 @@ def test_catalogue_builder_prepares_without_tensorflow(local_boolq: Path) -> Non
     assert sorted(r["label"] for r in splits["train"]) == ["False", "False", "False", "True"]
     assert "tensorflow" not in sys.modules
     assert vars(module)["tf"] is before
+
+
+def test_a_download_without_a_network_fails_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when TFDS's ten retries, 200 seconds, come before the message; or none has a timeout.
+
+    Nothing listens at the address.
+    """
+    import requests
+    import tensorflow_datasets.text.super_glue as module
+
+    config = next(c for c in module.SuperGlue.BUILDER_CONFIGS if c.name == "boolq")
+    monkeypatch.setattr(config, "data_url", "http://127.0.0.1:9/BoolQ.zip")
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path))
+    timeouts, get = [], requests.Session.get
+
+    def spied(*arguments: Any, **options: Any) -> Any:
+        timeouts.append(options.get("timeout"))
+        return get(*arguments, **options)
+
+    monkeypatch.setattr(requests.Session, "get", spied)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"super_glue/boolq.*127.0.0.1.*copy.* to {tmp_path}"):
+        read_tfds(BOOLQ, "train", fields=["question"])
+    assert time.monotonic() - started < 10
+    assert timeouts == [TIMEOUT]
 
 
 def test_failed_preparation_is_one_line_and_leaves_nothing(local_boolq: Path) -> None:
