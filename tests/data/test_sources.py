@@ -1,3 +1,4 @@
+import functools
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softprompt.data.sources import read_file
-from softprompt.data.tfds_reader import TIMEOUT, _adapted_tfds, read_tfds
+from softprompt.data.tfds_reader import TIMEOUT, _adapted_tfds, _answers, read_tfds
 from softprompt.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t"), min_size=1).filter(
@@ -67,6 +68,27 @@ def test_unlabelled_rows_have_no_label(tmp_path: Path) -> None:
     assert [record["label"] for record in read(path)] == [None, "pos"]
     path = write(tmp_path / "b.tsv", "text\na\n")
     assert read(path, label_field="") == [{"id": "test-0", "text": "a", "label": None}]
+
+
+def test_free_text_has_one_or_several_right_answers(tmp_path: Path) -> None:
+    """Breaks when a list of answers is refused, loses one, or an empty one is an answer."""
+    lines = [{"a": "Paris"}, {"a": ["Rome", "Roma"]}, {"a": 7}, {"a": []}, {"a": None}]
+    rows = [json.dumps({"text": "t", **line}) for line in lines]
+    records = read(write(tmp_path / "a.jsonl", "\n".join(rows)), labels=None, label_field="a")
+    assert [(record["label"], record["answers"]) for record in records] == [
+        ("Paris", ("Paris",)),
+        ("Rome", ("Rome", "Roma")),
+        ("7", ("7",)),
+        (None, ()),
+        (None, ()),
+    ]
+    path = write(tmp_path / "a.tsv", "text\ta\nt\tParis\nt\t\n")
+    answers = [record["answers"] for record in read(path, labels=None, label_field="a")]
+    assert answers == [("Paris",), ()]
+    for value, reason in (([" "], "without text"), ([["a"]], "expected text"), ({}, "expected")):
+        path = write(tmp_path / "b.jsonl", json.dumps({"text": "t", "a": value}))
+        with pytest.raises(UserError, match=rf"^{path}:1: field 'a' .*{reason}"):
+            read(path, labels=None, label_field="a")
 
 
 def test_values_of_json_count_as_they_are_spelled(tmp_path: Path) -> None:
@@ -193,6 +215,15 @@ def test_catalogue_dataset_is_read_under_its_own_name(boolq: Path) -> None:
     named = read_tfds(BOOLQ, "train", fields=["idx"], id_field="idx")
     assert [record["id"] for record in named] == [record["idx"] for record in records]
     assert "tensorflow" not in sys.modules
+
+
+def test_a_text_or_several_of_a_catalogue_dataset_are_answers() -> None:
+    """Breaks when a list's or a struct's spelling in Python becomes the answer."""
+    several = functools.partial(_answers, names=None, where="here", several=True)
+    assert several(np.array([b"Rome", "Roma"], object)) == ["Rome", "Roma"]
+    assert several(b"Rome") == several(["Rome"]) == ["Rome"]
+    with pytest.raises(UserError, match="here: the label field holds text, answer_start; allowed"):
+        several({"text": [b"Rome"], "answer_start": [1]})
 
 
 def test_hidden_label_is_none(boolq: Path) -> None:

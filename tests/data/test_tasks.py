@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.config import base_config
+from softprompt.config import base_config, from_dict
 from softprompt.data.subsets import balanced_subset, label_counts, seeded_order, seeded_sample
 from softprompt.data.tasks import (
     SPLITS,
@@ -168,6 +168,21 @@ def test_unlabelled_rows_are_for_test_alone(tmp_path: Path) -> None:
         read_split(task, "train")
 
 
+def test_own_data_without_verbalizers_is_a_free_text_task(tmp_path: Path) -> None:
+    """Breaks when verbalizers are demanded, or a task names metrics that it cannot have."""
+    path = tmp_path / "all.jsonl"
+    rows = [{"q": f"q{n}", "answers": [f"a{n}", "b"]} for n in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    keys = {"verbalizers": {}, "template": "{q}", "label_field": "answers"}
+    values = {f"task.{key}": value for key, value in own(f"jsonl:{path}", **keys).items()}
+    task = get_task(from_dict(values).task)
+    record = read_split(task, "train")[0]
+    assert record["answers"] == (record["label"], "b")
+    assert dict(label_counts(read_split(task, "train"))).keys() == {"answered"}
+    assert set(task.metrics) == {"generation"} and "f1" in task.metrics["generation"]
+    assert "accuracy" in TASKS["rte"].metrics["ranking"]
+
+
 def test_label_outside_the_verbalizers_names_file_and_line(tmp_path: Path) -> None:
     path = write(tmp_path / "all.jsonl", 9)
     task = get_task(own(f"jsonl:{path}", verbalizers={"n": " no", "N": " never"}))
@@ -197,6 +212,7 @@ def test_label_outside_the_verbalizers_names_file_and_line(tmp_path: Path) -> No
         ({"id_field": "key"}, "'task.id_field' is 'key'; allowed: '' without a task.source"),
         ({"template": "{text} {label}"}, "names {label}, which is the label"),
         ({"template": "{text} {id}"}, "names {id}, as records call their own id"),
+        ({"source": "tsv:x", "name": "m", "template": "{answers}"}, "call their own answers"),
         (
             {"source": "tsv:x", "name": "m", "label_field": "y", "template": "{text} {label}"},
             "names {label}, as records call their own label",
@@ -256,6 +272,14 @@ def test_subset_is_balanced_nested_and_seeded(labels: Any, n: int, seed: int, ra
 def test_seeds_draw_different_subsets() -> None:
     pool = records(*"ab" * 50)
     assert len({tuple(r["id"] for r in balanced_subset(pool, 7, seed)) for seed in range(9)}) == 9
+
+
+def test_a_subset_of_free_text_is_drawn_without_regard_to_answers() -> None:
+    """Breaks when each answer is a label of its own, so that rare answers are drawn first."""
+    pool = [
+        {**record, "answers": (record["label"],)} for record in records(*"a" * 90, *"bcdefghijk")
+    ]
+    assert Counter(r["label"] for r in balanced_subset(pool, 20, 0))["a"] > 10
 
 
 def test_subset_larger_than_the_data_is_a_user_error() -> None:

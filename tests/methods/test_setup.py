@@ -246,6 +246,17 @@ def test_few_shot_examples_end_with_a_blank_line_and_no_eos(loaded, train):
     )
 
 
+def test_few_shot_examples_of_free_text_are_drawn_among_the_answered(loaded, train):
+    """Breaks when a task without labels has no example to draw, or an unanswered one is drawn."""
+    targets = [ids if n != 2 else ids[:0] for n, ids in enumerate(train.targets)]
+    labels = np.full(len(targets), -1, np.int32)
+    free = dataclasses.replace(train, candidates=(), labels=labels, targets=targets)
+    text = loaded.tokenizer.decode(shots(loaded, free, method__shots=5).tolist())
+    assert all((f"Review: {one}\n" in text) == (n != 2) for n, one in enumerate(TEXTS))
+    with pytest.raises(UserError, match="method.shots.*6; allowed: at most 5"):
+        shots(loaded, free, method__shots=6)
+
+
 def test_few_shot_limits(loaded, train):
     """Mutation: cut the text, or repeat examples."""
     with pytest.raises(UserError, match="method.shots.*7; allowed: at most 6"):
