@@ -1,6 +1,8 @@
 """Encodes records as token ids: fills the template, and shortens the fields of long inputs."""
 
+import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ class Encoded:
         eos: whether targets and candidates end with EOS.
         answers: each example's right answers, the first of which is its target; an empty tuple for
             an example without one, and () for a classification task.
+        digest: the first 16 hex digits of a SHA-256 of the examples' ids, texts and labels or
+            answers, in order; "" where the examples come from no records.
     """
 
     ids: list[str]
@@ -46,6 +50,7 @@ class Encoded:
     tasks: np.ndarray | None = None
     eos: bool = False
     answers: tuple[tuple[str, ...], ...] = ()
+    digest: str = ""
 
     def without_eos(self, tokens: np.ndarray) -> np.ndarray:
         """The token ids of a target's or a candidate's text alone, without the EOS after it."""
@@ -119,6 +124,7 @@ def encode(
         label_names=task.labels,
         eos=eos,
         answers=() if candidates else tuple(record.get("answers", ()) for record in records),
+        digest=records_digest(records, task.fields),
     )
 
 
@@ -224,6 +230,40 @@ def _inside(offsets: list[tuple[int, int]], span: tuple[int, int], length: int) 
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
+def records_digest(records: Sequence[Record], fields: Sequence[str]) -> str:
+    """Returns 16 hex digits that depend on the records' ids, fields, labels and order.
+
+    Args:
+        records: of a split.
+        fields: the text fields that count.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        texts = [record[name] for name in fields]
+        line = [record["id"], texts, record["label"], record.get("answers", ())]
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_digests(now: Mapping[str, str], then: Mapping[str, str], *, made: str) -> None:
+    """Checks that data is what it was.
+
+    Args:
+        now: the digest of each split, by name.
+        then: the digests that were stored; splits without one (of older files) are not compared.
+        made: what was made with the stored data, such as a checkpoint's path.
+
+    Raises:
+        UserError: a split's digest differs.
+    """
+    for name, digest in now.items():
+        if then.get(name, digest) != digest:
+            raise UserError(
+                f"{made} was made with other data: the digest of {name} was {then[name]}, and now "
+                f"is {digest}; allowed: the same data, or a new folder"
+            )
+
+
 def mix(splits: Mapping[str, Encoded]) -> Encoded:
     """Joins the examples of several tasks, so that tasks are mixed in proportion to their sizes.
 
@@ -241,6 +281,7 @@ def mix(splits: Mapping[str, Encoded]) -> Encoded:
         for part in parts
         for label in part.labels.tolist()
     ]
+    digests = "".join(f"{name} {part.digest}\n" for name, part in splits.items())
     return Encoded(
         ids=[f"{name}/{one}" for name, part in splits.items() for one in part.ids],
         inputs=[ids for part in parts for ids in part.inputs],
@@ -251,6 +292,7 @@ def mix(splits: Mapping[str, Encoded]) -> Encoded:
         tasks=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.ids) for part in parts]),
         eos=parts[0].eos,
         answers=tuple(one for part in parts for one in part.answers or [()] * len(part.ids)),
+        digest=hashlib.sha256(digests.encode()).hexdigest()[:16],
     )
 
 

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from softprompt.data.encode import check_ranking, encode, mix, summary
+from softprompt.data.encode import (
+    check_digests,
+    check_ranking,
+    encode,
+    mix,
+    records_digest,
+    summary,
+)
 from softprompt.data.tasks import TASKS, Task
 from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer
@@ -184,6 +191,32 @@ def test_a_verbalizer_that_goes_on_from_another_needs_eos_or_the_mean() -> None:
     check_ranking(run(movie("x"), task), "mean")
     check_ranking(run(movie("x"), task, eos=True), "sum")
     check_ranking(run(movie("x")), "sum")
+
+
+def test_a_digest_knows_the_data() -> None:
+    """Breaks when an id, a text, a label, an answer or the order leaves no trace, or fields that
+    the task does not read leave one."""
+    records = [*movie("fine", "bad"), *movie("so", label=None)]
+    changed = [
+        records[::-1],
+        records[:2],
+        [{**records[0], "id": "x"}, *records[1:]],
+        [{**records[0], "text": "fines"}, *records[1:]],
+        [{**records[0], "label": "negative"}, *records[1:]],
+        [{**records[0], "answers": ("positive", "good")}, *records[1:]],
+    ]
+    digests = [records_digest(one, ["text"]) for one in (records, *changed)]
+    assert len(set(digests)) == 7 and {len(digest) for digest in digests} == {16}
+    assert run(records).digest == records_digest([{**r, "more": 1} for r in records], ["text"])
+    assert mix({"a": run(records)}).digest != mix({"a": run(changed[4])}).digest
+
+
+def test_other_data_than_before_is_a_user_error() -> None:
+    """Breaks when a changed split passes, or a folder without digests is refused."""
+    check_digests({"train": "a", "test": "b"}, {"train": "a", "test": "b"}, made="run/checkpoints")
+    check_digests({"train": "a"}, {}, made="run/checkpoints")
+    with pytest.raises(UserError, match="^run/c.* other data: .*test was b, and now is c; allowed"):
+        check_digests({"train": "a", "test": "c"}, {"train": "a", "test": "b"}, made="run/c")
 
 
 def test_an_input_without_tokens_is_a_user_error() -> None:
