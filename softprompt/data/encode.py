@@ -312,6 +312,21 @@ def check_ranking(encoded: Encoded, score: str) -> None:
             )
 
 
+def label_advice(encoded: Encoded, score: str) -> str:
+    """Returns a line for a task whose labels differ in length, where `eval.score` favours some.
+
+    A sum of log-probabilities falls with every token, so short labels win by it. Returns "" where
+    labels have equally many tokens or scores are means.
+    """
+    lengths = [len(encoded.without_eos(tokens)) for tokens in encoded.candidates]
+    if score != "sum" or len(set(lengths)) < 2:
+        return ""
+    return (
+        f"labels have {min(lengths)} to {max(lengths)} tokens, and eval.score=sum favours short "
+        "ones; consider eval.score=mean, or verbalizers of equal length"
+    )
+
+
 def summary(encoded: Encoded) -> dict[str, Any]:
     """Returns counts for a report: examples, truncated inputs, labels by name, token lengths."""
     counts = Counter(encoded.labels.tolist())

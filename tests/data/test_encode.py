@@ -14,6 +14,7 @@ from softprompt.data.encode import (
     check_digests,
     check_ranking,
     encode,
+    label_advice,
     mix,
     records_digest,
     summary,
@@ -191,6 +192,16 @@ def test_a_verbalizer_that_goes_on_from_another_needs_eos_or_the_mean() -> None:
     check_ranking(run(movie("x"), task), "mean")
     check_ranking(run(movie("x"), task, eos=True), "sum")
     check_ranking(run(movie("x")), "sum")
+
+
+def test_labels_of_unequal_length_are_said() -> None:
+    """Breaks when EOS counts, equal lengths or a mean give advice, or unequal ones give none."""
+    task = replace(MOVIE, verbalizers={"negative": " x", "positive": " xyz"})
+    assert "have 2 to 4 tokens" in label_advice(run(movie("x"), task, eos=True), "sum")
+    assert label_advice(run(movie("x"), task), "mean") == ""
+    even = replace(MOVIE, verbalizers={"negative": " xyz", "positive": " qjk"})
+    assert label_advice(run(movie("x"), even), "sum") == ""
+    assert label_advice(run(movie("x"), FREE), "sum") == ""
 
 
 def test_a_digest_knows_the_data() -> None:
