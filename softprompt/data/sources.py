@@ -211,10 +211,9 @@ def _text(row: Record, name: str, where: str) -> str:
 def _answers(row: Record, name: str, where: str, *, several: bool) -> list[str]:
     """The texts of a row's label field; none where it is null or empty. A list may hold several."""
     value = row.get(name)
-    if not name or (name in row and value in (None, "", *([[]] if several else []))):
-        return []
     if not (several and isinstance(value, list)):
-        return [_text(row, name, where)]
+        unlabelled = not name or (name in row and value in (None, ""))
+        return [] if unlabelled else [_text(row, name, where)]
     answers = [_text({name: answer}, name, where) for answer in value]
     if not all(answer.strip() for answer in answers):
         raise UserError(
