@@ -6,10 +6,9 @@ pass needs, `shared` what the delta becomes once for all rows, `split` the examp
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.data.encode import Encoded
@@ -175,20 +174,3 @@ def generated_labels(split: Split, ids: Sequence[Sequence[int]], tokenizer: Toke
 def _name(labels: Sequence[str], index: int) -> str | None:
     """A label by its index; None for -1, which is none."""
     return labels[index] if index >= 0 else None
-
-
-def needed(tasks: Iterable[Task], wanted: Sequence[str], metric: str) -> list[str]:
-    """The evaluators that measure the wanted metrics, and the one that selects.
-
-    Args:
-        tasks: the task, or those of a mixture.
-        wanted: `eval.metrics`; empty for the first evaluator that all tasks have.
-        metric: `eval.metric`.
-
-    Raises:
-        UserError: a task lacks a metric; names it and those that it has.
-    """
-    ...
-
-
-EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {"ranking": ranking, "generation": generation}

@@ -91,7 +91,8 @@ def _program(session: Session, config: ConfigDict) -> tuple[Any, int]:
 
 def most_at_once(config: ConfigDict) -> int:
     """How many trials like this may run at a time; 1 of those that never run beside others."""
-    if config.method.name in (*UNTRAINED, "full") or jax.process_count() > 1:
+    method = method_settings(config)
+    if not method.trains or method.trains_weights or jax.process_count() > 1:
         return 1
     if config.eval.latency:  # it would time the others too
         return 1

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from softprompt.config import ConfigDict, members, optimizer_settings, to_dict, weights_key
 from softprompt.console import Progress
 from softprompt.data.encode import Encoded
-from softprompt.evaluation.perplexity import config_text
+from softprompt.errors import UserError
+from softprompt.evaluation.perplexity import read_text, text_pieces
 from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.training.loop import Pauses
 from softprompt.training.memory import KEPT_SHARE, bytes_here, device_memory
@@ -152,9 +153,22 @@ class Session:
         return self._kept(key, read)
 
     def text(self, config: ConfigDict, *, bos: bool) -> Encoded:
-        """The pieces of the config's text: see `config_text`."""
-        key = ["text", *_tokenizer(config), config.eval.text, config.eval.text_tokens, bos]
-        return self._kept(key, lambda: config_text(config, self.model(config), bos=bos))
+        """The pieces of the config's text.
+
+        Raises:
+            UserError: see `read_text` and `text_pieces`; an encoder-decoder.
+        """
+        loaded, name, tokens = self.model(config), config.eval.text, config.eval.text_tokens
+        if loaded.encoder_decoder:
+            raise UserError(
+                f"config key 'eval.text' is {name!r}; allowed: '' for an encoder-decoder, which "
+                "predicts no plain text"
+            )
+
+        def read() -> Encoded:
+            return text_pieces(loaded.tokenizer, read_text(name), tokens=tokens, bos=bos)
+
+        return self._kept(["text", *_tokenizer(config), name, tokens, bos], read)
 
     def _kept(self, key: list[Any], make: Callable[[], Any]) -> Any:
         """What `make` returned for this key (JSON), while it is among the last `KEPT_DATA` used."""
