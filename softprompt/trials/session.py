@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, members, to_dict, weights_key
 from softprompt.console import Progress
-from softprompt.data.encode import Encoded, encode, label_advice, mix, summary
+from softprompt.data.encode import Encoded, encode, mix, summary, target_advice
 from softprompt.data.eval_batches import EvalBatch, EvalShape, eval_batches, eval_shape
 from softprompt.data.packing import Template
 from softprompt.data.pipeline import TrainSource, train_template
@@ -195,7 +195,7 @@ class Session:
             self.progress.say(f"{task.name} {name}: {describe(splits[name])}")
         for line in overlap_warnings(task, read):
             self.progress.say(line)
-        if advice := label_advice(splits["train"], config.eval.score):
+        if advice := target_advice(splits["train"], config.eval.score):
             self.progress.say(f"{task.name}: {advice}")
         return TaskData(task, **splits)
 
