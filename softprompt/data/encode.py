@@ -312,12 +312,15 @@ def check_ranking(encoded: Encoded, score: str) -> None:
             )
 
 
-def label_advice(encoded: Encoded, score: str) -> str:
-    """Returns a line for a task whose labels differ in length, where `eval.score` favours some.
+def target_advice(encoded: Encoded, score: str) -> str:
+    """Returns a line for a task whose targets suit the config badly, or "".
 
-    A sum of log-probabilities falls with every token, so short labels win by it. Returns "" where
-    labels have equally many tokens or scores are means.
+    A sum of log-probabilities (`eval.score`) falls with every token, so of labels with different
+    numbers of tokens it favours the short ones. A model that is trained on free text without EOS
+    does not learn where an answer ends.
     """
+    if not encoded.candidates and not encoded.eos:
+        return "answers have no EOS, so generated ones do not end; consider task.eos=True"
     lengths = [len(encoded.without_eos(tokens)) for tokens in encoded.candidates]
     if score != "sum" or len(set(lengths)) < 2:
         return ""

@@ -349,8 +349,9 @@ def read_split(task: Task, split: str) -> list[Record]:
     records = _select(_read(task, rule), rule, task)
     origin = _origin(task, rule)
     if not records:
+        advice = "; allowed: more examples, or a file for each split" if rule.by_hash else ""
         raise UserError(
-            f"{split} split of task {task.name!r} is empty: {origin} has no examples for it"
+            f"{split} split of task {task.name!r} is empty: {origin} has no examples for it{advice}"
         )
     for record in records if split != "test" else ():
         if record["label"] is None:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, method_settings
-from softprompt.data.encode import Encoded, encode, label_advice, mix, summary
+from softprompt.data.encode import Encoded, encode, target_advice, mix, summary
 from softprompt.data.eval_batches import EvalBatch, EvalShape, eval_batches, eval_shape
 from softprompt.data.packing import Template
 from softprompt.data.pipeline import TrainSource, train_template
@@ -192,7 +192,7 @@ def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> Tas
         say(f"{task.name} {name}: {describe(splits[name])}")
     for line in overlap_warnings(task, read):
         say(line)
-    if advice := label_advice(splits["train"], config.eval.score):
+    if advice := target_advice(splits["train"], config.eval.score):
         say(f"{task.name}: {advice}")
     return TaskData(task, **splits)
 

@@ -14,10 +14,10 @@ from softprompt.data.encode import (
     check_digests,
     check_ranking,
     encode,
-    label_advice,
     mix,
     records_digest,
     summary,
+    target_advice,
 )
 from softprompt.data.tasks import TASKS, Task
 from softprompt.errors import UserError
@@ -194,14 +194,16 @@ def test_a_verbalizer_that_goes_on_from_another_needs_eos_or_the_mean() -> None:
     check_ranking(run(movie("x")), "sum")
 
 
-def test_labels_of_unequal_length_are_said() -> None:
-    """Breaks when EOS counts, equal lengths or a mean give advice, or unequal ones give none."""
+def test_targets_that_suit_the_config_badly_are_said() -> None:
+    """Breaks when EOS counts as a label's token, equal lengths or a mean give advice, or unequal
+    ones or answers without an end give none."""
     task = replace(MOVIE, verbalizers={"negative": " x", "positive": " xyz"})
-    assert "have 2 to 4 tokens" in label_advice(run(movie("x"), task, eos=True), "sum")
-    assert label_advice(run(movie("x"), task), "mean") == ""
+    assert "have 2 to 4 tokens" in target_advice(run(movie("x"), task, eos=True), "sum")
+    assert target_advice(run(movie("x"), task), "mean") == ""
     even = replace(MOVIE, verbalizers={"negative": " xyz", "positive": " qjk"})
-    assert label_advice(run(movie("x"), even), "sum") == ""
-    assert label_advice(run(movie("x"), FREE), "sum") == ""
+    assert target_advice(run(movie("x"), even), "sum") == ""
+    assert "task.eos=True" in target_advice(run(movie("x"), FREE), "mean")
+    assert target_advice(run(movie("x"), FREE, eos=True), "sum") == ""
 
 
 def test_a_digest_knows_the_data() -> None:
