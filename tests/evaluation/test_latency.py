@@ -127,7 +127,8 @@ def test_the_base_reads_no_shots(tmp_path, monkeypatch):
         latency_metrics(prepared, {})
     base, ours = seen
     for served in (base, ours):
-        assert [x.tolist() for x in served.inputs] == [x.tolist() for x in plain.tasks[0].test.inputs]
+        wanted = plain.tasks[0].test.inputs
+        assert [x.tolist() for x in served.inputs] == [x.tolist() for x in wanted]
     shots = len(prepared.step.method_config.tokens)
     assert base.shared[0] == {} and len(ours.shared[0]["encoder"]["prompt"]) == shots > 10
 
