@@ -59,7 +59,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     config = load_config(arguments.config, overrides)  # its mistakes show before JAX is imported
     join(arguments.distributed)
     from softprompt.console import Progress
-    from softprompt.training.loop import Diverged, terminable
+    from softprompt.training.loop import Diverged
     from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
     from softprompt.trials.sweep import record_failure
@@ -67,7 +67,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     config = resolve(config)
     began = time.monotonic()
     try:
-        with Progress() as progress, terminable():
+        with Progress() as progress:
             row = run_trial(config, arguments.workdir, session=Session(progress))
     except Diverged as error:
         record_failure(config, arguments.workdir, error, time.monotonic() - began)
@@ -183,13 +183,11 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     import jax
 
     from softprompt.console import Progress
-    from softprompt.training.loop import terminable
     from softprompt.trials.estimate import estimate
-    from softprompt.trials.groups import Together
     from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
 
-    with Progress() as progress, terminable():
+    with Progress() as progress:
         session = Session(progress)
         if arguments.dry_run:
             from softprompt.analysis.tables import to_markdown
@@ -203,7 +201,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             lambda config, folder: run_trial(config, folder, session=session),
             progress=progress,
             estimate=lambda config: estimate(config, session),
-            together=Together(session),
+            session=session,
         )
         if session.compiled:
             progress.say(f"{len(session.compiled)} training programs compiled")
@@ -289,22 +287,25 @@ def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _show(task: "Task", *, examples: int) -> None:
-    """Prints a task's examples and label counts, a split at a time; reading prepares the data."""
+    """Prints a task's examples, label counts and overlaps of splits; reading prepares the data."""
     import json
 
     from softprompt.data.subsets import label_counts
-    from softprompt.data.tasks import SPLITS, read_split, target_text
+    from softprompt.data.tasks import SPLITS, overlap_warnings, read_split, target_text
 
+    splits = {}
     for split in SPLITS:
-        records = read_split(task, split)
+        records = splits[split] = read_split(task, split)
         counts = label_counts(records).items()
-        shares = ", ".join(f"{label or 'unlabelled'} {count:,}" for label, count in counts)
+        shares = ", ".join(f"{label} {count:,}" for label, count in counts)
         print(f"{task.name} {split}: {len(records):,} examples ({shares})")
         for record in records[:examples] if split == "train" else ():
             target = target_text(task, record["label"])
             print(f"  id      {record['id']}")
             print(f"  input   {json.dumps(task.template.format(**record), ensure_ascii=False)}")
             print(f"  target  {json.dumps(target, ensure_ascii=False)}")
+    for line in overlap_warnings(task, splits):
+        print(line)
 
 
 def _print_json(value: object) -> None:

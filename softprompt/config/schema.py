@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from softprompt.data.tasks import ANSWER_METRICS, LABEL_METRICS
 from softprompt.errors import UserError
 from softprompt.methods import METHODS
 from softprompt.methods.base import MethodSettings
@@ -18,6 +19,16 @@ from softprompt.settings import KINDS, Setting, Settings, keys, setting, summari
 from softprompt.training.optimizers import OPTIMIZERS, Optimizer
 
 SEEDS = 2**32 - 1
+
+# Metrics of which more is better.
+SELECTING = tuple(
+    dict.fromkeys(
+        metric
+        for metrics in (*LABEL_METRICS.values(), *ANSWER_METRICS.values())
+        for metric in metrics
+        if metric != "illegal"
+    )
+)
 
 
 METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
@@ -85,20 +96,24 @@ class Task(Settings):
     )
     source: str = setting(
         "",
-        "own data: jsonl:, tsv: or csv:PATH ({split} in it is train, validation, test) or "
-        "tfds:NAME",
+        "own data: tfds:NAME, or jsonl:, tsv: or csv:PATH; {split} in it is train, validation or "
+        "test; a file without it is divided 8:1:1 by a hash of each id, or of each text",
     )
     template: str = setting(
         "", 'text with {field} names, ending where the target begins; "" is the task\'s own'
     )
     verbalizers: dict[str, str] = setting(
-        {}, "label -> target text, with its leading space; {} is the task's own"
+        {},
+        "label -> target text, with its leading space; {} is the task's own, and makes own data a "
+        "free-text task, whose answers are the targets",
     )
     label_field: str = setting(
-        "label", 'own data: the field that holds the label; "" is unlabelled'
+        "label",
+        "own data: the field that holds the label, or the answer (in JSON also a list of right "
+        'ones); "" is unlabelled',
     )
     id_field: str = setting(
-        "", 'own data: the field that identifies an example; "" is its line number'
+        "", 'own data: the field that identifies an example; "" numbers or hashes it'
     )
     max_input: int = setting(
         256, "tokens; longer inputs lose the end of their longest field", low=1
@@ -115,11 +130,10 @@ class Task(Settings):
                 f"config key 'task.source' is {self.source!r}; "
                 "allowed: jsonl:PATH, tsv:PATH, csv:PATH or tfds:NAME"
             )
-        for key in ("template", "verbalizers"):
-            if not getattr(self, key):
-                raise UserError(
-                    f"config key 'task.{key}' is empty; task.source={self.source} needs it"
-                )
+        if not self.template:
+            raise UserError(
+                f"config key 'task.template' is empty; task.source={self.source} needs it"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,9 +224,17 @@ class Eval(Settings):
         "a verbalizer's score: sum or mean of its tokens' log-probabilities",
         choices=("sum", "mean"),
     )
-    metric: str = setting(
-        "accuracy", "what selection goes by", choices=("accuracy", "macro_f1"), for_training=True
+    metrics: str = setting(
+        "",
+        "what is measured, divided by commas: accuracy and macro_f1 rank a task's candidates; "
+        "generated_accuracy, generated_macro_f1 and illegal read generated answers as labels; "
+        'exact_match and f1 compare generated answers to free-text tasks; "" is the first of these '
+        "kinds that the task has",
     )
+    metric: str = setting(
+        "accuracy", "the metric that selects the delta", choices=SELECTING, for_training=True
+    )
+    beams: int = setting(1, "sequences kept while an answer is generated; 1 is greedy", low=1)
     select: str = setting(
         "best",
         "which delta is tested: best on validation, or last",

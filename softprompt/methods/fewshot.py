@@ -102,6 +102,9 @@ def few_shot_tokens(
 ) -> np.ndarray:
     """Solved examples as one text, int32 [P]: a seeded draw, the labels balanced, in random order.
 
+    A blank line, and no EOS, ends each example. (An input keeps the space that a SentencePiece
+    tokenizer begins every text with, as the input that is to be answered has it, too.)
+
     Args:
         settings: how many examples, and whether BOS stands before them.
         loaded: the model, for its BOS and the blank line between examples.
@@ -114,17 +117,21 @@ def few_shot_tokens(
             BOS where one is wanted.
     """
     shots, random = settings.shots, np.random.default_rng([seed, 2])
-    drawn = balanced_draw(train.labels, shots, random)
+    answered_N = np.array([len(ids) > 0 for ids in train.targets])
+    labels_N = train.labels if train.candidates else np.where(answered_N, 0, -1)
+    drawn = balanced_draw(labels_N, shots, random)
     if len(drawn) < shots:
         raise UserError(
             f"config key 'method.shots' is {shots}; allowed: at most {len(drawn)}, the labelled "
             "examples of the train split"
         )
     tokenizer = loaded.tokenizer
-    gap = tokenizer.encode("\n\n")
+    gap = tokenizer.encode_continuation("\n\n")
     start = [tokenizer.bos_id] if wants_bos(settings.bos, tokenizer) else []
     end = -1 if loaded.encoder_decoder and tokenizer.add_eos else None  # inputs end with EOS
-    parts = [start] + [[*train.inputs[i][:end], *train.targets[i], *gap] for i in drawn]
+    parts = [start] + [
+        [*train.inputs[i][:end], *train.without_eos(train.targets[i]), *gap] for i in drawn
+    ]
     tokens_P = np.array([token for part in parts for token in part], np.int32)
     if len(tokens_P) > room:
         raise UserError(

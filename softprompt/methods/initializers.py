@@ -210,7 +210,8 @@ class Labels(Vocabulary):
         if not train.candidates:
             raise UserError("config key 'method.init' is 'labels'; this task has no verbalizers")
         rest = super().initializer(loaded, train, place=place)
-        return fixed([ids.tolist() for ids in train.candidates], rest)
+        texts = [train.without_eos(ids).tolist() for ids in train.candidates]
+        return fixed(texts, rest)
 
 
 @dataclasses.dataclass(frozen=True)

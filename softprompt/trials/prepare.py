@@ -15,11 +15,12 @@ from softprompt.data.encode import Encoded, check_ranking
 from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import DECODER, Layout
 from softprompt.errors import UserError
+from softprompt.evaluation.evaluators import Forward
 from softprompt.evaluation.perplexity import check_room
 from softprompt.evaluation.ranking import shared_function
 from softprompt.methods import METHODS
 from softprompt.methods.base import Context, Setup, wants_bos
-from softprompt.methods.initializers import embedding_rms
+from softprompt.methods.initializers import Start, embedding_rms
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
 from softprompt.models.dropout import Shares
@@ -31,106 +32,155 @@ from softprompt.pretrained.loading import Loaded
 from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.sharding import path_name, put, random_key, replicated, weight_shardings
-from softprompt.training.step import Draw, Key, StepConfig, row_inputs
-from softprompt.trials.session import Session, TaskData, optimizer_config
+from softprompt.training.step import Draw, Key, Shared, StepConfig, row_inputs
+from softprompt.trials.data import TaskData, TrialData, evaluators_of
+from softprompt.trials.session import Session, optimizer_config
 
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A trial before its first step.
+class ForwardPass:
+    """What a forward pass needs, for any delta of one config.
 
     Attributes:
         config: resolved.
-        session: what it shares with other trials.
         loaded: the pretrained model.
-        frozen: its weights less those that are trained themselves.
-        tasks: the config's task, or those of its mixture, tokenised for the model.
-        train: the examples that are trained on, of all tasks.
-        mesh: where it runs.
-        step: what is static in its steps; `step.model` is the model as the method wants it.
+        frozen: its weights; none of them where they are trained themselves.
+        mesh: the devices.
+        step: what is static; `step.model` is the model as the method wants it.
         bos: texts begin with the tokenizer's BOS.
         layout: where the model wants an example.
         contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, a BOS before
             a prompt included.
-        shared: delta -> what every row of a forward pass shares (variables and context).
     """
 
     config: ConfigDict
-    session: Session
     loaded: Loaded
     frozen: Tree
-    tasks: tuple[TaskData, ...]
-    train: Encoded
     mesh: jax.sharding.Mesh
     step: StepConfig
     bos: bool
     layout: Layout
     contexts: tuple[int, int]
-    shared: Callable[[Tree], Any]
+
+    def shared(self, delta: Tree) -> Shared:
+        """What all rows of a forward pass have in common: the variables and the context."""
+        shared: Shared = shared_function(self.step, self.mesh)(delta, self.frozen)
+        return shared
 
     @property
-    def data(self) -> TaskData:
-        """The task, or the first of a mixture."""
-        return self.tasks[0]
+    def forward(self) -> Forward:
+        """The same, as evaluators take it."""
+        tokenizer = self.loaded.tokenizer
+        return Forward(self.step.model, self.frozen, self.mesh, self.layout, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(ForwardPass):
+    """What a trial needs besides: its examples, and what it shares with other trials.
+
+    Attributes:
+        session: the process's.
+        data: the config's task, or those of its mixture, encoded for the model.
+    """
+
+    session: Session
+    data: TrialData
+
+    @property
+    def tasks(self) -> tuple[TaskData, ...]:
+        """The config's task, or those of its mixture."""
+        return self.data.tasks
 
     def of(self, task: str) -> "Prepared":
         """The same for one task of a mixture, which keeps its number."""
-        return dataclasses.replace(
-            self, tasks=tuple(one for one in self.tasks if one.task.name == task)
-        )
+        return dataclasses.replace(self, data=self.data.only(task))
 
 
 def prepare(config: ConfigDict, session: Session) -> Prepared:
-    """Loads what a config names and sets up its method.
+    """Loads what a config names, for training and testing it.
 
     Raises:
         UserError: see `load_model`, the task's source, and the method's settings.
     """
+    data = session.data(config, bos=text_bos(config, session.model(config)))
+    for one in data.tasks:
+        if "ranking" in evaluators_of(one.task, config):
+            check_ranking(one.train, config.eval.score)
+
+    def row_tokens(layout: Layout) -> int:
+        return data.template(config.train.batch, layout, session.progress.say).shape.tokens
+
+    made = prepare_forward(
+        config, session, train=data.train, start=start_settings(config), row_tokens=row_tokens
+    )
+    if config.eval.text:  # read before anything is trained, for it may not be there
+        text = session.text(config, bos=made.bos)
+        check_room(text, made.loaded, name=config.eval.text, context=made.contexts[1])
+    return Prepared(**vars(made), session=session, data=data)
+
+
+def prepare_scoring(config: ConfigDict, session: Session) -> Prepared:
+    """Loads what a config names, for scoring a delta that is trained already."""
+    data = session.data(config, bos=text_bos(config, session.model(config)))
+    made = prepare_forward(config, session, train=data.train)
+    return Prepared(**vars(made), session=session, data=data)
+
+
+def prepare_forward(
+    config: ConfigDict,
+    session: Session,
+    *,
+    train: Encoded | None = None,
+    start: Start | None = None,
+    row_tokens: Callable[[Layout], int] | None = None,
+) -> ForwardPass:
+    """Loads a config's model and sets up its method.
+
+    Args:
+        config: resolved.
+        session: for the model.
+        train: the training examples, for a method that shows some of them before a text and for
+            what a prompt starts from.
+        start: what a prompt starts from; None where the delta is there already.
+        row_tokens: the length of the rows that are trained on, in a layout; None without training.
+
+    Raises:
+        UserError: see `load_model`, and the method's settings.
+    """
     mesh, loaded = session.mesh(config), session.model(config)
     settings = method_settings(config)
-    method = METHODS[settings.name]
-    bos = wants_bos(settings.bos, loaded.tokenizer) and not settings.begins_with_bos
-    room = min(free_positions(one, loaded) for one in members(config))
-    tasks, train = session.mixture(config, bos=bos)
-    for one in tasks:
-        check_ranking(one.train, config.eval.score)
-    cfg = method.resolve(
-        settings,
-        Setup(
-            sizes=loaded.config,
-            tasks=len(tasks),
-            seed=config.seed,
-            room=room,
-            start=start_settings(config),
-            loaded=loaded,
-            train=train,
-        ),
-    )
-    model, layout, contexts = arrange(config, loaded, cfg)
-    row_tokens = lambda: session.template(config, train, layout).shape.tokens  # noqa: E731
-    model = with_kernel(config, model, mesh, context=contexts[1], row_tokens=row_tokens)
-    step = StepConfig(model, settings.name, cfg, config.train.z_loss, config.train.microbatches)
-    frozen = {} if settings.trains_weights else loaded.weights
-    compiled = shared_function(step, mesh)
-    shared: Callable[[Tree], Any] = lambda delta: compiled(delta, frozen)  # noqa: E731
-    if config.eval.text:  # read before anything is trained, for it may not be there
-        check_room(config, session.text(config, bos=bos), loaded, context=contexts[1])
-    return Prepared(
-        config=config,
-        session=session,
+    setup = Setup(
+        sizes=loaded.config,
+        tasks=len(members(config)),
+        seed=config.seed,
+        room=min(free_positions(one, loaded) for one in members(config)),
+        start=start,
         loaded=loaded,
-        frozen=frozen,
-        tasks=tasks,
         train=train,
+    )
+    cfg = METHODS[settings.name].resolve(settings, setup)
+    model, layout, contexts = arrange(config, loaded, cfg)
+    named = config.mesh.attention not in ("auto", "reference") and settings.trains
+    tokens = row_tokens(layout) if row_tokens is not None and named else None
+    model = with_kernel(config, model, mesh, context=contexts[1], tokens=tokens)
+    return ForwardPass(
+        config=config,
+        loaded=loaded,
+        frozen={} if settings.trains_weights else loaded.weights,
         mesh=mesh,
-        step=step,
-        bos=bos,
+        step=StepConfig(model, settings.name, cfg, config.train.z_loss, config.train.microbatches),
+        bos=text_bos(config, loaded),
         layout=layout,
         contexts=contexts,
-        shared=shared,
     )
+
+
+def text_bos(config: ConfigDict, loaded: Loaded) -> bool:
+    """Whether texts begin with BOS; else what stands before them may."""
+    settings = method_settings(config)
+    return wants_bos(settings.bos, loaded.tokenizer) and not settings.begins_with_bos
 
 
 def free_positions(config: ConfigDict, loaded: Loaded) -> int:
@@ -175,24 +225,27 @@ def with_kernel(
     mesh: jax.sharding.Mesh,
     *,
     context: int,
-    row_tokens: Callable[[], int],
+    tokens: int | None,
 ) -> Model:
     """The model with the attention that its config asks for.
 
-    Rows that a kernel cannot serve are left to the reference one by one, when they are traced: here
-    their length counts only where a kernel is asked for by its name.
+    Rows that a kernel cannot serve are left to the reference one by one, when they are traced.
+
+    Args:
+        config: its `mesh.attention`.
+        model: with the reference.
+        mesh: the devices.
+        context: tokens before a row.
+        tokens: of a row that the kernel must serve, where it is asked for by its name.
 
     Raises:
-        UserError: that kernel cannot serve the rows that are trained on.
+        UserError: that kernel cannot serve such rows.
     """
-    wanted = config.mesh.attention
-    named = wanted not in ("auto", "reference") and method_settings(config).trains
     if isinstance(model, T5):
         case = Case(model.dtype.name, model.config.head_size, bias=True)
     else:
-        tokens = row_tokens() if named else None
         case = attention_case(model.config, model.dtype, context=context, tokens=tokens)
-    name = choose(wanted, case, device_of(mesh))
+    name = choose(config.mesh.attention, case, device_of(mesh))
     if name == "reference":
         return model
     return model.clone(attention=Kernel(name, mesh if mesh.size > 1 else None))
@@ -200,10 +253,10 @@ def with_kernel(
 
 def train_source(prepared: Prepared) -> TrainSource:
     """The training batches of a trial, by step."""
-    config, train, layout = prepared.config, prepared.train, prepared.layout
-    template = prepared.session.template(config, train, layout)
+    config, data, layout = prepared.config, prepared.data, prepared.layout
+    template = data.template(config.train.batch, layout, prepared.session.progress.say)
     ids = kept_shares(config).by_example
-    return TrainSource(train, template, config.seed, layout, ids=ids)
+    return TrainSource(data.train, template, config.seed, layout, ids=ids)
 
 
 def kept_shares(config: ConfigDict) -> Shares:
@@ -248,7 +301,7 @@ def initial_state(prepared: Prepared) -> loop.State:
     return loop.State(delta, opt_state, best=jax.tree.map(lambda leaf: leaf.copy(), delta))
 
 
-def delta_shardings(prepared: Prepared, delta: Tree) -> Tree:
+def delta_shardings(prepared: ForwardPass, delta: Tree) -> Tree:
     """How a delta (arrays or shapes) lies: whole everywhere; weights as frozen ones would."""
     mesh = prepared.mesh
     if METHODS[prepared.step.method].Settings.trains_weights:
@@ -345,8 +398,8 @@ def seen_rms(loaded: Loaded) -> float:
 def step_work(prepared: Prepared) -> Work:
     """What an average step has to compute: no padding, each context once."""
     batch, layout = prepared.config.train.batch, prepared.layout
-    runs = max(1, layout.prompts) if METHODS[prepared.step.method].Settings.is_prompt else 0
-    return train_work(prepared.train, layout, prepared.contexts, batch, runs=runs)
+    runs = 0 if prepared.step.method == "prefix" else max(1, layout.prompts)
+    return train_work(prepared.data.train, layout, prepared.contexts, batch, runs=runs)
 
 
 def step_flops(prepared: Prepared) -> float:

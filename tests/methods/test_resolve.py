@@ -33,12 +33,17 @@ def loaded(tiny_folder):
 
 @pytest.fixture(scope="module")
 def train(loaded):
+    return encoded(loaded, eos=False)
+
+
+def encoded(loaded, *, eos):
+    """The tiny task's examples, three labels in turns."""
     records = [
         {"id": str(n), "text": text, "label": SNIPPETS.labels[n % 3]}
         for n, text in enumerate(TEXTS)
     ]
-    sizes = {"max_input": 64, "max_target": 8}
-    return encode(records, SNIPPETS, loaded.tokenizer, **sizes, bos=False, eos=False)
+    sizes = {"max_input": 64, "max_target": 16}
+    return encode(records, SNIPPETS, loaded.tokenizer, **sizes, bos=False, eos=eos)
 
 
 def resolved(loaded, train, *, room=400, **changes):
@@ -72,15 +77,22 @@ def test_initializers_by_name(loaded, train, tmp_path):
     ids = loaded.tokenizer.encode("the city")
     rows = rows_of(loaded, train, init="text", init_text="the city", length=len(ids))
     np.testing.assert_array_equal(rows, table[ids])
-    rows = rows_of(loaded, train, init="labels", length=5)
-    means = [table[candidate].mean(axis=0) for candidate in train.candidates]
-    assert {len(candidate) for candidate in train.candidates} != {1}
-    np.testing.assert_allclose(rows[:3], means, rtol=1e-5, atol=1e-6)
     file = tmp_path / "delta.safetensors"
     save_delta(file, {"prompt": scaled[:4]}, {})
     np.testing.assert_array_equal(prompt_rows(str(file))[0], scaled[:4])
     rows = rows_of(loaded, train, init="file", init_file=str(file), length=6)
     np.testing.assert_array_equal(rows[:4], scaled[:4])
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_a_labels_row_is_the_mean_of_its_verbalizers_tokens(loaded, eos):
+    """Breaks when EOS, which ends candidates with `task.eos`, is averaged in."""
+    table = embedding(loaded)
+    words = [loaded.tokenizer.encode(text) for text in SNIPPETS.verbalizers.values()]
+    assert {len(ids) for ids in words} != {1}
+    rows = rows_of(loaded, encoded(loaded, eos=eos), init="labels", length=5)
+    means = [table[ids].mean(axis=0) for ids in words]
+    np.testing.assert_allclose(rows[:3], means, rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_of_two_stacks_gives_the_one_that_is_trained(tmp_path):
@@ -228,6 +240,25 @@ def test_few_shot_examples_are_solved_balanced_and_seeded(loaded, train):
     assert tuple(again) in draws
     everything = loaded.tokenizer.decode(shots(loaded, train, method__shots=6).tolist())
     assert all(f"Review: {one}\n" in everything for one in TEXTS)
+
+
+def test_few_shot_examples_end_with_a_blank_line_and_no_eos(loaded, train):
+    """Breaks when the EOS that `task.eos` ends targets with stands between two examples."""
+    np.testing.assert_array_equal(
+        shots(loaded, encoded(loaded, eos=True), method__shots=3),
+        shots(loaded, train, method__shots=3),
+    )
+
+
+def test_few_shot_examples_of_free_text_are_drawn_among_the_answered(loaded, train):
+    """Breaks when a task without labels has no example to draw, or an unanswered one is drawn."""
+    targets = [ids if n != 2 else ids[:0] for n, ids in enumerate(train.targets)]
+    labels = np.full(len(targets), -1, np.int32)
+    free = dataclasses.replace(train, candidates=(), labels=labels, targets=targets)
+    text = loaded.tokenizer.decode(shots(loaded, free, method__shots=5).tolist())
+    assert all((f"Review: {one}\n" in text) == (n != 2) for n, one in enumerate(TEXTS))
+    with pytest.raises(UserError, match="method.shots.*6; allowed: at most 5"):
+        shots(loaded, free, method__shots=6)
 
 
 def test_few_shot_limits(loaded, train):
