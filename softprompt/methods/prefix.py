@@ -63,10 +63,6 @@ class Settings(TrainedContextSettings):
         """Whether it starts from the keys and values of a prompt."""
         return self.init in INITIALIZERS
 
-    def label(self) -> str:
-        """The method, its length and its start."""
-        return f"{self.name}-{self.length}-{self.init}"
-
     def check(self) -> None:
         """Checks that a network's output is not said to start elsewhere."""
         if self.reparam == "mlp" and self.init != "noise":
@@ -106,7 +102,7 @@ def resolve(settings: Settings, setup: Setup) -> PrefixConfig:
             they would see the input; see `Setup.initializer`.
     """
     settings.check_room(setup)
-    where, of_words = settings.stacks(settings.place, setup), settings.of_words
+    where, of_words = settings.stacks(setup), settings.of_words
     if setup.start is None and of_words:
         return PrefixConfig(settings.length, where)  # of the same shape
     if "cross" in where and of_words:
