@@ -16,6 +16,8 @@ from flax.traverse_util import unflatten_dict
 from softprompt.methods.sites import delta_dtype, targeted
 from softprompt.models import Model
 
+PEFT = {"peft_type": "IA3"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Ia3Config:

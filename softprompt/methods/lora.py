@@ -23,6 +23,7 @@ from softprompt.models import Model
 from softprompt.models.quantize import VALUES
 
 SHARED = "qkv"  # the target whose A is shared
+PEFT = {"peft_type": "LORA", "use_dora": False}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,8 @@ from softprompt.methods import prompt
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models import Model
 
+PEFT = {"peft_type": "MULTITASK_PROMPT_TUNING"}
+
 
 @dataclasses.dataclass(frozen=True)
 class MultitaskConfig(PromptConfig):

@@ -18,6 +18,8 @@ from softprompt.models import Model
 from softprompt.models.dropout import Share, masked
 from softprompt.models.quantize import embedding
 
+PEFT = {"peft_type": "PROMPT_TUNING"}
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
