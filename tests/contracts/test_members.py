@@ -1,6 +1,6 @@
 """Contract 6 for every method: members of one program step as each does alone.
 
-`test_population.py` and `test_together.py` hold whole trials of prompts to it. `full` is never
+`test_population.py` and `test_groups.py` hold whole trials of prompts to it. `full` is never
 grouped.
 """
 
@@ -16,7 +16,7 @@ from softprompt.data.pipeline import train_batch
 from softprompt.methods import METHODS
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
 from softprompt.training.step import train_step
-from softprompt.trials.population import Member, population_step
+from softprompt.trials.programs import Member, population_step
 from tests.contracts.examples import packed, prompted, snippets
 from tests.contracts.test_methods import base, moved, step_of
 
@@ -68,7 +68,7 @@ def test_members_step_as_alone(name, kind):
     weights, count = base(kind, "float32")[1], len(RATES)
     step = functools.partial(train_step, config=config, tx=TX)
     alone = jax.jit(step)
-    together = jax.jit(functools.partial(population_step, step=step))
+    together = jax.jit(functools.partial(population_step, step=step, along=None))
     members = [begun(config, weights, n, RATES[n]) for n in range(count)]
     batches = [[batch(kind, layout, n, step) for n in range(count)] for step in range(STEPS)]
     run = functools.partial(trained, members, batches)
@@ -101,7 +101,10 @@ def test_bfloat16_on_a_real_model(smollm2, shared_data):
         """Of members alone, and together: with a rate of 1 what plain SGD takes off the prompt."""
         model = smollm2.model.clone(dtype=jnp.dtype(dtype))
         step = functools.partial(train_step, config=prompted(model, weights, 20)[0], tx=sgd)
-        alone, together = jax.jit(step), jax.jit(functools.partial(population_step, step=step))
+        alone, together = (
+            jax.jit(step),
+            jax.jit(functools.partial(population_step, step=step, along=None)),
+        )
         for results in (
             [alone(one.delta, one.opt_state, weights, one.batch, one.key) for one in members],
             together(members, weights),

@@ -11,8 +11,7 @@ from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_
 from softprompt.training.sharding import make_mesh, put_batch, random_key, replicated
 from softprompt.training.step import train_step
 from softprompt.trials import shape_check as full_size
-from softprompt.trials.population import Member
-from softprompt.trials.session import compile_population
+from softprompt.trials.programs import Member, compile_population
 from tests.contracts.examples import packed, prompted, random_examples
 from tests.tiny import tiny_config, tiny_decoder
 from tests.tiny_t5 import tiny_t5_config
