@@ -25,6 +25,7 @@ from softprompt.models.quantize import VALUES
 from softprompt.settings import setting
 
 SHARED = "qkv"  # the target whose A is shared
+PEFT = {"peft_type": "LORA", "use_dora": False}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,9 @@ class Settings(TrainedContextSettings):
     rank: int = setting(8, "Z, the rank of a task's factor", low=1)
 
 
+PEFT = {"peft_type": "MULTITASK_PROMPT_TUNING"}
+
+
 @dataclasses.dataclass(frozen=True)
 class MultitaskConfig(PromptConfig):
     """What the method needs to know besides what a prompt does.

@@ -33,6 +33,8 @@ PLACES = {
     "cross": ("decoder", "cross_prefix"),
 }
 
+PEFT = {"peft_type": "PREFIX_TUNING"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings(TrainedContextSettings):

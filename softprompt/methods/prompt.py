@@ -50,6 +50,9 @@ class Settings(TrainedContextSettings):
         return self.bos == "before"
 
 
+PEFT = {"peft_type": "PROMPT_TUNING"}
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
     """What the method needs to know.
