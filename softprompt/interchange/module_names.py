@@ -12,7 +12,7 @@ from softprompt.models.shapes import decoder_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.families import FAMILIES, find_family
 from softprompt.pretrained.families.gpt2 import GPT2
-from softprompt.pretrained.name_tables import Part
+from softprompt.pretrained.name_tables import TensorRule
 from softprompt.pretrained.t5_names import t5_table
 
 Config = DecoderConfig | T5Config
@@ -45,31 +45,31 @@ def projections(config: Config) -> dict[str, Projection]:
     if isinstance(config, T5Config):
         table = t5_table(config)
         return {
-            path.removesuffix("/kernel"): _plain(path, part)
-            for path, part in table.items()
+            path.removesuffix("/kernel"): _plain(path, rule)
+            for path, rule in table.items()
             if "/layers/" in path and path.endswith("/kernel")
         }
     # A family's bias says what module it belongs to, and how the module's outputs are laid out.
     biased = dataclasses.replace(config, qkv_bias=True, out_bias=True, mlp_bias=True)
     kernels = decoder_shapes(biased)
     found = {}
-    for path, part in find_family(config)[1].table(biased).items():
+    for path, rule in find_family(config)[1].table(biased).items():
         kernel = path.removesuffix("bias") + "kernel"
         if path.startswith("layers/") and path.endswith("/bias") and kernel in kernels:
-            inputs = kernels[kernel][: -len(part.leaf)]
-            module, (width,) = part.name.removesuffix(".bias"), part.source
-            projection = Projection(module, config.layers, inputs, part.leaf, width, part.convert)
+            inputs = kernels[kernel][: -len(rule.leaf)]
+            module, (width,) = rule.name.removesuffix(".bias"), rule.source
+            projection = Projection(module, config.layers, inputs, rule.leaf, width, rule.convert)
             found[path.removesuffix("/bias")] = projection
     return found
 
 
-def _plain(path: str, part: Part) -> Projection:
-    """A projection whose module is all its own, from the part of its kernel."""
-    inputs = part.leaf[:2] if path.endswith("/o/kernel") else part.leaf[:1]
-    out = part.leaf[len(inputs) :]
-    assert part.layers is not None, path
-    module = part.name.removesuffix(".weight")
-    return Projection(module, part.layers, inputs, out, math.prod(out), lambda x: x.reshape(out))
+def _plain(path: str, rule: TensorRule) -> Projection:
+    """A projection whose module is all its own, from the rule of its kernel."""
+    inputs = rule.leaf[:2] if path.endswith("/o/kernel") else rule.leaf[:1]
+    out = rule.leaf[len(inputs) :]
+    assert rule.layers is not None, path
+    module = rule.name.removesuffix(".weight")
+    return Projection(module, rule.layers, inputs, out, math.prod(out), lambda x: x.reshape(out))
 
 
 def modules(config: Config) -> dict[str, dict[str, Projection]]:

@@ -21,7 +21,7 @@ from softprompt.models.quantize import VALUES
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained import hf, t5_names
 from softprompt.pretrained.families import T5_ARCHITECTURES, find_family
-from softprompt.pretrained.name_tables import Part, Table, tensor_names
+from softprompt.pretrained.name_tables import Table, TensorRule, tensor_names
 from softprompt.pretrained.tokenizer import Tokenizer
 
 Config = DecoderConfig | T5Config
@@ -106,7 +106,7 @@ def _describe(
 
 def _check(leaves: Mapping[str, Any], table: Table) -> None:
     """Raises where leaves are missing, too many, or of another shape."""
-    expected = {path: part.shape for path, part in table.items()}
+    expected = {path: rule.shape for path, rule in table.items()}
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     wrong = sorted(
         path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)
@@ -118,9 +118,9 @@ def _check(leaves: Mapping[str, Any], table: Table) -> None:
 def _save_weights(folder: Path, leaves: Mapping[str, Any], table: Table, shard_bytes: int) -> None:
     """Writes model.safetensors, or shards and their index."""
     pieces: dict[str, list[tuple[str, int | None]]] = {}
-    for path, part in table.items():
-        for layer, name in enumerate(tensor_names(part)):
-            pieces.setdefault(name, []).append((path, None if part.layers is None else layer))
+    for path, rule in table.items():
+        for layer, name in enumerate(tensor_names(rule)):
+            pieces.setdefault(name, []).append((path, None if rule.layers is None else layer))
     sizes = {
         name: int(np.prod(table[path].source)) * leaves[path].dtype.itemsize
         for name, ((path, _), *_) in pieces.items()
@@ -155,7 +155,7 @@ def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
 def _tensor(
     pieces: list[tuple[str, int | None]], leaves: Mapping[str, Any], table: Table
 ) -> np.ndarray:
-    """One tensor of the file, each leaf that has a part of it written through that part's view."""
+    """One tensor of the file; each leaf that it holds is written through the view of its rule."""
     first = table[pieces[0][0]]
     tensor = np.empty(first.source, leaves[pieces[0][0]].dtype)
     for path, layer in pieces:
@@ -164,10 +164,10 @@ def _tensor(
     return tensor
 
 
-def _write(tensor: np.ndarray, part: Part, values: np.ndarray) -> None:
-    view = part.convert(tensor)
-    assert np.may_share_memory(view, tensor), f"{part.name}: convert gives a copy"
-    view[...] = values - values.dtype.type(part.offset) if part.offset else values
+def _write(tensor: np.ndarray, rule: TensorRule, values: np.ndarray) -> None:
+    view = rule.convert(tensor)
+    assert np.may_share_memory(view, tensor), f"{rule.name}: convert gives a copy"
+    view[...] = values - values.dtype.type(rule.offset) if rule.offset else values
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained import hf
 from softprompt.pretrained.families import T5_ARCHITECTURES
-from softprompt.pretrained.name_tables import Put, Source, Table, read_weights, torch_part
+from softprompt.pretrained.name_tables import Put, Source, Table, read_weights, torch_rule
 
 FEED_FORWARDS = {"relu": False, "gated-gelu": True}
 
@@ -27,7 +27,7 @@ def t5_table(config: T5Config) -> Table:
     """Which tensor of a Hugging Face folder fills which leaf."""
     names = _names(config)
     return {
-        path: torch_part(path, names[path], leaf, layers=layer_count(config, path))
+        path: torch_rule(path, names[path], leaf, layers=layer_count(config, path))
         for path, leaf in t5_shapes(config).items()
     }
 

@@ -22,13 +22,13 @@ from softprompt.errors import UserError
 from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.name_tables import (
-    Part,
     Put,
     Source,
     Table,
+    TensorRule,
+    input_major,
     read_weights,
-    straight,
-    torch_part,
+    torch_rule,
 )
 
 # Stack -> its attentions and their norms, in the order of `ATTENTIONS`.
@@ -73,13 +73,13 @@ def t5x_table(config: T5Config) -> Table:
     """Which array of a checkpoint fills which leaf."""
     names = _names(config)
 
-    def one(path: str, leaf: tuple[int, ...]) -> Part:
-        part = torch_part(path, names[path], leaf, layers=layer_count(config, path))
+    def one(path: str, leaf: tuple[int, ...]) -> TensorRule:
+        rule = torch_rule(path, names[path], leaf, layers=layer_count(config, path))
         if path.endswith("/kernel"):
-            return straight(part)
+            return input_major(rule)
         if path.endswith("relative_bias/embedding"):
-            return dataclasses.replace(part, source=leaf[::-1], convert=np.transpose)
-        return part
+            return dataclasses.replace(rule, source=leaf[::-1], convert=np.transpose)
+        return rule
 
     return {path: one(path, leaf) for path, leaf in t5_shapes(config).items()}
 

@@ -36,7 +36,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_saved_family_is_loaded_bit_for_bit(tmp_path, name, dtype):
-    # Breaks if: any key of a family's `raw` is another, a part's offset is not taken off again, or
+    # Breaks if: any key of a family's `raw` is another, a rule's offset is not taken off again, or
     # one part of a fused tensor is left out.
     loaded = load_model(str(write_family_folder(tmp_path / "a", name)), dtype=dtype)
     again = load_model(str(saved(loaded, tmp_path / "b")), dtype=dtype)

@@ -24,11 +24,11 @@ TANH = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")  # "gelu" is an ol
 
 def table(config: DecoderConfig) -> Table:
     """Llama's names, but for the norms around attention and feed-forward."""
-    parts = decoder_table(config, SANDWICH if config.norms == "both" else NAMES)
-    for path, part in parts.items():
+    rules = decoder_table(config, SANDWICH if config.norms == "both" else NAMES)
+    for path, rule in rules.items():
         if path.endswith("/scale"):
-            parts[path] = dataclasses.replace(part, offset=1.0)
-    return parts
+            rules[path] = dataclasses.replace(rule, offset=1.0)
+    return rules
 
 
 def _shared(raw: Raw) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _two_ropes(raw: Raw) -> dict[str, Any]:
     }
 
 
-# What the config of a model that sees images leaves out of its text part.
+# What the config of a model that sees images leaves out of its text rule.
 # Source: `Gemma3TextConfig` of transformers.
 _TEXT_DEFAULTS: Raw = {
     "vocab_size": 262_208,

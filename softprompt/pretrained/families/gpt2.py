@@ -9,7 +9,7 @@ import numpy as np
 from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.families import base
 from softprompt.pretrained.families.base import Family, Raw, only
-from softprompt.pretrained.name_tables import Part, Table, decoder_table, straight
+from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table, input_major
 
 NAMES = {
     "embed": "transformer.wte",
@@ -54,24 +54,24 @@ def _config(raw: Raw) -> DecoderConfig:
 
 
 def _table(config: DecoderConfig) -> Table:
-    parts = decoder_table(config, NAMES)
-    for path, part in parts.items():
+    rules = decoder_table(config, NAMES)
+    for path, rule in rules.items():
         if path.startswith("layers/attn/") and path.split("/")[2] in "qkv":
-            parts[path] = _third(part, "qkv".index(path.split("/")[2]))
+            rules[path] = _third(rule, "qkv".index(path.split("/")[2]))
         elif path.startswith("layers/") and path.endswith("/kernel"):
-            parts[path] = straight(part)
-    return parts
+            rules[path] = input_major(rule)
+    return rules
 
 
-def _third(part: Part, nth: int) -> Part:
+def _third(rule: TensorRule, nth: int) -> TensorRule:
     """One of queries, keys and values, which lie side by side along the last axis."""
-    *inputs, out = part.source[::-1]
-    size = math.prod(part.leaf[-2:])
+    *inputs, out = rule.source[::-1]
+    size = math.prod(rule.leaf[-2:])
 
     def convert(x: np.ndarray) -> np.ndarray:
-        return x[..., nth * size : (nth + 1) * size].reshape(part.leaf)
+        return x[..., nth * size : (nth + 1) * size].reshape(rule.leaf)
 
-    return dataclasses.replace(part, source=(*inputs, 3 * out), convert=convert)
+    return dataclasses.replace(rule, source=(*inputs, 3 * out), convert=convert)
 
 
 def _raw(config: DecoderConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.families import base
 from softprompt.pretrained.families.base import Family, Raw, only
-from softprompt.pretrained.name_tables import Part, Table, decoder_table
+from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table
 
 NAMES = {
     "embed": "gpt_neox.embed_in",
@@ -58,25 +58,25 @@ def _config(raw: Raw) -> DecoderConfig:
 
 
 def _table(config: DecoderConfig) -> Table:
-    parts = decoder_table(config, NAMES)
+    rules = decoder_table(config, NAMES)
     for nth, name in enumerate("qkv"):
         for kind in ("kernel", "bias"):
             path = f"layers/attn/{name}/{kind}"
-            if path in parts:
-                parts[path] = _interleaved(parts[path], nth)
-    return parts
+            if path in rules:
+                rules[path] = _interleaved(rules[path], nth)
+    return rules
 
 
-def _interleaved(part: Part, nth: int) -> Part:
+def _interleaved(rule: TensorRule, nth: int) -> TensorRule:
     """One of queries, keys and values: rows [H, 3, K] of the fused tensor."""
-    out, *inputs = part.source
-    heads, size = part.leaf[-2:]
+    out, *inputs = rule.source
+    heads, size = rule.leaf[-2:]
 
     def convert(x: np.ndarray) -> np.ndarray:
         own = x.reshape(heads, 3, size, *inputs)[:, nth]
         return own if not inputs else np.moveaxis(own, -1, 0)
 
-    return dataclasses.replace(part, source=(3 * out, *inputs), convert=convert)
+    return dataclasses.replace(rule, source=(3 * out, *inputs), convert=convert)
 
 
 def _raw(config: DecoderConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from softprompt.models.positions import RopeScaling, stretch
 from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.gguf.file import File
-from softprompt.pretrained.name_tables import Part, Table, decoder_table, torch_part
+from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table, torch_rule
 
 Config = DecoderConfig | T5Config
 
@@ -133,21 +133,21 @@ def _llama(file: File) -> DecoderConfig:
 
 def _llama_table(config: DecoderConfig) -> Table:
     """llama.cpp interleaves the two halves of a head's queries and keys for its own rotation."""
-    parts = dict(decoder_table(config, NAMES))
-    for path, part in parts.items():
+    rules = dict(decoder_table(config, NAMES))
+    for path, rule in rules.items():
         if path.startswith(("layers/attn/q/", "layers/attn/k/")):
-            parts[path] = _uninterleaved(part, config.head_size)
-    return parts
+            rules[path] = _uninterleaved(rule, config.head_size)
+    return rules
 
 
-def _uninterleaved(part: Part, head_size: int) -> Part:
+def _uninterleaved(rule: TensorRule, head_size: int) -> TensorRule:
     """Undoes the order of a head's rows: 0, K/2, 1, K/2 + 1, ... becomes 0, 1, 2, ..."""
 
     def convert(x: np.ndarray) -> np.ndarray:
         pairs = x.reshape(-1, head_size // 2, 2, *x.shape[1:])
-        return part.convert(pairs.swapaxes(1, 2).reshape(x.shape))
+        return rule.convert(pairs.swapaxes(1, 2).reshape(x.shape))
 
-    return dataclasses.replace(part, convert=convert)
+    return dataclasses.replace(rule, convert=convert)
 
 
 def _qwen2(file: File) -> DecoderConfig:
@@ -222,20 +222,20 @@ _FUSED = "blk.{}.attn_qkv"
 
 def _gpt2_table(config: DecoderConfig) -> Table:
     """Queries, keys and values are the thirds of one matrix's rows."""
-    parts = dict(decoder_table(config, {**NAMES, **{f"layers/attn/{n}": _FUSED for n in "qkv"}}))
-    for path, part in parts.items():
-        if part.name.startswith(_FUSED):
-            parts[path] = _third(part, "qkv".index(path.split("/")[2]))
-    return parts
+    rules = dict(decoder_table(config, {**NAMES, **{f"layers/attn/{n}": _FUSED for n in "qkv"}}))
+    for path, rule in rules.items():
+        if rule.name.startswith(_FUSED):
+            rules[path] = _third(rule, "qkv".index(path.split("/")[2]))
+    return rules
 
 
-def _third(part: Part, nth: int) -> Part:
-    out, *inputs = part.source
+def _third(rule: TensorRule, nth: int) -> TensorRule:
+    out, *inputs = rule.source
 
     def convert(x: np.ndarray) -> np.ndarray:
-        return part.convert(x[nth * out : (nth + 1) * out])
+        return rule.convert(x[nth * out : (nth + 1) * out])
 
-    return dataclasses.replace(part, source=(3 * out, *inputs), convert=convert)
+    return dataclasses.replace(rule, source=(3 * out, *inputs), convert=convert)
 
 
 def _t5(file: File) -> T5Config:
@@ -260,7 +260,7 @@ def _t5(file: File) -> T5Config:
 def _t5_table(config: T5Config) -> Table:
     names = _t5_names()
     return {
-        path: torch_part(path, names[path], leaf, layers=layer_count(config, path))
+        path: torch_rule(path, names[path], leaf, layers=layer_count(config, path))
         for path, leaf in t5_shapes(config).items()
     }
 
@@ -279,8 +279,8 @@ def _t5_names() -> dict[str, str]:
             for p in "qkvo":
                 names[f"{layers}/{kind}/{p}/kernel"] = f"{theirs}_{p}.weight"
         names[f"{layers}/mlp_norm/scale"] = f"{short}.blk.{{}}.ffn_norm.weight"
-        for part in ("gate", "up", "down"):
-            names[f"{layers}/mlp/{part}/kernel"] = f"{short}.blk.{{}}.ffn_{part}.weight"
+        for name in ("gate", "up", "down"):
+            names[f"{layers}/mlp/{name}/kernel"] = f"{short}.blk.{{}}.ffn_{name}.weight"
     return names
 
 
