@@ -12,8 +12,8 @@ from softprompt.models.shapes import decoder_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.families import FAMILIES, find_family
 from softprompt.pretrained.families.gpt2 import GPT2
+from softprompt.pretrained.families.t5 import t5_table
 from softprompt.pretrained.name_tables import TensorRule
-from softprompt.pretrained.t5_names import t5_table
 
 Config = DecoderConfig | T5Config
 PREFIX = "base_model.model."

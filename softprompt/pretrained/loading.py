@@ -15,9 +15,8 @@ from softprompt.models import T5, Decoder, Model
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.quantize import KINDS
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained import gguf, hf, t5_names, t5x, tokenizer
+from softprompt.pretrained import gguf, hf, t5x, tokenizer
 from softprompt.pretrained.catalog import CATALOG, Hub, T5XFolder, WheelMember, unknown_model
-from softprompt.pretrained.families import T5_ARCHITECTURES
 from softprompt.pretrained.name_tables import Put, Source, Table, read_weights
 
 DTYPES = ("bfloat16", "float32")
@@ -116,8 +115,7 @@ def _open(
         return checkpoint, opened, read_tokenizer(tokenizer_name or own)
     path = find(name, revision=revision)
     if path.is_dir():
-        is_t5 = hf.architecture(path) in T5_ARCHITECTURES
-        opened = (t5_names if is_t5 else hf).open_folder(path)
+        opened = hf.open_folder(path)
         text = read_tokenizer(tokenizer_name) if tokenizer_name else tokenizer.from_folder(path)
     else:
         file = gguf.File(path)

@@ -9,7 +9,7 @@ Source: `config.json` of each repository on the hub.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from softprompt.pretrained.families import Raw
+from softprompt.pretrained.families.keys import Raw
 
 APACHE = "Apache-2.0"
 

@@ -19,8 +19,8 @@ from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.quantize import VALUES
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained import hf, t5_names
-from softprompt.pretrained.families import T5_ARCHITECTURES, find_family
+from softprompt.pretrained import hf
+from softprompt.pretrained.families import find_family
 from softprompt.pretrained.name_tables import Table, TensorRule, tensor_names
 from softprompt.pretrained.tokenizer import Tokenizer
 
@@ -88,19 +88,15 @@ def _describe(
 ) -> tuple[dict[str, Any], Table]:
     """The content of config.json, and the name table that goes with it."""
     if original is not None:
-        is_t5 = hf.architecture(original) in T5_ARCHITECTURES
-        found, table, _ = (t5_names if is_t5 else hf).open_folder(original)
+        found, table, _ = hf.open_folder(original)
         if found != config:
             raise UserError(f"{original}: its config.json is not that of the model to be saved")
         raw = hf.read_json(Path(original) / "config.json")
         if "text_config" not in raw:  # else it sees images, and its text part is saved without them
             return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}, table
-    if isinstance(config, T5Config):
-        raw = t5_names.raw_config(config)
-        return {"architectures": [T5_ARCHITECTURES[0]], **raw}, t5_names.t5_table(config)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     architecture, family = find_family(config)
-    raw = {"architectures": [architecture], **family.raw(config), **ids}
+    raw = {"architectures": [architecture], **ids, **family.raw(config)}
     return raw, family.table(config)
 
 

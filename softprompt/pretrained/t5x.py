@@ -22,12 +22,10 @@ from softprompt.errors import UserError
 from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.name_tables import (
-    Put,
     Source,
     Table,
     TensorRule,
     input_major,
-    read_weights,
     torch_rule,
 )
 
@@ -42,24 +40,8 @@ MODULES = {
 PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 
-def load_weights(folder: str, *, dtype: np.dtype, put: Put) -> tuple[T5Config, dict[str, Any], str]:
-    """Config, weights and fingerprint of a published T5X checkpoint.
-
-    Args:
-        folder: a local folder or gs:// address that holds the file `checkpoint`.
-        dtype: dtype of the matrices.
-        put: called with each finished leaf; what it returns is kept.
-
-    Raises:
-        UserError: no such checkpoint, one that is not a T5's, or arrays that do not fit together.
-    """
-    config, table, source = open_folder(folder)
-    weights, fingerprint = read_weights(source, table, dtype=dtype, put=put)
-    return config, weights, fingerprint
-
-
 def open_folder(folder: str) -> tuple[T5Config, Table, Source]:
-    """The T5 of a checkpoint, which arrays fill its leaves, and these arrays; reads the index.
+    """The T5 of a checkpoint, the rules that fill its leaves, and its arrays; reads the index.
 
     Raises:
         UserError: no such checkpoint, or one that is not a T5's.
@@ -130,6 +112,7 @@ def read_config(source: Source) -> T5Config:
         head_size=shape("encoder/layers_0/attention/query/kernel")[1] // heads,
         ffn=shape("encoder/layers_0/mlp/wo/kernel")[0],
         gated=gated,
+        activation="gelu_tanh" if gated else "relu",
         tied="decoder/logits_dense/kernel" not in source.tensors,
         buckets=buckets,
     )

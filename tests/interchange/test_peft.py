@@ -10,11 +10,11 @@ from flax.traverse_util import flatten_dict
 
 from softprompt.interchange.adapter import CONFIG, TENSORS, Adapter, read_adapter, tensors_bytes
 from softprompt.interchange.peft import Facts, from_peft, to_peft
-from softprompt.pretrained import t5_names
 from softprompt.pretrained.loading import load_model, make_model
 from tests.interchange import methods, plain
 from tests.interchange.cases import CASES, GOLDEN, facts, is_t5, same_config, sizes, write_model
 from tests.interchange.methods import CONFIGS
+from tests.tiny_t5 import load_weights
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.written])
@@ -57,7 +57,7 @@ def models(tmp_path_factory):
         folder = write_model(tmp_path_factory.mktemp("models") / name, name)
         put = {"put": lambda path, leaf: jnp.asarray(leaf)}
         if is_t5(name):
-            config, weights, _ = t5_names.load_weights(folder, dtype=np.dtype("float32"), **put)
+            config, weights, _ = load_weights(folder, dtype=np.dtype("float32"), **put)
             return make_model(config, "float32"), weights
         loaded = load_model(str(folder))
         return loaded.model, loaded.weights

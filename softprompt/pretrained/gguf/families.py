@@ -113,7 +113,7 @@ def _scaling(file: File, size: int, base: float) -> RopeScaling | None:
     factors_K, _ = file.read("rope_freqs.weight")
     scaling = RopeScaling("llama3", float(factors_K.max()))
     frequency_K = base ** -(np.arange(0, size, 2, dtype=np.float32) / size)
-    expected_K = frequency_K / np.asarray(stretch(jnp.asarray(frequency_K), scaling))
+    expected_K = frequency_K / np.asarray(stretch(jnp.asarray(frequency_K), scaling, base))
     if factors_K.shape != expected_K.shape or not np.allclose(factors_K, expected_K, rtol=1e-4):
         raise UserError(
             f"{file.path}: rotary scaling (rope_freqs.weight) is not supported; allowed: that of "
@@ -240,7 +240,7 @@ def _third(rule: TensorRule, nth: int) -> TensorRule:
 
 def _t5(file: File) -> T5Config:
     """The largest distance of the relative bias is not in the file; all published T5s have 128."""
-    layers = file.size("block_count")
+    layers, gated = file.size("block_count"), "enc.blk.0.ffn_gate.weight" in file.tensors
     return T5Config(
         vocab=file.size("vocab_size", len(file.need("tokenizer.ggml.tokens", list))),
         width=file.size("embedding_length"),
@@ -249,7 +249,8 @@ def _t5(file: File) -> T5Config:
         heads=file.size("attention.head_count"),
         head_size=file.size("attention.key_length"),
         ffn=file.size("feed_forward_length"),
-        gated="enc.blk.0.ffn_gate.weight" in file.tensors,
+        gated=gated,
+        activation="gelu_tanh" if gated else "relu",
         tied="output.weight" not in file.tensors,
         norm_eps=file.number("attention.layer_norm_rms_epsilon"),
         buckets=file.size("attention.relative_buckets_count"),
