@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, weights (one file or shards), and the hub."""
+"""Hugging Face folders, local or from the hub: config.json, and weights in one file or shards."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A model saved as a Hugging Face folder, the inverse of loading: for full fine-tuning."""
+"""Saving a model as a Hugging Face folder, the inverse of loading, after full fine-tuning."""
 
 import json
 import os
@@ -38,25 +38,24 @@ def save_folder(
     original: str | os.PathLike[str] | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> Path:
-    """Writes config.json, safetensors and the tokenizer; transformers and `load_model` read them.
+    """Writes config.json, safetensors and the tokenizer, which transformers and `load_model` read.
 
     Args:
         folder: a local folder, new or empty.
         config: of the model.
-        weights: the tree that `load_model` gives, or one like it; not quantised.
+        weights: a tree like that of `load_model`, not quantised.
         tokenizer: of the model.
-        original: the Hugging Face folder that the model came from, if any: what else its
-            config.json says, and its tokenizer's files, are taken over.
-        shard_bytes: size at which the weights are cut into several files. One of them at a time is
-            in memory.
+        original: the Hugging Face folder that the model was loaded from, if any. Its config.json
+            and the files of its tokenizer are copied.
+        shard_bytes: largest size of a file of weights. One such file at a time is in memory.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the folder is not empty, the weights are not the config's, no family of
-            transformers computes what the config says, `original` is another model, the weights are
-            quantised, or the disk takes no more. What was half-written is gone.
+        UserError: the folder is not empty, the weights do not match the config, transformers has no
+            architecture for the config, `original` is another model, the weights are quantised, or
+            the folder cannot be written. A partly written folder is removed.
     """
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -92,7 +91,9 @@ def _describe(
         if found != config:
             raise UserError(f"{original}: its config.json is not that of the model to be saved")
         raw = hf.read_json(Path(original) / "config.json")
-        if "text_config" not in raw:  # else it sees images, and its text part is saved without them
+        if (
+            "text_config" not in raw
+        ):  # otherwise only its text part is saved, as a model without images
             return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}, table
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     architecture, family = find_family(config)
@@ -101,7 +102,7 @@ def _describe(
 
 
 def _check(leaves: Mapping[str, Any], table: Table) -> None:
-    """Raises where leaves are missing, too many, or of another shape."""
+    """Raises if leaves are missing, unexpected, or of another shape."""
     expected = {path: rule.shape for path, rule in table.items()}
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     wrong = sorted(
@@ -129,14 +130,14 @@ def _save_weights(folder: Path, leaves: Mapping[str, Any], table: Table, shard_b
         tensors = {name: _tensor(pieces[name], leaves, table) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
-        del tensors  # before the next shard's are made
+        del tensors  # frees the memory before the next shard
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in groups of at most `limit` bytes, but for a tensor that alone is larger."""
+    """Groups of names of at most `limit` bytes each; a larger tensor is a group of its own."""
     group: list[str] = []
     total = 0
     for name, size in sizes.items():
@@ -167,7 +168,7 @@ def _write(tensor: np.ndarray, rule: TensorRule, values: np.ndarray) -> None:
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes a tokenizer that came from elsewhere as a fast one of transformers."""
+    """Writes a tokenizer in the format of transformers' fast tokenizers."""
     backend = Backend.from_str(tokenizer.backend.to_str())
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     names = {role: tokenizer.token(i) for role, i in ids.items() if i is not None}
@@ -191,7 +192,7 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _copy_tokenizer(original: Path, folder: Path) -> bool:
-    """Copies a tokenizer's files, and what else is about text; returns whether there is one."""
+    """Copies the files of `COPIED`; returns whether a tokenizer is among them."""
     files = {file for pattern in COPIED for file in original.glob(pattern) if file.is_file()}
     for file in files:
         shutil.copyfile(file, folder / file.name)

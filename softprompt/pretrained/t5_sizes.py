@@ -1,4 +1,4 @@
-"""Sizes of the published T5s. LM-adapted and Flan-T5 have those of T5 1.1.
+"""Sizes of the published T5s. LM-adapted T5s and Flan-T5 have the sizes of T5 1.1.
 
 Source: the `config.json` of each repository on the hub, and the gin files of
 https://github.com/google-research/t5x/tree/main/t5x/examples/t5.

@@ -34,9 +34,9 @@ class Family:
         raw: config -> config.json without `architectures`. Reading it gives the same config again
             if the family has such a model at all.
         ignored: further keys of config.json that change nothing.
-        harmless: pattern of tensors that follow from the config: masks, rotary frequencies.
-        spellings: (pattern, replacement) of other beginnings of the tensors' names, in files of
-            other origin; the first that matches counts.
+        harmless: pattern of tensors that fill no leaf and may be ignored: masks, frequencies.
+        spellings: (pattern, replacement) of other prefixes of the tensors' names; the first that
+            matches is replaced.
         copies: names of tensors that may repeat the embeddings.
     """
 
@@ -66,10 +66,10 @@ def windows(values: Raw, slides: Callable[[int], bool]) -> tuple[int, ...]:
 
     Args:
         values: of `sliding_window`, `num_hidden_layers` and `layer_types`.
-        slides: whether a layer has the window, where the config does not list its layers' types.
+        slides: index of a layer -> whether it has the window, if `layer_types` is null.
 
     Raises:
-        UserError: another type of layer, or not one for each layer.
+        UserError: an unknown type of layer, or another number of types than layers.
     """
     layers, window = values["num_hidden_layers"], values["sliding_window"]
     types = values["layer_types"] or [

@@ -1,7 +1,7 @@
 """Gemma 1, 2 and 3 (text).
 
-Their norms multiply by 1 + w: the 1 is added when w is read. Their embeddings are scaled by the
-root of the width.
+Their norms multiply by 1 + w; the 1 is added when w is read. Embeddings are scaled by the root of
+the width.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def _keys(model_type: str, **keys: Key) -> dict[str, Key]:
 
 
 def _sandwich_keys(model_type: str, **keys: Key) -> dict[str, Key]:
-    """What Gemma 2 and 3 have in common."""
+    """The keys that Gemma 2 and 3 share."""
     return _keys(
         model_type,
         hidden_activation=activation("gelu_pytorch_tanh"),
@@ -71,7 +71,7 @@ def _sandwich_keys(model_type: str, **keys: Key) -> dict[str, Key]:
 
 
 def table(config: DecoderConfig) -> Table:
-    """Llama's names, but for the norms around attention and feed-forward."""
+    """Llama's names, except for the norms around attention and feed-forward."""
     rules = decoder_table(config, SANDWICH if config.norms == "both" else NAMES)
     for path, rule in rules.items():
         if path.endswith("/scale"):

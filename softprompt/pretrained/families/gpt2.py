@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, and matrices stored [in, out], queries, keys and values as one."""
+"""GPT-2: learned positions; matrices are [in, out], and one holds queries, keys and values."""
 
 import dataclasses
 import math
@@ -85,7 +85,7 @@ def _table(config: DecoderConfig) -> Table:
 
 
 def _third(rule: TensorRule, nth: int) -> TensorRule:
-    """One of queries, keys and values, which lie side by side along the last axis."""
+    """The rule of queries, keys or values: one of three blocks along the tensor's last axis."""
     *inputs, out = rule.source[::-1]
     size = math.prod(rule.leaf[-2:])
 

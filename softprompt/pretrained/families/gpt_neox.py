@@ -1,6 +1,6 @@
 """GPT-NeoX (Pythia): partial rotary positions, parallel layers, one matrix for q, k and v.
 
-In it the rows of a head's queries, keys and values follow one another, head after head.
+That matrix has the rows of the first head's queries, keys and values, then the second head's, ...
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def _config(values: Raw) -> DecoderConfig:
 
 
 def _rotary_size(size: int, fraction: float) -> int:
-    """How many of a head's entries are rotated."""
+    """Number of a head's entries that are rotated."""
     rotated = int(size * fraction)
     if not 0 < rotated <= size:
         raise UserError(
@@ -120,7 +120,7 @@ def _table(config: DecoderConfig) -> Table:
 
 
 def _interleaved(rule: TensorRule, nth: int) -> TensorRule:
-    """One of queries, keys and values: rows [H, 3, K] of the fused tensor."""
+    """The rule of queries, keys or values: one of three blocks in the tensor's rows [H, 3, K]."""
     out, *inputs = rule.source
     heads, size = rule.leaf[-2:]
 

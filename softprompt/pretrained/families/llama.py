@@ -1,4 +1,4 @@
-"""Llama 1 to 3, SmolLM2 and Mistral: the names and the keys that Qwen and Gemma use too."""
+"""Llama 1 to 3, SmolLM2 and Mistral, and the names and keys that Qwen and Gemma share with them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,10 +32,10 @@ NAMES: Mapping[str, str] = {
     "head": "lm_head",
 }
 
-# Names without the prefix, as the model without its head saves them.
+# transformers saves a model without its head under names without a prefix.
 BARE = ((r"(?=(embed_tokens|layers|norm)\.)", "model."),)
 
-# Saved by older versions of transformers.
+# Tensors that older versions of transformers saved.
 ROTARY_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 
@@ -62,7 +62,7 @@ SIZES = {
 
 
 def llama_keys(model_type: str, **keys: Key) -> dict[str, Key]:
-    """The keys of a family that Llama's share: these, and the family's own."""
+    """The keys of a family like Llama: those that such families share, and its own."""
     derived = ("num_key_value_heads", "head_dim")
     return {
         **{
@@ -77,7 +77,7 @@ def llama_keys(model_type: str, **keys: Key) -> dict[str, Key]:
 
 
 def sizes(values: Raw) -> dict[str, Any]:
-    """What Llama, Mistral, Qwen and Gemma configs call alike."""
+    """The fields of a decoder's config that all these families read from the same keys."""
     heads = values["num_attention_heads"]
     return {
         **{ours: values[key] for key, ours in SIZES.items()},
@@ -89,7 +89,7 @@ def sizes(values: Raw) -> dict[str, Any]:
 
 
 def raw_sizes(config: DecoderConfig) -> dict[str, Any]:
-    """The same keys of a config.json."""
+    """The keys that `sizes` reads."""
     return {
         **{key: getattr(config, ours) for key, ours in SIZES.items()},
         "rms_norm_eps": config.norm_eps,

@@ -1,4 +1,4 @@
-"""OPT: learned positions that start at row 2, and OPT-350m's narrow embeddings and late norms."""
+"""OPT: learned positions from row 2 on; OPT-350m has narrow embeddings and norms after the sum."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (biases before attention) and Qwen3 (normalised queries and keys)."""
+"""Qwen2 and 2.5 (biases of queries, keys and values) and Qwen3 (normalised queries and keys)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json, as either generation of transformers writes them.
+"""Rotary positions in a config.json, in the format of transformers 4 or 5.
 
 Source: `modeling_rope_utils` and `RotaryEmbeddingConfigMixin` of transformers.
 """
@@ -65,10 +65,10 @@ def rope(values: Raw, *, base: float = 10000.0) -> dict[str, Any]:
     Args:
         values: of `ROPE_KEYS` and `max_position_embeddings`. `rope_scaling` replaces
             `rope_parameters`, as in transformers.
-        base: where neither says.
+        base: the default of `rope_theta`.
 
     Raises:
-        UserError: another kind of scaling, or a key that its kind does not have.
+        UserError: an unknown kind of scaling, or a key that the kind does not have.
     """
     found = rope_section(values)
     if found["partial_rotary_factor"] not in (1.0, None):
@@ -80,13 +80,13 @@ def rope(values: Raw, *, base: float = 10000.0) -> dict[str, Any]:
 
 
 def rope_section(values: Raw) -> dict[str, Any]:
-    """What `rope_scaling` says, or else `rope_parameters`."""
+    """The values of `rope_scaling` if it is present, else of `rope_parameters`."""
     where = "rope_scaling" if values["rope_scaling"] else "rope_parameters"
     return read_section(values[where] or {}, where)
 
 
 def read_section(raw: Raw, where: str, *, kinds: Collection[str] = tuple(KINDS)) -> dict[str, Any]:
-    """The values of one description of rotary positions; a null counts as absent.
+    """The values of a section on rotary positions; a key that is null counts as absent.
 
     Args:
         raw: the section.
@@ -94,7 +94,7 @@ def read_section(raw: Raw, where: str, *, kinds: Collection[str] = tuple(KINDS))
         kinds: the allowed kinds of scaling.
 
     Raises:
-        UserError: another kind, or a key that the kind does not have.
+        UserError: an unknown kind, or a key that the kind does not have.
     """
     kind = raw.get("rope_type") or raw.get("type") or "default"
     if kind not in kinds:
@@ -107,7 +107,7 @@ def read_section(raw: Raw, where: str, *, kinds: Collection[str] = tuple(KINDS))
 def rope_scaling(found: Raw, values: Raw) -> RopeScaling | None:
     """How the frequencies of a rotary embedding are stretched.
 
-    "dynamic" changes nothing up to `max_position_embeddings` positions, and there are no more.
+    "dynamic" changes nothing up to `max_position_embeddings` positions, the most that a row has.
 
     Args:
         found: what `read_section` returned.
@@ -136,7 +136,7 @@ def rope_scaling(found: Raw, values: Raw) -> RopeScaling | None:
 
 
 def _attention_factor(found: Raw, factor: float) -> float:
-    """What YaRN multiplies cosines and sines by."""
+    """The factor by which YaRN multiplies cosines and sines."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -11,7 +11,7 @@ from softprompt.pretrained.name_tables import Table, torch_rule
 
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
-# A table that the first conversions gave every T5 and that no version has ever read.
+# Early conversions wrote this table, which no version of transformers reads.
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 FEED_FORWARDS = [*ACTIVATIONS, *(f"gated-{name}" for name in ACTIVATIONS)]
@@ -71,10 +71,10 @@ def _keys(model_type: str, feed_forward: str, **sizes: int) -> dict[str, Key]:
 
 
 def _config(values: Raw) -> dict[str, Any]:
-    """What all have in common.
+    """The fields of `T5Config` that all T5s read alike.
 
-    transformers derives `dense_act_fn` and `is_gated_act` from `feed_forward_proj`, and lets them
-    override it. By "gated-gelu" it means the tanh approximation, by "gelu" the exact function.
+    transformers derives `dense_act_fn` and `is_gated_act` from `feed_forward_proj` unless they are
+    present. "gated-gelu" is the tanh approximation, "gelu" the exact function.
     """
     kind = values["feed_forward_proj"]
     act = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
@@ -98,10 +98,10 @@ def _config(values: Raw) -> dict[str, Any]:
 
 
 def _t5(values: Raw) -> T5Config:
-    """Whether the head is tied decides its input's scale, so the config must say it.
+    """A T5, whose head is tied if its input is scaled.
 
-    transformers 5 writes `tie_word_embeddings: true` whatever is true, and keeps the truth in
-    `scale_decoder_outputs`.
+    transformers 5 writes `tie_word_embeddings: true` for every T5; its `scale_decoder_outputs` says
+    whether the head is tied.
     """
     scaled = values["scale_decoder_outputs"]
     tied = values["tie_word_embeddings"] is not False if scaled is None else scaled
@@ -109,12 +109,15 @@ def _t5(values: Raw) -> T5Config:
 
 
 def _mt5(values: Raw) -> T5Config:
-    """No published mT5 is tied, whatever its config says; none is scaled by transformers."""
+    """An mT5, whose head is never tied: transformers does not scale its input."""
     return T5Config(**_config(values), tied=False)
 
 
 def _umt5(values: Raw) -> T5Config:
-    """Transformers 5 scales the input of an untied head too, with which no UMT5 was trained."""
+    """A UMT5, whose head is untied if the config says so, as it was trained.
+
+    transformers 5 scales the input of every UMT5's head, tied or not.
+    """
     tied = values["tie_word_embeddings"] is not False
     return T5Config(**_config(values), tied=tied, bias_per_layer=True)
 

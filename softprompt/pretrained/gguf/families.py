@@ -1,6 +1,6 @@
-"""The architectures of GGUF files: what their metadata says, and which tensor fills which leaf.
+"""The architectures of GGUF files: how their metadata and tensors become config and weights.
 
-Keys and tensor names are those of llama.cpp's converter, which stores every matrix [out, in].
+Keys and tensor names are those of llama.cpp's converter, which stores every matrix as [out, in].
 """
 
 import dataclasses
@@ -43,9 +43,12 @@ NAMES: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture: config from the metadata, table from the config.
+    """One architecture.
 
-    `harmless`: pattern of tensors that no leaf asks for and that the config accounts for.
+    Attributes:
+        config: file -> config, from the metadata.
+        table: config -> the rules that fill the leaves.
+        harmless: pattern of tensors that fill no leaf and may be ignored.
     """
 
     config: Callable[[File], Config]
@@ -54,12 +57,12 @@ class Family:
 
 
 def _plain(config: DecoderConfig) -> Table:
-    """Every leaf apart. Gemma's norms too: the converter has added their 1 already."""
+    """A tensor for each leaf. The converter has already added 1 to the scales of Gemma's norms."""
     return decoder_table(config, NAMES)
 
 
 def _sizes(file: File) -> dict[str, Any]:
-    """What all decoders' metadata call alike."""
+    """The keys that all decoders share."""
     width, heads = file.size("embedding_length"), file.size("attention.head_count")
     return {
         "vocab": file.size("vocab_size", len(file.need("tokenizer.ggml.tokens", list))),
@@ -75,7 +78,7 @@ def _sizes(file: File) -> dict[str, Any]:
 
 
 def _rotary(file: File, base: float = 10000.0) -> dict[str, Any]:
-    """Sizes, norm and rotary positions of every family but GPT-2."""
+    """The keys of all decoders but GPT-2: sizes, norm and rotary positions."""
     name, sizes = file.architecture, _sizes(file)
     rotated = file.size("rope.dimension_count", sizes["head_size"])
     if rotated != sizes["head_size"]:
@@ -95,9 +98,9 @@ def _rotary(file: File, base: float = 10000.0) -> dict[str, Any]:
 
 
 def _scaling(file: File, size: int, base: float) -> RopeScaling | None:
-    """Linear scaling is in the metadata; Llama 3's is a tensor of what frequencies are divided by.
+    """The metadata describe linear scaling; Llama 3's is a tensor of divisors of the frequencies.
 
-    Its three constants are not in the file. They are the same in every published Llama since 3.1.
+    The file lacks its three constants, which are the same in every published Llama since 3.1.
     """
     key = f"{file.architecture}.rope.scaling"
     kind = file.get(f"{key}.type", "none")
@@ -132,7 +135,10 @@ def _llama(file: File) -> DecoderConfig:
 
 
 def _llama_table(config: DecoderConfig) -> Table:
-    """llama.cpp interleaves the two halves of a head's queries and keys for its own rotation."""
+    """The plain table, with queries and keys in the order that transformers rotates.
+
+    llama.cpp interleaves the two halves of a head.
+    """
     rules = dict(decoder_table(config, NAMES))
     for path, rule in rules.items():
         if path.startswith(("layers/attn/q/", "layers/attn/k/")):
@@ -141,7 +147,7 @@ def _llama_table(config: DecoderConfig) -> Table:
 
 
 def _uninterleaved(rule: TensorRule, head_size: int) -> TensorRule:
-    """Undoes the order of a head's rows: 0, K/2, 1, K/2 + 1, ... becomes 0, 1, 2, ..."""
+    """The rule that first restores the order of a head's rows from 0, K/2, 1, K/2 + 1, ..."""
 
     def convert(x: np.ndarray) -> np.ndarray:
         pairs = x.reshape(-1, head_size // 2, 2, *x.shape[1:])
@@ -159,9 +165,10 @@ def _qwen3(file: File) -> DecoderConfig:
 
 
 def _gemma(file: File, biggest: int, base: float = 10000.0) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common; the file does not say how queries are scaled.
+    """The keys that Gemma 2 and 3 share.
 
-    They are by the root of the head size, but in the biggest model by that of width / heads.
+    The file does not say how queries are scaled: by the root of the head size, except in the
+    biggest model, which scales by the root of width / heads.
     """
     shared = _rotary(file, base)
     wide = shared["layers"] == biggest
@@ -221,7 +228,7 @@ _FUSED = "blk.{}.attn_qkv"
 
 
 def _gpt2_table(config: DecoderConfig) -> Table:
-    """Queries, keys and values are the thirds of one matrix's rows."""
+    """Queries, keys and values are three equal blocks of one matrix's rows."""
     rules = dict(decoder_table(config, {**NAMES, **{f"layers/attn/{n}": _FUSED for n in "qkv"}}))
     for path, rule in rules.items():
         if rule.name.startswith(_FUSED):
@@ -239,7 +246,7 @@ def _third(rule: TensorRule, nth: int) -> TensorRule:
 
 
 def _t5(file: File) -> T5Config:
-    """The largest distance of the relative bias is not in the file; all published T5s have 128."""
+    """A T5. The file lacks the largest distance of the relative bias: 128 in published T5s."""
     layers, gated = file.size("block_count"), "enc.blk.0.ffn_gate.weight" in file.tensors
     return T5Config(
         vocab=file.size("vocab_size", len(file.need("tokenizer.ggml.tokens", list))),
@@ -259,15 +266,15 @@ def _t5(file: File) -> T5Config:
 
 
 def _t5_table(config: T5Config) -> Table:
-    names = _t5_names()
+    names = _t5_tensor_names()
     return {
         path: torch_rule(path, names[path], leaf, layers=layer_count(config, path))
         for path, leaf in t5_shapes(config).items()
     }
 
 
-def _t5_names() -> dict[str, str]:
-    """Leaf path -> tensor, `{}` for the layer."""
+def _t5_tensor_names() -> dict[str, str]:
+    """Path of a leaf -> name of its tensor, `{}` for the layer."""
     names = {"embed/embedding": "token_embd.weight", "head/kernel": "output.weight"}
     prefixes = {"attn": "attn", "cross": "cross_attn"}
     for stack, attentions in ATTENTIONS.items():
