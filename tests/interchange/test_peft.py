@@ -20,7 +20,6 @@ from softprompt.interchange.adapter_files import (
 )
 from softprompt.interchange.peft import from_peft, to_peft
 from softprompt.methods import METHODS
-from softprompt.pretrained import t5_names
 from softprompt.pretrained.families import read_family
 from softprompt.pretrained.loading import load_model, make_model
 from tests.families import VARIANTS
@@ -36,6 +35,7 @@ from tests.interchange.cases import (
     write_model,
 )
 from tests.interchange.methods import CONFIGS
+from tests.tiny_t5 import load_weights
 
 EXACT = [name for name, case in CASES.items() if case.written and not case.filled]
 
@@ -94,7 +94,7 @@ def models(tmp_path_factory):
         folder = write_model(tmp_path_factory.mktemp("models") / name, name)
         put = {"put": lambda path, leaf: jnp.asarray(leaf)}
         if is_t5(name):
-            config, weights, _ = t5_names.load_weights(folder, dtype=np.dtype("float32"), **put)
+            config, weights, _ = load_weights(folder, dtype=np.dtype("float32"), **put)
             return make_model(config, "float32"), weights
         loaded = load_model(str(folder))
         return loaded.model, loaded.weights

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, and matrices stored [in, out], queries, keys and values as one."""
+"""GPT-2: learned positions; matrices are [in, out], and one holds queries, keys and values."""
 
 import dataclasses
 import math
@@ -7,9 +7,15 @@ from typing import Any
 import numpy as np
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families import base
-from softprompt.pretrained.families.base import Family, Raw, only
-from softprompt.pretrained.name_tables import Part, Table, decoder_table, straight
+from softprompt.pretrained.families.base import (
+    ACTIVATIONS,
+    NAMED,
+    Family,
+    activation,
+    decoder_keys,
+)
+from softprompt.pretrained.families.keys import Raw, count, flag, number
+from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table, input_major
 
 NAMES = {
     "embed": "transformer.wte",
@@ -27,51 +33,66 @@ NAMES = {
 }
 
 
-def _config(raw: Raw) -> DecoderConfig:
-    only(raw, "scale_attn_by_inverse_layer_idx", False)
-    only(raw, "add_cross_attention", False)
-    width, heads = raw["n_embd"], raw["n_head"]
+KEYS = decoder_keys(
+    "gpt2",
+    vocab_size=count(50257),
+    n_positions=count(1024),
+    n_embd=count(768),
+    n_layer=count(12),
+    n_head=count(12),
+    n_inner=count(None),
+    activation_function=activation("gelu_new"),
+    layer_norm_epsilon=number(1e-5),
+    scale_attn_weights=flag(True),
+    scale_attn_by_inverse_layer_idx=flag(False),
+    tie_word_embeddings=flag(True),
+)
+
+
+def _config(values: Raw) -> DecoderConfig:
+    width, heads = values["n_embd"], values["n_head"]
     return DecoderConfig(
-        vocab=raw["vocab_size"],
+        vocab=values["vocab_size"],
         width=width,
-        layers=raw["n_layer"],
+        layers=values["n_layer"],
         heads=heads,
         kv_heads=heads,
         head_size=width // heads,
-        ffn=raw.get("n_inner") or 4 * width,
-        context_length=raw["n_positions"],
-        tied=raw.get("tie_word_embeddings", True),
+        ffn=values["n_inner"] or 4 * width,
+        context_length=values["n_positions"],
+        tied=values["tie_word_embeddings"],
         positions="learned",
-        query_scale=0.0 if raw.get("scale_attn_weights", True) else 1.0,
+        query_scale=0.0 if values["scale_attn_weights"] else 1.0,
+        scale_by_depth=values["scale_attn_by_inverse_layer_idx"],
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
         gated=False,
-        activation=base.activation(raw, "activation_function", "gelu_new"),
+        activation=ACTIVATIONS[values["activation_function"]],
         norm="layer",
-        norm_eps=raw["layer_norm_epsilon"],
+        norm_eps=values["layer_norm_epsilon"],
     )
 
 
 def _table(config: DecoderConfig) -> Table:
-    parts = decoder_table(config, NAMES)
-    for path, part in parts.items():
+    rules = decoder_table(config, NAMES)
+    for path, rule in rules.items():
         if path.startswith("layers/attn/") and path.split("/")[2] in "qkv":
-            parts[path] = _third(part, "qkv".index(path.split("/")[2]))
+            rules[path] = _third(rule, "qkv".index(path.split("/")[2]))
         elif path.startswith("layers/") and path.endswith("/kernel"):
-            parts[path] = straight(part)
-    return parts
+            rules[path] = input_major(rule)
+    return rules
 
 
-def _third(part: Part, nth: int) -> Part:
-    """One of queries, keys and values, which lie side by side along the last axis."""
-    *inputs, out = part.source[::-1]
-    size = math.prod(part.leaf[-2:])
+def _third(rule: TensorRule, nth: int) -> TensorRule:
+    """The rule of queries, keys or values: one of three blocks along the tensor's last axis."""
+    *inputs, out = rule.source[::-1]
+    size = math.prod(rule.leaf[-2:])
 
     def convert(x: np.ndarray) -> np.ndarray:
-        return x[..., nth * size : (nth + 1) * size].reshape(part.leaf)
+        return x[..., nth * size : (nth + 1) * size].reshape(rule.leaf)
 
-    return dataclasses.replace(part, source=(*inputs, 3 * out), convert=convert)
+    return dataclasses.replace(rule, source=(*inputs, 3 * out), convert=convert)
 
 
 def _raw(config: DecoderConfig) -> dict[str, Any]:
@@ -85,15 +106,21 @@ def _raw(config: DecoderConfig) -> dict[str, Any]:
         "n_positions": config.context_length,
         "tie_word_embeddings": config.tied,
         "scale_attn_weights": config.query_scale == 0.0,
-        "activation_function": base.activation_name(config),
+        "scale_attn_by_inverse_layer_idx": config.scale_by_depth,
+        "activation_function": NAMED[config.activation],
         "layer_norm_epsilon": config.norm_eps,
     }
 
 
 GPT2 = Family(
+    KEYS,
     _config,
     _table,
     _raw,
+    ignored=frozenset(
+        "n_ctx reorder_and_upcast_attn summary_type summary_use_proj summary_activation"
+        " summary_proj_to_labels summary_first_dropout".split()
+    ),
     harmless=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     spellings=((r"(?=(wte|wpe|h\.\d+|ln_f)\.)", "transformer."),),
 )

@@ -1,11 +1,18 @@
-"""Llama 1 to 3, SmolLM2 and Mistral: the names and the keys that Qwen and Gemma use too."""
+"""Llama 1 to 3, SmolLM2 and Mistral, and the names and keys that Qwen and Gemma share with them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families import base
-from softprompt.pretrained.families.base import Family, Raw, only
+from softprompt.pretrained.families.base import (
+    ACTIVATIONS,
+    NAMED,
+    Family,
+    activation,
+    decoder_keys,
+)
+from softprompt.pretrained.families.keys import Key, Raw, count, flag, number, one_of
+from softprompt.pretrained.families.rope import ROPE_KEYS, raw_rope, rope
 from softprompt.pretrained.name_tables import Table, decoder_table
 
 NAMES: Mapping[str, str] = {
@@ -25,74 +32,99 @@ NAMES: Mapping[str, str] = {
     "head": "lm_head",
 }
 
-# Saved by older versions of transformers.
+# transformers saves a model without its head under names without a prefix.
+BARE = ((r"(?=(embed_tokens|layers|norm)\.)", "model."),)
+
+# Tensors that older versions of transformers saved.
 ROTARY_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 
-def sizes(raw: Raw) -> dict[str, Any]:
-    """What Llama, Mistral, Qwen and Gemma configs call alike."""
-    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+# What transformers takes for absent keys, in the order of `SIZES`.
+DEFAULTS = {
+    "llama": (32000, 4096, 32, 32, None, None, 11008, 2048),
+    "mistral": (32000, 4096, 32, 32, 8, None, 14336, 131072),
+    "qwen2": (151936, 4096, 32, 32, 32, None, 22016, 32768),
+    "qwen3": (151936, 4096, 32, 32, 32, 128, 22016, 32768),
+    "gemma": (256000, 3072, 28, 16, 16, 256, 24576, 8192),
+    "gemma2": (256000, 2304, 26, 8, 4, 256, 9216, 8192),
+    "gemma3_text": (262208, 2304, 26, 8, 4, 256, 9216, 131072),
+}
+SIZES = {
+    "vocab_size": "vocab",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_size",
+    "intermediate_size": "ffn",
+    "max_position_embeddings": "context_length",
+}
+
+
+def llama_keys(model_type: str, **keys: Key) -> dict[str, Key]:
+    """The keys of a family like Llama: those that such families share, and its own."""
+    derived = ("num_key_value_heads", "head_dim")
     return {
-        "vocab": raw["vocab_size"],
-        "width": width,
-        "layers": raw["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_size": raw.get("head_dim") or width // heads,
-        "ffn": raw["intermediate_size"],
-        "context_length": raw["max_position_embeddings"],
-        "norm_eps": raw["rms_norm_eps"],
+        **{
+            key: count(default, null=key in derived)
+            for key, default in zip(SIZES, DEFAULTS[model_type], strict=True)
+        },
+        "rms_norm_eps": number(1e-6),
+        "tie_word_embeddings": flag(False),
+        **ROPE_KEYS,
+        **decoder_keys(model_type, **keys),
+    }
+
+
+def sizes(values: Raw) -> dict[str, Any]:
+    """The fields of a decoder's config that all these families read from the same keys."""
+    heads = values["num_attention_heads"]
+    return {
+        **{ours: values[key] for key, ours in SIZES.items()},
+        "kv_heads": values["num_key_value_heads"] or heads,
+        "head_size": values["head_dim"] or values["hidden_size"] // heads,
+        "norm_eps": values["rms_norm_eps"],
+        "tied": values["tie_word_embeddings"],
     }
 
 
 def raw_sizes(config: DecoderConfig) -> dict[str, Any]:
-    """The same keys of a config.json."""
+    """The keys that `sizes` reads."""
     return {
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "intermediate_size": config.ffn,
-        "max_position_embeddings": config.context_length,
+        **{key: getattr(config, ours) for key, ours in SIZES.items()},
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
     }
 
 
 def table(config: DecoderConfig) -> Table:
-    """Every leaf apart, under Llama's names."""
+    """A tensor for each leaf, under Llama's names."""
     return decoder_table(config, NAMES)
 
 
-def _llama(raw: Raw) -> DecoderConfig:
-    bias = only(raw, "attention_bias", False, True)
+def _llama(values: Raw) -> DecoderConfig:
     return DecoderConfig(
-        **sizes(raw),
-        **base.rope(raw),
-        tied=raw.get("tie_word_embeddings", False),
-        activation=base.activation(raw, "hidden_act", "silu"),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=only(raw, "mlp_bias", False, True),
+        **sizes(values),
+        **rope(values),
+        activation=ACTIVATIONS[values["hidden_act"]],
+        qkv_bias=values["attention_bias"],
+        out_bias=values["attention_bias"],
+        mlp_bias=values["mlp_bias"],
     )
 
 
-def _mistral(raw: Raw) -> DecoderConfig:
-    window = raw.get("sliding_window", 4096)
+def _mistral(values: Raw) -> DecoderConfig:
+    window = values["sliding_window"]
     return DecoderConfig(
-        **sizes(raw),
-        **base.rope(raw),
-        tied=raw.get("tie_word_embeddings", False),
-        activation=base.activation(raw, "hidden_act", "silu"),
-        windows=(int(window),) * raw["num_hidden_layers"] if window else (),
+        **sizes(values),
+        **rope(values),
+        activation=ACTIVATIONS[values["hidden_act"]],
+        windows=(window,) * values["num_hidden_layers"] if window else (),
     )
 
 
 def _raw(config: DecoderConfig) -> dict[str, Any]:
-    sizes, act = raw_sizes(config), base.activation_name(config)
-    return {**sizes, **base.raw_rope(config), "hidden_act": act}
+    return {**raw_sizes(config), **raw_rope(config), "hidden_act": NAMED[config.activation]}
 
 
 def _raw_llama(config: DecoderConfig) -> dict[str, Any]:
@@ -105,5 +137,26 @@ def _raw_mistral(config: DecoderConfig) -> dict[str, Any]:
     return {"model_type": "mistral", **_raw(config), "sliding_window": window}
 
 
-LLAMA = Family(_llama, table, _raw_llama, ROTARY_BUFFERS)
-MISTRAL = Family(_mistral, table, _raw_mistral, ROTARY_BUFFERS)
+LLAMA = Family(
+    llama_keys(
+        "llama",
+        hidden_act=activation("silu"),
+        attention_bias=flag(False),
+        mlp_bias=flag(False),
+        rope_interleaved=one_of(False),
+    ),
+    _llama,
+    table,
+    _raw_llama,
+    ignored=frozenset({"max_sequence_length", "is_llama_config"}),
+    harmless=ROTARY_BUFFERS,
+    spellings=BARE,
+)
+MISTRAL = Family(
+    llama_keys("mistral", hidden_act=activation("silu"), sliding_window=count(4096, null=True)),
+    _mistral,
+    table,
+    _raw_mistral,
+    harmless=ROTARY_BUFFERS,
+    spellings=BARE,
+)

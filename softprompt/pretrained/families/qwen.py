@@ -1,44 +1,70 @@
-"""Qwen2 and Qwen2.5 (biases before attention) and Qwen3 (normalised queries and keys)."""
+"""Qwen2 and 2.5 (biases of queries, keys and values) and Qwen3 (normalised queries and keys)."""
 
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families import base
-from softprompt.pretrained.families.base import Family, Raw, only
-from softprompt.pretrained.families.llama import ROTARY_BUFFERS, raw_sizes, sizes, table
+from softprompt.pretrained.families.base import (
+    ACTIVATIONS,
+    LAYER_TYPES,
+    NAMED,
+    Family,
+    activation,
+    raw_windows,
+    windows,
+)
+from softprompt.pretrained.families.keys import Key, Raw, count, flag
+from softprompt.pretrained.families.llama import (
+    BARE,
+    ROTARY_BUFFERS,
+    llama_keys,
+    raw_sizes,
+    sizes,
+    table,
+)
+from softprompt.pretrained.families.rope import raw_rope, rope
 
 
-def _shared(raw: Raw) -> dict[str, Any]:
-    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
-    first = raw.get("max_window_layers", 28)
+def _keys(model_type: str, **keys: Key) -> dict[str, Key]:
+    return llama_keys(
+        model_type,
+        hidden_act=activation("silu"),
+        use_sliding_window=flag(False),
+        sliding_window=count(4096, null=True),
+        max_window_layers=count(28, least=0),
+        layer_types=LAYER_TYPES,
+        **keys,
+    )
+
+
+def _shared(values: Raw) -> dict[str, Any]:
+    window = values["sliding_window"] if values["use_sliding_window"] else None
+    first = values["max_window_layers"]
     return {
-        **sizes(raw),
-        **base.rope(raw),
-        "tied": raw.get("tie_word_embeddings", False),
-        "activation": base.activation(raw, "hidden_act", "silu"),
-        "windows": base.windows(
-            {**raw, "sliding_window": window}, lambda n: bool(window) and n >= first
+        **sizes(values),
+        **rope(values),
+        "activation": ACTIVATIONS[values["hidden_act"]],
+        "windows": windows(
+            {**values, "sliding_window": window}, lambda n: bool(window) and n >= first
         ),
     }
 
 
-def _qwen2(raw: Raw) -> DecoderConfig:
-    return DecoderConfig(**_shared(raw), qkv_bias=True)
+def _qwen2(values: Raw) -> DecoderConfig:
+    return DecoderConfig(**_shared(values), qkv_bias=True)
 
 
-def _qwen3(raw: Raw) -> DecoderConfig:
-    bias = only(raw, "attention_bias", False, True)
-    return DecoderConfig(**_shared(raw), qk_norm=True, qkv_bias=bias, out_bias=bias)
+def _qwen3(values: Raw) -> DecoderConfig:
+    bias = values["attention_bias"]
+    return DecoderConfig(**_shared(values), qk_norm=True, qkv_bias=bias, out_bias=bias)
 
 
 def _raw(config: DecoderConfig) -> dict[str, Any]:
-    windows = base.raw_windows(config)
     return {
         **raw_sizes(config),
-        **base.raw_rope(config),
-        "hidden_act": base.activation_name(config),
-        "use_sliding_window": bool(windows),
-        **windows,
+        **raw_rope(config),
+        "hidden_act": NAMED[config.activation],
+        "use_sliding_window": any(config.windows),
+        **raw_windows(config),
     }
 
 
@@ -50,5 +76,12 @@ def _raw_qwen3(config: DecoderConfig) -> dict[str, Any]:
     return {"model_type": "qwen3", **_raw(config), "attention_bias": config.qkv_bias}
 
 
-QWEN2 = Family(_qwen2, table, _raw_qwen2, ROTARY_BUFFERS)
-QWEN3 = Family(_qwen3, table, _raw_qwen3, ROTARY_BUFFERS)
+QWEN2 = Family(_keys("qwen2"), _qwen2, table, _raw_qwen2, harmless=ROTARY_BUFFERS, spellings=BARE)
+QWEN3 = Family(
+    _keys("qwen3", attention_bias=flag(False)),
+    _qwen3,
+    table,
+    _raw_qwen3,
+    harmless=ROTARY_BUFFERS,
+    spellings=BARE,
+)
