@@ -287,22 +287,25 @@ def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _show(task: "Task", *, examples: int) -> None:
-    """Prints a task's examples and label counts, a split at a time; reading prepares the data."""
+    """Prints a task's examples, label counts and overlaps of splits; reading prepares the data."""
     import json
 
     from softprompt.data.subsets import label_counts
-    from softprompt.data.tasks import SPLITS, read_split, target_text
+    from softprompt.data.tasks import SPLITS, overlap_warnings, read_split, target_text
 
+    splits = {}
     for split in SPLITS:
-        records = read_split(task, split)
+        records = splits[split] = read_split(task, split)
         counts = label_counts(records).items()
-        shares = ", ".join(f"{label or 'unlabelled'} {count:,}" for label, count in counts)
+        shares = ", ".join(f"{label} {count:,}" for label, count in counts)
         print(f"{task.name} {split}: {len(records):,} examples ({shares})")
         for record in records[:examples] if split == "train" else ():
             target = target_text(task, record["label"])
             print(f"  id      {record['id']}")
             print(f"  input   {json.dumps(task.template.format(**record), ensure_ascii=False)}")
             print(f"  target  {json.dumps(target, ensure_ascii=False)}")
+    for line in overlap_warnings(task, splits):
+        print(line)
 
 
 def _print_json(value: object) -> None:

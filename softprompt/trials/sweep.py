@@ -18,7 +18,10 @@ from etils import epath
 
 from softprompt.config import (
     ConfigDict,
+    chooses,
     flatten,
+    method_settings,
+    reads,
     resolve,
     set_key,
     trial_id,
@@ -26,9 +29,7 @@ from softprompt.config import (
     validate,
     weights_key,
 )
-from softprompt.config.checks import reads
 from softprompt.config.files import blamed, find_file, list_modules, load_module
-from softprompt.config.schema import UNTRAINED
 from softprompt.console import Progress, duration
 from softprompt.errors import UserError, unknown
 from softprompt.files import check_writable, write_bytes, write_text
@@ -92,8 +93,7 @@ def make_trials(
             the same trial.
     """
     configs = list(ask(experiment, "sweep", subset))
-    choosing = ("method.name", "method.init", "method.reparam", "optimizer.name")
-    for key, value in sorted(overrides, key=lambda pair: pair[0] not in choosing):
+    for key, value in sorted(overrides, key=lambda pair: not chooses(pair[0])):
         readers = [config for config in configs if reads(flatten(config), key)]
         for config in readers or configs:
             set_key(config, key, value)
@@ -325,7 +325,7 @@ def dry_run(
             "trial": trial_name(config),
             "id": trial_id(config),
             "state": "done" if is_done(trial_folder(workdir, config)) else "to run",
-            "steps": 0 if config.method.name in UNTRAINED else config.train.steps,
+            "steps": config.train.steps if method_settings(config).trains else 0,
         }
         try:
             cost = estimate(config)
