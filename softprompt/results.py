@@ -25,6 +25,7 @@ Row = dict[str, Any]
 FILE = "result.json"
 _PACKAGES = ("softprompt", "jax", "jaxlib", "flax", "optax", "numpy")
 _NOT_TRIALS = ("checkpoints", "snapshots")
+_MEASURED = ("validation", "test", "text", "latency")  # parts of a row's metrics
 
 
 # What a row tells of a trial that ran, in numbers: None where a trial has none.
@@ -163,6 +164,8 @@ def _plain(value: Any) -> Any:
 def read_result(folder: epath.PathLike) -> Row | None:
     """Returns the row of a trial's folder, None where it has none.
 
+    What the file lacks, as an older version's does, is None; an error is "" and metrics are {}.
+
     Raises:
         UserError: the file is not a row.
     """
@@ -175,7 +178,20 @@ def read_result(folder: epath.PathLike) -> Row | None:
         raise UserError(f"{file}: not JSON ({error}); delete it to run the trial again") from error
     if not isinstance(row, dict) or not {"trial", "status", "config"} <= row.keys():
         raise UserError(f"{file}: not a result row; it needs the keys trial, status and config")
+    row = {"name": row["trial"], "error": "", "seconds": None, **dict.fromkeys(FACTS)} | row
+    row["metrics"] = row.get("metrics") or {}
+    for name, value in (("config", row["config"]), *_tables(row["metrics"])):
+        if not isinstance(value, dict):
+            raise UserError(f"{file}: {name} is {value!r}; allowed: a JSON object")
     return row
+
+
+def _tables(metrics: Any) -> list[tuple[str, Any]]:
+    """What of a row's metrics has to be an object, by name."""
+    found = [("metrics", metrics)]
+    if isinstance(metrics, dict):
+        found += [(f"metrics.{part}", metrics[part]) for part in _MEASURED if part in metrics]
+    return found
 
 
 def is_done(folder: epath.PathLike) -> bool:
@@ -197,11 +213,10 @@ def read_rows(folder: epath.PathLike) -> list[Row]:
 
 
 def _rows(folder: epath.Path) -> Iterator[Row]:
-    """Rows below a folder, depth first; nothing is looked for inside a trial."""
+    """The rows of a folder and of all below it, depth first."""
     row = read_result(folder)
     if row is not None:
         yield row
-        return
     for child in sorted(folder.iterdir()):
         if child.is_dir() and child.name not in _NOT_TRIALS and not child.name.startswith("."):
             yield from _rows(child)

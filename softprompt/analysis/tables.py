@@ -164,9 +164,10 @@ def _tasks(scores: Mapping[str, Any], metric: str) -> list[tuple[float, int]]:
     return [(scores[f"{name}{metric}"], count) for name, count in counts.items() if count]
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of none."""
-    return float(np.mean(values)) if values else None
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known; None of nothing."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _status(rows: Sequence[Row]) -> str:
