@@ -194,6 +194,18 @@ def _tables(metrics: Any) -> list[tuple[str, Any]]:
     return found
 
 
+def cautions(row: Row) -> list[str]:
+    """Returns why a row's scores may mislead, in a few words each; none for most rows."""
+    metrics = row["metrics"]
+    found = []
+    if metrics.get("selected_step") == 0:
+        found.append("step 0 selected: untrained")
+    counts = metrics.get("test", {}).items()
+    if any(name.split("/")[-1] == "classes_predicted" and n == 1 for name, n in counts):
+        found.append("one class predicted")
+    return found
+
+
 def is_done(folder: epath.PathLike) -> bool:
     """Returns whether a trial's folder holds the row of a trial that finished."""
     row = read_result(folder)

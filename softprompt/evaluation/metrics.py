@@ -16,7 +16,8 @@ def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) 
         classes: how many classes there are.
 
     Returns:
-        accuracy, macro_f1, and examples: how many counted. Without a labelled example, only that.
+        accuracy, macro_f1, classes_predicted (how many different ones), and examples: how many
+        counted. Without a labelled example, only that.
     """
     known_N = labels_N >= 0
     right, told = labels_N[known_N], predicted_N[known_N]
@@ -26,6 +27,7 @@ def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) 
     return {
         "accuracy": float(accuracy_score(right, told)),
         "macro_f1": float(f1_score(right, told, labels=present, average="macro", zero_division=0)),
+        "classes_predicted": len(set(told.tolist()) - {-1}),
         "examples": len(right),
     }
 
@@ -39,13 +41,15 @@ def over_tasks(scores: Mapping[str, dict[str, float]]) -> dict[str, float]:
         scores: of each task by name, from `classification`.
 
     Returns:
-        accuracy, macro_f1 and any others, then examples (of all), then "TASK/accuracy" and so on.
+        accuracy, macro_f1 and any others but counts, then examples (of all), then "TASK/accuracy"
+        and so on.
     """
     if len(scores) == 1:
         return dict(*scores.values())
     own = {f"{task}/{name}": x for task, found in scores.items() for name, x in found.items()}
     count = int(sum(found["examples"] for found in scores.values()))
     known = [found for found in scores.values() if found["examples"]]
-    names = [name for name in known[0] if name != "examples"] if known else []
+    counts = ("examples", "classes_predicted")
+    names = [name for name in known[0] if name not in counts] if known else []
     means = {name: float(np.mean([found[name] for found in known])) for name in names}
     return {**means, "examples": count, **own}
