@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from softprompt.config import base_config, flatten, scientific
+from softprompt.config import base_config, flatten, scientific, task_names
 from softprompt.results import Row, cautions
 
 COUNTS = ("examples", "classes_predicted")  # metrics that are no scores
@@ -54,9 +54,7 @@ def mean_interval(tasks: Sequence[tuple[float, int]], level: float = LEVEL) -> I
     return float(shares.mean() - below), float(shares.mean() + above)
 
 
-def seeds_interval(
-    seeds: Sequence[Sequence[tuple[float, int]]], level: float = LEVEL
-) -> Interval:
+def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]], level: float = LEVEL) -> Interval:
     """Returns an interval of the mean over seeds that are tested on the same examples, in [0, 1].
 
     Its variance is that of the test examples, which seeds share and no number of them reduces,
@@ -102,7 +100,7 @@ def summarise(
         metric: that "validation" and "test" of a row's metrics hold.
 
     Returns:
-        The columns of `by`, then "seeds" (trials that are done), "examples" (tested), "validation
+        The columns of `by`, then "seeds" (trials that are done), "test examples", "validation
         METRIC" and "test METRIC" (means), "low" and "high" (`seeds_interval`; None for a metric
         that is no mean over examples), "trainable", "steps" and "selected step" (one number, or
         "50 to 100" where seeds differ), "seconds" (mean), "values" (test METRIC of each seed), and
@@ -157,7 +155,7 @@ def _group(rows: Sequence[Row], metric: str) -> dict[str, object]:
     low, high = seeds_interval(seeds) if has_interval else (None, None)
     return {
         "seeds": len(done),
-        "examples": _span([scores.get("examples") for scores in test]),
+        "test examples": _span([scores.get("examples") for scores in test]),
         f"validation {metric}": mean([scores[metric] for scores in validation]),
         f"test {metric}": mean([scores[metric] for scores in test]),
         "low": low,
@@ -256,6 +254,20 @@ def overview(rows: Sequence[Row]) -> pd.DataFrame:
             }
         )
     return without_empty(pd.DataFrame(lines, dtype=object), "selected step", "note")
+
+
+def subject(rows: Sequence[Row]) -> str:
+    """Returns what tasks and models rows are of, as "movie_sentiment, smollm2-135m-instruct-q4"."""
+    configs = [row["config"] for row in rows]
+    tasks = ["+".join(task_names(config)) for config in configs]
+    models = [str(config.get("model", {}).get("name", "")) for config in configs]
+    return ", ".join(_some(names, kind) for names, kind in ((tasks, "tasks"), (models, "models")))
+
+
+def _some(names: Sequence[str], kind: str) -> str:
+    """Different names without their folders or organisations; more than two as their number."""
+    found = list(dict.fromkeys(name.rstrip("/").rpartition("/")[2] for name in names))
+    return " and ".join(found) if len(found) <= 2 else f"{len(found)} {kind}"
 
 
 def to_markdown(table: pd.DataFrame, caption: str = "") -> str:
