@@ -65,6 +65,7 @@ from softprompt.pretrained.loading import Loaded
 from softprompt.results import Row, commit, devices, versions
 from softprompt.training.optimizers import set_rate
 from softprompt.training.sharding import put_batch
+from softprompt.trials.outputs import write_outputs
 from softprompt.trials.population import Member
 from softprompt.trials.prepare import (
     Prepared,
@@ -81,7 +82,6 @@ from softprompt.trials.session import (
     compile_step,
     optimizer_config,
 )
-from softprompt.trials.sweep import write_outputs
 
 CAPTION = (
     "Seconds: median of a step over all rounds, compilation and the first round left out, with the "

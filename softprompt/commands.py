@@ -183,9 +183,11 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     import jax
 
     from softprompt.console import Progress
+    from softprompt.results import read_rows
     from softprompt.training.loop import terminable
     from softprompt.trials.estimate import estimate
     from softprompt.trials.groups import Together
+    from softprompt.trials.outputs import claim_outputs
     from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
 
@@ -197,6 +199,8 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             costs = sweeps.dry_run(trials, arguments.workdir, lambda c: estimate(c, session))
             print(to_markdown(costs), end="")
             return int(any(str(state).startswith("fails") for state in costs["state"]))
+        if jax.process_index() == 0:
+            claim_outputs(experiment, arguments.workdir)
         failed = sweeps.run_sweep(
             trials,
             arguments.workdir,
@@ -215,8 +219,9 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             "them again",
             file=sys.stderr,
         )
-    if jax.process_index() == 0:
-        _write_experiment(experiment, arguments.workdir)
+    some_done = any(row["status"] == "done" for row in read_rows(arguments.workdir))
+    if some_done and jax.process_index() == 0:
+        _write_outputs(experiment, arguments.workdir)
     return 1 if failed else 0
 
 
@@ -224,10 +229,10 @@ def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints a table of results."""
     from softprompt import results
     from softprompt.analysis import tables
-    from softprompt.trials import sweep as sweeps
+    from softprompt.trials.sweep import load_experiment
 
     if arguments.experiment:
-        _write_experiment(sweeps.load_experiment(arguments.experiment), arguments.folder)
+        _write_outputs(load_experiment(arguments.experiment), arguments.folder)
     else:
         rows = results.read_rows(arguments.folder)
         if not rows:
@@ -236,21 +241,15 @@ def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
-def _write_experiment(experiment: "ModuleType", folder: str) -> None:
+def _write_outputs(experiment: "ModuleType", folder: str) -> None:
     """Writes table and figure of all rows below a folder, prints the table and where they are."""
     from etils import epath
 
-    from softprompt import results
-    from softprompt.trials import sweep as sweeps
+    from softprompt.trials.outputs import write_trial_outputs
 
-    rows = results.read_rows(folder)
-    if not rows:
-        raise UserError(f"no result.json below {folder!r}")
-    sweeps.write_outputs(experiment, rows, folder)
-    print((epath.Path(folder) / "table.md").read_text(), end="")
-    print(
-        f"wrote table.md, table.csv, table.tex, figure.png, figure.pdf in {folder}", file=sys.stderr
-    )
+    files = write_trial_outputs(experiment, folder)
+    print((epath.Path(folder) / files[0]).read_text(), end="")
+    print(f"wrote {', '.join(files)} in {folder}", file=sys.stderr)
 
 
 def models(arguments: argparse.Namespace, overrides: Overrides) -> int:

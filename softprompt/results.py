@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from softprompt.config import ConfigDict, to_dict, trial_id, trial_name
+from softprompt.console import duration
 from softprompt.errors import UserError
 from softprompt.files import write_text
 
@@ -204,6 +205,20 @@ def cautions(row: Row) -> list[str]:
     if any(name.split("/")[-1] == "classes_predicted" and n == 1 for name, n in counts):
         found.append("one class predicted")
     return found
+
+
+def outcome(row: Row) -> str:
+    """Returns a line on a finished trial: its test score, time, and what may mislead."""
+    test = row["metrics"].get("test", {})
+    metric = row["config"].get("eval", {}).get("metric", "accuracy")
+    parts = [f"{row['name']}: test {metric} "]
+    if test.get(metric) is None:
+        parts[0] += "unknown"
+    else:
+        parts[0] += f"{test[metric]:.3f} on {test.get('examples', 0):,} examples"
+    if row["seconds"] is not None:
+        parts.append(duration(row["seconds"]))
+    return ", ".join([*parts, *cautions(row)])
 
 
 def is_done(folder: epath.PathLike) -> bool:

@@ -98,7 +98,7 @@ def test_summary_groups_seeds():
     assert (table["low"][0], table["high"][0]) == both
     one = pytest.approx(tables.wilson_interval(0.70, 100))
     assert (table["low"][1], table["high"][1]) == one
-    assert table["examples"].tolist() == [100, 100]
+    assert table["test examples"].tolist() == [100, 100]
     assert not {"also", "note", "status"} & set(table.columns)
     assert table["values"].tolist() == [(0.80, 0.84), (0.70,)]
     assert tables.summarise([], {"length": len}).columns[0] == "length"
@@ -223,3 +223,30 @@ def test_length_plot_draws_every_point_and_band():
     colours = {text.get_text(): text.get_color() for text in axes.texts}
     assert colours["vocabulary"] == plots.COLOURS[2]
     assert {text.xy[0] for text in axes.texts} == {1.0}, "beside the axes, where nothing is drawn"
+
+
+def test_category_plot_draws_a_dot_in_each_category():
+    """Breaks when series stand on one another, or a baseline beyond the second is left out."""
+    point = plots.Point(0, 0.8, 0.7, 0.9, (0.75, 0.85))
+    figure = plots.category_plot(
+        {"few": {"prompt": point, "LoRA": point}, "all": {"LoRA": point}},
+        dict.fromkeys(("zero-shot", "few-shot", "guess"), point),
+        ylabel="accuracy",
+    )
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["prompt", "LoRA"]
+    few, every = (line[0].get_xdata() for line in axes.containers)
+    assert list(few) == pytest.approx([-0.15, 0.85]) and list(every) == pytest.approx([1.15])
+    assert {text.get_text() for text in axes.texts} == {"zero-shot", "few-shot", "guess"}
+
+
+def test_the_subject_of_rows():
+    """Breaks when it is that of the first row, or has a folder in it."""
+    rows = [row(), row(task__name="sms_spam", model__name="runs/models/tiny/")]
+    assert tables.subject(rows[:1]) == "movie_sentiment, smollm2-135m-instruct-q4"
+    both = "movie_sentiment and sms_spam, smollm2-135m-instruct-q4 and tiny"
+    assert tables.subject(rows) == both
+    mixed = row(data__mixture="boolq, sarcasm")
+    assert tables.subject([*rows, mixed]).startswith("3 tasks, ")
+    assert tables.subject([mixed]).startswith("boolq+sarcasm, ")
+    assert tables.subject([{"config": {}}]) == ", ", "an older version's"
