@@ -4,6 +4,7 @@ Everything slow to import is imported by the command that needs it.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,18 +21,32 @@ if TYPE_CHECKING:
 Overrides = list[tuple[str, str]]
 
 
-def join(distributed: str | None) -> None:
-    """Joins the other processes of a run; nothing where it has one.
+def start_jax(distributed: str | None = None) -> None:
+    """Joins the other processes of a run, if it has any, and finds JAX's devices.
 
     Args:
         distributed: "auto" (JAX asks the TPU slice, SLURM or Open MPI), or "host:port,i,n": the
             address of process 0, this one's number and how many there are. None: one process.
 
     Raises:
-        UserError: another form, or nothing to join.
+        UserError: another form, nothing to join, or no device of `JAX_PLATFORMS`.
     """
-    if distributed is None:
-        return
+    import jax
+
+    if distributed is not None:
+        _join(distributed)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts that a CPU-only jaxlib has "cuda"
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "not installed"
+        raise UserError(
+            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}: {reason}; allowed: "
+            "platforms that are there, such as cpu, or '' for the best of them"
+        ) from error
+
+
+def _join(distributed: str) -> None:
+    """Joins the other processes of a run."""
     import jax
 
     found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", distributed)
@@ -57,8 +72,9 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.config.files import load_config
 
     config = load_config(arguments.config, overrides)  # its mistakes show before JAX is imported
-    join(arguments.distributed)
+    start_jax(arguments.distributed)
     from softprompt.console import Progress
+    from softprompt.results import cautions
     from softprompt.training.loop import Diverged, terminable
     from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
@@ -81,6 +97,8 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
             file=sys.stderr,
         )
         return 1
+    for caution in cautions(row):
+        print(f"softprompt: note: {caution}", file=sys.stderr)
     _print_json(
         {key: row[key] for key in ("trial", "name", "status", "steps", "seconds", "metrics")}
     )
@@ -89,6 +107,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints a trained prompt's scores as JSON, a list of them where there are several."""
+    start_jax()
     from softprompt.console import Progress
     from softprompt.trials.evaluate import evaluate_runs
 
@@ -108,7 +127,11 @@ def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints an answer for each line of standard input."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed; predict reads lines of text from it")
     import json
+
+    start_jax()
 
     from softprompt.console import Progress
     from softprompt.trials.evaluate import predict_lines
@@ -140,6 +163,7 @@ def _lines(stream: Iterable[bytes]) -> Iterator[str]:
 
 def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Writes a trial's delta for another program, and prints what to know of it."""
+    start_jax()
     from softprompt.trials.convert import export_run
 
     report = export_run(arguments.run, kind=arguments.format, to=arguments.to)
@@ -159,6 +183,7 @@ def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
             )
     # Mistakes in it show before JAX is imported.
     config = load_config(arguments.config, [*overrides, ("model.name", arguments.model)])
+    start_jax()
     from softprompt.console import Progress
     from softprompt.trials.convert import import_run
 
@@ -177,7 +202,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
     experiment = sweeps.load_experiment(arguments.experiment)
     shard = sweeps.parse_shard(arguments.shard)
-    join(arguments.distributed)  # before a config is resolved, which asks JAX for its devices
+    start_jax(arguments.distributed)  # before a config is resolved, which asks JAX for its devices
     trials = sweeps.make_trials(experiment, arguments.subset, overrides)
     trials = sweeps.take_shard(trials, shard)
     import jax
@@ -255,9 +280,10 @@ def _write_outputs(experiment: "ModuleType", folder: str) -> None:
 def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints the catalogue, or checks it at full size."""
     if arguments.check:
-        from softprompt.trials import shape_check as full_size
+        start_jax()
+        from softprompt.trials import shape_check
 
-        return full_size.run(arguments.names)
+        return shape_check.run(arguments.names)
     from softprompt.pretrained.catalog import listing
 
     print_columns(*listing(arguments.names))
