@@ -75,7 +75,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     start_jax(arguments.distributed)
     from softprompt.console import Progress
     from softprompt.results import cautions
-    from softprompt.training.loop import Diverged, terminable
+    from softprompt.training.loop import Diverged
     from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
     from softprompt.trials.sweep import record_failure
@@ -83,7 +83,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     config = resolve(config)
     began = time.monotonic()
     try:
-        with Progress() as progress, terminable():
+        with Progress() as progress:
             row = run_trial(config, arguments.workdir, session=Session(progress))
     except Diverged as error:
         record_failure(config, arguments.workdir, error, time.monotonic() - began)
@@ -209,14 +209,12 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
     from softprompt.console import Progress
     from softprompt.results import read_rows
-    from softprompt.training.loop import terminable
     from softprompt.trials.estimate import estimate
-    from softprompt.trials.groups import Together
     from softprompt.trials.outputs import claim_outputs
     from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
 
-    with Progress() as progress, terminable():
+    with Progress() as progress:
         session = Session(progress)
         if arguments.dry_run:
             from softprompt.analysis.tables import to_markdown
@@ -232,7 +230,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             lambda config, folder: run_trial(config, folder, session=session),
             progress=progress,
             estimate=lambda config: estimate(config, session),
-            together=Together(session),
+            session=session,
         )
         if session.compiled:
             progress.say(f"{len(session.compiled)} training programs compiled")
@@ -244,9 +242,9 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             "them again",
             file=sys.stderr,
         )
-    some_done = any(row["status"] == "done" for row in read_rows(arguments.workdir))
-    if some_done and jax.process_index() == 0:
-        _write_outputs(experiment, arguments.workdir)
+    if jax.process_index() == 0:
+        if any(row["status"] == "done" for row in read_rows(arguments.workdir)):
+            _write_outputs(experiment, arguments.workdir)
     return 1 if failed else 0
 
 
@@ -314,22 +312,25 @@ def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _show(task: "Task", *, examples: int) -> None:
-    """Prints a task's examples and label counts, a split at a time; reading prepares the data."""
+    """Prints a task's examples, label counts and overlaps of splits; reading prepares the data."""
     import json
 
     from softprompt.data.subsets import label_counts
-    from softprompt.data.tasks import SPLITS, read_split, target_text
+    from softprompt.data.tasks import SPLITS, overlap_warnings, read_split, target_text
 
+    splits = {}
     for split in SPLITS:
-        records = read_split(task, split)
+        records = splits[split] = read_split(task, split)
         counts = label_counts(records).items()
-        shares = ", ".join(f"{label or 'unlabelled'} {count:,}" for label, count in counts)
+        shares = ", ".join(f"{label} {count:,}" for label, count in counts)
         print(f"{task.name} {split}: {len(records):,} examples ({shares})")
         for record in records[:examples] if split == "train" else ():
             target = target_text(task, record["label"])
             print(f"  id      {record['id']}")
             print(f"  input   {json.dumps(task.template.format(**record), ensure_ascii=False)}")
             print(f"  target  {json.dumps(target, ensure_ascii=False)}")
+    for line in overlap_warnings(task, splits):
+        print(line)
 
 
 def _print_json(value: object) -> None:

@@ -47,6 +47,7 @@ FACTS = {
     "step_memory_bytes": "what a training step needs on a device, weights and batch included, by "
     "the compiler's own account",
     "delta_bytes": "of the saved delta's file",
+    "shared_texts": "texts that stand in two of the task's splits",
 }
 
 
@@ -204,6 +205,8 @@ def cautions(row: Row) -> list[str]:
     counts = metrics.get("test", {}).items()
     if any(name.split("/")[-1] == "classes_predicted" and n == 1 for name, n in counts):
         found.append("one class predicted")
+    if row.get("shared_texts"):
+        found.append(f"{row['shared_texts']:,} texts in two splits")
     return found
 
 

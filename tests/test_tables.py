@@ -120,13 +120,15 @@ def test_scores_that_mislead_are_noted():
     rows = [row(0.8), row(0.8, seed=1), row(0.7, method__length=5)]
     rows[1]["metrics"]["selected_step"] = 0
     rows[2]["metrics"]["test"]["large/classes_predicted"] = 1
+    rows[2]["shared_texts"] = 1200
     by = {"length": lambda row: row["config"]["method"]["length"]}
     assert tables.summarise(rows, by)["note"].tolist() == [
         "step 0 selected: untrained (1 of 2 seeds)",
-        "one class predicted",
+        "one class predicted; 1,200 texts in two splits",
     ]
     overview = tables.overview(rows)
-    assert overview["note"].tolist() == ["", "step 0 selected: untrained", "one class predicted"]
+    assert overview["note"].tolist()[:2] == ["", "step 0 selected: untrained"]
+    assert overview["note"].tolist()[2].startswith("one class predicted; ")
     assert overview["selected step"].tolist()[1] == 0
     assert "test large/classes_predicted" not in overview
 

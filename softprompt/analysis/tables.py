@@ -11,9 +11,9 @@ import pandas as pd
 from scipy import stats
 
 from softprompt.config import base_config, flatten, scientific, task_names
+from softprompt.evaluation.metrics import NOT_METRICS
 from softprompt.results import Row, cautions
 
-COUNTS = ("examples", "classes_predicted")  # metrics that are no scores
 Interval = tuple[float, float]
 
 LEVEL = 0.95
@@ -239,7 +239,7 @@ def overview(rows: Sequence[Row]) -> pd.DataFrame:
             for split, found in row["metrics"].items()
             if isinstance(found, dict)
             for name, value in found.items()
-            if isinstance(value, int | float) and not name.endswith(COUNTS)
+            if isinstance(value, int | float) and not name.endswith(NOT_METRICS)
         }
         lines.append(
             {

@@ -26,10 +26,10 @@ from softprompt.interchange.prompts import (
     prompt_from,
     prompt_to,
 )
+from softprompt.methods import METHODS
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 
-CONTEXTS = ("prompt", "multitask", "prefix")
 _REASONS = {
     "adapter": "PEFT has no bottleneck adapters of this form",
     "bitfit": "PEFT has no adapter of biases alone",
@@ -119,7 +119,7 @@ def _written(name: str, leaves: Leaves, facts: Facts) -> tuple[str, Leaves, dict
         return "LORA", *lora_to(leaves, facts.model, facts.method)
     if name == "ia3":
         return "IA3", *ia3_to(leaves, facts.model)
-    raise unknown("method", name, (*CONTEXTS, "lora", "ia3"))
+    raise unknown("method", name, (name for name in METHODS if name not in _REASONS))
 
 
 def check_contexts(leaves: Mapping[str, np.ndarray], facts: Facts, *, reader: str) -> None:
@@ -129,7 +129,8 @@ def check_contexts(leaves: Mapping[str, np.ndarray], facts: Facts, *, reader: st
         UserError: names the key or the leaves, and what the other does.
     """
     method = facts.method
-    if method["name"] not in CONTEXTS:
+    settings = METHODS[method["name"]].Settings
+    if not settings.is_context:
         return
     if method["bos"] == "before":
         raise UserError(
@@ -140,7 +141,7 @@ def check_contexts(leaves: Mapping[str, np.ndarray], facts: Facts, *, reader: st
         raise UserError(f"the delta has no vectors (length 0); {reader} has no such prompt")
     if not isinstance(facts.model, T5Config):
         return
-    if method["name"] == "prefix":
+    if not settings.is_prompt:
         raise UserError(
             f"a prefix of an encoder-decoder cannot be exported ({', '.join(leaves)}): PEFT knows "
             "those of the decoder's self-attention only, and gives layer n those of layer 2n "

@@ -39,14 +39,13 @@ def to_npy(delta: Mapping[str, Any], facts: Facts) -> bytes:
         UserError: the delta is no single prompt, or one that would be read as another.
     """
     leaves = flatten_dict(delta, sep="/")
-    if facts.method["name"] != "prompt":
-        raise UserError(
-            f"method {facts.method['name']!r} cannot be exported as an array; allowed: prompt"
-        )
     check_contexts(leaves, facts, reader="google-research/prompt-tuning")
     name = f"{prompt_place(facts.model)}prompt"
     if list(leaves) != [name]:
-        raise UserError(f"an array is one prompt; the delta has the leaves {', '.join(leaves)}")
+        raise UserError(
+            f"method {facts.method['name']!r} cannot be exported as an array, which is one prompt: "
+            f"the delta has the leaves {', '.join(leaves) or 'of none'}"
+        )
     written = io.BytesIO()
     np.save(written, np.ascontiguousarray(leaves[name], np.float32), allow_pickle=False)
     return written.getvalue()

@@ -1,18 +1,32 @@
-"""Ways to train a delta. Each module has `init`, `variables` and `fold` (DESIGN: methods)."""
+"""Ways to train a delta: modules that `softprompt.methods.base` describes, by name."""
 
 from types import ModuleType
 
-from softprompt.methods import adapter, bitfit, full, ia3, lora, multitask, none, prefix, prompt
+from softprompt.methods import (
+    adapter,
+    bitfit,
+    fewshot,
+    full,
+    ia3,
+    lora,
+    multitask,
+    none,
+    prefix,
+    prompt,
+)
 
 METHODS: dict[str, ModuleType] = {
-    "none": none,
-    "prompt": prompt,
-    "multitask": multitask,
-    "prefix": prefix,
-    "lora": lora,
-    "adapter": adapter,
-    "bitfit": bitfit,
-    "ia3": ia3,
-    "full": full,
+    module.Settings.name: module
+    for module in (
+        prompt,
+        multitask,
+        prefix,
+        lora,
+        adapter,
+        bitfit,
+        ia3,
+        full,
+        none,
+        fewshot,
+    )
 }
-TRAINED = tuple(name for name in METHODS if name != "none")

@@ -18,11 +18,50 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from softprompt.errors import UserError
-from softprompt.methods.sites import delta_dtype, keys_by_path, targeted
+from softprompt.methods.base import MethodSettings, Setup
+from softprompt.methods.sites import delta_dtype, keys_by_path, names, targeted
 from softprompt.models import Model
 from softprompt.models.quantize import VALUES
+from softprompt.settings import setting
 
 SHARED = "qkv"  # the target whose A is shared
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(MethodSettings):
+    """A change of low rank to chosen projections."""
+
+    name = "lora"
+    multiplies_tokens = True
+    may_leave_out = True
+    drops = "lora"
+
+    rank: int = setting(8, "Z, the rank of a projection's change", low=1)
+    alpha: float = setting(16.0, "the change is scaled by alpha / rank", low=0)
+    dropout: float = setting(
+        0.0,
+        "share of what the first factor reads that a step drops (PEFT's lora_dropout); 0 is off",
+        low=0,
+        high=0.999999,
+    )
+    rslora: bool = setting(False, "scale the change by alpha / sqrt(rank) instead")
+    targets: str = setting(
+        "",
+        "names of projections, such as q,v or q,k,v,o,gate,up,down; qkv is one first factor for "
+        'the three; "" is q,v',
+    )
+
+    def label(self) -> str:
+        """The method and its rank."""
+        return f"{self.name}-{self.rank}"
+
+    def check(self) -> None:
+        """Checks that the change is not scaled to nothing."""
+        if self.alpha == 0:
+            raise UserError(
+                f"config key 'method.alpha' is 0.0; allowed: above 0 with method.name={self.name}, "
+                "whose update it scales"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +84,12 @@ class LoraConfig:
     def scale(self) -> float:
         """What the low-rank product is multiplied by."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def resolve(settings: Settings, setup: Setup) -> LoraConfig:
+    """The static configuration for a trial."""
+    s = settings
+    return LoraConfig(s.rank, s.alpha, s.rslora, names(s.targets) or LoraConfig.targets)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[str, Any]:

@@ -30,6 +30,16 @@ class Tokenizer:
         """Token ids of the text alone."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that follows another one, such as a target after its input.
+
+        A SentencePiece tokenizer begins every text with a space, which a continuation must not
+        have; so the text is encoded behind a line break, whose own tokens are then dropped. Where
+        the tokenizer merges the two, or drops line breaks, this is `encode`.
+        """
+        before, both = self.encode("\n"), self.encode(f"\n{text}")
+        return both[len(before) :] if both[: len(before)] == before else self.encode(text)
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and for each the span [start, end) of characters it covers.
 

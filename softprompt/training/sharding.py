@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,13 +46,6 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
 SMALL = ("scale", "_min", "/bias", "/relative_bias/embedding")
 
 QUANTIZED = "(_q|_scale|_min)?"  # the leaves of a quantised matrix lie as the matrix would
-
-
-def on_host(array: Any) -> np.ndarray:
-    """The whole array in the host's memory; of several processes all must ask."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
 
 
 def make_mesh(

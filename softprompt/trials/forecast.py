@@ -3,8 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from softprompt.config import ConfigDict, weights_key
-from softprompt.config.schema import UNTRAINED
+from softprompt.config import ConfigDict, method_settings, weights_key
 
 Estimate = Callable[[ConfigDict], Mapping[str, float]]
 
@@ -64,7 +63,7 @@ class Forecast:
             self._running.update(beside)
             work = self._expected[index] + sum(self._expected[other] for other in beside)
         self._running.discard(index)
-        self._observed[_trains(config)].append((seconds, work))
+        self._observed[method_settings(config).trains].append((seconds, work))
 
     def left(self) -> float | None:
         """Seconds until all trials are finished; None where nothing is known."""
@@ -72,7 +71,7 @@ class Forecast:
             return None
         mean = statistics.fmean(self._expected.values()) if self._expected else 0.0
         return sum(
-            self._expected.get(index, mean) * self._scale(_trains(config))
+            self._expected.get(index, mean) * self._scale(method_settings(config).trains)
             for index, config in self.todo.items()
             if index not in self._running
         )
@@ -85,7 +84,3 @@ class Forecast:
             if work:
                 return sum(weight * seconds for weight, seconds, _ in weighted) / work
         return 1.0
-
-
-def _trains(config: ConfigDict) -> bool:
-    return config.method.name not in UNTRAINED

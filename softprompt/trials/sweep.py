@@ -16,7 +16,10 @@ from etils import epath
 
 from softprompt.config import (
     ConfigDict,
+    chooses,
     flatten,
+    method_settings,
+    reads,
     resolve,
     set_key,
     trial_id,
@@ -24,9 +27,7 @@ from softprompt.config import (
     validate,
     weights_key,
 )
-from softprompt.config.checks import reads
 from softprompt.config.files import find_file, list_modules, load_module, with_location
-from softprompt.config.schema import UNTRAINED
 from softprompt.console import Progress, duration
 from softprompt.errors import UserError, unknown
 from softprompt.files import check_writable, write_text
@@ -36,7 +37,7 @@ from softprompt.trials.forecast import Estimate, Forecast
 if TYPE_CHECKING:
     import pandas as pd
 
-    from softprompt.trials.groups import Together
+    from softprompt.trials.session import Session
 
 RunTrial = Callable[[ConfigDict, epath.Path], Row]
 
@@ -123,8 +124,7 @@ def make_trials(
             the same trial.
     """
     configs = _experiment_configs(experiment, subset)
-    choosing = ("method.name", "method.init", "method.reparam", "optimizer.name")
-    for key, value in sorted(overrides, key=lambda pair: pair[0] not in choosing):
+    for key, value in sorted(overrides, key=lambda pair: not chooses(pair[0])):
         readers = [config for config in configs if reads(flatten(config), key)]
         for config in readers or configs:
             set_key(config, key, value)
@@ -178,7 +178,7 @@ def run_sweep(
     *,
     progress: Progress,
     estimate: Estimate | None = None,
-    together: "Together | None" = None,
+    session: "Session | None" = None,
 ) -> list[Row]:
     """Runs the trials that are not done, one after another, or some of them together.
 
@@ -191,7 +191,7 @@ def run_sweep(
         run_trial: runs one config in its folder, writes its result and returns it.
         progress: where it says how far it is.
         estimate: gives the "seconds" expected of a config, for the time left.
-        together: groups trials and runs a group's members side by side.
+        session: of trials that may run at a time; None runs one after another.
 
     Returns:
         The rows that failed.
@@ -204,8 +204,10 @@ def run_sweep(
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
     groups: Iterable[tuple[list[int], int]] = [([place], 1) for place in range(len(todo))]
-    if together is not None:
-        groups = together.plan([trials[index] for index in todo])
+    if session is not None:
+        from softprompt.trials.groups import plan
+
+        groups = plan(session, [trials[index] for index in todo])
     failed: list[Row] = []
     for places, width in groups:
         members = {(index := todo[place]): (trials[index], folders[index]) for place in places}
@@ -215,7 +217,7 @@ def run_sweep(
         over = len(trials) - len(forecast.todo)
         progress.trial(trial_name(first) + more, over, len(trials), forecast.left())
         began = time.monotonic()
-        for index, row in _run_group(members, width, run_trial, progress, together):
+        for index, row in _run_group(members, width, run_trial, progress, session):
             seconds, began = time.monotonic() - began, time.monotonic()
             others = [other for other in members if other in forecast.todo and other != index]
             done = row["status"] == "done"
@@ -234,15 +236,17 @@ def _run_group(
     width: int,
     run_trial: RunTrial,
     progress: Progress,
-    together: "Together | None",
+    session: "Session | None",
 ) -> Iterator[tuple[int, Row]]:
     """A group's trials by their index, in the order in which they end."""
-    if together is None or width == 1:
+    if session is None or width == 1:
         for index, job in members.items():
             yield index, _run_one(*job, run_trial, progress)
         return
-    indices, run = list(members), functools.partial(_run_one, progress=progress)
-    for place, row in together.run(list(members.values()), width, run):
+    from softprompt.trials.groups import run_group
+
+    indices, failed = list(members), functools.partial(_failed, progress)
+    for place, row in run_group(session, list(members.values()), width, failed):
         yield indices[place], row
 
 
@@ -254,9 +258,16 @@ def _run_one(
     try:
         return run_trial(config, folder)
     except Exception as error:
-        row = record_failure(config, folder, error, time.monotonic() - began)
-        progress.say(f"trial {row['name']} failed: {row['error']} (in {folder})")
-        return row
+        return _failed(progress, config, folder, error, time.monotonic() - began)
+
+
+def _failed(
+    progress: Progress, config: ConfigDict, folder: epath.Path, error: Exception, seconds: float
+) -> Row:
+    """Records a failed trial, says so, and returns its row."""
+    row = record_failure(config, folder, error, seconds)
+    progress.say(f"trial {row['name']} failed: {row['error']} (in {folder})")
+    return row
 
 
 def record_failure(
@@ -304,7 +315,7 @@ def dry_run(
             "trial": trial_name(config),
             "id": trial_id(config),
             "state": "done" if is_done(trial_folder(workdir, config)) else "to run",
-            "steps": 0 if config.method.name in UNTRAINED else config.train.steps,
+            "steps": config.train.steps if method_settings(config).trains else 0,
         }
         try:
             cost = estimate(config)

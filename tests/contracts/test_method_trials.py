@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from softprompt.console import Progress
-from softprompt.training.delta_file import load_delta
+from softprompt.methods.delta_file import load_delta
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.prepare import delta_shapes, prepare
 from softprompt.trials.run import run_trial

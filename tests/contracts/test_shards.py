@@ -11,8 +11,7 @@ from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_
 from softprompt.training.sharding import make_mesh, put_batch, random_key, replicated
 from softprompt.training.step import train_step
 from softprompt.trials import shape_check as full_size
-from softprompt.trials.population import Member
-from softprompt.trials.session import compile_population
+from softprompt.trials.programs import Member, compile_population
 from tests.contracts.examples import packed, prompted, random_examples
 from tests.tiny import tiny_config, tiny_decoder
 from tests.tiny_t5 import tiny_t5_config
@@ -88,7 +87,7 @@ def test_members_over_devices_step_as_alone(members):
     """
     model, weights = tiny_decoder(dtype="float32", layers=2)
     config, delta = prompted(model, weights, 5)
-    optimizer, batch = OptimizerConfig("adamw"), packed(random_examples(), [[3, 0], [1, 4, 2, 5]])
+    optimizer, batch = OptimizerConfig(), packed(random_examples(), [[3, 0], [1, 4, 2, 5]])
     opt_state = set_rate(make_optimizer(optimizer).init(delta), np.float32(0.1))
     deltas = [jax.tree.map(lambda x, n=n: (n + 1) * x, delta) for n in range(members)]
     found = []

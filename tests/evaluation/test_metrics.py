@@ -1,9 +1,19 @@
 """Metrics against values worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from softprompt.evaluation.metrics import classification, over_tasks
+from softprompt.data.tasks import TASKS
+from softprompt.errors import UserError
+from softprompt.evaluation.metrics import (
+    check_metric,
+    classification,
+    free_text,
+    normalised_answer,
+    over_tasks,
+)
 
 
 def metrics(predicted, labels, classes):
@@ -67,3 +77,64 @@ def test_tasks_count_alike_in_the_mean():
     assert over_tasks({"a": small}) == small
     counted = over_tasks({"a": small | {"classes_predicted": 1}, "c": large})
     assert "classes_predicted" not in counted and counted["a/classes_predicted"] == 1
+
+
+@pytest.mark.parametrize(
+    ("predicted", "answers", "exact_match", "f1"),
+    [
+        ("The cat!", ["a cat"], 1, 1),  # articles, case and punctuation do not count
+        ("the cat sat", ["cat", "cat sat down"], 0, 4 / 5),  # the best answer counts
+        ("cat cat", ["cat dog"], 0, 1 / 2),  # a word is shared as often as both have it
+        ("U.S.", ["US"], 1, 1),
+        ("an\tera", ["era  "], 1, 1),
+        ("theory", ["ory"], 0, 0),  # an article is a whole word
+        ("dog", ["cat"], 0, 0),
+        ("", ["cat"], 0, 0),
+        ("", ["the"], 1, 0),  # evaluate-v1.1.py: equal, but no word in common
+    ],
+)
+def test_answers_are_compared_as_squad_does(predicted, answers, exact_match, f1):
+    """By hand, by evaluate-v1.1.py. Breaks when a step of its normalisation, or the best answer, is
+    left out, or words are compared as sets."""
+    found = free_text([predicted], [answers])
+    assert found == {
+        "exact_match": exact_match,
+        "f1": pytest.approx(f1),
+        "examples": 1,
+    }
+
+
+def test_free_text_is_a_mean_over_answered_examples():
+    """Breaks when an unanswered example counts, or numbers are numpy's or in percent."""
+    found = free_text(["cat", "dog", "cow"], [["cat"], ["cat"], ()])
+    assert found == {"exact_match": 0.5, "f1": 0.5, "examples": 2}
+    assert {type(value) for value in found.values()} == {float, int}
+    assert free_text(["cat"], [()]) == {"examples": 0}
+    assert normalised_answer("An  apple, a\nday?") == "apple day"
+
+
+def test_only_metrics_that_all_tasks_have_are_averaged():
+    """Breaks when the mean of one kind of task is said to be a mixture's."""
+    labels = {"accuracy": 1.0, "macro_f1": 0.5, "examples": 1}
+    answers = {"exact_match": 0.5, "f1": 0.75, "examples": 4}
+    found = over_tasks({"a": labels, "b": answers})
+    assert found == {
+        "examples": 5,
+        **{f"a/{name}": x for name, x in labels.items()},
+        **{f"b/{name}": x for name, x in answers.items()},
+    }
+    assert over_tasks({"b": answers, "c": answers})["f1"] == 0.75
+
+
+def test_a_metric_that_a_task_lacks_cannot_select():
+    """Breaks when the selection of a mixture goes by the tasks that happen to have the metric."""
+    labels = TASKS["sms_spam"]
+    free = replace(labels, name="qa", verbalizers={})
+    check_metric("f1", [free], ["generation"])
+    check_metric("accuracy", [labels], ["ranking"])
+    with pytest.raises(UserError, match="'eval.metric' is 'f1'; allowed for task 'sms_spam': acc"):
+        check_metric("f1", [free, labels], ["ranking", "generation"])
+    with pytest.raises(UserError, match="'accuracy'; allowed for task 'qa': exact_match, f1"):
+        check_metric("accuracy", [labels, free], ["ranking", "generation"])
+    with pytest.raises(UserError, match="'qa': none"):
+        check_metric("f1", [free], ["ranking"])

@@ -66,9 +66,14 @@ def test_a_cut_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "delta", "method", "message"),
     [
-        ("lora-llama", {}, {}, "method 'lora' cannot be exported as an array; allowed: prompt"),
+        ("lora-llama", {"a": ROWS}, {}, "method 'lora' .* one prompt: the delta has the leaves a"),
         ("prompt-llama", {"prompt": ROWS}, {"bos": "before"}, "'method.bos' is 'before': google-r"),
-        ("prompt-llama", {"prompt": ROWS, "b": ROWS}, {}, "an array is one prompt; the delta has"),
+        (
+            "prompt-llama",
+            {"prompt": ROWS, "b": ROWS},
+            {},
+            "one prompt: the delta has the",
+        ),
         ("prompt-t5", {"decoder": {"prompt": ROWS}}, {}, "decoder/prompt: google-research"),
     ],
 )

@@ -15,9 +15,9 @@ from etils import epath
 
 from softprompt.data.encode import Encoded
 from softprompt.data.pipeline import TrainSource, train_template
+from softprompt.methods.delta_file import load_delta
 from softprompt.training import loop
 from softprompt.training.checkpoints import checkpoint_manager
-from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import MetricsLog, read_log
 from softprompt.training.loop import Diverged, LoopConfig, Parts, State
 from softprompt.training.optimizers import AverageState, OptimizerConfig, make_optimizer
@@ -52,7 +52,7 @@ class Run:
 
     def parts(self):
         return Parts(
-            step=self.step,
+            program=None,
             weights={},
             source=self.source,
             rates=np.arange(self.config.steps, dtype=np.float32) / 8,
@@ -60,6 +60,7 @@ class Run:
             mesh=MESH,
             row_multiple=8,
             evaluate=self.evaluate,
+            fold=lambda delta: delta,
             folder=epath.Path(self.folder),
             notes={"config": {"seed": 0}, "fingerprint": "f"},
             step_flops=1.0,
@@ -97,7 +98,18 @@ class Run:
         with checkpoint_manager(self.folder / "checkpoints") as manager:
             restored = loop.restore(manager, state, fingerprint="f")
             log = MetricsLog(self.folder, step=restored.step if restored else None, sinks=[])
-            return loop.train(self.config, self.parts(), restored or state, log, manager)
+            steps = loop.train(self.config, self.parts(), restored or state, log, manager)
+            return drive(steps, self.step)
+
+
+def drive(steps, take):
+    """Takes each step that the loop asks for; returns its state at the end."""
+    try:
+        call = next(steps)
+        while True:
+            call = steps.send(take(*call[1:]))
+    except StopIteration as end:
+        return end.value
 
 
 def checkpoints_in(folder):
@@ -331,7 +343,7 @@ def test_sigterm_in_the_last_step_is_not_forgotten(tmp_path, source, steps):
             os.kill(os.getpid(), signal.SIGTERM)
 
     run = Run(tmp_path, source, on_stage=terminate)
-    with pytest.raises(SystemExit) as end, loop.terminable():
+    with pytest.raises(SystemExit) as end:
         run()
     assert end.value.code == 75
     assert checkpoints_in(tmp_path) == [6]

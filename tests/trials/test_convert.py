@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from softprompt import cli
 from softprompt.errors import UserError
-from softprompt.training.delta_file import load_delta
+from softprompt.methods.delta_file import load_delta
 from softprompt.trials.convert import conventions
 from softprompt.trials.run import check_folder, read_config
 from tests.interchange.cases import MODELS, sizes

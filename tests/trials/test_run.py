@@ -10,8 +10,8 @@ from etils import epath
 
 from softprompt.config import from_dict, to_dict, trial_id
 from softprompt.errors import UserError
+from softprompt.methods.delta_file import load_delta
 from softprompt.results import read_result
-from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import read_log
 from softprompt.training.memory import program_memory
 from softprompt.trials.estimate import estimate

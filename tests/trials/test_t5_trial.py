@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,8 +11,8 @@ from softprompt.config import from_dict, to_dict
 from softprompt.console import Progress
 from softprompt.evaluation.ranking import probabilities
 from softprompt.inference.decode import generate
-from softprompt.methods.setup import prompt_rows
-from softprompt.training.delta_file import load_delta
+from softprompt.methods.delta_file import load_delta
+from softprompt.methods.initializers import prompt_rows
 from softprompt.trials import evaluate as evaluation
 from softprompt.trials.estimate import estimate
 from softprompt.trials.evaluate import predict_lines
@@ -95,17 +96,23 @@ def test_inputs_end_with_eos_and_are_cut_before_it(place, shared):
 
 
 def test_few_shot_examples_stand_before_each_input(place, shared, tmp_path):
-    """Mutation: they are left out; their EOS stays in the middle; predict forgets them."""
+    """As if they were written there. Breaks when they are left out or run as a context, their EOS
+    stays in the middle, or `predict` forgets them.
+    """
     config = config_of(place, method__name="fewshot", method__shots=2)
-    plain = config_of(place, method__name="none")
     row = run_trial(config, tmp_path, session=shared)
-    prepared, eos = prepare(config, shared), shared.model(config).tokenizer.eos_id
-    assert len(prepared.prefix) > 20
-    assert eos not in prepared.prefix
-    for ours, theirs in zip(
-        prepared.data.test.inputs, prepare(plain, shared).data.test.inputs, strict=True
-    ):
-        assert ours.tolist() == [*prepared.prefix.tolist(), *theirs.tolist()]
+    prepared, loaded = prepare(config, shared), shared.model(config)
+    tokens = prepared.step.method_config.tokens
+    assert len(tokens) > 20 and loaded.tokenizer.eos_id not in tokens
+    test = prepared.data.test
+    variables, start = {"params": loaded.weights}, loaded.config.start
+    for input_S, found_C in zip(test.inputs[:4], scores_of_the_test(tmp_path), strict=False):
+        written_S = np.array([*tokens, *input_S])
+        for candidate, found in zip(test.candidates, found_C, strict=True):
+            logits_TV = alone(prepared.step.model, variables, written_S, [start, *candidate[:-1]])
+            logs_TV = jax.nn.log_softmax(logits_TV)
+            wanted = sum(float(logs_TV[n, token]) for n, token in enumerate(candidate))
+            assert found == pytest.approx(wanted, abs=1e-4)
     assert row["metrics"]["test"]["examples"] == 12
     records = [json.loads(line) for line in (place[0] / "test.jsonl").read_text().splitlines()]
     with Progress() as progress:
