@@ -1,4 +1,4 @@
-"""The command line: `softprompt train|evaluate|predict|export|import|sweep|table|models|data`.
+"""The command line: `softprompt COMMAND`, for the commands in `COMMANDS`.
 
 Results go to standard output, progress to standard error. Exit codes: 0 done, 1 a trial failed,
 2 a mistake in what was asked, 75 stopped by SIGTERM and resumable, 130 interrupted.
@@ -142,6 +142,11 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
             ),
             ("--experiment", {"metavar": "NAME", "help": "whose table and figure to write"}),
         ],
+    ),
+    "config": (
+        "list the config keys: defaults, what is allowed, what reads them, and what they mean",
+        "softprompt config method 'train.*'",
+        [("keys", {"nargs": "*", "metavar": "KEY", "help": "a section, key or pattern; all"})],
     ),
     "models": (
         "list the models that have a name here, or check their training steps at full size",

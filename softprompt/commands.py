@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from softprompt.console import print_columns
-from softprompt.errors import UserError
+from softprompt.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -275,6 +275,33 @@ def _write_outputs(experiment: "ModuleType", folder: str) -> None:
     print(f"wrote {', '.join(files)} in {folder}", file=sys.stderr)
 
 
+def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Prints config keys: default, what is allowed, what reads them, and what they mean."""
+    import json
+    import textwrap
+    from fnmatch import fnmatchcase
+
+    from softprompt.config.schema import describe
+    from softprompt.settings import allowed
+
+    keys = {key.name: key for key in describe()}
+    patterns = arguments.keys or ["*"]
+    for pattern in patterns:
+        names = [
+            name for name in keys if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+        ]
+        if not names:
+            sections = {name.partition(".")[0] for name in keys}
+            raise unknown("config key", pattern, {*keys, *sections})
+        for name in names:
+            key = keys[name]
+            readers = [f"{by}={' or '.join(who)}" for by, who in key.owners.items()]
+            facts = "; ".join([allowed(key), *(f"with {one}" for one in readers)])
+            print(f"{name} = {json.dumps(key.default)}  ({facts})")
+            print(textwrap.indent(textwrap.fill(key.help, 92), "    "))
+    return 0
+
+
 def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints the catalogue, or checks it at full size."""
     if arguments.check:
@@ -347,6 +374,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {
     "import": import_,
     "sweep": sweep,
     "table": table,
+    "config": config,
     "models": models,
     "data": data,
 }

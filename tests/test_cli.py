@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from softprompt import cli, results
+from softprompt.config.schema import KEYS
 from softprompt.errors import UserError
 from tests.own_task import give
 from tests.tiny import write_llama_folder
@@ -206,6 +207,19 @@ def test_models_and_data(place, capsys):
     assert '" positive"' in shown
 
 
+def test_config_lists_keys(capsys):
+    """Breaks when a key is left out, or its default, range, choices or reader is."""
+    assert cli.main(["config"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:1].strip()]
+    assert [line.split(" = ")[0] for line in lines] == list(KEYS)
+    assert cli.main(["config", "method.rank", "optimizer"]) == 0
+    first, meaning, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("method.rank = 8  (at least 1; with method.name=")
+    assert "lora" in first and meaning.startswith("    ")
+    named = next(line for line in rest if line.startswith("optimizer.name"))
+    assert 'optimizer.name = "adamw"  (adamw, ' in named
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -227,6 +241,7 @@ def test_models_and_data(place, capsys):
         (["sweep", "prompt_length", "--workdir", "w", "--subset", "x"], "unknown subset 'x'"),
         (["table", "nowhere"], "no folder 'nowhere'"),
         (["models", "pythia-71m"], "unknown model 'pythia-71m' (did you mean "),
+        (["config", "methd"], "unknown config key 'methd' (did you mean 'method'?)"),
         (["data", "show"], "data show needs a task; known: "),
         (["data", "show", "movie"], "unknown task 'movie'"),
     ],
