@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 
-NOT_METRICS = ("examples",)  # what scores hold beside metrics
+NOT_METRICS = ("examples", "classes_predicted")  # what scores hold beside metrics
 
 
 def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str, float]:
@@ -25,7 +25,8 @@ def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) 
         classes: number of classes.
 
     Returns:
-        accuracy, macro_f1, and examples: how many counted. Without a labelled example, only that.
+        accuracy, macro_f1, classes_predicted (how many different ones), and examples: how many
+        counted. Without a labelled example, only that.
     """
     known_N = labels_N >= 0
     right, predicted = labels_N[known_N], predicted_N[known_N]
@@ -37,6 +38,7 @@ def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) 
         "macro_f1": float(
             f1_score(right, predicted, labels=present, average="macro", zero_division=0)
         ),
+        "classes_predicted": len(set(predicted.tolist()) - {-1}),
         "examples": len(right),
     }
 

@@ -164,7 +164,7 @@ def test_a_finished_trial_is_not_run_again(done, config, session):
     progress = Lines()
     again = run_trial(config, folder, session=Session(progress))
     assert again == read_result(folder)
-    assert progress.said == [f"prompt-3-vocabulary-s0 is done already (in {folder})"]
+    assert progress.said == [f"prompt-3-vocabulary-mine-s0 is done already (in {folder})"]
     assert progress.stages == [], "no model, no data, no compilation"
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 

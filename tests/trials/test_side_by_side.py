@@ -126,7 +126,7 @@ def test_which_are_scored_together(runs):
     assert results == alone
     said = [line for line in progress.said if "side by side" in line]
     assert said == [
-        "3 trials like prompt-3-vocabulary-s0 are scored side by side, 3 at a time",
+        "3 trials like prompt-3-vocabulary-mine-s0 are scored side by side, 3 at a time",
         "2 trials like prefix-3-noise-s0 are scored side by side, 2 at a time",
     ]
     assert not any("side by side" in line for line in progress.said if "full" in line)
