@@ -58,6 +58,7 @@ def make_row(
     seconds: float,
     metrics: Mapping[str, Any] | None = None,
     error: str = "",
+    data: Mapping[str, str] | None = None,
     **facts: float | None,
 ) -> Row:
     """Returns a trial's row.
@@ -68,6 +69,7 @@ def make_row(
         seconds: wall time of the whole trial, compilation and evaluation included.
         metrics: {"validation": {"accuracy": ..., "examples": ...}, "test": {...}, ...}.
         error: one line where the trial failed, else "".
+        data: the digest of each split.
         **facts: any of `FACTS`.
     """
     assert facts.keys() <= FACTS.keys(), facts.keys() - FACTS.keys()
@@ -80,6 +82,7 @@ def make_row(
         "commit": commit(),
         "versions": versions(),
         "devices": devices(),
+        "data": dict(data or {}),
         "seconds": seconds,
         **{name: facts.get(name) for name in FACTS},
         "metrics": dict(metrics or {}),

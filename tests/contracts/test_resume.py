@@ -19,9 +19,10 @@ from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.results import read_result
 from softprompt.training.logs import TIMING, read_line, read_log
+from softprompt.trials.evaluate import evaluate_runs
 from softprompt.trials.run import run_trial
 from softprompt.trials.session import Session
-from tests.own_task import REPOSITORY, make_config, train_command, words, write_task
+from tests.own_task import REPOSITORY, Lines, make_config, train_command, words, write_task
 from tests.tiny import write_llama_folder
 
 LONG = {  # long enough to be hit, with something of everything between checkpoints
@@ -329,6 +330,26 @@ def test_other_weights_are_not_gone_on_with(place, session, tmp_path):
     write_llama_folder(tmp_path / "model", seed=1)
     with pytest.raises(UserError, match=r"checkpoints: step 6 was trained on weights"):
         run_trial(config, tmp_path / "w", session=Session(Progress()))
+
+
+def test_other_data_is_not_gone_on_with(tiny_folder, session, tmp_path):
+    """Fails if labels flipped between a kill and the same command go unnoticed, or `evaluate` does
+    not say that the test split is another."""
+    task = write_task(tmp_path)
+    config = make_config(task, tiny_folder, **SHORT)
+    interrupt(config, tmp_path / "w", session, step=5, number=signal.SIGTERM)
+    for split in ("train", "test"):
+        file = task / f"{split}.jsonl"
+        file.write_text(file.read_text().replace('"good"', '"bad"', 3))
+    with pytest.raises(UserError, match="step 6 was made with other data: the digest of train was"):
+        run_trial(config, tmp_path / "w", session=Session(Progress()))
+    run_trial(config, tmp_path / "new", session=Session(Progress()))
+    lines = Lines()
+    evaluate_runs([tmp_path / "new"], progress=lines)
+    assert not [line for line in lines.said if "other data" in line]
+    write_task(tmp_path)
+    evaluate_runs([tmp_path / "new"], progress=lines)
+    assert [line for line in lines.said if "digest of test was" in line]
 
 
 def test_early_stopping_counts_on(place, tiny_folder, session, tmp_path):
