@@ -211,7 +211,6 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.results import read_rows
     from softprompt.trials.estimate import estimate
     from softprompt.trials.outputs import claim_outputs
-    from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
 
     with Progress() as progress:
@@ -224,14 +223,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             return int(any(str(state).startswith("fails") for state in costs["state"]))
         if jax.process_index() == 0:
             claim_outputs(experiment, arguments.workdir)
-        failed = sweeps.run_sweep(
-            trials,
-            arguments.workdir,
-            lambda config, folder: run_trial(config, folder, session=session),
-            progress=progress,
-            estimate=lambda config: estimate(config, session),
-            session=session,
-        )
+        failed = sweeps.run_trials(trials, arguments.workdir, session)
         if session.compiled:
             progress.say(f"{len(session.compiled)} training programs compiled")
     for row in failed:

@@ -116,7 +116,12 @@ def desk(tmp_path, monkeypatch):
 def tiny_task(folder: Path, task: Task) -> Task:
     """The same task over a few lines."""
     folder.mkdir(exist_ok=True)
-    texts = [f"{words} {end}" for end in ENDINGS[:3] for pair in zip(GOOD, BAD) for words in pair]
+    texts = [
+        f"{words} {end}"
+        for end in ENDINGS[:3]
+        for pair in zip(GOOD, BAD, strict=True)
+        for words in pair
+    ]
     labels = list(task.verbalizers)
     lines = [
         json.dumps({"text": text, "label": labels[number % len(labels)]}) + "\n"

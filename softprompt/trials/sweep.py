@@ -131,6 +131,16 @@ def make_trials(
     for config in configs:
         validate(config)
     trials = [resolve(config) for config in configs]
+    check_trials_differ(trials)
+    return trials
+
+
+def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
+    """Checks that no two of a sweep's configs are the same trial.
+
+    Raises:
+        UserError: two are; names their numbers.
+    """
     seen: dict[str, int] = {}
     for number, config in enumerate(trials, 1):
         first = seen.setdefault(trial_id(config), number)
@@ -139,7 +149,6 @@ def make_trials(
                 f"trials {first} and {number} of the sweep are the same, {trial_name(config)} "
                 f"({trial_id(config)}); a sweep's trials must differ"
             )
-    return trials
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -229,6 +238,23 @@ def run_sweep(
             else:
                 failed.append(row)
     return failed
+
+
+def run_trials(
+    trials: Sequence[ConfigDict], workdir: epath.PathLike, session: "Session"
+) -> list[Row]:
+    """Runs the trials that are not done, and returns the rows that failed; see `run_sweep`."""
+    from softprompt.trials.estimate import estimate
+    from softprompt.trials.run import run_trial
+
+    return run_sweep(
+        trials,
+        workdir,
+        lambda config, folder: run_trial(config, folder, session=session),
+        progress=session.progress,
+        estimate=lambda config: estimate(config, session),
+        session=session,
+    )
 
 
 def _run_group(

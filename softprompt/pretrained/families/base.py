@@ -58,7 +58,25 @@ def decoder_keys(model_type: str, **keys: Key) -> dict[str, Key]:
 
 def activation(default: str) -> Key:
     """The key of an activation, which is one of `ACTIVATIONS`."""
-    return one_of(default, *(name for name in ACTIVATIONS if name != default))
+    others = (name for name in ACTIVATIONS if name != default)
+    return one_of(default, *others, field="activation")
+
+
+def fields(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The fields of the model's config that keys state directly."""
+    found = {key.field: values[name] for name, key in keys.items() if key.field}
+    return (
+        found | {"activation": ACTIVATIONS[found["activation"]]} if "activation" in found else found
+    )
+
+
+def raw_fields(config: Any, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The same keys of a config.json, from the model's config."""
+    found = {name: getattr(config, key.field) for name, key in keys.items() if key.field}
+    acts = {
+        name: NAMED[config.activation] for name, key in keys.items() if key.field == "activation"
+    }
+    return {"model_type": keys["model_type"].default, **found, **acts}
 
 
 def windows(values: Raw, slides: Callable[[int], bool]) -> tuple[int, ...]:

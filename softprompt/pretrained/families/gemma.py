@@ -5,40 +5,15 @@ the width.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families.base import (
-    ACTIVATIONS,
-    LAYER_TYPES,
-    NAMED,
-    Family,
-    activation,
-    decoder_keys,
-    raw_windows,
-    windows,
-)
-from softprompt.pretrained.families.keys import (
-    IGNORED,
-    Key,
-    Raw,
-    count,
-    flag,
-    number,
-    one_of,
-    read_keys,
-    refuse,
-    section,
-)
-from softprompt.pretrained.families.llama import (
-    BARE,
-    NAMES,
-    ROTARY_BUFFERS,
-    llama_keys,
-    raw_sizes,
-    sizes,
-)
-from softprompt.pretrained.families.rope import raw_rope, read_section, rope, rope_scaling
+from softprompt.pretrained.families import base, llama, rope
+from softprompt.pretrained.families import keys as json_keys
+from softprompt.pretrained.families.base import Family
+from softprompt.pretrained.families.keys import Key, Raw, count, flag, number, one_of, refuse
+from softprompt.pretrained.families.llama import BARE, NAMES, ROTARY_BUFFERS
 from softprompt.pretrained.name_tables import Table, decoder_table
 
 SANDWICH = {
@@ -50,22 +25,22 @@ SANDWICH = {
 
 
 def _keys(model_type: str, **keys: Key) -> dict[str, Key]:
-    return llama_keys(
-        model_type,
-        attention_bias=flag(False),
-        use_bidirectional_attention=one_of(None, False),
-        **keys,
-    ) | {"tie_word_embeddings": flag(True)}
+    bias = flag(False, "qkv_bias")
+    causal = one_of(None, False)
+    found = llama.family_keys(
+        model_type, attention_bias=bias, use_bidirectional_attention=causal, **keys
+    )
+    return found | {"tie_word_embeddings": flag(True, "tied")}
 
 
 def _sandwich_keys(model_type: str, **keys: Key) -> dict[str, Key]:
     """The keys that Gemma 2 and 3 share."""
     return _keys(
         model_type,
-        hidden_activation=activation("gelu_pytorch_tanh"),
+        hidden_activation=base.activation("gelu_pytorch_tanh"),
         query_pre_attn_scalar=number(256),
         sliding_window=count(4096, null=True),
-        layer_types=LAYER_TYPES,
+        layer_types=base.LAYER_TYPES,
         **keys,
     )
 
@@ -79,65 +54,55 @@ def table(config: DecoderConfig) -> Table:
     return rules
 
 
-def _shared(values: Raw) -> dict[str, Any]:
-    return {
-        **sizes(values),
-        "embed_scale": values["hidden_size"] ** 0.5,
-        "qkv_bias": values["attention_bias"],
-        "out_bias": values["attention_bias"],
-    }
+def _shared(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+    scale, bias = values["hidden_size"] ** 0.5, values["attention_bias"]
+    return {**llama.shared(values, keys), "embed_scale": scale, "out_bias": bias}
 
 
-def _sandwich(values: Raw) -> dict[str, Any]:
+def _sandwich(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
     return {
-        **_shared(values),
+        **_shared(values, keys),
         "norms": "both",
-        "activation": ACTIVATIONS[values["hidden_activation"]],
         "query_scale": values["query_pre_attn_scalar"] ** -0.5,
+        "attn_softcap": values["attn_logit_softcapping"] or 0.0,
         "final_softcap": values["final_logit_softcapping"] or 0.0,
     }
 
 
 def _gemma(values: Raw) -> DecoderConfig:
-    act = values["hidden_act"]
-    act = "gelu_tanh" if act == "gelu" else ACTIVATIONS[act]  # an old way to say tanh
-    return DecoderConfig(**_shared(values), **rope(values), activation=act)
+    found = _shared(values, GEMMA.keys) | rope.fields(values)
+    if values["hidden_act"] == "gelu":  # an old way to say tanh
+        found["activation"] = "gelu_tanh"
+    return DecoderConfig(**found)
 
 
 def _gemma2(values: Raw) -> DecoderConfig:
-    return DecoderConfig(
-        **_sandwich(values),
-        **rope(values),
-        attn_softcap=values["attn_logit_softcapping"] or 0.0,
-        windows=windows(values, lambda n: n % 2 == 0),
-    )
+    windows = base.windows(values, lambda n: n % 2 == 0)
+    return DecoderConfig(**_sandwich(values, GEMMA2.keys), **rope.fields(values), windows=windows)
 
 
 def _gemma3(values: Raw) -> DecoderConfig:
     pattern, said = values["sliding_window_pattern"], values["_sliding_window_pattern"]
     if values["layer_types"] is None and said not in (None, pattern):
         raise refuse("_sliding_window_pattern", said, pattern)  # transformers does not read it
-    return DecoderConfig(
-        **_sandwich(values),
-        **_two_ropes(values),
-        qk_norm=True,
-        windows=windows(values, lambda n: (n + 1) % pattern > 0),
-    )
+    windows = base.windows(values, lambda n: (n + 1) % pattern > 0)
+    found = _sandwich(values, GEMMA3.keys) | _two_ropes(values)
+    return DecoderConfig(**found, qk_norm=True, windows=windows)
 
 
 def _two_ropes(values: Raw) -> dict[str, Any]:
     """Rotary positions of layers without and with a window, from a config of either generation."""
-    given = read_keys(
+    given = json_keys.read_keys(
         values["rope_parameters"] or {},
-        {"full_attention": section(), "sliding_attention": section()},
+        {f"{kind}_attention": json_keys.section() for kind in ("full", "sliding")},
         prefix="rope_parameters.",
     )
     plain = {"rope_type": "default"}  # "type", the old word for it, does not override this
     whole = {**plain, **(given["full_attention"] or {}), **(values["rope_scaling"] or {})}
     if not whole.get("truncate", True):  # transformers looks for it elsewhere
         raise refuse("truncate", whole["truncate"], True)
-    whole = read_section(whole, "rope_parameters.full_attention")
-    local = read_section(
+    whole = rope.read_section(whole, "rope_parameters.full_attention")
+    local = rope.read_section(
         given["sliding_attention"] or {}, "rope_parameters.sliding_attention", kinds=["default"]
     )
     for found in (whole, local):
@@ -146,60 +111,46 @@ def _two_ropes(values: Raw) -> dict[str, Any]:
     return {
         "rope_base": float(whole["rope_theta"] or values["rope_theta"] or 1e6),
         "rope_base_local": float(local["rope_theta"] or values["rope_local_base_freq"]),
-        "rope_scaling": rope_scaling(whole, values),
+        "rope_scaling": rope.scaling(whole, values),
     }
 
 
 def _gemma3_with_images(values: Raw) -> DecoderConfig:
     """The text part alone; without an image it is a Gemma 3 whose logits are not capped."""
-    text = read_keys(
+    text = json_keys.read_keys(
         values["text_config"] or {},
         GEMMA3.keys,
-        ignored=IGNORED | GEMMA3.ignored,
+        ignored=json_keys.IGNORED | GEMMA3.ignored,
         prefix="text_config.",
     )
     return dataclasses.replace(_gemma3(text), final_softcap=0.0, tied=values["tie_word_embeddings"])
 
 
-def _raw(config: DecoderConfig) -> dict[str, Any]:
-    return {**raw_sizes(config), **raw_rope(config), "attention_bias": config.qkv_bias}
+def _raw(config: DecoderConfig, keys: Mapping[str, Key]) -> dict[str, Any]:
+    return {**base.raw_fields(config, keys), **rope.raw_fields(config)}
 
 
-def _raw_gemma(config: DecoderConfig) -> dict[str, Any]:
-    return {"model_type": "gemma", **_raw(config), "hidden_act": NAMED[config.activation]}
-
-
-def _raw_sandwich(config: DecoderConfig) -> dict[str, Any]:
+def _raw_sandwich(config: DecoderConfig, keys: Mapping[str, Key]) -> dict[str, Any]:
     scalar = round(config.query_scale**-2, 9) if config.query_scale else config.head_size
     return {
-        **_raw(config),
-        **raw_windows(config),
-        "hidden_activation": NAMED[config.activation],
+        **_raw(config, keys),
+        **base.raw_windows(config),
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "attn_logit_softcapping": config.attn_softcap or None,
         "final_logit_softcapping": config.final_softcap or None,
     }
 
 
-def _raw_gemma2(config: DecoderConfig) -> dict[str, Any]:
-    softcap = {"attn_logit_softcapping": config.attn_softcap or None}
-    return {"model_type": "gemma2", **_raw_sandwich(config), **softcap}
-
-
-def _raw_gemma3(config: DecoderConfig) -> dict[str, Any]:
-    local = {"rope_local_base_freq": config.rope_base_local}
-    return {"model_type": "gemma3_text", **_raw_sandwich(config), **local}
-
-
-GEMMA = Family(
-    _keys("gemma", hidden_act=activation("gelu_pytorch_tanh")),
+GEMMA: Family = Family(
+    _keys("gemma", hidden_act=base.activation("gelu_pytorch_tanh")),
     _gemma,
     table,
-    _raw_gemma,
+    lambda config: _raw(config, GEMMA.keys),
     ignored=frozenset({"hidden_activation"}),
     harmless=ROTARY_BUFFERS,
     spellings=BARE,
 )
-GEMMA2 = Family(
+GEMMA2: Family = Family(
     _sandwich_keys(
         "gemma2",
         attn_logit_softcapping=number(50.0, null=True),
@@ -207,32 +158,32 @@ GEMMA2 = Family(
     ),
     _gemma2,
     table,
-    _raw_gemma2,
+    lambda config: _raw_sandwich(config, GEMMA2.keys),
     ignored=frozenset({"hidden_act"}),
     harmless=ROTARY_BUFFERS,
     spellings=BARE,
 )
-GEMMA3 = Family(
+GEMMA3: Family = Family(
     _sandwich_keys(
         "gemma3_text",
         attn_logit_softcapping=one_of(None),
         final_logit_softcapping=number(None),
-        rope_local_base_freq=number(1e4),
+        rope_local_base_freq=number(1e4, "rope_base_local"),
         sliding_window_pattern=count(6),
         _sliding_window_pattern=count(None),
     ),
     _gemma3,
     table,
-    _raw_gemma3,
+    lambda config: _raw_sandwich(config, GEMMA3.keys),
     ignored=frozenset({"hidden_act"}),
     harmless=ROTARY_BUFFERS,
     spellings=BARE,
 )
-GEMMA3_WITH_IMAGES = Family(
-    decoder_keys("gemma3", text_config=section(), tie_word_embeddings=flag(True)),
+GEMMA3_WITH_IMAGES: Family = Family(
+    base.decoder_keys("gemma3", text_config=json_keys.section(), tie_word_embeddings=flag(True)),
     _gemma3_with_images,
     table,
-    lambda config: {"model_type": "gemma3", "text_config": _raw_gemma3(config)},
+    lambda config: {"model_type": "gemma3", "text_config": GEMMA3.raw(config)},
     ignored=frozenset(
         {
             "vision_config",

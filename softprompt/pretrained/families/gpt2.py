@@ -7,13 +7,8 @@ from typing import Any
 import numpy as np
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families.base import (
-    ACTIVATIONS,
-    NAMED,
-    Family,
-    activation,
-    decoder_keys,
-)
+from softprompt.pretrained.families import base
+from softprompt.pretrained.families.base import Family
 from softprompt.pretrained.families.keys import Raw, count, flag, number
 from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table, input_major
 
@@ -33,44 +28,36 @@ NAMES = {
 }
 
 
-KEYS = decoder_keys(
+KEYS = base.decoder_keys(
     "gpt2",
-    vocab_size=count(50257),
-    n_positions=count(1024),
-    n_embd=count(768),
-    n_layer=count(12),
-    n_head=count(12),
-    n_inner=count(None),
-    activation_function=activation("gelu_new"),
-    layer_norm_epsilon=number(1e-5),
+    vocab_size=count(50257, "vocab"),
+    n_positions=count(1024, "context_length"),
+    n_embd=count(768, "width"),
+    n_layer=count(12, "layers"),
+    n_head=count(12, "heads"),
+    n_inner=count(None, "ffn"),
+    activation_function=base.activation("gelu_new"),
+    layer_norm_epsilon=number(1e-5, "norm_eps"),
     scale_attn_weights=flag(True),
-    scale_attn_by_inverse_layer_idx=flag(False),
-    tie_word_embeddings=flag(True),
+    scale_attn_by_inverse_layer_idx=flag(False, "scale_by_depth"),
+    tie_word_embeddings=flag(True, "tied"),
 )
 
 
 def _config(values: Raw) -> DecoderConfig:
     width, heads = values["n_embd"], values["n_head"]
+    found = base.fields(values, KEYS) | {"ffn": values["n_inner"] or 4 * width}
     return DecoderConfig(
-        vocab=values["vocab_size"],
-        width=width,
-        layers=values["n_layer"],
-        heads=heads,
+        **found,
         kv_heads=heads,
         head_size=width // heads,
-        ffn=values["n_inner"] or 4 * width,
-        context_length=values["n_positions"],
-        tied=values["tie_word_embeddings"],
         positions="learned",
         query_scale=0.0 if values["scale_attn_weights"] else 1.0,
-        scale_by_depth=values["scale_attn_by_inverse_layer_idx"],
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
         gated=False,
-        activation=ACTIVATIONS[values["activation_function"]],
         norm="layer",
-        norm_eps=values["layer_norm_epsilon"],
     )
 
 
@@ -96,20 +83,7 @@ def _third(rule: TensorRule, nth: int) -> TensorRule:
 
 
 def _raw(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "vocab_size": config.vocab,
-        "n_embd": config.width,
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "n_inner": config.ffn,
-        "n_positions": config.context_length,
-        "tie_word_embeddings": config.tied,
-        "scale_attn_weights": config.query_scale == 0.0,
-        "scale_attn_by_inverse_layer_idx": config.scale_by_depth,
-        "activation_function": NAMED[config.activation],
-        "layer_norm_epsilon": config.norm_eps,
-    }
+    return {**base.raw_fields(config, KEYS), "scale_attn_weights": config.query_scale == 0.0}
 
 
 GPT2 = Family(

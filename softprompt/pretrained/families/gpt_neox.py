@@ -10,20 +10,9 @@ import numpy as np
 
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families.base import (
-    ACTIVATIONS,
-    NAMED,
-    Family,
-    activation,
-    decoder_keys,
-)
+from softprompt.pretrained.families import base, rope
+from softprompt.pretrained.families.base import Family
 from softprompt.pretrained.families.keys import Raw, count, flag, number, refuse
-from softprompt.pretrained.families.rope import (
-    ROPE_KEYS,
-    raw_rope,
-    rope_scaling,
-    rope_section,
-)
 from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table
 
 NAMES = {
@@ -41,60 +30,43 @@ NAMES = {
 }
 
 
-KEYS = decoder_keys(
+SECTIONS = ("rope_scaling", "rope_parameters", "original_max_position_embeddings")
+KEYS = base.decoder_keys(
     "gpt_neox",
-    vocab_size=count(50432),
-    hidden_size=count(6144),
-    num_hidden_layers=count(44),
-    num_attention_heads=count(64),
+    vocab_size=count(50432, "vocab"),
+    hidden_size=count(6144, "width"),
+    num_hidden_layers=count(44, "layers"),
+    num_attention_heads=count(64, "heads"),
     head_dim=count(None),
-    intermediate_size=count(24576),
-    max_position_embeddings=count(2048),
-    hidden_act=activation("gelu"),
-    layer_norm_eps=number(1e-5),
+    intermediate_size=count(24576, "ffn"),
+    max_position_embeddings=count(2048, "context_length"),
+    hidden_act=base.activation("gelu"),
+    layer_norm_eps=number(1e-5, "norm_eps"),
     rotary_pct=number(0.25),
-    rotary_emb_base=number(1e4),
-    use_parallel_residual=flag(True),
-    attention_bias=flag(True),
-    tie_word_embeddings=flag(False),
-    **{
-        key: ROPE_KEYS[key]
-        for key in ROPE_KEYS
-        if key not in ("rope_theta", "partial_rotary_factor")
-    },
+    rotary_emb_base=number(1e4, "rope_base"),
+    use_parallel_residual=flag(True, "parallel"),
+    attention_bias=flag(True, "qkv_bias"),
+    tie_word_embeddings=flag(False, "tied"),
+    **{key: rope.KEYS[key] for key in SECTIONS},
 )
 
 
 def _config(values: Raw) -> DecoderConfig:
-    width, heads, bias = (
-        values["hidden_size"],
-        values["num_attention_heads"],
-        values["attention_bias"],
-    )
-    size, rope = width // heads, rope_section(values)
+    heads, section = values["num_attention_heads"], rope.read(values)
+    size = values["hidden_size"] // heads
     if values["head_dim"] not in (None, size):  # transformers lets it change the frequencies alone
         raise refuse("head_dim", values["head_dim"], size)
+    theta = section["rope_theta"] or values["rotary_emb_base"]
     return DecoderConfig(
-        vocab=values["vocab_size"],
-        width=width,
-        layers=values["num_hidden_layers"],
-        heads=heads,
+        **base.fields(values, KEYS) | {"rope_base": float(theta)},
         kv_heads=heads,
         head_size=size,
-        ffn=values["intermediate_size"],
-        context_length=values["max_position_embeddings"],
-        tied=values["tie_word_embeddings"],
-        rope_base=float(rope["rope_theta"] or values["rotary_emb_base"]),
-        rope_scaling=rope_scaling(rope, values),
-        rotary_size=_rotary_size(size, rope["partial_rotary_factor"] or values["rotary_pct"]),
-        qkv_bias=bias,
-        out_bias=bias,
+        rope_scaling=rope.scaling(section, values),
+        rotary_size=_rotary_size(size, section["partial_rotary_factor"] or values["rotary_pct"]),
+        out_bias=values["attention_bias"],
         mlp_bias=True,
         gated=False,
-        activation=ACTIVATIONS[values["hidden_act"]],
         norm="layer",
-        norm_eps=values["layer_norm_eps"],
-        parallel=values["use_parallel_residual"],
     )
 
 
@@ -132,24 +104,9 @@ def _interleaved(rule: TensorRule, nth: int) -> TensorRule:
 
 
 def _raw(config: DecoderConfig) -> dict[str, Any]:
-    rope = raw_rope(config)
-    return {
-        "model_type": "gpt_neox",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.ffn,
-        "max_position_embeddings": config.context_length,
-        "tie_word_embeddings": config.tied,
-        "rotary_emb_base": rope.pop("rope_theta"),
-        "rotary_pct": config.rotary_size / config.head_size,
-        **rope,
-        "attention_bias": config.qkv_bias,
-        "hidden_act": NAMED[config.activation],
-        "layer_norm_eps": config.norm_eps,
-        "use_parallel_residual": config.parallel,
-    }
+    found = base.raw_fields(config, KEYS) | rope.raw_fields(config)
+    del found["rope_theta"]  # here it is called rotary_emb_base
+    return {**found, "rotary_pct": config.rotary_size / config.head_size}
 
 
 GPT_NEOX = Family(

@@ -22,36 +22,38 @@ class Key(NamedTuple):
         default: the value that transformers gives an absent key; `REQUIRED` if it gives none.
         accepts: whether a value is allowed.
         allowed: the allowed values, as an error describes them.
+        field: the field of the model's config with the same value, if there is one.
     """
 
     default: Any
     accepts: Callable[[Any], bool]
     allowed: str
+    field: str = ""
 
 
-def count(default: Any = REQUIRED, *, least: int = 1, null: bool = False) -> Key:
+def count(default: Any = REQUIRED, field: str = "", *, least: int = 1, null: bool = False) -> Key:
     """A whole number. Null is allowed if it is the default or if `null` is set."""
     allowed = f"a whole number of at least {least}"
-    return _or_null(Key(default, lambda x: type(x) is int and x >= least, allowed), null)
+    return _or_null(Key(default, lambda x: type(x) is int and x >= least, allowed, field), null)
 
 
-def number(default: Any = REQUIRED, *, null: bool = False) -> Key:
+def number(default: Any = REQUIRED, field: str = "", *, null: bool = False) -> Key:
     """A positive number. Null is allowed if it is the default or if `null` is set."""
 
     def accepts(x: Any) -> bool:
         return type(x) in (int, float) and 0 < x < math.inf
 
-    return _or_null(Key(default, accepts, "a positive number"), null)
+    return _or_null(Key(default, accepts, "a positive number", field), null)
 
 
-def flag(default: bool | None) -> Key:
+def flag(default: bool | None, field: str = "") -> Key:
     """True or false. Null is allowed if it is the default."""
-    return _or_null(Key(default, lambda x: type(x) is bool, "true, false"), False)
+    return _or_null(Key(default, lambda x: type(x) is bool, "true, false", field), False)
 
 
-def one_of(*allowed: Any) -> Key:
+def one_of(*allowed: Any, field: str = "") -> Key:
     """One of some values; the first is the default."""
-    return Key(allowed[0], lambda x: x in allowed, ", ".join(map(repr, allowed)))
+    return Key(allowed[0], lambda x: x in allowed, ", ".join(map(repr, allowed)), field)
 
 
 def section() -> Key:
@@ -62,7 +64,8 @@ def section() -> Key:
 def _or_null(key: Key, null: bool) -> Key:
     if key.default is not None and not null:
         return key
-    return Key(key.default, lambda x: x is None or key.accepts(x), f"{key.allowed}, null")
+    accepts = key.accepts
+    return key._replace(accepts=lambda x: x is None or accepts(x), allowed=f"{key.allowed}, null")
 
 
 def refuse(key: str, value: Any, *allowed: Any) -> UserError:

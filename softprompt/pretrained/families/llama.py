@@ -4,15 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families.base import (
-    ACTIVATIONS,
-    NAMED,
-    Family,
-    activation,
-    decoder_keys,
-)
+from softprompt.pretrained.families import base, rope
+from softprompt.pretrained.families.base import Family
 from softprompt.pretrained.families.keys import Key, Raw, count, flag, number, one_of
-from softprompt.pretrained.families.rope import ROPE_KEYS, raw_rope, rope
 from softprompt.pretrained.name_tables import Table, decoder_table
 
 NAMES: Mapping[str, str] = {
@@ -39,7 +33,7 @@ BARE = ((r"(?=(embed_tokens|layers|norm)\.)", "model."),)
 ROTARY_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 
-# What transformers takes for absent keys, in the order of `SIZES`.
+# The values that transformers gives absent keys, in the order of `SIZES`.
 DEFAULTS = {
     "llama": (32000, 4096, 32, 32, None, None, 11008, 2048),
     "mistral": (32000, 4096, 32, 32, 8, None, 14336, 131072),
@@ -59,41 +53,28 @@ SIZES = {
     "intermediate_size": "ffn",
     "max_position_embeddings": "context_length",
 }
+DERIVED = ("num_key_value_heads", "head_dim")  # from other sizes, if null
 
 
-def llama_keys(model_type: str, **keys: Key) -> dict[str, Key]:
+def family_keys(model_type: str, **keys: Key) -> dict[str, Key]:
     """The keys of a family like Llama: those that such families share, and its own."""
-    derived = ("num_key_value_heads", "head_dim")
+    defaults = zip(SIZES.items(), DEFAULTS[model_type], strict=True)
     return {
-        **{
-            key: count(default, null=key in derived)
-            for key, default in zip(SIZES, DEFAULTS[model_type], strict=True)
-        },
-        "rms_norm_eps": number(1e-6),
-        "tie_word_embeddings": flag(False),
-        **ROPE_KEYS,
-        **decoder_keys(model_type, **keys),
+        **{key: count(n, field, null=key in DERIVED) for (key, field), n in defaults},
+        "rms_norm_eps": number(1e-6, "norm_eps"),
+        "tie_word_embeddings": flag(False, "tied"),
+        **rope.KEYS,
+        **base.decoder_keys(model_type, **keys),
     }
 
 
-def sizes(values: Raw) -> dict[str, Any]:
-    """The fields of a decoder's config that all these families read from the same keys."""
+def shared(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The fields of a decoder's config that all these families read alike, but for positions."""
     heads = values["num_attention_heads"]
     return {
-        **{ours: values[key] for key, ours in SIZES.items()},
+        **base.fields(values, keys),
         "kv_heads": values["num_key_value_heads"] or heads,
         "head_size": values["head_dim"] or values["hidden_size"] // heads,
-        "norm_eps": values["rms_norm_eps"],
-        "tied": values["tie_word_embeddings"],
-    }
-
-
-def raw_sizes(config: DecoderConfig) -> dict[str, Any]:
-    """The keys that `sizes` reads."""
-    return {
-        **{key: getattr(config, ours) for key, ours in SIZES.items()},
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
     }
 
 
@@ -103,46 +84,32 @@ def table(config: DecoderConfig) -> Table:
 
 
 def _llama(values: Raw) -> DecoderConfig:
-    return DecoderConfig(
-        **sizes(values),
-        **rope(values),
-        activation=ACTIVATIONS[values["hidden_act"]],
-        qkv_bias=values["attention_bias"],
-        out_bias=values["attention_bias"],
-        mlp_bias=values["mlp_bias"],
-    )
+    found = shared(values, LLAMA.keys) | rope.fields(values)
+    return DecoderConfig(**found, out_bias=values["attention_bias"])
 
 
 def _mistral(values: Raw) -> DecoderConfig:
     window = values["sliding_window"]
-    return DecoderConfig(
-        **sizes(values),
-        **rope(values),
-        activation=ACTIVATIONS[values["hidden_act"]],
-        windows=(window,) * values["num_hidden_layers"] if window else (),
-    )
-
-
-def _raw(config: DecoderConfig) -> dict[str, Any]:
-    return {**raw_sizes(config), **raw_rope(config), "hidden_act": NAMED[config.activation]}
+    windows = (window,) * values["num_hidden_layers"] if window else ()
+    return DecoderConfig(**shared(values, MISTRAL.keys), **rope.fields(values), windows=windows)
 
 
 def _raw_llama(config: DecoderConfig) -> dict[str, Any]:
-    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    return {"model_type": "llama", **_raw(config), **biases}
+    return {**base.raw_fields(config, LLAMA.keys), **rope.raw_fields(config)}
 
 
 def _raw_mistral(config: DecoderConfig) -> dict[str, Any]:
     window = max(config.windows, default=0) or None
-    return {"model_type": "mistral", **_raw(config), "sliding_window": window}
+    found = base.raw_fields(config, MISTRAL.keys) | rope.raw_fields(config)
+    return {**found, "sliding_window": window}
 
 
 LLAMA = Family(
-    llama_keys(
+    family_keys(
         "llama",
-        hidden_act=activation("silu"),
-        attention_bias=flag(False),
-        mlp_bias=flag(False),
+        hidden_act=base.activation("silu"),
+        attention_bias=flag(False, "qkv_bias"),
+        mlp_bias=flag(False, "mlp_bias"),
         rope_interleaved=one_of(False),
     ),
     _llama,
@@ -153,7 +120,9 @@ LLAMA = Family(
     spellings=BARE,
 )
 MISTRAL = Family(
-    llama_keys("mistral", hidden_act=activation("silu"), sliding_window=count(4096, null=True)),
+    family_keys(
+        "mistral", hidden_act=base.activation("silu"), sliding_window=count(4096, null=True)
+    ),
     _mistral,
     table,
     _raw_mistral,

@@ -3,13 +3,8 @@
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families.base import (
-    ACTIVATIONS,
-    NAMED,
-    Family,
-    activation,
-    decoder_keys,
-)
+from softprompt.pretrained.families import base
+from softprompt.pretrained.families.base import Family
 from softprompt.pretrained.families.keys import Raw, count, flag, one_of
 from softprompt.pretrained.name_tables import Table, decoder_table
 
@@ -31,21 +26,21 @@ NAMES = {
 }
 
 
-KEYS = decoder_keys(
+KEYS = base.decoder_keys(
     "opt",
-    vocab_size=count(50272),
-    hidden_size=count(768),
-    num_hidden_layers=count(12),
-    num_attention_heads=count(12),
-    ffn_dim=count(3072),
-    max_position_embeddings=count(2048),
+    vocab_size=count(50272, "vocab"),
+    hidden_size=count(768, "width"),
+    num_hidden_layers=count(12, "layers"),
+    num_attention_heads=count(12, "heads"),
+    ffn_dim=count(3072, "ffn"),
+    max_position_embeddings=count(2048, "context_length"),
     word_embed_proj_dim=count(None),
     do_layer_norm_before=flag(True),
     _remove_final_layer_norm=flag(False),
-    activation_function=activation("relu"),
-    enable_bias=flag(True),
+    activation_function=base.activation("relu"),
+    enable_bias=flag(True, "qkv_bias"),
     layer_norm_elementwise_affine=one_of(True),
-    tie_word_embeddings=flag(True),
+    tie_word_embeddings=flag(True, "tied"),
 )
 
 
@@ -54,23 +49,15 @@ def _config(values: Raw) -> DecoderConfig:
     narrow = values["word_embed_proj_dim"] or width
     before, bias = values["do_layer_norm_before"], values["enable_bias"]
     return DecoderConfig(
-        vocab=values["vocab_size"],
-        width=width,
-        layers=values["num_hidden_layers"],
-        heads=heads,
+        **base.fields(values, KEYS),
         kv_heads=heads,
         head_size=width // heads,
-        ffn=values["ffn_dim"],
-        context_length=values["max_position_embeddings"],
-        tied=values["tie_word_embeddings"],
         embed_width=narrow if narrow != width else 0,
         positions="learned",
         position_offset=2,
-        qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
         gated=False,
-        activation=ACTIVATIONS[values["activation_function"]],
         norm="layer",
         norm_eps=1e-5,
         norms="before" if before else "after",
@@ -85,17 +72,8 @@ def _table(config: DecoderConfig) -> Table:
 def _raw(config: DecoderConfig) -> dict[str, Any]:
     before = config.norms == "before"
     return {
-        "model_type": "opt",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "ffn_dim": config.ffn,
-        "max_position_embeddings": config.context_length,
-        "tie_word_embeddings": config.tied,
+        **base.raw_fields(config, KEYS),
         "word_embed_proj_dim": config.prompt_width,
-        "enable_bias": config.qkv_bias,
-        "activation_function": NAMED[config.activation],
         "do_layer_norm_before": before,
         "_remove_final_layer_norm": before and not config.final_norm,
     }

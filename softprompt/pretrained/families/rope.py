@@ -23,7 +23,7 @@ from softprompt.pretrained.families.keys import (
 )
 
 # Beside the sizes: `rope_parameters`, or `rope_theta` and perhaps `rope_scaling`.
-ROPE_KEYS = {
+KEYS = {
     "rope_theta": number(None),
     "rope_scaling": section(),
     "rope_parameters": section(),
@@ -59,27 +59,27 @@ KINDS: dict[str, dict[str, Key]] = {
 }
 
 
-def rope(values: Raw, *, base: float = 10000.0) -> dict[str, Any]:
+def fields(values: Raw, *, base: float = 10000.0) -> dict[str, Any]:
     """The decoder's `rope_base` and `rope_scaling`.
 
     Args:
-        values: of `ROPE_KEYS` and `max_position_embeddings`. `rope_scaling` replaces
+        values: of `KEYS` and `max_position_embeddings`. `rope_scaling` replaces
             `rope_parameters`, as in transformers.
         base: the default of `rope_theta`.
 
     Raises:
         UserError: an unknown kind of scaling, or a key that the kind does not have.
     """
-    found = rope_section(values)
+    found = read(values)
     if found["partial_rotary_factor"] not in (1.0, None):
         raise refuse("partial_rotary_factor", found["partial_rotary_factor"], 1.0)
     return {
         "rope_base": float(found["rope_theta"] or values["rope_theta"] or base),
-        "rope_scaling": rope_scaling(found, values),
+        "rope_scaling": scaling(found, values),
     }
 
 
-def rope_section(values: Raw) -> dict[str, Any]:
+def read(values: Raw) -> dict[str, Any]:
     """The values of `rope_scaling` if it is present, else of `rope_parameters`."""
     where = "rope_scaling" if values["rope_scaling"] else "rope_parameters"
     return read_section(values[where] or {}, where)
@@ -104,7 +104,7 @@ def read_section(raw: Raw, where: str, *, kinds: Collection[str] = tuple(KINDS))
     return {**values, "rope_type": kind}
 
 
-def rope_scaling(found: Raw, values: Raw) -> RopeScaling | None:
+def scaling(found: Raw, values: Raw) -> RopeScaling | None:
     """How the frequencies of a rotary embedding are stretched.
 
     "dynamic" changes nothing up to `max_position_embeddings` positions, the most that a row has.
@@ -148,17 +148,17 @@ def _attention_factor(found: Raw, factor: float) -> float:
     return scale(1.0)
 
 
-def raw_rope(config: DecoderConfig) -> dict[str, Any]:
+def raw_fields(config: DecoderConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a config.json."""
-    scaling = config.rope_scaling
-    if scaling is None:
+    stretch = config.rope_scaling
+    if stretch is None:
         return {"rope_theta": config.rope_base}
-    found: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind != "linear":
-        found["original_max_position_embeddings"] = scaling.original
-    if scaling.kind == "llama3":
-        found |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
-    if scaling.kind == "yarn":
-        found |= {"beta_slow": scaling.low, "beta_fast": scaling.high}
-        found |= {"attention_factor": scaling.attention, "truncate": scaling.truncate}
+    found: dict[str, Any] = {"rope_type": stretch.kind, "factor": stretch.factor}
+    if stretch.kind != "linear":
+        found["original_max_position_embeddings"] = stretch.original
+    if stretch.kind == "llama3":
+        found |= {"low_freq_factor": stretch.low, "high_freq_factor": stretch.high}
+    if stretch.kind == "yarn":
+        found |= {"beta_slow": stretch.low, "beta_fast": stretch.high}
+        found |= {"attention_factor": stretch.attention, "truncate": stretch.truncate}
     return {"rope_theta": config.rope_base, "rope_scaling": found}
