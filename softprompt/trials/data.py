@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, method_settings
-from softprompt.data.encode import Encoded, encode, target_advice, mix, summary
+from softprompt.data.encode import Encoded, encode, mix, summary, target_advice
 from softprompt.data.eval_batches import EvalBatch, EvalShape, eval_batches, eval_shape
 from softprompt.data.packing import Template
 from softprompt.data.pipeline import TrainSource, train_template
