@@ -75,14 +75,14 @@ def config_page() -> str:
     for key in describe():
         if (own := key.name.rpartition(".")[0]) != section:
             section = own
-            lines.append(f"## {section}")
-        lines += [f"### `{key.name}` {{ #{key.name} }}", f"{_sentence(key.help)}", _facts(key)]
+            lines += [f"## {section}"] if section else []
+        lines += [f"### `{key.name}` {{ #{key.name} }}", _sentence(key.help), _facts(key)]
     return "\n\n".join(lines) + "\n"
 
 
 def _facts(key: Any) -> str:
     """What a key is by default, what it may be, and when it counts."""
-    default = f"`{key.default!r}`" if key.default not in ("", {}) else "empty"
+    default = f"`{key.default}`" if key.default not in ("", {}) else "empty"
     facts = [f"Default: {default}.", f"Takes: {_allowed(key)}."]
     for chooser, owners in key.owners.items():
         facts.append(f"Only with `{chooser}` = {_list(owners)}.")

@@ -122,7 +122,7 @@ def desk(tmp_path_factory):
 def tiny_task(folder: Path, task: Task) -> Task:
     """The same task over a few lines."""
     folder.mkdir(exist_ok=True)
-    texts = [f"{words} {end}" for end in ENDINGS[:3] for pair in zip(GOOD, BAD) for words in pair]
+    texts = [f"{word} {end}" for end in ENDINGS[:3] for word in (*GOOD, *BAD)]
     labels = list(task.verbalizers)
     lines = [
         json.dumps({"text": text, "label": labels[number % len(labels)]}) + "\n"
