@@ -107,15 +107,25 @@ def check_value(key: str, value: Any, setting: Setting, *, where: str = "") -> N
         UserError: names the key, the value and what is allowed.
     """
     if setting.choices and value not in setting.choices:
-        hint, allowed = nearest(value, setting.choices), ", ".join(setting.choices)
-        where = f" {where}" if where else ""
-        raise UserError(f"config key {key!r} is {value!r}{hint}; allowed{where}: {allowed}")
-    if (low := setting.low) == -math.inf:
+        hint, where = nearest(value, setting.choices), f" {where}" if where else ""
+        raise UserError(
+            f"config key {key!r} is {value!r}{hint}; allowed{where}: {allowed(setting)}"
+        )
+    if setting.low == -math.inf:
         return
-    if not (low <= value <= setting.high and math.isfinite(value)):
-        high = setting.high
-        allowed = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:.10g}"
-        raise UserError(f"config key {key!r} is {value!r}; allowed: {allowed}")
+    if not (setting.low <= value <= setting.high and math.isfinite(value)):
+        raise UserError(f"config key {key!r} is {value!r}; allowed: {allowed(setting)}")
+
+
+def allowed(setting: Setting) -> str:
+    """Returns what a key may be, in words: its choices, its range or its type."""
+    if setting.choices:
+        return ", ".join(setting.choices)
+    if setting.low == -math.inf:
+        return KINDS[type(setting.default)]
+    if math.isinf(setting.high):
+        return f"at least {setting.low:g}"
+    return f"{setting.low:g} to {setting.high:.10g}"
 
 
 def coerce(key: str, value: Any, old: Any) -> Any:

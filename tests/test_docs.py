@@ -141,8 +141,6 @@ RUN = [block for block in ALL if block.language in ("sh", "python") and not bloc
 def test_blocks_run(page, desk, monkeypatch):
     """Breaks when a command or Python of the docs no longer does what its page says."""
     names: dict[str, object] = {}
-    if "import softprompt as sp" in (REPOSITORY / page).read_text():
-        pytest.importorskip("softprompt.api")
     for block in blocks(page):
         if block.title:
             (desk / block.title).write_text(block.text)

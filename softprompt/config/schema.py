@@ -37,7 +37,7 @@ METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial(Settings):
+class General(Settings):
     """What stands outside of the sections."""
 
     seed: int = setting(
@@ -310,7 +310,7 @@ class Mesh(Settings):
 
 
 SECTIONS: tuple[type[Settings], ...] = (
-    *(Trial, Model, Method, Task, Data, Optimizer, Train, Eval, Log, Mesh),
+    *(General, Model, Method, Task, Data, Optimizer, Train, Eval, Log, Mesh),
 )
 
 # Key -> the settings classes that it chooses one of, by name.
@@ -323,8 +323,8 @@ CHOOSERS: dict[str, Mapping[str, type[Settings]]] = {
 # What of the section `task` belongs to the task that it names, and not to others of a mixture.
 TASKS_OWN = ("source", "template", "verbalizers", "label_field", "id_field")
 
-# Keys that a method without them lets be: config files set them for a prompt, and are trained with
-# other methods by naming one on the command line. So are those of training where nothing is.
+# Keys that may be set for a method that does not have them: config files set them for a prompt, and
+# another method is named on the command line. So may keys of training, where nothing is trained.
 LET_BE = ("method.length", "method.init")
 
 

@@ -6,6 +6,7 @@ Whatever is wrong with a config is one line that names the key, the value and wh
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -264,8 +265,23 @@ def weights_key(config: ConfigDict) -> str:
 
 
 def trial_name(config: ConfigDict) -> str:
-    """Returns a name to read, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial."""
-    return f"{method_settings(config).label()}-s{config.seed}"
+    """Returns a name to read, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial.
+
+    It names the tasks where they are not the default.
+    """
+    names = [method_settings(config).label()]
+    tasks = task_names(config)
+    if tasks != task_names(base_config()):
+        names.append(re.sub(r"[^\w.+]", "_", "+".join(tasks))[:40])  # a part of a folder's name
+    return "-".join([*names, f"s{config.seed}"])
+
+
+def task_names(config: ConfigDict | Mapping[str, Any]) -> list[str]:
+    """Returns the names of a config's tasks: of its mixture, or the only one."""
+    mixture = config.get("data", {}).get("mixture", "")
+    if mixture:
+        return [keys["name"] for keys in _entries(mixture)]
+    return [config.get("task", {}).get("name", "")]
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:

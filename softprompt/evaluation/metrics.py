@@ -7,15 +7,12 @@ with `over_tasks`. Which metrics a task can have says `Task.metrics`.
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 
-from softprompt.data.tasks import Task
-from softprompt.errors import UserError
-
-NOT_METRICS = ("examples",)  # what scores hold beside metrics
+NOT_METRICS = ("examples", "classes_predicted")  # what scores hold beside metrics
 
 
 def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str, float]:
@@ -28,7 +25,8 @@ def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) 
         classes: number of classes.
 
     Returns:
-        accuracy, macro_f1, and examples: how many counted. Without a labelled example, only that.
+        accuracy, macro_f1, classes_predicted (how many different ones), and examples: how many
+        counted. Without a labelled example, only that.
     """
     known_N = labels_N >= 0
     right, predicted = labels_N[known_N], predicted_N[known_N]
@@ -40,6 +38,7 @@ def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) 
         "macro_f1": float(
             f1_score(right, predicted, labels=present, average="macro", zero_division=0)
         ),
+        "classes_predicted": len(set(predicted.tolist()) - {-1}),
         "examples": len(right),
     }
 
@@ -117,23 +116,3 @@ def over_tasks(scores: Mapping[str, dict[str, float]]) -> dict[str, float]:
     ]
     means = {name: float(np.mean([found[name] for found in known])) for name in names}
     return {**means, "examples": count, **own}
-
-
-def check_metric(metric: str, tasks: Iterable[Task], evaluators: Sequence[str]) -> None:
-    """Checks that a metric can select: that some evaluator measures it on every task.
-
-    Args:
-        metric: `eval.metric`.
-        tasks: the task, or those of a mixture.
-        evaluators: names of the evaluators that run, such as "ranking" and "generation".
-
-    Raises:
-        UserError: a task lacks the metric; names it and the metrics that it has.
-    """
-    for task in tasks:
-        known = [name for one in evaluators for name in task.metrics.get(one, ())]
-        if metric not in known:
-            raise UserError(
-                f"config key 'eval.metric' is {metric!r}; allowed for task {task.name!r}: "
-                f"{', '.join(dict.fromkeys(known)) or 'none, for no evaluator measures it'}"
-            )

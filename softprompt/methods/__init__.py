@@ -1,4 +1,9 @@
-"""Ways to train a delta: modules that `softprompt.methods.base` describes, by name."""
+"""Ways to train a delta: modules that `softprompt.methods.base` describes, by name.
+
+A module may say how PEFT stores the method: `PEFT` has the fields by which an adapter_config.json
+names it, and `PEFT_VECTORS` the vectors of a projection's outputs beside a LoRA's A and B (leaf ->
+tensor, such as {"magnitude": "lora_magnitude_vector"}).
+"""
 
 from types import ModuleType
 

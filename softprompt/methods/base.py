@@ -1,10 +1,10 @@
 """What every method module has besides its functions: settings, and what is known of its trial.
 
-A method module has a class `Settings` (its keys of a config's section "method", and what the code
-outside may ask of it), `resolve(settings, setup)` -> the static configuration that `init`,
-`variables` and `fold` take, and these three. Where its settings say `is_context`, it also has
-`context(cfg)`; where the trained model is one of other weights and nothing else, `merge(delta,
-weights, cfg)` -> those weights.
+A method module has a class `Settings`: its keys of a config's section "method", and what the code
+outside may ask of it. `resolve(settings, setup)` makes of them the static configuration that the
+module's `init`, `variables` and `fold` take. A method that `is_context` also has `context(cfg)`. A
+method whose trained model is the same model with other weights also has `merge(delta, weights,
+cfg)`, which returns those.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from softprompt.methods import initializers
 from softprompt.models.decoder_layers import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.tokenizer import Tokenizer
-from softprompt.settings import Settings, keys, setting
+from softprompt.settings import Settings, keys, setting, summaries
 
 if TYPE_CHECKING:  # it imports every format that a model may come in
     from softprompt.pretrained.loading import Loaded
@@ -137,11 +137,25 @@ class TrainedContextSettings(MethodSettings):
     is_context = True
 
     length: int = setting(20, "length P, in vectors; 0 is the plain model", low=0)
+    init: str = setting(
+        "vocabulary",
+        f"what it starts from: {summaries(initializers.INITIALIZERS)}",
+        choices=initializers.INITIALIZERS,
+    )
+    place: str = setting(
+        "encoder",
+        "encoder-decoders: before the encoder's input, the decoder's, or both",
+        choices=("encoder", "decoder", "both"),
+    )
     prompt_to_input: bool = setting(
         True, "encoder-decoders: the prompt and the input see each other, as in the paper"
     )
 
-    def stacks(self, place: str, setup: Setup) -> tuple[str, ...]:
+    def label(self) -> str:
+        """The method, its length and its start."""
+        return f"{self.name}-{self.length}-{self.init}"
+
+    def stacks(self, setup: Setup) -> tuple[str, ...]:
         """The places of an encoder-decoder that `method.place` names; () for a decoder.
 
         Raises:
@@ -149,9 +163,9 @@ class TrainedContextSettings(MethodSettings):
         """
         if setup.encoder_decoder:
             named = {"both": ("encoder", "decoder"), "all": ("encoder", "decoder", "cross")}
-            return named.get(place, (place,))
-        for key, value in {"place": place, "prompt_to_input": self.prompt_to_input}.items():
-            usual = keys(type(self))[f"method.{key}"].default
+            return named.get(self.place, (self.place,))
+        for key in ("place", "prompt_to_input"):
+            value, usual = getattr(self, key), keys(type(self))[f"method.{key}"].default
             if value != usual:
                 raise UserError(
                     f"config key 'method.{key}' is {value!r}, of encoder-decoders; allowed for a "

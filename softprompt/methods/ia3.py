@@ -29,6 +29,9 @@ class Settings(MethodSettings):
     targets: str = setting("", 'names of projections, such as k,v,down; "" is these')
 
 
+PEFT = {"peft_type": "IA3"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Ia3Config:
     """`targets`: names of projections."""

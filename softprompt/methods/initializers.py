@@ -9,7 +9,7 @@ Source: Lester et al. 2021, section 3.2, "Prompt initialization".
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -155,18 +155,18 @@ class Start(Settings):
 class Uniform(Start):
     """Uniform noise of the embeddings' RMS."""
 
+    bound: ClassVar[float | None] = None
+
     def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
         """See `uniform`."""
-        return uniform()
+        return uniform(self.bound)
 
 
 @dataclasses.dataclass(frozen=True)
-class UniformPaper(Start):
+class UniformPaper(Uniform):
     """Uniform noise in [-0.5, 0.5]."""
 
-    def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
-        """See `uniform`."""
-        return uniform(0.5)
+    bound = 0.5
 
 
 @dataclasses.dataclass(frozen=True)

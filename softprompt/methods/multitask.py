@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from softprompt.errors import UserError
 from softprompt.methods import prompt
 from softprompt.methods.base import Context, Setup, TrainedContextSettings
-from softprompt.methods.initializers import INITIALIZERS
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models import Model
-from softprompt.settings import setting, summaries
+from softprompt.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +30,11 @@ class Settings(TrainedContextSettings):
     is_prompt = True
     per_task = True
 
-    init: str = setting(
-        "vocabulary", f"what it starts from: {summaries(INITIALIZERS)}", choices=INITIALIZERS
-    )
     place: str = setting("encoder", "before the encoder's input", choices=("encoder",))
     rank: int = setting(8, "Z, the rank of a task's factor", low=1)
 
-    def label(self) -> str:
-        """The method, its length and its start."""
-        return f"{self.name}-{self.length}-{self.init}"
+
+PEFT = {"peft_type": "MULTITASK_PROMPT_TUNING"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +65,7 @@ def resolve(settings: Settings, setup: Setup) -> MultitaskConfig:
         settings.length,
         initializer=setup.initializer(settings.place),
         embed_scale=setup.sizes.embed_scale,
-        places=settings.stacks(settings.place, setup),
+        places=settings.stacks(setup),
         tasks=setup.tasks,
         rank=settings.rank,
     )

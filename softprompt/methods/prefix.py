@@ -33,6 +33,8 @@ PLACES = {
     "cross": ("decoder", "cross_prefix"),
 }
 
+PEFT = {"peft_type": "PREFIX_TUNING"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings(TrainedContextSettings):
@@ -62,10 +64,6 @@ class Settings(TrainedContextSettings):
     def of_words(self) -> bool:
         """Whether it starts from the keys and values of a prompt."""
         return self.init in INITIALIZERS
-
-    def label(self) -> str:
-        """The method, its length and its start."""
-        return f"{self.name}-{self.length}-{self.init}"
 
     def check(self) -> None:
         """Checks that a network's output is not said to start elsewhere."""
@@ -106,7 +104,7 @@ def resolve(settings: Settings, setup: Setup) -> PrefixConfig:
             they would see the input; see `Setup.initializer`.
     """
     settings.check_room(setup)
-    where, of_words = settings.stacks(settings.place, setup), settings.of_words
+    where, of_words = settings.stacks(setup), settings.of_words
     if setup.start is None and of_words:
         return PrefixConfig(settings.length, where)  # of the same shape
     if "cross" in where and of_words:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from softprompt.methods import reparametrize
 from softprompt.methods.base import Context, Setup, TrainedContextSettings, bos_setting, wants_bos
-from softprompt.methods.initializers import INITIALIZERS, Initializer
+from softprompt.methods.initializers import Initializer
 from softprompt.models import Model
 from softprompt.models.dropout import Share, masked
 from softprompt.models.quantize import embedding
-from softprompt.settings import setting, summaries
+from softprompt.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,6 @@ class Settings(TrainedContextSettings):
     drops = "prompt"
 
     bos: str = bos_setting("after", "before", "none")
-    init: str = setting(
-        "vocabulary", f"what it starts from: {summaries(INITIALIZERS)}", choices=INITIALIZERS
-    )
-    place: str = setting(
-        "encoder",
-        "encoder-decoders: before the encoder's input, the decoder's, or both",
-        choices=("encoder", "decoder", "both"),
-    )
     reparam: str = setting(
         "none",
         "write its rows through a network until training ends: none, residual (one for all rows), "
@@ -57,9 +49,8 @@ class Settings(TrainedContextSettings):
         """Whether BOS stands before the prompt."""
         return self.bos == "before"
 
-    def label(self) -> str:
-        """The method, its length and its start."""
-        return f"{self.name}-{self.length}-{self.init}"
+
+PEFT = {"peft_type": "PROMPT_TUNING"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +96,7 @@ def resolve(settings: Settings, setup: Setup) -> PromptConfig:
         tokenizer.bos_id if tokenizer and before else None,
         setup.initializer(settings.place),
         setup.sizes.embed_scale,
-        settings.stacks(settings.place, setup),
+        settings.stacks(setup),
         settings.reparam,
         settings.bottleneck,
     )

@@ -34,6 +34,7 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
     (r"(layers/((attn|mlp)(_post)?_norm|attn/[qk]_norm)|final_norm)/(scale|bias)", P()),
     (r"positions/embedding|project_(in|out)/kernel", P()),
     (r"(encoder|decoder)/relative_bias/embedding", P(None, "model")),
+    (r"(encoder|decoder)/layers/relative_bias/embedding", P(None, None, "model")),
     (r"(encoder|decoder)/layers/(attn|cross)/[qkv]/kernel", P(None, None, "model", None)),
     (r"(encoder|decoder)/layers/(attn|cross)/o/kernel", P(None, "model", None, None)),
     (r"(encoder|decoder)/layers/mlp/(gate|up)/kernel", P(None, None, "model")),

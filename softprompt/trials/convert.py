@@ -22,9 +22,9 @@ from softprompt.errors import UserError
 from softprompt.files import write_bytes, write_text
 from softprompt.interchange import peft
 from softprompt.interchange import prompt_arrays as arrays
-from softprompt.interchange.adapter import CONFIG as ADAPTER
-from softprompt.interchange.adapter import Adapter, read_adapter, write_adapter
-from softprompt.interchange.module_names import Config
+from softprompt.interchange.adapter_files import CONFIG as ADAPTER
+from softprompt.interchange.adapter_files import Adapter, read_adapter, write_adapter
+from softprompt.interchange.module_names import ModelConfig
 from softprompt.methods import METHODS
 from softprompt.methods.base import MethodSettings
 from softprompt.methods.delta_file import load_delta, save_delta
@@ -67,20 +67,20 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
     delta, known = load_delta(file)
     model = read_model_config(config.model.name, revision=config.model.revision or None)
     check_fit(delta, config, model, file=str(file))
-    facts = peft.Facts(
-        model,
-        to_dict(config)["method"],
-        config.model.name,
-        config.model.revision,
-        known.get("imported", {}).get("adapter_config", {}),
-    )
-    settings = method_settings(config)
+    method, settings = to_dict(config)["method"], method_settings(config)
     notes = conventions(settings, model)
     if kind == "npy":
-        write_bytes(to, arrays.to_npy(delta, facts))
+        write_bytes(to, arrays.to_npy(delta, model, method))
         wrote = [str(to)]
     else:
-        made = peft.to_peft(delta, facts)
+        made = peft.to_peft(
+            delta,
+            model,
+            method,
+            base=config.model.name,
+            revision=config.model.revision,
+            imported=known.get("imported", {}).get("adapter_config"),
+        )
         said = describe(config, model, known, folder)
         write_adapter(to, Adapter(made.config, made.tensors, said))
         wrote = sorted(str(file) for file in to.iterdir())
@@ -88,11 +88,11 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
     if settings.per_task:
         tasks = [f"{n} {one.task.name}" for n, one in enumerate(members(config))]
         notes.append(f"task ids: {', '.join(tasks)}")
-    return {"format": kind, "method": facts.method["name"], "wrote": wrote, "notes": notes}
+    return {"format": kind, "method": method["name"], "wrote": wrote, "notes": notes}
 
 
 def describe(
-    config: ConfigDict, model: Config, known: Mapping[str, Any], folder: epath.PathLike
+    config: ConfigDict, model: ModelConfig, known: Mapping[str, Any], folder: epath.PathLike
 ) -> dict[str, Any]:
     """What an exported file says of where it came from."""
     row = read_result(folder) or {}
@@ -106,7 +106,7 @@ def describe(
     }
 
 
-def conventions(settings: MethodSettings, model: Config) -> list[str]:
+def conventions(settings: MethodSettings, model: ModelConfig) -> list[str]:
     """What a prompt's reader has to know, in sentences."""
     if not settings.is_context:
         return []

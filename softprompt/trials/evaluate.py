@@ -27,6 +27,7 @@ from softprompt.errors import UserError, unknown
 from softprompt.evaluation.evaluators import Split, generation
 from softprompt.evaluation.metrics import over_tasks
 from softprompt.evaluation.ranking import normalise, probabilities, score_batches
+from softprompt.inference.decode import generate
 from softprompt.methods.delta_file import load_delta
 from softprompt.training.sharding import nearest_sizes, put
 from softprompt.trials import side_by_side
@@ -264,6 +265,28 @@ class Answering:
         for line, share_C in zip(lines, shares_NC, strict=True):
             shares = dict(zip(labels, np.round(share_C, 6).tolist(), strict=True))
             yield {"text": line, "label": labels[int(share_C.argmax())], "probabilities": shares}
+
+    def generate(self, texts: Sequence[str], *, max_new: int) -> list[str]:
+        """Continues texts greedily, as they are, behind the delta.
+
+        Args:
+            texts: without the task's template.
+            max_new: tokens of a continuation, at most.
+        """
+        loaded, start = self.trial.loaded, list[int]()
+        if self.trial.bos and loaded.tokenizer.bos_id is not None:
+            start = [loaded.tokenizer.bos_id]
+        ids = generate(
+            self.trial.step.model,
+            self.trial.frozen,
+            self.shared,
+            [[*start, *loaded.tokenizer.encode(text)] for text in texts],
+            max_new=max_new,
+            eos_id=loaded.tokenizer.eos_id,
+            mesh=self.trial.mesh,
+            which=[self.number] * len(texts) if self.trial.layout.prompts else None,
+        )
+        return [loaded.tokenizer.decode(one) for one in ids]
 
     def _written(self, lines: Sequence[str], encoded: Encoded) -> Iterator[dict[str, Any]]:
         """Answers in free text."""

@@ -70,6 +70,12 @@ def predictions_by_id(prepared: Prepared, split: str, found: Predictions) -> Ite
             yield named | {"id": name} | prediction
 
 
+def read_predictions(folder: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a trial's predictions.jsonl."""
+    text = (epath.Path(folder) / PREDICTIONS).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, Any]:
     """The selected delta's metrics: on the test split, and those that the config asks for.
 

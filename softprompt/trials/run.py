@@ -210,7 +210,8 @@ def fit(
     ) as sinks:
         claim(folder, config)
         with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
-            restored = loop.restore(manager, state, fingerprint=prepared.loaded.fingerprint)
+            fingerprint, say = prepared.loaded.fingerprint, session.progress.say
+            restored = loop.restore(manager, state, fingerprint=fingerprint, say=say)
             if restored is not None:
                 session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
             state = restored or state

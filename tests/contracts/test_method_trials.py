@@ -27,6 +27,7 @@ METHODS = {
     "residual": {"method__name": "prompt", "method__reparam": "residual"},
     "multitask": {"method__name": "multitask", "method__rank": 2},
     "prefix": {"method__name": "prefix", "method__init": "noise"},
+    "dora": {},
     "lora": {"method__name": "lora", "method__targets": "q,v,down"},
     "dropout": {"method__name": "lora", "method__dropout": 0.3, "train__dropout": 0.2},
     "adapter": {"method__name": "adapter", "method__bottleneck": 4},

@@ -10,8 +10,9 @@ from softprompt.evaluation.latency import Served, compare, functions, in_turns, 
 from softprompt.inference.decode import generate
 from softprompt.methods.delta_file import load_delta
 from softprompt.pretrained.loading import load_model
+from softprompt.trials.measure import latency_metrics
 from softprompt.trials.prepare import prepare
-from softprompt.trials.run import latency_metrics, run_trial
+from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, two_tasks, write_task
 from tests.tiny_t5 import write_complete_t5
 
@@ -126,7 +127,8 @@ def test_the_base_reads_no_shots(tmp_path, monkeypatch):
         latency_metrics(prepared, {})
     base, ours = seen
     for served in (base, ours):
-        assert [x.tolist() for x in served.inputs] == [x.tolist() for x in plain.data.test.inputs]
+        wanted = plain.tasks[0].test.inputs
+        assert [x.tolist() for x in served.inputs] == [x.tolist() for x in wanted]
     shots = len(prepared.step.method_config.tokens)
     assert base.shared[0] == {} and len(ours.shared[0]["encoder"]["prompt"]) == shots > 10
 

@@ -15,7 +15,7 @@ from softprompt.data.encode import Encoded
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_batch, train_lengths
 from softprompt.data.rows import DECODER, Layout
-from softprompt.interchange.adapter import Adapter, read_adapter
+from softprompt.interchange.adapter_files import Adapter, read_adapter
 from softprompt.interchange.peft import from_peft
 from softprompt.interchange.prompts import ROWS
 from softprompt.models.t5 import T5

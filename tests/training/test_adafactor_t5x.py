@@ -10,6 +10,7 @@ import pytest
 
 from softprompt.training.optimizers import (
     OPTIMIZERS,
+    Adafactor,
     AdafactorT5X,
     OptimizerConfig,
     make_optimizer,
@@ -132,7 +133,7 @@ def test_plain_adafactor_is_another_optimizer(kind):
     step and this one takes a whole one.
     """
     ours = [update_PD for _, update_PD, _ in trained(config(), SHAPES[kind])]
-    other = config()._replace(name="adafactor")
+    other = config()._replace(rule=Adafactor())
     plain = [update_PD for _, update_PD, _ in trained(other, SHAPES[kind])]
     apart = [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(ours, plain, strict=True)]
     assert apart[0] < 1e-6
@@ -145,7 +146,7 @@ def test_from_step_zero_it_is_plain_adafactor():
     shape = SHAPES["factored"]
     pairs = zip(
         trained(config(start_step=0), shape),
-        trained(config()._replace(name="adafactor"), shape),
+        trained(config()._replace(rule=Adafactor()), shape),
         strict=True,
     )
     for (ours_PD, *_), (plain_PD, *_) in pairs:
