@@ -93,7 +93,7 @@ def _scored(
 ) -> Iterator[dict[str, Any]]:
     """What `evaluate_runs` returns of trials (folders, and what they are) of one program."""
     first = trials[0][1]
-    sizes, left = many.chunks(first, len(trials)), iter(trials)
+    sizes, left = many.chunks(first, len(trials), split), iter(trials)
     if sizes[0] > 1:
         name = trial_name(read_config(trials[0][0]))
         first.session.progress.say(

@@ -223,7 +223,7 @@ class Session:
 
         With several `deltas` side by side a batch has so much fewer rows.
         """
-        shape = self.eval_shape(tasks, mesh=mesh, layout=layout, deltas=deltas)
+        shape = self.eval_shape(tasks, split, mesh=mesh, layout=layout, deltas=deltas)
         key = [*map(id, tasks), *dataclasses.astuple(layout), *dataclasses.astuple(shape)]
         return self.once(
             ["eval", split, *key],
@@ -231,15 +231,21 @@ class Session:
         )
 
     def eval_shape(
-        self, tasks: Sequence[TaskData], *, mesh: Mesh, layout: Layout, deltas: int = 1
+        self,
+        tasks: Sequence[TaskData],
+        split: str,
+        *,
+        mesh: Mesh,
+        layout: Layout,
+        deltas: int = 1,
     ) -> EvalShape:
-        """The shape of `eval_batches`."""
-        rows = mesh.shape["data"]
-        key = ["shape", *map(id, tasks), rows, deltas, *dataclasses.astuple(layout)]
+        """The shape of `eval_batches`: of validation, test and the split that is scored."""
+        rows, splits = mesh.shape["data"], sorted({"validation", "test", split})
+        key = ["shape", *map(id, tasks), splits, rows, deltas, *dataclasses.astuple(layout)]
         return self.once(
             key,
             lambda: eval_shape(
-                *(part for one in tasks for part in (one.validation, one.test)),
+                *(one.split(name) for one in tasks for name in splits),
                 budget=scoring_budget() // deltas,
                 row_multiple=rows,
                 layout=layout,

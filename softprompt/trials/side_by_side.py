@@ -79,7 +79,7 @@ def program(prepared: Prepared) -> tuple[Any, ...]:
     return static, examples, id(loaded), prepared.mesh
 
 
-def chunks(prepared: Prepared, count: int) -> list[int]:
+def chunks(prepared: Prepared, count: int, split: str) -> list[int]:
     """How many of `count` deltas of one program are scored at a time: equal parts, the last short.
 
     As many as leave each a row on every device within the tokens of a batch, and whose contexts fit
@@ -88,7 +88,7 @@ def chunks(prepared: Prepared, count: int) -> list[int]:
     if prepared.step.method == "full":
         return [1] * count
     shape = prepared.session.eval_shape(  # of a row a device
-        prepared.tasks, mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()
+        prepared.tasks, split, mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()
     )
     each = 2 * shared_bytes(prepared)  # they are copied into one
     weights = bytes_here(prepared.frozen)
