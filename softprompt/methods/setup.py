@@ -16,7 +16,6 @@ from softprompt.methods.lora import LoraConfig
 from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
-from softprompt.models.dropout import Shares
 from softprompt.pretrained.loading import Loaded
 from softprompt.pretrained.tokenizer import Tokenizer
 
@@ -74,16 +73,12 @@ def update_config(config: ConfigDict) -> Any:
     return None
 
 
-def kept_shares(config: ConfigDict) -> Shares:
-    """What a trial's dropout keeps, float32 []; None where its rate is 0."""
-    method, kept = config.method, Shares(model=_share(config.train.dropout))
-    if method.name in ("lora", "prompt"):
-        kept = kept._replace(**{method.name: _share(method.dropout)})
-    return kept
-
-
-def _share(rate: float) -> np.ndarray | None:
-    return np.asarray(1 - rate, np.float32) if rate else None
+def keep_probabilities(config: ConfigDict) -> dict[str, np.ndarray]:
+    """Fields of a trial's `Dropout`, float32 []: "model", "lora", "prompt" whose rate is not 0."""
+    rates = {"model": config.train.dropout}
+    if config.method.name in ("lora", "prompt"):
+        rates[config.method.name] = config.method.dropout
+    return {name: np.asarray(1 - rate, np.float32) for name, rate in rates.items() if rate}
 
 
 def lora_config(config: ConfigDict) -> LoraConfig:

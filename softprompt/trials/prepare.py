@@ -15,7 +15,7 @@ from softprompt.config import ConfigDict, members, trial_id
 from softprompt.config.schema import UNTRAINED
 from softprompt.data.encode import Encoded, check_ranking
 from softprompt.data.pipeline import TrainSource
-from softprompt.data.rows import DECODER, Layout
+from softprompt.data.rows import RowLayout, TrainBatch
 from softprompt.errors import UserError
 from softprompt.evaluation.perplexity import check_room
 from softprompt.evaluation.ranking import shared_function, text_context_function
@@ -24,9 +24,15 @@ from softprompt.methods.initializers import embedding_rms
 from softprompt.methods.multitask import MultitaskConfig
 from softprompt.methods.prefix import PrefixConfig
 from softprompt.methods.prompt import PromptConfig
-from softprompt.methods.setup import few_shot_tokens, kept_shares, method_config, wants_bos
+from softprompt.methods.setup import (
+    few_shot_tokens,
+    keep_probabilities,
+    method_config,
+    wants_bos,
+)
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
+from softprompt.models.dropout import Dropout
 from softprompt.models.kernels import Case, Kernel, choose, device_of
 from softprompt.models.layers import collections
 from softprompt.models.quantize import embedding
@@ -35,7 +41,7 @@ from softprompt.pretrained.loading import Loaded
 from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.sharding import path_name, put, random_key, replicated, weight_shardings
-from softprompt.training.step import Draw, Key, StepConfig, row_inputs
+from softprompt.training.step import StepConfig
 from softprompt.trials.session import SPLITS, Session, TaskData, optimizer_config
 
 Tree = Any
@@ -72,7 +78,7 @@ class Prepared:
     mesh: jax.sharding.Mesh
     step: StepConfig
     bos: bool
-    layout: Layout
+    layout: RowLayout
     contexts: tuple[int, int]
     shared: Callable[[Tree], Any]
     prefix: np.ndarray
@@ -181,7 +187,9 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
     return room
 
 
-def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout, tuple[int, int]]:
+def arrange(
+    config: ConfigDict, loaded: Loaded, cfg: Any
+) -> tuple[Model, RowLayout, tuple[int, int]]:
     """The model as the method wants it, the layout of its rows, and its contexts' lengths.
 
     `cfg` is the method's; a prompt and a prefix take places before a text.
@@ -194,12 +202,12 @@ def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout
     prompts = cfg.tasks if isinstance(cfg, MultitaskConfig) else 0
     model = loaded.model.clone(remat=config.mesh.remat)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
-        return model, dataclasses.replace(DECODER, prompts=prompts), (0, length)
+        return model, RowLayout(prompts=prompts), (0, length)
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
     if isinstance(cfg, PromptConfig) and config.method.prompt_to_input:
-        return model, Layout(loaded.config.start, encoder, decoder, prompts), (0, 0)
-    return model, Layout(loaded.config.start), (encoder, decoder)
+        return model, RowLayout(loaded.config.start, encoder, decoder, prompts), (0, 0)
+    return model, RowLayout(loaded.config.start), (encoder, decoder)
 
 
 def with_kernel(
@@ -235,19 +243,19 @@ def train_source(prepared: Prepared) -> TrainSource:
     """The training batches of a trial, by step."""
     config, train, layout = prepared.config, prepared.train, prepared.layout
     template = prepared.session.template(config, train, layout)
-    ids = kept_shares(config).by_example
+    ids = bool(keep_probabilities(config))
     return TrainSource(train, template, config.seed, layout, ids=ids)
 
 
-def trial_key(prepared: Prepared) -> Key:
-    """The random key of a trial's steps, with what they keep where they drop something.
-
-    All of it is on every device of every process.
-    """
-    key, kept = random_key(prepared.config.seed, prepared.mesh), kept_shares(prepared.config)
-    if not jax.tree.leaves(kept):
-        return key
-    return Draw(key, jax.tree.map(lambda share: put(share, replicated(prepared.mesh)), kept))
+def trial_dropout(prepared: Prepared) -> Dropout | None:
+    """A trial's dropout, on every device of every process; None where nothing is dropped."""
+    config, mesh = prepared.config, prepared.mesh
+    keep = keep_probabilities(config)
+    if not keep:
+        return None
+    whole = replicated(mesh)
+    placed = {name: put(probability, whole) for name, probability in keep.items()}
+    return Dropout(random_key(config.seed, mesh), **placed)
 
 
 def initial_state(prepared: Prepared) -> loop.State:
@@ -305,7 +313,7 @@ def delta_shapes(prepared: Prepared) -> Tree:
     return jax.eval_shape(make, jax.random.key(0), prepared.loaded.weights)
 
 
-def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: dict[str, Any]) -> None:
+def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: TrainBatch) -> None:
     """Checks that the model reads every variable that the delta becomes.
 
     Args:
@@ -317,7 +325,7 @@ def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: dict[str, An
     Raises:
         UserError: names the leaves that no module reads.
     """
-    row = {name: array[0] for name, array in row_inputs(batch).items()}
+    row = jax.tree.map(lambda array: array[0], batch.rows)
 
     def run() -> Any:
         variables = METHODS[step.method].variables(delta, weights, step.method_config, None)
@@ -325,8 +333,8 @@ def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: dict[str, An
             step.model.apply, collections(weights, variables), mutable=["read"]
         )
         context, first = apply(method="prompt_context")
-        x_MD, second = apply(context, row, method="targets")
-        third = apply(x_MD, method="logits")[1]
+        x_MD, second = apply(context, row, method="target_states")
+        third = apply(x_MD, method="unembed")[1]
         variables = {name: tree for name, tree in variables.items() if name != "params"}
         return variables, [made.get("read", {}) for made in (first, second, third)]
 

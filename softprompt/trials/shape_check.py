@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from softprompt.console import print_columns
 from softprompt.data.packing import RowShape
-from softprompt.data.pipeline import train_widths
-from softprompt.data.rows import DECODER, TRAIN, Layout, empty
+from softprompt.data.pipeline import empty_batch
+from softprompt.data.rows import DECODER_LAYOUT, RowLayout, TrainBatch
 from softprompt.methods import METHODS, initializers
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models import T5, Decoder, Model
@@ -102,9 +102,9 @@ def abstract_step(config: Sizes) -> Step:
     model: Model
     places: tuple[str, ...] = ()
     if isinstance(config, T5Config):
-        model, places, layout = T5(config, DTYPE), ("encoder",), Layout(0, input_slots=PROMPT)
+        model, places, layout = T5(config, DTYPE), ("encoder",), RowLayout(0, input_slots=PROMPT)
     else:
-        model, layout = Decoder(config, DTYPE), DECODER
+        model, layout = Decoder(config, DTYPE), DECODER_LAYOUT
     prompt = PromptConfig(PROMPT, initializer=initializers.uniform(), places=places)
     init = functools.partial(METHODS["prompt"].init, model=model, cfg=prompt)
     weights, key = abstract_weights(config), jax.eval_shape(lambda: jax.random.key(0))
@@ -124,16 +124,11 @@ def abstract_weights(config: Sizes) -> Tree:
     return tree
 
 
-def abstract_batch(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    """A step's rows, one example in each."""
-    shape = RowShape(ROWS, TOKENS + layout.input_slots, TARGETS, examples=1)
-    arrays = empty(ROWS, train_widths(shape, layout), layout.names(*TRAIN))
-    return {
-        name: jax.ShapeDtypeStruct(
-            array.shape, jnp.float32 if name.startswith("weight") else array.dtype
-        )
-        for name, array in arrays.items()
-    }
+def abstract_batch(layout: RowLayout) -> TrainBatch:
+    """The shapes of a step's batch, one example in each row."""
+    batch = empty_batch(RowShape(ROWS, TOKENS + layout.input_slots, TARGETS, examples=1), layout)
+    shapes: TrainBatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    return shapes
 
 
 @functools.cache
