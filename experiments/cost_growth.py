@@ -35,7 +35,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import matplotlib
@@ -65,7 +64,7 @@ from softprompt.pretrained.loading import Loaded
 from softprompt.results import Row, commit, devices, versions
 from softprompt.training.optimizers import set_rate
 from softprompt.training.sharding import put_batch
-from softprompt.trials.population import Member
+from softprompt.training.step import StepCall, StepResult
 from softprompt.trials.prepare import (
     Prepared,
     initial_state,
@@ -73,14 +72,9 @@ from softprompt.trials.prepare import (
     step_flops,
     step_work,
     train_source,
-    trial_key,
+    trial_dropout,
 )
-from softprompt.trials.session import (
-    Session,
-    compile_population,
-    compile_step,
-    optimizer_config,
-)
+from softprompt.trials.session import Session, optimizer_config
 from softprompt.trials.sweep import write_outputs
 
 CAPTION = (
@@ -246,32 +240,30 @@ def stepper(prepared: Prepared, members: int, count: int) -> Callable[[int], flo
     on the devices within.
     """
     config, mesh, frozen = prepared.config, prepared.mesh, prepared.frozen
-    source, optimizer = train_source(prepared), optimizer_config(config)
+    source, dropout = train_source(prepared), trial_dropout(prepared)
+    state = initial_state(prepared)
     made = [pad_rows(source[n], mesh.shape["data"]) for n in range(count * members)]
-    key, state = trial_key(prepared), initial_state(prepared)
     opt_state = set_rate(state.opt_state, np.float32(RATE))
-    arguments = (state.delta, opt_state, frozen, put_batch(mesh, made[0]), key)
-    if members == 1:
-        alone = compile_step(prepared.step, optimizer, mesh, arguments)
-
-        def take(trials: list[Member]) -> list[Any]:
-            (one,) = trials
-            return [alone(one.delta, one.opt_state, frozen, one.batch, one.key)]
-    else:
-        program = compile_population(prepared.step, optimizer, mesh, arguments, members)
-
-        def take(trials: list[Member]) -> list[Any]:
-            return program(trials, frozen)
-
+    arguments = (state.delta, opt_state, frozen, put_batch(mesh, made[0]), dropout)
+    program = prepared.session.program(prepared.step, optimizer_config(config), mesh, arguments)
     states = [(state.delta, opt_state)] * members
     del state, arguments
+
+    def take(calls: list[StepCall]) -> list[StepResult]:
+        compiling = prepared.session.compiling
+        if members == 1:
+            return [program.step(calls[0], compiling)]
+        return program.steps(calls, compiling=compiling, spare=False, say=print)
 
     def step(n: int) -> float:
         nonlocal states
         began = time.perf_counter()
         batches = [put_batch(mesh, one) for one in made[n * members : (n + 1) * members]]
-        trials = [Member(*own, batch, key) for own, batch in zip(states, batches, strict=True)]
-        results = jax.block_until_ready(take(trials))
+        calls = [
+            StepCall(program, *own, frozen, batch, dropout)
+            for own, batch in zip(states, batches, strict=True)
+        ]
+        results = jax.block_until_ready(take(calls))
         states = [(delta, opt_state) for delta, opt_state, _ in results]
         return time.perf_counter() - began
 

@@ -59,7 +59,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     config = load_config(arguments.config, overrides)  # its mistakes show before JAX is imported
     join(arguments.distributed)
     from softprompt.console import Progress
-    from softprompt.training.loop import Diverged, terminable
+    from softprompt.training.loop import Diverged
     from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
     from softprompt.trials.sweep import record_failure
@@ -67,7 +67,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     config = resolve(config)
     began = time.monotonic()
     try:
-        with Progress() as progress, terminable():
+        with Progress() as progress:
             row = run_trial(config, arguments.workdir, session=Session(progress))
     except Diverged as error:
         record_failure(config, arguments.workdir, error, time.monotonic() - began)
@@ -183,13 +183,11 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     import jax
 
     from softprompt.console import Progress
-    from softprompt.training.loop import terminable
     from softprompt.trials.estimate import estimate
-    from softprompt.trials.groups import Together
     from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
 
-    with Progress() as progress, terminable():
+    with Progress() as progress:
         session = Session(progress)
         if arguments.dry_run:
             from softprompt.analysis.tables import to_markdown
@@ -203,7 +201,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             lambda config, folder: run_trial(config, folder, session=session),
             progress=progress,
             estimate=lambda config: estimate(config, session),
-            together=Together(session),
+            session=session,
         )
         if session.compiled:
             progress.say(f"{len(session.compiled)} training programs compiled")

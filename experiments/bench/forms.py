@@ -60,7 +60,7 @@ def everywhere(batch: TrainBatch) -> TrainBatch:
 def compile_repeated(
     step: StepConfig, optimizer: OptimizerConfig, arguments: tuple[Any, ...]
 ) -> TrainStep:
-    """`softprompt.trials.session.compile_step` for a context a row, on one device."""
+    """`softprompt.trials.programs.compile_step` for a context a row, on one device."""
     update = functools.partial(repeated_step, config=step, tx=make_optimizer(optimizer))
     return jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
 

@@ -32,6 +32,7 @@ from softprompt.trials.prepare import (
     train_source,
     trial_dropout,
 )
+from softprompt.trials.programs import compile_step
 from softprompt.trials.session import Session, optimizer_config
 
 PRODUCTS = 20  # in flight at a time on an accelerator
@@ -132,7 +133,7 @@ def stepper(
         if off == "context":
             programs[shape] = compile_repeated(prepared.step, optimizer, arguments)
         else:
-            programs[shape] = session.train_step(prepared.step, optimizer, mesh, arguments)
+            programs[shape] = compile_step(prepared.step, optimizer, mesh, arguments)
         compiled.append(Compiled(time.perf_counter() - began, len(HITS) > hits_before))
         del arguments
 

@@ -1,13 +1,17 @@
-"""The loop around the training step: metrics a step behind, evaluations, checkpoints."""
+"""The loop around the training step: metrics a step behind, evaluations, checkpoints.
+
+The loop is a generator: it yields what a step takes (`StepCall`) and is sent what the step returns
+(`StepResult`). Who drives it decides how the step is taken: by itself, or stacked with the steps of
+other trials.
+"""
 
 import dataclasses
 import itertools
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -15,17 +19,19 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from softprompt import interrupts
 from softprompt.data.pipeline import TrainSource, train_batches
 from softprompt.errors import UserError
+from softprompt.models.dropout import Dropout, at_step
 from softprompt.training import checkpoints
 from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog
 from softprompt.training.optimizers import averaged, set_rate
 from softprompt.training.prefetch import Feed
-from softprompt.training.step import Key, TrainStep, folded
+from softprompt.training.step import StepCall, StepResult
 
 Tree = Any
-PREEMPTED = 75  # exit code after SIGTERM: saved, run the same command again
+Steps = Generator[StepCall, StepResult, "State"]
 
 
 class Diverged(UserError):
@@ -103,47 +109,67 @@ class State:
         }
 
 
+class Pauses:
+    """Seconds in which the trials of a process took no steps, for one of them did something else.
+
+    Example:
+        with pauses():
+            validate()
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._open = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Adds the block's seconds; those of a block inside another count once."""
+        began, self._open = time.monotonic(), self._open + 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self.seconds += time.monotonic() - began
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the loop calls.
+    """What the loop works with.
 
     Attributes:
-        step: the compiled training step.
+        program: names the compiled training step, for whoever takes it.
         weights: the frozen model.
         source: batches by step.
         rates: learning rate of each step [steps].
-        key: the trial's, random, with what is kept where something is dropped; a step's is folded
-            from it.
-        mesh: where rows go.
+        dropout: the trial's; None where nothing is dropped.
+        mesh: the devices.
         row_multiple: empty rows are added to a batch until its rows are a multiple of this.
         evaluate: delta -> validation metrics.
-        folder: the trial's.
-        notes: JSON that every checkpoint carries, the resolved config.
-        step_flops: useful operations of a step, on average.
-        machine_flops: what all devices can do in a second.
-        stage: (what, done, total, note), for the progress display.
-        stopping: set when the trial is to save and end, where it runs in a thread, which no signal
-            reaches.
-        idle: seconds so far in which its steps waited for other trials, or for a compilation.
         fold: delta -> the delta without what only training needs.
+        folder: the trial's.
+        notes: JSON that every checkpoint carries.
+        step_flops: useful operations of a step, on average.
+        machine_flops: operations a second of all devices.
+        stage: (what, done, total, note), for the progress display.
+        pauses: shared by the trials of a process; their time is no step's.
     """
 
-    step: TrainStep
+    program: Any
     weights: Tree
     source: TrainSource
     rates: np.ndarray
-    key: Key
+    dropout: Dropout | None
     mesh: jax.sharding.Mesh
     row_multiple: int
     evaluate: Callable[[Tree], dict[str, float]]
+    fold: Callable[[Tree], Tree]
     folder: epath.Path
     notes: dict[str, Any]
     step_flops: float
     machine_flops: float
     stage: Callable[[str, int, int, str], None]
-    stopping: threading.Event | None = None
-    idle: Callable[[], float] = lambda: 0.0
-    fold: Callable[[Tree], Tree] = lambda delta: delta
+    pauses: Pauses = dataclasses.field(default_factory=Pauses)
 
 
 def restore(manager: Any, state: State, *, fingerprint: str) -> State | None:
@@ -167,40 +193,69 @@ def restore(manager: Any, state: State, *, fingerprint: str) -> State | None:
     return State(**arrays, step=step, began=state.began, **kept)
 
 
-def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager: Any) -> State:
+def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager: Any) -> Steps:
     """Trains from `state` to the end, or to an early stop.
+
+    Yields:
+        What each step takes; it is sent what the step returns.
+
+    Returns:
+        The state at the end.
 
     Raises:
         Diverged: the loss is not finite; names the step and the last finite metrics.
-        SystemExit: with 75 after SIGTERM, once the state is saved.
+        KeyboardInterrupt: after SIGINT, once the state is saved.
+        SystemExit: with 75 after SIGTERM or SIGHUP, once the state is saved.
     """
     pending: tuple[int, dict[str, jax.Array], float] | None = None
     last: dict[str, float] = {}
     steps = {"start": state.step, "stop": loop.steps}
     batches = iter(train_batches(parts.source, **steps, row_multiple=parts.row_multiple))
-    with preemption(parts.stopping) as asked, Feed(parts.mesh, batches) as feed:
+    with saving(), Feed(parts.mesh, batches) as feed:
         if state.step == 0:
-            validate(loop, parts, state, log)
+            with parts.pauses():
+                validate(loop, parts, state, log)
         clock = Clock(parts, feed, state.step)
         while state.step < loop.steps and not stopped(loop, state):
             batch = feed.take(pending and pending[1])
             rate = float(parts.rates[state.step])
-            key = folded(parts.key, state.step)
             opt_state = set_rate(state.opt_state, parts.rates[state.step])
-            state.delta, state.opt_state, metrics = parts.step(
-                state.delta, opt_state, parts.weights, batch, key
+            state.delta, state.opt_state, metrics = yield StepCall(
+                parts.program,
+                state.delta,
+                opt_state,
+                parts.weights,
+                batch,
+                at_step(parts.dropout, state.step),
             )
             if pending is not None:
                 last = note(loop, parts, pending, log, clock, last)
             state.step += 1
             pending = (state.step, metrics, rate)
-            stop = asked(state.step)
-            if due(loop, state, stop):
+            asked = stop_requested()
+            if due(loop, state, asked is not None):
                 last = note(loop, parts, pending, log, clock, last)
                 pending = None
-                finish_step(loop, parts, state, log, manager, stop)
+                with parts.pauses():
+                    finish_step(loop, parts, state, log, manager, asked)
                 clock = Clock(parts, feed, state.step)
     return state
+
+
+def saving() -> AbstractContextManager[None]:
+    """Within the block signals wait for the end of a step; several processes leave that to JAX."""
+    return interrupts.saving() if jax.process_count() == 1 else nullcontext()
+
+
+_sync_points = itertools.count(1)  # of all trials: processes agree on numbers that only grow
+
+
+def stop_requested() -> signal.Signals | None:
+    """The signal that asks to stop after this step; of several processes all hear of it at once."""
+    if jax.process_count() > 1:  # JAX listens for SIGTERM in each of them
+        reached = multihost_utils.reached_preemption_sync_point(next(_sync_points))
+        return signal.SIGTERM if reached else None
+    return interrupts.requested()
 
 
 def due(loop: LoopConfig, state: State, asked: bool) -> bool:
@@ -210,7 +265,12 @@ def due(loop: LoopConfig, state: State, asked: bool) -> bool:
 
 
 def finish_step(
-    loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager: Any, asked: bool
+    loop: LoopConfig,
+    parts: Parts,
+    state: State,
+    log: MetricsLog,
+    manager: Any,
+    asked: signal.Signals | None,
 ) -> None:
     """Validation, snapshot, checkpoint, in this order: a checkpoint knows all that went before."""
     step, end = state.step, state.step == loop.steps
@@ -224,7 +284,7 @@ def finish_step(
         checkpoints.save(manager, step, state.arrays(), {**state.notes(), **parts.notes})
     if asked and not end and not stop:
         manager.wait_until_finished()
-        raise SystemExit(PREEMPTED)
+        raise interrupts.leaving(asked)
 
 
 def stopped(loop: LoopConfig, state: State) -> bool:
@@ -248,17 +308,14 @@ def validate(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog) -> N
 
 
 class Clock:
-    """Steps, tokens and waiting since the last log line or interruption.
-
-    On the wall clock, less what the steps waited for other trials.
-    """
+    """Steps, tokens and waiting since the last log line or pause, by the wall clock less pauses."""
 
     def __init__(self, parts: Parts, feed: Feed, step: int):
         self._parts, self._feed, self._step = parts, feed, step
         self._began, self._waited = self._now(), feed.waited
 
     def _now(self) -> float:
-        return time.monotonic() - self._parts.idle()
+        return time.monotonic() - self._parts.pauses.seconds
 
     def rates(self, step: int) -> dict[str, float]:
         """Speeds since the last call, over the steps up to `step`."""
@@ -305,51 +362,3 @@ def note(
 def _words(metrics: dict[str, float]) -> str:
     """Metrics as "loss 0.4123, grad_norm 1.2"."""
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "none"
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within the block SIGTERM ends the process at once with code 75: nothing needs saving.
-
-    `preemption` takes over while there is something to save. In a thread other than the main one
-    nothing changes, nor with several processes: there JAX listens, so that none leaves alone.
-    """
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(*_: Any) -> None:
-        raise SystemExit(PREEMPTED)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-_asked = itertools.count(1)  # over all trials: where to stop is agreed on in numbers that only grow
-
-
-@contextmanager
-def preemption(stopping: threading.Event | None = None) -> Iterator[Callable[[int], bool]]:
-    """Within the block SIGTERM does not kill; the given function of the step says whether it came.
-
-    One that came too late for a step to notice is sent again behind the block. With several
-    processes all of them hear of it after the same step. Signals reach the main thread only;
-    elsewhere the function says whether `stopping` is set.
-    """
-    if jax.process_count() > 1:
-        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_asked))
-        return
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: stopping is not None and stopping.is_set()
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
-    try:
-        yield lambda step: flag.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if flag.is_set():
-        signal.raise_signal(signal.SIGTERM)

@@ -191,3 +191,22 @@ def train_step(
 
 
 TrainStep = Callable[[Tree, Tree, Tree, TrainBatch, Dropout | None], tuple[Tree, Tree, Metrics]]
+
+
+class StepCall(NamedTuple):
+    """A training step to take: the arguments of `TrainStep`, and what names its program."""
+
+    program: Any
+    delta: Tree
+    opt_state: Tree
+    weights: Tree
+    batch: TrainBatch
+    dropout: Dropout | None
+
+
+class StepResult(NamedTuple):
+    """What a training step returns."""
+
+    delta: Tree
+    opt_state: Tree
+    metrics: Metrics

@@ -13,12 +13,13 @@ from softprompt.config import ConfigDict
 from softprompt.config.schema import UNTRAINED
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_widths
+from softprompt.data.tasks import SPLITS
 from softprompt.evaluation.perplexity import PIECE
 from softprompt.models.decoder import DecoderConfig
 from softprompt.training.memory import bytes_of
 from softprompt.training.optimizers import make_optimizer
 from softprompt.trials.prepare import Prepared, delta_shapes, prepare, step_flops, train_source
-from softprompt.trials.session import SPLITS, Session, optimizer_config
+from softprompt.trials.session import Session, optimizer_config
 
 SHARE = 0.5  # of the machine's own rate that a step or an evaluation is expected to reach
 

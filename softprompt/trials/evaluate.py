@@ -20,7 +20,7 @@ from softprompt.config import (
 )
 from softprompt.console import Progress
 from softprompt.data.eval_batches import coarse_shape, eval_batches
-from softprompt.data.tasks import get_task
+from softprompt.data.tasks import SPLITS, get_task
 from softprompt.errors import UserError, unknown
 from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification, over_tasks
@@ -29,10 +29,11 @@ from softprompt.inference.decode import generate
 from softprompt.training.delta_file import load_delta
 from softprompt.training.sharding import nearest_sizes, put
 from softprompt.trials import side_by_side as many
+from softprompt.trials.data import TaskData, TrialData, encode_records
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.prepare import Prepared, behind, delta_shardings, prepare
 from softprompt.trials.run import DELTA, read_config, score
-from softprompt.trials.session import SPLITS, Session, TaskData, encode_records
+from softprompt.trials.session import Session
 
 GROUP = 64  # lines answered together
 
@@ -210,11 +211,14 @@ def generated_scores(prepared: Prepared, delta: Any, split: str) -> dict[str, fl
 class Unread(Session):
     """A session whose tasks have no examples: answers need none, nor the files that hold them."""
 
-    def data(self, config: ConfigDict, *, bos: bool) -> TaskData:
+    def data(self, config: ConfigDict, *, bos: bool) -> TrialData:
         """The task without examples."""
-        task = get_task(config.task)
-        none = encode_records(config, self.model(config), task, [], bos=bos)
-        return TaskData(task, none, none, none)
+        tasks = []
+        for one in members(config):
+            task = get_task(one.task)
+            none = encode_records(one, self.model(config), task, [], bos=bos)
+            tasks.append(TaskData(task, none, none, none))
+        return TrialData(tasks)
 
 
 def predict_lines(
@@ -261,7 +265,7 @@ def _answer(
     prepared: Prepared, shared: Any, lines: list[str], *, first: int
 ) -> Iterator[dict[str, Any]]:
     """Answers one group of lines; `first` is the number of its first line."""
-    task, fields = prepared.data.task, prepared.data.task.fields
+    task, fields = prepared.tasks[0].task, prepared.tasks[0].task.fields
     known = members(prepared.config)
     number = [one.task.name for one in known].index(task.name)
     config, tasks_N = known[number], np.full(len(lines), number, np.int32)

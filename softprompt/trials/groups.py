@@ -1,7 +1,15 @@
-"""Which trials of a sweep run at a time, and how."""
+"""Which trials of a sweep run at a time, and who takes their steps.
 
+A trial is a generator of training steps (`softprompt.trials.run.trial_steps`), and one thread
+drives all of them. On an accelerator the steps of several trials are stacked into one program. On a
+CPU, whose cores one program leaves partly idle, each trial's step is started while the others' are
+being computed.
+"""
+
+import functools
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -10,127 +18,84 @@ from etils import epath
 from softprompt.analysis.flops import machine_flops
 from softprompt.config import ConfigDict, trial_name, weights_key
 from softprompt.config.schema import UNTRAINED
-from softprompt.methods.setup import kept_shares
+from softprompt.methods.setup import keep_probabilities
 from softprompt.results import Row
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, device_memory
+from softprompt.training.step import StepCall, StepResult
 from softprompt.trials.estimate import step_memory, trained
-from softprompt.trials.population import Population
 from softprompt.trials.prepare import Prepared, delta_shapes, prepare, train_source
-from softprompt.trials.run import run_trial
+from softprompt.trials.run import TrialSteps, trial_steps
 from softprompt.trials.session import Session, optimizer_config
 
 Job = tuple[ConfigDict, epath.Path]
-Run = Callable[[ConfigDict, epath.Path], Row]
+Failed = Callable[[ConfigDict, epath.Path, Exception, float], Row]
 
-# Members of a population where the config leaves it open.
+# How many trials run at a time where the config leaves it open, and where their steps are stacked.
 MOST = {"cpu": 2}
 MOST_ELSEWHERE = 16
-# Where they run side by side, each with the program of a trial alone. A CPU's cores are busy with
-# one step, but for waiting for one another: it gains by a second program, not by a larger one.
-APART = ("cpu",)
+IN_TURNS = ("cpu",)
 
 
-class Together:
-    """Runs trials of one process in groups."""
+def plan(session: Session, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
+    """Groups of trials, as indices into `trials`, and how many of each run at a time.
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    def plan(self, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
-        """Groups of trials, as their places in `trials`, and how many of each run at a time.
-
-        Trials are of one group when their steps are one program on the same weights: they may
-        differ in seed, initialiser, rate, schedule, length of training, how much is dropped where
-        the same is, and task where rows have equal shapes. Groups of a model come one after
-        another, and are told apart when its turn comes: a sweep over models loads each once.
-        """
-        models: dict[Any, list[int]] = {}
-        for place, config in enumerate(trials):
-            models.setdefault(weights_key(config) if _most(config) > 1 else place, []).append(place)
-        for places in models.values():
-            yield from self._groups(trials, places)
-
-    def _groups(
-        self, trials: Sequence[ConfigDict], places: Sequence[int]
-    ) -> Iterator[tuple[list[int], int]]:
-        """The groups of one model's trials."""
-        groups: dict[Any, list[int]] = {}
-        widths: dict[Any, int] = {}
-        for place in places:
-            key, width = self._program(trials[place])
-            groups.setdefault(key or place, []).append(place)
-            widths[key or place] = width
-        for key, group in groups.items():
-            width = min(widths[key], len(group))
-            if width == 1:
-                yield from (([place], 1) for place in group)
-                continue
-            self.session.progress.say(
-                f"{len(group)} trials like {trial_name(trials[group[0]])} share a program: {width} "
-                "of them run at a time"
-            )
-            yield group, width
-
-    def _program(self, config: ConfigDict) -> tuple[Any, int]:
-        """What a trial's program is told by, and how many members it may have; None where alone."""
-        if _most(config) == 1:
-            return None, 1
-        try:
-            prepared = prepare(config, self.session)
-            shape = train_source(prepared).template.shape
-            leaves = jax.tree_util.tree_leaves_with_path(delta_shapes(prepared))
-        except Exception:  # the trial will say what is wrong with it
-            return None, 1
-        sizes = tuple((str(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
-        drops = jax.tree.structure(kept_shares(config))
-        rows = (shape, prepared.layout, sizes)
-        key = (prepared.step, drops, optimizer_config(config), weights_key(config), rows)
-        return key, max(1, min(_most(config), room(prepared)))
-
-    def run(
-        self, jobs: Sequence[Job], width: int, one: Callable[[ConfigDict, epath.Path, Run], Row]
-    ) -> Iterator[tuple[int, Row]]:
-        """Runs a group's trials, `width` at a time; a place that falls free takes the next.
-
-        Their steps are one program, or on one device of `APART` each trial's own.
-
-        Args:
-            jobs: configs and their folders.
-            width: how many run at a time.
-            one: runs a config in its folder with the function it is given, and returns its row.
-
-        Yields:
-            A trial's place in `jobs` and its row, as it ends.
-
-        Raises:
-            SystemExit: with 75 after SIGTERM; every member is saved.
-        """
-        single = self.session.mesh(jobs[0][0]).size == 1
-        machine_flops(jobs[0][0].model.dtype)  # measured while nothing else runs
-        population = Population(width if single and jax.default_backend() in APART else 0)
-        population.coming, population.queued = min(width, len(jobs)), len(jobs)
-
-        def work(config: ConfigDict, folder: epath.Path) -> Row:
-            with self.session.progress.part(trial_name(config)) as progress, population.trial():
-                member = self.session.member(progress, population)
-                return one(config, folder, lambda c, f: run_trial(c, f, session=member))
-
-        with ThreadPoolExecutor(width) as pool:
-            try:
-                places = {pool.submit(work, *job): place for place, job in enumerate(jobs)}
-                for future in as_completed(places):
-                    yield places[future], future.result()
-            except BaseException:
-                population.stop()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+    Trials are of one group when their steps are one program on the same weights: they may differ
+    in seed, initialiser, rate, schedule, length of training, dropout rate, and task where rows have
+    equal shapes. The groups of a model come one after another and are found when its turn comes, so
+    that a sweep over models loads each once.
+    """
+    models: dict[Any, list[int]] = {}
+    for index, config in enumerate(trials):
+        key = weights_key(config) if most_at_once(config) > 1 else index
+        models.setdefault(key, []).append(index)
+    for indices in models.values():
+        yield from _groups(session, trials, indices)
 
 
-def _most(config: ConfigDict) -> int:
-    """How many trials like this may run at a time; 1 of those that never do with others."""
+def _groups(
+    session: Session, trials: Sequence[ConfigDict], indices: Sequence[int]
+) -> Iterator[tuple[list[int], int]]:
+    """The groups of one model's trials."""
+    groups: dict[Any, list[int]] = {}
+    widths: dict[Any, int] = {}
+    for index in indices:
+        key, width = _program(session, trials[index])
+        groups.setdefault(key or index, []).append(index)
+        widths[key or index] = width
+    for key, group in groups.items():
+        width = min(widths[key], len(group))
+        if width == 1:
+            yield from (([index], 1) for index in group)
+            continue
+        session.progress.say(
+            f"{len(group)} trials like {trial_name(trials[group[0]])} share a program: {width} "
+            "of them run at a time"
+        )
+        yield group, width
+
+
+def _program(session: Session, config: ConfigDict) -> tuple[Any, int]:
+    """What trials of one group have in common, and how many fit; (None, 1) where one runs alone."""
+    if most_at_once(config) == 1:
+        return None, 1
+    try:
+        prepared = prepare(config, session)
+        shape = train_source(prepared).template.shape
+        leaves = jax.tree_util.tree_leaves_with_path(delta_shapes(prepared))
+    except Exception:  # the trial itself will say what is wrong with it
+        return None, 1
+    sizes = tuple((str(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
+    drops = tuple(keep_probabilities(config))
+    rows = (shape, prepared.layout, sizes)
+    key = (prepared.step, drops, optimizer_config(config), weights_key(config), rows)
+    return key, max(1, min(most_at_once(config), room(prepared)))
+
+
+def most_at_once(config: ConfigDict) -> int:
+    """How many trials like this may run at a time; 1 of those that never run beside others."""
     if config.method.name in (*UNTRAINED, "full") or jax.process_count() > 1:
         return 1
-    if config.eval.latency:  # would time the others too
+    if config.eval.latency:  # it would time the others too
         return 1
     automatic = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
     return int(config.mesh.population or automatic)
@@ -141,3 +106,120 @@ def room(prepared: Prepared) -> int:
     each = step_memory(prepared, train_source(prepared).template.shape) + trained(prepared)[1]
     devices = 1 if jax.default_backend() == "cpu" else prepared.mesh.shape["data"]
     return int((MEMORY_SHARE * device_memory() - bytes_here(prepared.frozen)) * devices // each)
+
+
+def run_group(
+    session: Session, jobs: Sequence[Job], width: int, failed: Failed
+) -> Iterator[tuple[int, Row]]:
+    """Runs a group's trials, `width` at a time; when one ends the next takes its place.
+
+    Args:
+        session: the process's.
+        jobs: configs and their folders.
+        width: how many run at a time.
+        failed: makes the row of a trial that failed, of its error and the seconds that it took.
+
+    Yields:
+        A trial's index in `jobs` and its row, as it ends.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: after a signal, once every running trial is saved.
+    """
+    machine_flops(jobs[0][0].model.dtype)  # measured while nothing else runs
+    in_turns = session.mesh(jobs[0][0]).size == 1 and jax.default_backend() in IN_TURNS
+    waiting, running = deque(enumerate(jobs)), list[_Running]()
+    stopped: BaseException | None = None
+    try:
+        while running or (waiting and stopped is None):
+            while waiting and len(running) < width and stopped is None:
+                running.append(_Running(*waiting.popleft(), session, failed))
+                running[-1].begin()
+                stopped = running[-1].stopped
+            steps = [one for one in running if one.call is not None]
+            (_take_in_turns if in_turns else _take_stacked)(session, steps, spare=bool(waiting))
+            for one in running:
+                stopped = stopped or one.stopped
+                if one.row is not None:
+                    yield one.index, one.row
+            running = [one for one in running if one.call is not None]
+        if stopped is not None:
+            raise stopped
+    finally:
+        for one in running:
+            one.close()
+
+
+class _Running:
+    """A trial that has begun, and the step that it asks for next, or how it ended."""
+
+    def __init__(self, index: int, job: Job, session: Session, failed: Failed) -> None:
+        self.index = index
+        self.call: StepCall | None = None
+        self.row: Row | None = None
+        self.stopped: BaseException | None = None
+        self._job, self._failed, self._began = job, failed, time.monotonic()
+        self._shared = session
+        self.session = session
+        self._steps = self._trial()
+
+    def _trial(self) -> TrialSteps:
+        config, folder = self._job
+        with self._shared.progress.part(trial_name(config)) as progress:
+            self.session = self._shared.beside_others(progress)
+            return (yield from trial_steps(config, folder, session=self.session))
+
+    def begin(self) -> None:
+        """Runs the trial up to its first step."""
+        with self._shared.pauses():
+            self._advance(lambda: next(self._steps))
+
+    def resume(self, take: Callable[[StepCall], StepResult]) -> None:
+        """Takes the trial's step and runs it up to its next one, or to its end."""
+        assert self.call is not None
+        call, self.call = self.call, None
+        self._advance(lambda: self._steps.send(take(call)))
+
+    def close(self) -> None:
+        """Leaves the trial where it is."""
+        self._steps.close()
+
+    def _advance(self, run: Callable[[], StepCall]) -> None:
+        try:
+            self.call = run()
+        except StopIteration as end:
+            self.row = end.value
+        except Exception as error:
+            self.close()
+            self.row = self._failed(*self._job, error, time.monotonic() - self._began)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            self.stopped = stop
+
+
+def _take_in_turns(session: Session, running: Sequence[_Running], *, spare: bool) -> None:
+    """Starts each trial's step and goes on with it, while the steps of the others are computed."""
+    for one in running:
+        one.session.members = max(one.session.members, len(running))
+        one.resume(one.session.step)
+
+
+def _take_stacked(session: Session, running: Sequence[_Running], *, spare: bool) -> None:
+    """Takes the steps of all trials as one program, then goes on with each."""
+    if not running:
+        return
+    calls, first = [one.call for one in running if one.call is not None], running[0].session
+    try:
+        results = calls[0].program.steps(
+            calls, compiling=first.compiling, spare=spare, say=session.progress.say
+        )
+    except Exception as error:
+        for one in running:
+            one.resume(functools.partial(_fail, error))
+        return
+    taken = dict(zip(map(id, calls), results, strict=True))
+    for one in running:
+        one.session.members = max(one.session.members, len(running))
+        one.resume(lambda call: taken[id(call)])
+
+
+def _fail(error: Exception, call: StepCall) -> StepResult:
+    raise error

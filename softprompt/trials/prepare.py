@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from softprompt.analysis.flops import Work, train_flops, train_work
-from softprompt.config import ConfigDict, members, trial_id
+from softprompt.config import ConfigDict, members
 from softprompt.config.schema import UNTRAINED
 from softprompt.data.encode import Encoded, check_ranking
 from softprompt.data.pipeline import TrainSource
@@ -42,7 +42,8 @@ from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.sharding import path_name, put, random_key, replicated, weight_shardings
 from softprompt.training.step import StepConfig
-from softprompt.trials.session import SPLITS, Session, TaskData, optimizer_config
+from softprompt.trials.data import TaskData, TrialData
+from softprompt.trials.session import Session, optimizer_config
 
 Tree = Any
 
@@ -56,8 +57,7 @@ class Prepared:
         session: what it shares with other trials.
         loaded: the pretrained model.
         frozen: its weights less those that are trained themselves.
-        tasks: the config's task, or those of its mixture, tokenised for the model.
-        train: the examples that are trained on, of all tasks.
+        data: the config's task, or those of its mixture, encoded for the model.
         mesh: where it runs.
         step: what is static in its steps; `step.model` is the model as the method wants it.
         bos: texts begin with the tokenizer's BOS.
@@ -73,8 +73,7 @@ class Prepared:
     session: Session
     loaded: Loaded
     frozen: Tree
-    tasks: tuple[TaskData, ...]
-    train: Encoded
+    data: TrialData
     mesh: jax.sharding.Mesh
     step: StepConfig
     bos: bool
@@ -84,15 +83,13 @@ class Prepared:
     prefix: np.ndarray
 
     @property
-    def data(self) -> TaskData:
-        """The task, or the first of a mixture."""
-        return self.tasks[0]
+    def tasks(self) -> tuple[TaskData, ...]:
+        """The config's task, or those of its mixture."""
+        return self.data.tasks
 
     def of(self, task: str) -> "Prepared":
         """The same for one task of a mixture, which keeps its number."""
-        return dataclasses.replace(
-            self, tasks=tuple(one for one in self.tasks if one.task.name == task)
-        )
+        return dataclasses.replace(self, data=self.data.only(task))
 
 
 def prepare(config: ConfigDict, session: Session) -> Prepared:
@@ -106,12 +103,16 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     begun = method.name == "fewshot" or (method.name == "prompt" and method.bos == "before")
     bos = wants_bos(config, loaded.tokenizer) and not begun  # else it begins the context
     room = min(free_positions(one, loaded) for one in members(config))
-    tasks, train = session.mixture(config, bos=bos)
-    for one in tasks:
+    data = session.data(config, bos=bos)
+    train = data.train
+    for one in data.tasks:
         check_ranking(one.train, config.eval.score)
     cfg = method_config(config, loaded, train)
     model, layout, contexts = arrange(config, loaded, cfg)
-    row_tokens = lambda: session.template(config, train, layout).shape.tokens  # noqa: E731
+
+    def row_tokens() -> int:
+        return data.template(config.train.batch, layout, session.progress.say).shape.tokens
+
     model = with_kernel(config, model, mesh, context=contexts[1], row_tokens=row_tokens)
     name = "none" if method.name == "fewshot" else method.name
     step = StepConfig(model, name, cfg, config.train.z_loss, config.train.microbatches)
@@ -122,9 +123,8 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     if method.name == "fewshot":
         tokens_P = few_shot_tokens(config, loaded, train, room=room)
         if isinstance(model, T5):
-            prefix, plain = tokens_P, tasks[0]
-            data = session.once(["prefix", trial_id(config)], lambda: all_behind(prefix, plain))
-            tasks, train = (data,), data.train
+            prefix = tokens_P
+            data = TrialData([one.each(functools.partial(behind, prefix)) for one in data.tasks])
         else:
             context = text_context_function(model)(loaded.weights, jnp.asarray(tokens_P))
             contexts = 0, len(tokens_P)
@@ -136,8 +136,7 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
         session=session,
         loaded=loaded,
         frozen=frozen,
-        tasks=tasks,
-        train=train,
+        data=data,
         mesh=mesh,
         step=step,
         bos=bos,
@@ -154,11 +153,6 @@ def behind(prefix: np.ndarray, encoded: Encoded) -> Encoded:
         return encoded
     inputs = [np.concatenate([prefix, tokens]) for tokens in encoded.inputs]
     return dataclasses.replace(encoded, inputs=inputs)
-
-
-def all_behind(prefix: np.ndarray, data: TaskData) -> TaskData:
-    """The same splits, their inputs behind a prefix."""
-    return TaskData(data.task, *(behind(prefix, data.split(name)) for name in SPLITS))
 
 
 def free_positions(config: ConfigDict, loaded: Loaded) -> int:
@@ -241,10 +235,10 @@ def with_kernel(
 
 def train_source(prepared: Prepared) -> TrainSource:
     """The training batches of a trial, by step."""
-    config, train, layout = prepared.config, prepared.train, prepared.layout
-    template = prepared.session.template(config, train, layout)
+    config, data, layout = prepared.config, prepared.data, prepared.layout
+    template = data.template(config.train.batch, layout, prepared.session.progress.say)
     ids = bool(keep_probabilities(config))
-    return TrainSource(train, template, config.seed, layout, ids=ids)
+    return TrainSource(data.train, template, config.seed, layout, ids=ids)
 
 
 def trial_dropout(prepared: Prepared) -> Dropout | None:
@@ -377,7 +371,7 @@ def step_work(prepared: Prepared) -> Work:
     """What an average step has to compute: no padding, each context once."""
     batch, layout = prepared.config.train.batch, prepared.layout
     runs = 0 if prepared.step.method == "prefix" else max(1, layout.prompts)
-    return train_work(prepared.train, layout, prepared.contexts, batch, runs=runs)
+    return train_work(prepared.data.train, layout, prepared.contexts, batch, runs=runs)
 
 
 def step_flops(prepared: Prepared) -> float:

@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -43,10 +43,12 @@ from softprompt.results import Row, is_done, make_row, read_result, write_result
 from softprompt.training import checkpoints, loop
 from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog, open_sinks, read_log
-from softprompt.training.memory import bytes_of, peak_memory, program_memory
+from softprompt.training.memory import bytes_of, peak_memory
 from softprompt.training.optimizers import set_rate
 from softprompt.training.sharding import put_batch
-from softprompt.training.step import StepConfig
+from softprompt.training.step import StepCall, StepConfig, StepResult
+from softprompt.trials.data import TaskData
+from softprompt.trials.lock import holding
 from softprompt.trials.prepare import (
     Prepared,
     initial_state,
@@ -54,11 +56,12 @@ from softprompt.trials.prepare import (
     prepare,
     step_flops,
     train_source,
-    trial_key,
+    trial_dropout,
 )
-from softprompt.trials.session import Session, TaskData, optimizer_config
+from softprompt.trials.session import Session, optimizer_config
 
 Tree = Any
+TrialSteps = Generator[StepCall, StepResult, Row]
 Graded = tuple[dict[str, float], list[np.ndarray]]
 CONFIG, DELTA, PREDICTIONS = "config.json", "delta.safetensors", "predictions.jsonl"
 
@@ -82,7 +85,29 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
 
     Raises:
         UserError: anything the user can mend; the folder is another config's, for one.
-        SystemExit: with 75 after SIGTERM; the state is saved.
+        KeyboardInterrupt: after SIGINT; the state is saved.
+        SystemExit: with 75 after SIGTERM or SIGHUP; the state is saved.
+    """
+    steps = trial_steps(config, folder, session=session)
+    try:
+        call = next(steps)
+        while True:
+            call = steps.send(session.step(call))
+    except StopIteration as end:
+        row: Row = end.value
+        return row
+    finally:
+        steps.close()
+
+
+def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session) -> TrialSteps:
+    """A trial as a generator of its training steps: see `run_trial`.
+
+    Yields:
+        What each step takes; it is sent what the step returns.
+
+    Returns:
+        The result row.
     """
     folder = epath.Path(folder)
     began = time.monotonic()
@@ -92,37 +117,42 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         session.progress.say(f"{trial_name(config)} is done already (in {folder})")
         return row
     compiled_before = session.compile_seconds
-    prepared = prepare(config, session)
-    if config.method.name not in UNTRAINED:
-        delta, metrics, facts = fit(prepared, folder)
-        if session.population:
-            session.population.leave()
-    else:
-        claim(folder, config)
-        delta, metrics, facts = {}, {"validation": score(prepared, {}, "validation")[0]}, {}
-    metrics["test"] = test(prepared, folder, delta)
-    with session.alone(prepared.mesh):
-        if config.eval.text:
-            metrics["text"] = text_metrics(prepared, delta)
-        if config.eval.latency:
-            metrics["latency"] = latency_metrics(prepared, delta)
-    save_delta(folder / DELTA, delta, provenance(config, prepared.loaded))
-    if jax.process_index() == 0:
-        facts["delta_bytes"] = (folder / DELTA).stat().length
-    row = make_row(
-        config,
-        status="done",
-        metrics=metrics,
-        seconds=facts.pop("seconds", 0.0) + time.monotonic() - began,
-        compile_seconds=session.compile_seconds - compiled_before,
-        peak_memory_bytes=peak_memory(),
-        trainable=facts.pop("trained", 0),
-        stored=parameters(delta),
-        weight_bytes=bytes_of(prepared.frozen),
-        **facts,
-    )
-    write_result(folder, row)
+    with holding(folder):
+        prepared = prepare(config, session)
+        if config.method.name not in UNTRAINED:
+            delta, metrics, facts = yield from fit(prepared, folder)
+        else:
+            claim(folder, config)
+            delta, metrics, facts = {}, {"validation": score(prepared, {}, "validation")[0]}, {}
+        with session.pauses():
+            metrics |= final_metrics(prepared, folder, delta)
+            save_delta(folder / DELTA, delta, provenance(config, prepared.loaded))
+        if jax.process_index() == 0:
+            facts["delta_bytes"] = (folder / DELTA).stat().length
+        row = make_row(
+            config,
+            status="done",
+            metrics=metrics,
+            seconds=facts.pop("seconds", 0.0) + time.monotonic() - began,
+            compile_seconds=session.compile_seconds - compiled_before,
+            peak_memory_bytes=peak_memory(),
+            trainable=facts.pop("trained", 0),
+            stored=parameters(delta),
+            weight_bytes=bytes_of(prepared.frozen),
+            **facts,
+        )
+        write_result(folder, row)
     return row
+
+
+def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, Any]:
+    """The selected delta's metrics: on the test split, and those that the config asks for."""
+    metrics: dict[str, Any] = {"test": test(prepared, folder, delta)}
+    if prepared.config.eval.text:
+        metrics["text"] = text_metrics(prepared, delta)
+    if prepared.config.eval.latency:
+        metrics["latency"] = latency_metrics(prepared, delta)
+    return metrics
 
 
 def check_folder(folder: epath.Path, config: ConfigDict) -> None:
@@ -180,7 +210,9 @@ def read_config(folder: epath.PathLike) -> ConfigDict:
         raise UserError(f"{file}: {error}") from error
 
 
-def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], dict[str, Any]]:
+def fit(
+    prepared: Prepared, folder: epath.Path
+) -> Generator[StepCall, StepResult, tuple[Tree, dict[str, Any], dict[str, Any]]]:
     """Trains the delta, from the newest checkpoint where there is one.
 
     Returns:
@@ -188,26 +220,42 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         steps, flops, peak_share, input_wait_share, trained parameters, seconds and memory of a
         step, and the seconds that earlier processes spent.
     """
-    config, session, mesh = prepared.config, prepared.session, prepared.mesh
-    with session.alone(mesh):
-        state, step_rates = initial_state(prepared), learning_rates(prepared)
+    config, session = prepared.config, prepared.session
+    state = initial_state(prepared)
     if not prepared.frozen:  # the weights are trained, and their first values were copied
         session.release(config)
-    source, key = train_source(prepared), trial_key(prepared)
+    parts = loop_parts(prepared, state, folder)
+    with open_sinks(config, folder, trial_name(config)) as sinks:
+        claim(folder, config)
+        with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
+            restored = loop.restore(manager, state, fingerprint=prepared.loaded.fingerprint)
+            if restored is not None:
+                session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
+            state = restored or state
+            log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
+            state = yield from loop.train(loop_config(config), parts, state, log, manager)
+    chosen, scores, at = state.selected(config.eval.select)
+    facts = fit_facts(parts, state, session)
+    return parts.fold(chosen), {"validation": scores, "selected_step": at}, facts
+
+
+def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loop.Parts:
+    """What the loop works with."""
+    config, session, mesh = prepared.config, prepared.session, prepared.mesh
+    source, dropout = train_source(prepared), trial_dropout(prepared)
     multiple = mesh.shape["data"] * config.train.microbatches
     if spare := -source.template.shape.rows % multiple:
         session.progress.say(f"a step computes {spare} empty rows, for a multiple of {multiple}")
-    fold = METHODS[config.method.name].fold
     batch = put_batch(mesh, pad_rows(source[0], multiple))
     opt_state = set_rate(state.opt_state, np.float32(0))
-    arguments = (state.delta, opt_state, prepared.frozen, batch, key)
-    step = session.train_step(prepared.step, optimizer_config(config), mesh, arguments)
-    parts = loop.Parts(
-        step=step,
+    arguments = (state.delta, opt_state, prepared.frozen, batch, dropout)
+    fold = METHODS[config.method.name].fold
+    return loop.Parts(
+        program=session.program(prepared.step, optimizer_config(config), mesh, arguments),
         weights=prepared.frozen,
         source=source,
-        rates=step_rates,
-        key=key,
+        rates=learning_rates(prepared),
+        dropout=dropout,
         mesh=mesh,
         row_multiple=multiple,
         evaluate=lambda delta: score(prepared, delta, "validation")[0],
@@ -217,21 +265,8 @@ def fit(prepared: Prepared, folder: epath.Path) -> tuple[Tree, dict[str, Any], d
         step_flops=step_flops(prepared),
         machine_flops=machine_flops(config.model.dtype),
         stage=session.progress.stage,
-        stopping=session.population.stopping if session.population else None,
-        idle=getattr(step, "idle", lambda: 0.0),
+        pauses=session.pauses,
     )
-    with open_sinks(config, folder, trial_name(config)) as sinks:
-        claim(folder, config)
-        with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
-            restored = loop.restore(manager, state, fingerprint=prepared.loaded.fingerprint)
-            if restored is not None:
-                session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
-            state = restored or state
-            log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
-            state = loop.train(loop_config(config), parts, state, log, manager)
-    chosen, scores, at = state.selected(config.eval.select)
-    facts = fit_facts(parts, state, session)
-    return parts.fold(chosen), {"validation": scores, "selected_step": at}, facts
 
 
 def fit_facts(parts: loop.Parts, state: loop.State, session: Session) -> dict[str, Any]:
@@ -241,17 +276,11 @@ def fit_facts(parts: loop.Parts, state: loop.State, session: Session) -> dict[st
         "flops": state.step * parts.step_flops,
         **{name: mean_share(parts.folder, name) for name in ("peak_share", "input_wait_share")},
         "step_seconds": median_step(parts.folder),
-        "step_memory_bytes": program_memory(parts.step),
-        "members": at_a_time(parts.step, session),
+        "step_memory_bytes": parts.program.memory(),
+        "members": session.members,
         "seconds": state.seconds,
         "trained": parameters(state.delta),
     }
-
-
-def at_a_time(step: Any, session: Session) -> int:
-    """The most trials that ran with this one, itself included: also where none took a step."""
-    apart = session.population.apart if session.population else 1
-    return max(1, getattr(step, "places", apart))
 
 
 def parameters(delta: Tree) -> int:
@@ -290,14 +319,13 @@ def median_step(folder: epath.Path) -> float | None:
 
 def score(prepared: Prepared, delta: Tree, split: str) -> Graded:
     """Metrics of a split by rank scoring (see `over_tasks`), and each task's scores [N, C]."""
-    session, mesh, tasks = prepared.session, prepared.mesh, prepared.tasks
-    batches = session.eval_batches(tasks, split, mesh=mesh, layout=prepared.layout)
-    with session.alone(mesh):
-        shared = prepared.shared(delta)
-        progress = functools.partial(session.progress.stage, f"score {split}")
-        model, frozen, at_once = prepared.step.model, prepared.frozen, scored_at_once(mesh)
-        run = functools.partial(score_batches, model, frozen, shared, mesh=mesh, at_once=at_once)
-        return graded(prepared, split, [run(own, progress=progress) for own in batches])
+    session, mesh = prepared.session, prepared.mesh
+    batches = prepared.data.eval_batches(split, mesh=mesh, layout=prepared.layout)
+    shared = prepared.shared(delta)
+    progress = functools.partial(session.progress.stage, f"score {split}")
+    model, frozen, at_once = prepared.step.model, prepared.frozen, scored_at_once(mesh)
+    run = functools.partial(score_batches, model, frozen, shared, mesh=mesh, at_once=at_once)
+    return graded(prepared, split, [run(own, progress=progress) for own in batches])
 
 
 def graded(prepared: Prepared, split: str, found: Sequence[Scores]) -> Graded:
@@ -365,7 +393,7 @@ def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
     session.progress.stage("time prefill and decoding")
     weights = session.model(config).weights  # anew, where the training of all weights dropped them
     plain = shared_function(StepConfig(step.model, "none", None), mesh)
-    behind = prepared.data.test.inputs
+    behind = prepared.tasks[0].test.inputs
     inputs = [tokens[len(prepared.prefix) :] for tokens in behind]
     base = latency.Served(weights, plain({}, weights), inputs)
     if step.method == "full":

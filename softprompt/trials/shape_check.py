@@ -30,7 +30,7 @@ from softprompt.pretrained.catalog import Entry, select
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
 from softprompt.training.sharding import Gather, make_mesh, weight_shardings, weight_spec
 from softprompt.training.step import StepConfig, train_step
-from softprompt.trials.session import compile_step
+from softprompt.trials.programs import compile_step
 
 Tree = Any
 Sizes = DecoderConfig | T5Config

@@ -43,8 +43,8 @@ def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> li
         split: train, validation or test.
     """
     session, mesh, tasks, step = prepared.session, prepared.mesh, prepared.tasks, prepared.step
-    batches = session.eval_batches(
-        tasks, split, mesh=mesh, layout=prepared.layout, deltas=len(shared)
+    batches = prepared.data.eval_batches(
+        split, mesh=mesh, layout=prepared.layout, deltas=len(shared)
     )
     run = functools.partial(
         score_side_by_side,
@@ -55,8 +55,7 @@ def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> li
         at_once=scored_at_once(mesh),
         progress=functools.partial(session.progress.stage, f"score {split}"),
     )
-    with session.alone(mesh):
-        found = [run(own) for own in batches]
+    found = [run(own) for own in batches]
     results = []
     for n in range(len(shared)):
         metrics, scores = graded(prepared, split, [of_task[n] for of_task in found])
@@ -73,10 +72,15 @@ def program(prepared: Prepared) -> tuple[Any, ...]:
 
     They may differ in seed, initialiser, training and what follows from it.
     """
-    step, loaded = prepared.step, prepared.loaded
+    step = prepared.step
     static = (step.model, step.method, step.method_config, prepared.layout, prepared.contexts)
-    examples = (*map(id, prepared.tasks), prepared.config.eval.score)
-    return static, examples, id(loaded), prepared.mesh
+    return (
+        static,
+        prepared.data,
+        prepared.config.eval.score,
+        prepared.loaded.fingerprint,
+        prepared.mesh,
+    )
 
 
 def chunks(prepared: Prepared, count: int, split: str) -> list[int]:
@@ -87,8 +91,8 @@ def chunks(prepared: Prepared, count: int, split: str) -> list[int]:
     """
     if prepared.step.method == "full":
         return [1] * count
-    shape = prepared.session.eval_shape(  # of a row a device
-        prepared.tasks, split, mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()
+    shape = prepared.data.eval_shape(  # of a row a device
+        split, mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()
     )
     each = 2 * shared_bytes(prepared)  # they are copied into one
     weights = bytes_here(prepared.frozen)

@@ -37,7 +37,7 @@ from softprompt.results import Row, is_done, make_row, write_result
 if TYPE_CHECKING:
     import pandas as pd
 
-    from softprompt.trials.groups import Together
+    from softprompt.trials.session import Session
 
 RunTrial = Callable[[ConfigDict, epath.Path], Row]
 Estimate = Callable[[ConfigDict], Mapping[str, float]]
@@ -147,7 +147,7 @@ def run_sweep(
     *,
     progress: Progress,
     estimate: Estimate | None = None,
-    together: "Together | None" = None,
+    session: "Session | None" = None,
 ) -> list[Row]:
     """Runs the trials that are not done, one after another, or some of them together.
 
@@ -160,7 +160,7 @@ def run_sweep(
         run_trial: runs one config in its folder, writes its result and returns it.
         progress: where it says how far it is.
         estimate: gives the "seconds" expected of a config, for the time left.
-        together: groups trials and runs a group's members side by side.
+        session: of trials that may run at a time; None runs one after another.
 
     Returns:
         The rows that failed.
@@ -174,8 +174,10 @@ def run_sweep(
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
     jobs = {index: (trials[index], folders[index]) for index in todo}
     groups: Iterable[tuple[list[int], int]] = [([place], 1) for place in range(len(todo))]
-    if together is not None:
-        groups = together.plan([trials[index] for index in todo])
+    if session is not None:
+        from softprompt.trials.groups import plan
+
+        groups = plan(session, [trials[index] for index in todo])
     failed: list[Row] = []
     for places, width in groups:
         members = {index: jobs[index] for index in (todo[place] for place in places)}
@@ -185,7 +187,7 @@ def run_sweep(
         over = len(trials) - len(forecast.todo)
         progress.trial(trial_name(first) + more, over, len(trials), forecast.left())
         began = time.monotonic()
-        for index, row in _run_group(members, width, run_trial, progress, together):
+        for index, row in _run_group(members, width, run_trial, progress, session):
             seconds, began = time.monotonic() - began, time.monotonic()
             forecast.end(index, seconds, done=row["status"] == "done")
             if row["status"] != "done":
@@ -199,15 +201,17 @@ def _run_group(
     width: int,
     run_trial: RunTrial,
     progress: Progress,
-    together: "Together | None",
+    session: "Session | None",
 ) -> Iterator[tuple[int, Row]]:
     """A group's trials by their index, in the order in which they end."""
-    if together is None or width == 1:
+    if session is None or width == 1:
         for index, job in members.items():
             yield index, _run_one(*job, run_trial, progress)
         return
-    indices, run = list(members), functools.partial(_run_one, progress=progress)
-    for place, row in together.run(list(members.values()), width, run):
+    from softprompt.trials.groups import run_group
+
+    indices, failed = list(members), functools.partial(_failed, progress)
+    for place, row in run_group(session, list(members.values()), width, failed):
         yield indices[place], row
 
 
@@ -264,9 +268,16 @@ def _run_one(
     try:
         return run_trial(config, folder)
     except Exception as error:
-        row = record_failure(config, folder, error, time.monotonic() - began)
-        progress.say(f"trial {row['name']} failed: {row['error']} (in {folder})")
-        return row
+        return _failed(progress, config, folder, error, time.monotonic() - began)
+
+
+def _failed(
+    progress: Progress, config: ConfigDict, folder: epath.Path, error: Exception, seconds: float
+) -> Row:
+    """Records a failed trial, says so, and returns its row."""
+    row = record_failure(config, folder, error, seconds)
+    progress.say(f"trial {row['name']} failed: {row['error']} (in {folder})")
+    return row
 
 
 def record_failure(

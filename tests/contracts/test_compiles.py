@@ -6,7 +6,7 @@ import itertools
 import jax
 import pytest
 
-from softprompt.trials import groups as together
+from softprompt.trials import groups
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.contracts.test_population import alone, apart, configs, outcome
@@ -112,23 +112,23 @@ def test_trials_of_unlike_dropout_share_one_step(tiny_folder, tmp_path, programs
 
 
 @pytest.mark.parametrize(
-    ("population", "apart_on"),
+    ("population", "in_turns"),
     [(1, ("cpu",)), (4, ("cpu",)), (2, ()), (4, ())],
-    ids=["alone", "four apart", "two together", "four together"],
+    ids=["alone", "four in turns", "two together", "four together"],
 )
 def test_a_whole_sweep_traces_a_program_a_length(
-    tiny_folder, tmp_path, programs, monkeypatch, population, apart_on
+    tiny_folder, tmp_path, programs, monkeypatch, population, in_turns
 ):
-    """Eight trials, one after another, side by side, and together: of each length one step is
-    traced and compiled, one context and one scoring program, though four threads score at once.
+    """Eight trials, one after another, in turns, and stacked: of each length one step is traced
+    and compiled, one context and one scoring program.
 
     Mutations: the seed is part of the step's static configuration; a scoring function is made anew
-    for a trial, or for each thread that asks; a place that another trial takes is compiled anew.
+    for a trial; a place that another trial takes is compiled anew.
     """
-    monkeypatch.setattr(together, "APART", apart_on)
+    monkeypatch.setattr(groups, "IN_TURNS", in_turns)
     source = write_task(tmp_path)
     trials = [trial_config(tiny_folder, source, mesh__population=population, **one) for one in GRID]
     with session() as shared:
         assert run(trials, tmp_path / "sweep", shared) == []
-    step = "train_step" if apart_on else "population_step"
+    step = "train_step" if in_turns else "population_step"
     assert programs() == each(2, step, *SCORING)

@@ -284,7 +284,9 @@ class LoadedSession(MeshSession):
             weights = jax.tree_util.tree_map_with_path(put, loaded.weights)
             return dataclasses.replace(loaded, weights=weights)
 
-        return self.once("model", make)
+        if "model" not in self._models:
+            self._models["model"] = make()
+        return self._models["model"]
 
 
 def run_smollm2(smollm2, folder, shape):

@@ -1,6 +1,6 @@
 """Contract 6 for every method: members of one program step as each does alone.
 
-`test_population.py` and `test_together.py` hold whole trials of prompts to it. `full` is never
+`test_population.py` and `test_groups.py` hold whole trials of prompts to it. `full` is never
 grouped.
 """
 
@@ -16,11 +16,11 @@ from softprompt.data.pipeline import train_batch
 from softprompt.methods import METHODS
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
 from softprompt.training.step import train_step
-from softprompt.trials.population import Member, population_step
+from softprompt.trials.programs import Member, population_step
 from tests.contracts.examples import packed, prompted, snippets
 from tests.contracts.test_methods import base, moved, step_of
 
-KEY, STEPS, RATES = jax.random.key(0), 3, np.array([0.005, 0.01], np.float32)
+STEPS, RATES = 3, np.array([0.005, 0.01], np.float32)
 # GPT-2's loss does not depend on a key's bias: its gradient is rounding, of which Adam would make
 # whole steps if its epsilon were as small as it is by default.
 TX = make_optimizer(OptimizerConfig("adamw", eps=1e-3))
@@ -48,7 +48,7 @@ def trained(members, batches_SN, take):
     losses = []
     for batches_N in batches_SN:
         pairs = zip(members, batches_N, strict=True)
-        members = [Member(*one, batch, KEY) for one, batch in pairs]
+        members = [Member(*one, batch, None) for one, batch in pairs]
         members, metrics = zip(*((r[:2], r[2]) for r in take(members)), strict=True)
         losses.append([one["loss"] for one in metrics])
     return [delta for delta, _ in members], losses
@@ -68,7 +68,7 @@ def test_members_step_as_alone(name, kind):
     weights, count = base(kind, "float32")[1], len(RATES)
     step = functools.partial(train_step, config=config, tx=TX)
     alone = jax.jit(step)
-    together = jax.jit(functools.partial(population_step, step=step))
+    together = jax.jit(functools.partial(population_step, step=step, along=None))
     members = [begun(config, weights, n, RATES[n]) for n in range(count)]
     batches = [[batch(kind, layout, n, step) for n in range(count)] for step in range(STEPS)]
     run = functools.partial(trained, members, batches)
@@ -93,7 +93,7 @@ def test_bfloat16_on_a_real_model(smollm2, shared_data):
     rows = ([[3, 1], [2]], [[4, 7], [5]])
     deltas = [prompted(smollm2.model, weights, 20, seed=n)[1] for n in range(len(rows))]
     members = [
-        Member(delta, set_rate(sgd.init(delta), np.float32(1)), packed(encoded, some, shape), KEY)
+        Member(delta, set_rate(sgd.init(delta), np.float32(1)), packed(encoded, some, shape), None)
         for delta, some in zip(deltas, rows, strict=True)
     ]
 
@@ -101,9 +101,12 @@ def test_bfloat16_on_a_real_model(smollm2, shared_data):
         """Of members alone, and together: with a rate of 1 what plain SGD takes off the prompt."""
         model = smollm2.model.clone(dtype=jnp.dtype(dtype))
         step = functools.partial(train_step, config=prompted(model, weights, 20)[0], tx=sgd)
-        alone, together = jax.jit(step), jax.jit(functools.partial(population_step, step=step))
+        alone, together = (
+            jax.jit(step),
+            jax.jit(functools.partial(population_step, step=step, along=None)),
+        )
         for results in (
-            [alone(one.delta, one.opt_state, weights, one.batch, one.key) for one in members],
+            [alone(one.delta, one.opt_state, weights, one.batch, one.dropout) for one in members],
             together(members, weights),
         ):
             pairs = zip(deltas, results, strict=True)

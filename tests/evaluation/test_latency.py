@@ -102,7 +102,7 @@ def test_a_trial_measures_it(tiny_folder, tmp_path, method, monkeypatch):
     with session() as shared:
         row = run_trial(config, tmp_path / "w", session=shared)
         loaded = shared.model(config)
-        test = shared.data(config, bos=False).test
+        test = shared.data(config, bos=False).tasks[0].test
     assert row["metrics"]["latency"] == {"rows": 8, "token_overhead": 0.1}
     inputs = sorted(test.inputs[:8], key=len)  # a stable sort, as that of batches
     plain = [loaded.model.apply({"params": loaded.weights}, tokens)[-1] for tokens in inputs]

@@ -15,6 +15,7 @@ from etils import epath
 
 from softprompt.data.encode import Encoded
 from softprompt.data.pipeline import TrainSource, train_template
+from softprompt.models.dropout import Dropout
 from softprompt.training import loop
 from softprompt.training.checkpoints import checkpoint_manager
 from softprompt.training.delta_file import load_delta
@@ -52,14 +53,15 @@ class Run:
 
     def parts(self):
         return Parts(
-            step=self.step,
+            program=None,
             weights={},
             source=self.source,
             rates=np.arange(self.config.steps, dtype=np.float32) / 8,
-            key=random_key(0, MESH),
+            dropout=Dropout(random_key(0, MESH)),
             mesh=MESH,
             row_multiple=8,
             evaluate=self.evaluate,
+            fold=lambda delta: delta,
             folder=epath.Path(self.folder),
             notes={"config": {"seed": 0}, "fingerprint": "f"},
             step_flops=1.0,
@@ -70,12 +72,13 @@ class Run:
     def start(self):
         return make_optimizer(OptimizerConfig()).init({"prompt": jnp.zeros(2)})
 
-    def step(self, delta, opt_state, weights, batch, key):
+    def step(self, delta, opt_state, weights, batch, dropout):
         number = int(delta["prompt"][0]) + 1
         self.events.append(f"step {number}")
         rate = float(optax.tree.get(opt_state, "learning_rate"))
-        tokens = np.asarray(batch["tokens_RT"])
-        self.seen.append((number, rate, tokens.shape[0], int(tokens.sum()), jax.random.bits(key)))
+        tokens = np.asarray(batch.rows.tokens)
+        bits = jax.random.bits(dropout.key)
+        self.seen.append((number, rate, tokens.shape[0], int(tokens.sum()), bits))
         loss = jnp.float32(jnp.nan if number == self.diverge else 1 / number)
         return {"prompt": delta["prompt"] + 1}, opt_state, {"loss": loss, "grad_norm": loss * 0 + 2}
 
@@ -97,7 +100,18 @@ class Run:
         with checkpoint_manager(self.folder / "checkpoints") as manager:
             restored = loop.restore(manager, state, fingerprint="f")
             log = MetricsLog(self.folder, step=restored.step if restored else None, sinks=[])
-            return loop.train(self.config, self.parts(), restored or state, log, manager)
+            steps = loop.train(self.config, self.parts(), restored or state, log, manager)
+            return drive(steps, self.step)
+
+
+def drive(steps, take):
+    """Takes each step that the loop asks for; returns its state at the end."""
+    try:
+        call = next(steps)
+        while True:
+            call = steps.send(take(*call[1:]))
+    except StopIteration as end:
+        return end.value
 
 
 def checkpoints_in(folder):
@@ -113,7 +127,7 @@ def test_every_step_gets_its_batch_rate_and_key(tmp_path, source):
         for number, rate, rows, tokens, _ in run.seen:
             assert rate == (number - 1) / 8
             assert rows == 8, "padded to the mesh"
-            assert tokens == source[number - 1]["tokens_RT"].sum()
+            assert tokens == source[number - 1].rows.tokens.sum()
     assert len({int(bits) for *_, bits in first.seen + second.seen}) == 9
 
 
@@ -331,7 +345,7 @@ def test_sigterm_in_the_last_step_is_not_forgotten(tmp_path, source, steps):
             os.kill(os.getpid(), signal.SIGTERM)
 
     run = Run(tmp_path, source, on_stage=terminate)
-    with pytest.raises(SystemExit) as end, loop.terminable():
+    with pytest.raises(SystemExit) as end:
         run()
     assert end.value.code == 75
     assert checkpoints_in(tmp_path) == [6]

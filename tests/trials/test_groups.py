@@ -1,8 +1,10 @@
 """Trials of a sweep that run at a time: contract 6, and what becomes of each."""
 
 import json
+import os
+import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,10 +12,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from softprompt.results import read_result
-from softprompt.trials import groups as together
-from softprompt.trials import session as sessions
-from softprompt.trials.groups import Together
-from softprompt.trials.population import Population
+from softprompt.training.loop import Pauses
+from softprompt.training.step import StepCall
+from softprompt.trials import groups, programs
+from softprompt.trials.groups import plan
+from softprompt.trials.programs import Static, StepProgram
 from softprompt.trials.run import run_trial
 from softprompt.trials.sweep import run_sweep, trial_folder
 from tests.contracts.examples import session
@@ -30,7 +33,7 @@ def run(trials, workdir, shared):
         workdir,
         lambda config, folder: run_trial(config, folder, session=shared),
         progress=shared.progress,
-        together=Together(shared),
+        session=shared,
     )
 
 
@@ -47,15 +50,17 @@ def rows_of(trials, workdir):
 
 
 @pytest.fixture(autouse=True)
-def apart_on(request):
-    """Where trials run side by side: by default nowhere, so that they take their steps together."""
+def in_turns_on(request):
+    """Where trials take their steps in turns: by default nowhere, so that steps are stacked."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(together, "APART", getattr(request, "param", ()))
+        patch.setattr(groups, "IN_TURNS", getattr(request, "param", ()))
         yield
 
 
-CPU = pytest.mark.parametrize("apart_on", [("cpu",)], indirect=True, ids=["apart"])
-BOTH = pytest.mark.parametrize("apart_on", [(), ("cpu",)], indirect=True, ids=["together", "apart"])
+CPU = pytest.mark.parametrize("in_turns_on", [("cpu",)], indirect=True, ids=["in turns"])
+BOTH = pytest.mark.parametrize(
+    "in_turns_on", [(), ("cpu",)], indirect=True, ids=["stacked", "in turns"]
+)
 
 
 def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
@@ -74,8 +79,8 @@ def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
 
 
 @CPU
-def test_side_by_side_to_the_bit(tiny_folder, tmp_path):
-    """Mutation: threads compile a program each."""
+def test_in_turns_to_the_bit(tiny_folder, tmp_path):
+    """Mutations: each trial compiles a program; one is sent another's result."""
     trials = configs(tiny_folder, tmp_path, TRIALS, **ANY)
     with session() as shared:
         assert run(trials, tmp_path / "sweep", shared) == []
@@ -122,8 +127,8 @@ def test_how_much_is_dropped_is_data(tiny_folder, tmp_path, name, more):
     other = "method__dropout" if name == "train__dropout" else "train__dropout"
     some = [{**FIRST, **one} for one in ({name: 0.1}, {name: 0.3}, {}, {other: 0.1})]
     with session() as shared:
-        plan = [*Together(shared).plan(configs(tiny_folder, tmp_path, some, **ANY, **more))]
-    assert plan == [([0, 1], 2), ([2], 1), ([3], 1)]
+        found = [*plan(shared, configs(tiny_folder, tmp_path, some, **ANY, **more))]
+    assert found == [([0, 1], 2), ([2], 1), ([3], 1)]
 
 
 @BOTH
@@ -147,7 +152,7 @@ def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_pat
 
 
 def test_who_stops_early_leaves(tiny_folder, tmp_path):
-    """Three stop after two validations, one goes on. Mutations: those who are over are waited for,
+    """Three stop after two validations, one goes on. Mutations: those that are over are waited for,
     or keep their places, so that there is one program and not two."""
     short, long = {"train__steps": 2}, {"train__steps": 6}
     some = [{**FIRST, "seed": seed, **(long if seed == 3 else short)} for seed in range(4)]
@@ -158,37 +163,31 @@ def test_who_stops_early_leaves(tiny_folder, tmp_path):
     assert [row["steps"] for row in rows_of(trials, workdir)] == [2, 2, 2, 6]
 
 
-def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypatch):
-    """Contract 9. Mutation: members are left to their threads, or hear nothing."""
-    some = [{**FIRST, "seed": seed} for seed in range(2)]
-    trials = configs(tiny_folder, tmp_path, some, log__checkpoint_every=100, **ANY)
-    begun = []
+@BOTH
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypatch, number):
+    """Contract 9. Mutation: the members after the first that leaves are not driven to their end."""
+    some = [{**FIRST, "seed": seed} for seed in range(3)]
+    changes = {"log__checkpoint_every": 100, "mesh__population": 2}
+    trials = configs(tiny_folder, tmp_path, some, **changes)
+    taken, step = [], StepProgram._stacked
+    one = StepProgram.step
 
-    def interrupt(futures):
-        end = time.monotonic() + 300
-        while len(begun) < 4 and time.monotonic() < end:  # some steps of both
-            time.sleep(0.01)
-        raise SystemExit(75)
+    def interrupt(self, *given, **more):
+        taken.append(1)
+        if len(taken) == 3:
+            os.kill(os.getpid(), number)
+        return (one if hasattr(given[0], "program") else step)(self, *given, **more)
 
-    class Counting(together.Population):
-        def join(self, *given):
-            meeting = super().join(*given)
-
-            def step(*arguments):
-                begun.append(1)
-                if len(begun) >= 4:
-                    self.stopping.wait()
-                return meeting(*arguments)
-
-            return step
-
-    monkeypatch.setattr(together, "as_completed", interrupt)
-    monkeypatch.setattr(together, "Population", Counting)
-    with session() as shared, pytest.raises(SystemExit):
+    monkeypatch.setattr(StepProgram, "step", interrupt)
+    monkeypatch.setattr(StepProgram, "_stacked", interrupt)
+    expected = SystemExit if number == signal.SIGTERM else KeyboardInterrupt
+    with session() as shared, pytest.raises(expected):
         run(trials, tmp_path / "sweep", shared)
     monkeypatch.undo()
     folders = [trial_folder(tmp_path / "sweep", config) for config in trials]
-    assert all(list((folder / "checkpoints").glob("[0-9]*")) for folder in folders)
+    saved = [list((folder / "checkpoints").glob("[0-9]*")) for folder in folders]
+    assert list(map(len, saved)) == [1, 1, 0], "the third had not begun"
     with session() as shared:
         assert run(trials, tmp_path / "sweep", shared) == []
     for n, folder in enumerate(folders):
@@ -201,19 +200,19 @@ def test_what_is_never_grouped(tiny_folder, tmp_path, monkeypatch):
     grouped nevertheless."""
     source = (*({**FIRST, "seed": seed} for seed in range(2)),)
     with session() as shared:
-        plan = lambda trials: [*Together(shared).plan(trials)]  # noqa: E731
-        assert plan(configs(tiny_folder, tmp_path, source, **ANY)) == [([0, 1], 2)]
+        assert [*plan(shared, configs(tiny_folder, tmp_path, source, **ANY))] == [([0, 1], 2)]
         for changes in (
             {"method__name": "full"},
             {"mesh__population": 1},
             {"eval__latency": True},
         ):
             trials = configs(tiny_folder, tmp_path, source, **(ANY | changes))
-            assert plan(trials) == [([0], 1), ([1], 1)]
+            assert [*plan(shared, trials)] == [([0], 1), ([1], 1)]
         none = {"method__name": "none", **ANY}
-        assert plan(configs(tiny_folder, tmp_path, (none,))) == [([0], 1)]
-        monkeypatch.setattr(together, "device_memory", lambda: 1)
-        assert plan(configs(tiny_folder, tmp_path, source, **ANY)) == [([0], 1), ([1], 1)]
+        assert [*plan(shared, configs(tiny_folder, tmp_path, (none,)))] == [([0], 1)]
+        monkeypatch.setattr(groups, "device_memory", lambda: 1)
+        trials = configs(tiny_folder, tmp_path, source, **ANY)
+        assert [*plan(shared, trials)] == [([0], 1), ([1], 1)]
 
 
 def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
@@ -229,134 +228,104 @@ def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
         for config in configs(model, tmp_path, ({**FIRST, "seed": seed},), mesh__population=0)
     ]
     with session() as shared:
-        groups = Together(shared).plan(trials)
-        assert next(groups) == ([0, 2], 2)
+        found = plan(shared, trials)
+        assert next(found) == ([0, 2], 2)
         assert len(shared._models) == 1
-        assert [*groups] == [([1, 3], 2)]
+        assert [*found] == [([1, 3], 2)]
 
 
-def test_members_have_one_model():
-    """Mutation: a member's weights are not looked at."""
-    population, weights = Population(), ({"w": 1}, {"w": 2})
-    meeting = population.join("key", lambda places: lambda members, weights: list(members), print)
-    meeting({}, {}, weights[0], {}, 0)
+def calls(program, keys, weights):
+    """Steps of trials that are told apart by their keys."""
+    return [StepCall(program, {}, {}, weights, key, key) for key in keys]
+
+
+def take(program, some, said, *, spare=False):
+    """The keys and batches that a program of `fake_compiler` gives back."""
+    return program.steps(some, compiling=Pauses(), spare=spare, say=said.append)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Programs that give back keys and batches; the widths that were compiled, in order.
+
+    Memory has room for two places.
+    """
+    widths = []
+
+    def compile(step, optimizer, mesh, arguments, width):
+        def run(members, weights):
+            if width > 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            if any(member.dropout == "broken" for member in members):
+                raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+            return [(member.dropout, member.batch) for member in members]
+
+        widths.append(width)
+        return run
+
+    monkeypatch.setattr(programs, "compile_population", compile)
+    return widths
+
+
+def test_members_have_one_program_and_one_model(compiled):
+    """Mutation: a member's weights, or its program, are not looked at."""
+    one, other = StepProgram(Static(None, None, None)), StepProgram(Static(None, None, None))
+    first, second = calls(one, "a", {"w": 1}) + calls(one, "b", {"w": 2})
     with pytest.raises(AssertionError, match="one model"):
-        meeting({}, {}, weights[1], {}, 0)
+        take(one, [first, second], [])
+    with pytest.raises(AssertionError, match="one program"):
+        take(other, [first], [])
 
 
-def test_waiting_for_others_is_no_time_of_a_step():
-    """Mutations: what a member waits for the last to come counts; what all wait for the program
-    does; the step itself does not."""
-    population, weights = Population(), {}
-
-    def compile(places):
-        time.sleep(0.4)
-
-        def program(members, weights):
-            time.sleep(0.4)
-            return list(members)
-
-        return program
-
-    def trial(late):
-        with population.trial():
-            meeting = population.join("key", compile, print)
-            time.sleep(late)
-            began = time.monotonic()
-            meeting({}, {}, weights, {}, 0)
-            return time.monotonic() - began - meeting.idle()
-
-    population.coming = population.queued = 2
-    with ThreadPoolExecutor(2) as pool:
-        taken = list(pool.map(trial, (0.0, 0.8), timeout=60))
-    assert taken == pytest.approx([0.4, 0.4], abs=0.2)
+def test_as_many_steps_are_taken_at_a_time_as_memory_has_room_for(compiled):
+    """Mutations: an error for want of memory is everybody's; any error is taken for one; a part's
+    results go to others; one less is tried, not half; what did not fit is kept, and counted."""
+    program, weights, said = StepProgram(Static(None, None, None)), {}, []
+    for _ in range(2):
+        found = take(program, calls(program, "abcde", weights), said)
+        assert found == [(key, key) for key in "abcde"]
+    assert (compiled, list(program.compiled)) == ([5, 2, 1], [2, 1])
+    assert said == ["no memory for 5 steps together: 2 at a time from now on"]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        take(program, calls(program, ["broken"], weights), said)
+    assert len(said) == 1
 
 
+def test_places_are_kept_while_trials_are_waiting(compiled):
+    """Mutation: what three of four leave is compiled anew, though others are about to come."""
+    program = StepProgram(Static(None, None, None))
+    program.compiled[4] = lambda members, weights: [m.dropout for m in members]
+    assert take(program, calls(program, "a", {}), [], spare=True) == ["a"]
+    assert compiled == []
+    take(program, calls(program, "a", {}), [])
+    assert compiled == [1]
+
+
+def test_pauses_of_one_trial_are_no_time_of_another(monkeypatch):
+    """Mutations: a pause inside another counts twice; the time after one counts."""
+    now = [0.0]
+    monkeypatch.setattr("softprompt.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+    pauses = Pauses()
+    with pauses():
+        now[0] = 2.0
+        with pauses():
+            now[0] = 5.0
+    now[0] = 9.0
+    assert pauses.seconds == 5.0
+
+
+@BOTH
 def test_what_a_row_says_of_its_steps(tiny_folder, tmp_path, monkeypatch):
-    """Mutation: a step of several together takes as long as their compilation."""
-    compiled = sessions.compile_population
+    """Mutation: a step of several takes as long as their compilation."""
 
-    def slow(*arguments):
-        time.sleep(3)
-        return compiled(*arguments)
+    def slowed(compile):
+        return lambda *arguments: time.sleep(3) or compile(*arguments)
 
-    monkeypatch.setattr(sessions, "compile_population", slow)
+    for name in ("compile_population", "compile_step"):
+        monkeypatch.setattr(programs, name, slowed(getattr(programs, name)))
     some = [{**FIRST, "seed": seed} for seed in range(2)]
     trials = configs(tiny_folder, tmp_path, some, **ANY, train__steps=2)
     with session() as shared:
         assert run(trials, tmp_path / "sweep", shared) == []
     for row in rows_of(trials, tmp_path / "sweep"):
         assert 0 < row["step_seconds"] < 1
-
-
-def test_places_are_kept_while_trials_are_queued():
-    """Mutation: what three of four leave is compiled anew, though others are about to come."""
-    population, compiled = Population(), []
-
-    def compile(places):
-        compiled.append(places)
-        return lambda members, weights: list(members)
-
-    meeting, weights, population.queued = population.join("key", compile, print), {}, 1
-    meeting.programs[4] = compile(4)
-    meeting({}, {}, weights, {}, 0)
-    assert compiled == [4]
-    population.queued = 0
-    meeting({}, {}, weights, {}, 0)
-    assert compiled == [4, 1]
-
-
-def test_as_many_steps_are_taken_at_a_time_as_memory_has_room_for():
-    """Mutations: an error for want of memory is everybody's; any error is taken for one; a part's
-    results go to others; one less is tried, not half; what did not fit is kept, and counted."""
-    population, compiled, said = Population(), [], []
-
-    def compile(places):
-        def program(members, weights):
-            if places > 2:
-                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-            if any(member.key == "broken" for member in members):
-                raise jax.errors.JaxRuntimeError("INTERNAL: broken")
-            return [(member.key, member.batch) for member in members]
-
-        compiled.append(places)
-        return program
-
-    weights, keys = {}, "abcde"
-    meeting = population.join("key", compile, said.append)
-
-    def trial(key):
-        with population.trial():
-            population.join("key", compile, said.append)
-            first, second = (meeting({}, {}, weights, n, key) for n in range(2))
-        return first, second
-
-    population.leave()
-    population.coming = population.queued = 5
-    with ThreadPoolExecutor(5) as pool:
-        found = list(pool.map(trial, keys, timeout=60))
-    assert found == [((key, 0), (key, 1)) for key in keys]
-    assert (compiled, meeting.places) == ([5, 2], 2)
-    assert said == ["no memory for 5 steps together: 2 at a time from now on"]
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        trial("broken")
-    assert len(said) == 1
-
-
-def test_who_has_not_come_is_not_waited_for_at_the_end():
-    """Mutation: a population that stops still waits for the threads that were to start."""
-    population, weights = Population(), {}
-    population.coming = 1
-    meeting = population.join("key", lambda places: lambda members, weights: list(members), print)
-    with ThreadPoolExecutor(1) as pool:
-
-        def step():
-            population.join("key", lambda places: None, print)
-            return meeting({}, {}, weights, {}, 0)
-
-        population.leave()
-        waiting = pool.submit(step)
-        assert not waiting.done()
-        population.stop()
-        assert waiting.result(timeout=20)
-    assert population.stopping.is_set()

@@ -1,18 +1,19 @@
 """What a session keeps: models, while they are few enough."""
 
 import weakref
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from softprompt.config import from_dict, to_dict
-from softprompt.models.dropout import Shares
+from softprompt.models.dropout import Dropout
 from softprompt.training.memory import KEPT_SHARE, bytes_here, bytes_of
 from softprompt.training.sharding import make_mesh, put_weight
-from softprompt.training.step import Draw
 from softprompt.trials import session as session_module
-from softprompt.trials.session import Session
+from softprompt.trials.data import TaskData
+from softprompt.trials.session import KEPT_DATA, Session
 from tests.contracts.examples import trial_config
 from tests.tiny import write_llama_folder
 from tests.trials.test_run import Lines
@@ -57,20 +58,41 @@ def test_a_model_that_is_larger_than_all_that_is_kept(configs, monkeypatch):
 def test_tokens_are_those_of_a_revision(configs, monkeypatch):
     """Mutation: a revision with another tokenizer takes the first one's tokens."""
     read = []
-    monkeypatch.setattr(Session, "_encode", lambda self, config, bos: read.append(config))
+
+    def no_data(config, loaded, *, bos, say):
+        read.append(config)
+        return TaskData(None, *[SimpleNamespace(ids=[])] * 3)
+
+    monkeypatch.setattr(session_module, "read_task", no_data)
     shared, tree = Session(Lines()), to_dict(configs[0])
     for tree["model"]["revision"] in ("", "step1", "step1"):
         shared.data(from_dict(tree), bos=True)
     assert len(read) == 2
 
 
-def test_a_program_is_told_by_what_is_dropped(configs, monkeypatch):
+def test_data_used_longest_ago_is_forgotten(configs, monkeypatch):
+    """Mutations: data is never forgotten; the last used goes first."""
+    read = []
+
+    def no_data(config, loaded, *, bos, say):
+        read.append(config.data.cap)
+        return TaskData(None, *[SimpleNamespace(ids=[])] * 3)
+
+    monkeypatch.setattr(session_module, "read_task", no_data)
+    shared, tree = Session(Lines()), to_dict(configs[0])
+    for cap in [*range(KEPT_DATA), KEPT_DATA - 1, 0]:
+        tree["data"]["cap"] = cap
+        shared.data(from_dict(tree), bos=True)
+    assert read == [*range(KEPT_DATA), 0]
+    assert len(shared._data) == KEPT_DATA
+
+
+def test_a_program_is_told_by_what_is_dropped(configs):
     """Mutation: arrays alone tell it, of which a rate of the model has as many as one of LoRA."""
-    monkeypatch.setattr(session_module, "compile_step", lambda *arguments: object())
     shared, key = Session(Lines()), jax.random.key(0)
-    keys = [Draw(key, Shares(**{name: np.float32(0.9)})) for name in ("model", "lora")]
-    keys.append(Draw(key, Shares(model=np.float32(0.7))))
-    first, lora, again = [shared.train_step(None, None, None, ({}, {}, {}, {}, k)) for k in keys]
+    keys = [Dropout(key, **{name: np.float32(0.9)}) for name in ("model", "lora")]
+    keys.append(Dropout(key, model=np.float32(0.7)))
+    first, lora, again = [shared.program(None, None, None, ({}, {}, {}, {}, k)) for k in keys]
     assert first is again and first is not lora
 
 

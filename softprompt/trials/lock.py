@@ -1,0 +1,63 @@
+"""One process at a time trains in a trial's folder."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+import jax
+from etils import epath
+
+from softprompt.errors import UserError
+
+LOCK, OWNER = ".lock", ".owner.json"
+
+
+class Locked(UserError):
+    """Another process trains in the folder."""
+
+
+@contextmanager
+def holding(folder: epath.PathLike) -> Iterator[None]:
+    """Within the block no other process trains in the folder.
+
+    The lock ends with the process that has it, however that ends. A bucket has none. Of several
+    processes of one run the first takes it.
+
+    Raises:
+        Locked: another process has it; names that process.
+    """
+    if "://" in os.fspath(folder) or jax.process_index():
+        yield
+        return
+    path = Path(folder)
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise Locked(f"{path} is being trained by {_owner(path)}; wait for it to end") from error
+    try:
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
+        (path / OWNER).write_text(json.dumps(owner))
+        yield
+    finally:
+        for name in (OWNER, LOCK):
+            (path / name).unlink(missing_ok=True)
+        lock.release()
+        if new and not any(path.iterdir()):  # a mistake leaves no folder behind
+            path.rmdir()
+
+
+def _owner(path: Path) -> str:
+    """The process that has the lock, in words."""
+    try:
+        owner = json.loads((path / OWNER).read_text())
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
