@@ -210,10 +210,16 @@ def empty_rows(layout: RowLayout, rows: int, widths: Widths, *, branches: bool =
 
     encoder = None
     if layout.encoder:
-        slots = zeros(widths.inputs) if layout.input_slots else None
-        encoder = Rows(*(zeros(widths.inputs) for _ in range(3)), prompt_index=slots)
+        encoder = Rows(
+            tokens=zeros(widths.inputs),
+            segments=zeros(widths.inputs),
+            positions=zeros(widths.inputs),
+            prompt_index=zeros(widths.inputs) if layout.input_slots else None,
+        )
     return Rows(
-        *(zeros(widths.tokens) for _ in range(3)),
+        tokens=zeros(widths.tokens),
+        segments=zeros(widths.tokens),
+        positions=zeros(widths.tokens),
         index=zeros(widths.heads),
         prompt_index=zeros(widths.tokens) if layout.target_slots else None,
         which=zeros(widths.tokens) if layout.prompts and not layout.encoder else None,
@@ -234,13 +240,17 @@ def write_row(batch: Batch, row: int, examples: Sequence[Batch]) -> None:
     def write(array: np.ndarray, *parts: np.ndarray) -> None:
         values = np.concatenate(parts)
         width = array.shape[1]
-        assert len(values) <= width, f"row {row} is too short: {len(values)} places, has {width}"
+        assert len(values) <= width, (
+            f"row {row} is too short: {width} positions, needs {len(values)}"
+        )
         array[row, : len(values)] = values
 
     jax.tree.map(write, batch, *placed)
 
 
-def _placed(example: Batch, segment: int, *, tokens: int, heads: int) -> Batch:
+def _placed(
+    example: TrainBatch | EvalBatch, segment: int, *, tokens: int, heads: int
+) -> TrainBatch | EvalBatch:
     """An example as a segment of its row, behind so many tokens and positions with logits."""
     rows, encoder = example.rows, example.rows.encoder
     if encoder is not None:

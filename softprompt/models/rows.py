@@ -34,9 +34,9 @@ class Rows:
     tokens: Array
     segments: Array
     positions: Array
-    index: Array | None = None
-    prompt_index: Array | None = None
-    which: Array | None = None
-    branches: Array | None = None
-    examples: Array | None = None
+    index: Array = None
+    prompt_index: Array = None
+    which: Array = None
+    branches: Array = None
+    examples: Array = None
     encoder: "Rows | None" = None

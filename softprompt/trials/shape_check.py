@@ -153,7 +153,7 @@ def _alike(a: Any, b: Any) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def place(config: Sizes, where: Slice) -> Placement:
+def choose_placement(config: Sizes, where: Slice) -> Placement:
     """The first way that fits: whole along "data" with 1, 2, ... chips along "model"; else split.
 
     "model" goes up to a square mesh, since each doubling sends the activations of every layer to
@@ -210,7 +210,7 @@ def report(entries: Sequence[Entry]) -> list[str]:
         except Exception as error:  # whatever the model's code says, the others are still checked
             failed.append(f"{entry.name}: {' '.join(str(error).split())[:300]}")
             continue
-        places = [place(entry.config, where) for where in SLICES]
+        places = [choose_placement(entry.config, where) for where in SLICES]
         counts = (f"{entry.parameters:,}", f"{step.trained:,}")
         lines.append((entry.name, *counts, *map(_describe, places)))
     slices = [f"{s.name} ({s.chips} x {s.memory // GIB} GiB)" for s in SLICES]
@@ -229,11 +229,11 @@ def report_memory(entries: Sequence[Entry]) -> None:
     slice_ = SLICES[0]
     mesh_of = functools.partial(make_mesh, devices=jax.devices()[: slice_.chips])
     for kind in dict.fromkeys(entry.kind for entry in entries):
-        fitting = [e for e in entries if e.kind == kind and place(e.config, slice_).fits]
+        fitting = [e for e in entries if e.kind == kind and choose_placement(e.config, slice_).fits]
         if not fitting:
             continue
         entry = max(fitting, key=lambda entry: entry.parameters)
-        where = place(entry.config, slice_)
+        where = choose_placement(entry.config, slice_)
         memory = compiled(entry.config, mesh_of(where.data, where.model), where.weights)
         sizes = memory.memory_analysis()
         print(

@@ -51,7 +51,7 @@ pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("x64")]
 
 
 @functools.cache
-def made(kind, method, probabilities):
+def made(kind, method, names):
     """A step, its delta (moved off its start), the weights and the layout."""
     places = () if kind == "decoder" else ("encoder", "decoder")
     inline = {} if kind == "decoder" else {"prompt_to_input": kind == "t5"}
@@ -61,9 +61,7 @@ def made(kind, method, probabilities):
     cfg = {
         "prompt": PromptConfig(P, None, SOURCE, places=places),
         "prefix": PrefixConfig(P, places and (*places, "cross")),
-        "lora": LoraConfig(
-            3, 5.0, targets=("q", "down") if "model" in probabilities else PROJECTIONS
-        ),
+        "lora": LoraConfig(3, 5.0, targets=("q", "down") if "model" in names else PROJECTIONS),
     }[method]
     delta = METHODS[method].init(KEY, model, weights, cfg)
     noise = iter(jax.random.split(KEY, 99))

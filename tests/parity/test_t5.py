@@ -1,5 +1,6 @@
 """The T5 family against transformers on PyTorch, in float32, from folders that it saved."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
