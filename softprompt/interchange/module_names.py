@@ -1,9 +1,10 @@
-"""What transformers, and so PEFT, calls the matrices that a delta may adapt."""
+"""The linear modules of transformers that LoRA and IA3 adapt: their names and sizes."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -12,83 +13,117 @@ from softprompt.models.shapes import decoder_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.families import FAMILIES, find_family
 from softprompt.pretrained.families.gpt2 import GPT2
-from softprompt.pretrained.name_tables import Part
-from softprompt.pretrained.t5_names import t5_table
+from softprompt.pretrained.families.t5 import t5_table
+from softprompt.pretrained.name_tables import TensorRule
 
-Config = DecoderConfig | T5Config
-PREFIX = "base_model.model."
+ModelConfig = DecoderConfig | T5Config
+View = Callable[[np.ndarray], np.ndarray]
+PREFIX = "base_model.model."  # of every name in a file of PEFT
 
 
 @dataclasses.dataclass(frozen=True)
-class Projection:
-    """A projection of every layer, and the module of transformers that holds it.
+class LinearModule:
+    """A linear module that transformers has in every layer.
 
     Attributes:
-        module: its name, `{}` for the layer. Several projections may share one (GPT-2's c_attn).
+        name: such as "model.layers.{}.self_attn.q_proj", with `{}` for the layer.
         layers: L.
-        inputs: [D], [H, K] or [F].
-        out: [H, K], [G, K], [D] or [F].
-        width: the module's outputs, more than those of `out` where it is shared.
-        own: of a vector of the module's outputs, a view of this projection's, shaped `out`.
+        inputs: shape of its input in our weights: [D], [H, K] or [F].
+        outputs: how many outputs it has.
+        projections: path of a projection in our tree, such as "layers/attn/q" -> function from a
+            vector of the module's outputs to a view of the projection's own, shaped [H, K], [G, K],
+            [D] or [F]. There are three where queries, keys and values share a module (GPT-2).
     """
 
-    module: str
+    name: str
     layers: int
     inputs: tuple[int, ...]
-    out: tuple[int, ...]
-    width: int
-    own: Callable[[np.ndarray], np.ndarray]
+    outputs: int
+    projections: Mapping[str, View]
 
+    def layer_names(self) -> list[str]:
+        """Its name in each layer."""
+        return [self.name.format(layer) for layer in range(self.layers)]
 
-def projections(config: Config) -> dict[str, Projection]:
-    """Path of a projection in the tree, such as "layers/attn/q" -> what it is in transformers."""
-    if isinstance(config, T5Config):
-        table = t5_table(config)
+    def tensors(self, kind: str, values: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+        """Name in a file of PEFT -> tensor, from one value for each layer."""
+        names = (tensor_name(name, kind) for name in self.layer_names())
+        return dict(zip(names, values, strict=True))
+
+    def split(self, rows_LZO: np.ndarray) -> dict[str, np.ndarray]:
+        """Path of a projection -> its part [L, Z, ...] of rows of the module's outputs."""
         return {
-            path.removesuffix("/kernel"): _plain(path, part)
-            for path, part in table.items()
-            if "/layers/" in path and path.endswith("/kernel")
+            path: np.stack([[view(row_O) for row_O in rows_ZO] for rows_ZO in rows_LZO])
+            for path, view in self.projections.items()
         }
+
+    def join(self, parts: Mapping[str, np.ndarray], *, rows: int, fill: float) -> np.ndarray:
+        """Rows [L, Z, O] from the parts [L, Z, ...]; `fill` stands for parts that are absent."""
+        rows_LZO = np.full((self.layers, rows, self.outputs), fill, np.float32)
+        for path, part in parts.items():
+            for at in np.ndindex(self.layers, rows):
+                self.projections[path](rows_LZO[at])[...] = part[at]
+        return rows_LZO
+
+
+def tensor_name(module: str, kind: str) -> str:
+    """The name of a module's tensor, such as "lora_A.weight", in a file of PEFT."""
+    return f"{PREFIX}{module}.{kind}"
+
+
+def linear_modules(config: ModelConfig) -> list[LinearModule]:
+    """The modules of a model that an adapter may change, in the order of our tree."""
+    found: dict[str, LinearModule] = {}
+    for path, module in _projections(config):
+        same = found.setdefault(module.name, module)
+        found[module.name] = dataclasses.replace(
+            same, projections={**same.projections, path: module.projections[path]}
+        )
+    return list(found.values())
+
+
+def _projections(config: ModelConfig) -> Iterable[tuple[str, LinearModule]]:
+    """Each projection's path, and its module as if it had no other projection."""
+    if isinstance(config, T5Config):
+        for path, part in t5_table(config).items():
+            if "/layers/" in path and path.endswith("/kernel"):
+                yield path.removesuffix("/kernel"), _own_module(path, part)
+        return
     # A family's bias says what module it belongs to, and how the module's outputs are laid out.
     biased = dataclasses.replace(config, qkv_bias=True, out_bias=True, mlp_bias=True)
     kernels = decoder_shapes(biased)
-    found = {}
     for path, part in find_family(config)[1].table(biased).items():
         kernel = path.removesuffix("bias") + "kernel"
         if path.startswith("layers/") and path.endswith("/bias") and kernel in kernels:
             inputs = kernels[kernel][: -len(part.leaf)]
-            module, (width,) = part.name.removesuffix(".bias"), part.source
-            projection = Projection(module, config.layers, inputs, part.leaf, width, part.convert)
-            found[path.removesuffix("/bias")] = projection
-    return found
+            name, (outputs,) = part.name.removesuffix(".bias"), part.source
+            path = path.removesuffix("/bias")
+            yield (
+                path,
+                LinearModule(name, config.layers, inputs, outputs, {path: part.convert}),
+            )
 
 
-def _plain(path: str, part: Part) -> Projection:
-    """A projection whose module is all its own, from the part of its kernel."""
+def _own_module(path: str, part: TensorRule) -> LinearModule:
+    """The module of a projection that shares it with no other, from the part of its kernel."""
     inputs = part.leaf[:2] if path.endswith("/o/kernel") else part.leaf[:1]
-    out = part.leaf[len(inputs) :]
+    shape = part.leaf[len(inputs) :]
     assert part.layers is not None, path
-    module = part.name.removesuffix(".weight")
-    return Projection(module, part.layers, inputs, out, math.prod(out), lambda x: x.reshape(out))
+    view = {path.removesuffix("/kernel"): lambda x: x.reshape(shape)}
+    name = part.name.removesuffix(".weight")
+    return LinearModule(name, part.layers, inputs, math.prod(shape), view)
 
 
-def modules(config: Config) -> dict[str, dict[str, Projection]]:
-    """Module -> its projections by path, in the order of the tree."""
-    found: dict[str, dict[str, Projection]] = {}
-    for path, projection in projections(config).items():
-        found.setdefault(projection.module, {})[path] = projection
-    return found
-
-
-def transposed(config: Config) -> bool:
+def stored_transposed(config: ModelConfig) -> bool:
     """Whether matrices are stored [in, out], which PEFT calls `fan_in_fan_out`: GPT-2's are."""
     return isinstance(config, DecoderConfig) and find_family(config)[1] is GPT2
 
 
-def spellings(config: Config) -> tuple[tuple[str, str], ...]:
-    """(pattern, replacement) of other beginnings of modules' names.
+def spellings(config: ModelConfig) -> tuple[tuple[str, str], ...]:
+    """(pattern, replacement) of other beginnings that the modules' names may have.
 
-    Those of every family with the same table: a Gemma 3 that sees images has other beginnings.
+    They are those of every family with the same table: the names in a Gemma 3 that sees images
+    begin otherwise.
     """
     if isinstance(config, T5Config):
         return ()
@@ -96,27 +131,22 @@ def spellings(config: Config) -> tuple[tuple[str, str], ...]:
     return tuple(one for f in FAMILIES.values() if f.table is table for one in f.spellings)
 
 
-def layer_names(module: str, layers: int) -> list[str]:
-    """The names of a module in every layer."""
-    return [module.format(layer) for layer in range(layers)]
+def target_modules(chosen: Iterable[str], config: ModelConfig) -> list[str] | str:
+    """The shortest `target_modules` that selects these modules, in all layers, and no other.
 
-
-def targets(chosen: Iterable[str], config: Config) -> list[str] | str:
-    """The shortest endings that name these modules and no other; a pattern where there are none.
-
-    PEFT adapts each module that ends in one of the list, or that the pattern matches whole.
+    It is a list of the names' endings, or a pattern of whole names where two modules end alike.
     """
     chosen = list(chosen)
-    others = [module for module in modules(config) if module not in chosen]
-    endings = [_ending(module, others) for module in chosen]
+    others = [module.name for module in linear_modules(config) if module.name not in chosen]
+    endings = [_ending(name, others) for name in chosen]
     if all(endings):
         return sorted({ending for ending in endings if ending})
-    return "|".join(re.escape(module).replace(r"\{\}", r"\d+") for module in chosen)
+    return "|".join(re.escape(name).replace(r"\{\}", r"\d+") for name in chosen)
 
 
-def _ending(module: str, others: list[str]) -> str | None:
+def _ending(name: str, others: list[str]) -> str | None:
     """The shortest end of a module's name behind the layer's number that no other has."""
-    words = module.split("{}.", 1)[1].split(".")
+    words = name.split("{}.", 1)[1].split(".")
     for length in range(1, len(words) + 1):
         ending = ".".join(words[-length:])
         if not any(other.endswith(f".{ending}") for other in others):
@@ -124,10 +154,26 @@ def _ending(module: str, others: list[str]) -> str | None:
     return None
 
 
-def targeted(name: str, wanted: list[str] | str | None) -> bool:
-    """Whether PEFT's `target_modules` or `exclude_modules` name a module."""
-    if not wanted:
+def is_targeted(name: str, fields: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json selects the module of this name, its layer's number included.
+
+    Source: `check_target_module_exists` of peft 0.21.2.
+    """
+    wanted, layers = fields["target_modules"], fields.get("layers_to_transform")
+    if _selects(fields.get("exclude_modules"), name) or not _selects(wanted, name):
         return False
+    if isinstance(wanted, str) or name in wanted or layers in (None, []):
+        return True
+    patterns = fields.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    stems = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
+    matches = (re.match(rf"{stem}\.(?P<layer>\d+)\.", name) for stem in stems)
+    first = next((match for match in matches if match), None)
+    return first is not None and int(first["layer"]) in np.atleast_1d(layers)
+
+
+def _selects(wanted: list[str] | str | None, name: str) -> bool:
+    """Whether a pattern matches the whole name, or one of a list is the name's end."""
     if isinstance(wanted, str):
         return wanted == "all-linear" or re.fullmatch(wanted, name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in wanted)
+    return any(name == one or name.endswith(f".{one}") for one in wanted or [])

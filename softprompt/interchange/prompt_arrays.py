@@ -1,8 +1,8 @@
 """Prompts as plain arrays [P, D]: what google-research/prompt-tuning saves and loads.
 
-It writes .npy files: the released prompts under that ending, and in training, beside its T5X
-checkpoints, `numpy_checkpoints/checkpoint_STEP/encoder.prompt.prompt.prompt` without one, perhaps
-in bfloat16, which numpy stores as two bytes without a meaning.
+Its files are .npy files, of two kinds. Released prompts end in .npy; those that training writes
+beside its T5X checkpoints, `numpy_checkpoints/checkpoint_STEP/encoder.prompt.prompt.prompt`, have
+no such ending, and may be bfloat16, which numpy stores as two bytes of no type.
 
 Source: `np_save`, `Checkpointer.save_numpy` and `np_load` of github.com/google-research/
 prompt-tuning.
@@ -18,46 +18,50 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from softprompt.errors import UserError
-from softprompt.interchange.adapter import check_finite
-from softprompt.interchange.module_names import Config
-from softprompt.interchange.peft import Facts, check_contexts
-from softprompt.interchange.prompts import prompt_place
+from softprompt.interchange.adapter_files import check_finite
+from softprompt.interchange.module_names import ModelConfig
+from softprompt.interchange.peft import check_context
+from softprompt.interchange.prompts import prompt_scope
 
 MAGIC = b"\x93NUMPY"
 
 
 def is_array(file: Path) -> bool:
-    """Whether a file is an array of numpy's, whatever its ending."""
+    """Whether a file is a .npy file, whatever its name."""
     with file.open("rb") as opened:
         return opened.read(len(MAGIC)) == MAGIC
 
 
-def to_npy(delta: Mapping[str, Any], facts: Facts) -> bytes:
+def to_npy(delta: Mapping[str, Any], model: ModelConfig, method: Mapping[str, Any]) -> bytes:
     """The bytes of a prompt's .npy file, float32.
 
+    Args:
+        delta: a tree of dicts, folded.
+        model: the config of the model that it was trained on.
+        method: the method section of the config that trained it.
+
     Raises:
-        UserError: the delta is no single prompt, or one that would be read as another.
+        UserError: the delta is not one prompt, or it would be read as another.
     """
     leaves = flatten_dict(delta, sep="/")
-    if facts.method["name"] != "prompt":
+    check_context(leaves, model, method, reader="google-research/prompt-tuning")
+    path = f"{prompt_scope(model)}prompt"
+    if list(leaves) != [path]:
         raise UserError(
-            f"method {facts.method['name']!r} cannot be exported as an array; allowed: prompt"
+            f"method {method['name']!r} cannot be exported as an array; allowed: prompt, whose "
+            f"delta is {path} alone"
         )
-    check_contexts(leaves, facts, reader="google-research/prompt-tuning")
-    name = f"{prompt_place(facts.model)}prompt"
-    if list(leaves) != [name]:
-        raise UserError(f"an array is one prompt; the delta has the leaves {', '.join(leaves)}")
     written = io.BytesIO()
-    np.save(written, np.ascontiguousarray(leaves[name], np.float32), allow_pickle=False)
+    np.save(written, np.ascontiguousarray(leaves[path], np.float32), allow_pickle=False)
     return written.getvalue()
 
 
-def from_npy(file: Path, model: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The delta of a prompt's array, and its keys of a config's method section.
+def from_npy(file: Path, model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The delta of a prompt's .npy file, and its keys of a config's method section.
 
     Raises:
-        UserError: not an array, one of other things than finite numbers, or of another shape than
-            [P, D] for this model.
+        UserError: not a .npy file, or an array of another type or shape than floating-point [P, D]
+            for this model, or one with entries that are not finite.
     """
     try:
         array = np.load(file, allow_pickle=False)
@@ -73,7 +77,8 @@ def from_npy(file: Path, model: Config) -> tuple[dict[str, Any], dict[str, Any]]
             f"floating-point numbers of shape [length, {width}]"
         )
     check_finite(file, {"the array": array})
-    place = prompt_place(model)
     prompt: dict[str, Any] = {"prompt": np.ascontiguousarray(array, np.float32)}
     method = {"name": "prompt", "length": len(array)}
-    return ({"encoder": prompt}, method | {"place": "encoder"}) if place else (prompt, method)
+    if not prompt_scope(model):
+        return prompt, method
+    return {"encoder": prompt}, method | {"place": "encoder"}

@@ -222,7 +222,8 @@ class T5(nn.Module):
         inline = encoder.tokens.shape[0] - tokens_S.shape[0]
         valid_S = jnp.arange(encoder.tokens.shape[0]) < inline + length
         states_SD = self.encode(contexts, replace(encoder, segments=valid_S))
-        row = self._plain_row(self.decoder, jnp.zeros(1, tokens_S.dtype))
+        start_1 = jnp.full(1, self.config.start, tokens_S.dtype)
+        row = self._plain_row(self.decoder, start_1)
         place_T = jnp.arange(row.tokens.shape[0])
         x_TD, (kv, cross) = self.decoder(
             self.decoder.with_prompt(self.embed(row.tokens), row.prompt_index),

@@ -10,7 +10,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,9 +22,9 @@ from jax.experimental import multihost_utils
 from softprompt import interrupts
 from softprompt.data.pipeline import TrainSource, train_batches
 from softprompt.errors import UserError
+from softprompt.methods.delta_file import save_delta
 from softprompt.models.dropout import Dropout, at_step
 from softprompt.training import checkpoints
-from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog
 from softprompt.training.optimizers import averaged, set_rate
 from softprompt.training.prefetch import Feed
@@ -172,22 +172,27 @@ class Parts:
     pauses: Pauses = dataclasses.field(default_factory=Pauses)
 
 
-def restore(manager: Any, state: State, *, fingerprint: str) -> State | None:
+def restore(
+    manager: Any, state: State, *, fingerprint: str, say: Callable[[str], None]
+) -> State | None:
     """The state of the newest checkpoint, laid out like `state`; None where there is none.
 
     Raises:
-        UserError: it was trained on weights of another fingerprint.
+        UserError: it was trained on weights of another fingerprint, or no checkpoint can be read.
     """
-    found = checkpoints.newest(manager)
+
+    def check(step: int, notes: Mapping[str, Any]) -> None:
+        """Looks at the fingerprint before arrays are read, which may have other shapes."""
+        if notes["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{manager.directory}: step {step} was trained on weights {notes['fingerprint']}, "
+                f"the model has {fingerprint} now; give another --workdir"
+            )
+
+    found = checkpoints.restore_newest(manager, state.arrays(), check=check, say=say)
     if found is None:
         return None
-    step, notes = found
-    if notes["fingerprint"] != fingerprint:  # before arrays that may have other shapes
-        raise UserError(
-            f"{manager.directory}: step {step} was trained on weights {notes['fingerprint']}, "
-            f"the model has {fingerprint} now; give another --workdir"
-        )
-    arrays = checkpoints.restore(manager, step, state.arrays())
+    step, notes, arrays = found
     names = ("best_step", "best_scores", "last_scores", "waited", "seconds")
     kept = {name: notes[name] for name in names}
     return State(**arrays, step=step, began=state.began, **kept)

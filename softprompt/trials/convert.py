@@ -12,6 +12,7 @@ from softprompt.config import (
     ConfigDict,
     base_config,
     members,
+    method_settings,
     resolve,
     set_key,
     to_dict,
@@ -21,12 +22,14 @@ from softprompt.errors import UserError
 from softprompt.files import write_bytes, write_text
 from softprompt.interchange import peft
 from softprompt.interchange import prompt_arrays as arrays
-from softprompt.interchange.adapter import CONFIG as ADAPTER
-from softprompt.interchange.adapter import Adapter, read_adapter, write_adapter
-from softprompt.interchange.module_names import Config
+from softprompt.interchange.adapter_files import CONFIG as ADAPTER
+from softprompt.interchange.adapter_files import Adapter, read_adapter, write_adapter
+from softprompt.interchange.module_names import ModelConfig
+from softprompt.methods import METHODS
+from softprompt.methods.base import MethodSettings
+from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.pretrained.loading import Loaded, load_model, read_model_config
 from softprompt.results import commit, read_result
-from softprompt.training.delta_file import load_delta, save_delta
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.merged_model import export_model
 from softprompt.trials.run import CONFIG, DELTA, provenance, read_config
@@ -64,31 +67,32 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
     delta, known = load_delta(file)
     model = read_model_config(config.model.name, revision=config.model.revision or None)
     check_fit(delta, config, model, file=str(file))
-    facts = peft.Facts(
-        model,
-        to_dict(config)["method"],
-        config.model.name,
-        config.model.revision,
-        known.get("imported", {}).get("adapter_config", {}),
-    )
-    notes = conventions(facts.method, model)
+    method, settings = to_dict(config)["method"], method_settings(config)
+    notes = conventions(settings, model)
     if kind == "npy":
-        write_bytes(to, arrays.to_npy(delta, facts))
+        write_bytes(to, arrays.to_npy(delta, model, method))
         wrote = [str(to)]
     else:
-        made = peft.to_peft(delta, facts)
+        made = peft.to_peft(
+            delta,
+            model,
+            method,
+            base=config.model.name,
+            revision=config.model.revision,
+            imported=known.get("imported", {}).get("adapter_config"),
+        )
         said = describe(config, model, known, folder)
         write_adapter(to, Adapter(made.config, made.tensors, said))
         wrote = sorted(str(file) for file in to.iterdir())
-        notes += [PADDING] if facts.method["name"] in peft.CONTEXTS else []
-    if facts.method["name"] == "multitask":
+        notes += [PADDING] if settings.is_context else []
+    if settings.per_task:
         tasks = [f"{n} {one.task.name}" for n, one in enumerate(members(config))]
         notes.append(f"task ids: {', '.join(tasks)}")
-    return {"format": kind, "method": facts.method["name"], "wrote": wrote, "notes": notes}
+    return {"format": kind, "method": method["name"], "wrote": wrote, "notes": notes}
 
 
 def describe(
-    config: ConfigDict, model: Config, known: Mapping[str, Any], folder: epath.PathLike
+    config: ConfigDict, model: ModelConfig, known: Mapping[str, Any], folder: epath.PathLike
 ) -> dict[str, Any]:
     """What an exported file says of where it came from."""
     row = read_result(folder) or {}
@@ -102,13 +106,13 @@ def describe(
     }
 
 
-def conventions(method: Mapping[str, Any], model: Config) -> list[str]:
+def conventions(settings: MethodSettings, model: ModelConfig) -> list[str]:
     """What a prompt's reader has to know, in sentences."""
-    if method["name"] not in peft.CONTEXTS:
+    if not settings.is_context:
         return []
     notes = {"none": "the text behind the prompt has no BOS"}
-    said = [notes.get(method["bos"], "the text behind the prompt begins with BOS where it has one")]
-    if model.embed_scale != 1.0 and method["name"] != "prefix":
+    said = [notes.get(settings.bos, "the text behind the prompt begins with BOS where it has one")]
+    if model.embed_scale != 1.0 and settings.is_prompt:
         said.append(
             f"its rows enter after the embeddings' scaling by {model.embed_scale:.6g}, as in PEFT "
             "with transformers 5; rows from transformers 4, which scales them too, are to be "
@@ -162,7 +166,7 @@ def import_run(
         "method": method["name"],
         "leaves": {path: list(leaf.shape) for path, leaf in flatten_dict(delta, sep="/").items()},
         "workdir": str(workdir),
-        "notes": notes_on(said, adapter) + conventions(to_dict(config)["method"], model),
+        "notes": notes_on(said, adapter) + conventions(method_settings(config), model),
     }
 
 
@@ -222,7 +226,7 @@ def with_method(
     if "bos" in said and bos not in (said["bos"], usual["bos"]):
         raise UserError(f"config key 'method.bos' is {bos!r}; {file} has {said['bos']!r}")
     bos = said.get("bos", bos)
-    if bos == "before" and method["name"] in peft.CONTEXTS:
+    if bos == "before" and METHODS[method["name"]].Settings.is_context:
         raise UserError(
             f"config key 'method.bos' is 'before'; in {file} the prompt comes first; allowed: "
             "after, none"

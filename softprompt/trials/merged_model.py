@@ -4,16 +4,17 @@ from typing import Any
 
 from etils import epath
 
-from softprompt.config import ConfigDict
+from softprompt.config import ConfigDict, method_settings
 from softprompt.errors import UserError
-from softprompt.methods import lora
-from softprompt.methods.setup import lora_config
+from softprompt.methods import METHODS
+from softprompt.methods.base import Setup
+from softprompt.methods.delta_file import load_delta
 from softprompt.pretrained.loading import Loaded, find_folder, load_model
 from softprompt.pretrained.save import save_folder
-from softprompt.training.delta_file import load_delta
 from softprompt.trials.delta_shapes import check_fit
 
-CHANGES = ("lora", "full")  # methods that change the model's matrices, and nothing else
+# Methods that change the model's matrices, and nothing else.
+CHANGES = [name for name, method in METHODS.items() if hasattr(method, "merge")]
 
 
 def export_model(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> list[str]:
@@ -61,6 +62,8 @@ def export_model(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> 
 
 def changed(config: ConfigDict, delta: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
     """The weights that compute what base model and delta do together."""
-    if config.method.name == "full":
-        return delta
-    return lora.merge(delta, loaded.weights, lora_config(config))
+    settings = method_settings(config)
+    method = METHODS[settings.name]
+    cfg = method.resolve(settings, Setup(loaded.config))
+    merged: dict[str, Any] = method.merge(delta, loaded.weights, cfg)
+    return merged

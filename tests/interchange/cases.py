@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from softprompt.interchange.module_names import Config
-from softprompt.interchange.peft import Facts
+from softprompt.interchange.adapter_files import Adapter
+from softprompt.interchange.module_names import ModelConfig
+from softprompt.interchange.peft import to_peft
 from softprompt.pretrained.families import read_family
-from softprompt.pretrained.t5_names import read_config
+from softprompt.pretrained.hf import read_config
 from tests.families import VARIANTS, write_family_folder
 from tests.tiny_t5 import hf_t5_config, tiny_t5_config, write_t5_folder
 
@@ -18,7 +19,14 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
 _T5_SIZES: dict[str, dict[str, Any]] = {
     "t5": {"width": 8, "heads": 2, "head_size": 6, "ffn": 10, "encoder_layers": 1},
     "t5-square": {"width": 8, "heads": 2, "head_size": 4, "ffn": 10},  # where PEFT's prefixes work
-    "t5-ungated": {"width": 8, "heads": 2, "head_size": 6, "ffn": 10, "gated": False},
+    "t5-ungated": {
+        "width": 8,
+        "heads": 2,
+        "head_size": 6,
+        "ffn": 10,
+        "gated": False,
+        "activation": "relu",
+    },
 }
 _SIZES = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 10}
 _GROUPED = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
@@ -47,6 +55,8 @@ class Case:
         method: our config's keys for the same.
         plain: a trial here would write the same file; else it keeps what only PEFT knows.
         written: we write it at all.
+        filled: the leaves have zeros (a LoRA's) or ones (IA3's) that the file leaves out, and we
+            write them.
     """
 
     model: str
@@ -55,6 +65,7 @@ class Case:
     method: dict[str, Any]
     plain: bool = True
     written: bool = True
+    filled: bool = False
 
 
 def _lora(model: str, names: str, targets: str, **more: Any) -> Case:
@@ -62,6 +73,13 @@ def _lora(model: str, names: str, targets: str, **more: Any) -> Case:
     method = {"name": "lora", "rank": 2, "alpha": 6, "targets": targets}
     method |= {"rslora": more.get("use_rslora", False), "dropout": more.get("lora_dropout", 0.0)}
     return Case(model, "LoraConfig", options, method)
+
+
+def _filled(model: str, names: str, targets: str, *, rank: int = 2, **more: Any) -> Case:
+    """A LoRA whose modules differ in rank or scale, or that leaves layers out."""
+    case = _lora(model, names, targets, **more)
+    method = case.method | {"rank": rank}
+    return dataclasses.replace(case, method=method, plain=False, filled=True)
 
 
 _PROMPT = {"name": "prompt", "length": 3}
@@ -137,6 +155,50 @@ CASES: dict[str, Case] = {
     "lora-neox": _lora("neox", "query_key_value dense dense_4h_to_h", "qkv,o,down"),
     "lora-opt": _lora("opt", "q_proj out_proj fc1 fc2", "q,o,up,down"),
     "lora-t5": _lora("t5", "q v o wi_0 wo", "q,v,o,gate,down"),
+    "lora-patterns-llama": _filled(
+        "llama",
+        "q_proj v_proj down_proj",
+        "q,v,down",
+        rank=4,
+        rank_pattern={"v_proj": 3, "^model.layers.1.mlp.down_proj": 4},
+        alpha_pattern={"q_proj": 1, "layers.0.self_attn.v_proj": 5, ".*down_proj": 1.5},
+    ),
+    "lora-patterns-neox": _filled(
+        "neox",
+        "query_key_value dense",
+        "qkv,o",
+        rank=3,
+        use_rslora=True,
+        rank_pattern={"0.attention.query_key_value": 3},
+        alpha_pattern={"dense": 2},
+    ),
+    "lora-layers-qwen3": _filled(
+        "qwen3", "k_proj o_proj", "k,o", layers_to_transform=[1], layers_pattern="layers"
+    ),
+    "lora-names-gpt2": _filled(
+        "gpt2", "0.attn.c_attn h.1.attn.c_proj 1.mlp.c_fc", "qkv,o,up", fan_in_fan_out=True
+    ),
+    "lora-regex-llama": _filled(
+        "llama",
+        "",
+        "q,up",
+        target_modules=r".*layers\.\d+\..*(q_proj|up_proj)",
+        exclude_modules=["layers.1.mlp.up_proj"],
+        bias="all",
+    ),
+    "lora-encoder-t5": _filled("t5", "", "q", target_modules=r"encoder.*SelfAttention\.q"),
+    "ia3-layer-gpt2": Case(
+        "gpt2",
+        "IA3Config",
+        {
+            "target_modules": ["0.attn.c_attn", "1.mlp.c_proj"],
+            "feedforward_modules": ["1.mlp.c_proj"],
+            "fan_in_fan_out": True,
+        },
+        {"name": "ia3", "targets": "q,k,v,down"},
+        plain=False,
+        filled=True,
+    ),
     "ia3-llama": Case("llama", "IA3Config", {}, {"name": "ia3", "targets": "k,v,down"}),
     "ia3-gpt2": Case(
         "gpt2",
@@ -160,7 +222,7 @@ def is_t5(model: str) -> bool:
 
 
 @functools.cache
-def sizes(model: str) -> Config:
+def sizes(model: str) -> ModelConfig:
     """The sizes of a model, as a folder of it is read."""
     if is_t5(model):
         return tiny_t5_config(**_T5_SIZES[model])
@@ -176,10 +238,14 @@ def write_model(folder: Path, model: str) -> Path:
     return write_family_folder(folder, model, raw=MODELS[model])
 
 
-def facts(case: Case, origin: dict[str, Any] | None = None) -> Facts:
-    """What a trial of the case would say of its delta."""
-    method = {"bos": "after", "prompt_to_input": True, "dropout": 0.0, **case.method}
-    return Facts(sizes(case.model), method, case.model, origin=origin or {})
+def method(case: Case, **more: Any) -> dict[str, Any]:
+    """The method section of a trial of the case."""
+    return {"bos": "after", "prompt_to_input": True, "dropout": 0.0, **case.method, **more}
+
+
+def exported(delta: Any, case: Case, imported: dict[str, Any] | None = None) -> Adapter:
+    """The adapter that a trial of the case writes."""
+    return to_peft(delta, sizes(case.model), method(case), base=case.model, imported=imported)
 
 
 def same_config(text: str, config: dict[str, Any]) -> None:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from softprompt.errors import UserError
-from softprompt.interchange.peft import Facts
 from softprompt.interchange.prompt_arrays import from_npy, is_array, to_npy
-from tests.interchange.cases import CASES, facts, sizes
+from tests.interchange.cases import CASES, method, sizes
 
 ROWS = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
 
@@ -19,15 +18,15 @@ def test_round_trip(tmp_path, name):
     """Mutation: a transposed prompt, another dtype, or a pickle."""
     case, file = CASES[name], tmp_path / "encoder.prompt.prompt.prompt"  # their name has no ending
     delta = {"encoder": {"prompt": ROWS}} if name == "prompt-t5" else {"prompt": ROWS}
-    file.write_bytes(to_npy(delta, facts(case)))
+    file.write_bytes(to_npy(delta, sizes(case.model), method(case)))
     assert is_array(file)
     np.testing.assert_array_equal(np.load(file), ROWS)
     written = io.BytesIO()
     np.save(written, ROWS)
     assert written.getvalue() == file.read_bytes()
-    again, method = from_npy(file, sizes(case.model))
-    assert method == case.method
-    assert to_npy(again, facts(case)) == file.read_bytes()
+    again, found = from_npy(file, sizes(case.model))
+    assert found == case.method
+    assert to_npy(again, sizes(case.model), method(case)) == file.read_bytes()
 
 
 def test_bfloat16_comes_without_its_name(tmp_path):
@@ -64,15 +63,20 @@ def test_a_cut_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "delta", "method", "message"),
+    ("name", "delta", "more", "message"),
     [
-        ("lora-llama", {}, {}, "method 'lora' cannot be exported as an array; allowed: prompt"),
+        ("lora-llama", {"a": ROWS}, {}, "method 'lora' .* one prompt: the delta has the leaves a"),
         ("prompt-llama", {"prompt": ROWS}, {"bos": "before"}, "'method.bos' is 'before': google-r"),
-        ("prompt-llama", {"prompt": ROWS, "b": ROWS}, {}, "an array is one prompt; the delta has"),
+        (
+            "prompt-llama",
+            {"prompt": ROWS, "b": ROWS},
+            {},
+            "allowed: prompt, whose delta is prompt alone",
+        ),
         ("prompt-t5", {"decoder": {"prompt": ROWS}}, {}, "decoder/prompt: google-research"),
     ],
 )
-def test_deltas_that_are_no_array(name, delta, method, message):
-    made = facts(CASES[name])
+def test_deltas_that_are_no_array(name, delta, more, message):
+    case = CASES[name]
     with pytest.raises(UserError, match=message):
-        to_npy(delta, Facts(made.model, {**made.method, **method}, made.base))
+        to_npy(delta, sizes(case.model), method(case, **more))

@@ -1,11 +1,19 @@
 """Checkpoints: exact, laid out as asked, never half a one, and untouched by what comes after."""
 
+import os
+import shutil
+import signal
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt.training.checkpoints import checkpoint_manager, newest, restore, save
+from softprompt.errors import UserError
+from softprompt.training import checkpoints
+from softprompt.training.checkpoints import checkpoint_manager, restore_newest, save
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
 from softprompt.training.sharding import make_mesh, replicated
 
@@ -28,10 +36,11 @@ def zeros(state):
     return jax.tree.map(jnp.zeros_like, state)
 
 
-def latest(manager, like):
-    """Step, arrays and notes of the newest."""
-    step, notes = newest(manager)
-    return step, restore(manager, step, like), notes
+def latest(manager, like, *, check=lambda step, notes: None, said=None):
+    """Step, arrays and notes of the newest; `said` gets what is said of others."""
+    said = [] if said is None else said
+    step, notes, arrays = restore_newest(manager, like, check=check, say=said.append)
+    return step, arrays, notes
 
 
 def check_equal(found, wanted):
@@ -43,7 +52,7 @@ def check_equal(found, wanted):
 
 def test_the_newest_comes_back_exactly(tmp_path, state):
     with checkpoint_manager(tmp_path) as manager:
-        assert newest(manager) is None
+        assert restore_newest(manager, state, check=None, say=None) is None
         save(manager, 3, zeros(state), {})
         save(manager, 7, state, NOTES)
     with checkpoint_manager(tmp_path) as manager:
@@ -113,6 +122,103 @@ def test_a_half_written_one_is_passed_over(tmp_path, state, name):
         save(manager, 9, state, NOTES)  # the step that was being written can be written again
     with checkpoint_manager(tmp_path) as manager:
         assert latest(manager, zeros(state))[0] == 9
+
+
+def spoil(folder, name):
+    """Cuts a file of a checkpoint in half; a `name` that ends in / is a folder that is removed."""
+    if name.endswith("/"):
+        shutil.rmtree(folder / name)
+        return
+    (file,) = folder.glob(name)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "name", ["notes/metadata", "notes/", "state/manifest.ocdbt", "state/_METADATA", "state/"]
+)
+def test_of_one_that_cannot_be_read_the_older_is_taken(tmp_path, state, name):
+    """Breaks when only the newest is tried, when it is passed over without a word, or when it stays
+    where its step is to be written again."""
+    with checkpoint_manager(tmp_path) as manager:
+        save(manager, 5, state, NOTES)
+        save(manager, 9, zeros(state), {})
+    spoil(tmp_path / "9", name)
+    said = []
+    with checkpoint_manager(tmp_path) as manager:
+        step, found, notes = latest(manager, zeros(state), said=said)
+        assert (step, notes) == (5, NOTES)
+        check_equal(found, state)
+        save(manager, 9, state, NOTES)
+    (line,) = said
+    assert line.startswith(f"{tmp_path / '9'}: this checkpoint cannot be read (")
+    assert "\n" not in line and "step 5" in line
+    with checkpoint_manager(tmp_path) as manager:
+        assert latest(manager, zeros(state))[0] == 9
+
+
+def test_where_none_can_be_read_nothing_is_lost(tmp_path, state):
+    """Breaks when training starts anew, or when a checkpoint is deleted that a later version, or a
+    model with these shapes, could read."""
+    with checkpoint_manager(tmp_path) as manager:
+        save(manager, 5, state, NOTES)
+        save(manager, 9, state, NOTES)
+    spoil(tmp_path / "5", "notes/metadata")
+    other = {"delta": {"prompt": jnp.zeros((2, 2))}}
+    with checkpoint_manager(tmp_path) as manager:
+        with pytest.raises(UserError, match=rf"^{tmp_path / '9'}: .*no older one can") as caught:
+            latest(manager, other)
+        assert "\n" not in str(caught.value)
+        refusal = UserError("other weights")
+        with pytest.raises(UserError, match="other weights"):
+            latest(manager, other, check=lambda step, notes: (_ for _ in ()).throw(refusal))
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["5", "9"]
+
+
+def test_trials_in_turns_write_one_after_the_other(tmp_path, state, monkeypatch):
+    """Orbax takes the writes of two managers for one another's. Breaks when a write begins before
+    that of another manager has ended."""
+    with (
+        checkpoint_manager(tmp_path / "a") as first,
+        checkpoint_manager(tmp_path / "b") as second,
+    ):
+        save(first, 1, state, NOTES)
+        begin = second.save
+
+        def alone(*arguments, **more):
+            assert not first.is_saving_in_progress()
+            return begin(*arguments, **more)
+
+        monkeypatch.setattr(second, "save", alone)
+        save(second, 1, state, NOTES)
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_an_interrupt_does_not_reach_a_write(tmp_path, state, monkeypatch, stuck):
+    """Ctrl-C while a write begins: it is finished, or left where it does not end. Breaks when orbax
+    runs in the main thread, when nothing waits for it, or waits forever."""
+    monkeypatch.setattr(checkpoints, "LEAVING_SECONDS", 0.2 if stuck else 60)
+    release, before = threading.Event(), set(threading.enumerate())
+
+    def slow(begin):
+        def save(*arguments, **more):
+            os.kill(os.getpid(), signal.SIGINT)
+            if stuck:
+                release.wait()
+            time.sleep(0.2)
+            return begin(*arguments, **more)
+
+        return save
+
+    with pytest.raises(KeyboardInterrupt), checkpoint_manager(tmp_path) as manager:
+        save(manager, 1, state, NOTES)
+        monkeypatch.setattr(manager, "save", slow(manager.save))
+        save(manager, 2, state, NOTES)
+    own = [thread for thread in threading.enumerate() if thread not in before]
+    assert all(thread.daemon for thread in own if thread.name == "checkpoints")
+    release.set()
+    if not stuck:
+        with checkpoint_manager(tmp_path) as manager:
+            assert latest(manager, zeros(state))[0] == 2
 
 
 def test_writes_are_finished_when_a_block_ends_in_an_error(tmp_path, state):

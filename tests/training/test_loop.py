@@ -15,10 +15,10 @@ from etils import epath
 
 from softprompt.data.encode import Encoded
 from softprompt.data.pipeline import TrainSource, train_template
+from softprompt.methods.delta_file import load_delta
 from softprompt.models.dropout import Dropout
 from softprompt.training import loop
 from softprompt.training.checkpoints import checkpoint_manager
-from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import MetricsLog, read_log
 from softprompt.training.loop import Diverged, LoopConfig, Parts, State
 from softprompt.training.optimizers import AverageState, OptimizerConfig, make_optimizer
@@ -98,7 +98,7 @@ class Run:
         delta = jax.device_put({"prompt": jnp.zeros(2)}, replicated(MESH))
         state = State(delta, jax.device_put(self.start(), replicated(MESH)), best=delta)
         with checkpoint_manager(self.folder / "checkpoints") as manager:
-            restored = loop.restore(manager, state, fingerprint="f")
+            restored = loop.restore(manager, state, fingerprint="f", say=print)
             log = MetricsLog(self.folder, step=restored.step if restored else None, sinks=[])
             steps = loop.train(self.config, self.parts(), restored or state, log, manager)
             return drive(steps, self.step)
