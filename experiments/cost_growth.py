@@ -72,7 +72,7 @@ from softprompt.trials.prepare import (
     step_flops,
     step_work,
     train_source,
-    trial_key,
+    trial_dropout,
 )
 from softprompt.trials.session import Session, optimizer_config
 
@@ -239,10 +239,11 @@ def stepper(prepared: Prepared, members: int, count: int) -> Callable[[int], flo
     on the devices within.
     """
     config, mesh, frozen = prepared.config, prepared.mesh, prepared.frozen
-    source, key, state = train_source(prepared), trial_key(prepared), initial_state(prepared)
+    source, dropout = train_source(prepared), trial_dropout(prepared)
+    state = initial_state(prepared)
     made = [pad_rows(source[n], mesh.shape["data"]) for n in range(count * members)]
     opt_state = set_rate(state.opt_state, np.float32(RATE))
-    arguments = (state.delta, opt_state, frozen, put_batch(mesh, made[0]), key)
+    arguments = (state.delta, opt_state, frozen, put_batch(mesh, made[0]), dropout)
     program = prepared.session.program(prepared.step, optimizer_config(config), mesh, arguments)
     states = [(state.delta, opt_state)] * members
     del state, arguments
@@ -258,7 +259,7 @@ def stepper(prepared: Prepared, members: int, count: int) -> Callable[[int], flo
         began = time.perf_counter()
         batches = [put_batch(mesh, one) for one in made[n * members : (n + 1) * members]]
         calls = [
-            StepCall(program, *own, frozen, batch, key)
+            StepCall(program, *own, frozen, batch, dropout)
             for own, batch in zip(states, batches, strict=True)
         ]
         results = jax.block_until_ready(take(calls))

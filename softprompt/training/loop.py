@@ -23,11 +23,12 @@ from softprompt import interrupts
 from softprompt.data.pipeline import TrainSource, train_batches
 from softprompt.errors import UserError
 from softprompt.methods.delta_file import save_delta
+from softprompt.models.dropout import Dropout, at_step
 from softprompt.training import checkpoints
 from softprompt.training.logs import MetricsLog
 from softprompt.training.optimizers import averaged, set_rate
 from softprompt.training.prefetch import Feed
-from softprompt.training.step import Key, StepCall, StepResult, folded
+from softprompt.training.step import StepCall, StepResult
 
 Tree = Any
 Steps = Generator[StepCall, StepResult, "State"]
@@ -141,7 +142,7 @@ class Parts:
         weights: the frozen model.
         source: batches by step.
         rates: learning rate of each step [steps].
-        key: the trial's random key, from which each step's is folded.
+        dropout: the trial's; None where nothing is dropped.
         mesh: the devices.
         row_multiple: empty rows are added to a batch until its rows are a multiple of this.
         evaluate: delta -> validation metrics.
@@ -158,7 +159,7 @@ class Parts:
     weights: Tree
     source: TrainSource
     rates: np.ndarray
-    key: Key
+    dropout: Dropout | None
     mesh: jax.sharding.Mesh
     row_multiple: int
     evaluate: Callable[[Tree], dict[str, float]]
@@ -232,7 +233,7 @@ def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager
                 opt_state,
                 parts.weights,
                 batch,
-                folded(parts.key, state.step),
+                at_step(parts.dropout, state.step),
             )
             if pending is not None:
                 last = note(loop, parts, pending, log, clock, last)

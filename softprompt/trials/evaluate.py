@@ -104,7 +104,7 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     """What `evaluate_runs` returns of trials (folders, and what they are) of one program."""
     first = trials[0][1]
-    sizes, left = side_by_side.chunks(first, len(trials)), iter(trials)
+    sizes, left = side_by_side.chunks(first, len(trials), split), iter(trials)
     if sizes[0] > 1:
         name = trial_name(read_config(trials[0][0]))
         first.session.progress.say(

@@ -44,7 +44,7 @@ from softprompt.trials.prepare import (
     prepare,
     step_flops,
     train_source,
-    trial_key,
+    trial_dropout,
 )
 from softprompt.trials.session import Session, optimizer_config
 
@@ -231,20 +231,20 @@ def fit(
 def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loop.Parts:
     """What the loop works with."""
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
-    source, key = train_source(prepared), trial_key(prepared)
+    source, dropout = train_source(prepared), trial_dropout(prepared)
     multiple = mesh.shape["data"] * config.train.microbatches
     if spare := -source.template.shape.rows % multiple:
         session.progress.say(f"a step computes {spare} empty rows, for a multiple of {multiple}")
     batch = put_batch(mesh, pad_rows(source[0], multiple))
     opt_state = set_rate(state.opt_state, np.float32(0))
-    arguments = (state.delta, opt_state, prepared.frozen, batch, key)
+    arguments = (state.delta, opt_state, prepared.frozen, batch, dropout)
     fold = METHODS[config.method.name].fold
     return loop.Parts(
         program=session.program(prepared.step, optimizer_config(config), mesh, arguments),
         weights=prepared.frozen,
         source=source,
         rates=learning_rates(prepared),
-        key=key,
+        dropout=dropout,
         mesh=mesh,
         row_multiple=multiple,
         evaluate=lambda delta: measure(prepared, delta, "validation")[0],
