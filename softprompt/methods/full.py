@@ -37,3 +37,8 @@ def variables(delta: dict[str, Any], weights: Any, cfg: None, task_ids: Any) -> 
 def fold(delta: dict[str, Any], cfg: None) -> dict[str, Any]:
     """Returns the delta as it is."""
     return delta
+
+
+def merge(delta: dict[str, Any], weights: Any, cfg: None) -> dict[str, Any]:
+    """The weights of a model that computes alone what base model and delta do: the delta."""
+    return delta
