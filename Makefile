@@ -54,7 +54,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format parity bench bench-full lock version clean
+.PHONY: help quickstart test lint format parity docs bench bench-full lock version clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 - /p' Makefile
@@ -76,6 +76,10 @@ format: $(VENV)/.test  ## format the code and mend what ruff can mend
 
 parity: $(PARITY_VENV)/.parity  ## compare with live PyTorch, transformers and peft (on Python 3.11)
 	@OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(WORKERS) $(ARGS)
+
+docs: $(VENV)/.docs  ## build the documentation into site/, its links checked
+	@$(VENV)/bin/mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
 
 # What the benchmark measures goes on where it stopped; ARGS="--steps 2" and so on go to it.
 BENCH = $(VENV)/bin/python -m experiments.bench --peft-python $(PARITY_VENV)/bin/python
@@ -100,7 +104,7 @@ version:  ## print the Python version that the targets would use
 	@echo $(VERSION)
 
 clean:  ## remove environments and caches (never runs/ or downloaded models)
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 NEEDED = $(firstword $(SUPPORTED)) to $(lastword $(SUPPORTED))
@@ -111,6 +115,9 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.test: pyproject.toml constraints.txt
 	$(call install,$(INTERPRETER),$(VENV),-e '.[test]',a minute)
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(call install,$(INTERPRETER),$(VENV),-e '.[docs]',a minute)
 
 $(VENV)/.lock:
 	$(call install,$(INTERPRETER),$(VENV),uv,10 seconds)

@@ -1,7 +1,7 @@
 """The base: every default, for a first look or for `--config.key=value` alone.
 
 Question: none; this is where every other config starts. The keys are explained in
-`softprompt/config/schema.py`.
+`softprompt/config/schema.py`, and those of methods and optimizers in their modules.
 
 Command:
     softprompt train --config configs/base.py --workdir runs/first

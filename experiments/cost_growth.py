@@ -65,6 +65,7 @@ from softprompt.results import Row, commit, devices, versions
 from softprompt.training.optimizers import set_rate
 from softprompt.training.sharding import put_batch
 from softprompt.training.step import StepCall, StepResult
+from softprompt.trials.outputs import write_outputs
 from softprompt.trials.prepare import (
     Prepared,
     initial_state,
@@ -75,7 +76,6 @@ from softprompt.trials.prepare import (
     trial_key,
 )
 from softprompt.trials.session import Session, optimizer_config
-from softprompt.trials.sweep import write_outputs
 
 CAPTION = (
     "Seconds: median of a step over all rounds, compilation and the first round left out, with the "

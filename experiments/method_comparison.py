@@ -37,8 +37,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from softprompt.analysis.plots import Point, length_plot
-from softprompt.analysis.tables import summarise
+from softprompt.analysis.plots import Point, category_plot
+from softprompt.analysis.tables import subject, summarise, without_empty
 from softprompt.config import ConfigDict, base_config, set_key
 from softprompt.errors import unknown
 from softprompt.results import Row
@@ -120,8 +120,8 @@ TASKS = 100  # that a server has
 CAPTION = (
     "Each claim stands right of what was measured. Rates of prompts are in embedding RMS. Test "
     "accuracy by training examples, at the learning rate with the best validation accuracy; low "
-    "and high: its 95 % interval on all examples (Student's t over seeds where there are several,"
-    " else Wilson's over the test examples). MB a task: the delta's file, float32. Step GB: what "
+    "and high: its 95 % interval over test examples and seeds, where all training examples are "
+    "used. MB a task: the delta's file, float32. Step GB: what "
     "the compiled training step needs. Prefill and token: latency over the base's for a batch of "
     "8 inputs, and for each token decoded with a cache, unmerged, with the 95 % interval of the "
     "median over pairs. Text: change of perplexity on State of the Union addresses with the delta"
@@ -176,11 +176,12 @@ def _trial(
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Returns one line a method; what was not measured, or failed, is empty."""
+    """Returns one line a method; what was not measured is empty."""
     lines, base = _chosen(rows), _of(rows, BASE)
-    plain = next((row for row in [*base, *_finished(rows)] if row.get("weight_bytes")), None)
+    plain = next((row for row in [*base, *rows] if row.get("weight_bytes")), None)
     names = [name for name in METHODS if any(_name(row) == name for row in rows)]
-    return pd.DataFrame([_line(name, rows, lines, plain) for name in names], dtype=object)
+    frame = pd.DataFrame([_line(name, rows, lines, plain) for name in names], dtype=object)
+    return without_empty(frame, "note") if names else frame
 
 
 def _name(row: Row) -> str:
@@ -200,23 +201,18 @@ def _rate(row: Row) -> float | None:
     return None if _name(row) == BASE else float(row["config"]["optimizer"]["rate"])
 
 
-def _finished(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row["status"] == "done"]
-
-
 def _of(rows: Iterable[Row], name: str, rate: float | None = None) -> list[Row]:
-    """Finished trials of a method at a rate, on all examples."""
+    """Trials of a method at a rate, on all examples."""
     wanted = name, 0, rate
-    return [row for row in _finished(rows) if (_name(row), _examples(row), _rate(row)) == wanted]
+    return [row for row in rows if (_name(row), _examples(row), _rate(row)) == wanted]
 
 
 def _summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line for each method, number of examples and rate; `status` says which failed."""
+    """A line for each method, number of examples and rate."""
 
     def order(row: Row) -> tuple[Any, ...]:
         name = _name(row)
-        place = list(METHODS).index(name) if name in METHODS else len(METHODS)
-        return place, name, _examples(row) or ALL, _rate(row) or 0.0, row["config"]["seed"]
+        return *_place(name, _examples(row)), name, _rate(row) or 0.0, row["config"]["seed"]
 
     by = {"method": _name, "examples": _examples, "rate": _rate}
     lines: list[Any] = summarise(sorted(rows, key=order), by).to_dict("records")
@@ -248,7 +244,6 @@ def _line(
         "all" if n == ALL else f"{n:,}": lines.get((name, n % ALL), {}).get("test accuracy")
         for n in sizes
     }
-    failed = [line["status"] for line in _summary(rows) if line["method"] == name]
     return {
         "method": name,
         "rate": whole.get("rate"),
@@ -264,7 +259,7 @@ def _line(
         **{key: whole.get(key) for key in ("low", "high", "seeds")},
         "text": used["text"],
         "server GB": costs["server GB"],
-        "status": next((status for status in failed if status != "done"), "done"),
+        "note": whole.get("note"),
     }
 
 
@@ -314,23 +309,22 @@ def _use(done: Sequence[Row], base: Sequence[Row]) -> dict[str, str | None]:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Returns test accuracy against training examples, a line a method."""
-    lines: dict[str, list[Point]] = {name: [] for name in METHODS if name != BASE}
+    """Returns test accuracy by method, a series a number of training examples."""
+    series: dict[str, dict[str, Point]] = {}
     bands: dict[str, Point] = {}
-    for (name, examples), line in _chosen(rows).items():
-        if not line["values"]:
+    for (name, examples), line in sorted(_chosen(rows).items(), key=lambda item: _place(*item[0])):
+        if line["low"] is None:
             continue
         mean, low, high = (100 * line[key] for key in ("test accuracy", "low", "high"))
         values = tuple(100 * value for value in line["values"])
-        point = Point(x=examples or ALL, mean=mean, low=low, high=high, values=values)
+        point = Point(x=0, mean=mean, low=low, high=high, values=values)
         if name == BASE:
             bands[name] = point
         else:
-            lines.setdefault(name, []).append(point)
-    return length_plot(
-        lines,
-        bands,
-        xlabel="Training examples",
-        ylabel="Test accuracy (%)",
-        title="Movie-snippet sentiment, SmolLM2-135M-Instruct",
-    )
+            series.setdefault(f"{examples or ALL:,} examples", {})[name] = point
+    return category_plot(series, bands, ylabel="Test accuracy (%)", title=subject(rows))
+
+
+def _place(name: str, examples: int) -> tuple[int, int]:
+    """The order of methods, then of numbers of examples."""
+    return list(METHODS).index(name) if name in METHODS else len(METHODS), examples or ALL

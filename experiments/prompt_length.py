@@ -28,7 +28,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from softprompt.analysis.plots import Point, length_plot
-from softprompt.analysis.tables import mark_best, summarise
+from softprompt.analysis.tables import mark_best, subject, summarise
 from softprompt.config import ConfigDict, base_config
 from softprompt.errors import unknown
 from softprompt.results import Row
@@ -41,8 +41,8 @@ SHOTS = {"full": 16, "quickstart": 8}
 VALIDATION = {"full": 1000, "quickstart": 200}  # examples
 
 CAPTION = (
-    "Test accuracy with a 95 % interval: Student's t over seeds where there are several, else "
-    "Wilson's over the test examples. The prompt marked as chosen has the best validation accuracy."
+    "Test accuracy with its 95 % interval over test examples and seeds. The prompt marked as "
+    "chosen has the best validation accuracy."
 )
 
 
@@ -91,7 +91,7 @@ METHODS = {"none": "zero-shot", "fewshot": "few-shot", "prompt": "soft prompt"}
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Returns one line a method, length and initialisation; failed trials show in `status`."""
+    """Returns one line a method, length and initialisation."""
     summary = _summary(rows)
     prompts = summary["method"] == METHODS["prompt"]
     marked = mark_best(summary, by="validation accuracy", among=prompts)
@@ -151,5 +151,5 @@ def figure(rows: Sequence[Row]) -> Figure:
         bands,
         xlabel="Prompt length (vectors)",
         ylabel="Test accuracy (%)",
-        title="Movie-snippet sentiment, frozen SmolLM2-135M-Instruct",
+        title=subject(rows),
     )

@@ -31,7 +31,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from softprompt.analysis.plots import named_points
-from softprompt.analysis.tables import mean, unlike
+from softprompt.analysis.tables import mean, subject, unlike
 from softprompt.config import ConfigDict, base_config
 from softprompt.errors import unknown
 from softprompt.results import Row
@@ -45,8 +45,8 @@ FORMS = (
 )
 
 CAPTION = (
-    "Weights in memory, perplexity of plain text, and movie-snippet sentiment without and with a "
-    "prompt of 20 vectors trained on those weights. Change: against the same weights in float32."
+    "Weights in memory, perplexity of plain text, and test accuracy without and with a prompt that "
+    "is trained on those weights. Change: against the same weights in float32."
 )
 
 
@@ -135,8 +135,8 @@ def _lines(key: Key, forms: dict[Key, list[Row]]) -> Iterator[dict[str, object]]
 
 
 def _metric(rows: Sequence[Row], part: str, name: str) -> list[float]:
-    """A number of the trials that are done, where they have it."""
-    parts = [row["metrics"].get(part, {}) for row in rows if row["status"] == "done"]
+    """A number of the trials that have it."""
+    parts = [row["metrics"].get(part, {}) for row in rows]
     return [found[name] for found in parts if found.get(name) is not None]
 
 
@@ -152,5 +152,5 @@ def figure(rows: Sequence[Row]) -> Figure:
         series,
         xlabel="Frozen weights (MB)",
         ylabel="Perplexity of plain text",
-        title="What rounding costs",
+        title=f"What rounding costs: {subject(rows)}",
     )

@@ -38,7 +38,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from softprompt.analysis.plots import Point, length_plot
-from softprompt.analysis.tables import to_markdown
+from softprompt.analysis.tables import subject, to_markdown
 from softprompt.cli import split_overrides
 from softprompt.config import ConfigDict, base_config, flatten, trial_name
 from softprompt.errors import UserError, unknown
@@ -48,10 +48,7 @@ from softprompt.results import Row, commit, read_rows
 LENGTHS, INITS, SEEDS = (5, 20, 100), ("uniform", "vocabulary"), (0, 1)
 FORMS = ("cold", "warm", "together")
 
-CAPTION = (
-    "Members: the most trials that ran at a time. Step s: of a step of each of them. Test accuracy "
-    "on 200 examples."
-)
+CAPTION = "Members: the most trials that ran at a time. Step s: of a step of each of them."
 
 
 def sweep(subset: str = "full") -> list[ConfigDict]:
@@ -91,16 +88,15 @@ def _line(row: Row) -> dict[str, Any]:
         "members": row.get("members", 1),
         "step s": row.get("step_seconds"),
         "test accuracy": row["metrics"].get("test", {}).get("accuracy"),
-        "status": row["status"],
     }
 
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Returns test accuracy by prompt length, a line an initialiser."""
     lines: dict[str, list[Point]] = {}
-    done = [_line(row) for row in rows if row["status"] == "done"]
-    for init, length in sorted({(line["init"], line["P"]) for line in done}):
-        some = [line for line in done if (line["init"], line["P"]) == (init, length)]
+    tested = [line for line in map(_line, rows) if line["test accuracy"] is not None]
+    for init, length in sorted({(line["init"], line["P"]) for line in tested}):
+        some = [line for line in tested if (line["init"], line["P"]) == (init, length)]
         values = tuple(100 * line["test accuracy"] for line in some)
         mean = sum(values) / len(values)
         lines.setdefault(init, []).append(Point(length, mean, min(values), max(values), values))
@@ -109,7 +105,7 @@ def figure(rows: Sequence[Row]) -> Figure:
         {},
         xlabel="Length (vectors)",
         ylabel="Test accuracy (%)",
-        title="Movie-snippet sentiment, SmolLM2-135M-Instruct",
+        title=subject(rows),
     )
 
 

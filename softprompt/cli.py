@@ -1,4 +1,4 @@
-"""The command line: `softprompt train|evaluate|predict|export|import|sweep|table|models|data`.
+"""The command line: `softprompt COMMAND`, for the commands in `COMMANDS`.
 
 Results go to standard output, progress to standard error. Exit codes: 0 done, 1 a trial failed,
 2 a mistake in what was asked, 75 stopped by SIGTERM and resumable, 130 interrupted.
@@ -6,6 +6,7 @@ The commands themselves are in softprompt/commands.py.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,16 @@ from softprompt.commands import RUN, Overrides
 from softprompt.errors import UserError
 
 DESCRIPTION = "Prompt tuning on frozen language models, and sweeps that study how it scales."
+
+
+def path(text: str) -> str:
+    """Returns a path as it was given; "" would mean the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("is ''; allowed: a path that is not empty")
+    return text
+
+
+FOLDER: dict = {"required": True, "type": path, "metavar": "DIR"}
 
 DISTRIBUTED: tuple[str, dict] = (
     "--distributed",
@@ -38,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         "softprompt train --config configs/base.py --config.method.length=5 --workdir runs/first",
         [
             ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "default: base config"}),
-            ("--workdir", {"required": True, "metavar": "DIR", "help": "the trial's folder"}),
+            ("--workdir", {**FOLDER, "help": "the trial's folder"}),
             DISTRIBUTED,
         ],
     ),
@@ -48,7 +59,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         [
             (
                 "--run",
-                {"required": True, "nargs": "+", "metavar": "DIR", "help": "trials' folders"},
+                {**FOLDER, "nargs": "+", "help": "trials' folders"},
             ),
             ("--task", {"metavar": "NAME", "help": "default: the task or tasks of the trial"}),
             ("--split", {"default": "test", "help": "train, validation or test (default)"}),
@@ -60,7 +71,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         "label lines from standard input with a trained prompt",
         "echo 'a quiet, moving film' | softprompt predict --run runs/first",
         [
-            ("--run", {"required": True, "metavar": "DIR", "help": "a trial's folder"}),
+            ("--run", {**FOLDER, "help": "a trial's folder"}),
             ("--task", {"metavar": "NAME", "help": "default: the task it was trained on"}),
             (
                 "--format",
@@ -73,7 +84,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         "write what was trained as a PEFT adapter, a prompt as an array, or a LoRA in its model",
         "softprompt export --run runs/first --format peft --to adapters/first",
         [
-            ("--run", {"required": True, "metavar": "DIR", "help": "a trial's folder"}),
+            ("--run", {**FOLDER, "help": "a trial's folder"}),
             (
                 "--format",
                 {
@@ -82,16 +93,23 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
                     "help": "an adapter's folder, a file, or the whole model's folder",
                 },
             ),
-            ("--to", {"required": True, "metavar": "PATH", "help": "a new folder or file"}),
+            ("--to", {**FOLDER, "metavar": "PATH", "help": "a new folder or file"}),
         ],
     ),
     "import": (
         "make a trial's folder of a PEFT adapter or a prompt's array, for evaluate and predict",
         "softprompt import adapters/first --model HuggingFaceTB/SmolLM2-135M --workdir runs/theirs",
         [
-            ("source", {"metavar": "PATH", "help": "an adapter's folder, or a .npy file [P, D]"}),
+            (
+                "source",
+                {
+                    "type": path,
+                    "metavar": "PATH",
+                    "help": "an adapter's folder, or a .npy file [P, D]",
+                },
+            ),
             ("--model", {"required": True, "metavar": "NAME", "help": "that it was trained on"}),
-            ("--workdir", {"required": True, "metavar": "DIR", "help": "the new trial's folder"}),
+            ("--workdir", {**FOLDER, "help": "the new trial's folder"}),
             ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "whose task to take"}),
             ANY_WEIGHTS,
         ],
@@ -101,7 +119,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         "softprompt sweep prompt_length --subset quickstart --workdir runs/quickstart --dry-run",
         [
             ("experiment", {"metavar": "NAME", "help": "a file in experiments/, or its path"}),
-            ("--workdir", {"required": True, "metavar": "DIR", "help": "where trials are kept"}),
+            ("--workdir", {**FOLDER, "help": "where trials are kept"}),
             ("--subset", {"default": "full", "help": "a named part of the experiment"}),
             (
                 "--shard",
@@ -118,9 +136,17 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         "print the table of a folder's results; with --experiment also write it and the figure",
         "softprompt table runs/quickstart --experiment prompt_length",
         [
-            ("folder", {"metavar": "DIR", "help": "holds result.json files, at any depth"}),
+            (
+                "folder",
+                {"type": path, "metavar": "DIR", "help": "holds result.json files, at any depth"},
+            ),
             ("--experiment", {"metavar": "NAME", "help": "whose table and figure to write"}),
         ],
+    ),
+    "config": (
+        "list the config keys: defaults, what is allowed, what reads them, and what they mean",
+        "softprompt config method 'train.*'",
+        [("keys", {"nargs": "*", "metavar": "KEY", "help": "a section, key or pattern; all"})],
     ),
     "models": (
         "list the models that have a name here, or check their training steps at full size",
@@ -154,6 +180,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
+        check_streams()
         arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
         code = RUN[arguments.command](arguments, overrides)
         sys.stdout.flush()
@@ -165,8 +192,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("softprompt: interrupted; the same command resumes", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_results()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        drop_results()
+        print(f"softprompt: error: cannot write any more: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def check_streams() -> None:
+    """Checks that there is somewhere to write results; a closed standard error is replaced.
+
+    Python has no stream where a descriptor is closed. The next file that is opened would take its
+    number, and what libraries write to standard error would go into that file.
+
+    Raises:
+        UserError: standard output is closed.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        raise UserError("standard output is closed; results go there (>/dev/null drops them)")
+
+
+def drop_results() -> None:
+    """Makes standard output the null device, so that Python's own flush at exit succeeds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:

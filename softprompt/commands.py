@@ -4,13 +4,14 @@ Everything slow to import is imported by the command that needs it.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from softprompt.console import print_columns
-from softprompt.errors import UserError
+from softprompt.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -20,18 +21,32 @@ if TYPE_CHECKING:
 Overrides = list[tuple[str, str]]
 
 
-def join(distributed: str | None) -> None:
-    """Joins the other processes of a run; nothing where it has one.
+def start_jax(distributed: str | None = None) -> None:
+    """Joins the other processes of a run, if it has any, and finds JAX's devices.
 
     Args:
         distributed: "auto" (JAX asks the TPU slice, SLURM or Open MPI), or "host:port,i,n": the
             address of process 0, this one's number and how many there are. None: one process.
 
     Raises:
-        UserError: another form, or nothing to join.
+        UserError: another form, nothing to join, or no device of `JAX_PLATFORMS`.
     """
-    if distributed is None:
-        return
+    import jax
+
+    if distributed is not None:
+        _join(distributed)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts that a CPU-only jaxlib has "cuda"
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "not installed"
+        raise UserError(
+            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}: {reason}; allowed: "
+            "platforms that are there, such as cpu, or '' for the best of them"
+        ) from error
+
+
+def _join(distributed: str) -> None:
+    """Joins the other processes of a run."""
     import jax
 
     found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", distributed)
@@ -57,8 +72,9 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.config.files import load_config
 
     config = load_config(arguments.config, overrides)  # its mistakes show before JAX is imported
-    join(arguments.distributed)
+    start_jax(arguments.distributed)
     from softprompt.console import Progress
+    from softprompt.results import cautions
     from softprompt.training.loop import Diverged
     from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
@@ -81,6 +97,8 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
             file=sys.stderr,
         )
         return 1
+    for caution in cautions(row):
+        print(f"softprompt: note: {caution}", file=sys.stderr)
     _print_json(
         {key: row[key] for key in ("trial", "name", "status", "steps", "seconds", "metrics")}
     )
@@ -89,6 +107,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints a trained prompt's scores as JSON, a list of them where there are several."""
+    start_jax()
     from softprompt.console import Progress
     from softprompt.trials.evaluate import evaluate_runs
 
@@ -108,7 +127,11 @@ def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints an answer for each line of standard input."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed; predict reads lines of text from it")
     import json
+
+    start_jax()
 
     from softprompt.console import Progress
     from softprompt.trials.evaluate import predict_lines
@@ -140,6 +163,7 @@ def _lines(stream: Iterable[bytes]) -> Iterator[str]:
 
 def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Writes a trial's delta for another program, and prints what to know of it."""
+    start_jax()
     from softprompt.trials.convert import export_run
 
     report = export_run(arguments.run, kind=arguments.format, to=arguments.to)
@@ -159,6 +183,7 @@ def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
             )
     # Mistakes in it show before JAX is imported.
     config = load_config(arguments.config, [*overrides, ("model.name", arguments.model)])
+    start_jax()
     from softprompt.console import Progress
     from softprompt.trials.convert import import_run
 
@@ -177,14 +202,15 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
     experiment = sweeps.load_experiment(arguments.experiment)
     shard = sweeps.parse_shard(arguments.shard)
-    join(arguments.distributed)  # before a config is resolved, which asks JAX for its devices
+    start_jax(arguments.distributed)  # before a config is resolved, which asks JAX for its devices
     trials = sweeps.make_trials(experiment, arguments.subset, overrides)
     trials = sweeps.take_shard(trials, shard)
     import jax
 
     from softprompt.console import Progress
+    from softprompt.results import read_rows
     from softprompt.trials.estimate import estimate
-    from softprompt.trials.run import run_trial
+    from softprompt.trials.outputs import claim_outputs
     from softprompt.trials.session import Session
 
     with Progress() as progress:
@@ -195,14 +221,9 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             costs = sweeps.dry_run(trials, arguments.workdir, lambda c: estimate(c, session))
             print(to_markdown(costs), end="")
             return int(any(str(state).startswith("fails") for state in costs["state"]))
-        failed = sweeps.run_sweep(
-            trials,
-            arguments.workdir,
-            lambda config, folder: run_trial(config, folder, session=session),
-            progress=progress,
-            estimate=lambda config: estimate(config, session),
-            session=session,
-        )
+        if jax.process_index() == 0:
+            claim_outputs(experiment, arguments.workdir)
+        failed = sweeps.run_trials(trials, arguments.workdir, session)
         if session.compiled:
             progress.say(f"{len(session.compiled)} training programs compiled")
     for row in failed:
@@ -214,7 +235,8 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             file=sys.stderr,
         )
     if jax.process_index() == 0:
-        _write_experiment(experiment, arguments.workdir)
+        if any(row["status"] == "done" for row in read_rows(arguments.workdir)):
+            _write_outputs(experiment, arguments.workdir)
     return 1 if failed else 0
 
 
@@ -222,10 +244,10 @@ def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints a table of results."""
     from softprompt import results
     from softprompt.analysis import tables
-    from softprompt.trials import sweep as sweeps
+    from softprompt.trials.sweep import load_experiment
 
     if arguments.experiment:
-        _write_experiment(sweeps.load_experiment(arguments.experiment), arguments.folder)
+        _write_outputs(load_experiment(arguments.experiment), arguments.folder)
     else:
         rows = results.read_rows(arguments.folder)
         if not rows:
@@ -234,29 +256,51 @@ def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
-def _write_experiment(experiment: "ModuleType", folder: str) -> None:
+def _write_outputs(experiment: "ModuleType", folder: str) -> None:
     """Writes table and figure of all rows below a folder, prints the table and where they are."""
     from etils import epath
 
-    from softprompt import results
-    from softprompt.trials import sweep as sweeps
+    from softprompt.trials.outputs import write_trial_outputs
 
-    rows = results.read_rows(folder)
-    if not rows:
-        raise UserError(f"no result.json below {folder!r}")
-    sweeps.write_outputs(experiment, rows, folder)
-    print((epath.Path(folder) / "table.md").read_text(), end="")
-    print(
-        f"wrote table.md, table.csv, table.tex, figure.png, figure.pdf in {folder}", file=sys.stderr
-    )
+    files = write_trial_outputs(experiment, folder)
+    print((epath.Path(folder) / files[0]).read_text(), end="")
+    print(f"wrote {', '.join(files)} in {folder}", file=sys.stderr)
+
+
+def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Prints config keys: default, what is allowed, what reads them, and what they mean."""
+    import json
+    import textwrap
+    from fnmatch import fnmatchcase
+
+    from softprompt.config.schema import describe
+    from softprompt.settings import allowed
+
+    keys = {key.name: key for key in describe()}
+    patterns = arguments.keys or ["*"]
+    for pattern in patterns:
+        names = [
+            name for name in keys if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+        ]
+        if not names:
+            sections = {name.partition(".")[0] for name in keys}
+            raise unknown("config key", pattern, {*keys, *sections})
+        for name in names:
+            key = keys[name]
+            readers = [f"{by}={' or '.join(who)}" for by, who in key.owners.items()]
+            facts = "; ".join([allowed(key), *(f"with {one}" for one in readers)])
+            print(f"{name} = {json.dumps(key.default)}  ({facts})")
+            print(textwrap.indent(textwrap.fill(key.help, 92), "    "))
+    return 0
 
 
 def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints the catalogue, or checks it at full size."""
     if arguments.check:
-        from softprompt.trials import shape_check as full_size
+        start_jax()
+        from softprompt.trials import shape_check
 
-        return full_size.run(arguments.names)
+        return shape_check.run(arguments.names)
     from softprompt.pretrained.catalog import listing
 
     print_columns(*listing(arguments.names))
@@ -287,22 +331,25 @@ def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _show(task: "Task", *, examples: int) -> None:
-    """Prints a task's examples and label counts, a split at a time; reading prepares the data."""
+    """Prints a task's examples, label counts and overlaps of splits; reading prepares the data."""
     import json
 
     from softprompt.data.subsets import label_counts
-    from softprompt.data.tasks import SPLITS, read_split, target_text
+    from softprompt.data.tasks import SPLITS, overlap_warnings, read_split, target_text
 
+    splits = {}
     for split in SPLITS:
-        records = read_split(task, split)
+        records = splits[split] = read_split(task, split)
         counts = label_counts(records).items()
-        shares = ", ".join(f"{label or 'unlabelled'} {count:,}" for label, count in counts)
+        shares = ", ".join(f"{label} {count:,}" for label, count in counts)
         print(f"{task.name} {split}: {len(records):,} examples ({shares})")
         for record in records[:examples] if split == "train" else ():
             target = target_text(task, record["label"])
             print(f"  id      {record['id']}")
             print(f"  input   {json.dumps(task.template.format(**record), ensure_ascii=False)}")
             print(f"  target  {json.dumps(target, ensure_ascii=False)}")
+    for line in overlap_warnings(task, splits):
+        print(line)
 
 
 def _print_json(value: object) -> None:
@@ -319,6 +366,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {
     "import": import_,
     "sweep": sweep,
     "table": table,
+    "config": config,
     "models": models,
     "data": data,
 }

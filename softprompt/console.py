@@ -114,25 +114,49 @@ class Progress:
             self._current = None
 
     def trial(self, name: str, done: int, total: int, left: float | None) -> None:
-        """Shows how far the sweep is.
+        """Shows which trial of a sweep begins.
 
         Args:
-            name: of the trial that begins, "" at the end.
+            name: of the trial.
             done: trials finished.
             total: trials in all.
-            left: seconds that the rest will take; None where nobody knows.
+            left: seconds that the rest will take; None where nothing is known.
         """
         self._trial, self._stage = name, ""
         self._drop_bar()
-        note = f"about {duration(left)} left" if left is not None else ""
         if self._bars is None:
-            if name:
-                self.say(f"trial {done + 1} of {total}: {name}{', ' + note if note else ''}")
-            return
+            note = _time_left(left)
+            self.say(f"trial {done + 1} of {total}: {name}{', ' + note if note else ''}")
+        else:
+            self._show_sweep(f"sweep: {name}", done, total, left)
+
+    def finished(self, line: str, done: int, total: int, left: float | None) -> None:
+        """Writes a line on a trial of a sweep that is finished.
+
+        Args:
+            line: what became of it.
+            done: trials finished, this one included.
+            total: trials in all.
+            left: seconds that the rest will take; None leaves it out.
+        """
+        self.say(line)
+        if self._bars is not None:
+            self._show_sweep("sweep", done, total, left)
+        elif note := _time_left(left):
+            self.say(f"{done} of {total} trials done, {note}")
+
+    def _show_sweep(self, title: str, done: int, total: int, left: float | None) -> None:
+        """The bar of the sweep."""
+        assert self._bars is not None
         if self._sweep is None:
-            self._sweep = self._bars.add_task("sweep", total=total, note=note)
-        title = f"sweep: {name}" if name else "sweep"
+            self._sweep = self._bars.add_task("sweep", total=total, note="")
+        note = _time_left(left)
         self._bars.update(self._sweep, description=title, completed=done, total=total, note=note)
+
+
+def _time_left(seconds: float | None) -> str:
+    """Such as "about 45 s left"; "" of None."""
+    return "" if seconds is None else f"about {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:

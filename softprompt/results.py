@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from softprompt.config import ConfigDict, to_dict, trial_id, trial_name
+from softprompt.console import duration
 from softprompt.errors import UserError
 from softprompt.files import write_text
 
@@ -25,6 +26,7 @@ Row = dict[str, Any]
 FILE = "result.json"
 _PACKAGES = ("softprompt", "jax", "jaxlib", "flax", "optax", "numpy")
 _NOT_TRIALS = ("checkpoints", "snapshots")
+_MEASURED = ("validation", "test", "text", "latency")  # parts of a row's metrics
 
 
 # What a row tells of a trial that ran, in numbers: None where a trial has none.
@@ -45,6 +47,7 @@ FACTS = {
     "step_memory_bytes": "what a training step needs on a device, weights and batch included, by "
     "the compiler's own account",
     "delta_bytes": "of the saved delta's file",
+    "shared_texts": "texts that stand in two of the task's splits",
 }
 
 
@@ -163,6 +166,8 @@ def _plain(value: Any) -> Any:
 def read_result(folder: epath.PathLike) -> Row | None:
     """Returns the row of a trial's folder, None where it has none.
 
+    What the file lacks, as an older version's does, is None; an error is "" and metrics are {}.
+
     Raises:
         UserError: the file is not a row.
     """
@@ -175,7 +180,48 @@ def read_result(folder: epath.PathLike) -> Row | None:
         raise UserError(f"{file}: not JSON ({error}); delete it to run the trial again") from error
     if not isinstance(row, dict) or not {"trial", "status", "config"} <= row.keys():
         raise UserError(f"{file}: not a result row; it needs the keys trial, status and config")
+    row = {"name": row["trial"], "error": "", "seconds": None, **dict.fromkeys(FACTS)} | row
+    row["metrics"] = row.get("metrics") or {}
+    for name, value in (("config", row["config"]), *_tables(row["metrics"])):
+        if not isinstance(value, dict):
+            raise UserError(f"{file}: {name} is {value!r}; allowed: a JSON object")
     return row
+
+
+def _tables(metrics: Any) -> list[tuple[str, Any]]:
+    """What of a row's metrics has to be an object, by name."""
+    found = [("metrics", metrics)]
+    if isinstance(metrics, dict):
+        found += [(f"metrics.{part}", metrics[part]) for part in _MEASURED if part in metrics]
+    return found
+
+
+def cautions(row: Row) -> list[str]:
+    """Returns why a row's scores may mislead, in a few words each; none for most rows."""
+    metrics = row["metrics"]
+    found = []
+    if metrics.get("selected_step") == 0:
+        found.append("step 0 selected: untrained")
+    counts = metrics.get("test", {}).items()
+    if any(name.split("/")[-1] == "classes_predicted" and n == 1 for name, n in counts):
+        found.append("one class predicted")
+    if row.get("shared_texts"):
+        found.append(f"{row['shared_texts']:,} texts in two splits")
+    return found
+
+
+def outcome(row: Row) -> str:
+    """Returns a line on a finished trial: its test score, time, and what may mislead."""
+    test = row["metrics"].get("test", {})
+    metric = row["config"].get("eval", {}).get("metric", "accuracy")
+    parts = [f"{row['name']}: test {metric} "]
+    if test.get(metric) is None:
+        parts[0] += "unknown"
+    else:
+        parts[0] += f"{test[metric]:.3f} on {test.get('examples', 0):,} examples"
+    if row["seconds"] is not None:
+        parts.append(duration(row["seconds"]))
+    return ", ".join([*parts, *cautions(row)])
 
 
 def is_done(folder: epath.PathLike) -> bool:
@@ -197,11 +243,10 @@ def read_rows(folder: epath.PathLike) -> list[Row]:
 
 
 def _rows(folder: epath.Path) -> Iterator[Row]:
-    """Rows below a folder, depth first; nothing is looked for inside a trial."""
+    """The rows of a folder and of all below it, depth first."""
     row = read_result(folder)
     if row is not None:
         yield row
-        return
     for child in sorted(folder.iterdir()):
         if child.is_dir() and child.name not in _NOT_TRIALS and not child.name.startswith("."):
             yield from _rows(child)

@@ -112,6 +112,8 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "gpt2-untied": {
@@ -120,6 +122,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "activation_function": "gelu",
         "scale_attn_weights": False,
+        "scale_attn_by_inverse_layer_idx": True,
     },
     "neox": {**_NEOX, "rotary_pct": 0.25, "rotary_emb_base": 100},
     "neox-sequential": {
@@ -128,6 +131,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rotary_pct": 1.0,
         "attention_bias": False,
         "tie_word_embeddings": True,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
     },
     "opt": _OPT,
     "opt-350m": {**_OPT, "word_embed_proj_dim": 20, "do_layer_norm_before": False},
@@ -143,7 +147,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 7,
     },
     "qwen2": {**_QWEN2, "tie_word_embeddings": True},
-    "qwen2-sliding": {**_QWEN2, **_SLIDING},
+    "qwen2-sliding": {**_QWEN2, **_SLIDING, "rope_scaling": _YARN},
     "qwen3": {**_QWEN3, "tie_word_embeddings": True},
     "qwen3-sliding": {**_QWEN3, **_SLIDING, "attention_bias": True},
     "gemma": _GEMMA,

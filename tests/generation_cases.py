@@ -8,11 +8,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from softprompt.models.t5 import T5
-from softprompt.pretrained.t5_names import load_weights
 from tests.families import write_family_folder
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import FAMILIES as T5_FAMILIES
-from tests.tiny_t5 import write_t5_folder
+from tests.tiny_t5 import load_weights, write_t5_folder
 
 NEW = 32
 LENGTHS = (40, 9, 1, 23, 5, 31, 14, 2)

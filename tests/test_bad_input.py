@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from softprompt import cli
+from softprompt.methods.delta_file import save_delta
 from softprompt.results import read_result
-from softprompt.training.delta_file import save_delta
 from tests.mistakes import one_line, refused
 from tests.own_task import REPOSITORY, train_command, words, write_task
 
@@ -119,7 +119,7 @@ def refuse(capsys, tmp_path):
         ),
         (
             {"method__name": "lora", "method__reparam": "mlp"},
-            "config key 'method.reparam' is 'mlp'; allowed for method.name=lora: none",
+            "config key 'method.reparam' is 'mlp'; method.name=lora has no such key (prompt, pre",
         ),
         (
             {"method__name": "prefix", "method__reparam": "mlp"},
@@ -127,7 +127,7 @@ def refuse(capsys, tmp_path):
         ),
         (
             {"method__init": "zeros"},
-            "config key 'method.init' is 'zeros'; allowed for a prompt: vocabulary, uniform,",
+            "config key 'method.init' is 'zeros'; allowed for method.name=prompt: vocabulary,",
         ),
         (
             {"method__place": "decoder"},

@@ -178,10 +178,7 @@ def test_a_pickle_with_code_in_it(refuse, model, tmp_path):
     if importlib.util.find_spec("torch"):
         assert line.startswith(f"{file}: refused: it holds more than tensors, which may be code (")
     else:
-        assert line == (
-            f"{file}: a file of PyTorch's is read where PyTorch is installed (pip install torch); "
-            "safetensors need none"
-        )
+        assert line.startswith(f"{file}: ") and "pip install torch" in line
     assert not sign.exists()
 
 

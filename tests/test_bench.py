@@ -21,7 +21,7 @@ from softprompt.pretrained.loading import load_model
 from softprompt.pretrained.save import save_folder
 from softprompt.training.optimizers import make_optimizer, set_rate
 from softprompt.training.step import train_step
-from softprompt.trials import sweep
+from softprompt.trials.outputs import write_outputs
 from softprompt.trials.prepare import initial_state, prepare, train_source
 from softprompt.trials.session import Session, optimizer_config
 
@@ -348,8 +348,8 @@ def test_table_claims_and_figure(tmp_path):
     assert met["smollm2, P = 100: share of the products' rate"] == "met"
     verdicts = [met[f"tiny: losses without {off}, relative difference"] for off in cells.SAVINGS]
     assert verdicts == ["met", "missed", "not measured"]
-    sweep.write_outputs(report, rows, tmp_path)
-    sweep.write_outputs(report, rows[:1], tmp_path)
+    write_outputs(report, rows, tmp_path)
+    write_outputs(report, rows[:1], tmp_path)
 
 
 def test_the_figures_bars(monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from softprompt import cli, results
+from softprompt.config.schema import KEYS
 from softprompt.errors import UserError
 from tests.own_task import give
 from tests.tiny import write_llama_folder
@@ -206,12 +207,30 @@ def test_models_and_data(place, capsys):
     assert '" positive"' in shown
 
 
+def test_config_lists_keys(capsys):
+    """Breaks when a key is left out, or its default, range, choices or reader is."""
+    assert cli.main(["config"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:1].strip()]
+    assert [line.split(" = ")[0] for line in lines] == list(KEYS)
+    assert cli.main(["config", "method.rank", "optimizer"]) == 0
+    first, meaning, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("method.rank = 8  (at least 1; with method.name=")
+    assert "lora" in first and meaning.startswith("    ")
+    named = next(line for line in rest if line.startswith("optimizer.name"))
+    assert 'optimizer.name = "adamw"  (adamw, ' in named
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "the following arguments are required"),
         (["tarin"], "invalid choice: 'tarin'"),
         (["train"], "required: --workdir (see softprompt train --help)"),
+        (
+            ["train", "--workdir", ""],
+            "argument --workdir: is ''; allowed: a path",
+        ),
+        (["table", ""], "argument DIR: is ''; allowed: a path"),
         (["train", "--workdir", "w", "--confg.x=1"], "unrecognized arguments: --confg.x=1"),
         (["train", "--workdir", "w", "--config", "no.py"], "no config file 'no.py'"),
         (["evaluate", "--run", "nowhere"], "nowhere: no trial there"),
@@ -222,6 +241,7 @@ def test_models_and_data(place, capsys):
         (["sweep", "prompt_length", "--workdir", "w", "--subset", "x"], "unknown subset 'x'"),
         (["table", "nowhere"], "no folder 'nowhere'"),
         (["models", "pythia-71m"], "unknown model 'pythia-71m' (did you mean "),
+        (["config", "methd"], "unknown config key 'methd' (did you mean 'method'?)"),
         (["data", "show"], "data show needs a task; known: "),
         (["data", "show", "movie"], "unknown task 'movie'"),
     ],
@@ -332,6 +352,42 @@ def test_a_reader_that_leaves_is_no_error():
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--version >&-", "standard output is closed"),
+        ("models >/dev/full", "cannot write any more: No space left on device"),
+        ("predict --run nowhere <&-", "standard input is closed"),
+        ("train --workdir w", "JAX_PLATFORMS is 'nowhere': Unable to initialize backend 'nowhere'"),
+    ],
+)
+def test_what_a_shell_takes_away(tmp_path, command, message):
+    """Breaks when a closed stream, a full disk or a missing platform ends in a traceback."""
+    done = subprocess.run(
+        f"exec {sys.executable} -m softprompt {command}",
+        shell=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "nowhere"},
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"softprompt: error: {message}")
+    assert done.returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_closed_standard_error_is_replaced(tmp_path):
+    """Breaks when what is written to it is written to standard output, or nowhere to be found."""
+    done = subprocess.run(
+        f"exec {sys.executable} -m softprompt tarin 2>&-",
+        shell=True,
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_a_trial_that_fails_is_a_row_and_exits_with_one(place, tmp_path, monkeypatch, capsys):

@@ -12,11 +12,16 @@ def test_progress_off_a_terminal_is_plain_lines(capsys):
         progress.stage("train", 1, 100, "loss 0.7")
         progress.stage("train", 2, 100, "loss 0.6")
         progress.stage("train", 100, 100, "loss 0.5")
+        progress.finished("test accuracy 0.8", 1, 4, 450.0)
+        progress.finished("test accuracy 0.9", 2, 4, None)
     assert capsys.readouterr().err.splitlines() == [
         "trial 1 of 4: prompt-5-vocabulary-s0, about 10 min 0 s left",
         "[prompt-5-vocabulary-s0] load the model ...",
         "[prompt-5-vocabulary-s0] train 1/100: loss 0.7, 0 s left",
         "[prompt-5-vocabulary-s0] train 100/100: loss 0.5",
+        "test accuracy 0.8",
+        "1 of 4 trials done, about 7 min 30 s left",
+        "test accuracy 0.9",
     ]
 
 
@@ -29,9 +34,11 @@ def test_progress_on_a_terminal_ends_with_what_was_said(monkeypatch):
         progress.stage("load the model")
         progress.stage("train", 50, 100, "loss 0.7")
         progress.say("validation accuracy 0.8 [best]")
+        progress.finished("test accuracy 0.8", 1, 4, 450.0)
     written = stream.getvalue()
     assert "validation accuracy 0.8 [best]\n" in written
     assert "50/100" in written
+    assert "test accuracy 0.8\n" in written and "about 7 min 30 s left" in written
 
 
 def test_a_trial_beside_others_takes_its_bar_away(monkeypatch):

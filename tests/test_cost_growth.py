@@ -11,7 +11,7 @@ from softprompt.config import from_dict, set_key, to_dict
 from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.pretrained.loading import load_model
-from softprompt.trials.sweep import write_outputs
+from softprompt.trials.outputs import write_outputs
 from tests.own_task import make_config, write_task
 
 ASKED = [

@@ -7,6 +7,7 @@ import pytest
 from softprompt.config import to_dict
 from softprompt.errors import UserError
 from softprompt.trials import sweep
+from softprompt.trials.outputs import write_outputs
 
 PARAMETERS = 1_000_000
 
@@ -130,34 +131,32 @@ def test_measured_and_claimed(experiment):
     assert base["server GB"] == pytest.approx(2e6 / 1e9, rel=0.01)
     assert (base["trained"], base["token"]) == (0, None)
     assert base["all"] == pytest.approx(0.65)
-    assert list(table["status"]) == ["done"] * 10
+    assert "note" not in table
 
 
 def test_half_a_sweep(experiment, tmp_path):
-    """Mutation: what is missing is an error, or a number; a failed trial does not show."""
+    """Breaks when what is missing is an error, or a number."""
     rows = rows_of(experiment, "quick")
-    rows[1] |= {"status": "failed", "error": "RuntimeError: no memory", "metrics": {}}
     for key in ("weight_bytes", "delta_bytes", "trainable", "step_seconds", "flops", "steps"):
-        rows[1][key] = None
-    del rows[3]["step_memory_bytes"]  # an older version's row
-    table = experiment.table(rows[1:4])
-    assert table["status"].tolist() == ["1 of 2 failed: RuntimeError: no memory"]
+        rows[1][key] = None  # an older version's row
+    del rows[3]["step_memory_bytes"]
+    rows[1]["metrics"] = {}
     alone = experiment.table(rows[1:2])
     assert alone.iloc[0].dropna().to_dict().keys() <= {
-        *("method", "claimed share", "claimed MB", "claimed latency", "status")
+        *("method", "claimed share", "claimed MB", "claimed latency")
     }
     for part in (rows[1:4], rows[1:2], [], rows):
-        sweep.write_outputs(experiment, part, tmp_path)
+        write_outputs(experiment, part, tmp_path)
 
 
-def test_the_figure_tells_nine_lines_apart(experiment):
-    """Mutation: the seventh line looks like the first."""
+def test_the_figure_has_a_dot_for_each_method_and_number_of_examples(experiment):
+    """Breaks when two series look alike; when a method is left out, or stands elsewhere."""
     (axes,) = experiment.figure(rows_of(experiment, "full")).axes
-    looks = [
-        (line[0].get_color(), line[0].get_linestyle(), line[0].get_marker())
-        for line in axes.containers
-    ]
-    assert len(looks) == len(set(looks)) == 9
-    names = {text.get_text() for text in axes.texts}
-    assert names == set(experiment.METHODS)
-    assert [tick.get_text() for tick in axes.get_xticklabels()][-1] == "7070"
+    looks = [(line[0].get_color(), line[0].get_marker()) for line in axes.containers]
+    assert len(looks) == len(set(looks)) == 5
+    names = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert names == list(experiment.METHODS)[1:]
+    assert {len(line[0].get_xdata()) for line in axes.containers} == {len(names)}
+    series = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert (series[0], series[-1]) == ("100 examples", "7,070 examples")
+    assert axes.get_title(loc="left") == "movie_sentiment, smollm2-135m-instruct-q4"

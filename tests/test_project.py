@@ -101,6 +101,16 @@ def test_the_library_imports_neither_torch_nor_tensorflow():
     assert run_python(code)[0].split() == []
 
 
+# Mutation: import `loading` or the catalogue, which builds every published model, for LoRA.
+def test_a_method_and_its_files_need_no_catalogue():
+    code = (
+        "import sys, softprompt.methods.lora, softprompt.interchange.peft\n"
+        "names = {f'softprompt.pretrained.{n}' for n in ('catalog', 'published')}\n"
+        "print(*names & set(sys.modules))"
+    )
+    assert run_python(code)[0].split() == []
+
+
 # Mutation: misspell a target in README.md.
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_documented_make_targets_exist(page):

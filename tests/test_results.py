@@ -1,13 +1,16 @@
 """Result rows and the files that they are in."""
 
+import json
 import resource
 import sys
 
 import pytest
 
 from softprompt import files, results
-from softprompt.config import trial_name
+from softprompt.analysis import tables
+from softprompt.config import to_dict, trial_name
 from softprompt.errors import UserError
+from softprompt.trials.sweep import load_experiment
 from tests.trials.test_sweep import Runner, config, done_row, run
 
 
@@ -34,6 +37,50 @@ def test_unreadable_rows_are_one_line(tmp_path):
         results.read_rows(tmp_path)
     (tmp_path / "result.json").write_text("[]")
     with pytest.raises(UserError, match="result.json: not a result row"):
+        results.read_rows(tmp_path)
+
+
+def test_trials_below_a_trial_are_found(tmp_path):
+    """Breaks when the search stops at a folder that holds a row, or looks into checkpoints."""
+    lengths = {"": 1, "a": 5, "a/checkpoints/1": 2, "b": 20}
+    for place, length in lengths.items():
+        results.write_result(tmp_path / place, done_row(config(length)))
+    found = [row["config"]["method"]["length"] for row in results.read_rows(tmp_path)]
+    assert found == [1, 5, 20]
+
+
+def test_a_row_without_metrics_is_read(tmp_path):
+    """Breaks when what an older version's row lacks is left out, or null metrics stay None."""
+    for name, more in (("a", {}), ("b", {"metrics": None})):
+        (tmp_path / name).mkdir()
+        row = {"trial": name, "status": "done", "config": to_dict(config(5)), **more}
+        (tmp_path / name / "result.json").write_text(json.dumps(row))
+    rows = results.read_rows(tmp_path)
+    assert [(row["name"], row["metrics"], row["steps"]) for row in rows] == [
+        ("a", {}, None),
+        ("b", {}, None),
+    ]
+    overview = tables.overview(rows)
+    assert list(overview["id"]) == ["a", "b"]
+    (line,) = tables.summarise(rows, {"method": lambda row: "prompt"}).to_dict("records")
+    assert (line["seeds"], line["test accuracy"], line["low"]) == (2, None, None)
+    experiment = load_experiment("prompt_length")
+    assert experiment.table(rows)["test accuracy"].tolist() == [None]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"config": 3}, "config is 3"),
+        ({"metrics": [1]}, r"metrics is \[1\]"),
+        ({"metrics": {"test": 0.8}}, "metrics.test is 0.8"),
+    ],
+)
+def test_a_part_of_a_row_that_is_no_object_is_named(tmp_path, broken, message):
+    """Breaks when read_result looks at the keys alone."""
+    row = {"trial": "a", "status": "done", "config": {}, **broken}
+    (tmp_path / "result.json").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=f"result.json: {message}; allowed: a JSON object"):
         results.read_rows(tmp_path)
 
 

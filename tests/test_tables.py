@@ -14,7 +14,7 @@ def row(accuracy=0.8, *, status="done", error="", **keys):
     config = base_config()
     for key, value in keys.items():
         set_key(config, key.replace("__", "."), value)
-    scores = {"accuracy": accuracy, "macro_f1": accuracy, "examples": 100}
+    scores, again = ({"accuracy": accuracy, "macro_f1": accuracy, "examples": 100} for _ in "ab")
     return {
         "trial": "0123456789",
         "name": "a trial",
@@ -24,15 +24,8 @@ def row(accuracy=0.8, *, status="done", error="", **keys):
         "seconds": 10.0,
         "steps": 100,
         "trainable": 11520,
-        "metrics": {"validation": scores, "test": scores} if status == "done" else {},
+        "metrics": {"validation": scores, "test": again} if status == "done" else {},
     }
-
-
-def test_t_interval_is_scipys():
-    values = [0.81, 0.84, 0.86, 0.80]
-    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
-    assert tables.t_interval(values) == pytest.approx((low, high))
-    assert tables.t_interval([0.8]) == (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize(("right", "examples"), [(0, 10), (10, 10), (1_700, 2_000)])
@@ -43,18 +36,36 @@ def test_wilson_interval_is_scipys(right, examples):
     )
 
 
-def test_t_interval_covers_the_mean_as_often_as_it_says():
-    draws = np.random.default_rng(0).normal(0.8, 0.02, size=(2000, 3))
-    covered = [low <= 0.8 <= high for low, high in map(tables.t_interval, draws)]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+def test_seeds_that_agree_leave_the_interval_of_the_examples():
+    """Breaks when the seeds' spread alone makes the interval, whose width is then zero; when three
+    seeds count as three test sets."""
+    wilson = pytest.approx(tables.wilson_interval(0.8, 100), abs=1e-12)
+    for seeds in (1, 2, 3):
+        assert tables.seeds_interval([[(0.8, 100)]] * seeds) == wilson
 
 
-def test_accuracy_interval_takes_seeds_where_there_are_several():
-    alone = tables.accuracy_interval([0.8], [[(0.8, 100)]])
-    assert alone == pytest.approx(tables.wilson_interval(0.8, 100), abs=1e-15)
-    several = [[(0.8, 100)]] * 2  # is not read
-    assert tables.accuracy_interval([0.8, 0.82], several)[1] < 1
-    assert tables.accuracy_interval([0.5, 0.99], several) == (0.0, 1.0)
+def test_few_seeds_that_differ_little_have_no_interval_from_0_to_1():
+    """Breaks when Student's quantile for one degree of freedom multiplies the examples' part too;
+    when the seeds' part is left out."""
+    low, high = tables.seeds_interval([[(0.70, 200)], [(0.76, 200)]])
+    alone = tables.wilson_interval(0.73, 200)
+    assert 0.6 < low < alone[0] and alone[1] < high < 0.85
+    assert tables.seeds_interval([[(0.2, 10**6)], [(0.9, 10**6)]]) == (0.0, 1.0)
+    many = tables.seeds_interval([[(0.8, 10**9)], [(0.82, 10**9)], [(0.87, 10**9)]])
+    wanted = stats.t.interval(0.95, 2, loc=0.83, scale=stats.sem([0.8, 0.82, 0.87]))
+    assert many == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.05])
+def test_the_interval_over_seeds_covers_the_mean(spread):
+    """Breaks when either part is left out, or the normal quantile is taken for few seeds."""
+    random, covered = np.random.default_rng(0), []
+    for _ in range(1000):
+        rates = np.clip(0.8 + spread * random.standard_normal(3), 0, 1)
+        right = random.random(200)[:, None] < rates  # seeds share the test examples
+        low, high = tables.seeds_interval([[(float(share), 200)] for share in right.mean(axis=0)])
+        covered.append(low <= 0.8 <= high)
+    assert 0.94 < np.mean(covered) < 0.99
 
 
 def test_a_mixture_is_as_uncertain_as_its_smallest_task():
@@ -72,7 +83,9 @@ def test_a_mixture_is_as_uncertain_as_its_smallest_task():
     own |= {"small/accuracy": 0.5, "small/examples": 10, "empty/accuracy": 0.0, "empty/examples": 0}
     mixed = row() | {"metrics": {"validation": own, "test": own}}
     table = tables.summarise([mixed], {"name": lambda row: row["name"]})
-    assert (table["low"][0], table["high"][0]) == (low, high)
+    assert (table["low"][0], table["high"][0]) == pytest.approx((low, high))
+    without = tables.summarise([mixed], {"name": len}, metric="macro_f1")
+    assert without["low"].tolist() == [None], "no mean over examples"
 
 
 def test_summary_groups_seeds():
@@ -81,11 +94,43 @@ def test_summary_groups_seeds():
     assert table["length"].tolist() == [20, 5]
     assert table["seeds"].tolist() == [2, 1]
     assert table["test accuracy"].tolist() == pytest.approx([0.82, 0.70])
-    both = tables.accuracy_interval([0.80, 0.84], [[(0.8, 100)], [(0.84, 100)]])
+    both = tables.seeds_interval([[(0.8, 100)], [(0.84, 100)]])
     assert (table["low"][0], table["high"][0]) == both
-    assert (table["low"][1], table["high"][1]) == tables.mean_interval([(0.70, 100)])
+    one = pytest.approx(tables.wilson_interval(0.70, 100))
+    assert (table["low"][1], table["high"][1]) == one
+    assert table["test examples"].tolist() == [100, 100]
+    assert not {"also", "note", "status"} & set(table.columns)
     assert table["values"].tolist() == [(0.80, 0.84), (0.70,)]
     assert tables.summarise([], {"length": len}).columns[0] == "length"
+
+
+def test_steps_that_differ_within_a_group_are_a_range():
+    """Breaks when a group's steps are its first seed's; when seeds that agree are a range."""
+    rows = [row(0.8), row(0.8, seed=1), row(0.7, method__length=5)]
+    rows[1]["steps"] = 50
+    for one, step in zip(rows, (75, 25, 100), strict=True):
+        one["metrics"]["selected_step"] = step
+    table = tables.summarise(rows, {"length": lambda row: row["config"]["method"]["length"]})
+    assert table["steps"].tolist() == ["50 to 100", 100]
+    assert table["selected step"].tolist() == ["25 to 75", 100]
+
+
+def test_scores_that_mislead_are_noted():
+    """Breaks when a prompt of step 0, or a constant prediction, looks like any other."""
+    rows = [row(0.8), row(0.8, seed=1), row(0.7, method__length=5)]
+    rows[1]["metrics"]["selected_step"] = 0
+    rows[2]["metrics"]["test"]["large/classes_predicted"] = 1
+    rows[2]["shared_texts"] = 1200
+    by = {"length": lambda row: row["config"]["method"]["length"]}
+    assert tables.summarise(rows, by)["note"].tolist() == [
+        "step 0 selected: untrained (1 of 2 seeds)",
+        "one class predicted; 1,200 texts in two splits",
+    ]
+    overview = tables.overview(rows)
+    assert overview["note"].tolist()[:2] == ["", "step 0 selected: untrained"]
+    assert overview["note"].tolist()[2].startswith("one class predicted; ")
+    assert overview["selected step"].tolist()[1] == 0
+    assert "test large/classes_predicted" not in overview
 
 
 def test_what_differs_in_more_than_the_seed_is_no_group():
@@ -107,7 +152,7 @@ def test_a_failed_or_unscored_trial_counts_for_nothing():
     table = tables.summarise(rows, {"length": lambda row: row["config"]["method"]["length"]})
     assert table["seeds"].tolist() == [1, 1]
     assert table["test accuracy"].tolist() == [0.8, None]
-    assert table["status"].tolist() == ["1 of 2 failed: out of memory", "done"]
+    assert table["status"].tolist() == ["1 of 2 failed: out of memory", ""]
 
 
 def test_the_best_line_is_chosen_among_the_eligible():
@@ -180,3 +225,30 @@ def test_length_plot_draws_every_point_and_band():
     colours = {text.get_text(): text.get_color() for text in axes.texts}
     assert colours["vocabulary"] == plots.COLOURS[2]
     assert {text.xy[0] for text in axes.texts} == {1.0}, "beside the axes, where nothing is drawn"
+
+
+def test_category_plot_draws_a_dot_in_each_category():
+    """Breaks when series stand on one another, or a baseline beyond the second is left out."""
+    point = plots.Point(0, 0.8, 0.7, 0.9, (0.75, 0.85))
+    figure = plots.category_plot(
+        {"few": {"prompt": point, "LoRA": point}, "all": {"LoRA": point}},
+        dict.fromkeys(("zero-shot", "few-shot", "guess"), point),
+        ylabel="accuracy",
+    )
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["prompt", "LoRA"]
+    few, every = (line[0].get_xdata() for line in axes.containers)
+    assert list(few) == pytest.approx([-0.15, 0.85]) and list(every) == pytest.approx([1.15])
+    assert {text.get_text() for text in axes.texts} == {"zero-shot", "few-shot", "guess"}
+
+
+def test_the_subject_of_rows():
+    """Breaks when it is that of the first row, or has a folder in it."""
+    rows = [row(), row(task__name="sms_spam", model__name="runs/models/tiny/")]
+    assert tables.subject(rows[:1]) == "movie_sentiment, smollm2-135m-instruct-q4"
+    both = "movie_sentiment and sms_spam, smollm2-135m-instruct-q4 and tiny"
+    assert tables.subject(rows) == both
+    mixed = row(data__mixture="boolq, sarcasm")
+    assert tables.subject([*rows, mixed]).startswith("3 tasks, ")
+    assert tables.subject([mixed]).startswith("boolq+sarcasm, ")
+    assert tables.subject([{"config": {}}]) == ", ", "an older version's"

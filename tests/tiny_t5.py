@@ -12,16 +12,32 @@ from tokenizers.processors import TemplateProcessing
 
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained.name_tables import Source, read_weights, tensor_names
-from softprompt.pretrained.t5_names import t5_table
+from softprompt.pretrained import hf
+from softprompt.pretrained.families.t5 import t5_table
+from softprompt.pretrained.name_tables import Put, Source, read_weights, tensor_names
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
 # The families, by what sets them apart; heads times their size is never the width.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "T5 1.0": {"gated": False, "tied": True},
+    "T5 1.0": {"gated": False, "activation": "relu", "tied": True},
     "T5 1.1": {},
     "mT5": {"heads": 3, "head_size": 12, "vocab": 130},
     "ByT5": {"encoder_layers": 3, "decoder_layers": 1, "heads": 5, "buckets": 20},
+}
+
+
+# What files of the formats above do not hold: relative biases in every layer, other activations.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **FAMILIES,
+    "UMT5": {"bias_per_layer": True, "tied": True, "buckets": 20, "decoder_layers": 3},
+    "gated-silu": {"activation": "silu", "start": 5},
+    "gelu": {"gated": False, "activation": "gelu", "tied": True},
+}
+FEED_FORWARDS = {
+    (True, "gelu_tanh"): "gated-gelu",
+    (True, "silu"): "gated-silu",
+    (False, "relu"): "relu",
+    (False, "gelu"): "gelu",
 }
 
 
@@ -108,8 +124,8 @@ def write_complete_t5(path: str | Path, *, seed: int = 0, **sizes: Any) -> Path:
 def hf_t5_config(config: T5Config) -> dict[str, Any]:
     """The content of config.json for a T5's sizes, as the published ones have it."""
     return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
+        "architectures": [f"{'UMT5' if config.bias_per_layer else 'T5'}ForConditionalGeneration"],
+        "model_type": "umt5" if config.bias_per_layer else "t5",
         "vocab_size": config.vocab,
         "d_model": config.width,
         "num_layers": config.encoder_layers,
@@ -117,13 +133,22 @@ def hf_t5_config(config: T5Config) -> dict[str, Any]:
         "num_heads": config.heads,
         "d_kv": config.head_size,
         "d_ff": config.ffn,
-        "feed_forward_proj": "gated-gelu" if config.gated else "relu",
+        "feed_forward_proj": FEED_FORWARDS[config.gated, config.activation],
         "tie_word_embeddings": config.tied,
         "layer_norm_epsilon": config.norm_eps,
         "relative_attention_num_buckets": config.buckets,
         "relative_attention_max_distance": config.max_distance,
         "n_positions": config.context_length,
-        "decoder_start_token_id": 0,
+        "decoder_start_token_id": config.start,
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
+
+
+def load_weights(
+    folder: str | Path, *, dtype: np.dtype, put: Put, open_folder: Any = hf.open_folder
+) -> tuple[T5Config, dict[str, Any], str]:
+    """Config, weights and fingerprint of a folder without a tokenizer."""
+    config, table, source = open_folder(folder)
+    weights, fingerprint = read_weights(source, table, dtype=dtype, put=put)
+    return config, weights, fingerprint

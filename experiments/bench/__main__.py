@@ -64,7 +64,7 @@ from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.files import write_text
 from softprompt.results import commit_now
-from softprompt.trials.sweep import write_outputs
+from softprompt.trials.outputs import write_outputs
 
 Row = dict[str, Any]
 ANSWERS = ("done", "out of memory", "terms not accepted")  # statuses that are no fault of the run

@@ -1,5 +1,7 @@
-"""The style of all figures, scores against prompt length, and points with names."""
+"""The style of all figures, scores against a length or by category, and points with names."""
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +68,7 @@ def length_plot(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0))
         axes = figure.subplots()
-        labels: list[tuple[float, str, str]] = []
-        for (name, point), colour in zip(bands.items(), GREYS, strict=False):
-            axes.axhspan(point.low, point.high, color=colour, alpha=0.15, linewidth=0)
-            axes.axhline(point.mean, color=colour, linestyle="--", linewidth=1)
-            labels.append((point.mean, name, colour))
+        labels = _draw_bands(axes, bands)
         lengths = sorted({point.x for points in lines.values() for point in points})
         for number, (name, points) in enumerate(lines.items()):
             if not points:
@@ -86,6 +84,45 @@ def length_plot(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_title(title, loc="left", fontsize=10)
         _label_right(axes, labels)
+    return figure
+
+
+def category_plot(
+    series: Mapping[str, Mapping[str, Point]],
+    bands: Mapping[str, Point],
+    *,
+    ylabel: str,
+    title: str = "",
+) -> Figure:
+    """Draws scores by category: a dot with its interval for each series, side by side.
+
+    Args:
+        series: series name -> category -> its point, whose x is not used; small marks are seeds.
+            Categories stand in the order in which they come first.
+        bands: baseline name -> its point, drawn as a horizontal band.
+        ylabel: of the vertical axis.
+        title: above the plot.
+    """
+    categories = list(dict.fromkeys(name for points in series.values() for name in points))
+    width = 0.6 / max(1, len(series))  # of a category's 1, what a series takes
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.0))
+        axes = figure.subplots()
+        labels = _draw_bands(axes, bands)
+        for number, (name, points) in enumerate(series.items()):
+            shift = width * (number - (len(series) - 1) / 2)
+            shifted = [
+                dataclasses.replace(point, x=categories.index(category) + shift)
+                for category, point in points.items()
+            ]
+            style = {"color": COLOURS[number % 6], "marker": MARKERS[number % 6]}
+            _draw_line(axes, shifted, {**style, "linestyle": "none", "label": name})
+        axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
+        axes.set(ylabel=ylabel)
+        axes.set_title(title, loc="left", fontsize=10)
+        _label_right(axes, labels)
+        if series:
+            axes.legend(frameon=False)
     return figure
 
 
@@ -123,10 +160,20 @@ def named_points(
     return figure
 
 
+def _draw_bands(axes: Axes, bands: Mapping[str, Point]) -> list[tuple[float, str, str]]:
+    """A horizontal band a baseline; returns height, name and colour of each, for its label."""
+    labels = []
+    for (name, point), colour in zip(bands.items(), itertools.cycle(GREYS)):
+        axes.axhspan(point.low, point.high, color=colour, alpha=0.15, linewidth=0)
+        axes.axhline(point.mean, color=colour, linestyle="--", linewidth=1)
+        labels.append((point.mean, name, colour))
+    return labels
+
+
 def _draw_line(
-    axes: Axes, points: Sequence[Point], style: Mapping[str, Any], *, shift: float
+    axes: Axes, points: Sequence[Point], style: Mapping[str, Any], *, shift: float = 1.0
 ) -> None:
-    """One series; `shift` keeps intervals at the same length apart."""
+    """One series; `shift` multiplies x, to keep intervals at the same length apart."""
     ordered = sorted(points, key=lambda point: point.x)
     xs, means = [point.x * shift for point in ordered], [point.mean for point in ordered]
     below = [max(0.0, point.mean - point.low) for point in ordered]  # never -0 by rounding

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,24 +10,20 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from softprompt.config import base_config, flatten, scientific
-from softprompt.results import Row
+from softprompt.config import base_config, flatten, scientific, task_names
+from softprompt.evaluation.metrics import NOT_METRICS
+from softprompt.results import Row, cautions
 
 Interval = tuple[float, float]
 
 LEVEL = 0.95
 
+# Metrics that are a mean over examples of a number from 0 to 1: Wilson's interval covers them.
+# Macro F1 is none: it counts rare classes as much as frequent ones.
+MEANS_OF_EXAMPLES = ("accuracy", "exact_match", "f1")
+
 # Keys that trials of one group may differ in: the seed, and what is measured beside the scores.
 NO_DIFFERENCE = {"seed", "eval.latency", "eval.text", "eval.text_tokens"}
-
-
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Returns Student's t-interval for a mean; infinite for fewer than two values."""
-    if len(values) < 2:
-        return -math.inf, math.inf
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
-    return mean - half, mean + half
 
 
 def wilson_interval(share: float, examples: int, level: float = LEVEL) -> Interval:
@@ -57,18 +54,33 @@ def mean_interval(tasks: Sequence[tuple[float, int]], level: float = LEVEL) -> I
     return float(shares.mean() - below), float(shares.mean() + above)
 
 
-def accuracy_interval(
-    values: Sequence[float], tasks: Sequence[Sequence[tuple[float, int]]]
-) -> Interval:
-    """Returns the interval of a mean accuracy, clipped to [0, 1].
+def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]], level: float = LEVEL) -> Interval:
+    """Returns an interval of the mean over seeds that are tested on the same examples, in [0, 1].
 
-    Over seeds (Student's t) where there are several, else over the test examples.
+    Its variance is that of the test examples, which seeds share and no number of them reduces,
+    plus that of the mean over seeds. Its quantile is Student's with Welch and Satterthwaite's
+    degrees of freedom: infinitely many where seeds agree, which leaves `mean_interval`; one less
+    than the seeds where they differ by far more than the examples explain.
+    Source: JCGM 100:2008, "Guide to the expression of uncertainty in measurement", annex G.4.
 
     Args:
-        values: one accuracy a seed, at least one.
-        tasks: for each seed, what `mean_interval` takes.
+        seeds: for each seed, what `mean_interval` takes: the same tasks.
+        level: of confidence.
     """
-    low, high = t_interval(values) if len(values) > 1 else mean_interval(tasks[0])
+    pooled = [
+        (float(np.mean([share for share, _ in task])), min(examples for _, examples in task))
+        for task in zip(*seeds, strict=True)
+    ]
+    means = [float(np.mean([share for share, _ in seed])) for seed in seeds]
+    mean, z = float(np.mean(means)), float(stats.norm.ppf((1 + level) / 2))
+    below, above = (abs(limit - mean) / z for limit in mean_interval(pooled, level))
+    between = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    freedom = math.inf
+    if between:
+        whole = math.hypot((below + above) / 2, between)
+        freedom = (len(means) - 1) * (whole / between) ** 4
+    t = float(stats.t.ppf((1 + level) / 2, freedom))
+    low, high = mean - t * math.hypot(below, between), mean + t * math.hypot(above, between)
     return max(0.0, low), min(1.0, high)
 
 
@@ -82,28 +94,35 @@ def summarise(
 
     Args:
         rows: result rows; groups stand in the order of their first row.
-        by: column name -> what it says of a row; rows that agree in all are a group. Those that
-            differ otherwise than in seed or in what else was measured (as after another run of a
-            sweep with other steps) are none: each is a line, and a column "also" tells them apart.
-        metric: a share of examples that "validation" and "test" of a row's metrics hold.
+        by: column name -> its value for a row; rows that agree in all are a group. Rows that differ
+            in more than the seed and in what else was measured (as after another run of a sweep
+            with other steps) are several groups, and a column "also" says in what they differ.
+        metric: that "validation" and "test" of a row's metrics hold.
 
     Returns:
-        The columns of `by`, then "seeds" (trials that are done), "validation METRIC" and
-        "test METRIC" (means), "low" and "high" (`accuracy_interval`), "trainable", "steps",
-        "seconds" (means), "status" and "values" (test METRIC of each seed). What a group without a
-        finished trial lacks is None.
+        The columns of `by`, then "seeds" (trials that are done), "test examples", "validation
+        METRIC" and "test METRIC" (means), "low" and "high" (`seeds_interval`; None for a metric
+        that is no mean over examples), "trainable", "steps" and "selected step" (one number, or
+        "50 to 100" where seeds differ), "seconds" (mean), "values" (test METRIC of each seed), and
+        where any group has one "note" (`cautions`) and "status" (what failed). What a group without
+        a finished trial lacks is None.
     """
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(value(row) for value in by.values()), []).append(row)
-    lines: list[dict[str, object]] = []
-    for key, group in groups.items():
-        for also, part in unlike(group).items():
-            told = {"also": also} if also else {}
-            lines.append({**dict(zip(by, key, strict=True)), **told, **_group(part, metric)})
-    also_there = ["also"] if any("also" in line for line in lines) else []
-    frame = pd.DataFrame(lines, columns=[*by, *also_there, *_group([], metric)], dtype=object)
-    return frame.fillna({"also": ""}) if also_there else frame
+    lines = [
+        {**dict(zip(by, key, strict=True)), "also": also, **_group(part, metric)}
+        for key, group in groups.items()
+        for also, part in unlike(group).items()
+    ]
+    frame = pd.DataFrame(lines, columns=[*by, "also", *_group([], metric)], dtype=object)
+    return without_empty(frame, "also", "note", "status")
+
+
+def without_empty(table: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Returns the table without those of the named columns that are empty in every line."""
+    empty = [name for name in names if all(_cell(value) == "" for value in table[name])]
+    return table.drop(columns=empty)
 
 
 def unlike(rows: Sequence[Row], *, but: Collection[str] = NO_DIFFERENCE) -> dict[str, list[Row]]:
@@ -128,26 +147,26 @@ def unlike(rows: Sequence[Row], *, but: Collection[str] = NO_DIFFERENCE) -> dict
 
 
 def _group(rows: Sequence[Row], metric: str) -> dict[str, object]:
-    """What `summarise` says of one group."""
+    """The line of one group."""
     done = [row for row in rows if row["status"] == "done"]
     test, validation = (_scores(done, split, metric) for split in ("test", "validation"))
-    values = tuple(scores[metric] for scores in test)
-    low, high = (
-        accuracy_interval(values, [_tasks(scores, metric) for scores in test])
-        if values
-        else (None, None)
-    )
+    seeds = [tasks for scores in test if (tasks := _tasks(scores, metric))]
+    has_interval = seeds and metric in MEANS_OF_EXAMPLES
+    low, high = seeds_interval(seeds) if has_interval else (None, None)
     return {
         "seeds": len(done),
+        "test examples": _span([scores.get("examples") for scores in test]),
         f"validation {metric}": mean([scores[metric] for scores in validation]),
-        f"test {metric}": mean(values),
+        f"test {metric}": mean([scores[metric] for scores in test]),
         "low": low,
         "high": high,
-        "trainable": done[0]["trainable"] if done else None,
-        "steps": done[0]["steps"] if done else None,
+        "trainable": _span([row["trainable"] for row in done]),
+        "steps": _span([row["steps"] for row in done]),
+        "selected step": _span([row["metrics"].get("selected_step") for row in done]),
         "seconds": mean([row["seconds"] for row in done]),
+        "values": tuple(scores[metric] for scores in test),
+        "note": _notes(done),
         "status": _status(rows),
-        "values": values,
     }
 
 
@@ -160,20 +179,37 @@ def _scores(rows: Sequence[Row], split: str, metric: str) -> list[dict[str, Any]
 def _tasks(scores: Mapping[str, Any], metric: str) -> list[tuple[float, int]]:
     """A metric and the number of examples, of each task of a mixture that has some."""
     names = [name.removesuffix("examples") for name in scores if name.endswith("/examples")]
-    counts = {name: scores[f"{name}examples"] for name in names or [""]}
+    counts = {name: scores.get(f"{name}examples") for name in names or [""]}
     return [(scores[f"{name}{metric}"], count) for name, count in counts.items() if count]
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of none."""
-    return float(np.mean(values)) if values else None
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known; None of nothing."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _span(values: Sequence[int | None]) -> int | str | None:
+    """The number that all share, or "50 to 100"; None where none is known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    low, high = min(known), max(known)
+    return low if low == high else f"{low:,} to {high:,}"
+
+
+def _notes(rows: Sequence[Row]) -> str:
+    """The cautions of a group's rows, each with how many of several rows it is about."""
+    counts = Counter(caution for row in rows for caution in cautions(row))
+    of = f" ({{}} of {len(rows)} seeds)" if len(rows) > 1 else ""
+    return "; ".join(caution + of.format(count) for caution, count in counts.items())
 
 
 def _status(rows: Sequence[Row]) -> str:
-    """The word "done", or how many failed and the beginning of the first error."""
+    """How many failed and the beginning of the first error; "" where none did."""
     failed = [row for row in rows if row["status"] != "done"]
     if not failed:
-        return "done"
+        return ""
     error = textwrap.shorten(failed[0]["error"], 80)
     return f"{len(failed)} of {len(rows)} {failed[0]['status']}: {error}"
 
@@ -203,20 +239,35 @@ def overview(rows: Sequence[Row]) -> pd.DataFrame:
             for split, found in row["metrics"].items()
             if isinstance(found, dict)
             for name, value in found.items()
-            if isinstance(value, int | float) and not name.endswith("examples")
+            if isinstance(value, int | float) and not name.endswith(NOT_METRICS)
         }
-        status = f"{row['status']}: {row['error']}" if row.get("error") else row["status"]
         lines.append(
             {
-                "trial": row.get("name", ""),
+                "trial": row["name"],
                 "id": row["trial"],
                 **{key: config.get(key) for key in varying},
                 **scores,
-                "seconds": row.get("seconds"),
-                "status": status,
+                "selected step": row["metrics"].get("selected_step"),
+                "seconds": row["seconds"],
+                "status": f"{row['status']}: {row['error']}" if row["error"] else row["status"],
+                "note": "; ".join(cautions(row)),
             }
         )
-    return pd.DataFrame(lines, dtype=object)
+    return without_empty(pd.DataFrame(lines, dtype=object), "selected step", "note")
+
+
+def subject(rows: Sequence[Row]) -> str:
+    """Returns what tasks and models rows are of, as "movie_sentiment, smollm2-135m-instruct-q4"."""
+    configs = [row["config"] for row in rows]
+    tasks = ["+".join(task_names(config)) for config in configs]
+    models = [str(config.get("model", {}).get("name", "")) for config in configs]
+    return ", ".join(_some(names, kind) for names, kind in ((tasks, "tasks"), (models, "models")))
+
+
+def _some(names: Sequence[str], kind: str) -> str:
+    """Different names without their folders or organisations; more than two as their number."""
+    found = list(dict.fromkeys(name.rstrip("/").rpartition("/")[2] for name in names))
+    return " and ".join(found) if len(found) <= 2 else f"{len(found)} {kind}"
 
 
 def to_markdown(table: pd.DataFrame, caption: str = "") -> str:

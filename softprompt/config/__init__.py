@@ -1,17 +1,21 @@
 """The configuration of a trial: its keys, their values, config files, and the trial's id."""
 
-from softprompt.config.schema import base_config
+from softprompt.config.checks import chooses, reads
+from softprompt.config.schema import Key, base_config, describe
 from softprompt.config.values import (
     ConfigDict,
-    coerce,
     differences,
     flatten,
     from_dict,
     members,
+    method_settings,
     of_task,
+    optimizer_settings,
     resolve,
     scientific,
     set_key,
+    start_settings,
+    task_names,
     to_dict,
     trial_id,
     trial_name,
@@ -19,19 +23,28 @@ from softprompt.config.values import (
     validate,
     weights_key,
 )
+from softprompt.settings import coerce
 
 __all__ = [
     "ConfigDict",
+    "Key",
     "base_config",
+    "chooses",
     "coerce",
+    "describe",
     "differences",
     "flatten",
     "from_dict",
     "members",
+    "method_settings",
     "of_task",
+    "optimizer_settings",
+    "reads",
     "resolve",
     "scientific",
     "set_key",
+    "start_settings",
+    "task_names",
     "to_dict",
     "trial_id",
     "trial_name",

@@ -1,159 +1,113 @@
-"""What a config's values demand of one another: checks of its flat keys.
+"""What a config's values may be, and which of them its trial reads: checks of its flat keys.
 
 Whatever is wrong is one line that names the key, the value and what is allowed.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from softprompt.config.schema import (
-    CHOICES,
-    INIT_KEYS,
-    METHOD_KEYS,
-    NEEDS,
-    OPTIMIZER_KEYS,
-    RANGES,
-    TRAINING_KEYS,
-    UNTRAINED,
-)
+from softprompt.config.schema import CHOOSERS, KEYS, LET_BE, METHOD_SETTINGS, SECTIONS
 from softprompt.errors import UserError
+from softprompt.settings import Setting, Settings, check_value, keys
 
-OWN_KEYS = OPTIMIZER_KEYS | METHOD_KEYS
+
+def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, type[Settings]]]:
+    """The settings classes that make up a config, with what chose them ("method.name=lora", or "").
+
+    A choice that its own owner does not have brings none: a LoRA starts from no initialiser.
+    """
+    there: set[str] = set()
+    for cls in SECTIONS:
+        there |= keys(cls).keys()
+        yield "", cls
+    for chooser, options in CHOOSERS.items():
+        if chooser in there and values[chooser] in options:
+            cls = options[values[chooser]]
+            there |= keys(cls).keys()
+            yield f"{chooser}={values[chooser]}", cls
 
 
-def check_range(key: str, value: float) -> None:
-    """Checks a number that has a smallest and a largest value.
+def own_settings(values: Mapping[str, Any]) -> dict[str, Setting]:
+    """The keys that a config's trial has, with what they may be there."""
+    return {name: one for _, cls in parts(values) for name, one in keys(cls).items()}
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Checks every value, and what one demands of another.
 
     Raises:
-        UserError: it is not between them.
+        UserError: names the first that is not allowed.
     """
-    low, high = RANGES[key]
-    if not (low <= value <= high and math.isfinite(value)):
-        allowed = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:.10g}"
-        raise UserError(f"config key {key!r} is {value!r}; allowed: {allowed}")
-
-
-def check_together(values: Mapping[str, Any]) -> None:
-    """Checks what one key demands of another.
-
-    Raises:
-        UserError: names the first that it does not have.
-    """
-    _check_method(values)
-    if values["train.batch"] % values["train.microbatches"]:
-        raise UserError(
-            f"config key 'train.microbatches' is {values['train.microbatches']}; "
-            f"it must divide train.batch, {values['train.batch']}"
-        )
+    for name, value in values.items():
+        check_value(name, value, KEYS[name])
+    for where, cls in parts(values):
+        for name, one in keys(cls).items():
+            check_value(name, values[name], one, where=where and f"for {where}")
+        cls.of(values).check()
+    method = METHOD_SETTINGS[values["method.name"]]
     if values["optimizer.warmup"] > values["train.steps"] > 0:
         raise UserError(
             f"config key 'optimizer.warmup' is {values['optimizer.warmup']}; "
             f"allowed: at most train.steps, {values['train.steps']}"
         )
-    if values["mesh.data"] == 0:
-        raise UserError(
-            "config key 'mesh.data' is 0; allowed: -1 (all devices that are left) or at least 1"
-        )
-    source = values["task.source"]
-    if source and not source.startswith(("jsonl:", "tsv:", "csv:", "tfds:")):
-        raise UserError(
-            f"config key 'task.source' is {source!r}; "
-            "allowed: jsonl:PATH, tsv:PATH, csv:PATH or tfds:NAME"
-        )
-    if source and not values["task.template"]:
-        raise UserError(f"config key 'task.template' is empty; task.source={source} needs it")
-    if source and not values["task.verbalizers"]:
-        raise UserError(f"config key 'task.verbalizers' is empty; task.source={source} needs it")
-
-
-def _check_method(values: Mapping[str, Any]) -> None:
-    """What a method's keys demand of one another."""
-    name, init, reparam = (values[f"method.{key}"] for key in ("name", "init", "reparam"))
-    starts = name in ("prompt", "multitask", "prefix")
-    if starts and init in ("text", "file") and not values[f"method.init_{init}"]:
-        raise UserError(f"config key 'method.init_{init}' is empty; method.init={init} needs it")
-    allowed = {"prompt": CHOICES["method.reparam"], "prefix": ("none", "mlp")}.get(name, ("none",))
-    if reparam not in allowed:
-        raise UserError(
-            f"config key 'method.reparam' is {reparam!r}; allowed for method.name={name}: "
-            f"{', '.join(allowed)}"
-        )
-    if values["method.bos"] == "before" and name not in ("prompt", *UNTRAINED):
-        raise UserError(
-            f"config key 'method.bos' is 'before'; allowed for method.name={name}: after, none"
-        )
-    if values["eval.text"] and name == "multitask":
+    if values["eval.text"] and method.per_task:
         raise UserError(
             f"config key 'eval.text' is {values['eval.text']!r}; allowed: '' for "
-            "method.name=multitask, whose prompts are for tasks"
+            f"method.name={method.name}, whose prompts are for tasks"
         )
+    if values["data.mixture"] and method.shows_examples:
+        raise UserError(
+            f"config key 'data.mixture' is {values['data.mixture']!r}; allowed: '' with "
+            f"method.name={method.name}"
+        )
+
+
+def chooses(key: str) -> bool:
+    """Whether what other keys change goes by this one."""
+    return key in CHOOSERS or any(key in other.needs for other in KEYS.values())
 
 
 def reads(values: Mapping[str, Any], key: str) -> bool:
-    """Whether a key changes a config's trial: its method, optimizer and start read it.
-
-    One that is nobody's own all do, but for training's where nothing is trained.
-    """
-    if values["method.name"] in UNTRAINED and key.startswith(TRAINING_KEYS):
+    """Whether a key changes a config's trial."""
+    found = own_settings(values).get(key)
+    if found is None or not _needs_met(values, found):
         return False
-    return _started(values, key) and _owned(values, key) and _needed(values, key)
+    return METHOD_SETTINGS[values["method.name"]].trains or not found.for_training
 
 
-def _started(values: Mapping[str, Any], key: str) -> bool:
-    """Whether a config's start has a key; one that is no start's own, all have."""
-    return values["method.init"] in INIT_KEYS.get(key, (values["method.init"],))
+def _needs_met(values: Mapping[str, Any], setting: Setting) -> bool:
+    """Whether one of the keys is set that a key needs; one that needs none always is."""
+    return not setting.needs or any(values[key] not in (0, "", "none") for key in setting.needs)
 
 
-def _needed(values: Mapping[str, Any], key: str) -> bool:
-    """Whether what a key changes is there; one that needs no other always."""
-    return key not in NEEDS or any(values[other] for other in NEEDS[key])
-
-
-def _owned(values: Mapping[str, Any], key: str) -> bool:
-    """Whether a config's method or optimizer has a key; one that is nobody's own, all have."""
-    names = {values["optimizer.name"], values["method.name"]}
-    if values["method.reparam"] != "none":
-        names.add("method.reparam")
-    owners = OWN_KEYS.get(key)
-    return owners is None or not names.isdisjoint(owners)
-
-
-def check_used(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Checks that a key away from its default changes what is trained.
+def check_used(values: Mapping[str, Any]) -> None:
+    """Checks that a key away from its default is one that the config's trial has.
 
     Raises:
-        UserError: names the first that does not, and what reads it.
+        UserError: names the first that is not: what has it, and what there is instead.
     """
-    for key, owners in OWN_KEYS.items():
-        if values[key] == defaults[key]:
+    own = own_settings(values)
+    for name, key in KEYS.items():
+        if values[name] == key.default or name in LET_BE:
             continue
-        if not _owned(values, key):
-            choice, readers = f"{key.split('.', 1)[0]}.name", owners
-        elif not _started(values, key):
-            choice, readers = "method.init", INIT_KEYS[key]
-        else:
-            continue
-        raise UserError(
-            f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} with "
-            f"{choice}={values[choice]}; {', '.join(readers)} "
-            f"{'reads' if len(readers) == 1 else 'read'} it"
-        )
-    for key, others in NEEDS.items():
-        if values[key] != defaults[key] and not _needed(values, key):
+        if name not in own:
+            raise UserError(_foreign(name, values, own))
+        if not _needs_met(values, own[name]):
             raise UserError(
-                f"config key {key!r} is {values[key]!r}; allowed: {defaults[key]!r} without "
-                f"{' or '.join(others)}"
+                f"config key {name!r} is {values[name]!r}; allowed: {key.default!r} without "
+                f"{' or '.join(own[name].needs)}"
             )
-    name = values["method.name"]
-    for key in ("train.ema", "train.dropout", "optimizer.max_row_norm"):
-        if values[key] and name in UNTRAINED:
-            raise UserError(
-                f"config key {key!r} is {values[key]!r}; allowed: 0 with "
-                f"method.name={name}, which trains nothing"
-            )
-    if name == "lora" and values["method.alpha"] == 0:
-        raise UserError(
-            "config key 'method.alpha' is 0.0; allowed: above 0 with method.name=lora, whose "
-            "update it scales"
-        )
+
+
+def _foreign(name: str, values: Mapping[str, Any], own: Mapping[str, Setting]) -> str:
+    """One line on a key that the config's method, optimizer or initialiser does not have."""
+    ((chooser, owners),) = KEYS[name].owners.items()
+    while chooser not in own:  # that choice is not there itself
+        ((chooser, owners),) = KEYS[chooser].owners.items()
+    choice = f"{chooser}={values[chooser]}"
+    (cls,) = [cls for where, cls in parts(values) if where == choice] or [Settings]
+    return (
+        f"config key {name!r} is {values[name]!r}; {choice} has no such key "
+        f"({', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it); "
+        f"its keys: {', '.join(keys(cls)) or 'none'}"
+    )

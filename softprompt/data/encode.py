@@ -1,6 +1,8 @@
-"""Records to token ids: the template filled in, too long inputs cut inside their fields."""
+"""Encodes records as token ids: fills the template, and shortens the fields of long inputs."""
 
+import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from softprompt.data.sources import Record
-from softprompt.data.tasks import Task, pieces, target_text
+from softprompt.data.tasks import Task, parse_template, target_text
 from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer
 
-CHUNK = 4096  # texts tokenised at a time, which bounds the memory for offsets
+CHUNK = 4096  # texts tokenised together; bounds the memory for offsets
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,20 @@ class Encoded:
 
     Attributes:
         ids: the examples' ids.
-        inputs: int32 token ids of each input, BOS included where it was asked for.
+        inputs: int32 token ids of each input, with BOS where one was asked for.
         targets: int32 token ids of each target; empty for an unlabelled example.
-        labels: int32 [N], index into the candidates; -1 for an unlabelled example and where there
-            are no candidates.
-        candidates: int32 token ids of each verbalizer in the task's order; () for a generation
-            task.
-        truncated: how many inputs were cut.
+        labels: int32 [N], index into the candidates; -1 for an unlabelled example, and for all
+            examples of a free-text task.
+        candidates: int32 token ids of each verbalizer in the task's order; () for a free-text task.
+        truncated: number of inputs that were shortened.
         label_names: the labels' names, in the candidates' order.
-        tasks: int32 [N], the number of each example's task in a mixture; None where all are of
-            task 0.
+        tasks: int32 [N], the number of each example's task in a mixture; None where all examples
+            are of task 0.
+        eos: whether targets and candidates end with EOS.
+        answers: each example's right answers, the first of which is its target; an empty tuple for
+            an example without one, and () for a classification task.
+        digest: the first 16 hex digits of a SHA-256 of the examples' ids, texts and labels or
+            answers, in order; "" where the examples come from no records.
     """
 
     ids: list[str]
@@ -42,6 +48,13 @@ class Encoded:
     truncated: int
     label_names: tuple[str, ...] = ()
     tasks: np.ndarray | None = None
+    eos: bool = False
+    answers: tuple[tuple[str, ...], ...] = ()
+    digest: str = ""
+
+    def without_eos(self, tokens: np.ndarray) -> np.ndarray:
+        """The token ids of a target's or a candidate's text alone, without the EOS after it."""
+        return tokens[:-1] if self.eos else tokens
 
     def task(self, example: int) -> int:
         """The number of an example's task."""
@@ -59,25 +72,25 @@ def encode(
     eos: bool,
     input_eos: bool = False,
 ) -> Encoded:
-    """Tokenises records for a task. Input and target are tokenised apart.
+    """Tokenises records for a task, inputs and targets separately.
 
-    An input of more than `max_input` tokens loses tokens from the end of its longest field, or of
-    its longest fields in equal measure, until it fits. Only tokens that lie wholly inside a field
-    are dropped, so the template is always complete.
+    An input of more than `max_input` tokens loses tokens at the end of its longest field, or of its
+    longest fields equally, until it fits. Only tokens that lie entirely inside a field are dropped,
+    so the template stays complete. A target is never shortened.
 
     Args:
-        records: with the fields that the template names.
-        task: template and verbalizers.
-        tokenizer: of the model.
-        max_input: the most tokens of an input, BOS included.
-        max_target: the most tokens of a target, EOS included.
+        records: hold the fields that the template names.
+        task: its template and verbalizers are used.
+        tokenizer: the model's.
+        max_input: largest number of tokens of an input, BOS included.
+        max_target: largest number of tokens of a target, EOS included.
         bos: begin each input with BOS.
         eos: end each target and candidate with EOS.
-        input_eos: end each input with EOS, which is never cut off.
+        input_eos: end each input with EOS, which is never dropped.
 
     Raises:
-        UserError: an input's template alone or a target is too long, an input has no tokens, two
-            verbalizers have the same tokens, or the tokenizer has no BOS or EOS.
+        UserError: a target or the template alone is too long, an input has no tokens, two
+            verbalizers have the same tokens, or the tokenizer lacks the BOS or EOS.
     """
     prefix = _special(tokenizer.bos_id, "BOS", bos)
     suffix = _special(tokenizer.eos_id, "EOS", eos)
@@ -87,7 +100,7 @@ def encode(
     )
     if len({tuple(tokens) for tokens in candidates}) < len(candidates):
         raise UserError(f"task {task.name!r}: two of its verbalizers have the same tokens")
-    index = {label: place for place, label in enumerate(task.labels)}
+    index = {label: number for number, label in enumerate(task.labels)}
     labels = np.array([index.get(record["label"], -1) for record in records], np.int32)
     around = prefix, _special(tokenizer.eos_id, "EOS", input_eos)
     inputs, truncated = _inputs(records, task, tokenizer, around, max_input)
@@ -101,12 +114,22 @@ def encode(
         else:
             text, where = target_text(task, record["label"]), f"target of example {record['id']!r}"
             targets.append(_target(tokenizer, text, suffix, max_target, where))
-    ids = [record["id"] for record in records]
-    return Encoded(ids, inputs, targets, labels, candidates, truncated, task.labels)
+    return Encoded(
+        ids=[record["id"] for record in records],
+        inputs=inputs,
+        targets=targets,
+        labels=labels,
+        candidates=candidates,
+        truncated=truncated,
+        label_names=task.labels,
+        eos=eos,
+        answers=() if candidates else tuple(record.get("answers", ()) for record in records),
+        digest=records_digest(records, task.fields),
+    )
 
 
 def _special(token: int | None, name: str, wanted: bool) -> list[int]:
-    """[token] where it is wanted, else []."""
+    """A list of the special token where it is wanted, else an empty list."""
     if wanted and token is None:
         raise UserError(f"the model's tokenizer has no {name} token, and the config asks for one")
     return [token] if wanted and token is not None else []
@@ -115,8 +138,8 @@ def _special(token: int | None, name: str, wanted: bool) -> list[int]:
 def _target(
     tokenizer: Tokenizer, text: str, suffix: list[int], max_target: int, where: str
 ) -> np.ndarray:
-    """A target's token ids, never cut."""
-    tokens = [*tokenizer.encode(text), *suffix]
+    """The token ids of a target, as the continuation of an input."""
+    tokens = [*tokenizer.encode_continuation(text), *suffix]
     if len(tokens) > max_target:
         raise UserError(f"{where} has {len(tokens)} tokens; task.max_target is {max_target}")
     if len(tokens) == len(suffix):
@@ -131,25 +154,25 @@ def _inputs(
     around: tuple[list[int], list[int]],
     limit: int,
 ) -> tuple[list[np.ndarray], int]:
-    """Token ids of every input between those `around` it, and how many were cut."""
-    cut, (prefix, suffix) = pieces(task.template), around
+    """The token ids of every input between those `around` it, and how many were shortened."""
+    segments, (prefix, suffix) = parse_template(task.template), around
     room = limit - len(prefix) - len(suffix)
     inputs, truncated = [], 0
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
-        filled = [_fill(cut, record) for record in chunk]
+        filled = [_fill(segments, record) for record in chunk]
         texts = [text for text, _ in filled]
         encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
         for record, (text, spans), encoding in zip(chunk, filled, encodings, strict=True):
             tokens = encoding.ids
             if len(tokens) > room:
-                keep = _kept(encoding.offsets, spans, len(text), room)
+                keep = _tokens_to_keep(encoding.offsets, spans, len(text), room)
                 if len(keep) > room:
                     raise UserError(
                         f"example {record['id']!r}: the template alone takes "
                         f"{limit - room + len(keep)} tokens; task.max_input is {limit}"
                     )
-                tokens = [tokens[place] for place in keep]
+                tokens = [tokens[index] for index in keep]
                 truncated += 1
             if not (prefix or tokens or suffix):
                 raise UserError(
@@ -159,10 +182,10 @@ def _inputs(
     return inputs, truncated
 
 
-def _fill(cut: list[tuple[str, str]], record: Record) -> tuple[str, list[tuple[int, int]]]:
-    """The template filled in, and the span of characters [start, end) of each field."""
+def _fill(segments: list[tuple[str, str]], record: Record) -> tuple[str, list[tuple[int, int]]]:
+    """The filled template, and each field's span of characters [start, end) in it."""
     text, spans = "", []
-    for literal, name in cut:
+    for literal, name in segments:
         text += literal
         if name:
             spans.append((len(text), len(text) + len(record[name])))
@@ -170,60 +193,95 @@ def _fill(cut: list[tuple[str, str]], record: Record) -> tuple[str, list[tuple[i
     return text, spans
 
 
-def _kept(
+def _tokens_to_keep(
     offsets: list[tuple[int, int]], spans: list[tuple[int, int]], length: int, limit: int
 ) -> list[int]:
-    """Places of the tokens to keep: at most `limit`, if dropping inside fields can do it."""
+    """Indices of the tokens to keep: at most `limit` if dropping tokens of fields achieves that."""
     ranges = [_inside(offsets, span, length) for span in spans]
     sizes = [stop - start for start, stop in ranges]
     over = len(offsets) - limit
     while over > 0 and max(sizes, default=0) > 0:
-        longest = max(range(len(sizes)), key=lambda place: sizes[place])
-        second = max((s for place, s in enumerate(sizes) if place != longest), default=0)
+        longest = max(range(len(sizes)), key=lambda field: sizes[field])
+        second = max((size for field, size in enumerate(sizes) if field != longest), default=0)
         dropped = min(over, max(1, sizes[longest] - second))
         sizes[longest] -= dropped
         over -= dropped
-    dropped_places: set[int] = set()
+    dropped_tokens: set[int] = set()
     for (start, stop), size in zip(ranges, sizes, strict=True):
         cut = start + size
         while start < cut < stop and offsets[cut - 1][1] > offsets[cut][0]:
-            cut -= 1  # the two are bytes of one character
-        dropped_places.update(range(cut, stop))
-    return [place for place in range(len(offsets)) if place not in dropped_places]
+            cut -= 1  # the tokens on both sides are bytes of one character
+        dropped_tokens.update(range(cut, stop))
+    return [token for token in range(len(offsets)) if token not in dropped_tokens]
 
 
 def _inside(offsets: list[tuple[int, int]], span: tuple[int, int], length: int) -> tuple[int, int]:
-    """The range of tokens that lie wholly inside a span of characters.
+    """The range of tokens that lie entirely inside a span of characters.
 
-    Characters that no token claims (a tokenizer may trim spaces from its offsets) belong to both
-    neighbours, so that a token which may carry a piece of the template is never counted as inside.
+    Characters that no token covers (some tokenizers trim spaces from their offsets) count to both
+    neighbours, so a token that may carry a piece of the template is never counted as inside.
     """
     inside = []
-    for place, (start, end) in enumerate(offsets):
-        before = offsets[place - 1][1] if place else 0
-        after = offsets[place + 1][0] if place + 1 < len(offsets) else length
+    for token, (start, end) in enumerate(offsets):
+        before = offsets[token - 1][1] if token else 0
+        after = offsets[token + 1][0] if token + 1 < len(offsets) else length
         if span[0] <= min(start, before) and max(end, after) <= span[1]:
-            inside.append(place)
+            inside.append(token)
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def mix(splits: Mapping[str, Encoded]) -> Encoded:
-    """The examples of several tasks as one split, each as often as it is in its own.
-
-    So tasks are mixed in proportion to their sizes. Source: arXiv 1910.10683, section 3.5.2.
+def records_digest(records: Sequence[Record], fields: Sequence[str]) -> str:
+    """Returns 16 hex digits that depend on the records' ids, fields, labels and order.
 
     Args:
-        splits: the tasks' splits by name, in the order of their numbers. The names tell apart ids
-            that tasks share.
+        records: of a split.
+        fields: the text fields that count.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        texts = [record[name] for name in fields]
+        line = [record["id"], texts, record["label"], record.get("answers", ())]
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_digests(now: Mapping[str, str], then: Mapping[str, str], *, made: str) -> None:
+    """Checks that data is what it was.
+
+    Args:
+        now: the digest of each split, by name.
+        then: the digests that were stored; splits without one (of older files) are not compared.
+        made: what was made with the stored data, such as a checkpoint's path.
+
+    Raises:
+        UserError: a split's digest differs.
+    """
+    for name, digest in now.items():
+        if then.get(name, digest) != digest:
+            raise UserError(
+                f"{made} was made with other data: the digest of {name} was {then[name]}, and now "
+                f"is {digest}; allowed: the same data, or a new folder"
+            )
+
+
+def mix(splits: Mapping[str, Encoded]) -> Encoded:
+    """Joins the examples of several tasks, so that tasks are mixed in proportion to their sizes.
+
+    Source: arXiv 1910.10683, section 3.5.2.
+
+    Args:
+        splits: the tasks' splits by name, in the order of their numbers. Names are put before ids,
+            which tasks may share.
     """
     parts = list(splits.values())
     candidates = {tuple(ids): ids for part in parts for ids in part.candidates}
-    place = {name: n for n, name in enumerate(candidates)}
+    index = {tokens: number for number, tokens in enumerate(candidates)}
     labels = [
-        place[tuple(part.candidates[label])] if label >= 0 else -1
+        index[tuple(part.candidates[label])] if label >= 0 else -1
         for part in parts
         for label in part.labels.tolist()
     ]
+    digests = "".join(f"{name} {part.digest}\n" for name, part in splits.items())
     return Encoded(
         ids=[f"{name}/{one}" for name, part in splits.items() for one in part.ids],
         inputs=[ids for part in parts for ids in part.inputs],
@@ -232,18 +290,21 @@ def mix(splits: Mapping[str, Encoded]) -> Encoded:
         candidates=tuple(candidates.values()),
         truncated=sum(part.truncated for part in parts),
         tasks=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.ids) for part in parts]),
+        eos=parts[0].eos,
+        answers=tuple(one for part in parts for one in part.answers or [()] * len(part.ids)),
+        digest=hashlib.sha256(digests.encode()).hexdigest()[:16],
     )
 
 
 def check_ranking(encoded: Encoded, score: str) -> None:
-    """Checks that every candidate of a task can be ranked first, by `eval.score`.
+    """Checks that `eval.score` lets every candidate of a task win.
 
     Raises:
-        UserError: by a sum of log-probabilities, a candidate that begins with another one.
+        UserError: scores are sums of log-probabilities, and a candidate begins with another one.
     """
-    whole = [tuple(tokens.tolist()) for tokens in encoded.candidates]
-    names = encoded.label_names
-    for (name, one), (other, start) in itertools.permutations(zip(names, whole, strict=True), 2):
+    candidates = [tuple(tokens.tolist()) for tokens in encoded.candidates]
+    named = zip(encoded.label_names, candidates, strict=True)
+    for (name, one), (other, start) in itertools.permutations(named, 2):
         if score == "sum" and one[: len(start)] == start:
             raise UserError(
                 f"the verbalizer of {name!r} begins with that of {other!r}, and so is never the "
@@ -251,8 +312,26 @@ def check_ranking(encoded: Encoded, score: str) -> None:
             )
 
 
+def target_advice(encoded: Encoded, score: str) -> str:
+    """Returns a line for a task whose targets suit the config badly, or "".
+
+    A sum of log-probabilities (`eval.score`) falls with every token, so of labels with different
+    numbers of tokens it favours the short ones. A model that is trained on free text without EOS
+    does not learn where an answer ends.
+    """
+    if not encoded.candidates and not encoded.eos:
+        return "answers have no EOS, so generated ones do not end; consider task.eos=True"
+    lengths = [len(encoded.without_eos(tokens)) for tokens in encoded.candidates]
+    if score != "sum" or len(set(lengths)) < 2:
+        return ""
+    return (
+        f"labels have {min(lengths)} to {max(lengths)} tokens, and eval.score=sum favours short "
+        "ones; consider eval.score=mean, or verbalizers of equal length"
+    )
+
+
 def summary(encoded: Encoded) -> dict[str, Any]:
-    """Returns counts for a report: examples, truncated, labels by name, lengths in tokens."""
+    """Returns counts for a report: examples, truncated inputs, labels by name, token lengths."""
     counts = Counter(encoded.labels.tolist())
     lengths_N = np.array([len(tokens) for tokens in encoded.inputs] or [0])
     targets_N = np.array([len(tokens) for tokens in encoded.targets] or [0])
@@ -260,7 +339,7 @@ def summary(encoded: Encoded) -> dict[str, Any]:
         "examples": len(encoded.ids),
         "truncated": encoded.truncated,
         "unlabelled": int((targets_N == 0).sum()) if encoded.ids else 0,
-        "labels": {name: counts[place] for place, name in enumerate(encoded.label_names)},
+        "labels": {name: counts[label] for label, name in enumerate(encoded.label_names)},
         "input_tokens_mean": float(lengths_N.mean()),
         "input_tokens_max": int(lengths_N.max()),
         "target_tokens_max": int(targets_N.max()),

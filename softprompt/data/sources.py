@@ -1,8 +1,9 @@
-"""Records from people's own files.
+"""Records read from users' own files.
 
-A record, here and from TFDS (`softprompt.data.tfds_reader`), is a plain dict of strings: "id"
-(unique in its split), the text fields that were asked for, and "label" (None where the row is
-unlabelled). Whatever is wrong with a file is one line that names the file and the line.
+A record, here and from TFDS (`softprompt.data.tfds_reader`), is a plain dict: "id" (unique in its
+split), the text fields that were asked for, and "label" (None where the row is unlabelled), all
+strings. A record of a free-text task also has "answers", a tuple of all right answers; its label is
+the first of them. Any mistake in a file is one line that names the file and the line.
 """
 
 import codecs
@@ -21,7 +22,7 @@ FORMATS = ("jsonl", "tsv", "csv")
 
 def read_file(
     path: str,
-    form: str,
+    file_format: str,
     *,
     fields: Sequence[str],
     label_field: str = "label",
@@ -29,21 +30,22 @@ def read_file(
     labels: Collection[str] | None = None,
     id_prefix: str = "",
 ) -> list[Record]:
-    """Reads a file of labelled text.
+    """Reads a file of labelled or answered text.
 
-    JSON lines hold one object a line; a number or boolean counts as its JSON spelling (true, 1,
+    JSON lines hold one object a line; a number or boolean is read as its JSON spelling (true, 1,
     0.5). TSV is split at tabs and nothing else (quotes are text); CSV follows RFC 4180; both begin
-    with a line of column names. Lines of white space alone are skipped. An unlabelled row has null
-    (JSON) or nothing (TSV, CSV) as its label; `label_field` "" means that no row has one.
+    with a line of column names. Blank lines are skipped. An unlabelled row has null (JSON) or
+    nothing (TSV, CSV) as its label. Without `labels`, the label field holds an answer, or in JSON a
+    list of the right answers, which is empty for an unanswered row.
 
     Args:
-        path: a local path or any that etils' epath opens, such as gs://.
-        form: "jsonl", "tsv" or "csv".
-        fields: the text fields every row must have.
-        label_field: the field with the label.
-        id_field: the field with the id; "" numbers the rows.
-        labels: the labels that are allowed; None allows any.
-        id_prefix: a numbered row is called "<id_prefix>-<index>", from 0.
+        path: a local path, or any that etils' epath opens, such as gs://.
+        file_format: "jsonl", "tsv" or "csv".
+        fields: the text fields that every row must have.
+        label_field: the field that holds the label or the answers; "" where no row has one.
+        id_field: the field that holds the id; "" numbers the rows.
+        labels: the labels that are allowed; None for free text.
+        id_prefix: a numbered row has the id "<id_prefix>-<index>", counted from 0.
 
     Raises:
         UserError: the file cannot be read, or a line is malformed, lacks a field, repeats an id or
@@ -52,36 +54,53 @@ def read_file(
     records: list[Record] = []
     seen: dict[str, int] = {}
     wanted = tuple(dict.fromkeys(fields))
-    for number, row in _rows(path, form):
+    for number, row in _rows(path, file_format):
         where = f"{path}:{number}"
         record = {name: _text(row, name, where) for name in wanted}
         key = _text(row, id_field, where) if id_field else f"{id_prefix}-{len(records)}"
         if key in seen:
             raise UserError(f"{where}: id {key!r} was already used in line {seen[key]}")
         seen[key] = number
-        label = _label(row, label_field, where)
-        if label is not None and labels is not None and label not in labels:
-            raise UserError(
-                f"{where}: label {label!r} has no verbalizer{nearest(label, labels)}; "
-                f"known: {', '.join(labels)}"
-            )
-        records.append({"id": key, **record, "label": label})
+        found = _answers(row, label_field, where, several=labels is None)
+        records.append({"id": key, **record, **solution(found, labels, where)})
     return records
 
 
-def _rows(path: str, form: str) -> Iterator[tuple[int, Record]]:
-    """(line number from 1, row) of a file."""
-    if form == "jsonl":
+def solution(answers: Sequence[str], labels: Collection[str] | None, where: str) -> Record:
+    """Returns what a record holds beside its fields: its label, and for free text its answers.
+
+    Args:
+        answers: the label or the right answers of an example; empty where there is none.
+        labels: the labels that have a verbalizer; None for free text.
+        where: names the example in an error.
+
+    Raises:
+        UserError: the label has no verbalizer.
+    """
+    label = answers[0] if answers else None
+    if labels is None:
+        return {"label": label, "answers": tuple(answers)}
+    if label is not None and label not in labels:
+        raise UserError(
+            f"{where}: label {label!r} has no verbalizer{nearest(label, labels)}; "
+            f"known: {', '.join(labels)}"
+        )
+    return {"label": label}
+
+
+def _rows(path: str, file_format: str) -> Iterator[tuple[int, Record]]:
+    """The rows of a file, each with its line number from 1."""
+    if file_format == "jsonl":
         return _json_rows(path)
-    if form == "tsv":
-        return _tab_rows(path)
-    if form == "csv":
-        return _comma_rows(path)
-    raise UserError(f"unknown file format {form!r}; known: {', '.join(FORMATS)}")
+    if file_format == "tsv":
+        return _tsv_rows(path)
+    if file_format == "csv":
+        return _csv_rows(path)
+    raise UserError(f"unknown file format {file_format!r}; known: {', '.join(FORMATS)}")
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its ending) of a UTF-8 file, blank lines left out."""
+    """The lines of a UTF-8 file that are not blank, each with its number from 1."""
     content = _content(path)
     for number, raw in enumerate(content.split(b"\n"), start=1):
         line = _decode(raw, f"{path}:{number}").rstrip("\r")
@@ -90,7 +109,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _content(path: str) -> bytes:
-    """A file's bytes without a byte order mark."""
+    """The bytes of a file, without a byte order mark."""
     from etils import epath
 
     try:
@@ -122,17 +141,17 @@ def _json_rows(path: str) -> Iterator[tuple[int, Record]]:
         yield number, row
 
 
-def _tab_rows(path: str) -> Iterator[tuple[int, Record]]:
+def _tsv_rows(path: str) -> Iterator[tuple[int, Record]]:
     names: list[str] = []
     for number, line in _lines(path):
         cells = line.split("\t")
         if names:
-            yield number, _named(names, cells, f"{path}:{number}")
+            yield number, _row_of(names, cells, f"{path}:{number}")
         else:
             names = _header(cells, f"{path}:{number}")
 
 
-def _comma_rows(path: str) -> Iterator[tuple[int, Record]]:
+def _csv_rows(path: str) -> Iterator[tuple[int, Record]]:
     content = _content(path)
     try:
         text = content.decode("utf-8")
@@ -146,7 +165,7 @@ def _comma_rows(path: str) -> Iterator[tuple[int, Record]]:
         for cells in reader:
             blank = len(cells) < 2 and not "".join(cells).strip()
             if names and not blank:
-                yield start, _named(names, cells, f"{path}:{start}")
+                yield start, _row_of(names, cells, f"{path}:{start}")
             elif not blank:
                 names = _header(cells, f"{path}:{start}")
             start = reader.line_num + 1
@@ -161,7 +180,7 @@ def _header(cells: list[str], where: str) -> list[str]:
     return cells
 
 
-def _named(names: list[str], cells: list[str], where: str) -> Record:
+def _row_of(names: list[str], cells: list[str], where: str) -> Record:
     if len(cells) != len(names):
         raise UserError(
             f"{where}: {len(cells)} columns, expected {len(names)} ({', '.join(names)})"
@@ -170,7 +189,7 @@ def _named(names: list[str], cells: list[str], where: str) -> Record:
 
 
 def _text(row: Record, name: str, where: str) -> str:
-    """A field as text, or a UserError where it is absent or no text."""
+    """The text of a field; a UserError where the field is absent or holds no text."""
     if name not in row:
         raise UserError(
             f"{where}: missing field {name!r}{nearest(name, row)}; the line has: {', '.join(row)}"
@@ -183,14 +202,22 @@ def _text(row: Record, name: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: field {name!r} has half of a character, {text[error.start]!a}, at place "
+            f"{where}: field {name!r} has half of a character, {text[error.start]!a}, at character "
             f"{error.start}"
         ) from error
     return text
 
 
-def _label(row: Record, name: str, where: str) -> str | None:
-    """A row's label, or None where it is null or empty."""
-    if not name or (name in row and row[name] in (None, "")):
-        return None
-    return _text(row, name, where)
+def _answers(row: Record, name: str, where: str, *, several: bool) -> list[str]:
+    """The texts of a row's label field; none where it is null or empty. A list may hold several."""
+    value = row.get(name)
+    if not (several and isinstance(value, list)):
+        unlabelled = not name or (name in row and value in (None, ""))
+        return [] if unlabelled else [_text(row, name, where)]
+    answers = [_text({name: answer}, name, where) for answer in value]
+    if not all(answer.strip() for answer in answers):
+        raise UserError(
+            f"{where}: field {name!r} has an answer without text; allowed: texts, or an empty list "
+            "where no answer is known"
+        )
+    return answers

@@ -1,6 +1,8 @@
-"""Subsets of records that depend on ids and a seed alone, not on the order of a file."""
+"""Subsets and hashes of records. Subsets depend on ids and a seed, not on the order of a file."""
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from softprompt.data.sources import Record
@@ -8,13 +10,16 @@ from softprompt.errors import UserError
 
 
 def seeded_order(keys: Sequence[str], seed: int) -> list[int]:
-    """Returns the indices of keys in a seeded order, that of SHA-256("seed/key")."""
+    """Returns the indices that sort the keys by SHA-256("seed/key")."""
     digests = [hashlib.sha256(f"{seed}/{key}".encode()).digest() for key in keys]
     return sorted(range(len(keys)), key=lambda index: (digests[index], index))
 
 
 def seeded_sample(records: Sequence[Record], n: int) -> list[Record]:
-    """Returns n records (0 or too large an n: all) in their own order, whatever that order is."""
+    """Returns n of the records in their own order; all of them where n is 0 or too large.
+
+    Which ones depends on the ids alone.
+    """
     if not 0 < n < len(records):
         return list(records)
     order = seeded_order([record["id"] for record in records], 0)
@@ -22,15 +27,16 @@ def seeded_sample(records: Sequence[Record], n: int) -> list[Record]:
 
 
 def balanced_subset(records: Sequence[Record], n: int, seed: int) -> list[Record]:
-    """Returns n records, as evenly over the labels as the records allow.
+    """Returns n records with the labels as balanced as the records allow.
 
-    Labels take turns, so their counts differ by one at most until a label runs out. With one seed,
-    a smaller subset is the beginning of a larger one. The order of `records` has no influence.
+    Labels are dealt in turns, so their counts differ by at most one until a label runs out. The
+    records of a free-text task are drawn as if they had one label. For the same seed a smaller
+    subset is the beginning of a larger one. The order of `records` has no influence.
 
     Args:
-        records: with ids that differ.
-        n: how many; does not need to divide by the number of labels.
-        seed: which subset.
+        records: their ids differ.
+        n: number of records; it need not be a multiple of the number of labels.
+        seed: chooses the subset.
 
     Raises:
         UserError: there are fewer than n records.
@@ -42,7 +48,7 @@ def balanced_subset(records: Sequence[Record], n: int, seed: int) -> list[Record
         )
     groups: dict[str, list[Record]] = {}
     for index in seeded_order([record["id"] for record in records], seed):
-        groups.setdefault(str(records[index]["label"]), []).append(records[index])
+        groups.setdefault(_label_name(records[index]), []).append(records[index])
     names = sorted(groups)
     turns = [groups[names[index]] for index in seeded_order(names, seed)]
     longest = max(map(len, turns), default=0)
@@ -51,8 +57,41 @@ def balanced_subset(records: Sequence[Record], n: int, seed: int) -> list[Record
 
 
 def label_counts(records: Iterable[Record]) -> dict[str, int]:
-    """Returns how many records have each label, most common first; unlabelled ones count as ""."""
-    counts: dict[str, int] = {}
-    for record in records:
-        counts[record["label"] or ""] = counts.get(record["label"] or "", 0) + 1
+    """Returns the number of records of each label, most common first.
+
+    A record of a free-text task counts as "answered", an unlabelled one as "unlabelled".
+    """
+    counts = Counter(_label_name(record) for record in records)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _label_name(record: Record) -> str:
+    """A record's label, or whether it has an answer."""
+    if record["label"] is None:
+        return "unlabelled"
+    return "answered" if "answers" in record else str(record["label"])
+
+
+def normalised(text: str) -> str:
+    """Returns the text without differences of case and white space."""
+    return " ".join(text.split()).casefold()
+
+
+def content_hash(record: Record, fields: Sequence[str]) -> str:
+    """Returns the SHA-256, in hex, of a record's fields up to case and white space."""
+    content = json.dumps([normalised(record[name]) for name in fields])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def hash_fraction(key: str) -> float:
+    """Returns a number in [0, 1) that depends on the key alone, evenly distributed."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
+
+
+def shared_texts(one: Sequence[Record], other: Sequence[Record], fields: Sequence[str]) -> int:
+    """Returns how many records of `other` have a text that `one` has, too.
+
+    Texts are the fields up to case and white space (see `content_hash`).
+    """
+    known = {content_hash(record, fields) for record in one}
+    return sum(content_hash(record, fields) in known for record in other)

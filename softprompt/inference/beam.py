@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from softprompt.errors import UserError
 from softprompt.inference.batches import InputBatch, slots_for
-from softprompt.inference.decode import NO_TOKEN, Inputs, cut, over_batches
+from softprompt.inference.decode import NO_TOKEN, Inputs, Report, cut, over_batches
 from softprompt.inference.kv_cache import Cache, Tree, empty_cache, extend
 from softprompt.models import Model
 
@@ -172,7 +173,9 @@ def beam_search(
     length_penalty: float = 1.0,
     batch: int = 8,
     room: int = 0,
+    mesh: Mesh | None = None,
     which: Sequence[int] | None = None,
+    progress: Report = lambda done, total: None,
 ) -> list[list[int]]:
     """Continues each input by the best sequence that a beam search finds.
 
@@ -188,7 +191,9 @@ def beam_search(
             above 0 favours long ones.
         batch: examples run together.
         room: as for `generate`.
+        mesh: as for `generate`.
         which: as for `generate`.
+        progress: as for `generate`.
 
     Returns:
         Generated ids of each example.
@@ -205,6 +210,7 @@ def beam_search(
         real_B = batch.example_B >= 0
         return search_function(model)(weights, shared, memory, logits_BV, real_B, rules, **sizes)
 
-    options: dict[str, Any] = {"max_new": max_new, "batch": batch, "room": room, "mesh": None}
-    outputs = over_batches(model, weights, shared, inputs, run, which=which, **options)
+    options: dict[str, Any] = {"max_new": max_new, "batch": batch, "room": room, "mesh": mesh}
+    options |= {"which": which, "progress": progress}
+    outputs = over_batches(model, weights, shared, inputs, run, **options)
     return [cut(out_N, max_new, rules.eos_id) for out_N in outputs]

@@ -21,6 +21,7 @@ from softprompt.inference.sampling import GREEDY, Sampling, choose, row_keys
 from softprompt.models import Decoder, Model
 from softprompt.training.sharding import by_row, put, replicated
 
+Report = Callable[[int, int], None]
 Inputs = Sequence[Sequence[int] | np.ndarray]
 NO_TOKEN = -1  # an EOS that no model says
 
@@ -126,6 +127,7 @@ def generate(
     room: int = 0,
     mesh: Mesh | None = None,
     which: Sequence[int] | None = None,
+    progress: Report = lambda done, total: None,
 ) -> list[list[int]]:
     """Continues inputs, or answers them where the model is a T5.
 
@@ -145,6 +147,7 @@ def generate(
             program; by default as the longest of `inputs` needs.
         mesh: rows are split over its data axis.
         which: which of several prompts each example has, by number. None: there is one.
+        progress: is given examples done and in all.
 
     Returns:
         Generated ids of each example.
@@ -164,7 +167,8 @@ def generate(
         return decoded(weights, shared, memory, logits_BV, rows, rules, new=new)
 
     options: dict[str, Any] = {"max_new": max_new, "batch": batch, "room": room, "mesh": mesh}
-    outputs = over_batches(model, weights, shared, inputs, run, which=which, **options)
+    options |= {"which": which, "progress": progress}
+    outputs = over_batches(model, weights, shared, inputs, run, **options)
     return [cut(out_N, max_new, eos) for out_N in outputs]
 
 
@@ -180,6 +184,7 @@ def over_batches(
     room: int,
     mesh: Mesh | None,
     which: Sequence[int] | None = None,
+    progress: Report = lambda done, total: None,
 ) -> list[np.ndarray]:
     """What `run` (memory, logits, batch) gives for each input, batch by batch.
 
@@ -198,6 +203,8 @@ def over_batches(
         logits_BV, memory = prefill_function(model)(weights, shared, *rows, slots=slots)
         out_BN = np.asarray(run(memory, logits_BV, part))
         outputs.update(zip(part.example_B.tolist(), out_BN, strict=True))
+        outputs.pop(-1, None)  # rows without an example
+        progress(len(outputs), len(inputs))
     return [outputs[example] for example in range(len(inputs))]
 
 

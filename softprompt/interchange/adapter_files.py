@@ -16,9 +16,9 @@ from safetensors.numpy import save
 
 from softprompt.errors import UserError
 from softprompt.files import write_bytes, write_text
+from softprompt.methods.delta_file import KEY
 from softprompt.pretrained.hf import read_json
 from softprompt.pretrained.tensor_files import ALL, open_file
-from softprompt.training.delta_file import KEY
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

@@ -13,8 +13,8 @@ from softprompt.models.shapes import decoder_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.families import FAMILIES, find_family
 from softprompt.pretrained.families.gpt2 import GPT2
-from softprompt.pretrained.name_tables import Part
-from softprompt.pretrained.t5_names import t5_table
+from softprompt.pretrained.families.t5 import t5_table
+from softprompt.pretrained.name_tables import TensorRule
 
 ModelConfig = DecoderConfig | T5Config
 View = Callable[[np.ndarray], np.ndarray]
@@ -104,7 +104,7 @@ def _projections(config: ModelConfig) -> Iterable[tuple[str, LinearModule]]:
             )
 
 
-def _own_module(path: str, part: Part) -> LinearModule:
+def _own_module(path: str, part: TensorRule) -> LinearModule:
     """The module of a projection that shares it with no other, from the part of its kernel."""
     inputs = part.leaf[:2] if path.endswith("/o/kernel") else part.leaf[:1]
     shape = part.leaf[len(inputs) :]

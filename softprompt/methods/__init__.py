@@ -1,4 +1,4 @@
-"""Ways to train a delta. Each module has `init`, `variables` and `fold` (DESIGN: methods).
+"""Ways to train a delta: modules that `softprompt.methods.base` describes, by name.
 
 A module may say how PEFT stores the method: `PEFT` has the fields by which an adapter_config.json
 names it, and `PEFT_VECTORS` the vectors of a projection's outputs beside a LoRA's A and B (leaf ->
@@ -7,17 +7,31 @@ tensor, such as {"magnitude": "lora_magnitude_vector"}).
 
 from types import ModuleType
 
-from softprompt.methods import adapter, bitfit, full, ia3, lora, multitask, none, prefix, prompt
+from softprompt.methods import (
+    adapter,
+    bitfit,
+    fewshot,
+    full,
+    ia3,
+    lora,
+    multitask,
+    none,
+    prefix,
+    prompt,
+)
 
 METHODS: dict[str, ModuleType] = {
-    "none": none,
-    "prompt": prompt,
-    "multitask": multitask,
-    "prefix": prefix,
-    "lora": lora,
-    "adapter": adapter,
-    "bitfit": bitfit,
-    "ia3": ia3,
-    "full": full,
+    module.Settings.name: module
+    for module in (
+        prompt,
+        multitask,
+        prefix,
+        lora,
+        adapter,
+        bitfit,
+        ia3,
+        full,
+        none,
+        fewshot,
+    )
 }
-TRAINED = tuple(name for name in METHODS if name != "none")

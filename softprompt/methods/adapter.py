@@ -12,10 +12,31 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
+from softprompt.methods.base import MethodSettings, Setup
 from softprompt.methods.sites import delta_dtype, keys_by_path, projections
 from softprompt.models import Model
+from softprompt.settings import setting
 
 SPREAD = 0.01  # standard deviation of the first "down" (arXiv 1902.00751, section 3.6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(MethodSettings):
+    """Bottleneck networks in every layer."""
+
+    name = "adapter"
+    multiplies_tokens = True
+
+    bottleneck: int = setting(64, "width of the hidden layer", low=1)
+    placement: str = setting(
+        "houlsby",
+        "houlsby (behind attention and behind the feed-forward) or pfeiffer (the latter only)",
+        choices=("houlsby", "pfeiffer"),
+    )
+
+    def label(self) -> str:
+        """Where it stands and its width."""
+        return f"{self.placement}-{self.bottleneck}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +45,11 @@ class AdapterConfig:
 
     bottleneck: int
     placement: str = "houlsby"
+
+
+def resolve(settings: Settings, setup: Setup) -> AdapterConfig:
+    """The static configuration for a trial."""
+    return AdapterConfig(settings.bottleneck, settings.placement)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: AdapterConfig) -> dict[str, Any]:

@@ -7,14 +7,27 @@ none in any family here, and stay without.
 Source: Ben Zaken et al. 2022 (arXiv 2106.10199).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
+from softprompt.methods.base import MethodSettings, Setup
 from softprompt.methods.sites import delta_dtype, norms, projections
 from softprompt.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(MethodSettings):
+    """Every bias, and nothing else."""
+
+    name = "bitfit"
+
+
+def resolve(settings: Settings, setup: Setup) -> None:
+    """Nothing is configured."""
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any]:

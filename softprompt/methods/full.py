@@ -4,13 +4,27 @@ Embeddings, norms and the head are trained with the rest. The delta is float32 w
 computes in, so that small updates are not lost.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from softprompt.errors import UserError
+from softprompt.methods.base import MethodSettings, Setup
 from softprompt.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(MethodSettings):
+    """All weights of the model."""
+
+    name = "full"
+    trains_weights = True
+
+
+def resolve(settings: Settings, setup: Setup) -> None:
+    """Nothing is configured."""
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any]:
@@ -39,6 +53,6 @@ def fold(delta: dict[str, Any], cfg: None) -> dict[str, Any]:
     return delta
 
 
-def merge(delta: dict[str, Any], weights: Any, cfg: None) -> dict[str, Any]:
-    """The weights of a model that computes alone what base model and delta do: the delta."""
+def merge(delta: dict[str, Any], weights: dict[str, Any], cfg: None) -> dict[str, Any]:
+    """The trained weights, which take the place of the model's."""
     return delta

@@ -13,8 +13,21 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from softprompt.methods.sites import delta_dtype, targeted
+from softprompt.methods.base import MethodSettings, Setup
+from softprompt.methods.sites import delta_dtype, names, targeted
 from softprompt.models import Model
+from softprompt.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(MethodSettings):
+    """Factors on what attention and the feed-forward pass on."""
+
+    name = "ia3"
+    may_leave_out = True
+
+    targets: str = setting("", 'names of projections, such as k,v,down; "" is these')
+
 
 PEFT = {"peft_type": "IA3"}
 
@@ -24,6 +37,11 @@ class Ia3Config:
     """`targets`: names of projections."""
 
     targets: tuple[str, ...] = ("k", "v", "down")
+
+
+def resolve(settings: Settings, setup: Setup) -> Ia3Config:
+    """The static configuration for a trial."""
+    return Ia3Config(names(settings.targets) or Ia3Config.targets)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: Ia3Config) -> dict[str, Any]:

@@ -1,18 +1,28 @@
 """Where a prompt starts: functions (key, embedding_VD, P) -> prompt_PD, reproducible by key.
 
-The embeddings are those that the layers see: scaled, in a model that scales them.
+The embeddings are those that the layers see: scaled, in a model that scales them. `INITIALIZERS`
+has the settings class of each, by the name that it has as `method.init`.
 
 Source: Lester et al. 2021, section 3.2, "Prompt initialization".
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from softprompt.data.encode import Encoded
 from softprompt.errors import UserError
+from softprompt.methods.delta_file import load_delta
+from softprompt.settings import Settings, setting
+
+if TYPE_CHECKING:  # it imports every format that a model may come in
+    from softprompt.pretrained.loading import Loaded
 
 Initializer = Callable[[jax.Array, jax.Array, int], jax.Array]
 
@@ -119,3 +129,183 @@ def common_tokens(texts: Iterable[Iterable[int]], number: int) -> list[int]:
         raise UserError("config.method.common_text: no tokens to sample a prompt from")
     order = sorted(counts, key=lambda i: (-counts[i], i))
     return order[:number]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start(Settings):
+    """The keys of an initialiser: base of the classes below."""
+
+    section = "method"
+
+    def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
+        """The initialiser for a model.
+
+        Args:
+            loaded: the model.
+            train: the examples that are trained on.
+            place: `method.place`.
+
+        Raises:
+            UserError: its texts or files cannot be used for this model.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Start):
+    """Uniform noise of the embeddings' RMS."""
+
+    bound: ClassVar[float | None] = None
+
+    def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
+        """See `uniform`."""
+        return uniform(self.bound)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformPaper(Uniform):
+    """Uniform noise in [-0.5, 0.5]."""
+
+    bound = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary(Start):
+    """Embeddings of common tokens."""
+
+    common_tokens: int = setting(5000, "sample from this many most common tokens", low=1)
+    common_text: str = setting(
+        "train", "whose tokens are counted: train (the task's train split) or a text file's path"
+    )
+
+    def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
+        """See `vocabulary`."""
+        return vocabulary(self.common_ids(loaded, train))
+
+    def common_ids(self, loaded: "Loaded", train: Encoded) -> list[int]:
+        """The most common tokens of the named text: the train split's inputs, or a file's lines.
+
+        BOS and EOS, which inputs may begin and end with, are none of them.
+        """
+        added = {loaded.tokenizer.bos_id, loaded.tokenizer.eos_id}
+        if self.common_text == "train":
+            texts = ([i for i in ids.tolist() if i not in added] for ids in train.inputs)
+            return common_tokens(texts, self.common_tokens)
+        try:
+            lines = epath.Path(self.common_text).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"config key 'method.common_text' is {self.common_text!r}: {error}; allowed: "
+                "train, or a text file"
+            ) from error
+        return common_tokens(map(loaded.tokenizer.encode, lines), self.common_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels(Vocabulary):
+    """The verbalizers' mean embeddings, then those of common tokens."""
+
+    def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
+        """See `fixed`."""
+        if not train.candidates:
+            raise UserError("config key 'method.init' is 'labels'; this task has no verbalizers")
+        rest = super().initializer(loaded, train, place=place)
+        texts = [train.without_eos(ids).tolist() for ids in train.candidates]
+        return fixed(texts, rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Start):
+    """The embeddings of a text's tokens, repeated where it is short."""
+
+    init_text: str = setting("", "the text whose token embeddings start the prompt")
+
+    def check(self) -> None:
+        """Checks that there is a text."""
+        if not self.init_text:
+            raise UserError("config key 'method.init_text' is empty; method.init=text needs it")
+
+    def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
+        """See `text`."""
+        ids = loaded.tokenizer.encode(self.init_text)
+        if not ids:
+            raise UserError("config key 'method.init_text' has no tokens")
+        return text(ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class File(Vocabulary):
+    """The rows of a trained prompt, then embeddings of common tokens."""
+
+    init_file: str = setting(
+        "", "a delta.safetensors, whose prompt is truncated or extended to `length`"
+    )
+    init_any_weights: bool = setting(
+        False, "also start from a prompt that was trained on other weights", scientific=False
+    )
+
+    def check(self) -> None:
+        """Checks that there is a file's name."""
+        if not self.init_file:
+            raise UserError("config key 'method.init_file' is empty; method.init=file needs it")
+
+    def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
+        """See `from_rows`.
+
+        Raises:
+            UserError: see `prompt_rows`; trained on other weights, without `init_any_weights`.
+        """
+        rows_PD, origin = prompt_rows(self.init_file, place)
+        trained = origin.get("fingerprint", loaded.fingerprint)
+        fits = rows_PD.shape[-1:] == (loaded.config.prompt_width,)  # else no key would make it
+        if fits and trained != loaded.fingerprint and not self.init_any_weights:
+            raise UserError(
+                f"{self.init_file} was trained on weights {trained}, {loaded.name} has "
+                f"{loaded.fingerprint}; method.init_any_weights=True starts from it nevertheless"
+            )
+        rest = super().initializer(loaded, train, place=place)
+        return from_rows(rows_PD, rest, name=self.init_file)
+
+
+INITIALIZERS: dict[str, type[Start]] = {
+    "vocabulary": Vocabulary,
+    "uniform": Uniform,
+    "uniform_paper": UniformPaper,
+    "labels": Labels,
+    "text": Text,
+    "file": File,
+}
+
+
+def prompt_rows(file: str, place: str = "encoder") -> tuple[np.ndarray, dict[str, Any]]:
+    """The rows [P, D] of a prompt file, and what it says of where they come from.
+
+    Args:
+        file: a delta.
+        place: `method.place`, which chooses where the file has a prompt for each of two stacks.
+
+    Raises:
+        UserError: unreadable, no prompt in it, one that its other tensors belong to, or two and
+            none of them chosen.
+    """
+    delta, origin = load_delta(file)
+    parts = {"": delta, "encoder": delta.get("encoder"), "decoder": delta.get("decoder")}
+    found = {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, dict) and isinstance(part.get("prompt"), np.ndarray)
+    }
+    if not found:
+        raise UserError(f"{file}: no tensor 'prompt' in it; it has {', '.join(delta) or 'none'}")
+    if len(found) > 1 and place not in found:
+        raise UserError(
+            f"{file} has prompts of {' and '.join(found)}; config key 'method.place' is {place!r}; "
+            f"allowed: {', '.join(found)}"
+        )
+    part = found[place] if place in found else next(iter(found.values()))
+    if others := part.keys() - {"prompt"}:
+        raise UserError(
+            f"{file}: its 'prompt' is none without what stands beside it, "
+            f"{', '.join(sorted(others))}; allowed: prompts of method.name=prompt"
+        )
+    return part["prompt"], origin

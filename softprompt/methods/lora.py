@@ -9,21 +9,59 @@ the scale alpha / sqrt(rank).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.errors import UserError
-from softprompt.methods.sites import delta_dtype, keys_by_path, targeted
+from softprompt.methods.base import MethodSettings, Setup
+from softprompt.methods.sites import delta_dtype, keys_by_path, names, targeted
 from softprompt.models import Model
 from softprompt.models.quantize import VALUES
+from softprompt.settings import setting
 
 SHARED = "qkv"  # the target whose A is shared
 PEFT = {"peft_type": "LORA", "use_dora": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(MethodSettings):
+    """A change of low rank to chosen projections."""
+
+    name = "lora"
+    multiplies_tokens = True
+    may_leave_out = True
+    drops = "lora"
+
+    rank: int = setting(8, "Z, the rank of a projection's change", low=1)
+    alpha: float = setting(16.0, "the change is scaled by alpha / rank", low=0)
+    dropout: float = setting(
+        0.0,
+        "share of what the first factor reads that a step drops (PEFT's lora_dropout); 0 is off",
+        low=0,
+        high=0.999999,
+    )
+    rslora: bool = setting(False, "scale the change by alpha / sqrt(rank) instead")
+    targets: str = setting(
+        "",
+        "names of projections, such as q,v or q,k,v,o,gate,up,down; qkv is one first factor for "
+        'the three; "" is q,v',
+    )
+
+    def label(self) -> str:
+        """The method and its rank."""
+        return f"{self.name}-{self.rank}"
+
+    def check(self) -> None:
+        """Checks that the change is not scaled to nothing."""
+        if self.alpha == 0:
+            raise UserError(
+                f"config key 'method.alpha' is 0.0; allowed: above 0 with method.name={self.name}, "
+                "whose update it scales"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +84,12 @@ class LoraConfig:
     def scale(self) -> float:
         """What the low-rank product is multiplied by."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def resolve(settings: Settings, setup: Setup) -> LoraConfig:
+    """The static configuration for a trial."""
+    s = settings
+    return LoraConfig(s.rank, s.alpha, s.rslora, names(s.targets) or LoraConfig.targets)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[str, Any]:
@@ -80,21 +124,23 @@ def variables(
     delta: dict[str, Any], weights: Any, cfg: LoraConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
     """The factors where the projections read them, the scale multiplied into B."""
-    return _pairs(delta, lambda a, b: {"lora_a": a, "lora_b": b * cfg.scale})
+    leaves: dict[str, jax.Array] = {}
+    for path, (a, b) in factors(delta).items():
+        leaves |= {f"{path}/lora_a": a, f"{path}/lora_b": b * cfg.scale}
+    return unflatten_dict(leaves, sep="/")
 
 
-def _pairs(tree: Mapping[str, Any], make: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    """The tree with `make(A, B)` in the place of every projection's factors."""
-    made: dict[str, Any] = {}
-    for name, node in tree.items():
-        if name == SHARED:
-            for part in ("q", "k", "v"):
-                made[part] = make(node["lora_a"], node[part])
-        elif "lora_a" in node:
-            made[name] = make(node["lora_a"], node["lora_b"])
-        else:
-            made[name] = _pairs(node, make)
-    return made
+def factors(delta: dict[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The path of each projection that is changed -> its A and B."""
+    leaves = flatten_dict(delta, sep="/")
+    found = {}
+    for path, leaf in leaves.items():
+        scope, name = path.rsplit("/", 1)
+        if name == "lora_b":
+            found[scope] = leaves[f"{scope}/lora_a"], leaf
+        elif scope.endswith(f"/{SHARED}") and name != "lora_a":
+            found[f"{scope.removesuffix(SHARED)}{name}"] = leaves[f"{scope}/lora_a"], leaf
+    return found
 
 
 def fold(delta: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
@@ -108,26 +154,14 @@ def merge(delta: dict[str, Any], weights: dict[str, Any], cfg: LoraConfig) -> di
     Raises:
         UserError: quantised weights, whose grid the sum would leave.
     """
-
-    def change(a: jax.Array, b: jax.Array) -> jax.Array:
+    merged = flatten_dict(weights, sep="/")
+    for path, (a, b) in factors(delta).items():
+        if f"{path}/kernel{VALUES}" in merged:
+            raise UserError("LoRA does not merge into quantised weights; use model.quantize=none")
         flat = jnp.einsum(
             "liz,lzo->lio", a.reshape(len(a), -1, cfg.rank), b.reshape(*b.shape[:2], -1)
         )
-        return cfg.scale * flat.reshape(*a.shape[:-1], *b.shape[2:])
-
-    def add(weights: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-        merged = dict(weights)
-        for name, node in changes.items():
-            if isinstance(node, dict):
-                merged[name] = add(weights[name], node)
-            elif f"kernel{VALUES}" in weights[name]:
-                raise UserError(
-                    "LoRA does not merge into quantised weights; use model.quantize=none"
-                )
-            else:
-                kernel = weights[name]["kernel"]
-                sum_ = kernel.astype(node.dtype) + node
-                merged[name] = {**weights[name], "kernel": sum_.astype(kernel.dtype)}
-        return merged
-
-    return add(weights, _pairs(delta, change))
+        kernel = merged[f"{path}/kernel"]
+        sum_ = kernel.astype(flat.dtype) + cfg.scale * flat.reshape(kernel.shape)
+        merged[f"{path}/kernel"] = sum_.astype(kernel.dtype)
+    return unflatten_dict(merged, sep="/")

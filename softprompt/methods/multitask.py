@@ -14,9 +14,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from softprompt.errors import UserError
 from softprompt.methods import prompt
+from softprompt.methods.base import Context, Setup, TrainedContextSettings
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models import Model
+from softprompt.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(TrainedContextSettings):
+    """A prompt for each task of data.mixture: a shared one times a factor of low rank."""
+
+    name = "multitask"
+    is_prompt = True
+    per_task = True
+
+    place: str = setting("encoder", "before the encoder's input", choices=("encoder",))
+    rank: int = setting(8, "Z, the rank of a task's factor", low=1)
+
 
 PEFT = {"peft_type": "MULTITASK_PROMPT_TUNING"}
 
@@ -32,6 +48,32 @@ class MultitaskConfig(PromptConfig):
 
     tasks: int = 1
     rank: int = 1
+
+
+def resolve(settings: Settings, setup: Setup) -> MultitaskConfig:
+    """The static configuration for a trial.
+
+    Raises:
+        UserError: see `prompt.resolve`; a prompt that does not see an encoder's input.
+    """
+    settings.check_room(setup)
+    if setup.encoder_decoder and not settings.prompt_to_input:
+        raise UserError(
+            "config key 'method.prompt_to_input' is False; allowed for a multitask: True"
+        )
+    return MultitaskConfig(
+        settings.length,
+        initializer=setup.initializer(settings.place),
+        embed_scale=setup.sizes.embed_scale,
+        places=settings.stacks(setup),
+        tasks=setup.tasks,
+        rank=settings.rank,
+    )
+
+
+def context(cfg: MultitaskConfig) -> Context:
+    """What the prompts take before a text."""
+    return Context(cfg.length, cfg.places, prompts=cfg.tasks)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: MultitaskConfig) -> dict[str, Any]:

@@ -1,10 +1,30 @@
-"""No delta: the plain base model, zero-shot or behind few-shot examples."""
+"""No delta: the plain base model, zero-shot."""
 
+import dataclasses
 from typing import Any
 
 import jax
 
+from softprompt.methods.base import MethodSettings, Setup, bos_setting
 from softprompt.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(MethodSettings):
+    """The plain model, zero-shot."""
+
+    name = "none"
+    trains = False
+
+    bos: str = bos_setting("after", "before", "none")
+
+    def label(self) -> str:
+        """What it is called in tables."""
+        return "zero-shot"
+
+
+def resolve(settings: Settings, setup: Setup) -> None:
+    """Nothing is configured."""
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, jax.Array]:

@@ -18,10 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from softprompt.methods.initializers import Initializer
+from softprompt.errors import UserError
+from softprompt.methods.base import Context, Setup, TrainedContextSettings
+from softprompt.methods.initializers import INITIALIZERS, Initializer
 from softprompt.methods.sites import delta_dtype
 from softprompt.models import T5, Model
 from softprompt.models.quantize import embedding
+from softprompt.settings import setting
 
 SPREAD = 0.02  # standard deviation of "noise"
 PLACES = {
@@ -31,6 +34,43 @@ PLACES = {
 }
 
 PEFT = {"peft_type": "PREFIX_TUNING"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(TrainedContextSettings):
+    """Trained keys and values before the text, in every layer."""
+
+    name = "prefix"
+
+    init: str = setting(
+        "vocabulary",
+        "what it starts from: keys and values that the model makes of a prompt's start, noise or "
+        "zeros",
+        choices=(*INITIALIZERS, "noise", "zeros"),
+    )
+    place: str = setting(
+        "encoder",
+        "encoder-decoders: in the encoder, the decoder, or both; in cross-attention, or everywhere",
+        choices=("encoder", "decoder", "cross", "both", "all"),
+    )
+    reparam: str = setting(
+        "none",
+        "write it through a network until training ends: none or mlp",
+        choices=("none", "mlp"),
+    )
+    bottleneck: int = setting(64, "width of reparam's hidden layer", low=1, needs=("reparam",))
+
+    @property
+    def of_words(self) -> bool:
+        """Whether it starts from the keys and values of a prompt."""
+        return self.init in INITIALIZERS
+
+    def check(self) -> None:
+        """Checks that a network's output is not said to start elsewhere."""
+        if self.reparam == "mlp" and self.init != "noise":
+            raise UserError(
+                f"config key 'method.init' is {self.init!r}; allowed with method.reparam=mlp: noise"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +94,47 @@ class PrefixConfig:
     initializer: Initializer | None = dataclasses.field(default=None, compare=False)
     embed_scale: float = 1.0
     bottleneck: int = 0
+
+
+def resolve(settings: Settings, setup: Setup) -> PrefixConfig:
+    """The static configuration for a trial.
+
+    Raises:
+        UserError: the model has no room for the prefix, or no such place; words as a start where
+            they would see the input; see `Setup.initializer`.
+    """
+    settings.check_room(setup)
+    where, of_words = settings.stacks(setup), settings.of_words
+    if setup.start is None and of_words:
+        return PrefixConfig(settings.length, where)  # of the same shape
+    if "cross" in where and of_words:
+        raise UserError(
+            f"config key 'method.init' is {settings.init!r}; allowed for a prefix of "
+            "cross-attention: noise, zeros"
+        )
+    if where and not of_words and not settings.prompt_to_input:
+        raise UserError(
+            "config key 'method.prompt_to_input' is False; allowed with "
+            f"method.init={settings.init} of a prefix, which is no input: True"
+        )
+    if "encoder" in where and settings.prompt_to_input and of_words:
+        raise UserError(
+            f"config key 'method.init' is {settings.init!r}: in an encoder, keys and values of "
+            "words depend on the input; allowed: noise, zeros, or method.prompt_to_input=False"
+        )
+    return PrefixConfig(
+        settings.length,
+        where,
+        "rows" if of_words else settings.init,
+        setup.initializer(settings.place) if of_words else None,
+        setup.sizes.embed_scale,
+        settings.bottleneck if settings.reparam == "mlp" else 0,
+    )
+
+
+def context(cfg: PrefixConfig) -> Context:
+    """What the prefix takes before a text."""
+    return Context(cfg.length, cfg.places)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig) -> dict[str, Any]:

@@ -13,10 +13,42 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.methods import reparametrize
+from softprompt.methods.base import Context, Setup, TrainedContextSettings, bos_setting, wants_bos
 from softprompt.methods.initializers import Initializer
 from softprompt.models import Model
 from softprompt.models.dropout import Share, masked
 from softprompt.models.quantize import embedding
+from softprompt.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(TrainedContextSettings):
+    """Trained vectors before the text."""
+
+    name = "prompt"
+    is_prompt = True
+    drops = "prompt"
+
+    bos: str = bos_setting("after", "before", "none")
+    reparam: str = setting(
+        "none",
+        "write its rows through a network until training ends: none, residual (one for all rows), "
+        "residual_rows (one for each) or mlp (P-tuning)",
+        choices=("none", "residual", "residual_rows", "mlp"),
+    )
+    bottleneck: int = setting(64, "width of reparam's hidden layers", low=1, needs=("reparam",))
+    dropout: float = setting(
+        0.0,
+        "share of the prompt's entries that a step drops, the same for all examples; 0 is off",
+        low=0,
+        high=0.999999,
+    )
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether BOS stands before the prompt."""
+        return self.bos == "before"
+
 
 PEFT = {"peft_type": "PROMPT_TUNING"}
 
@@ -47,6 +79,32 @@ class PromptConfig:
     places: tuple[str, ...] = ()
     reparam: str = "none"
     bottleneck: int = 0
+
+
+def resolve(settings: Settings, setup: Setup) -> PromptConfig:
+    """The static configuration for a trial.
+
+    Raises:
+        UserError: the model has no room for the prompt, or no such place, or a tokenizer without
+            the BOS that is wanted; see `Setup.initializer`.
+    """
+    settings.check_room(setup)
+    tokenizer = setup.loaded.tokenizer if setup.loaded else None
+    before = settings.begins_with_bos and tokenizer and wants_bos(settings.bos, tokenizer)
+    return PromptConfig(
+        settings.length,
+        tokenizer.bos_id if tokenizer and before else None,
+        setup.initializer(settings.place),
+        setup.sizes.embed_scale,
+        settings.stacks(setup),
+        settings.reparam,
+        settings.bottleneck,
+    )
+
+
+def context(cfg: PromptConfig) -> Context:
+    """What the prompt takes before a text."""
+    return Context(cfg.length + (cfg.bos_before is not None), cfg.places)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[str, Any]:

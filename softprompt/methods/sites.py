@@ -85,6 +85,11 @@ def targeted(model: Model, names: Sequence[str], *, more: Iterable[str] = ()) ->
     return [site for site in sites if site.name in names]
 
 
+def names(text: str) -> tuple[str, ...]:
+    """The names in a list such as "q, v"."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def keys_by_path(key: jax.Array, paths: Iterable[str]) -> dict[str, jax.Array]:
     """A random key for each path."""
     paths = sorted(paths)

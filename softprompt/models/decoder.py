@@ -370,4 +370,6 @@ class Decoder(nn.Module):
         at_T = positions_T if cut else None
         row = Row(mask_TS, at_T, table, local, places, drop, segments_T, kernel)
         kv = tuple((part.k_LSGK, part.v_LSGK) for part in cached)
-        return self.layers(x_TD, Layer((context.k_LPGK, context.v_LPGK), window_L, kv), row)
+        depth_L = jnp.arange(1.0, c.layers + 1) if c.scale_by_depth else None
+        layers = Layer((context.k_LPGK, context.v_LPGK), window_L, kv, depth_L)
+        return self.layers(x_TD, layers, row)

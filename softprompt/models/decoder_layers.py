@@ -46,6 +46,7 @@ class DecoderConfig:
         windows: for each layer, how many positions back it sees, its own included; 0 for all. ()
             where no layer has a window. The context leaves a window like any other token.
         query_scale: what queries are multiplied by; 0 for head_size ** -0.5.
+        scale_by_depth: the queries of layer n, from 1, are divided by n (GPT-2 in Mistral's runs).
         attn_softcap: as `final_softcap`, of attention scores.
         qk_norm: queries and keys are normalised, head by head, before they are rotated.
         qkv_bias: the projections to queries, keys and values have biases.
@@ -81,6 +82,7 @@ class DecoderConfig:
     rotary_size: int = 0
     windows: tuple[int, ...] = ()
     query_scale: float = 0.0
+    scale_by_depth: bool = False
     attn_softcap: float = 0.0
     qk_norm: bool = False
     qkv_bias: bool = False
@@ -107,6 +109,7 @@ class Layer:
     context: KeysValues
     window: jax.Array | None  # a scalar; None where no layer of the model has a window
     cached: tuple[KeysValues, ...] = ()
+    depth: jax.Array | None = None  # a scalar, from 1; there where `scale_by_depth`
 
 
 @struct.dataclass
@@ -175,6 +178,8 @@ class Attention(nn.Module):
         if row.table is not None:
             table = _table(layer, row)
             q, k = rotate(q, table), rotate(k, table)
+        if layer.depth is not None:
+            q = (q / layer.depth).astype(dtype)
         parts = dropped_keys(self, [layer.context, *layer.cached, (k, v)], row.drop)
         seen = [Part(*kv, mask) for kv, mask in zip(parts, _masks(layer, row), strict=True)]
         mixed_THK = attend(

@@ -49,8 +49,9 @@ class Linear(nn.Module):
     """A projection `einsum(spec, x, kernel)` in `dtype`; its bias, if any, is added in float32.
 
     What the delta may hold in its scope: "bias", added beside the frozen one; "lora_a" and "lora_b"
-    (arXiv 2106.09685), whose product is added to the kernel; "ia3" (arXiv 2205.05638), which the
-    result is multiplied by, or the input where `rescales_input`.
+    (arXiv 2106.09685), whose product is added to the kernel; "output_scale", which multiplies the
+    columns of that sum (arXiv 2402.09353); "ia3" (arXiv 2205.05638), which the result is multiplied
+    by, bias included, or the input where `rescales_input`.
 
     `wide`: the products are kept in at least float32, as logits are.
     """
@@ -74,6 +75,8 @@ class Linear(nn.Module):
         y = project(self, "kernel", x, self.shape, inputs, acc if self.wide else None)
         if (low_rank := self._low_rank(x, drop)) is not None:
             y = y + low_rank.astype(y.dtype)
+        if (scale := read_delta(self, "output_scale")) is not None:
+            y = (y.astype(acc) * scale).astype(y.dtype)
         biases = [read_delta(self, "bias")]
         if self.use_bias:
             shape = tuple(size for axis, size in zip(axes, self.shape, strict=True) if axis in out)

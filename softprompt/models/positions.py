@@ -1,6 +1,7 @@
 """Where tokens stand: rotary angles, and windows of attention."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,9 +12,21 @@ import jax.numpy as jnp
 class RopeScaling:
     """How rotary frequencies are stretched for positions beyond those first trained for.
 
-    `kind` "linear" divides all of them by `factor`. "llama3" divides those whose wavelength is more
-    than `original / low`, leaves those below `original / high`, and blends in between.
-    Source: `modeling_rope_utils` of transformers.
+    "linear" divides every frequency by `factor`. "llama3" and "yarn" keep the frequencies that turn
+    more than `high` times in the `original` context, divide those that turn less than `low` times
+    by `factor`, and blend in between: "llama3" in proportion to the turns, "yarn" to the index of
+    the frequency.
+
+    Attributes:
+        kind: "linear", "llama3" or "yarn".
+        factor: by which positions may grow.
+        low: turns.
+        high: turns.
+        original: positions first trained for.
+        attention: what cosines and sines are multiplied by ("yarn").
+        truncate: the blend begins and ends at whole indices ("yarn").
+
+    Source: `modeling_rope_utils` of transformers; arXiv 2309.00071, section 3 (YaRN).
     """
 
     kind: str
@@ -21,6 +34,8 @@ class RopeScaling:
     low: float = 1.0
     high: float = 4.0
     original: int = 8192
+    attention: float = 1.0
+    truncate: bool = True
 
 
 def rotary_table(
@@ -30,18 +45,38 @@ def rotary_table(
     dtype = jnp.promote_types(jnp.result_type(float), jnp.float32)
     frequency_K = base ** -(jnp.arange(0, size, 2, dtype=dtype) / size)
     if scaling is not None:
-        frequency_K = stretch(frequency_K, scaling)
+        frequency_K = stretch(frequency_K, scaling, base)
     angle_TK = positions_T.astype(dtype)[:, None] * frequency_K
-    return jnp.cos(angle_TK), jnp.sin(angle_TK)
+    cos_TK, sin_TK = jnp.cos(angle_TK), jnp.sin(angle_TK)
+    if scaling is not None and scaling.attention != 1.0:
+        cos_TK, sin_TK = cos_TK * scaling.attention, sin_TK * scaling.attention
+    return cos_TK, sin_TK
 
 
-def stretch(frequency_K: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Frequencies of rotary positions under a scaling."""
+def stretch(frequency_K: jax.Array, scaling: RopeScaling, base: float) -> jax.Array:
+    """Frequencies of rotary positions of a base, under a scaling."""
     if scaling.kind == "linear":
         return frequency_K / scaling.factor
-    turns_K = scaling.original * frequency_K / (2 * jnp.pi)  # in the original context
-    kept_K = jnp.clip((turns_K - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    if scaling.kind == "yarn":
+        kept_K = _kept_by_yarn(len(frequency_K), scaling, base)
+    else:
+        turns_K = scaling.original * frequency_K / (2 * jnp.pi)  # in the original context
+        kept_K = jnp.clip((turns_K - scaling.low) / (scaling.high - scaling.low), 0, 1)
     return frequency_K * (kept_K + (1 - kept_K) / scaling.factor)
+
+
+def _kept_by_yarn(size: int, scaling: RopeScaling, base: float) -> jax.Array:
+    """The share of each frequency that is kept: 1 before the blend, 0 behind it."""
+
+    def index(turns: float) -> float:
+        return size * math.log(scaling.original / (turns * 2 * math.pi)) / math.log(base)
+
+    first, last = index(scaling.high), index(scaling.low)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * size - 1)
+    last += 0.001 if first == last else 0  # as transformers, against a division by zero
+    return 1 - jnp.clip((jnp.arange(size) - first) / (last - first), 0, 1)
 
 
 @jax.custom_vjp

@@ -86,7 +86,8 @@ def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     c = config
     shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (c.vocab, c.width)}
     for stack, attentions in ATTENTIONS.items():
-        shapes[f"{stack}/relative_bias/embedding"] = (c.buckets, c.heads)
+        bias = f"{stack}/layers" if c.bias_per_layer else stack
+        shapes[f"{bias}/relative_bias/embedding"] = (c.buckets, c.heads)
         for kind in attentions:
             shapes[f"{stack}/layers/{kind}_norm/scale"] = (c.width,)
             for name in "qkv":

@@ -170,7 +170,7 @@ class T5(nn.Module):
             contexts: what every segment sees besides itself.
             states_SD: what `encode` returned.
             encoder_segments_S: the segments it was given.
-            tokens_T: token ids; each sequence begins with the start token, id 0.
+            tokens_T: token ids; each sequence begins with the start token.
             segments_T: which example a position belongs to, as in the encoder's row. 0 is padding.
             positions_T: position in its sequence, from 0, without the prompt.
             prompt_index_T: as in `encode`, for the decoder's prompt.
@@ -253,7 +253,9 @@ class T5(nn.Module):
         inline = row_S.shape[0] - tokens_S.shape[0]
         valid_S = jnp.arange(row_S.shape[0]) < inline + length
         states_SD = self.encode(contexts, row_S, valid_S, positions_S, index_S)
-        row_T, _, index_T = self._plain_row(self.decoder, jnp.zeros(1, tokens_S.dtype))
+        row_T, _, index_T = self._plain_row(
+            self.decoder, jnp.full(1, self.config.start, tokens_S.dtype)
+        )
         place_T = jnp.arange(row_T.shape[0])
         x_TD, (kv, cross) = self.decoder(
             self.decoder.with_prompt(self.embed(row_T), index_T),

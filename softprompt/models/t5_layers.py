@@ -23,13 +23,25 @@ Kept = tuple[KeysValues, tuple[KeysValues, KeysValues] | None]
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of a T5: 1.0, 1.1 and LM-adapted, Flan-T5, mT5, ByT5.
+    """What a T5 is built of: 1.0, 1.1 and LM-adapted, Flan-T5, mT5, UMT5, ByT5.
 
-    `head_size` times `heads` need not be `width`. `gated`: gated GELU (1.1 and later), else ReLU
-    (1.0). `tied`: the head is the embedding matrix and its input is scaled by width**-0.5 (1.0),
-    else a matrix of its own, unscaled. `buckets` and `max_distance` are those of the relative bias.
-    `context_length` is what the model was pretrained on; relative positions run on beyond it.
-    `start`: the id that every sequence of the decoder begins with.
+    Attributes:
+        vocab: V, rows of the embedding matrix.
+        width: D, of the residual stream.
+        encoder_layers: L of the encoder.
+        decoder_layers: L of the decoder.
+        heads: H.
+        head_size: K; times H it need not be D.
+        ffn: F.
+        gated: the feed-forward is act(gate x) * (up x) (1.1 and later), not act(up x) (1.0).
+        activation: of the feed-forward, a name of `layers.ACTIVATIONS`.
+        tied: the head is the embedding matrix, and its input is scaled by D ** -0.5 (1.0).
+        norm_eps: added to the mean square.
+        buckets: of the relative bias.
+        max_distance: from which on all distances share the last bucket.
+        bias_per_layer: every layer has relative biases of its own (UMT5), not each stack.
+        context_length: positions it was pretrained on; relative positions run on beyond it.
+        start: the id that every sequence of the decoder begins with.
     """
 
     vocab: int
@@ -40,10 +52,12 @@ class T5Config:
     head_size: int
     ffn: int
     gated: bool = True
+    activation: str = "gelu_tanh"
     tied: bool = False
     norm_eps: float = 1e-6
     buckets: int = 32
     max_distance: int = 128
+    bias_per_layer: bool = False
     context_length: int = 512
     start: int = 0
 
@@ -78,39 +92,43 @@ def bucket(distance: np.ndarray, *, buckets: int, max_distance: int, causal: boo
     return after + np.where(size < exact, size, np.minimum(grown, buckets - 1))
 
 
+def buckets_within(config: T5Config, causal: bool, length: int) -> np.ndarray:
+    """The bucket of each pair of a row's positions [T, S].
+
+    It asks only that a segment's positions lie side by side, so the rows of a batch share it: under
+    `vmap` what follows from it is computed once.
+    """
+    index_T = np.arange(length)
+    return _bucket_of(config, causal, index_T - index_T[:, None])
+
+
+def buckets_before(
+    config: T5Config, causal: bool, positions_T: jax.Array, positions_S: jax.Array
+) -> jax.Array:
+    """The bucket of each pair of a position and a key [T, S] that stands before it."""
+    furthest = config.max_distance  # the last bucket holds all beyond
+    by_distance = jnp.asarray(_bucket_of(config, causal, -np.arange(furthest + 1)))
+    return by_distance[jnp.clip(positions_T[:, None] - positions_S, 0, furthest)]
+
+
+def _bucket_of(config: T5Config, causal: bool, distance: np.ndarray) -> np.ndarray:
+    sizes = {"buckets": config.buckets, "max_distance": config.max_distance}
+    return bucket(distance, **sizes, causal=causal)
+
+
 class RelativeBias(nn.Module):
-    """What a stack adds to the scores of all its self-attentions; it depends on i - j alone."""
+    """What is added to the scores of self-attention; it depends on i - j alone."""
 
     config: T5Config
-    causal: bool
     dtype: jnp.dtype
 
-    def setup(self) -> None:
-        """Declares the table [buckets, H]."""
+    @nn.compact
+    def __call__(self, buckets: Sequence[jax.Array | np.ndarray]) -> tuple[jax.Array, ...]:
+        """Biases [H, T, S] for each array of buckets [T, S], from the table [buckets, H]."""
         shape = (self.config.buckets, self.config.heads)
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
-
-    def own(self, length: int) -> jax.Array:
-        """Biases [H, T, S] among the positions of a row.
-
-        It asks only that a segment's positions lie side by side, so the rows of a batch share it:
-        under `vmap` it is computed once.
-        """
-        index_T = np.arange(length)
-        bias_TSH = self._of(index_T - index_T[:, None])
-        return jnp.transpose(bias_TSH, (2, 0, 1))
-
-    def between(self, positions_T: jax.Array, positions_S: jax.Array) -> jax.Array:
-        """Biases [H, T, S] of positions towards keys that stand before them."""
-        furthest = self.config.max_distance  # the last bucket holds all beyond
-        by_distance = self._of(-np.arange(furthest + 1))
-        behind_TS = positions_T[:, None] - positions_S
-        return jnp.transpose(by_distance[jnp.clip(behind_TS, 0, furthest)], (2, 0, 1))
-
-    def _of(self, distance: np.ndarray) -> jax.Array:
-        c = self.config
-        index = bucket(distance, buckets=c.buckets, max_distance=c.max_distance, causal=self.causal)
-        return self.embedding[index].astype(accumulate(self.dtype))
+        table = self.param("embedding", nn.initializers.normal(0.02), shape)
+        acc = accumulate(self.dtype)
+        return tuple(jnp.transpose(table[b_TS].astype(acc), (2, 0, 1)) for b_TS in buckets)
 
 
 @struct.dataclass
@@ -135,7 +153,8 @@ class Row:
     Attributes:
         masks: which keys each position sees of the context (None: all), of each cached part and of
             the row.
-        biases: the stack's relative biases towards the same.
+        biases: the stack's relative biases towards the same; None where each layer has its own.
+        buckets: where those find them, [T, S] for each part.
         states: encoder states that every row sees [P, D], and the row's own [S, D]; None in the
             encoder, and where their keys and values are known.
         cross_mask_TS: which of the row's own encoder states each position sees.
@@ -145,7 +164,8 @@ class Row:
     """
 
     masks: tuple[jax.Array | None, ...]
-    biases: tuple[jax.Array, ...]
+    biases: tuple[jax.Array, ...] | None
+    buckets: tuple[jax.Array, ...] = ()
     states: tuple[jax.Array, jax.Array] | None = None
     cross_mask_TS: jax.Array | None = None
     drop: tuple[Drop | None, Drop | None] = (None, None)
@@ -177,7 +197,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated GELU (by tanh, as T5 1.1 was trained), or ReLU."""
+    """Feed-forward, gated or plain."""
 
     config: T5Config
     dtype: jnp.dtype
@@ -189,9 +209,9 @@ class MLP(nn.Module):
         y = Linear("td,df->tf", (width, ffn), self.dtype, name="up")(x_TD, drop)
         if self.config.gated:
             gate = Linear("td,df->tf", (width, ffn), self.dtype, name="gate")(x_TD, drop)
-            y = activate("gelu_tanh", gate, y)
+            y = activate(self.config.activation, gate, y)
         else:
-            y = activate("relu", y)
+            y = activate(self.config.activation, y)
         down = Linear("tf,fd->td", (ffn, width), self.dtype, rescales_input=True, name="down")
         return down(dropped(self, y, drop), drop)
 
@@ -215,7 +235,10 @@ class Block(nn.Module):
         attn = Attention(c, dtype, name="attn")
         kv = attn.keys_values(y, drop)
         parts = dropped_keys(self, [layer.context, *layer.cached, kv], drop)
-        seen = zip(parts, row.masks, row.biases, strict=True)
+        biases = row.biases
+        if biases is None:
+            biases = RelativeBias(c, dtype, name="relative_bias")(row.buckets)
+        seen = zip(parts, row.masks, biases, strict=True)
         y = attn(y, [Part(*part, mask, bias) for part, mask, bias in seen], drop)
         x_TD = x_TD + Adapter(dtype, name="attn_adapter")(dropped(self, y, drop))
         cross = layer.cross

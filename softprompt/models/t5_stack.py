@@ -18,6 +18,8 @@ from softprompt.models.t5_layers import (
     RelativeBias,
     Row,
     T5Config,
+    buckets_before,
+    buckets_within,
 )
 
 
@@ -33,7 +35,8 @@ class Stack(nn.Module):
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
-        self.relative_bias = RelativeBias(self.config, self.causal, self.dtype)
+        if not self.config.bias_per_layer:
+            self.relative_bias = RelativeBias(self.config, self.dtype)
         layers = stack(
             Block,
             length=self.layer_count,
@@ -115,7 +118,7 @@ class Stack(nn.Module):
         drop: tuple[Drop | None, Drop | None] = (None, None),
         **cross: Any,
     ) -> tuple[jax.Array, Kept]:
-        """The layers; the biases are computed once, outside the scan.
+        """The layers; biases that they share are computed once, outside the scan.
 
         Args:
             x_TD: the row, its positions side by side.
@@ -129,11 +132,13 @@ class Stack(nn.Module):
             drop: as in `Row`.
             **cross: fields of `Row` for cross-attention.
         """
-        bias = self.relative_bias
+        config, causal, positions_T = self.config, self.causal, context.length + positions_T
         places = [jnp.arange(context.length), *(c.positions_S + context.length for c in cached)]
-        before = [bias.between(context.length + positions_T, place_S) for place_S in places]
+        before = [buckets_before(config, causal, positions_T, place_S) for place_S in places]
+        buckets = (*before, jnp.asarray(buckets_within(config, causal, x_TD.shape[0])))
+        biases = None if config.bias_per_layer else self.relative_bias(buckets)
         masks = (None, *(c.valid_S for c in cached), mask_TS)
-        row = Row(masks, (*before, bias.own(x_TD.shape[0])), drop=drop, **cross)
+        row = Row(masks, biases, buckets if biases is None else (), drop=drop, **cross)
         kv = tuple((c.k_LSGK, c.v_LSGK) for c in cached)
         own = (context.k_LPGK, context.v_LPGK)
         extra = None if cross_prefix is None else (cross_prefix.k_LPGK, cross_prefix.v_LPGK)

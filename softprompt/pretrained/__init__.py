@@ -1,1 +1,1 @@
-"""Pretrained models: where they come from, how their files become weights, and saving them."""
+"""Pretrained models: the catalogue, reading their files, and saving them."""

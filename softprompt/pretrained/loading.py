@@ -1,4 +1,4 @@
-"""One call from a model's name to its frozen weights, tokenizer and fingerprint."""
+"""Loading a model by name: frozen weights, tokenizer and fingerprint in one call."""
 
 import dataclasses
 import re
@@ -15,24 +15,28 @@ from softprompt.models import T5, Decoder, Model
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.quantize import KINDS
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained import gguf, hf, t5_names, t5x, tokenizer
+from softprompt.pretrained import gguf, hf, t5x, tokenizer
 from softprompt.pretrained.catalog import CATALOG, Hub, T5XFolder, WheelMember, unknown_model
-from softprompt.pretrained.families import T5_ARCHITECTURES
 from softprompt.pretrained.name_tables import Put, Source, Table, read_weights
 
 DTYPES = ("bfloat16", "float32")
 HUB_NAME = r"[\w.-]+/[\w.-]+"
-T5X_TOKENIZER = "google/t5-v1_1-base"  # one vocabulary serves T5 1.0, 1.1 and Flan-T5 of all sizes
+T5X_TOKENIZER = "google/t5-v1_1-base"  # T5 1.0, 1.1 and Flan-T5 of every size share a vocabulary
 
 Opened = tuple[DecoderConfig | T5Config, Table, Source]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A pretrained model, ready to be used functionally: `model.apply({"params": weights}, ...)`.
+    """A pretrained model, to be used functionally: `model.apply({"params": weights}, ...)`.
 
-    `fingerprint` names the weights by content, whatever dtype they were loaded in. `name` is what
-    the user called the model.
+    Attributes:
+        model: the Flax module.
+        weights: its frozen weights.
+        tokenizer: of the model.
+        fingerprint: hash of the stored weights; it does not depend on the dtype of loading.
+        name: the name that the user gave.
+        config: sizes of the model.
     """
 
     model: Model
@@ -44,7 +48,7 @@ class Loaded:
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether inputs go to an encoder and targets to a decoder of its own."""
+        """Whether the model is an encoder-decoder."""
         return isinstance(self.config, T5Config)
 
 
@@ -57,20 +61,20 @@ def load_model(
     revision: str | None = None,
     tokenizer_name: str = "",
 ) -> Loaded:
-    """Loads a frozen model, fetching it first where it is not in the cache.
+    """Loads a frozen model, and downloads it first if the cache does not hold it.
 
     Args:
         name: a name of the catalogue, a local Hugging Face folder, a local .gguf file, a T5X
             checkpoint (a local folder or gs:// address that holds the file `checkpoint`), or the
             name of a hub repository such as "HuggingFaceTB/SmolLM2-360M".
         dtype: dtype of weights and compute, "float32" or "bfloat16"; norms and biases are float32.
-        quantize: "none", or "int8" or "int4" for matrices that are dequantised where they are used.
-        put: called with each leaf's path, such as "layers/attn/q/kernel", and its array as soon as
-            it is read; returns what is kept, a sharded array for instance. Default: the array on
-            the default device.
+        quantize: "none", "int8" or "int4". Quantised matrices are dequantised where they are used.
+        put: called with the path of each leaf, such as "layers/attn/q/kernel", and its array as
+            soon as it is read; the tree of weights holds what it returns, for instance a sharded
+            array. Default: puts the array on the default device.
         revision: branch, tag or commit of a hub repository; None for its default branch.
-        tokenizer_name: a folder or hub repository with the tokenizer; "" is the model's own. A T5X
-            checkpoint has none, and is taken to have that of T5 1.1.
+        tokenizer_name: a folder or hub repository with the tokenizer; "" for the model's own. A T5X
+            checkpoint has no tokenizer; that of T5 1.1 is used.
 
     Raises:
         UserError: an unknown name, a failed download, an unreadable file, an unsupported
@@ -92,7 +96,7 @@ def load_model(
 
 
 def read_model_config(name: str, *, revision: str | None = None) -> DecoderConfig | T5Config:
-    """The sizes of a model, without its weights: the catalogue's where it has the name.
+    """The sizes of a model, without its weights, from the catalogue if it has the name.
 
     Raises:
         UserError: see `load_model`.
@@ -104,7 +108,7 @@ def read_model_config(name: str, *, revision: str | None = None) -> DecoderConfi
 def _open(
     name: str, revision: str | None, tokenizer_name: str
 ) -> tuple[Path | str, Opened, tokenizer.Tokenizer]:
-    """Where the model lies, what is in it, and its tokenizer; reads no weight."""
+    """A model's location, its opened files and its tokenizer; reads no weights."""
     entry = CATALOG.get(name)
     checkpoint, own = t5x_checkpoint(name), T5X_TOKENIZER
     if entry and isinstance(entry.source, T5XFolder):
@@ -116,8 +120,7 @@ def _open(
         return checkpoint, opened, read_tokenizer(tokenizer_name or own)
     path = find(name, revision=revision)
     if path.is_dir():
-        is_t5 = hf.architecture(path) in T5_ARCHITECTURES
-        opened = (t5_names if is_t5 else hf).open_folder(path)
+        opened = hf.open_folder(path)
         text = read_tokenizer(tokenizer_name) if tokenizer_name else tokenizer.from_folder(path)
     else:
         file = gguf.File(path)
@@ -127,7 +130,7 @@ def _open(
 
 
 def read_tokenizer(name: str) -> tokenizer.Tokenizer:
-    """The tokenizer of a folder or hub repository, of which only its files are fetched.
+    """The tokenizer of a folder or hub repository; downloads only the tokenizer's files.
 
     Raises:
         UserError: no such folder or repository, or no tokenizer in it.
@@ -143,7 +146,7 @@ def read_tokenizer(name: str) -> tokenizer.Tokenizer:
 
 
 def t5x_checkpoint(name: str) -> str | None:
-    """The folder of the T5X checkpoint that a model's name stands for, if it is one."""
+    """The folder of a T5X checkpoint if that is what the name refers to, else None."""
     folder = Path(name).expanduser()
     local = (folder / "checkpoint").is_file() and not (folder / "config.json").exists()
     return str(folder) if local else name if name.startswith("gs://") else None
@@ -157,7 +160,7 @@ def make_model(config: DecoderConfig | T5Config, dtype: str) -> Model:
 
 
 def find(name: str, *, revision: str | None = None) -> Path:
-    """The local folder or .gguf file behind a model's name, fetched where it is not yet here.
+    """The local folder or .gguf file of a model, downloaded if it is not in the cache.
 
     Raises:
         UserError: no such model, or a failed download.
@@ -183,7 +186,7 @@ def find(name: str, *, revision: str | None = None) -> Path:
 
 
 def find_folder(name: str, *, revision: str | None = None) -> Path | None:
-    """The Hugging Face folder behind a model's name; None where it is another kind of file.
+    """The Hugging Face folder of a model; None if the model is stored in another format.
 
     Raises:
         UserError: see `find`.

@@ -1,10 +1,9 @@
-"""Name tables: which source tensor fills which leaf, each matched exactly once.
+"""Name tables: the rule by which each leaf of the weights is filled from a source's tensors.
 
-A source (a GGUF file, a Hugging Face folder) gives tensors in a layout of its own, mostly that of
-`torch.nn.Linear`, [out, in]. A table has for every leaf of the weights tree a `Part`: what its
-tensors are called there, and how one of them is turned into the leaf's own layout. Layers are
-stacked: leaf `layers/attn/q/kernel` [L, D, H, K] is filled in place, one layer at a time, from L
-tensors.
+A source (a GGUF file, a Hugging Face folder) stores its tensors in its own layout, usually that of
+`torch.nn.Linear`, [out, in]. A table maps every leaf of the weights tree to a `TensorRule`, which
+names the tensors and converts each to the layout of the leaf. Layers are stacked: the leaf
+`layers/attn/q/kernel` [L, D, H, K] is filled in place from L tensors, one at a time.
 """
 
 import dataclasses
@@ -27,13 +26,13 @@ Put = Callable[[str, np.ndarray], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Opened weights: what is in them, and how to read one tensor.
+    """Opened weights: which tensors there are, and how to read one.
 
     Args:
-        file: what to call them in an error.
+        file: the name of the source in errors.
         tensors: name -> (stored type, shape).
         read: name -> (values in that shape, the raw bytes as stored).
-        harmless: whether a tensor that no leaf asks for may be left out without a word.
+        harmless: whether a tensor that fills no leaf may be ignored.
     """
 
     file: str
@@ -43,13 +42,18 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """How the tensor `name`, of shape `source`, becomes a leaf (or its layer) of shape `leaf`.
+class TensorRule:
+    """How a tensor becomes a leaf, or one layer of a leaf.
 
-    `layers`: how many tensors are stacked in the leaf, None where it is one tensor; `name` has `{}`
-    for the layer. Several leaves may each take their part of one fused tensor. `convert` gives a
-    view of a Hugging Face tensor, so that what is written into the view is written into the tensor
-    (`save.py`). `offset` is then added.
+    Attributes:
+        name: of the tensor; `{}` stands for the layer.
+        source: shape of the tensor.
+        leaf: shape of the leaf, without its axis of layers.
+        convert: the tensor's values -> the leaf's. For a Hugging Face tensor it returns a view, so
+            that `save.py` can write a leaf into a tensor. Several leaves may each take their
+            share of one fused tensor.
+        layers: how many tensors the leaf stacks; None where the leaf is one tensor.
+        offset: is added to the converted values.
     """
 
     name: str
@@ -60,53 +64,51 @@ class Part:
     offset: float = 0.0
 
     def values(self, x: np.ndarray) -> np.ndarray:
-        """What the tensor's values are in the leaf."""
-        part = self.convert(x)
-        if self.offset:
-            part = part.astype(np.promote_types(part.dtype, np.float32)) + self.offset
-        return part
+        """The leaf's values, from the tensor's."""
+        y = self.convert(x)
+        return y.astype(np.promote_types(y.dtype, np.float32)) + self.offset if self.offset else y
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The whole leaf's shape."""
+        """Shape of the whole leaf."""
         return self.leaf if self.layers is None else (self.layers, *self.leaf)
 
 
-Table = Mapping[str, Part]
+Table = Mapping[str, TensorRule]
 
 
-def decoder_table(config: DecoderConfig, names: Mapping[str, str]) -> dict[str, Part]:
-    """The table of a source that stores every leaf apart, matrices as [out, in].
+def decoder_table(config: DecoderConfig, names: Mapping[str, str]) -> dict[str, TensorRule]:
+    """The table of a source that has one tensor for each leaf, matrices as [out, in].
 
     Args:
-        config: which leaves there are.
-        names: module path -> name, `{}` for the layer. The module's `bias` is NAME.bias; its
-            `kernel`, `scale` or `embedding` is NAME.weight.
+        config: says which leaves there are.
+        names: path of a module -> its name in the source, `{}` for the layer. The module's `bias`
+            is NAME.bias; its `kernel`, `scale` or `embedding` is NAME.weight.
     """
     table = {}
     for path, leaf in decoder_shapes(config).items():
         module, _, kind = path.rpartition("/")
         name = f"{names[module]}.{'bias' if kind == 'bias' else 'weight'}"
         layers = config.layers if path.startswith("layers/") else None
-        table[path] = torch_part(path, name, leaf, layers=layers)
+        table[path] = torch_rule(path, name, leaf, layers=layers)
     return table
 
 
-def torch_part(path: str, name: str, leaf: tuple[int, ...], *, layers: int | None) -> Part:
-    """A leaf as `torch.nn` stores it: a kernel is [out, in], each axis flat; the rest as it is."""
+def torch_rule(path: str, name: str, leaf: tuple[int, ...], *, layers: int | None) -> TensorRule:
+    """The rule of a leaf that `torch.nn` stores: kernels are [out, in], with flattened heads."""
     if path.endswith("/embedding"):
-        return Part(name, leaf, leaf, lambda x: x, layers)
+        return TensorRule(name, leaf, leaf, lambda x: x, layers)
     if not path.endswith("/kernel"):
-        return Part(name, (math.prod(leaf),), leaf, lambda x: x.reshape(leaf), layers)
+        return TensorRule(name, (math.prod(leaf),), leaf, lambda x: x.reshape(leaf), layers)
     inputs = 2 if path.endswith("/o/kernel") else 1
     source = (math.prod(leaf[inputs:]), math.prod(leaf[:inputs]))
-    return Part(name, source, leaf, lambda x: x.T.reshape(leaf), layers)
+    return TensorRule(name, source, leaf, lambda x: x.T.reshape(leaf), layers)
 
 
-def straight(part: Part) -> Part:
-    """The part of a kernel that its source stores as [in, out]."""
-    source = part.source[::-1]
-    return dataclasses.replace(part, source=source, convert=lambda x: x.reshape(part.leaf))
+def input_major(rule: TensorRule) -> TensorRule:
+    """The rule of the same kernel where the source stores it as [in, out]."""
+    source = rule.source[::-1]
+    return dataclasses.replace(rule, source=source, convert=lambda x: x.reshape(rule.leaf))
 
 
 def read_weights(
@@ -114,13 +116,13 @@ def read_weights(
 ) -> tuple[dict[str, Any], str]:
     """Reads every leaf of the weights tree, one tensor at a time.
 
-    Memory stays near the size of what was read so far plus one stacked leaf.
+    Peak memory is about the size of the leaves read so far plus one stacked leaf.
 
     Args:
         source: opened weights.
-        table: leaf path -> part, for every leaf.
+        table: path -> rule, for every leaf.
         dtype: dtype of the matrices. Scales and biases are at least float32.
-        put: called as `put(path, array)` on each finished leaf; what it returns is kept.
+        put: called as `put(path, array)` with each finished leaf; the tree holds what it returns.
         quantize: "none", "int8" or "int4" (see `softprompt.models.quantize`).
 
     Returns:
@@ -130,46 +132,46 @@ def read_weights(
     Raises:
         UserError: listing every missing, unexpected and misshapen tensor.
     """
-    tensors = {path: tensor_names(part) for path, part in table.items()}
+    tensors = {path: tensor_names(rule) for path, rule in table.items()}
     _check(source, {name: table[path].source for path in table for name in tensors[path]})
     digests: dict[str, str] = {}
     weights: dict[str, Any] = {}
-    for path, part in table.items():
-        stored = storage(path, part.leaf, leaf_dtype(path, dtype), quantize)
-        leaves = _fill(source, tensors[path], part, stored, digests)
+    for path, rule in table.items():
+        stored = storage(path, rule.leaf, leaf_dtype(path, dtype), quantize)
+        leaves = _fill(source, tensors[path], rule, stored, digests)
         for name in stored:
-            _insert(weights, name, put(name, leaves.pop(name)))  # then it is not kept here
+            _insert(weights, name, put(name, leaves.pop(name)))  # popped, so that memory is freed
     fingerprint = hashlib.sha256("\n".join(sorted(digests.values())).encode()).hexdigest()[:16]
     return weights, fingerprint
 
 
 def _fill(
-    source: Source, tensors: list[str], part: Part, stored: Storage, digests: dict[str, str]
+    source: Source, tensors: list[str], rule: TensorRule, stored: Storage, digests: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    """A leaf as it is `stored`, stacked where it has layers; adds its tensors' digests by name."""
-    stack = () if part.layers is None else (part.layers,)
+    """The arrays that hold a leaf, as `stored` says; adds the tensors' digests to `digests`."""
+    stack = () if rule.layers is None else (rule.layers,)
     leaves = {path: np.empty((*stack, *shape), dtype) for path, (shape, dtype) in stored.items()}
     for layer, name in enumerate(tensors):
         values, raw = source.read(name)
-        made: tuple[np.ndarray, ...] = (part.values(values),)
+        made: tuple[np.ndarray, ...] = (rule.values(values),)
         if len(stored) > 1:
             path = next(iter(stored)).removesuffix(VALUES)
             packed = next(iter(leaves.values())).dtype == np.uint8
             made = quantized(made[0], input_axes(path), "int4" if packed else "int8")
         for leaf, one in zip(leaves.values(), made, strict=True):
-            leaf[... if part.layers is None else layer] = one
+            leaf[... if rule.layers is None else layer] = one
         if name not in digests:
             digests[name] = _digest(name, source.tensors[name], raw)
     return leaves
 
 
-def tensor_names(part: Part) -> list[str]:
-    """The names of a leaf's tensors, one a layer where it has layers."""
-    return [part.name] if part.layers is None else [part.name.format(i) for i in range(part.layers)]
+def tensor_names(rule: TensorRule) -> list[str]:
+    """The names of a leaf's tensors: one, or one for each layer."""
+    return [rule.name] if rule.layers is None else [rule.name.format(i) for i in range(rule.layers)]
 
 
 def _check(source: Source, wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raises one error that lists everything in which source and table differ."""
+    """Raises one error that lists every difference between source and table."""
     found = source.tensors
     missing = sorted(set(wanted) - set(found))
     extra = sorted(n for n in set(found) - set(wanted) if not source.harmless(n))

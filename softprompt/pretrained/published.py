@@ -1,7 +1,7 @@
-"""Published decoders: what the `config.json` of each repository says, and its licence.
+"""Published decoders: the content of each repository's `config.json`, and its licence.
 
-What the repositories of a family share is said once; tables hold what differs from size to size.
-The readers of downloaded folders read these too, so that a name and its download agree.
+A family's function holds what its repositories share, and a table what differs with size. They are
+read by the code that reads downloaded folders, so that a name and its download agree.
 
 Source: `config.json` of each repository on the hub.
 """
@@ -9,7 +9,7 @@ Source: `config.json` of each repository on the hub.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from softprompt.pretrained.families import Raw
+from softprompt.pretrained.families.keys import Raw
 
 APACHE = "Apache-2.0"
 
@@ -306,7 +306,7 @@ def _gemma() -> Iterator[Published]:
             yield Published(f"google/{name}{suffix}", raw, "Gemma terms")
 
 
-# size: width, layers, heads, key-value heads, head size, ffn, and what else sets it apart
+# size: width, layers, heads, key-value heads, head size, ffn, and further keys
 _GEMMA3_WITH_IMAGES = {
     "4b": (2560, 34, 8, 4, 256, 10240, {}),
     "12b": (3840, 48, 16, 8, 256, 15360, {}),
@@ -315,7 +315,7 @@ _GEMMA3_WITH_IMAGES = {
 
 
 def _gemma3_with_images() -> Iterator[Published]:
-    """The text part alone is described, and read."""
+    """Only the text part is described."""
     for size, (width, layers, heads, kv, head_size, ffn, rest) in _GEMMA3_WITH_IMAGES.items():
         text = {
             "model_type": "gemma3_text",

@@ -1,4 +1,4 @@
-"""A model saved as a Hugging Face folder, the inverse of loading: for full fine-tuning."""
+"""Saving a model as a Hugging Face folder, the inverse of loading, after full fine-tuning."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.quantize import VALUES
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained import hf, t5_names
-from softprompt.pretrained.families import T5_ARCHITECTURES, find_family
-from softprompt.pretrained.name_tables import Part, Table, tensor_names
+from softprompt.pretrained import hf
+from softprompt.pretrained.families import find_family
+from softprompt.pretrained.name_tables import Table, TensorRule, tensor_names
 from softprompt.pretrained.tokenizer import Tokenizer
 
 Config = DecoderConfig | T5Config
@@ -38,25 +38,24 @@ def save_folder(
     original: str | os.PathLike[str] | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> Path:
-    """Writes config.json, safetensors and the tokenizer; transformers and `load_model` read them.
+    """Writes config.json, safetensors and the tokenizer, which transformers and `load_model` read.
 
     Args:
         folder: a local folder, new or empty.
         config: of the model.
-        weights: the tree that `load_model` gives, or one like it; not quantised.
+        weights: a tree like that of `load_model`, not quantised.
         tokenizer: of the model.
-        original: the Hugging Face folder that the model came from, if any: what else its
-            config.json says, and its tokenizer's files, are taken over.
-        shard_bytes: size at which the weights are cut into several files. One of them at a time is
-            in memory.
+        original: the Hugging Face folder that the model was loaded from, if any. Its config.json
+            and the files of its tokenizer are copied.
+        shard_bytes: largest size of a file of weights. One such file at a time is in memory.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the folder is not empty, the weights are not the config's, no family of
-            transformers computes what the config says, `original` is another model, the weights are
-            quantised, or the disk takes no more. What was half-written is gone.
+        UserError: the folder is not empty, the weights do not match the config, transformers has no
+            architecture for the config, `original` is another model, the weights are quantised, or
+            the folder cannot be written. A partly written folder is removed.
     """
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -88,25 +87,23 @@ def _describe(
 ) -> tuple[dict[str, Any], Table]:
     """The content of config.json, and the name table that goes with it."""
     if original is not None:
-        is_t5 = hf.architecture(original) in T5_ARCHITECTURES
-        found, table, _ = (t5_names if is_t5 else hf).open_folder(original)
+        found, table, _ = hf.open_folder(original)
         if found != config:
             raise UserError(f"{original}: its config.json is not that of the model to be saved")
         raw = hf.read_json(Path(original) / "config.json")
-        if "text_config" not in raw:  # else it sees images, and its text part is saved without them
+        if (
+            "text_config" not in raw
+        ):  # otherwise only its text part is saved, as a model without images
             return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}, table
-    if isinstance(config, T5Config):
-        raw = t5_names.raw_config(config)
-        return {"architectures": [T5_ARCHITECTURES[0]], **raw}, t5_names.t5_table(config)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     architecture, family = find_family(config)
-    raw = {"architectures": [architecture], **family.raw(config), **ids}
+    raw = {"architectures": [architecture], **ids, **family.raw(config)}
     return raw, family.table(config)
 
 
 def _check(leaves: Mapping[str, Any], table: Table) -> None:
-    """Raises where leaves are missing, too many, or of another shape."""
-    expected = {path: part.shape for path, part in table.items()}
+    """Raises if leaves are missing, unexpected, or of another shape."""
+    expected = {path: rule.shape for path, rule in table.items()}
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     wrong = sorted(
         path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)
@@ -118,9 +115,9 @@ def _check(leaves: Mapping[str, Any], table: Table) -> None:
 def _save_weights(folder: Path, leaves: Mapping[str, Any], table: Table, shard_bytes: int) -> None:
     """Writes model.safetensors, or shards and their index."""
     pieces: dict[str, list[tuple[str, int | None]]] = {}
-    for path, part in table.items():
-        for layer, name in enumerate(tensor_names(part)):
-            pieces.setdefault(name, []).append((path, None if part.layers is None else layer))
+    for path, rule in table.items():
+        for layer, name in enumerate(tensor_names(rule)):
+            pieces.setdefault(name, []).append((path, None if rule.layers is None else layer))
     sizes = {
         name: int(np.prod(table[path].source)) * leaves[path].dtype.itemsize
         for name, ((path, _), *_) in pieces.items()
@@ -133,14 +130,14 @@ def _save_weights(folder: Path, leaves: Mapping[str, Any], table: Table, shard_b
         tensors = {name: _tensor(pieces[name], leaves, table) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
-        del tensors  # before the next shard's are made
+        del tensors  # frees the memory before the next shard
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in groups of at most `limit` bytes, but for a tensor that alone is larger."""
+    """Groups of names of at most `limit` bytes each; a larger tensor is a group of its own."""
     group: list[str] = []
     total = 0
     for name, size in sizes.items():
@@ -155,7 +152,7 @@ def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
 def _tensor(
     pieces: list[tuple[str, int | None]], leaves: Mapping[str, Any], table: Table
 ) -> np.ndarray:
-    """One tensor of the file, each leaf that has a part of it written through that part's view."""
+    """One tensor of the file; each leaf that it holds is written through the view of its rule."""
     first = table[pieces[0][0]]
     tensor = np.empty(first.source, leaves[pieces[0][0]].dtype)
     for path, layer in pieces:
@@ -164,14 +161,14 @@ def _tensor(
     return tensor
 
 
-def _write(tensor: np.ndarray, part: Part, values: np.ndarray) -> None:
-    view = part.convert(tensor)
-    assert np.may_share_memory(view, tensor), f"{part.name}: convert gives a copy"
-    view[...] = values - values.dtype.type(part.offset) if part.offset else values
+def _write(tensor: np.ndarray, rule: TensorRule, values: np.ndarray) -> None:
+    view = rule.convert(tensor)
+    assert np.may_share_memory(view, tensor), f"{rule.name}: convert gives a copy"
+    view[...] = values - values.dtype.type(rule.offset) if rule.offset else values
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes a tokenizer that came from elsewhere as a fast one of transformers."""
+    """Writes a tokenizer in the format of transformers' fast tokenizers."""
     backend = Backend.from_str(tokenizer.backend.to_str())
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     names = {role: tokenizer.token(i) for role, i in ids.items() if i is not None}
@@ -195,7 +192,7 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _copy_tokenizer(original: Path, folder: Path) -> bool:
-    """Copies a tokenizer's files, and what else is about text; returns whether there is one."""
+    """Copies the files of `COPIED`; returns whether a tokenizer is among them."""
     files = {file for pattern in COPIED for file in original.glob(pattern) if file.is_file()}
     for file in files:
         shutil.copyfile(file, folder / file.name)

@@ -1,4 +1,4 @@
-"""Sizes of the published T5s. LM-adapted and Flan-T5 have those of T5 1.1.
+"""Sizes of the published T5s. LM-adapted T5s and Flan-T5 have the sizes of T5 1.1.
 
 Source: the `config.json` of each repository on the hub, and the gin files of
 https://github.com/google-research/t5x/tree/main/t5x/examples/t5.
@@ -44,6 +44,6 @@ T5_11 = {
     "xl": _t5(2048, 5120, 32, 24, 24),
     "xxl": _t5(4096, 10240, 64, 24, 24),
 }
-T5_10 = {name: replace(c, gated=False, tied=True) for name, c in _PLAIN.items()}
+T5_10 = {name: replace(c, gated=False, activation="relu", tied=True) for name, c in _PLAIN.items()}
 MT5 = {name: replace(c, vocab=250112, context_length=1024) for name, c in T5_11.items()}
 BYT5 = {name: replace(c, vocab=384, context_length=1024) for name, c in _BYTES.items()}

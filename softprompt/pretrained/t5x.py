@@ -1,9 +1,9 @@
-"""T5X checkpoints as published: how the LM-adapted T5s were released.
+"""T5X checkpoints, the format in which the LM-adapted T5s were released.
 
-A folder of one step holds `checkpoint`, a msgpack file of the training state in which a large array
-is replaced by the description of a zarr array, and beside it the folders of those arrays
-(`target.encoder.layers_0.attention.query.kernel`). Kernels are [in, out] with their heads flat,
-relative biases [H, buckets]. There is no config: the sizes are read off the shapes.
+The folder of a step holds `checkpoint`, a msgpack file of the training state. Large arrays are
+stored beside it as zarr folders (`target.encoder.layers_0.attention.query.kernel`), which the file
+describes. Kernels are [in, out] with flattened heads, relative biases [H, buckets]. There is no
+config: the sizes follow from the shapes.
 
 Source: https://github.com/google-research/t5x, `checkpoints.py` (format version 3) and
 `examples/t5/network.py`.
@@ -22,13 +22,11 @@ from softprompt.errors import UserError
 from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.name_tables import (
-    Part,
-    Put,
     Source,
     Table,
-    read_weights,
-    straight,
-    torch_part,
+    TensorRule,
+    input_major,
+    torch_rule,
 )
 
 # Stack -> its attentions and their norms, in the order of `ATTENTIONS`.
@@ -42,24 +40,8 @@ MODULES = {
 PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
 
-def load_weights(folder: str, *, dtype: np.dtype, put: Put) -> tuple[T5Config, dict[str, Any], str]:
-    """Config, weights and fingerprint of a published T5X checkpoint.
-
-    Args:
-        folder: a local folder or gs:// address that holds the file `checkpoint`.
-        dtype: dtype of the matrices.
-        put: called with each finished leaf; what it returns is kept.
-
-    Raises:
-        UserError: no such checkpoint, one that is not a T5's, or arrays that do not fit together.
-    """
-    config, table, source = open_folder(folder)
-    weights, fingerprint = read_weights(source, table, dtype=dtype, put=put)
-    return config, weights, fingerprint
-
-
 def open_folder(folder: str) -> tuple[T5Config, Table, Source]:
-    """The T5 of a checkpoint, which arrays fill its leaves, and these arrays; reads the index.
+    """The T5 of a checkpoint, the rules that fill its leaves, and its arrays; reads the index.
 
     Raises:
         UserError: no such checkpoint, or one that is not a T5's.
@@ -70,22 +52,22 @@ def open_folder(folder: str) -> tuple[T5Config, Table, Source]:
 
 
 def t5x_table(config: T5Config) -> Table:
-    """Which array of a checkpoint fills which leaf."""
+    """The rules that fill the leaves from the arrays of a checkpoint."""
     names = _names(config)
 
-    def one(path: str, leaf: tuple[int, ...]) -> Part:
-        part = torch_part(path, names[path], leaf, layers=layer_count(config, path))
+    def one(path: str, leaf: tuple[int, ...]) -> TensorRule:
+        rule = torch_rule(path, names[path], leaf, layers=layer_count(config, path))
         if path.endswith("/kernel"):
-            return straight(part)
+            return input_major(rule)
         if path.endswith("relative_bias/embedding"):
-            return dataclasses.replace(part, source=leaf[::-1], convert=np.transpose)
-        return part
+            return dataclasses.replace(rule, source=leaf[::-1], convert=np.transpose)
+        return rule
 
     return {path: one(path, leaf) for path, leaf in t5_shapes(config).items()}
 
 
 def _names(config: T5Config) -> dict[str, str]:
-    """Leaf path -> name in the checkpoint's tree, `{}` for the layer."""
+    """Path of a leaf -> name in the checkpoint's tree, `{}` for the layer."""
     names = {
         "embed/embedding": "token_embedder/embedding",
         "head/kernel": "decoder/logits_dense/kernel",
@@ -109,7 +91,7 @@ def read_config(source: Source) -> T5Config:
     """The sizes of a T5, from the shapes of its arrays.
 
     Raises:
-        UserError: an array is missing that every T5 of this layout has, or has another rank.
+        UserError: an array that every T5 has is missing or has another rank.
     """
 
     def shape(name: str, rank: int = 2) -> tuple[int, ...]:
@@ -130,13 +112,14 @@ def read_config(source: Source) -> T5Config:
         head_size=shape("encoder/layers_0/attention/query/kernel")[1] // heads,
         ffn=shape("encoder/layers_0/mlp/wo/kernel")[0],
         gated=gated,
+        activation="gelu_tanh" if gated else "relu",
         tied="decoder/logits_dense/kernel" not in source.tensors,
         buckets=buckets,
     )
 
 
 def open_source(folder: str) -> Source:
-    """The model's arrays in a checkpoint; reads the index only. The optimizer's are left alone.
+    """The model's arrays in a checkpoint, without the optimizer's; reads only the index.
 
     Raises:
         UserError: no such folder, or no T5X checkpoint of version 3 in it.
@@ -167,7 +150,7 @@ def open_source(folder: str) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-    """An array of the index: its values where the index holds them, else where they lie."""
+    """An array of the index: its values if the index holds them, else the store that does."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -176,14 +159,14 @@ class _Array:
 
 
 def _store(folder: str) -> dict[str, str]:
-    """The folder as tensorstore names it."""
+    """The folder as a specification of tensorstore."""
     if match := re.fullmatch(r"gs://([^/]+)/(.+?)/*", folder):
         return {"driver": "gcs", "bucket": match[1], "path": f"{match[2]}/"}
     return {"driver": "file", "path": f"{folder.rstrip('/')}/"}
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values of the tree's arrays; the description of one is a dict with a driver."""
+    """Names and values of a tree's leaves. A dict with a driver is one: it describes an array."""
     for key, value in tree.items():
         if isinstance(value, dict) and "driver" not in value:
             yield from _leaves(value, f"{path}{key}/")
@@ -192,7 +175,7 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 
 
 def _array(store: Mapping[str, str], name: str, value: Any) -> _Array:
-    """What the index says of an array. Paths in it are relative; the bucket in it is a dummy."""
+    """An array from its entry in the index, whose path is relative and whose bucket is a dummy."""
     if isinstance(value, np.ndarray):
         return _Array(value.dtype.name, value.shape, values=value)
     try:

@@ -1,4 +1,4 @@
-"""Files of named tensors: safetensors, and PyTorch's own where PyTorch is installed."""
+"""Files of named tensors: safetensors, and PyTorch's own format if PyTorch is installed."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from softprompt.errors import UserError
 
-# PyTorch's types by the names that safetensors has for them.
+# PyTorch's types -> their names in safetensors.
 TYPES = {
     "torch.float64": "F64",
     "torch.float32": "F32",
@@ -30,11 +30,11 @@ TYPES = {
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An opened file: what is in it, and how to read one tensor or some of its rows.
+    """An opened file: which tensors it holds, and how to read one or some of its rows.
 
     Attributes:
         tensors: name -> (stored type, shape).
-        read: name and which rows -> values.
+        read: (name, rows) -> values.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -45,11 +45,11 @@ ALL = slice(None)
 
 
 def open_file(file: Path) -> TensorFile:
-    """Opens a .safetensors or .bin file; tensors stay on the disk until they are read.
+    """Opens a .safetensors or .bin file. Tensors stay on disk until they are read.
 
     Raises:
-        UserError: not such a file, an incomplete one, one that holds code, or no PyTorch for one
-            that needs it.
+        UserError: the file has another format, is incomplete or holds code, or it needs PyTorch,
+            which is not installed.
     """
     return _open_pytorch(file) if file.suffix == ".bin" else _open_safetensors(file)
 
@@ -62,7 +62,7 @@ def _open_safetensors(file: Path) -> TensorFile:
             raise UserError(f"{file}: not a complete safetensors file ({e})") from e
 
     def read(name: str, rows: slice) -> np.ndarray:
-        with reopen() as opened:  # a map that stays open would keep what was read in memory
+        with reopen() as opened:  # closed again, or the memory map keeps what was read
             return opened.get_tensor(name) if rows == ALL else opened.get_slice(name)[rows]
 
     tensors = {}
@@ -74,12 +74,12 @@ def _open_safetensors(file: Path) -> TensorFile:
 
 
 def _open_pytorch(file: Path) -> TensorFile:
-    """Source: `torch.load`, whose `weights_only` runs nothing that a pickle may ask for."""
+    """Opens a pickle with `weights_only`, which runs no code. Source: `torch.load`."""
     try:
         import torch
     except ImportError as e:
         raise UserError(
-            f"{file}: a file of PyTorch's is read where PyTorch is installed (pip install torch); "
+            f"{file}: a PyTorch file can be read only if PyTorch is installed (pip install torch); "
             "safetensors need none"
         ) from e
     state = _load(torch, file)
@@ -89,7 +89,7 @@ def _open_pytorch(file: Path) -> TensorFile:
     def read(name: str, rows: slice) -> np.ndarray:
         values = state[name].detach()
         values = values if rows == ALL else values[rows]
-        if values.dtype == torch.bfloat16:  # which numpy does not have
+        if values.dtype == torch.bfloat16:  # numpy has no bfloat16
             return values.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return values.numpy()
 
@@ -103,18 +103,18 @@ def _load(torch: Any, file: Path) -> Any:
     options = {"map_location": "cpu", "weights_only": True}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other pickle protocols; they are read or refused
+            warnings.simplefilter("ignore")  # about pickle protocols: the file is read or refused
             try:
                 return torch.load(file, mmap=True, **options)
             except RuntimeError as e:
                 if "mmap" not in str(e):
                     raise
-                return torch.load(file, **options)  # as PyTorch saved before 1.6: read whole
+                return torch.load(file, **options)  # the format before PyTorch 1.6 cannot be mapped
     except UnpicklingError as e:
         found = " ".join(str(e).split())
         raise UserError(
             f"{file}: refused: it holds more than tensors, which may be code ({found[:200]})"
         ) from e
-    except Exception as e:  # a broken zip or pickle is an error of any type
+    except Exception as e:  # a broken zip or pickle raises errors of many types
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{file}: not a complete PyTorch file ({reason[:200]})") from e

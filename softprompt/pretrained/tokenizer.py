@@ -1,4 +1,4 @@
-"""Text to token ids and back, without special tokens and without PyTorch."""
+"""Tokenizers: text to token ids and back, without special tokens, and without PyTorch."""
 
 import dataclasses
 import json
@@ -14,10 +14,14 @@ from softprompt.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer, with what the model expects around a text.
+    """A model's tokenizer, and the special tokens that the model expects around a text.
 
-    `bos_id` and `eos_id` are None where the model has none. `add_bos`: the model was trained with a
-    BOS before every text; `add_eos`: with an EOS after it (T5). `encode` never adds either.
+    Attributes:
+        backend: the tokenizer of the library `tokenizers`.
+        bos_id: id of BOS; None if the model has none.
+        eos_id: id of EOS; None if the model has none.
+        add_bos: the model was trained with BOS before every text. `encode` does not add it.
+        add_eos: the model was trained with EOS after every text (T5). `encode` does not add it.
     """
 
     backend: Backend
@@ -27,29 +31,39 @@ class Tokenizer:
     add_eos: bool = False
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text alone."""
+        """Token ids of a text, without special tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and for each the span [start, end) of characters it covers.
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that follows another one, such as a target after its input.
 
-        A space that a token begins with belongs to its span. Tokens that are bytes of one character
-        all have that character's span.
+        A SentencePiece tokenizer begins every text with a space, which a continuation must not
+        have; so the text is encoded behind a line break, whose own tokens are then dropped. Where
+        the tokenizer merges the two, or drops line breaks, this is `encode`.
+        """
+        before, both = self.encode("\n"), self.encode(f"\n{text}")
+        return both[len(before) :] if both[: len(before)] == before else self.encode(text)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and for each the span [start, end) of characters that it covers.
+
+        A span includes the space that its token begins with. Tokens that are bytes of the same
+        character share the span of that character.
         """
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some token ids, special tokens included."""
+        """The text of token ids, special tokens included."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens; the model's embedding may have more rows."""
+        """Number of tokens. The embedding matrix may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def token(self, token_id: int) -> str:
-        """A token as the vocabulary spells it (a byte-level one shows a space as "Ġ").
+        """A token as the vocabulary spells it: a byte-level vocabulary shows a space as "Ġ".
 
         Raises:
             UserError: no such id.
@@ -60,12 +74,12 @@ class Tokenizer:
         return token
 
     def within(self, rows: int) -> "Tokenizer":
-        """The same tokenizer, without added tokens that have no row of the embedding matrix.
+        """The same tokenizer without the added tokens that the embedding matrix has no row for.
 
-        Gemma 3's text models come with the tokenizer of those that see images.
+        Gemma 3's text models are published with the tokenizer of its image models.
 
         Raises:
-            UserError: other tokens have none either.
+            UserError: the matrix also lacks rows for tokens that were not added.
         """
         if max(self.backend.get_vocab(with_added_tokens=True).values(), default=0) < rows:
             return self
@@ -78,19 +92,19 @@ class Tokenizer:
 
 
 def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, read by transformers.
+    """The tokenizer of a Hugging Face folder, as transformers reads it.
 
     Raises:
-        UserError: no tokenizer that transformers can read, or none with a fast backend.
+        UserError: transformers cannot read a tokenizer, or it has no fast backend.
     """
     path = Path(path)
-    # Without it, transformers warns at import that PyTorch, which nothing here needs, is absent.
+    # Otherwise transformers warns at import that PyTorch is absent, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # seconds to import: only when a folder is read
+    from transformers import AutoTokenizer  # imported here because it takes seconds
 
     try:
         fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as e:  # whatever the folder makes transformers raise
+    except Exception as e:  # a broken folder raises errors of any type
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"{path}: no readable tokenizer ({reason[:200]})") from e
     backend = getattr(fast, "backend_tokenizer", None)
@@ -101,14 +115,14 @@ def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
     ids = fast("a")["input_ids"]
     add_bos = fast.bos_token_id is not None and ids[:1] == [fast.bos_token_id]
     add_eos = fast.eos_token_id is not None and ids[-1:] == [fast.eos_token_id]
-    backend.post_processor = None  # it only adds special tokens, and trims spaces off the offsets
+    backend.post_processor = None  # it adds special tokens, and trims spaces off offsets
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(backend, fast.bos_token_id, fast.eos_token_id, add_bos, add_eos)
 
 
 def byte_backend(*, sentinels: int = 125) -> Backend:
-    """ByT5's tokenizer, which transformers has in Python only: one token a byte.
+    """ByT5's tokenizer, which transformers has only in Python: one token for each byte.
 
     Token 0 is padding, 1 EOS, 2 unknown, 3 to 258 the bytes, and the rest sentinels.
     Source: arXiv 2105.13626, section 3.1.
@@ -123,7 +137,7 @@ def byte_backend(*, sentinels: int = 125) -> Backend:
 
 
 def byte_letters() -> list[str]:
-    """How byte-level tokenizers spell each byte: itself where it prints, else from U+0100 on.
+    """The character that stands for each byte: itself if it is printable, else one from U+0100 on.
 
     Source: `bytes_to_unicode` of GPT-2's `encoder.py`.
     """

@@ -2,14 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
 from etils import epath
 
-from softprompt.config import ConfigDict
 from softprompt.errors import UserError
 from softprompt.files import write_text
 
@@ -80,10 +79,24 @@ def read_log(folder: epath.PathLike) -> list[Line]:
 
 
 @contextmanager
-def open_sinks(config: ConfigDict, folder: epath.PathLike, name: str) -> Iterator[list[Sink]]:
-    """Within the block, the trial's own sinks, those that the config switches on.
+def open_sinks(
+    folder: epath.PathLike,
+    name: str,
+    config: Mapping[str, Any],
+    *,
+    tensorboard: bool,
+    wandb: bool,
+) -> Iterator[list[Sink]]:
+    """Within the block, a trial's own sinks, those that are switched on.
 
     Of several processes the first has them.
+
+    Args:
+        folder: the trial's; TensorBoard's events go there.
+        name: the run's, in Weights & Biases.
+        config: what Weights & Biases shows beside it.
+        tensorboard: whether to write TensorBoard events.
+        wandb: whether to send lines to Weights & Biases.
 
     Raises:
         UserError: a sink's package is not installed.
@@ -91,9 +104,9 @@ def open_sinks(config: ConfigDict, folder: epath.PathLike, name: str) -> Iterato
     writes = jax.process_index() == 0
     with ExitStack() as stack:
         sinks: list[Sink] = []
-        if writes and config.log.tensorboard:
+        if writes and tensorboard:
             sinks.append(_tensorboard(folder, stack))
-        if writes and config.log.wandb:
+        if writes and wandb:
             sinks.append(_wandb(config, name, stack))
         yield sinks
 
@@ -116,15 +129,14 @@ def _tensorboard(folder: epath.PathLike, stack: ExitStack) -> Sink:
     return sink
 
 
-def _wandb(config: ConfigDict, name: str, stack: ExitStack) -> Sink:
+def _wandb(config: Mapping[str, Any], name: str, stack: ExitStack) -> Sink:
     try:
         import wandb
     except ImportError as error:
         raise UserError(
             "config.log.wandb is True; it needs wandb: pip install 'softprompt[sweep]'"
         ) from error
-    told = config.to_dict()
-    run = wandb.init(project="softprompt", name=name, config=told, reinit="create_new")
+    run = wandb.init(project="softprompt", name=name, config=config, reinit="create_new")
     stack.enter_context(run)  # trials beside this one have runs of their own
 
     def sink(line: Line) -> None:

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from softprompt import interrupts
 from softprompt.data.pipeline import TrainSource, train_batches
 from softprompt.errors import UserError
+from softprompt.methods.delta_file import save_delta
 from softprompt.training import checkpoints
-from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog
 from softprompt.training.optimizers import averaged, set_rate
 from softprompt.training.prefetch import Feed

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +14,53 @@ MEMORY_SHARE, KEPT_SHARE = 0.6, 0.3
 
 
 def device_memory() -> int:
-    """Bytes of a device's memory, or of the machine's on a CPU."""
+    """Bytes of a device's memory, or on a CPU those that this process may use."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *container_limits()])
+
+
+def container_limits(root: Path = Path("/")) -> list[int]:
+    """Returns the limits in bytes of the control groups that this process is in.
+
+    A group's parents limit it too. In a container the path of its group may be the host's, of which
+    only the container's own part is there.
+
+    Source: cgroups(7), and the kernel's cgroup-v2.rst and cgroup-v1/memory.rst.
+
+    Args:
+        root: of the file system.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    limits = []
+    for line in lines:
+        number, controllers, group = line.split(":", 2)
+        if number == "0":
+            top, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = top / group.lstrip("/")
+        limits += [
+            int(text)
+            for folder in (own, *own.parents)
+            if folder.is_relative_to(top) and (text := _text(folder / name)).isdecimal()
+        ]
+    return limits
+
+
+def _text(file: Path) -> str:
+    """A file's text without blanks around it; "" where it cannot be read."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 def bytes_of(tree: Any) -> int:

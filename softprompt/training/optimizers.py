@@ -5,6 +5,7 @@ before each step, so that trials which differ in rate or schedule share one comp
 largest norm of a prompt's row.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,88 +14,187 @@ import numpy as np
 import optax
 
 from softprompt.errors import UserError, unknown
+from softprompt.settings import Settings, setting, summaries
 from softprompt.training.sharding import path_name
 
 Tree = Any
-OPTIMIZERS = ("adafactor", "adafactor_t5x", "adamw", "sgd")
+Transforms = list[optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateRule(Settings):
+    """The own keys of an optimizer: base of the classes below."""
+
+    section = "optimizer"
+    for_training = True
+
+    def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
+        """What makes an update of a gradient, in order.
+
+        Args:
+            rate: multiplies by the learning rate, negated.
+            weight_decay: `optimizer.weight_decay`.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(UpdateRule):
+    """Adam with decoupled weight decay, arXiv 1711.05101."""
+
+    b1: float = setting(0.9, "decay of the first moment", low=0, high=0.999999)
+    b2: float = setting(0.999, "decay of the second moment", low=0, high=0.999999)
+    eps: float = setting(1e-8, "added to the denominator", low=1e-30)
+
+    def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
+        """The weight decay is scaled by the rate."""
+        moments = optax.scale_by_adam(self.b1, self.b2, self.eps)
+        return [moments, optax.add_decayed_weights(weight_decay), rate]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor(UpdateRule):
+    """arXiv 1804.04235 without its scaling by parameters."""
+
+    factored: bool = setting(
+        True, "factor a second moment where its two longest sides reach factored_min"
+    )
+    factored_min: int = setting(
+        128,
+        "both sides' least length: 150 vectors are factored, 100 are not",
+        low=1,
+        needs=("factored",),
+    )
+    decay_rate: float = setting(0.8, "exponent of the second moment's decay", low=0, high=1)
+
+    def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
+        """The weight decay is not scaled: the delta is multiplied by 1 - weight_decay each step."""
+        bounded = optax.clip_by_block_rms(1.0)
+        return [self.second_moment(0), bounded, rate, optax.add_decayed_weights(-weight_decay)]
+
+    def second_moment(self, start_step: int) -> optax.GradientTransformation:
+        """Divides by its root; epsilon is added to the squared gradient, in optax as in T5X."""
+        return optax.scale_by_factored_rms(
+            factored=self.factored,
+            decay_rate=self.decay_rate,
+            step_offset=-start_step,
+            min_dim_size_to_factor=self.factored_min,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdafactorT5X(Adafactor):
+    """Adafactor as the paper ran it, its second moment begun late.
+
+    Prompt tuning in T5X restores the adapted model's step, 1,100,000, while the prompt's second
+    moment starts at zero. So that moment's decay is 1 - (start_step + 1)^-0.8 = 0.9999853 from the
+    first step on, nothing corrects its bias, and the update is far above the RMS of 1 that it is
+    clipped to: every step has that RMS, times the rate. (`step_offset` of optax and T5X is
+    subtracted from the step, and this is added to it.)
+    """
+
+    start_step: int = setting(
+        1_100_000,
+        "the step that its second moment's decay counts from, over an empty moment",
+        low=0,
+        high=2**30,
+    )
+
+    def second_moment(self, start_step: int) -> optax.GradientTransformation:
+        """The same, begun at the settings' step."""
+        return super().second_moment(self.start_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd(UpdateRule):
+    """Stochastic gradient descent."""
+
+    momentum: float = setting(
+        0.0,
+        "m = momentum * m + gradient, weight decay included; 0 is plain",
+        low=0,
+        high=0.999999,
+    )
+
+    def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
+        """The weight decay goes through the momentum, and is scaled by the rate."""
+        trace = [optax.trace(self.momentum)] if self.momentum else []
+        return [optax.add_decayed_weights(weight_decay), *trace, rate]
+
+
+OPTIMIZERS: dict[str, type[UpdateRule]] = {
+    "adamw": AdamW,
+    "adafactor": Adafactor,
+    "adafactor_t5x": AdafactorT5X,
+    "sgd": Sgd,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Settings):
+    """The keys that every optimizer has."""
+
+    section = "optimizer"
+    for_training = True
+
+    name: str = setting(
+        "adamw",
+        f"what makes an update of a gradient: {summaries(OPTIMIZERS)}",
+        choices=OPTIMIZERS,
+    )
+    rate: float = setting(0.01, "peak learning rate, in `rate_unit`", low=0)
+    rate_unit: str = setting(
+        "absolute",
+        "absolute, or embedding_rms (multiples of the RMS of the embeddings, scaled where the "
+        "model scales them)",
+        choices=("absolute", "embedding_rms"),
+    )
+    schedule: str = setting(
+        "cosine",
+        "after the warm-up: cosine or linear to zero, constant, or inverse_sqrt (of the step)",
+        choices=("cosine", "constant", "linear", "inverse_sqrt"),
+    )
+    warmup: int = setting(0, "steps from zero to the peak", low=0)
+    weight_decay: float = setting(
+        0.0, "per step, times the rate; adafactor and adafactor_t5x: per step", low=0
+    )
+    clip: float = setting(0.0, "largest global gradient norm; 0 is off", low=0)
+    max_row_norm: float = setting(
+        0.0,
+        "longest row of a prompt, a norm, or with rate_unit=embedding_rms in multiples of an "
+        "embedding's (their RMS times the root of the width); longer ones are shortened; 0 is off",
+        low=0,
+    )
 
 
 class OptimizerConfig(NamedTuple):
-    """The static half of an optimizer.
+    """The static half of an optimizer: what its steps are compiled for.
 
     Attributes:
-        name: "adamw" (arXiv 1711.05101), "adafactor" (arXiv 1804.04235, no parameter scaling),
-            "adafactor_t5x" (the same, its second moment begun late: see `start_step`) or "sgd".
-        weight_decay: AdamW's and SGD's are scaled by the rate; Adafactor's is not: it multiplies
-            the delta by 1 - weight_decay each step. SGD's goes through the momentum.
+        rule: what makes an update of a gradient.
+        weight_decay: see the rule.
         clip: largest global norm of the gradient; 0 switches clipping off.
-        b1: decay of AdamW's first moment.
-        b2: decay of AdamW's second moment.
-        eps: AdamW's epsilon.
-        momentum: SGD's, as in m = momentum * m + gradient; 0 is plain SGD.
-        decay_rate: exponent of Adafactor's second-moment decay.
-        factored: whether Adafactor factors second moments at all.
-        factored_min: a second moment is factored where its two longest sides are at least this
-            long: with 128, a prompt of 150 vectors is factored and one of 100 is not.
-        start_step: adafactor_t5x: where its step count begins. Prompt tuning in T5X restores the
-            adapted model's step, 1,100,000, while the prompt's second moment starts at zero. So
-            that moment's decay is 1 - (start_step + 1)^-0.8 = 0.9999853 from the first step on,
-            nothing corrects its bias, and the update is far above the RMS of 1 that it is clipped
-            to: every step has that RMS, times the rate. (`step_offset` of optax and T5X is
-            subtracted from the step, and this is added to it.)
         cap_rows: whether rows of prompts have a largest norm; it is set with `set_row_cap`.
         ema: decay of the delta's moving average; 0 switches it off.
     """
 
-    name: str = "adamw"
+    rule: UpdateRule = AdamW()
     weight_decay: float = 0.0
     clip: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    momentum: float = 0.0
-    decay_rate: float = 0.8
-    factored: bool = True
-    factored_min: int = 128
-    start_step: int = 1_100_000
     cap_rows: bool = False
     ema: float = 0.0
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Builds the optimizer; its rate is set with `set_rate`.
-
-    Raises:
-        UserError: an unknown name.
-    """
+    """Builds the optimizer; its rate is set with `set_rate`."""
     rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0)
     parts = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
-    if cfg.name == "adamw":
-        moments = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
-        parts += [moments, optax.add_decayed_weights(cfg.weight_decay), rate]
-    elif cfg.name == "sgd":
-        trace = [optax.trace(cfg.momentum)] if cfg.momentum else []
-        parts += [optax.add_decayed_weights(cfg.weight_decay), *trace, rate]
-    elif cfg.name in ("adafactor", "adafactor_t5x"):
-        bounded = optax.clip_by_block_rms(1.0)
-        parts += [_second_moment(cfg), bounded, rate, optax.add_decayed_weights(-cfg.weight_decay)]
-    else:
-        raise unknown("config.optimizer.name", cfg.name, OPTIMIZERS)
+    parts += cfg.rule.transforms(rate, cfg.weight_decay)
     if cfg.cap_rows:
         parts.append(optax.inject_hyperparams(cap_row_norms)(max_row_norm=0.0))
     if cfg.ema:
         parts.append(average_delta(cfg.ema))
     return optax.chain(*parts)
-
-
-def _second_moment(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Adafactor's; epsilon is added to the squared gradient, in optax as in T5X."""
-    return optax.scale_by_factored_rms(
-        factored=cfg.factored,
-        decay_rate=cfg.decay_rate,
-        step_offset=-cfg.start_step if cfg.name == "adafactor_t5x" else 0,
-        min_dim_size_to_factor=cfg.factored_min,
-    )
 
 
 def set_rate(opt_state: Tree, rate: float | np.floating | jax.Array) -> Tree:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,6 +34,7 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
     (r"(layers/((attn|mlp)(_post)?_norm|attn/[qk]_norm)|final_norm)/(scale|bias)", P()),
     (r"positions/embedding|project_(in|out)/kernel", P()),
     (r"(encoder|decoder)/relative_bias/embedding", P(None, "model")),
+    (r"(encoder|decoder)/layers/relative_bias/embedding", P(None, None, "model")),
     (r"(encoder|decoder)/layers/(attn|cross)/[qkv]/kernel", P(None, None, "model", None)),
     (r"(encoder|decoder)/layers/(attn|cross)/o/kernel", P(None, "model", None, None)),
     (r"(encoder|decoder)/layers/mlp/(gate|up)/kernel", P(None, None, "model")),
@@ -47,13 +47,6 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
 SMALL = ("scale", "_min", "/bias", "/relative_bias/embedding")
 
 QUANTIZED = "(_q|_scale|_min)?"  # the leaves of a quantised matrix lie as the matrix would
-
-
-def on_host(array: Any) -> np.ndarray:
-    """The whole array in the host's memory; of several processes all must ask."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
 
 
 def make_mesh(

@@ -13,6 +13,7 @@ from softprompt.config import (
     ConfigDict,
     base_config,
     members,
+    method_settings,
     resolve,
     set_key,
     to_dict,
@@ -24,10 +25,12 @@ from softprompt.interchange import peft, prompt_arrays
 from softprompt.interchange.adapter_files import CONFIG as ADAPTER_CONFIG
 from softprompt.interchange.adapter_files import Adapter, read_adapter, write_adapter
 from softprompt.interchange.module_names import ModelConfig
+from softprompt.methods import METHODS
+from softprompt.methods.base import MethodSettings
+from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.loading import Loaded, find_folder, load_model, read_model_config
 from softprompt.results import commit, read_result
-from softprompt.training.delta_file import load_delta, save_delta
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.merged_model import export_merged
 from softprompt.trials.run import CONFIG, DELTA, provenance, read_config
@@ -60,8 +63,9 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
     to = epath.Path(to)
     if to.exists():
         raise UserError(f"--to {to}: it exists; give a new path")
+    notes: list[str] = []
     if kind == "hf":
-        wrote, notes = export_merged(config, file, to), []
+        wrote = export_merged(config, file, to)
     else:
         wrote, notes = _export_delta(folder, config, kind=kind, to=to)
     return {"format": kind, "method": config.method.name, "wrote": wrote, "notes": notes}
@@ -75,8 +79,8 @@ def _export_delta(
     delta, known = load_delta(file)
     model = read_model_config(config.model.name, revision=config.model.revision or None)
     check_fit(delta, config, model, file=str(file))
-    method = to_dict(config)["method"]
-    notes = conventions(method, model)
+    method, settings = to_dict(config)["method"], method_settings(config)
+    notes = conventions(settings, model)
     if kind == "npy":
         write_bytes(to, prompt_arrays.to_npy(delta, model, method))
         return [str(to)], notes
@@ -93,8 +97,8 @@ def _export_delta(
     with _nothing_half_written(to):
         write_adapter(to, Adapter(adapter.config, adapter.tensors, described))
     notes += [note] if note else []
-    notes += [PADDING] if peft.is_prompt_learning(method["name"]) else []
-    if "num_tasks" in adapter.config:
+    notes += [PADDING] if settings.is_context else []
+    if settings.per_task:
         tasks = [f"{n} {one.task.name}" for n, one in enumerate(members(config))]
         notes.append(f"task ids: {', '.join(tasks)}")
     return sorted(str(file) for file in to.iterdir()), notes
@@ -143,14 +147,13 @@ def describe(
     }
 
 
-def conventions(method: Mapping[str, Any], model: ModelConfig) -> list[str]:
+def conventions(settings: MethodSettings, model: ModelConfig) -> list[str]:
     """What whoever uses an exported prompt or prefix has to know, in sentences."""
-    if not peft.is_prompt_learning(method["name"]):
+    if not settings.is_context:
         return []
     notes = {"none": "the text behind the prompt has no BOS"}
-    found = [notes.get(method["bos"], "the text behind the prompt begins with BOS if it has one")]
-    is_prefix = peft.peft_fields(method["name"])["peft_type"] == "PREFIX_TUNING"
-    if model.embed_scale != 1.0 and not is_prefix:
+    found = [notes.get(settings.bos, "the text behind the prompt begins with BOS if it has one")]
+    if model.embed_scale != 1.0 and settings.is_prompt:
         found.append(
             f"the prompt's rows enter after the embeddings' scaling by {model.embed_scale:.6g}, as "
             "in PEFT with transformers 5; transformers 4 scales the rows too, so rows from there "
@@ -205,7 +208,7 @@ def import_run(
         "method": method["name"],
         "leaves": {path: list(leaf.shape) for path, leaf in flatten_dict(delta, sep="/").items()},
         "workdir": str(workdir),
-        "notes": notes_on(known, adapter) + conventions(to_dict(config)["method"], model),
+        "notes": notes_on(known, adapter) + conventions(method_settings(config), model),
     }
 
 
@@ -275,7 +278,7 @@ def with_method(
     if "bos" in known and bos not in (known["bos"], usual["bos"]):
         raise UserError(f"config key 'method.bos' is {bos!r}; {file} has {known['bos']!r}")
     bos = known.get("bos", bos)
-    if bos == "before" and peft.is_prompt_learning(method["name"]):
+    if bos == "before" and METHODS[method["name"]].Settings.is_context:
         raise UserError(
             f"config key 'method.bos' is 'before'; in {file} the prompt comes first; allowed: "
             "after, none"

@@ -1,21 +1,24 @@
 """A trial's examples as token ids, and how they lie in the rows of batches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from softprompt.config import ConfigDict
-from softprompt.data.encode import Encoded, encode, mix, summary
+from softprompt.config import ConfigDict, method_settings
+from softprompt.data.encode import Encoded, encode, mix, summary, target_advice
 from softprompt.data.eval_batches import EvalBatch, EvalShape, eval_batches, eval_shape
 from softprompt.data.packing import Template
 from softprompt.data.pipeline import TrainSource, train_template
 from softprompt.data.rows import Layout
 from softprompt.data.sources import Record
 from softprompt.data.subsets import balanced_subset, seeded_sample
-from softprompt.data.tasks import SPLITS, Task, get_task, read_split
+from softprompt.data.tasks import SPLITS, Task, get_task, overlap_warnings, read_split
+from softprompt.errors import UserError
+from softprompt.evaluation.evaluators import Split
 from softprompt.evaluation.ranking import scoring_budget
 from softprompt.pretrained.loading import Loaded
 
@@ -104,6 +107,27 @@ class TrialData:
             ),
         )
 
+    def parts(self, split: str, *, mesh: Mesh, layout: Layout) -> list[Split]:
+        """A split of each task, as evaluators take it."""
+
+        def packed(number: int) -> list[EvalBatch]:
+            return self.eval_batches(split, mesh=mesh, layout=layout)[number]
+
+        return [
+            Split(one.task, one.split(split), functools.partial(packed, number))
+            for number, one in enumerate(self.tasks)
+        ]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of every split, by "split", or of a mixture by "task/split"."""
+        several = len(self.tasks) > 1
+        return {
+            f"{one.task.name}/{name}" if several else name: one.split(name).digest
+            for one in self.tasks
+            for name in SPLITS
+        }
+
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._made:
             self._made[key] = make()
@@ -119,6 +143,31 @@ def _of_task(number: int) -> Callable[[Encoded], Encoded]:
     return mark
 
 
+def evaluators_of(task: Task, config: ConfigDict) -> list[str]:
+    """The evaluators that measure a task: those of `eval.metrics`, or by default the task's first.
+
+    What selects the delta is measured besides.
+
+    Raises:
+        UserError: the task has no such metric; names those that it has.
+    """
+    known = {metric: name for name, metrics in task.metrics.items() for metric in metrics}
+    named = [metric.strip() for metric in config.eval.metrics.split(",") if metric.strip()]
+    asked = [("eval.metrics", metric) for metric in named]
+    if method_settings(config).trains:
+        asked.append(("eval.metric", config.eval.metric))
+    for key, metric in asked:
+        if metric not in known:
+            raise UserError(
+                f"config key {key!r} is {metric!r}; allowed for task {task.name!r}: "
+                f"{', '.join(known)}"
+            )
+    wanted = {known[metric] for _, metric in asked}
+    if not named:
+        wanted.add(next(iter(task.metrics)))
+    return [name for name in task.metrics if name in wanted]
+
+
 def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> TaskData:
     """Reads a task's splits, cuts them to the config's sizes and encodes them for a model.
 
@@ -130,7 +179,7 @@ def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> Tas
         say: is given a line about each split.
     """
     task, sizes = get_task(config.task), config.data
-    splits = {}
+    read, splits = {}, {}
     for name in SPLITS:
         records = read_split(task, name)
         if name == "train" and sizes.train_examples:
@@ -138,9 +187,13 @@ def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> Tas
         if name == "train" and 0 < sizes.cap < len(records):
             records = balanced_subset(records, sizes.cap, sizes.subset_seed)
         limit = {"validation": sizes.validation_examples, "test": sizes.test_examples}
-        records = seeded_sample(records, limit.get(name, 0))
+        read[name] = records = seeded_sample(records, limit.get(name, 0))
         splits[name] = encode_records(config, loaded, task, records, bos=bos)
         say(f"{task.name} {name}: {describe(splits[name])}")
+    for line in overlap_warnings(task, read):
+        say(line)
+    if advice := target_advice(splits["train"], config.eval.score):
+        say(f"{task.name}: {advice}")
     return TaskData(task, **splits)
 
 
@@ -166,7 +219,8 @@ def describe(encoded: Encoded) -> str:
     labels = [f"{count:,} {label}" for label, count in facts["labels"].items()]
     if facts["unlabelled"]:
         labels.append(f"{facts['unlabelled']:,} unlabelled")
+    listed = f" ({', '.join(labels)})" if labels else ""
     return (
-        f"{facts['examples']:,} examples ({', '.join(labels)}), {facts['input_tokens_mean']:.0f} "
+        f"{facts['examples']:,} examples{listed}, {facts['input_tokens_mean']:.0f} "
         f"tokens on average and {facts['input_tokens_max']} at most, {facts['truncated']} truncated"
     )

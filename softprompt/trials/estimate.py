@@ -9,8 +9,7 @@ from softprompt.analysis.flops import (
     machine_flops,
     scoring_work,
 )
-from softprompt.config import ConfigDict
-from softprompt.config.schema import UNTRAINED
+from softprompt.config import ConfigDict, method_settings
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_widths
 from softprompt.data.tasks import SPLITS
@@ -54,14 +53,14 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
     flops, memory, trainable, seconds = once["validation"] + once["test"], float(weights), 0, 0.0
     if config.eval.text:
         flops += forward_flops(sizes, text_work(config.eval.text_tokens, prepared.contexts[1]))
-    if config.method.name not in UNTRAINED:
+    if (method := method_settings(config)).trains:
         every, steps = config.eval.every, config.train.steps
         source = train_source(prepared)
         looks = 1 + (steps // every if every else 0) + int(not every or steps % every > 0)
         flops += steps * step_flops(prepared) + (looks - 1) * once["validation"]
         memory += step_memory(prepared, source.template.shape)
         trainable, kept = trained(prepared)
-        memory += kept - (weights if config.method.name == "full" else 0)  # takes their place
+        memory += kept - (weights if method.trains_weights else 0)  # takes their place
         seconds += steps * trainable * UPDATE / machine_bandwidth()
     seconds += flops / machine_flops(config.model.dtype) / SHARE
     return {

@@ -16,14 +16,12 @@ import jax
 from etils import epath
 
 from softprompt.analysis.flops import machine_flops
-from softprompt.config import ConfigDict, trial_name, weights_key
-from softprompt.config.schema import UNTRAINED
-from softprompt.methods.setup import kept_shares
+from softprompt.config import ConfigDict, method_settings, trial_name, weights_key
 from softprompt.results import Row
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, device_memory
 from softprompt.training.step import StepCall, StepResult
 from softprompt.trials.estimate import step_memory, trained
-from softprompt.trials.prepare import Prepared, delta_shapes, prepare, train_source
+from softprompt.trials.prepare import Prepared, delta_shapes, kept_shares, prepare, train_source
 from softprompt.trials.run import TrialSteps, trial_steps
 from softprompt.trials.session import Session, optimizer_config
 
@@ -93,7 +91,8 @@ def _program(session: Session, config: ConfigDict) -> tuple[Any, int]:
 
 def most_at_once(config: ConfigDict) -> int:
     """How many trials like this may run at a time; 1 of those that never run beside others."""
-    if config.method.name in (*UNTRAINED, "full") or jax.process_count() > 1:
+    method = method_settings(config)
+    if not method.trains or method.trains_weights or jax.process_count() > 1:
         return 1
     if config.eval.latency:  # it would time the others too
         return 1

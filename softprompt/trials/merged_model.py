@@ -2,13 +2,13 @@
 
 from etils import epath
 
-from softprompt.config import ConfigDict
+from softprompt.config import ConfigDict, method_settings
 from softprompt.errors import UserError
 from softprompt.methods import METHODS
-from softprompt.methods.setup import folded_config
+from softprompt.methods.base import Setup
+from softprompt.methods.delta_file import load_delta
 from softprompt.pretrained.loading import find_folder, load_model
 from softprompt.pretrained.save import save_folder
-from softprompt.training.delta_file import load_delta
 from softprompt.trials.delta_shapes import check_fit
 
 
@@ -28,13 +28,13 @@ def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) ->
             fit them; the weights are quantised; the folder is not local. Nothing is left
             half-written.
     """
-    name = config.method.name
-    merge = getattr(METHODS.get(name), "merge", None)
-    if merge is None:
+    settings = method_settings(config)
+    method = METHODS[settings.name]
+    if not hasattr(method, "merge"):
         allowed = [name for name, method in METHODS.items() if hasattr(method, "merge")]
         raise UserError(
-            f"--format hf: a {name} cannot be merged into the model's weights; allowed for "
-            f"{', '.join(allowed)}"
+            f"--format hf: a {settings.name} cannot be merged into the model's weights; allowed "
+            f"for {', '.join(allowed)}"
         )
     if "://" in str(to):
         raise UserError(f"--to {to}: a whole model is written to a local folder")
@@ -52,8 +52,8 @@ def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) ->
             f"{config.model.name} has {loaded.fingerprint}"
         )
     check_fit(delta, config, loaded.config, file=str(delta_file))
-    cfg = folded_config(config, encoder_decoder=loaded.encoder_decoder)
-    weights = merge(delta, loaded.weights, cfg)
+    cfg = method.resolve(settings, Setup(loaded.config))
+    weights = method.merge(delta, loaded.weights, cfg)
     original = find_folder(config.model.name, revision=config.model.revision or None)
     save_folder(to, loaded.config, weights, loaded.tokenizer, original=original)
     return sorted(str(file) for file in to.iterdir())

@@ -6,27 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from softprompt.analysis.flops import Work, train_flops, train_work
-from softprompt.config import ConfigDict, members
-from softprompt.config.schema import UNTRAINED
+from softprompt.config import ConfigDict, members, method_settings, start_settings
 from softprompt.data.encode import Encoded, check_ranking
 from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import DECODER, Layout
 from softprompt.errors import UserError
+from softprompt.evaluation.evaluators import Forward
 from softprompt.evaluation.perplexity import check_room
-from softprompt.evaluation.ranking import shared_function, text_context_function
+from softprompt.evaluation.ranking import shared_function
 from softprompt.methods import METHODS
-from softprompt.methods.initializers import embedding_rms
-from softprompt.methods.multitask import MultitaskConfig
-from softprompt.methods.prefix import PrefixConfig
-from softprompt.methods.prompt import PromptConfig
-from softprompt.methods.setup import few_shot_tokens, kept_shares, method_config, wants_bos
+from softprompt.methods.base import Context, Setup, wants_bos
+from softprompt.methods.initializers import Start, embedding_rms
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
+from softprompt.models.dropout import Shares
 from softprompt.models.kernels import Case, Kernel, choose, device_of
 from softprompt.models.layers import collections
 from softprompt.models.quantize import embedding
@@ -35,46 +32,61 @@ from softprompt.pretrained.loading import Loaded
 from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.sharding import path_name, put, random_key, replicated, weight_shardings
-from softprompt.training.step import Draw, Key, StepConfig, row_inputs
-from softprompt.trials.data import TaskData, TrialData
+from softprompt.training.step import Draw, Key, Shared, StepConfig, row_inputs
+from softprompt.trials.data import TaskData, TrialData, evaluators_of
 from softprompt.trials.session import Session, optimizer_config
 
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A trial before its first step.
+class ForwardPass:
+    """What a forward pass needs, for any delta of one config.
 
     Attributes:
         config: resolved.
-        session: what it shares with other trials.
         loaded: the pretrained model.
-        frozen: its weights less those that are trained themselves.
-        data: the config's task, or those of its mixture, encoded for the model.
-        mesh: where it runs.
-        step: what is static in its steps; `step.model` is the model as the method wants it.
+        frozen: its weights; none of them where they are trained themselves.
+        mesh: the devices.
+        step: what is static; `step.model` is the model as the method wants it.
         bos: texts begin with the tokenizer's BOS.
         layout: where the model wants an example.
         contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, a BOS before
             a prompt included.
-        shared: delta -> what every row of a forward pass shares (variables and context).
-        prefix: solved examples that an encoder reads before each input, as those of `tasks` have
-            them already; empty but for few-shot.
     """
 
     config: ConfigDict
-    session: Session
     loaded: Loaded
     frozen: Tree
-    data: TrialData
     mesh: jax.sharding.Mesh
     step: StepConfig
     bos: bool
     layout: Layout
     contexts: tuple[int, int]
-    shared: Callable[[Tree], Any]
-    prefix: np.ndarray
+
+    def shared(self, delta: Tree) -> Shared:
+        """What all rows of a forward pass have in common: the variables and the context."""
+        shared: Shared = shared_function(self.step, self.mesh)(delta, self.frozen)
+        return shared
+
+    @property
+    def forward(self) -> Forward:
+        """The same, as evaluators take it."""
+        tokenizer = self.loaded.tokenizer
+        return Forward(self.step.model, self.frozen, self.mesh, self.layout, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(ForwardPass):
+    """What a trial needs besides: its examples, and what it shares with other trials.
+
+    Attributes:
+        session: the process's.
+        data: the config's task, or those of its mixture, encoded for the model.
+    """
+
+    session: Session
+    data: TrialData
 
     @property
     def tasks(self) -> tuple[TaskData, ...]:
@@ -87,77 +99,98 @@ class Prepared:
 
 
 def prepare(config: ConfigDict, session: Session) -> Prepared:
-    """Loads what a config names and sets up its method.
+    """Loads what a config names, for training and testing it.
 
     Raises:
         UserError: see `load_model`, the task's source, and the method's settings.
     """
-    mesh, loaded = session.mesh(config), session.model(config)
-    method = config.method
-    begun = method.name == "fewshot" or (method.name == "prompt" and method.bos == "before")
-    bos = wants_bos(config, loaded.tokenizer) and not begun  # else it begins the context
-    room = min(free_positions(one, loaded) for one in members(config))
-    data = session.data(config, bos=bos)
-    train = data.train
+    data = session.data(config, bos=text_bos(config, session.model(config)))
     for one in data.tasks:
-        check_ranking(one.train, config.eval.score)
-    cfg = method_config(config, loaded, train)
-    model, layout, contexts = arrange(config, loaded, cfg)
+        if "ranking" in evaluators_of(one.task, config):
+            check_ranking(one.train, config.eval.score)
 
-    def row_tokens() -> int:
+    def row_tokens(layout: Layout) -> int:
         return data.template(config.train.batch, layout, session.progress.say).shape.tokens
 
-    model = with_kernel(config, model, mesh, context=contexts[1], row_tokens=row_tokens)
-    name = "none" if method.name == "fewshot" else method.name
-    step = StepConfig(model, name, cfg, config.train.z_loss, config.train.microbatches)
-    frozen = {} if name == "full" else loaded.weights
-    compiled = shared_function(step, mesh)
-    shared: Callable[[Tree], Any] = lambda delta: compiled(delta, frozen)  # noqa: E731
-    prefix = np.zeros(0, np.int32)
-    if method.name == "fewshot":
-        tokens_P = few_shot_tokens(config, loaded, train, room=room)
-        if isinstance(model, T5):
-            prefix = tokens_P
-            data = TrialData([one.each(functools.partial(behind, prefix)) for one in data.tasks])
-        else:
-            context = text_context_function(model)(loaded.weights, jnp.asarray(tokens_P))
-            contexts = 0, len(tokens_P)
-            shared = lambda delta: ({}, context)  # noqa: E731
+    made = prepare_forward(
+        config, session, train=data.train, start=start_settings(config), row_tokens=row_tokens
+    )
     if config.eval.text:  # read before anything is trained, for it may not be there
-        check_room(config, session.text(config, bos=bos), loaded, context=contexts[1])
-    return Prepared(
-        config=config,
-        session=session,
+        text = session.text(config, bos=made.bos)
+        check_room(text, made.loaded, name=config.eval.text, context=made.contexts[1])
+    return Prepared(**vars(made), session=session, data=data)
+
+
+def prepare_scoring(config: ConfigDict, session: Session) -> Prepared:
+    """Loads what a config names, for scoring a delta that is trained already."""
+    data = session.data(config, bos=text_bos(config, session.model(config)))
+    made = prepare_forward(config, session, train=data.train)
+    return Prepared(**vars(made), session=session, data=data)
+
+
+def prepare_forward(
+    config: ConfigDict,
+    session: Session,
+    *,
+    train: Encoded | None = None,
+    start: Start | None = None,
+    row_tokens: Callable[[Layout], int] | None = None,
+) -> ForwardPass:
+    """Loads a config's model and sets up its method.
+
+    Args:
+        config: resolved.
+        session: for the model.
+        train: the training examples, for a method that shows some of them before a text and for
+            what a prompt starts from.
+        start: what a prompt starts from; None where the delta is there already.
+        row_tokens: the length of the rows that are trained on, in a layout; None without training.
+
+    Raises:
+        UserError: see `load_model`, and the method's settings.
+    """
+    mesh, loaded = session.mesh(config), session.model(config)
+    settings = method_settings(config)
+    setup = Setup(
+        sizes=loaded.config,
+        tasks=len(members(config)),
+        seed=config.seed,
+        room=min(free_positions(one, loaded) for one in members(config)),
+        start=start,
         loaded=loaded,
-        frozen=frozen,
-        data=data,
+        train=train,
+    )
+    cfg = METHODS[settings.name].resolve(settings, setup)
+    model, layout, contexts = arrange(config, loaded, cfg)
+    named = config.mesh.attention not in ("auto", "reference") and settings.trains
+    tokens = row_tokens(layout) if row_tokens is not None and named else None
+    model = with_kernel(config, model, mesh, context=contexts[1], tokens=tokens)
+    return ForwardPass(
+        config=config,
+        loaded=loaded,
+        frozen={} if settings.trains_weights else loaded.weights,
         mesh=mesh,
-        step=step,
-        bos=bos,
+        step=StepConfig(model, settings.name, cfg, config.train.z_loss, config.train.microbatches),
+        bos=text_bos(config, loaded),
         layout=layout,
         contexts=contexts,
-        shared=shared,
-        prefix=prefix,
     )
 
 
-def behind(prefix: np.ndarray, encoded: Encoded) -> Encoded:
-    """The same examples, their inputs behind a prefix."""
-    if not len(prefix):
-        return encoded
-    inputs = [np.concatenate([prefix, tokens]) for tokens in encoded.inputs]
-    return dataclasses.replace(encoded, inputs=inputs)
+def text_bos(config: ConfigDict, loaded: Loaded) -> bool:
+    """Whether texts begin with BOS; else what stands before them may."""
+    settings = method_settings(config)
+    return wants_bos(settings.bos, loaded.tokenizer) and not settings.begins_with_bos
 
 
 def free_positions(config: ConfigDict, loaded: Loaded) -> int:
     """Positions that the task leaves for a context; an encoder-decoder's are relative, and endless.
 
     Raises:
-        UserError: a prompt that takes more, or inputs that alone may.
+        UserError: the task's inputs alone may take more than there are.
     """
     if loaded.encoder_decoder:
         return 2**30
-    method = config.method
     room = loaded.config.context_length - config.task.max_input - config.task.max_target
     if room < 0:
         raise UserError(
@@ -165,33 +198,23 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
             f"{room + config.task.max_input} (the model's context of "
             f"{loaded.config.context_length} less task.max_target)"
         )
-    most = room - (method.bos == "before")
-    if method.name in ("prompt", "multitask", "prefix") and method.length > most:
-        raise UserError(
-            f"config key 'method.length' is {method.length}; allowed: at most {most} (the model's "
-            f"context of {loaded.config.context_length} less task.max_input and task.max_target"
-            f"{', and a BOS before the prompt' if most < room else ''})"
-        )
     return room
 
 
 def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout, tuple[int, int]]:
     """The model as the method wants it, the layout of its rows, and its contexts' lengths.
 
-    `cfg` is the method's; a prompt and a prefix take places before a text.
+    `cfg` is the method's.
     """
-    length, places = 0, tuple[str, ...]()
-    if isinstance(cfg, PromptConfig | PrefixConfig):
-        length, places = cfg.length, cfg.places
-    if isinstance(cfg, PromptConfig) and cfg.bos_before is not None:
-        length += 1
-    prompts = cfg.tasks if isinstance(cfg, MultitaskConfig) else 0
+    method, settings = METHODS[config.method.name], method_settings(config)
+    before = method.context(cfg) if settings.is_context else Context()
+    length, places, prompts = before.length, before.places, before.prompts
     model = loaded.model.clone(remat=config.mesh.remat)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
         return model, dataclasses.replace(DECODER, prompts=prompts), (0, length)
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
-    if isinstance(cfg, PromptConfig) and config.method.prompt_to_input:
+    if settings.is_prompt and config.method.prompt_to_input:
         return model, Layout(loaded.config.start, encoder, decoder, prompts), (0, 0)
     return model, Layout(loaded.config.start), (encoder, decoder)
 
@@ -202,24 +225,27 @@ def with_kernel(
     mesh: jax.sharding.Mesh,
     *,
     context: int,
-    row_tokens: Callable[[], int],
+    tokens: int | None,
 ) -> Model:
     """The model with the attention that its config asks for.
 
-    Rows that a kernel cannot serve are left to the reference one by one, when they are traced: here
-    their length counts only where a kernel is asked for by its name.
+    Rows that a kernel cannot serve are left to the reference one by one, when they are traced.
+
+    Args:
+        config: its `mesh.attention`.
+        model: with the reference.
+        mesh: the devices.
+        context: tokens before a row.
+        tokens: of a row that the kernel must serve, where it is asked for by its name.
 
     Raises:
-        UserError: that kernel cannot serve the rows that are trained on.
+        UserError: that kernel cannot serve such rows.
     """
-    wanted = config.mesh.attention
-    named = wanted not in ("auto", "reference") and config.method.name not in UNTRAINED
     if isinstance(model, T5):
         case = Case(model.dtype.name, model.config.head_size, bias=True)
     else:
-        tokens = row_tokens() if named else None
         case = attention_case(model.config, model.dtype, context=context, tokens=tokens)
-    name = choose(wanted, case, device_of(mesh))
+    name = choose(config.mesh.attention, case, device_of(mesh))
     if name == "reference":
         return model
     return model.clone(attention=Kernel(name, mesh if mesh.size > 1 else None))
@@ -231,6 +257,16 @@ def train_source(prepared: Prepared) -> TrainSource:
     template = data.template(config.train.batch, layout, prepared.session.progress.say)
     ids = kept_shares(config).by_example
     return TrainSource(data.train, template, config.seed, layout, ids=ids)
+
+
+def kept_shares(config: ConfigDict) -> Shares:
+    """What a trial's dropout keeps, float32 []; None where its rate is 0."""
+    kept, drops = Shares(model=_share(config.train.dropout)), method_settings(config).drops
+    return kept._replace(**{drops: _share(config.method.dropout)}) if drops else kept
+
+
+def _share(rate: float) -> np.ndarray | None:
+    return np.asarray(1 - rate, np.float32) if rate else None
 
 
 def trial_key(prepared: Prepared) -> Key:
@@ -265,10 +301,10 @@ def initial_state(prepared: Prepared) -> loop.State:
     return loop.State(delta, opt_state, best=jax.tree.map(lambda leaf: leaf.copy(), delta))
 
 
-def delta_shardings(prepared: Prepared, delta: Tree) -> Tree:
+def delta_shardings(prepared: ForwardPass, delta: Tree) -> Tree:
     """How a delta (arrays or shapes) lies: whole everywhere; weights as frozen ones would."""
     mesh = prepared.mesh
-    if prepared.step.method == "full":
+    if METHODS[prepared.step.method].Settings.trains_weights:
         return weight_shardings(delta, mesh, weights=prepared.config.mesh.weights)
     return jax.tree.map(lambda _: replicated(mesh), delta)
 
@@ -368,12 +404,10 @@ def step_work(prepared: Prepared) -> Work:
 
 def step_flops(prepared: Prepared) -> float:
     """Useful operations of an average step."""
-    work, method = step_work(prepared), prepared.step.method
-    flops = train_flops(prepared.loaded.config, work, weights=method == "full")
-    return flops + (matrix_flops(delta_shapes(prepared), work) if method in MATRICES else 0.0)
-
-
-MATRICES = ("lora", "adapter")  # methods whose delta every token is multiplied by
+    work, method = step_work(prepared), METHODS[prepared.step.method].Settings
+    flops = train_flops(prepared.loaded.config, work, weights=method.trains_weights)
+    more = matrix_flops(delta_shapes(prepared), work) if method.multiplies_tokens else 0.0
+    return flops + more
 
 
 def matrix_flops(delta: Tree, work: Work) -> float:

@@ -2,9 +2,8 @@
 
 import functools
 import json
-import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -17,38 +16,26 @@ from softprompt.config import (
     differences,
     from_dict,
     members,
+    method_settings,
     to_dict,
     trial_id,
     trial_name,
 )
-from softprompt.config.schema import UNTRAINED
-from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
-from softprompt.evaluation import latency
-from softprompt.evaluation.metrics import classification, over_tasks
-from softprompt.evaluation.ranking import (
-    Scores,
-    normalise,
-    score_batches,
-    scored_at_once,
-    scoring_budget,
-    shared_function,
-    token_nll,
-)
 from softprompt.files import check_writable, write_text
 from softprompt.methods import METHODS
+from softprompt.methods.delta_file import save_delta
 from softprompt.pretrained.loading import Loaded
 from softprompt.results import Row, is_done, make_row, read_result, write_result
 from softprompt.training import checkpoints, loop
-from softprompt.training.delta_file import save_delta
 from softprompt.training.logs import MetricsLog, open_sinks, read_log
 from softprompt.training.memory import bytes_of, peak_memory
 from softprompt.training.optimizers import set_rate
 from softprompt.training.sharding import put_batch
-from softprompt.training.step import StepCall, StepConfig, StepResult
-from softprompt.trials.data import TaskData
+from softprompt.training.step import StepCall, StepResult
 from softprompt.trials.lock import holding
+from softprompt.trials.measure import final_metrics, measure
 from softprompt.trials.prepare import (
     Prepared,
     initial_state,
@@ -62,8 +49,7 @@ from softprompt.trials.session import Session, optimizer_config
 
 Tree = Any
 TrialSteps = Generator[StepCall, StepResult, Row]
-Graded = tuple[dict[str, float], list[np.ndarray]]
-CONFIG, DELTA, PREDICTIONS = "config.json", "delta.safetensors", "predictions.jsonl"
+CONFIG, DELTA = "config.json", "delta.safetensors"
 
 
 def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -> Row:
@@ -119,11 +105,11 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
     compiled_before = session.compile_seconds
     with holding(folder):
         prepared = prepare(config, session)
-        if config.method.name not in UNTRAINED:
+        if method_settings(config).trains:
             delta, metrics, facts = yield from fit(prepared, folder)
         else:
             claim(folder, config)
-            delta, metrics, facts = {}, {"validation": score(prepared, {}, "validation")[0]}, {}
+            delta, metrics, facts = {}, {"validation": measure(prepared, {}, "validation")[0]}, {}
         with session.pauses():
             metrics |= final_metrics(prepared, folder, delta)
             save_delta(folder / DELTA, delta, provenance(config, prepared.loaded))
@@ -145,16 +131,6 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
     return row
 
 
-def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, Any]:
-    """The selected delta's metrics: on the test split, and those that the config asks for."""
-    metrics: dict[str, Any] = {"test": test(prepared, folder, delta)}
-    if prepared.config.eval.text:
-        metrics["text"] = text_metrics(prepared, delta)
-    if prepared.config.eval.latency:
-        metrics["latency"] = latency_metrics(prepared, delta)
-    return metrics
-
-
 def check_folder(folder: epath.Path, config: ConfigDict) -> None:
     """Checks that a folder is new or this trial's.
 
@@ -171,7 +147,7 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
             f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
             "there); give another --workdir"
         )
-    trained = (folder / "checkpoints").exists() or config.method.name in UNTRAINED
+    trained = (folder / "checkpoints").exists() or not method_settings(config).trains
     if (folder / DELTA).exists() and not trained and not is_done(folder):
         raise UserError(
             f"{folder} holds an imported delta, which training would replace; give another "
@@ -225,7 +201,13 @@ def fit(
     if not prepared.frozen:  # the weights are trained, and their first values were copied
         session.release(config)
     parts = loop_parts(prepared, state, folder)
-    with open_sinks(config, folder, trial_name(config)) as sinks:
+    with open_sinks(
+        folder,
+        trial_name(config),
+        to_dict(config),
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+    ) as sinks:
         claim(folder, config)
         with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
             fingerprint, say = prepared.loaded.fingerprint, session.progress.say
@@ -259,7 +241,7 @@ def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loo
         key=key,
         mesh=mesh,
         row_multiple=multiple,
-        evaluate=lambda delta: score(prepared, delta, "validation")[0],
+        evaluate=lambda delta: measure(prepared, delta, "validation")[0],
         fold=jax.jit(functools.partial(fold, cfg=prepared.step.method_config)),
         folder=folder,
         notes={"config": to_dict(config), "fingerprint": prepared.loaded.fingerprint},
@@ -316,95 +298,6 @@ def median_step(folder: epath.Path) -> float | None:
     return (
         float(np.median([batch / line["examples_per_second"] for line in lines])) if lines else None
     )
-
-
-def score(prepared: Prepared, delta: Tree, split: str) -> Graded:
-    """Metrics of a split by rank scoring (see `over_tasks`), and each task's scores [N, C]."""
-    session, mesh = prepared.session, prepared.mesh
-    batches = prepared.data.eval_batches(split, mesh=mesh, layout=prepared.layout)
-    shared = prepared.shared(delta)
-    progress = functools.partial(session.progress.stage, f"score {split}")
-    model, frozen, at_once = prepared.step.model, prepared.frozen, scored_at_once(mesh)
-    run = functools.partial(score_batches, model, frozen, shared, mesh=mesh, at_once=at_once)
-    return graded(prepared, split, [run(own, progress=progress) for own in batches])
-
-
-def graded(prepared: Prepared, split: str, found: Sequence[Scores]) -> Graded:
-    """What `score` returns, of what `score_batches` does for each task."""
-    metrics, scores = {}, []
-    for one, sums_and_lengths in zip(prepared.tasks, found, strict=True):
-        scores_NC = normalise(*sums_and_lengths, prepared.config.eval.score)
-        labels_N, classes = one.split(split).labels, scores_NC.shape[1]
-        metrics[one.task.name] = classification(scores_NC.argmax(axis=1), labels_N, classes)
-        scores.append(scores_NC)
-    return over_tasks(metrics), scores
-
-
-def test(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, float]:
-    """Scores the test split, once, and writes the predictions by example id."""
-    metrics, scores = score(prepared, delta, "test")
-    if jax.process_index() == 0:
-        lines = []
-        for one, scores_NC in zip(prepared.tasks, scores, strict=True):
-            named = {"task": one.task.name} if prepared.config.data.mixture else {}
-            own = told(one, "test", scores_NC)
-            lines += [json.dumps(named | line, ensure_ascii=False) for line in own]
-        write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
-    return metrics
-
-
-def told(data: TaskData, split: str, scores_NC: np.ndarray) -> Iterator[dict[str, Any]]:
-    """What predictions.jsonl says of a split's examples, in their order."""
-    examples, labels = data.split(split), list(data.task.verbalizers)
-    for name, label, row_C in zip(examples.ids, examples.labels, scores_NC, strict=True):
-        yield {
-            "id": name,
-            "label": labels[label] if label >= 0 else None,
-            "predicted": labels[int(row_C.argmax())],
-            "scores": dict(zip(labels, row_C.round(5).tolist(), strict=True)),
-        }
-
-
-def text_metrics(prepared: Prepared, delta: Tree) -> dict[str, float]:
-    """Perplexity of the config's text behind the delta, and the tokens that were predicted."""
-    config, session = prepared.config, prepared.session
-    pieces = session.text(config, bos=prepared.bos)
-    rows = prepared.mesh.shape["data"]
-    shape = eval_shape(pieces, budget=scoring_budget(), row_multiple=rows, score="targets")
-    sums_NC, lengths_NC = score_batches(
-        prepared.step.model,
-        prepared.frozen,
-        prepared.shared(delta),
-        eval_batches(pieces, shape, score="targets"),
-        mesh=prepared.mesh,
-        at_once=scored_at_once(prepared.mesh),
-        progress=lambda done, total: session.progress.stage("score text", done, total),
-    )
-    nats = token_nll(sums_NC, lengths_NC)
-    return {"perplexity": math.exp(nats), "nats": nats, "tokens": int(lengths_NC.sum())}
-
-
-def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
-    """What the delta costs in use, against the base: see `latency.compare`.
-
-    Of a mixture the inputs are the first task's. Weights that were trained themselves are first
-    cast to the dtype of the base's.
-    """
-    config, session, mesh, step = prepared.config, prepared.session, prepared.mesh, prepared.step
-    session.progress.stage("time prefill and decoding")
-    weights = session.model(config).weights  # anew, where the training of all weights dropped them
-    plain = shared_function(StepConfig(step.model, "none", None), mesh)
-    behind = prepared.tasks[0].test.inputs
-    inputs = [tokens[len(prepared.prefix) :] for tokens in behind]
-    base = latency.Served(weights, plain({}, weights), inputs)
-    if step.method == "full":
-        trained = jax.tree.map(lambda new, old: new.astype(old.dtype), delta, weights)
-        ours = latency.Served(trained, plain({}, trained), behind)
-    else:
-        which = 0 if prepared.layout.prompts else None
-        ours = latency.Served(weights, prepared.shared(delta), behind, which)
-    rows = -(-latency.ROWS // mesh.shape["data"]) * mesh.shape["data"]
-    return latency.compare(step.model, base, ours, mesh=mesh, rows=rows)
 
 
 def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:

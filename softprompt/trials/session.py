@@ -11,10 +11,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from softprompt.config import ConfigDict, members, to_dict, weights_key
+from softprompt.config import ConfigDict, members, optimizer_settings, to_dict, weights_key
 from softprompt.console import Progress
 from softprompt.data.encode import Encoded
-from softprompt.evaluation.perplexity import config_text
+from softprompt.errors import UserError
+from softprompt.evaluation.perplexity import read_text, text_pieces
 from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.training.loop import Pauses
 from softprompt.training.memory import KEPT_SHARE, bytes_here, device_memory
@@ -152,9 +153,22 @@ class Session:
         return self._kept(key, read)
 
     def text(self, config: ConfigDict, *, bos: bool) -> Encoded:
-        """The pieces of the config's text: see `config_text`."""
-        key = ["text", *_tokenizer(config), config.eval.text, config.eval.text_tokens, bos]
-        return self._kept(key, lambda: config_text(config, self.model(config), bos=bos))
+        """The pieces of the config's text.
+
+        Raises:
+            UserError: see `read_text` and `text_pieces`; an encoder-decoder.
+        """
+        loaded, name, tokens = self.model(config), config.eval.text, config.eval.text_tokens
+        if loaded.encoder_decoder:
+            raise UserError(
+                f"config key 'eval.text' is {name!r}; allowed: '' for an encoder-decoder, which "
+                "predicts no plain text"
+            )
+
+        def read() -> Encoded:
+            return text_pieces(loaded.tokenizer, read_text(name), tokens=tokens, bos=bos)
+
+        return self._kept(["text", *_tokenizer(config), name, tokens, bos], read)
 
     def _kept(self, key: list[Any], make: Callable[[], Any]) -> Any:
         """What `make` returned for this key (JSON), while it is among the last `KEPT_DATA` used."""
@@ -174,19 +188,5 @@ def _tokenizer(config: ConfigDict) -> list[str]:
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
     """The static half of a config's optimizer."""
-    o = config.optimizer
-    return OptimizerConfig(
-        name=o.name,
-        weight_decay=o.weight_decay,
-        clip=o.clip,
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
-        momentum=o.momentum,
-        decay_rate=o.decay_rate,
-        factored=o.factored,
-        factored_min=o.factored_min,
-        start_step=o.start_step,
-        cap_rows=o.max_row_norm > 0,
-        ema=config.train.ema,
-    )
+    o, rule = config.optimizer, optimizer_settings(config)
+    return OptimizerConfig(rule, o.weight_decay, o.clip, o.max_row_norm > 0, config.train.ema)

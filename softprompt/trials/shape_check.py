@@ -27,7 +27,7 @@ from softprompt.models.decoder_layers import DecoderConfig
 from softprompt.models.shapes import leaf_dtype, leaf_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.catalog import Entry, select
-from softprompt.training.optimizers import OptimizerConfig, make_optimizer
+from softprompt.training.optimizers import Adafactor, OptimizerConfig, make_optimizer
 from softprompt.training.sharding import Gather, make_mesh, weight_shardings, weight_spec
 from softprompt.training.step import StepConfig, train_step
 from softprompt.trials.programs import compile_step
@@ -38,7 +38,7 @@ Sizes = DecoderConfig | T5Config
 # P, R, T and M of the step that is checked; a T5's encoder reads P + T.
 PROMPT, ROWS, TOKENS, TARGETS = 100, 32, 512, 8
 DTYPE = jnp.dtype("bfloat16")
-OPTIMIZER = OptimizerConfig(name="adafactor")
+OPTIMIZER = OptimizerConfig(Adafactor())
 ALLOWANCE = 0.25  # of a chip's memory: activations, gathered weights, the program, what XLA needs
 GIB = 2**30
 

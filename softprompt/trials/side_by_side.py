@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from softprompt.evaluation.evaluators import ranked
+from softprompt.evaluation.metrics import over_tasks
 from softprompt.evaluation.ranking import score_side_by_side, scored_at_once, scoring_budget
 from softprompt.methods import METHODS
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, bytes_of, device_memory
 from softprompt.training.step import Shared
+from softprompt.trials.data import evaluators_of
 from softprompt.trials.prepare import Prepared, delta_shapes
-from softprompt.trials.run import graded, told
 
 
 class Scored(NamedTuple):
@@ -42,7 +44,8 @@ def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> li
         shared: what `Prepared.shared` makes of each delta.
         split: train, validation or test.
     """
-    session, mesh, tasks, step = prepared.session, prepared.mesh, prepared.tasks, prepared.step
+    session, mesh, step = prepared.session, prepared.mesh, prepared.step
+    parts = prepared.data.parts(split, mesh=mesh, layout=prepared.layout)
     batches = prepared.data.eval_batches(
         split, mesh=mesh, layout=prepared.layout, deltas=len(shared)
     )
@@ -58,10 +61,15 @@ def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> li
     found = [run(own) for own in batches]
     results = []
     for n in range(len(shared)):
-        metrics, scores = graded(prepared, split, [of_task[n] for of_task in found])
+        ranks = [
+            ranked(part, of_task[n], prepared.config.eval.score)
+            for part, of_task in zip(parts, found, strict=True)
+        ]
+        pairs = list(zip(parts, ranks, strict=True))
+        metrics = over_tasks({part.task.name: one.metrics for part, one in pairs})
         predictions = {
-            one.task.name: {line.pop("id"): line for line in told(one, split, scores_NC)}
-            for one, scores_NC in zip(tasks, scores, strict=True)
+            part.task.name: dict(zip(part.encoded.ids, one.predictions, strict=True))
+            for part, one in pairs
         }
         results.append(Scored(metrics, predictions))
     return results
@@ -87,9 +95,11 @@ def chunks(prepared: Prepared, count: int) -> list[int]:
     """How many of `count` deltas of one program are scored at a time: equal parts, the last short.
 
     As many as leave each a row on every device within the tokens of a batch, and whose contexts fit
-    into memory beside the weights, by estimate. Weights that were trained are scored one by one.
+    into memory beside the weights, by estimate. Weights that were trained are scored one by one,
+    and so are trials that are measured by more than ranking.
     """
-    if prepared.step.method == "full":
+    asked = {name for one in prepared.tasks for name in evaluators_of(one.task, prepared.config)}
+    if METHODS[prepared.step.method].Settings.trains_weights or asked != {"ranking"}:
         return [1] * count
     shape = prepared.data.eval_shape(  # of a row a device
         "test", mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()

@@ -1,12 +1,10 @@
-"""Sweeps: configs run one after another, finished ones skipped, then a table and a figure.
+"""Sweeps: an experiment's configs run one after another, finished ones skipped.
 
 An experiment is a Python file in `experiments/` with `CAPTION`, `sweep(subset)`, `table(rows)` and
-`figure(rows)`.
+`figure(rows)`; its rows are those of finished trials.
 """
 
 import functools
-import io
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +16,10 @@ from etils import epath
 
 from softprompt.config import (
     ConfigDict,
+    chooses,
     flatten,
+    method_settings,
+    reads,
     resolve,
     set_key,
     trial_id,
@@ -26,13 +27,12 @@ from softprompt.config import (
     validate,
     weights_key,
 )
-from softprompt.config.checks import reads
-from softprompt.config.files import blamed, find_file, list_modules, load_module
-from softprompt.config.schema import UNTRAINED
+from softprompt.config.files import find_file, list_modules, load_module, with_location
 from softprompt.console import Progress, duration
 from softprompt.errors import UserError, unknown
-from softprompt.files import check_writable, write_bytes, write_text
-from softprompt.results import Row, is_done, make_row, write_result
+from softprompt.files import check_writable, write_text
+from softprompt.results import Row, is_done, make_row, outcome, write_result
+from softprompt.trials.forecast import Estimate, Forecast
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,9 +40,8 @@ if TYPE_CHECKING:
     from softprompt.trials.session import Session
 
 RunTrial = Callable[[ConfigDict, epath.Path], Row]
-Estimate = Callable[[ConfigDict], Mapping[str, float]]
 
-_PARTS = ("CAPTION", "sweep", "table", "figure")
+_FUNCTIONS = ("sweep", "table", "figure")
 
 
 def load_experiment(name: str) -> ModuleType:
@@ -60,23 +59,56 @@ def load_experiment(name: str) -> ModuleType:
     try:
         module = load_module(file)
     except Exception as error:
-        raise blamed(error, file) from error
-    missing = [part for part in _PARTS if not hasattr(module, part)]
+        raise with_location(error, file) from error
+    missing = [name for name in ("CAPTION", *_FUNCTIONS) if not hasattr(module, name)]
     if missing:
         raise UserError(f"{file}: no experiment, it lacks {', '.join(missing)}")
+    if not isinstance(module.CAPTION, str):
+        raise UserError(f"{file}: CAPTION is {module.CAPTION!r}; allowed: a string")
+    for function in _FUNCTIONS:
+        if not callable(value := getattr(module, function)):
+            raise UserError(f"{file}: {function} is {value!r}; allowed: a function")
     return module
 
 
-def ask(experiment: ModuleType, part: str, *arguments: Any) -> Any:
-    """What a function of an experiment returns.
+def call_experiment(
+    experiment: ModuleType, function: str, argument: object, *, returns: type
+) -> Any:
+    """Returns what a function of an experiment returns; a tuple or generator as a list.
 
     Raises:
-        UserError: its own, or a mistake in it, with the file and the line.
+        UserError: the function's own, a mistake in it (with file and line), or it returns something
+            of another type than `returns`.
     """
+    file = Path(str(experiment.__file__))
     try:
-        return getattr(experiment, part)(*arguments)
+        result = getattr(experiment, function)(argument)
+        result = list(result) if isinstance(result, Iterator | tuple) else result
     except Exception as error:
-        raise blamed(error, Path(str(experiment.__file__))) from error
+        raise with_location(error, file) from error
+    if not isinstance(result, returns):
+        raise UserError(
+            f"{file}: {function}() returned {_shortened(result)}; allowed: a {returns.__name__}"
+        )
+    return result
+
+
+def _shortened(value: object) -> str:
+    """The beginning of a value's repr, and its type."""
+    text = " ".join(repr(value).split())
+    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"
+
+
+def _experiment_configs(experiment: ModuleType, subset: str) -> list[ConfigDict]:
+    """What an experiment's `sweep` returns, checked to be configs."""
+    configs: list[ConfigDict] = call_experiment(experiment, "sweep", subset, returns=list)
+    wrong = [config for config in configs if not isinstance(config, ConfigDict)]
+    if wrong or not configs:
+        found = f"a list with {_shortened(wrong[0])}" if wrong else "no config"
+        raise UserError(
+            f"{experiment.__file__}: sweep({subset!r}) returned {found}; allowed: a list of configs"
+        )
+    return configs
 
 
 def make_trials(
@@ -91,15 +123,24 @@ def make_trials(
         UserError: a wrong subset, key or value, a key that no trial reads, or two configs that are
             the same trial.
     """
-    configs = list(ask(experiment, "sweep", subset))
-    choosing = ("method.name", "method.init", "method.reparam", "optimizer.name")
-    for key, value in sorted(overrides, key=lambda pair: pair[0] not in choosing):
+    configs = _experiment_configs(experiment, subset)
+    for key, value in sorted(overrides, key=lambda pair: not chooses(pair[0])):
         readers = [config for config in configs if reads(flatten(config), key)]
         for config in readers or configs:
             set_key(config, key, value)
     for config in configs:
         validate(config)
     trials = [resolve(config) for config in configs]
+    check_trials_differ(trials)
+    return trials
+
+
+def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
+    """Checks that no two of a sweep's configs are the same trial.
+
+    Raises:
+        UserError: two are; names their numbers.
+    """
     seen: dict[str, int] = {}
     for number, config in enumerate(trials, 1):
         first = seen.setdefault(trial_id(config), number)
@@ -108,7 +149,6 @@ def make_trials(
                 f"trials {first} and {number} of the sweep are the same, {trial_name(config)} "
                 f"({trial_id(config)}); a sweep's trials must differ"
             )
-    return trials
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -172,7 +212,6 @@ def run_sweep(
     if finished:
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
-    jobs = {index: (trials[index], folders[index]) for index in todo}
     groups: Iterable[tuple[list[int], int]] = [([place], 1) for place in range(len(todo))]
     if session is not None:
         from softprompt.trials.groups import plan
@@ -180,20 +219,42 @@ def run_sweep(
         groups = plan(session, [trials[index] for index in todo])
     failed: list[Row] = []
     for places, width in groups:
-        members = {index: jobs[index] for index in (todo[place] for place in places)}
+        members = {(index := todo[place]): (trials[index], folders[index]) for place in places}
         first = trials[next(iter(members))]
-        forecast.meet(first)
+        forecast.estimate_model(first)
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""
         over = len(trials) - len(forecast.todo)
         progress.trial(trial_name(first) + more, over, len(trials), forecast.left())
         began = time.monotonic()
         for index, row in _run_group(members, width, run_trial, progress, session):
             seconds, began = time.monotonic() - began, time.monotonic()
-            forecast.end(index, seconds, done=row["status"] == "done")
-            if row["status"] != "done":
+            others = [other for other in members if other in forecast.todo and other != index]
+            done = row["status"] == "done"
+            forecast.end(index, seconds, done=done, beside=others[: width - 1])
+            if done:
+                over = len(trials) - len(forecast.todo)
+                left = forecast.left() if others else None  # else the next trial says it
+                progress.finished(outcome(row), over, len(trials), left)
+            else:
                 failed.append(row)
-    progress.trial("", len(trials), len(trials), 0.0)
     return failed
+
+
+def run_trials(
+    trials: Sequence[ConfigDict], workdir: epath.PathLike, session: "Session"
+) -> list[Row]:
+    """Runs the trials that are not done, and returns the rows that failed; see `run_sweep`."""
+    from softprompt.trials.estimate import estimate
+    from softprompt.trials.run import run_trial
+
+    return run_sweep(
+        trials,
+        workdir,
+        lambda config, folder: run_trial(config, folder, session=session),
+        progress=session.progress,
+        estimate=lambda config: estimate(config, session),
+        session=session,
+    )
 
 
 def _run_group(
@@ -213,51 +274,6 @@ def _run_group(
     indices, failed = list(members), functools.partial(_failed, progress)
     for place, row in run_group(session, list(members.values()), width, failed):
         yield indices[place], row
-
-
-class Forecast:
-    """Says how long the trials that are left will take, by estimates and by how those held.
-
-    An estimate loads the trial's model. So it is made when the model's turn comes; until then a
-    trial counts like the mean of the others.
-
-    Attributes:
-        todo: the trials that are left.
-    """
-
-    def __init__(self, todo: Mapping[int, ConfigDict], estimate: Estimate | None) -> None:
-        self.todo = dict(todo)
-        self._estimate = estimate
-        self._expected: dict[int, float] = {}  # seconds; of those that are over, too
-        self._spent = self._paid = 0.0
-
-    def meet(self, config: ConfigDict) -> None:
-        """The turn of a trial's model has come."""
-        turn = weights_key(config)
-        for index, other in self.todo.items():
-            if index not in self._expected and weights_key(other) == turn:
-                self._expected[index] = self._seconds(other)
-
-    def _seconds(self, config: ConfigDict) -> float:
-        """0 where the estimate fails, for then the trial will, and say why."""
-        try:
-            return self._estimate(config)["seconds"] if self._estimate else 1.0
-        except Exception:
-            return 0.0
-
-    def left(self) -> float | None:
-        """Seconds; None where nobody knows."""
-        mean = statistics.fmean(self._expected.values()) if self._expected else 0.0
-        rest = sum(self._expected.get(index, mean) for index in self.todo)
-        if self._paid:
-            return rest * self._spent / self._paid
-        return rest if self._estimate else None
-
-    def end(self, index: int, seconds: float, *, done: bool) -> None:
-        """A trial is over, after so many seconds."""
-        del self.todo[index]
-        if done:
-            self._spent, self._paid = self._spent + seconds, self._paid + self._expected[index]
 
 
 def _run_one(
@@ -325,7 +341,7 @@ def dry_run(
             "trial": trial_name(config),
             "id": trial_id(config),
             "state": "done" if is_done(trial_folder(workdir, config)) else "to run",
-            "steps": 0 if config.method.name in UNTRAINED else config.train.steps,
+            "steps": config.train.steps if method_settings(config).trains else 0,
         }
         try:
             cost = estimate(config)
@@ -344,19 +360,3 @@ def dry_run(
     total = {"trial": f"{left} to run", "FLOPs": f"{flops:.3g}", "time": duration(seconds)}
     ordered = [rows[index] for index in range(len(trials))]
     return pd.DataFrame([*ordered, total], dtype=object).fillna("")
-
-
-def write_outputs(experiment: ModuleType, rows: Sequence[Row], folder: epath.PathLike) -> None:
-    """Writes table.md, .csv and .tex and figure.png and .pdf, each whole or not at all."""
-    from softprompt.analysis import tables  # pandas is slow to import
-
-    root = epath.Path(folder)
-    table = ask(experiment, "table", rows)
-    write_text(root / "table.md", tables.to_markdown(table, experiment.CAPTION))
-    write_text(root / "table.csv", tables.to_csv(table))
-    write_text(root / "table.tex", tables.to_latex(table, experiment.CAPTION))
-    figure = ask(experiment, "figure", rows)
-    for suffix in ("png", "pdf"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=160, bbox_inches="tight")
-        write_bytes(root / f"figure.{suffix}", buffer.getvalue())

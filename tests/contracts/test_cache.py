@@ -104,7 +104,7 @@ def t5_whole(model):
     def whole(collections, inputs, after_BN):
         delta, segments = collections["delta"], range(1, 1 + len(inputs))
         slots = [model.prompt_to_input * len(delta[s]["prompt"]) if s in delta else 0 for s in BOTH]
-        targets = [[0, *after_N[:-1]] for after_N in after_BN]
+        targets = [[model.config.start, *after_N[:-1]] for after_N in after_BN]
         encoder, decoder = (
             packed(rows, segments, slots=count, length=80)[: 4 if count else 3]
             for rows, count in zip((inputs, targets), slots, strict=True)
@@ -117,18 +117,19 @@ def t5_whole(model):
 
 
 @pytest.mark.parametrize(
-    ("inline", "stacks"),
+    ("inline", "stacks", "sizes"),
     [
-        (True, []),
-        (True, BOTH),
-        (False, BOTH),
+        (True, [], {"start": 5}),
+        (True, BOTH, {}),
+        (False, BOTH, {"bias_per_layer": True}),
     ],
 )
-def test_t5(x64, inline, stacks):
+def test_t5(x64, inline, stacks, sizes):
     """Mutation: biases by slot; a bias of the row's own kind for what is cached; padding of the
-    input is seen; the encoder's prompt is missing from what cross-attention keeps.
+    input is seen; the encoder's prompt is missing from what cross-attention keeps; the decoder
+    begins with token 0 whatever the config says.
     """
-    model, weights = tiny_t5(prompt_to_input=inline, buckets=8, max_distance=6)
+    model, weights = tiny_t5(prompt_to_input=inline, buckets=8, max_distance=6, **sizes)
     check(model, weights, t5_prompts(stacks), t5_whole(model))
 
 

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, trial_id
 from softprompt.console import Progress
+from softprompt.methods.delta_file import load_delta
 from softprompt.pretrained.loading import Loaded
 from softprompt.results import read_result
-from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import read_log
 from softprompt.training.sharding import Gather, make_mesh, path_name, put_weight
 from softprompt.trials.prepare import initial_state, prepare

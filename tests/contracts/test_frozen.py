@@ -9,6 +9,7 @@ import pytest
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
 from softprompt.training.step import accumulated, loss_fn, train_step
 from softprompt.trials.run import run_trial
+from softprompt.trials.session import Session
 from tests.contracts.examples import (
     double,
     packed,
@@ -60,14 +61,31 @@ def stored(folder):
     return found
 
 
-def test_a_trial_leaves_the_weights_alone(tiny_folder, tmp_path):
-    """Mutation: the loop moves a weight; a checkpoint has a weight in it."""
+def test_a_trial_leaves_the_weights_alone(tiny_folder, tmp_path, monkeypatch):
+    """Breaks when the loop moves a weight, or steps on a copy of which it moves one; when a
+    checkpoint has a weight in it."""
     config = trial_config(tiny_folder, write_task(tmp_path), optimizer__rate=0.3)
+    given = []
+
+    def watched(self, *arguments):
+        step = compiled(self, *arguments)
+
+        def take(delta, opt_state, weights, batch, key):
+            given.append(weights)
+            return step(delta, opt_state, weights, batch, key)
+
+        take.memory_analysis = step.memory_analysis
+        return take
+
+    compiled = Session.train_step
+    monkeypatch.setattr(Session, "train_step", watched)
     with session() as shared:
         weights = shared.model(config).weights
         before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), weights)
         row = run_trial(config, tmp_path / "run", session=shared)
         after = shared.model(config).weights
+    assert len(given) == 4
+    jax.tree.map(np.testing.assert_array_equal, before, given[-1])
     assert row["status"] == "done" and row["steps"] == 4
     assert row["trainable"] == 5 * 48
     jax.tree.map(np.testing.assert_array_equal, before, after)

@@ -14,7 +14,7 @@ import pytest
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_batch
 from softprompt.methods import METHODS
-from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
+from softprompt.training.optimizers import AdamW, OptimizerConfig, Sgd, make_optimizer, set_rate
 from softprompt.training.step import train_step
 from softprompt.trials.programs import Member, population_step
 from tests.contracts.examples import packed, prompted, snippets
@@ -23,7 +23,7 @@ from tests.contracts.test_methods import base, moved, step_of
 KEY, STEPS, RATES = jax.random.key(0), 3, np.array([0.005, 0.01], np.float32)
 # GPT-2's loss does not depend on a key's bias: its gradient is rounding, of which Adam would make
 # whole steps if its epsilon were as small as it is by default.
-TX = make_optimizer(OptimizerConfig("adamw", eps=1e-3))
+TX = make_optimizer(OptimizerConfig(AdamW(eps=1e-3)))
 NAMES = ("prompt", "multitask", "prefix", "lora", "houlsby", "bitfit", "ia3")
 CASES = [*((name, "gpt2") for name in NAMES), ("prompt", "t5"), ("lora", "t5")]
 
@@ -88,7 +88,7 @@ def test_bfloat16_on_a_real_model(smollm2, shared_data):
     Mutation: every member has the first one's batch.
     """
     encoded = snippets(shared_data, smollm2.tokenizer, 8)
-    sgd, weights = make_optimizer(OptimizerConfig("sgd")), smollm2.weights
+    sgd, weights = make_optimizer(OptimizerConfig(Sgd())), smollm2.weights
     shape = RowShape(2, 160, 8)
     rows = ([[3, 1], [2]], [[4, 7], [5]])
     deltas = [prompted(smollm2.model, weights, 20, seed=n)[1] for n in range(len(rows))]

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from softprompt.console import Progress
-from softprompt.training.delta_file import load_delta
+from softprompt.methods.delta_file import load_delta
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.prepare import delta_shapes, prepare
 from softprompt.trials.run import run_trial
@@ -27,6 +27,7 @@ METHODS = {
     "residual": {"method__name": "prompt", "method__reparam": "residual"},
     "multitask": {"method__name": "multitask", "method__rank": 2},
     "prefix": {"method__name": "prefix", "method__init": "noise"},
+    "dora": {},
     "lora": {"method__name": "lora", "method__targets": "q,v,down"},
     "dropout": {"method__name": "lora", "method__dropout": 0.3, "train__dropout": 0.2},
     "adapter": {"method__name": "adapter", "method__bottleneck": 4},

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from softprompt.inference.decode import generate
+from softprompt.methods.delta_file import load_delta
 from softprompt.models.quantize import PARTS, VALUES, dequantize, embedding, input_axes
 from softprompt.pretrained.loading import load_model
-from softprompt.training.delta_file import load_delta
 from softprompt.training.sharding import make_mesh, path_name, put_weight
 from softprompt.training.step import loss_fn
 from softprompt.trials.run import run_trial

@@ -87,7 +87,7 @@ def test_members_over_devices_step_as_alone(members):
     """
     model, weights = tiny_decoder(dtype="float32", layers=2)
     config, delta = prompted(model, weights, 5)
-    optimizer, batch = OptimizerConfig("adamw"), packed(random_examples(), [[3, 0], [1, 4, 2, 5]])
+    optimizer, batch = OptimizerConfig(), packed(random_examples(), [[3, 0], [1, 4, 2, 5]])
     opt_state = set_rate(make_optimizer(optimizer).init(delta), np.float32(0.1))
     deltas = [jax.tree.map(lambda x, n=n: (n + 1) * x, delta) for n in range(members)]
     found = []

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from softprompt.data.encode import check_ranking, encode, mix, summary
+from softprompt.data.encode import (
+    check_digests,
+    check_ranking,
+    encode,
+    mix,
+    records_digest,
+    summary,
+    target_advice,
+)
 from softprompt.data.tasks import TASKS, Task
 from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer
@@ -88,7 +96,7 @@ def test_cut_input_keeps_the_template_and_a_beginning_of_the_field(
 ) -> None:
     """Breaks when the input's end is cut, a piece of the template goes or a character is split.
 
-    For instance when `_kept` loses its last loop.
+    For instance when `_tokens_to_keep` loses its last loop.
     """
     limit = len(run(movie(""), tokens=tokens, bos=bos).inputs[0]) + room
     encoded = run(movie(text), tokens=tokens, max_input=limit, bos=bos)
@@ -154,10 +162,17 @@ def test_target_is_never_cut() -> None:
         run(movie("fine", label="x" * 9), FREE)
 
 
-def test_generation_has_targets_and_no_candidates() -> None:
-    encoded = run(movie("What?", label="a mess"), FREE)
-    assert PLAIN.decode(encoded.targets[0]) == " a mess"
-    assert encoded.candidates == () and encoded.labels.tolist() == [-1]
+def test_free_text_has_targets_and_answers_and_no_candidates() -> None:
+    """Breaks when another answer than the first is the target, or only the target is right."""
+    answers = ("a mess", "mess")
+    records = [{**movie("What?", label="a mess")[0], "answers": answers}, *movie("x", label=None)]
+    encoded = run(records, FREE)
+    assert [PLAIN.decode(ids) for ids in encoded.targets] == [" a mess", ""]
+    assert encoded.answers == (answers, ())
+    assert encoded.candidates == () and encoded.labels.tolist() == [-1, -1]
+    assert run(movie("fine")).answers == ()
+    mixed = mix({"labels": run(movie("fine")), "free": encoded})
+    assert mixed.answers == ((), answers, ()) and mixed.labels.tolist() == [1, -1, -1]
 
 
 def test_verbalizers_of_equal_tokens_are_a_user_error() -> None:
@@ -177,6 +192,44 @@ def test_a_verbalizer_that_goes_on_from_another_needs_eos_or_the_mean() -> None:
     check_ranking(run(movie("x"), task), "mean")
     check_ranking(run(movie("x"), task, eos=True), "sum")
     check_ranking(run(movie("x")), "sum")
+
+
+def test_targets_that_suit_the_config_badly_are_said() -> None:
+    """Breaks when EOS counts as a label's token, equal lengths or a mean give advice, or unequal
+    ones or answers without an end give none."""
+    task = replace(MOVIE, verbalizers={"negative": " x", "positive": " xyz"})
+    assert "have 2 to 4 tokens" in target_advice(run(movie("x"), task, eos=True), "sum")
+    assert target_advice(run(movie("x"), task), "mean") == ""
+    even = replace(MOVIE, verbalizers={"negative": " xyz", "positive": " qjk"})
+    assert target_advice(run(movie("x"), even), "sum") == ""
+    assert "task.eos=True" in target_advice(run(movie("x"), FREE), "mean")
+    assert target_advice(run(movie("x"), FREE, eos=True), "sum") == ""
+
+
+def test_a_digest_knows_the_data() -> None:
+    """Breaks when an id, a text, a label, an answer or the order leaves no trace, or fields that
+    the task does not read leave one."""
+    records = [*movie("fine", "bad"), *movie("so", label=None)]
+    changed = [
+        records[::-1],
+        records[:2],
+        [{**records[0], "id": "x"}, *records[1:]],
+        [{**records[0], "text": "fines"}, *records[1:]],
+        [{**records[0], "label": "negative"}, *records[1:]],
+        [{**records[0], "answers": ("positive", "good")}, *records[1:]],
+    ]
+    digests = [records_digest(one, ["text"]) for one in (records, *changed)]
+    assert len(set(digests)) == 7 and {len(digest) for digest in digests} == {16}
+    assert run(records).digest == records_digest([{**r, "more": 1} for r in records], ["text"])
+    assert mix({"a": run(records)}).digest != mix({"a": run(changed[4])}).digest
+
+
+def test_other_data_than_before_is_a_user_error() -> None:
+    """Breaks when a changed split passes, or a folder without digests is refused."""
+    check_digests({"train": "a", "test": "b"}, {"train": "a", "test": "b"}, made="run/checkpoints")
+    check_digests({"train": "a"}, {}, made="run/checkpoints")
+    with pytest.raises(UserError, match="^run/c.* other data: .*test was b, and now is c; allowed"):
+        check_digests({"train": "a", "test": "c"}, {"train": "a", "test": "b"}, made="run/c")
 
 
 def test_an_input_without_tokens_is_a_user_error() -> None:

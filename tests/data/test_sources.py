@@ -1,5 +1,7 @@
+import functools
 import json
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softprompt.data.sources import read_file
-from softprompt.data.tfds_reader import _without_tensorflow, read_tfds
+from softprompt.data.tfds_reader import TIMEOUT, _adapted_tfds, _answers, read_tfds
 from softprompt.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t"), min_size=1).filter(
@@ -66,6 +68,27 @@ def test_unlabelled_rows_have_no_label(tmp_path: Path) -> None:
     assert [record["label"] for record in read(path)] == [None, "pos"]
     path = write(tmp_path / "b.tsv", "text\na\n")
     assert read(path, label_field="") == [{"id": "test-0", "text": "a", "label": None}]
+
+
+def test_free_text_has_one_or_several_right_answers(tmp_path: Path) -> None:
+    """Breaks when a list of answers is refused, loses one, or an empty one is an answer."""
+    lines = [{"a": "Paris"}, {"a": ["Rome", "Roma"]}, {"a": 7}, {"a": []}, {"a": None}]
+    rows = [json.dumps({"text": "t", **line}) for line in lines]
+    records = read(write(tmp_path / "a.jsonl", "\n".join(rows)), labels=None, label_field="a")
+    assert [(record["label"], record["answers"]) for record in records] == [
+        ("Paris", ("Paris",)),
+        ("Rome", ("Rome", "Roma")),
+        ("7", ("7",)),
+        (None, ()),
+        (None, ()),
+    ]
+    path = write(tmp_path / "a.tsv", "text\ta\nt\tParis\nt\t\n")
+    answers = [record["answers"] for record in read(path, labels=None, label_field="a")]
+    assert answers == [("Paris",), ()]
+    for value, reason in (([" "], "without text"), ([["a"]], "expected text"), ({}, "expected")):
+        path = write(tmp_path / "b.jsonl", json.dumps({"text": "t", "a": value}))
+        with pytest.raises(UserError, match=rf"^{path}:1: field 'a' .*{reason}"):
+            read(path, labels=None, label_field="a")
 
 
 def test_values_of_json_count_as_they_are_spelled(tmp_path: Path) -> None:
@@ -173,7 +196,7 @@ def boolq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path))
     builder = SuperGlue(config="boolq", data_dir=tmp_path / "tfds")
-    with _without_tensorflow():
+    with _adapted_tfds():
         builder.download_and_prepare(file_format="array_record")
     return tmp_path
 
@@ -192,6 +215,15 @@ def test_catalogue_dataset_is_read_under_its_own_name(boolq: Path) -> None:
     named = read_tfds(BOOLQ, "train", fields=["idx"], id_field="idx")
     assert [record["id"] for record in named] == [record["idx"] for record in records]
     assert "tensorflow" not in sys.modules
+
+
+def test_a_text_or_several_of_a_catalogue_dataset_are_answers() -> None:
+    """Breaks when a list's or a struct's spelling in Python becomes the answer."""
+    several = functools.partial(_answers, names=None, where="here", several=True)
+    assert several(np.array([b"Rome", "Roma"], object)) == ["Rome", "Roma"]
+    assert several(b"Rome") == several(["Rome"]) == ["Rome"]
+    with pytest.raises(UserError, match="here: the label field holds text, answer_start; allowed"):
+        several({"text": [b"Rome"], "answer_start": [1]})
 
 
 def test_hidden_label_is_none(boolq: Path) -> None:
@@ -240,7 +272,7 @@ def local_boolq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return archive
 
 
-def test_catalogue_builder_prepares_without_tensorflow(local_boolq: Path) -> None:
+def test_catalogue_builder_prepares_adapted_tfds(local_boolq: Path) -> None:
     """Breaks when a module of TFDS still reaches for TensorFlow, or a fake one is installed."""
     import tensorflow_datasets.text.super_glue as module
 
@@ -254,6 +286,33 @@ def test_catalogue_builder_prepares_without_tensorflow(local_boolq: Path) -> Non
     assert sorted(r["label"] for r in splits["train"]) == ["False", "False", "False", "True"]
     assert "tensorflow" not in sys.modules
     assert vars(module)["tf"] is before
+
+
+def test_a_download_without_a_network_fails_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when TFDS's ten retries, 200 seconds, come before the message; or none has a timeout.
+
+    Nothing listens at the address.
+    """
+    import requests
+    import tensorflow_datasets.text.super_glue as module
+
+    config = next(c for c in module.SuperGlue.BUILDER_CONFIGS if c.name == "boolq")
+    monkeypatch.setattr(config, "data_url", "http://127.0.0.1:9/BoolQ.zip")
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path))
+    timeouts, get = [], requests.Session.get
+
+    def spied(*arguments: Any, **options: Any) -> Any:
+        timeouts.append(options.get("timeout"))
+        return get(*arguments, **options)
+
+    monkeypatch.setattr(requests.Session, "get", spied)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"super_glue/boolq.*127.0.0.1.*copy.* to {tmp_path}"):
+        read_tfds(BOOLQ, "train", fields=["question"])
+    assert time.monotonic() - started < 10
+    assert timeouts == [TIMEOUT]
 
 
 def test_failed_preparation_is_one_line_and_leaves_nothing(local_boolq: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.config import base_config
+from softprompt.config import base_config, from_dict
 from softprompt.data.subsets import balanced_subset, label_counts, seeded_order, seeded_sample
 from softprompt.data.tasks import (
     SPLITS,
     TASKS,
-    Part,
+    SplitRule,
     get_task,
-    pieces,
+    overlap_warnings,
+    parse_template,
     read_split,
     target_text,
 )
@@ -84,33 +86,71 @@ def test_own_task_reads_a_file_per_split(tmp_path: Path) -> None:
     assert read_split(task, "validation")[0] == {"id": "validation-0", "text": "t0", "label": "n"}
 
 
-@pytest.mark.parametrize("count", [10, 11, 37, 200])
-def test_one_file_is_divided_by_ids(tmp_path: Path, count: int) -> None:
-    """Breaks when two parts overlap or leave a row out."""
-    task = get_task(own("jsonl:" + write(tmp_path / "all.jsonl", count)))
-    parts = [{r["id"] for r in read_split(task, split)} for split in SPLITS]
-    assert set.union(*parts) == {f"row-{n}" for n in range(count)}
-    assert [len(part) for part in parts] == [
-        round(0.8 * count),
-        round(0.9 * count) - round(0.8 * count),
-        count - round(0.9 * count),
-    ]
+def one_file(path: Path, rows: list[dict[str, Any]], **values: Any) -> dict[str, list[Any]]:
+    """The splits of rows that are written into one file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = get_task(own(f"jsonl:{path}", **values))
+    return {split: read_split(task, split) for split in SPLITS}
 
 
-def test_row_keeps_its_part_when_the_file_is_reordered(tmp_path: Path) -> None:
-    rows = [{"key": f"k{n}", "text": "t", "label": "n"} for n in range(40)]
-    for name, order in (("a", rows), ("b", rows[::-1])):
-        lines = [json.dumps(row) for row in order]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    read = [
-        {r["id"] for r in read_split(get_task(own(source, id_field="key")), "test")}
-        for source in (f"jsonl:{tmp_path}/a.jsonl", f"jsonl:{tmp_path}/b.jsonl")
+ROWS = [{"key": f"k{n}", "text": f"t{n}", "label": "ny"[n % 2]} for n in range(400)]
+
+
+@pytest.mark.parametrize("id_field", ["", "key"])
+def test_a_line_more_moves_no_other_to_another_split(tmp_path: Path, id_field: str) -> None:
+    """Breaks when one file is divided by line numbers, or by ranks: a new line at the top would
+    move lines from train to test, and rename them."""
+    new = {"key": "new", "text": "new", "label": "n"}
+    before = one_file(tmp_path / "a.jsonl", ROWS, id_field=id_field)
+    after = one_file(tmp_path / "a.jsonl", [new, *ROWS], id_field=id_field)
+    turned = one_file(tmp_path / "a.jsonl", ROWS[::-1], id_field=id_field)
+    ids = [record["id"] for split in SPLITS for record in before[split]]
+    assert len(set(ids)) == 400, "every line is in one split, under an id of its own"
+    for split, share in zip(SPLITS, (0.8, 0.1, 0.1), strict=True):
+        assert len(before[split]) == pytest.approx(400 * share, abs=24)  # four standard deviations
+        assert [record for record in after[split] if record["text"] != "new"] == before[split]
+        assert turned[split] == before[split][::-1]
+
+
+def test_equal_texts_share_a_split_and_have_ids_of_their_own(tmp_path: Path) -> None:
+    """Breaks when texts are compared with their case and white space, or equal ids are given."""
+    doubled = [*ROWS, *({**row, "text": f" {row['text'].upper()} "} for row in ROWS)]
+    splits = one_file(tmp_path / "a.jsonl", doubled)
+    ids = [record["id"] for split in SPLITS for record in splits[split]]
+    assert len(ids) == len(set(ids)) == 800
+    assert overlap_warnings(get_task(own("jsonl:x")), splits) == []
+
+
+def test_texts_in_two_splits_are_counted(tmp_path: Path) -> None:
+    """Breaks when a leak goes unsaid, or the development set that selects is called one."""
+    task = get_task(own(f"jsonl:{tmp_path}/{{split}}.jsonl"))
+    for split, count in zip(SPLITS, (4, 3, 2), strict=True):
+        write(tmp_path / f"{split}.jsonl", count)
+    (tmp_path / "test.jsonl").write_text(
+        '{"text": "T0 ", "label": "n"}\n{"text": "other", "label": "n"}\n'
+    )
+    splits = {split: read_split(task, split) for split in SPLITS}
+    assert overlap_warnings(task, splits) == [
+        "warning: 3 of 3 validation texts of task 'mine' also stand in train",
+        "warning: 1 of 2 test texts of task 'mine' also stand in train",
+        "warning: 1 of 2 test texts of task 'mine' also stand in validation",
     ]
-    assert read[0] == read[1] and len(read[0]) == 4
+    same = {"train": SplitRule("train"), **dict.fromkeys(SPLITS[1:], SplitRule("test"))}
+    assert len(overlap_warnings(replace(task, splits=same), splits)) == 2
+
+
+def test_one_file_for_two_splits_is_a_user_error(tmp_path: Path) -> None:
+    """Breaks when links to one file pass for three splits."""
+    path = write(tmp_path / "all.jsonl", 9)
+    (tmp_path / "train.jsonl").symlink_to(path)
+    write(tmp_path / "validation.jsonl", 9)
+    (tmp_path / "test.jsonl").symlink_to(path)
+    with pytest.raises(UserError, match=f"train and test are the same file, {path}; allowed"):
+        read_split(get_task(own(f"jsonl:{tmp_path}/{{split}}.jsonl")), "train")
 
 
 def test_empty_split_is_a_user_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "all.jsonl", 3)
+    path = write(tmp_path / "all.jsonl", 1)
     with pytest.raises(UserError, match=rf"test split of task 'mine' is empty: {path}"):
         read_split(get_task(own(f"jsonl:{path}")), "test")
     (tmp_path / "empty.tsv").write_text("text\tlabel\n")
@@ -126,6 +166,21 @@ def test_unlabelled_rows_are_for_test_alone(tmp_path: Path) -> None:
     assert [record["label"] for record in read_split(task, "test")] == ["n", None]
     with pytest.raises(UserError, match="train split .* example 'train-1' of .* has no label"):
         read_split(task, "train")
+
+
+def test_own_data_without_verbalizers_is_a_free_text_task(tmp_path: Path) -> None:
+    """Breaks when verbalizers are demanded, or a task names metrics that it cannot have."""
+    path = tmp_path / "all.jsonl"
+    rows = [{"q": f"q{n}", "answers": [f"a{n}", "b"]} for n in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    keys = {"verbalizers": {}, "template": "{q}", "label_field": "answers"}
+    values = {f"task.{key}": value for key, value in own(f"jsonl:{path}", **keys).items()}
+    task = get_task(from_dict(values).task)
+    record = read_split(task, "train")[0]
+    assert record["answers"] == (record["label"], "b")
+    assert dict(label_counts(read_split(task, "train"))).keys() == {"answered"}
+    assert set(task.metrics) == {"generation"} and "f1" in task.metrics["generation"]
+    assert "accuracy" in TASKS["rte"].metrics["ranking"]
 
 
 def test_label_outside_the_verbalizers_names_file_and_line(tmp_path: Path) -> None:
@@ -157,6 +212,7 @@ def test_label_outside_the_verbalizers_names_file_and_line(tmp_path: Path) -> No
         ({"id_field": "key"}, "'task.id_field' is 'key'; allowed: '' without a task.source"),
         ({"template": "{text} {label}"}, "names {label}, which is the label"),
         ({"template": "{text} {id}"}, "names {id}, as records call their own id"),
+        ({"source": "tsv:x", "name": "m", "template": "{answers}"}, "call their own answers"),
         (
             {"source": "tsv:x", "name": "m", "label_field": "y", "template": "{text} {label}"},
             "names {label}, as records call their own label",
@@ -177,8 +233,11 @@ def test_template_and_verbalizers_of_a_config_replace_the_tasks() -> None:
     assert task.source == TASKS["movie_sentiment"].source
 
 
-def test_pieces_know_doubled_braces() -> None:
-    assert "".join(a + (f"<{b}>" if b else "") for a, b in pieces("{{x}} {a}{b}.")) == "{x} <a><b>."
+def test_a_template_may_have_doubled_braces() -> None:
+    assert (
+        "".join(a + (f"<{b}>" if b else "") for a, b in parse_template("{{x}} {a}{b}."))
+        == "{x} <a><b>."
+    )
 
 
 def test_generated_target_follows_one_space() -> None:
@@ -215,6 +274,14 @@ def test_seeds_draw_different_subsets() -> None:
     assert len({tuple(r["id"] for r in balanced_subset(pool, 7, seed)) for seed in range(9)}) == 9
 
 
+def test_a_subset_of_free_text_is_drawn_without_regard_to_answers() -> None:
+    """Breaks when each answer is a label of its own, so that rare answers are drawn first."""
+    pool = [
+        {**record, "answers": (record["label"],)} for record in records(*"a" * 90, *"bcdefghijk")
+    ]
+    assert Counter(r["label"] for r in balanced_subset(pool, 20, 0))["a"] > 10
+
+
 def test_subset_larger_than_the_data_is_a_user_error() -> None:
     with pytest.raises(UserError, match="'data.train_examples' is 4; allowed: at most 3,"):
         balanced_subset(records(*"aab"), 4, 0)
@@ -232,12 +299,11 @@ def test_a_sample_keeps_order_and_goes_by_ids() -> None:
 def test_seeded_order_is_fixed_for_all_time() -> None:
     """Breaks when the hash or its text changes: every split and subset would change with it."""
     assert seeded_order(list("abcdefgh"), 0) == [6, 5, 2, 1, 4, 3, 0, 7]
-    assert Part("train") == Part("train", 0, 1)
 
 
 def test_label_counts_are_most_common_first() -> None:
     pool = [*records(*"abb"), {"id": "x", "label": None}]
-    assert list(label_counts(pool).items()) == [("b", 2), ("", 1), ("a", 1)]
+    assert list(label_counts(pool).items()) == [("b", 2), ("a", 1), ("unlabelled", 1)]
 
 
 def test_real_rows_of_boolq_become_records(shared_data: Path) -> None:

@@ -8,10 +8,11 @@ from softprompt.config import trial_id
 from softprompt.evaluation import latency
 from softprompt.evaluation.latency import Served, compare, functions, in_turns, median_interval
 from softprompt.inference.decode import generate
+from softprompt.methods.delta_file import load_delta
 from softprompt.pretrained.loading import load_model
-from softprompt.training.delta_file import load_delta
+from softprompt.trials.measure import latency_metrics
 from softprompt.trials.prepare import prepare
-from softprompt.trials.run import latency_metrics, run_trial
+from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, two_tasks, write_task
 from tests.tiny_t5 import write_complete_t5
 
@@ -115,7 +116,7 @@ def test_a_trial_measures_it(tiny_folder, tmp_path, method, monkeypatch):
 
 
 def test_the_base_reads_no_shots(tmp_path, monkeypatch):
-    """An encoder-decoder's stand in its inputs. Mutation: the base reads them too."""
+    """They are a prompt of the method alone. Breaks when the base reads them too."""
     seen = []
     monkeypatch.setattr(latency, "compare", lambda model, *served, **_: seen.extend(served) or {})
     write_complete_t5(tmp_path / "t5")
@@ -125,8 +126,11 @@ def test_the_base_reads_no_shots(tmp_path, monkeypatch):
         plain = prepare(trial_config(tmp_path / "t5", source, method__name="none"), shared)
         latency_metrics(prepared, {})
     base, ours = seen
-    assert [x.tolist() for x in base.inputs] == [x.tolist() for x in plain.data.test.inputs]
-    assert ours.inputs[0].tolist() == [*prepared.prefix, *base.inputs[0]]
+    for served in (base, ours):
+        wanted = plain.tasks[0].test.inputs
+        assert [x.tolist() for x in served.inputs] == [x.tolist() for x in wanted]
+    shots = len(prepared.step.method_config.tokens)
+    assert base.shared[0] == {} and len(ours.shared[0]["encoder"]["prompt"]) == shots > 10
 
 
 def test_numbers_of_a_real_pair(loaded, base):

@@ -18,7 +18,6 @@ from softprompt.evaluation.ranking import (
     score_batches,
     score_side_by_side,
     shared_function,
-    text_context_function,
     token_nll,
 )
 from softprompt.training.sharding import make_mesh
@@ -101,7 +100,7 @@ def test_scores_behind_a_text(given):
     """Mutation: the context of a text is not causal."""
     model, weights, _, _ = given
     encoded, text_T = random_examples(), np.array([3, 1, 200, 50])
-    context = text_context_function(model)(weights, jnp.asarray(text_T))
+    context = model.apply({"params": weights}, jnp.asarray(text_T), method="text_context")
     sums_NC, _ = scores(model, weights, ({}, context), encoded, one_device())
     rows_PD = weights["embed"]["embedding"][text_T]
     wanted_NC = brute_force(rows_PD, weights, model.config, encoded)

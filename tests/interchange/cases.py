@@ -10,7 +10,7 @@ from softprompt.interchange.adapter_files import Adapter
 from softprompt.interchange.module_names import ModelConfig
 from softprompt.interchange.peft import to_peft
 from softprompt.pretrained.families import read_family
-from softprompt.pretrained.t5_names import read_config
+from softprompt.pretrained.hf import read_config
 from tests.families import VARIANTS, write_family_folder
 from tests.tiny_t5 import hf_t5_config, tiny_t5_config, write_t5_folder
 
@@ -19,7 +19,14 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
 _T5_SIZES: dict[str, dict[str, Any]] = {
     "t5": {"width": 8, "heads": 2, "head_size": 6, "ffn": 10, "encoder_layers": 1},
     "t5-square": {"width": 8, "heads": 2, "head_size": 4, "ffn": 10},  # where PEFT's prefixes work
-    "t5-ungated": {"width": 8, "heads": 2, "head_size": 6, "ffn": 10, "gated": False},
+    "t5-ungated": {
+        "width": 8,
+        "heads": 2,
+        "head_size": 6,
+        "ffn": 10,
+        "gated": False,
+        "activation": "relu",
+    },
 }
 _SIZES = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 10}
 _GROUPED = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}

@@ -17,11 +17,11 @@ from softprompt.methods.prompt import PromptConfig
 from softprompt.models.decoder import Decoder
 from softprompt.models.layers import collections
 from softprompt.models.t5 import T5
-from softprompt.pretrained import t5_names
 from softprompt.pretrained.loading import load_model, make_model
 from tests.interchange.cases import Case, is_t5
 from tests.interchange.plain import run
 from tests.interchange.texts import TASK
+from tests.tiny_t5 import load_weights
 
 
 def places(case: Case, *, place: str) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ CONFIGS: dict[str, Callable[[Case], Any]] = {
 def load(folder: Path) -> tuple[Decoder | T5, Any]:
     """The model of a folder, and its weights in float32."""
     if is_t5(folder.name):
-        config, weights, _ = t5_names.load_weights(
+        config, weights, _ = load_weights(
             folder, dtype=np.dtype("float32"), put=lambda path, leaf: jnp.asarray(leaf)
         )
         return make_model(config, "float32"), weights

@@ -65,7 +65,12 @@ def test_a_cut_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "delta", "more", "message"),
     [
-        ("lora-llama", {}, {}, "method 'lora' cannot be exported as an array; allowed: prompt"),
+        (
+            "lora-llama",
+            {"a": ROWS},
+            {},
+            "method 'lora' cannot be exported as an array; allowed: prompt",
+        ),
         ("prompt-llama", {"prompt": ROWS}, {"bos": "before"}, "'method.bos' is 'before': google-r"),
         (
             "prompt-llama",

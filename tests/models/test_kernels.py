@@ -20,7 +20,7 @@ from softprompt.models.kernels import REFERENCE, Case, Device, Kernel, attend, c
 from softprompt.models.kernels.choice import refusal
 from softprompt.training import step
 from softprompt.training.sharding import by_device
-from softprompt.trials import evaluate as run
+from softprompt.trials.evaluate import on_this_machine
 from softprompt.trials.prepare import prepare, with_kernel
 from tests.contracts.examples import (
     equations,
@@ -355,12 +355,11 @@ def test_a_trial_s_kernel(tiny_folder, tmp_path, monkeypatch):
     assert len(set(map(trial_id, configs))) == 1
 
 
-# Mutation: `stored_config` returns the config as it was trained.
+# Mutation: `on_this_machine` returns the config as it was trained.
 @pytest.mark.parametrize(("trained", "used"), [("splash", "auto"), ("reference", "reference")])
-def test_a_run_is_opened_where_its_kernel_is_not(tmp_path, monkeypatch, trained, used):
+def test_a_run_is_opened_where_its_kernel_is_not(tmp_path, trained, used):
     config = trial_config(tmp_path, "jsonl:none", mesh__attention=trained)
-    monkeypatch.setattr(run, "read_config", lambda folder: config)
-    assert run.stored_config(tmp_path).mesh.attention == used
+    assert on_this_machine(config).mesh.attention == used
     assert config.mesh.attention == trained
 
 
@@ -368,7 +367,7 @@ def test_a_run_is_opened_where_its_kernel_is_not(tmp_path, monkeypatch, trained,
 def test_an_encoder_decoder_has_the_reference(tiny_folder, monkeypatch):
     monkeypatch.setattr("softprompt.trials.prepare.device_of", lambda mesh: TPU)
     model, _ = tiny_t5(dtype="float32")
-    rows = {"context": 0, "row_tokens": lambda: 256}
+    rows = {"context": 0, "tokens": 256}
     config = trial_config(tiny_folder, "jsonl:none")
     assert with_kernel(config, model, one_device(), **rows) is model
     config.mesh.attention = "splash"

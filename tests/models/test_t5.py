@@ -12,8 +12,7 @@ import pytest
 
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import T5Config, bucket
-from softprompt.pretrained.t5_names import load_weights
-from tests.tiny_t5 import FAMILIES, tiny_t5, write_t5_folder
+from tests.tiny_t5 import FAMILIES, VARIANTS, load_weights, tiny_t5, write_t5_folder
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "t5.json").read_text())
 
@@ -289,7 +288,7 @@ def test_branches_of_one_example_equal_rows_of_their_own(inline):
 def test_logits_equal_those_of_transformers(name, tmp_path):
     # Breaks if: scores are scaled, a bias is transposed, or the tied head's scale is dropped.
     golden = GOLDEN["models"][name]
-    write_t5_folder(tmp_path, seed=1, **FAMILIES[name])
+    write_t5_folder(tmp_path, seed=1, **VARIANTS[name])
     config, weights, _ = load_weights(
         tmp_path, dtype=np.dtype(np.float32), put=lambda path, leaf: jnp.asarray(leaf)
     )

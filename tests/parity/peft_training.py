@@ -19,6 +19,7 @@ from softprompt.interchange.adapter_files import Adapter, read_adapter
 from softprompt.interchange.peft import from_peft
 from softprompt.interchange.prompts import ROWS
 from softprompt.models.t5 import T5
+from softprompt.training import optimizers
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
 from softprompt.training.step import StepConfig, loss_fn, train_step
 from tests.interchange.cases import Case
@@ -132,7 +133,7 @@ def train_ours(
     both: Pair, *, optimizer: str, rate: float, steps: int
 ) -> tuple[list[float], dict[str, np.ndarray]]:
     """The loss of every step, and the leaves that remain."""
-    tx = make_optimizer(OptimizerConfig(optimizer, weight_decay=DECAY))
+    tx = make_optimizer(OptimizerConfig(optimizers.OPTIMIZERS[optimizer](), DECAY))
     delta = jax.tree.map(jax.numpy.asarray, both.delta())
     state = set_rate(tx.init(delta), np.float32(rate))
     step = jax.jit(functools.partial(train_step, config=both.step, tx=tx))

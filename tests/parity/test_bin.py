@@ -13,11 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from softprompt.errors import UserError
-from softprompt.pretrained import t5_names
 from softprompt.pretrained.loading import load_model
 from tests.families import write_family_folder
 from tests.tiny import write_llama_folder
-from tests.tiny_t5 import write_t5_folder
+from tests.tiny_t5 import load_weights, write_t5_folder
 
 pytestmark = pytest.mark.parity
 
@@ -65,9 +64,9 @@ def test_bfloat16_and_files_of_old_versions(tmp_path, options):
 def test_t5(tmp_path):
     load = {"dtype": np.dtype(np.float32), "put": lambda path, leaf: leaf}
     folder = write_t5_folder(tmp_path)
-    _, expected, _ = t5_names.load_weights(folder, **load)
+    _, expected, _ = load_weights(folder, **load)
     to_bin(folder, 2)
-    _, weights, _ = t5_names.load_weights(folder, **load)
+    _, weights, _ = load_weights(folder, **load)
     jax.tree.map(np.testing.assert_array_equal, weights, expected)
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.catalog import CATALOG, Entry
+from softprompt.pretrained.families.t5 import COPIES
 from softprompt.pretrained.published import DECODERS
-from softprompt.pretrained.t5_names import COPIES, HEAD
 from tests.tiny_t5 import hf_t5_config
 
 pytestmark = pytest.mark.parity
@@ -41,6 +41,6 @@ def test_parameters_are_those_of_transformers(entry):
         assert model.num_parameters() == entry.parameters
         return
     # transformers 5 ties every T5's head until a checkpoint has one; `tied` says whose has not.
-    copies = (*COPIES, *([HEAD] if entry.config.tied else ()))
+    copies = (*COPIES, *(["lm_head.weight"] if entry.config.tied else ()))
     named = model.named_parameters(remove_duplicate=False)
     assert sum(x.numel() for name, x in named if name not in copies) == entry.parameters

@@ -3,6 +3,7 @@
 Models are random, made and saved by transformers in its own format.
 """
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 from softprompt.models.decoder import Decoder
-from softprompt.pretrained.families import FAMILIES
+from softprompt.models.positions import rotary_table
+from softprompt.pretrained.families import DECODERS, read_family
 from softprompt.pretrained.loading import Loaded, load_model
 from tests.families import SLIDING, VARIANTS, VOCAB, write_family_folder, write_small_tokenizer
 
@@ -149,7 +151,54 @@ def test_rows_reach_past_the_window(name):
 
 def test_every_architecture_has_a_variant():
     known = {raw["architectures"][0] for raw in VARIANTS.values()}
-    assert known | {"Gemma3ForConditionalGeneration"} == set(FAMILIES)
+    assert known | {"Gemma3ForConditionalGeneration"} == set(DECODERS)
+
+
+LINEAR, YARN = {"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 8.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"rope_scaling": YARN}),
+        ("llama", {"rope_scaling": {**YARN, "truncate": False, "attention_factor": 0.7}}),
+        ("llama", {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}),
+        ("llama", {"rope_scaling": {**YARN, "beta_fast": 4, "beta_slow": 0.5}}),
+        ("llama", {"rope_parameters": {**YARN, "original_max_position_embeddings": 64}}),
+        ("llama", {"rope_scaling": YARN, "original_max_position_embeddings": 16}),
+        ("llama", {"rope_scaling": LINEAR, "rope_parameters": DEFAULT}),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}}),
+        ("llama3", {"original_max_position_embeddings": 16}),
+        ("qwen3", {"rope_parameters": DEFAULT}),
+        ("neox", {"rope_scaling": LINEAR, "rope_parameters": DEFAULT}),
+        ("neox", {"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}),
+        ("gemma", {"rope_scaling": LINEAR, "rope_parameters": DEFAULT}),
+        ("gemma3", {"rope_parameters": {"full_attention": DEFAULT}}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": DEFAULT}}),
+        ("gemma3", {"rope_scaling": {**YARN, "original_max_position_embeddings": 32}}),
+    ],
+)
+def test_rotary_tables_are_those_of_transformers(name, changes):
+    """Breaks when a key of a scaling is misread, or YaRN's blend begins or ends elsewhere."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = {**VARIANTS[name], **copy.deepcopy(changes)}
+    config = read_family(raw)[1]
+    raw = {key: raw[key] for key in raw if key not in ("architectures", "model_type")}
+    theirs = AutoConfig.for_model(VARIANTS[name]["model_type"], **raw)
+    base = AutoModelForCausalLM.from_config(theirs).base_model
+    positions = np.arange(0, 128, 7)
+    whole = {"layer_type": "full_attention"} if name == "gemma3" else {}
+    local = {"layer_type": "sliding_attention"} if name == "gemma3" else None
+    size = config.rotary_size or config.head_size
+    tables = [(whole, rotary_table(positions, size, config.rope_base, config.rope_scaling))]
+    if local:
+        tables.append((local, rotary_table(positions, size, config.rope_base_local)))
+    for kind, (cos_TK, sin_TK) in tables:
+        found = base.rotary_emb(torch.zeros(1), torch.tensor(positions)[None], **kind)
+        for ours, wanted in zip((cos_TK, sin_TK), found, strict=True):
+            np.testing.assert_allclose(ours, wanted[0, :, : ours.shape[1]].numpy(), atol=2e-5)
 
 
 def test_the_text_part_of_a_gemma_that_sees_images(tmp_path):

@@ -9,7 +9,8 @@ from softprompt.pretrained.loading import load_model
 from softprompt.pretrained.save import save_folder
 from tests.families import VARIANTS, VOCAB, write_family_folder
 from tests.pretrained.ggufs import write_gguf
-from tests.tiny_t5 import FAMILIES, write_complete_t5
+from tests.tiny_t5 import VARIANTS as T5_VARIANTS
+from tests.tiny_t5 import write_complete_t5
 
 pytestmark = pytest.mark.parity
 
@@ -42,10 +43,10 @@ def test_decoders(tmp_path, name):
     np.testing.assert_allclose(after, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", T5_VARIANTS)
 def test_t5(tmp_path, family):
     # Breaks if: transformers ties or scales another head than we do.
-    sizes = {key: value for key, value in FAMILIES[family].items() if key != "vocab"}
+    sizes = {key: value for key, value in T5_VARIANTS[family].items() if key != "vocab"}
     folder, decoder = write_complete_t5(tmp_path / "a", **sizes), torch.tensor(IDS)[:, :9]
     kind = "T5ForConditionalGeneration"
     wanted = logits(folder, kind, decoder_input_ids=decoder)

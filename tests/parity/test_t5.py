@@ -10,8 +10,13 @@ import pytest
 
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import bucket
-from softprompt.pretrained.t5_names import load_weights
-from tests.tiny_t5 import FAMILIES, hf_t5_config, tiny_t5_config, write_t5_folder
+from tests.tiny_t5 import (
+    VARIANTS,
+    hf_t5_config,
+    load_weights,
+    tiny_t5_config,
+    write_t5_folder,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -37,11 +42,15 @@ def saved_by_transformers(folder: Path, family: str) -> Any:
         MT5ForConditionalGeneration,
         T5Config,
         T5ForConditionalGeneration,
+        UMT5Config,
+        UMT5ForConditionalGeneration,
     )
 
-    raw = hf_t5_config(tiny_t5_config(**FAMILIES[family]))
-    mt5 = (MT5Config, MT5ForConditionalGeneration)
-    config, model_class = mt5 if family == "mT5" else (T5Config, T5ForConditionalGeneration)
+    raw = hf_t5_config(tiny_t5_config(**VARIANTS[family]))
+    config, model_class = {
+        "mT5": (MT5Config, MT5ForConditionalGeneration),
+        "UMT5": (UMT5Config, UMT5ForConditionalGeneration),
+    }.get(family, (T5Config, T5ForConditionalGeneration))
     torch.manual_seed(0)
     keys = {k: v for k, v in raw.items() if k not in ("architectures", "model_type")}
     model = model_class(config(**keys | {"layer_norm_epsilon": 3e-5}))
@@ -55,7 +64,7 @@ def saved_by_transformers(folder: Path, family: str) -> Any:
     return model_class.from_pretrained(folder).eval()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=VARIANTS)
 def models(request, tmp_path_factory) -> tuple[Any, Any]:
     """transformers' model, and ours as a compiled function of delta and rows."""
     folder = tmp_path_factory.mktemp("t5")

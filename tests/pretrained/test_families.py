@@ -1,7 +1,9 @@
 """Decoder families as Hugging Face folders hold them: numbers, names, configs and refusals."""
 
 import functools
+import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,10 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from softprompt.errors import UserError
-from softprompt.models.decoder import Decoder
+from softprompt.models.decoder import Decoder, DecoderConfig
 from softprompt.models.positions import RopeScaling
 from softprompt.models.shapes import decoder_shapes, parameter_count, t5_shapes
-from softprompt.pretrained.families import FAMILIES, read_family
+from softprompt.models.t5_layers import T5Config
+from softprompt.pretrained.families import FAMILIES, find_family, read_family
 from softprompt.pretrained.loading import load_model
 from softprompt.training.sharding import WEIGHT_RULES, make_mesh, path_name, weight_spec
 from tests.families import FAMILY_IDS, VARIANTS, family_tensors, golden_prompt, write_family_folder
@@ -70,7 +73,9 @@ def test_tables_and_rules_cover_every_leaf(name):
 def test_every_rule_is_some_leafs():
     """Mutation: a rule that nothing needs, or a second one for the same leaf."""
     paths = {path for raw in VARIANTS.values() for path in decoder_shapes(read_family(raw)[1])}
-    paths |= set(t5_shapes(tiny_t5_config()))
+    paths |= {
+        path for per in (False, True) for path in t5_shapes(tiny_t5_config(bias_per_layer=per))
+    }
     for rule, _ in WEIGHT_RULES:
         assert any(re.fullmatch(rule, path) for path in paths), rule
 
@@ -101,6 +106,10 @@ def test_scales_and_biases_stay_float32(tmp_path, name):
         ),
         ("opt", ("model.decoder.", "decoder."), ()),
         ("mistral", ("lm_head.", "lm_head."), ("model.layers.0.self_attn.rotary_emb.inv_freq",)),
+        ("mistral", ("model.", ""), ("layers.0.self_attn.rotary_emb.inv_freq",)),
+        ("qwen3", ("model.", ""), ()),
+        ("gemma2", ("model.", ""), ()),
+        ("neox", ("gpt_neox.", ""), ("layers.0.attention.bias",)),
     ],
 )
 def test_other_spellings_and_buffers(tmp_path, name, rename, extra):
@@ -156,15 +165,165 @@ def test_rotary_positions_of_either_generation_of_transformers():
     assert config_of("neox", rope_parameters=rope).rotary_size == 8
 
 
+UNLIKE = ("gpt2", "neox", "opt", "llama", "gemma3")
+LINEAR, DEFAULT = {"type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 7.0}
+LLAMA3 = VARIANTS["llama3"]["rope_scaling"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        (
+            "llama",
+            {"rope_parameters": DEFAULT, "rope_scaling": LINEAR},
+            {"rope_base": 500.0, "rope_scaling": RopeScaling("linear", 2.0)},
+        ),
+        (
+            "neox",
+            {"rope_parameters": DEFAULT, "rope_scaling": LINEAR},
+            {"rope_base": 100.0, "rope_scaling": RopeScaling("linear", 2.0)},
+        ),
+        (
+            "gemma3",
+            {
+                "rope_parameters": {"full_attention": DEFAULT},
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            {"rope_base": 7.0, "rope_base_local": 100.0, "rope_scaling": RopeScaling("linear", 2)},
+        ),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "default"}}},
+            {"rope_base": 5000.0, "rope_base_local": 100.0, "rope_scaling": None},
+        ),
+        (
+            "llama3",
+            {"original_max_position_embeddings": 16},
+            {"rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 16)},
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 0.5}},
+            {"rope_scaling": RopeScaling("yarn", 8.0, 1.0, 32.0, 128, 0.5)},
+        ),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"rope_scaling": None}),
+    ],
+)
+def test_rotary_scalings_are_those_that_transformers_reads(name, changes, expected):
+    """Breaks when rope_parameters beat rope_scaling, a key of the top level is not the fallback of
+    a section, or the section's original_max_position_embeddings beats that of the top level."""
+    config = config_of(name, **changes)
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_the_logits_of_a_gemma_that_sees_images_are_not_capped():
+    """Breaks when final_logit_softcapping or tie_word_embeddings of the text part is read."""
+    text = {**VARIANTS["gemma3-scaled"], "tie_word_embeddings": False}
+    text = {key: text[key] for key in text if key != "architectures"}
+    raw = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    config = read_family(raw)[1]
+    assert (config.final_softcap, config.tied) == (0.0, True)
+    assert config.windows == config_of("gemma3-scaled").windows
+    with pytest.raises(UserError, match=r"text_config\.sliding_window 0 is not supported"):
+        read_family({**raw, "text_config": {**text, "sliding_window": 0}})
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_layers_that_all_see_everything_have_a_family(name):
+    """Breaks when `raw` leaves layer_types out where no layer has a window."""
+    config = config_of(name, layer_types=["full_attention"] * VARIANTS[name]["num_hidden_layers"])
+    assert config.windows == ()
+    assert find_family(config)[0] == VARIANTS[name]["architectures"][0]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_keys_and_defaults_are_those_of_transformers(architecture):
+    """Breaks when an absent key gets another value than transformers gives it, or when a key that
+    transformers writes of its own accord is refused."""
+    from transformers import AutoConfig
+
+    family = FAMILIES[architecture]
+    written = AutoConfig.for_model(family.keys["model_type"].default).to_dict()
+    named = {"architectures": [architecture]}
+    assert read_family({**written, **named})[1] == read_family(named)[1]
+
+
+# What else the config.json of published models says.
+HUB = {
+    "GPT2LMHeadModel": {"n_ctx": 1024, "summary_type": "cls_index", "resid_pdrop": 0.1},
+    "GPTNeoXForCausalLM": {"attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0},
+    "OPTForCausalLM": {"prefix": "</s>", "layerdrop": 0.0, "init_std": 0.02, "dropout": 0.1},
+    "LlamaForCausalLM": {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
+        "pretraining_tp": 1,
+        "max_sequence_length": 2048,
+        "sliding_window": None,
+    },
+    "GemmaForCausalLM": {"hidden_act": "gelu", "hidden_activation": None},
+    "Gemma2ForCausalLM": {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+    "Gemma3ForConditionalGeneration": {
+        "vision_config": {"hidden_size": 1152},
+        "mm_tokens_per_image": 256,
+        "image_token_index": 262144,
+        "eos_token_id": [1, 106],
+    },
+    "T5ForConditionalGeneration": {"output_past": True, "task_specific_params": {"a": 1}},
+    "MT5ForConditionalGeneration": {"tokenizer_class": "T5Tokenizer"},
+    "UMT5ForConditionalGeneration": {"scalable_attention": True, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("architecture", HUB)
+def test_keys_of_published_models_are_known(architecture):
+    """Breaks when a key of a model on the hub is taken off the harmless ones."""
+    named = {"architectures": [architecture], "torch_dtype": "bfloat16", "use_cache": True}
+    assert isinstance(read_family({**named, **HUB[architecture]})[1], DecoderConfig | T5Config)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_unknown_key_is_refused_unless_it_says_null(name):
+    """Breaks when a key that no code reads is passed over, or a harmless one is refused."""
+    harmless = {"torch_dtype": "float32", "temperature": 0.7, "unheard_of": None}
+    assert config_of(name, **harmless) == config_of(name)
+    with pytest.raises(UserError, match="config.json: unknown keys: unheard_of 7: they may change"):
+        config_of(name, unheard_of=7)
+
+
+ANY_VALUE = (None, True, 0, -1, 3, 2.5, math.nan, math.inf, "3", [], [None], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_value_of_any_type_is_read_or_refused_by_name(architecture):
+    """Breaks when a value of another type gets past its key, to end as a TypeError."""
+    refused = 0
+    for key, value in itertools.product(FAMILIES[architecture].keys, ANY_VALUE):
+        try:
+            read_family({"architectures": [architecture], key: value})
+        except UserError as e:
+            assert re.fullmatch("config.json: .*", str(e))
+            refused += 1
+    assert refused > 8 * len(FAMILIES[architecture].keys)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not supported"),
         ("gpt2", {"activation_function": "tanh"}, "activation_function 'tanh' is not supported"),
-        ("neox", {"rope_scaling": {"type": "dynamic"}}, "rope_type 'dynamic' is not supported"),
+        ("neox", {"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported"),
+        ("neox", {"rotary_pct": 0.01}, "rotary_pct 0.01 rotates 0 of the 16 entries of a head"),
+        ("neox", {"head_dim": 8}, "head_dim 8 is not supported; allowed: 16"),
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False"),
-        ("gemma", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+        ("gemma", {"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported"),
+        (
+            "gemma2",
+            {"final_logit_softcapping": 0.0},
+            "final_logit_softcapping 0.0 is not supported",
+        ),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping 0.0 is not supported"),
+        ("gemma3", {"_sliding_window_pattern": 2}, "_sliding_window_pattern 2 is not supported"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma2", {"layer_types": ["chunked"] * 4}, "layer_types 'chunked' is not supported"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 4 layers"),
@@ -173,10 +332,30 @@ def test_rotary_positions_of_either_generation_of_transformers():
         (
             "gemma3",
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
-            "rope_type of sliding_attention 'linear' is not supported; allowed: 'default'",
+            "rope_parameters.sliding_attention.rope_type 'linear' is not supported; allowed: 'def",
         ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "short_factor": [1]}},
+            "unknown keys: rope_scal",
+        ),
+        (
+            "llama",
+            {"num_key_value_heads": 2},
+            "num_key_value_heads 2 does not divide num_attention",
+        ),
+        ("llama", {"head_dim": 5}, "head size 5 is odd"),
+        ("llama", {"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        (
+            "llama",
+            {"quantization_config": {"bits": 4}},
+            "unknown keys: quantization_config {'bits'",
+        ),
         ("llama", {"architectures": ["T5"]}, f"supported: {', '.join(FAMILIES)}"),
+        ("llama", {"architectures": "T5"}, "architecture 'T5' is not supported"),
+        ("llama", {"architectures": [5]}, "architecture 5 is not supported"),
+        *((name, {"is_causal": False}, "is_causal False is not supported") for name in UNLIKE),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused(name, changes, message):

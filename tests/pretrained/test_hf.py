@@ -68,6 +68,15 @@ def test_sharded_equals_single(folder):
     assert single.fingerprint == sharded.fingerprint
 
 
+def test_a_single_file_is_preferred_to_shards_beside_it(folder):
+    """As transformers does. Breaks when the index is read where model.safetensors is there too."""
+    tensors = load_file(folder / "model.safetensors")
+    shard(folder)
+    save_file({name: 2 * x for name, x in tensors.items()}, folder / "model.safetensors")
+    found = load_model(str(folder)).weights["final_norm"]["scale"]
+    np.testing.assert_array_equal(found, 2 * tensors["model.norm.weight"])
+
+
 def test_bfloat16_files_are_read_exactly(folder):
     half = {
         n: x.astype(ml_dtypes.bfloat16) for n, x in load_file(folder / "model.safetensors").items()
@@ -188,12 +197,10 @@ def test_a_truncated_file_is_one_line_that_names_it(folder, keep):
             "json: architecture 'BloomForCausalLM' is not supported; supported: GPT2LM",
         ),
         ({"architectures": None}, "supported: GPT2LMHeadModel, "),
-        (
-            {"rope_scaling": {"rope_type": "yarn"}},
-            "json: rope_type 'yarn' is not supported; allowed: 'default', 'linear', 'llama3'",
-        ),
-        ({"rope_scaling": {"type": "linear"}}, "json: no key 'factor'"),
-        ({"attention_bias": "some"}, "attention_bias 'some' is not supported; allowed: False, T"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'.*allowed: .*'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "json: no key 'rope_scaling.factor'"),
+        ({"attention_bias": "some"}, "attention_bias 'some' is not supported; allowed: true, f"),
+        ({"rms_norm_eps": "1e-5"}, "json: rms_norm_eps '1e-5' is not supported; allowed: a posit"),
         ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported; allowed: 'silu', 'swish'"),
     ],
 )
@@ -205,11 +212,6 @@ def test_what_the_decoder_does_not_compute_is_refused(folder, changes, message):
 
 def test_incomplete_folders_say_what_is_missing(folder):
     file = folder / "config.json"
-    config = json.loads(file.read_text())
-    del config["rms_norm_eps"]
-    file.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"config\.json: no key 'rms_norm_eps'"):
-        load_model(str(folder))
     file.write_text("[]")
     with pytest.raises(UserError, match="expected a JSON object"):
         load_model(str(folder))

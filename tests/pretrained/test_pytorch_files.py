@@ -20,7 +20,7 @@ def test_without_pytorch_it_is_said_what_to_install(tmp_path, monkeypatch, name)
     if name != "pytorch_model.bin":
         index = tmp_path / "pytorch_model.bin.index.json"
         index.write_text(f'{{"weight_map": {{"model.norm.weight": "{name}"}}}}')
-    with pytest.raises(UserError, match=rf"{name}: a file of PyTorch's .*pip install torch") as e:
+    with pytest.raises(UserError, match=rf"{name}: .*pip install torch") as e:
         load_model(str(tmp_path))
     assert "\n" not in str(e.value)
 

@@ -10,13 +10,14 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from softprompt.errors import UserError
-from softprompt.pretrained import hf, t5_names
+from softprompt.pretrained import hf
 from softprompt.pretrained.loading import load_model
 from softprompt.pretrained.save import save_folder
 from tests.families import VARIANTS, write_family_folder
 from tests.pretrained.ggufs import write_gguf
 from tests.tiny import write_llama_folder
-from tests.tiny_t5 import FAMILIES, write_complete_t5
+from tests.tiny_t5 import VARIANTS as T5_VARIANTS
+from tests.tiny_t5 import write_complete_t5
 
 
 def saved(loaded, folder, **options):
@@ -36,7 +37,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_saved_family_is_loaded_bit_for_bit(tmp_path, name, dtype):
-    # Breaks if: any key of a family's `raw` is another, a part's offset is not taken off again, or
+    # Breaks if: any key of a family's `raw` is another, a rule's offset is not taken off again, or
     # one part of a fused tensor is left out.
     loaded = load_model(str(write_family_folder(tmp_path / "a", name)), dtype=dtype)
     again = load_model(str(saved(loaded, tmp_path / "b")), dtype=dtype)
@@ -49,10 +50,10 @@ def test_a_saved_family_is_loaded_bit_for_bit(tmp_path, name, dtype):
         assert raw["architectures"] == VARIANTS[name]["architectures"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", T5_VARIANTS)
 def test_a_saved_t5_is_loaded_bit_for_bit(tmp_path, family):
     # Breaks if: what ties the head is not said.
-    sizes = {key: value for key, value in FAMILIES[family].items() if key != "vocab"}
+    sizes = {key: value for key, value in T5_VARIANTS[family].items() if key != "vocab"}
     loaded = load_model(str(write_complete_t5(tmp_path / "a", **sizes)))
     again = load_model(str(saved(loaded, tmp_path / "b")))
     assert_same(again, loaded)
@@ -82,12 +83,12 @@ def test_what_the_original_says_beside_the_decoder_is_kept(tmp_path):
     # Breaks if: config.json is written anew although there is an original, or its dtype is kept.
     folder = write_llama_folder(tmp_path / "a")
     raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**raw, "of_its_own": 7}))
+    (folder / "config.json").write_text(json.dumps({**raw, "_name_or_path": "of its own"}))
     (folder / "generation_config.json").write_text("{}")
     loaded = load_model(str(folder), dtype="bfloat16")
     after = saved(loaded, tmp_path / "b", original=folder)
     written = json.loads((after / "config.json").read_text())
-    assert (written["of_its_own"], written["dtype"]) == (7, "bfloat16")
+    assert (written["_name_or_path"], written["dtype"]) == ("of its own", "bfloat16")
     assert "torch_dtype" not in written
     assert_same(load_model(str(after), dtype="bfloat16"), loaded)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -143,7 +144,7 @@ def test_every_conversion_of_a_folder_is_a_view(tmp_path):
     """What saving rests on."""
     folders = [write_family_folder(tmp_path / name, name) for name in VARIANTS]
     opened = [hf.open_folder(folder)[1] for folder in folders]
-    opened.append(t5_names.open_folder(write_complete_t5(tmp_path / "t5"))[1])
+    opened.append(hf.open_folder(write_complete_t5(tmp_path / "t5"))[1])
     for table in opened:
         for path, part in table.items():
             tensor = np.zeros(part.source, np.float32)

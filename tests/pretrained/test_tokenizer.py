@@ -5,10 +5,12 @@ from pathlib import Path
 
 import gguf
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from softprompt.errors import UserError
 from softprompt.pretrained.gguf import File, read_tokenizer
-from softprompt.pretrained.tokenizer import from_folder
+from softprompt.pretrained.tokenizer import Tokenizer, from_folder
 from tests.pretrained.ggufs import write_gguf
 from tests.tiny import write_llama_folder
 
@@ -58,6 +60,56 @@ def test_decoding_gives_the_text_back_and_spans_cover_it(folder, text):
     assert tokenizer.decode(ids) == text
     covered = {i for start, end in spans for i in range(start, end)}
     assert covered == set(range(len(text)))
+
+
+SPACE = "\u2581"  # how SentencePiece spells a space
+
+
+def sentencepiece(kind: str) -> Tokenizer:
+    """A SentencePiece-like tokenizer of letters and bytes that begins a text with a space.
+
+    As Llama 2's `tokenizer.json` does it ("prepend"), as newer ones do ("metaspace"), or as T5's,
+    which drops line breaks ("words").
+    """
+    letters = [SPACE, *"Paiostve", f"{SPACE}{SPACE}", f"{SPACE}p", f"{SPACE}po"]
+    tokens = ["<unk>", *letters, *(f"<0x{byte:02X}>" for byte in range(256))]
+    merges = [(SPACE, SPACE), (SPACE, "p"), (f"{SPACE}p", "o")]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "p"])}
+    backend = Backend(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    if kind == "prepend":
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+        )
+    elif kind == "metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        )
+    backend.decoder = decoders.ByteFallback()
+    return Tokenizer(backend, None, None, add_bos=False)
+
+
+@pytest.mark.parametrize("text", [" positive", "Paris", "\n\n", "\nto", "  a", ""])
+@pytest.mark.parametrize("kind", ["prepend", "metaspace", "words"])
+def test_a_continuation_has_no_space_that_its_text_has_not(kind, text):
+    """Breaks when a target, or the blank line between two examples, is encoded as a text's start:
+    sentencepiece spells "\n\n" as a space and two line breaks then."""
+    tokenizer = sentencepiece(kind)
+    before, both = tokenizer.encode("ives."), tokenizer.encode(f"ives.{text}")
+    if kind != "words":
+        assert tokenizer.encode_continuation(text) == both[len(before) :]
+    else:
+        assert tokenizer.encode_continuation(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, " positive", "\n\n", "\n\n ", "  a", "Paris"])
+def test_a_byte_level_continuation_is_the_text_alone(folder, text):
+    """Breaks when the line break before a continuation is left in it, or merges with it."""
+    tokenizer = from_folder(folder)
+    assert tokenizer.encode_continuation(text) == tokenizer.encode(text)
 
 
 def test_a_folder_that_adds_bos_says_so_and_encode_still_does_not(folder, tmp_path):

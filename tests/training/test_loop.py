@@ -15,9 +15,9 @@ from etils import epath
 
 from softprompt.data.encode import Encoded
 from softprompt.data.pipeline import TrainSource, train_template
+from softprompt.methods.delta_file import load_delta
 from softprompt.training import loop
 from softprompt.training.checkpoints import checkpoint_manager
-from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import MetricsLog, read_log
 from softprompt.training.loop import Diverged, LoopConfig, Parts, State
 from softprompt.training.optimizers import AverageState, OptimizerConfig, make_optimizer

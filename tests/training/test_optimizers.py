@@ -1,16 +1,20 @@
 """Optimizers against optax's own, and schedules against their shapes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from softprompt.config.schema import OPTIMIZER_KEYS
 from softprompt.errors import UserError
 from softprompt.training.optimizers import (
     OPTIMIZERS,
+    Adafactor,
+    AdamW,
     OptimizerConfig,
+    Sgd,
     averaged,
     make_optimizer,
     rates,
@@ -54,7 +58,7 @@ def delta():
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_is_optax_adamw(delta, decay):
     """Mutation: weight decay after the rate; the first rate for all steps; b1 for b2."""
-    cfg = OptimizerConfig(weight_decay=decay, b1=0.8, b2=0.95, eps=1e-3)
+    cfg = OptimizerConfig(AdamW(b1=0.8, b2=0.95, eps=1e-3), decay)
     wanted = optax.adamw(schedule, 0.8, 0.95, 1e-3, weight_decay=decay)
     np.testing.assert_allclose(
         walk(make_optimizer(cfg), delta), walk(wanted, delta, given=False), rtol=2e-6, atol=1e-6
@@ -65,7 +69,7 @@ def test_adamw_is_optax_adamw(delta, decay):
 @pytest.mark.parametrize("decay", [0.0, 0.01])
 def test_adafactor_is_optax_adafactor(delta, factored_min, decay):
     """Mutation: no clipping of the update's RMS; scaling by the parameters; decay with the rate."""
-    cfg = OptimizerConfig("adafactor", decay, decay_rate=0.7, factored_min=factored_min)
+    cfg = OptimizerConfig(Adafactor(decay_rate=0.7, factored_min=factored_min), decay)
     wanted = optax.adafactor(
         schedule,
         min_dim_size_to_factor=factored_min,
@@ -82,7 +86,7 @@ def test_factored_moments_are_vectors(delta):
     """Mutation: `factored_min` is not handed on."""
     shapes = {}
     for least in (8, 13):
-        state = make_optimizer(OptimizerConfig("adafactor", factored_min=least)).init(delta)
+        state = make_optimizer(OptimizerConfig(Adafactor(factored_min=least))).init(delta)
         shapes[least] = {leaf.shape for leaf in jax.tree.leaves(state)}
     assert (12, 16) not in shapes[8] and {(12,), (16,)} <= shapes[8]
     assert (12, 16) in shapes[13]
@@ -100,7 +104,7 @@ def test_clipping_bounds_the_global_norm(delta):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_decays_as_the_gradient_of_a_penalty(delta, momentum):
     """Mutation: decay behind the momentum or the rate; Nesterov's momentum; a damped one."""
-    found = walk(make_optimizer(OptimizerConfig("sgd", 0.1, momentum=momentum)), delta)
+    found = walk(make_optimizer(OptimizerConfig(Sgd(momentum), 0.1)), delta)
     wanted_PD, sum_PD = np.array(delta["prompt"], np.float64), 0
     for step, rate in enumerate(RATES):
         sum_PD = momentum * sum_PD + gradients(delta, step)["prompt"] + 0.1 * wanted_PD
@@ -113,7 +117,7 @@ def test_capped_rows(delta, name):
     """Mutation: cap before the update; scale the whole prompt, or columns; shorten rows below the
     cap."""
     delta = {"encoder": delta}
-    cfg = OptimizerConfig(name, cap_rows=True)
+    cfg = OptimizerConfig(OPTIMIZERS[name](), cap_rows=True)
     tx, free = make_optimizer(cfg), make_optimizer(cfg._replace(cap_rows=False))
     norms_P = np.linalg.norm(delta["encoder"]["prompt"], axis=1)
     cap = np.float32(np.median(norms_P))
@@ -152,7 +156,7 @@ def test_a_cap_needs_prompts_alone():
 
 def test_a_row_that_is_not_finite_is_not_hidden(delta):
     """The loop stops there. Mutation: divide by the norm whatever it is, `nan_to_num`."""
-    tx = make_optimizer(OptimizerConfig("sgd", cap_rows=True))
+    tx = make_optimizer(OptimizerConfig(Sgd(), cap_rows=True))
     state = set_row_cap(set_rate(tx.init(delta), np.float32(1)), np.float32(2))
     for bad in (jnp.nan, jnp.inf):
         grads = {"prompt": jnp.zeros((12, 16)).at[3, 4].set(bad)}
@@ -167,7 +171,7 @@ def test_a_row_that_is_not_finite_is_not_hidden(delta):
 def test_the_average_follows_the_delta(delta, cap):
     """Mutation: average the updates, the delta before them, or before the cap; begin at zero;
     decay for 1 - decay; another delta because of it."""
-    cfg = OptimizerConfig("adamw", 0.1, cap_rows=cap)
+    cfg = OptimizerConfig(AdamW(), 0.1, cap_rows=cap)
     tx, plain = make_optimizer(cfg._replace(ema=0.75)), make_optimizer(cfg)
     first, state, plain_state = delta, tx.init(delta), plain.init(delta)
     if cap:
@@ -205,7 +209,7 @@ def test_row_norms():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_rate_reaches_the_update_without_a_new_program(delta, name):
     """Mutation: `set_rate` sets nothing; the rate is a constant of the optimizer."""
-    tx = make_optimizer(OptimizerConfig(name))
+    tx = make_optimizer(OptimizerConfig(OPTIMIZERS[name]()))
     state = tx.init(delta)
     traced = []
 
@@ -255,21 +259,19 @@ OTHER = {
 }
 
 
-def test_every_key_changes_the_optimizers_that_are_said_to_read_it(delta):
-    """Mutation: a key or a reader is left out of `OPTIMIZER_KEYS`, or one too many in it."""
-    assert {f"optimizer.{key}" for key in OTHER} == set(OPTIMIZER_KEYS)
-    for name in OPTIMIZERS:
-        plain = OptimizerConfig(name, factored_min=8)
-        before = walk(make_optimizer(plain), delta)
-        for key, value in OTHER.items():
-            after = walk(make_optimizer(plain._replace(**{key: value})), delta)
-            read = name in OPTIMIZER_KEYS[f"optimizer.{key}"]
-            assert (np.abs(after - before).max() > 1e-4) == read, (name, key)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_key_of_an_optimizer_changes_what_it_does(delta, name):
+    """Breaks when a key of its settings is not passed on to optax."""
+    rule = OPTIMIZERS[name]()
+    rule = dataclasses.replace(rule, factored_min=8) if hasattr(rule, "factored_min") else rule
+    before = walk(make_optimizer(OptimizerConfig(rule)), delta)
+    for field in dataclasses.fields(rule):
+        changed = dataclasses.replace(rule, **{field.name: OTHER[field.name]})
+        after = walk(make_optimizer(OptimizerConfig(changed)), delta)
+        assert np.abs(after - before).max() > 1e-4, field.name
 
 
 def test_unknown_names_are_refused():
     """Mutation: fall back to AdamW, or to a constant rate."""
-    with pytest.raises(UserError, match="adamww.*adamw"):
-        make_optimizer(OptimizerConfig("adamww"))
     with pytest.raises(UserError, match="cosin.*cosine"):
         rates("cosin", peak=1.0, warmup=0, steps=3)

@@ -11,7 +11,7 @@ import pytest
 
 from softprompt.data.pipeline import pad_rows
 from softprompt.methods import reparametrize
-from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
+from softprompt.training.optimizers import OptimizerConfig, Sgd, make_optimizer, set_rate
 from softprompt.training.step import accumulated, loss_fn, train_step
 from tests.contracts.examples import (
     by_example,
@@ -123,7 +123,7 @@ def test_norms_are_those_of_the_rows_that_are_read(given):
     cfg = dataclasses.replace(config.method_config, reparam="mlp", bottleneck=3)
     config = config._replace(method_config=cfg)
     net = reparametrize.init(KEY, delta["prompt"], kind="mlp", bottleneck=3)
-    delta, tx = {"prompt": delta["prompt"], "net": net}, make_optimizer(OptimizerConfig("sgd"))
+    delta, tx = {"prompt": delta["prompt"], "net": net}, make_optimizer(OptimizerConfig(Sgd()))
     step = jax.jit(functools.partial(train_step, config=config, tx=tx))
     new, _, metrics = step(delta, tx.init(delta), weights, batch, KEY)  # at a rate of zero
     rows_P = np.linalg.norm(reparametrize.apply(new["prompt"], net), axis=1)

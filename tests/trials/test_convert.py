@@ -13,7 +13,8 @@ from softprompt import cli
 from softprompt.config import base_config
 from softprompt.errors import UserError
 from softprompt.interchange import adapter_files
-from softprompt.training.delta_file import load_delta
+from softprompt.methods import lora, prompt
+from softprompt.methods.delta_file import load_delta
 from softprompt.trials import convert
 from softprompt.trials.convert import base_model, conventions
 from softprompt.trials.run import check_folder, read_config
@@ -219,10 +220,10 @@ def test_provenance_is_one_key(place, tmp_path, capsys):
 
 def test_conventions_are_said():
     """A Gemma's prompt enters after the embeddings' scaling. Mutation: say it of every model's."""
-    said = {name: conventions({"name": "prompt", "bos": "none"}, sizes(name)) for name in MODELS}
+    said = {name: conventions(prompt.Settings(bos="none"), sizes(name)) for name in MODELS}
     assert said["llama"] == ["the text behind the prompt has no BOS"]
     assert "after the embeddings' scaling by 2.82843, as in PEFT" in said["gemma2"][1]
-    assert conventions({"name": "lora", "bos": "after"}, sizes("gemma2")) == []
+    assert conventions(lora.Settings(), sizes("gemma2")) == []
 
 
 def test_the_base_model_is_one_that_transformers_loads(tmp_path):

@@ -9,8 +9,8 @@ from flax.traverse_util import unflatten_dict
 from softprompt import cli
 from softprompt.config import base_config, set_key
 from softprompt.errors import UserError
+from softprompt.methods.delta_file import save_delta
 from softprompt.pretrained.loading import load_model
-from softprompt.training.delta_file import save_delta
 from softprompt.trials.delta_shapes import check_fit, folded_shapes
 from softprompt.trials.run import provenance
 from tests.mistakes import one_line

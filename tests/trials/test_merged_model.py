@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from softprompt import cli
+from softprompt.config import method_settings
 from softprompt.methods import METHODS
-from softprompt.methods.setup import method_config
+from softprompt.methods.base import Setup
+from softprompt.methods.delta_file import load_delta
 from softprompt.models.layers import collections
 from softprompt.pretrained.loading import load_model
-from softprompt.training.delta_file import load_delta
 from softprompt.trials.run import read_config
 from tests.own_task import words, write_task
 from tests.tiny import write_llama_folder
@@ -44,7 +45,7 @@ def test_the_folder_computes_what_base_and_delta_do(tmp_path, capsys, model, met
     }
     config = read_config(folder)
     base, alone = load_model(config.model.name), load_model(str(to))
-    cfg = method_config(config, base, None)
+    cfg = METHODS[method].resolve(method_settings(config), Setup(base.config))
     variables = METHODS[method].variables(
         load_delta(folder / "delta.safetensors")[0], {}, cfg, None
     )

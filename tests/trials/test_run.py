@@ -10,18 +10,18 @@ from etils import epath
 
 from softprompt.config import from_dict, to_dict, trial_id
 from softprompt.errors import UserError
+from softprompt.methods.delta_file import load_delta
 from softprompt.results import read_result
-from softprompt.training.delta_file import load_delta
 from softprompt.training.logs import read_log
 from softprompt.training.memory import program_memory
 from softprompt.trials.estimate import estimate
+from softprompt.trials.measure import measure
 from softprompt.trials.prepare import check_read, initial_state, prepare, train_source
 from softprompt.trials.run import (
     check_folder,
     claim,
     read_config,
     run_trial,
-    score,
 )
 from softprompt.trials.session import Session
 from softprompt.trials.sweep import record_failure
@@ -164,7 +164,7 @@ def test_a_finished_trial_is_not_run_again(done, config, session):
     progress = Lines()
     again = run_trial(config, folder, session=Session(progress))
     assert again == read_result(folder)
-    assert progress.said == [f"prompt-3-vocabulary-s0 is done already (in {folder})"]
+    assert progress.said == [f"prompt-3-vocabulary-mine-s0 is done already (in {folder})"]
     assert progress.stages == [], "no model, no data, no compilation"
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
@@ -224,6 +224,12 @@ def test_selecting_the_last_delta(place, done, tiny_folder, session, tmp_path):
     assert norm == pytest.approx(trained["delta_norm"], rel=1e-6)
 
 
+def scores_of(prepared, delta):
+    """Scores [N, C] of the test split's candidates, rounded as predictions are."""
+    _, (predictions,) = measure(prepared, delta, "test")
+    return np.array([list(one["scores"].values()) for one in predictions])
+
+
 def test_the_average_is_what_is_tested_and_saved(place, done, tiny_folder, session, tmp_path):
     """And training goes as without it. Mutation: save the delta; average from zero; train on from
     the average."""
@@ -243,7 +249,7 @@ def test_the_average_is_what_is_tested_and_saved(place, done, tiny_folder, sessi
     np.testing.assert_array_equal(saved_PD, found_PD)
     assert np.abs(saved_PD - delta_PD).max() > 0.05
     prompts = ({"prompt": x_PD} for x_PD in (delta_PD, saved_PD))
-    scores = [score(prepare(plain, session), prompt, "test")[1][0] for prompt in prompts]
+    scores = [scores_of(prepare(plain, session), prompt) for prompt in prompts]
     assert np.abs(scores[0] - scores[1]).max() > 1e-3
     lines = (tmp_path / "average" / "predictions.jsonl").read_text().splitlines()
     found = [list(json.loads(line)["scores"].values()) for line in lines]

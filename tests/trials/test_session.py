@@ -15,7 +15,7 @@ from softprompt.training.step import Draw
 from softprompt.trials import session as session_module
 from softprompt.trials.data import TaskData
 from softprompt.trials.session import KEPT_DATA, Session
-from tests.contracts.examples import trial_config
+from tests.contracts.examples import trial_config, write_task
 from tests.tiny import write_llama_folder
 from tests.trials.test_run import Lines
 
@@ -54,6 +54,19 @@ def test_a_model_that_is_larger_than_all_that_is_kept(configs, monkeypatch):
     monkeypatch.setattr(shared, "_load", lambda c: there.append(first()) or load(c))
     shared.model(configs[1])
     assert there == [None] and len(shared.progress.stages) == 2
+
+
+def test_what_is_odd_about_the_data_is_said_once(tiny_folder, tmp_path):
+    """Breaks when leaks between splits, or labels that a sum cannot compare, go unsaid."""
+    source, keys = write_task(tmp_path), {"task__id_field": ""}
+    keys["task__verbalizers"] = {"neg": " negative", "pos": " x"}
+    (tmp_path / "test.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    shared = Session(Lines())
+    for _ in range(2):
+        shared.data(trial_config(tiny_folder, source, **keys), bos=False)
+    said = [line for line in shared.progress.said if "favours" in line or "also stand" in line]
+    assert said[0] == "warning: 40 of 40 test texts of task 'own' also stand in train"
+    assert len([line for line in said if "eval.score=mean" in line]) == 1
 
 
 def test_tokens_are_those_of_a_revision(configs, monkeypatch):

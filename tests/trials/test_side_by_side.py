@@ -11,11 +11,12 @@ from etils import epath
 from softprompt import cli
 from softprompt.console import Progress
 from softprompt.data.tasks import TASKS, get_task
-from softprompt.training.delta_file import load_delta, save_delta
+from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.trials import side_by_side as many
 from softprompt.trials.evaluate import evaluate_runs, for_task, trained_delta
+from softprompt.trials.measure import measure
 from softprompt.trials.prepare import first_delta, prepare
-from softprompt.trials.run import DELTA, claim, provenance, read_config, score
+from softprompt.trials.run import DELTA, claim, provenance, read_config
 from softprompt.trials.session import Session
 from tests.contracts.examples import trial_config
 from tests.own_task import Lines, make_config, write_task
@@ -76,16 +77,15 @@ def check_same(folders, task=None):
     made, parts, deltas = together(folders, task)
     results = many.score_deltas(made[0], parts, "test")
     for one, delta, result in zip(made, deltas, results, strict=True):
-        metrics, scores = score(one, delta, "test")
+        metrics, predictions = measure(one, delta, "test")
         assert result.metrics == metrics
-        for data, scores_NC in zip(one.tasks, scores, strict=True):
-            said, labels = result.predictions[data.task.name], list(data.task.verbalizers)
+        for data, alone in zip(one.tasks, predictions, strict=True):
+            said = result.predictions[data.task.name]
             assert list(said) == data.test.ids
-            assert [said[name]["predicted"] for name in data.test.ids] == [
-                labels[n] for n in scores_NC.argmax(axis=1)
-            ]
-            found_NC = [list(said[name]["scores"].values()) for name in data.test.ids]
-            np.testing.assert_allclose(found_NC, scores_NC, atol=2e-5)  # rounded to 1e-5
+            for ours, theirs in zip(said.values(), alone, strict=True):
+                assert ours["predicted"] == theirs["predicted"]
+                found_C, scores_C = (list(p["scores"].values()) for p in (ours, theirs))
+                np.testing.assert_allclose(found_C, scores_C, atol=2e-5)  # rounded to 1e-5
     assert results[0].predictions != results[1].predictions
 
 
@@ -126,7 +126,7 @@ def test_which_are_scored_together(runs):
     assert results == alone
     said = [line for line in progress.said if "side by side" in line]
     assert said == [
-        "3 trials like prompt-3-vocabulary-s0 are scored side by side, 3 at a time",
+        "3 trials like prompt-3-vocabulary-mine-s0 are scored side by side, 3 at a time",
         "2 trials like prefix-3-noise-s0 are scored side by side, 2 at a time",
     ]
     assert not any("side by side" in line for line in progress.said if "full" in line)
@@ -137,7 +137,7 @@ def test_parts_of_a_group(runs, monkeypatch):
     device, or the second copy of contexts, is not counted."""
     made, _, _ = together([runs["a"], runs["b"]])
     one, budget = made[0], many.scoring_budget
-    width = one.session.eval_shape(one.tasks, mesh=one.mesh, layout=one.layout).tokens * 8
+    width = one.data.eval_shape("test", mesh=one.mesh, layout=one.layout).tokens * 8
     assert many.chunks(one, 1) == [1]
     for most, wanted in ((3, [3, 3, 1]), (5, [4, 3]), (7, [7]), (100, [7])):
         monkeypatch.setattr(many, "scoring_budget", lambda most=most: most * width)

@@ -2,17 +2,18 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from softprompt import cli
 from softprompt.config import from_dict, to_dict
 from softprompt.console import Progress
+from softprompt.evaluation import evaluators
 from softprompt.evaluation.ranking import probabilities
 from softprompt.inference.decode import generate
-from softprompt.methods.setup import prompt_rows
-from softprompt.training.delta_file import load_delta
-from softprompt.trials import evaluate as evaluation
+from softprompt.methods.delta_file import load_delta
+from softprompt.methods.initializers import prompt_rows
 from softprompt.trials.estimate import estimate
 from softprompt.trials.evaluate import predict_lines
 from softprompt.trials.prepare import prepare, step_flops
@@ -95,17 +96,23 @@ def test_inputs_end_with_eos_and_are_cut_before_it(place, shared):
 
 
 def test_few_shot_examples_stand_before_each_input(place, shared, tmp_path):
-    """Mutation: they are left out; their EOS stays in the middle; predict forgets them."""
+    """As if they were written there. Breaks when they are left out or run as a context, their EOS
+    stays in the middle, or `predict` forgets them.
+    """
     config = config_of(place, method__name="fewshot", method__shots=2)
-    plain = config_of(place, method__name="none")
     row = run_trial(config, tmp_path, session=shared)
-    prepared, eos = prepare(config, shared), shared.model(config).tokenizer.eos_id
-    assert len(prepared.prefix) > 20
-    assert eos not in prepared.prefix
-    for ours, theirs in zip(
-        prepared.data.test.inputs, prepare(plain, shared).data.test.inputs, strict=True
-    ):
-        assert ours.tolist() == [*prepared.prefix.tolist(), *theirs.tolist()]
+    prepared, loaded = prepare(config, shared), shared.model(config)
+    tokens = prepared.step.method_config.tokens
+    assert len(tokens) > 20 and loaded.tokenizer.eos_id not in tokens
+    test = prepared.tasks[0].test
+    variables, start = {"params": loaded.weights}, loaded.config.start
+    for input_S, found_C in zip(test.inputs[:4], scores_of_the_test(tmp_path), strict=False):
+        written_S = np.array([*tokens, *input_S])
+        for candidate, found in zip(test.candidates, found_C, strict=True):
+            logits_TV = alone(prepared.step.model, variables, written_S, [start, *candidate[:-1]])
+            logs_TV = jax.nn.log_softmax(logits_TV)
+            wanted = sum(float(logs_TV[n, token]) for n, token in enumerate(candidate))
+            assert found == pytest.approx(wanted, abs=1e-4)
     assert row["metrics"]["test"]["examples"] == 12
     records = [json.loads(line) for line in (place[0] / "test.jsonl").read_text().splitlines()]
     with Progress() as progress:
@@ -142,21 +149,19 @@ def test_the_command_line_takes_a_t5(place, shared, tmp_path, capsys, monkeypatc
     method arranged."""
     config = config_of(place, method__place="both", method__prompt_to_input=False)
     run_trial(config, tmp_path, session=shared)
-    written, scored = [], []
+    written = []
 
     def recorded(function, results):
         return lambda *a, **options: results.append(function(*a, **options)) or results[-1]
 
-    monkeypatch.setattr(evaluation, "generate", recorded(generate, written))
-    monkeypatch.setattr(evaluation, "score", recorded(evaluation.score, scored))
+    monkeypatch.setattr(evaluators, "generate", recorded(generate, written))
     assert cli.main(["evaluate", "--run", str(tmp_path), "--generate"]) == 0
     told = json.loads(capsys.readouterr().out)
     row = json.loads((tmp_path / "result.json").read_text())
     assert told["accuracy"] == row["metrics"]["test"]["accuracy"]
-    np.testing.assert_allclose(scored[0][1][0], scores_of_the_test(tmp_path), atol=1e-4)
     assert 0 <= told["generated"]["illegal"] <= 1
     prepared, (delta, _) = prepare(config, shared), load_delta(tmp_path / "delta.safetensors")
-    for answer, input_S in zip(written[0][:2], prepared.data.test.inputs, strict=False):
+    for answer, input_S in zip(written[0][:2], prepared.tasks[0].test.inputs, strict=False):
         assert answer == plainly(prepared, delta, input_S, len(answer))
     again = to_dict(config)
     again["method"] |= {"init": "file", "init_file": str(tmp_path / "delta.safetensors")}

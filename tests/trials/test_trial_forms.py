@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from softprompt.errors import UserError
-from softprompt.training.delta_file import load_delta
+from softprompt.methods.delta_file import load_delta
 from softprompt.trials.run import run_trial
 from softprompt.trials.session import Session
 from tests.own_task import Lines, make_config, write_task

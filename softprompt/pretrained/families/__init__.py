@@ -1,18 +1,21 @@
-"""The decoder families that Hugging Face folders may hold: one short file each."""
+"""The families of models that Hugging Face folders may hold: one short file each."""
 
 import functools
 
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families.base import Family, Raw
+from softprompt.models.t5_layers import T5Config
+from softprompt.pretrained.families.base import Family
 from softprompt.pretrained.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from softprompt.pretrained.families.gpt2 import GPT2
 from softprompt.pretrained.families.gpt_neox import GPT_NEOX
+from softprompt.pretrained.families.keys import IGNORED, Raw, read_keys
 from softprompt.pretrained.families.llama import LLAMA, MISTRAL
 from softprompt.pretrained.families.opt import OPT
 from softprompt.pretrained.families.qwen import QWEN2, QWEN3
+from softprompt.pretrained.families.t5 import MT5, T5, UMT5
 
-FAMILIES: dict[str, Family] = {
+DECODERS: dict[str, Family] = {
     "GPT2LMHeadModel": GPT2,
     "GPTNeoXForCausalLM": GPT_NEOX,
     "Gemma2ForCausalLM": GEMMA2,
@@ -26,22 +29,25 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": QWEN3,
 }
 
-# Read by softprompt/pretrained/t5_names.py.
-T5_ARCHITECTURES = (
-    "T5ForConditionalGeneration",
-    "T5WithLMHeadModel",
-    "MT5ForConditionalGeneration",
-)
+ENCODER_DECODERS: dict[str, Family] = {
+    "T5ForConditionalGeneration": T5,
+    "T5WithLMHeadModel": T5,
+    "MT5ForConditionalGeneration": MT5,
+    "UMT5ForConditionalGeneration": UMT5,
+}
+
+FAMILIES = DECODERS | ENCODER_DECODERS
 
 
 @functools.cache
-def find_family(config: DecoderConfig) -> tuple[str, Family]:
-    """The architecture of transformers that computes what a decoder computes, and its family.
+def find_family(config: DecoderConfig | T5Config) -> tuple[str, Family]:
+    """The architecture of transformers that computes what a model computes, and its family.
 
     Raises:
         UserError: there is none.
     """
-    for architecture, family in FAMILIES.items():
+    families = ENCODER_DECODERS if isinstance(config, T5Config) else DECODERS
+    for architecture, family in families.items():
         try:
             if read_family({"architectures": [architecture], **family.raw(config)})[1] == config:
                 return architecture, family
@@ -50,26 +56,51 @@ def find_family(config: DecoderConfig) -> tuple[str, Family]:
     raise UserError(f"no family of transformers computes what this config says: {config}")
 
 
-def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, DecoderConfig]:
-    """The family of a config.json's content, and the decoder that it describes.
+def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, DecoderConfig | T5Config]:
+    """The family of a config.json's content, and the model that it describes.
 
     Args:
         raw: the content; `architectures` names the family.
-        file: what to call it in an error.
+        file: its name in errors.
 
     Raises:
-        UserError: another architecture, a variant that the decoder does not have, or a missing key.
+        UserError: another architecture, an unknown key, a value that is not allowed, or a variant
+            that the model does not have.
     """
-    (architecture,) = (raw.get("architectures") or ["(none)"])[:1]
-    if architecture not in FAMILIES:
+    named = raw.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named or "(none)"
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise UserError(
             f"{file}: architecture {architecture!r} is not supported; "
-            f"supported: {', '.join([*FAMILIES, *T5_ARCHITECTURES])}"
+            f"supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[architecture]
     try:
-        return family, family.config(raw)
-    except KeyError as e:
-        raise UserError(f"{file}: no key {e}") from e
+        config = family.config(read_keys(raw, family.keys, ignored=IGNORED | family.ignored))
+        _check_sizes(config)
     except UserError as e:
         raise UserError(f"{file}: {e}") from None
+    return family, config
+
+
+def _check_sizes(config: DecoderConfig | T5Config) -> None:
+    """Raises where sizes do not go together. Tensors of other shapes are found by their table."""
+    if isinstance(config, T5Config):
+        if config.start >= config.vocab:
+            raise UserError(
+                f"decoder_start_token_id {config.start} is not below vocab_size {config.vocab}"
+            )
+        if config.max_distance <= config.buckets // 2:
+            raise UserError(
+                f"relative_attention_max_distance {config.max_distance} must be above half of "
+                f"relative_attention_num_buckets {config.buckets}"
+            )
+        return
+    if config.heads % config.kv_heads:
+        raise UserError(
+            f"num_key_value_heads {config.kv_heads} does not divide num_attention_heads "
+            f"{config.heads}"
+        )
+    rotated = config.rotary_size or config.head_size
+    if config.positions == "rotary" and rotated + rotated % 2 > config.head_size:
+        raise UserError(f"head size {config.head_size} is odd: its halves cannot be rotated")

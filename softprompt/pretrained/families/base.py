@@ -1,4 +1,4 @@
-"""What a family's file says of it, and how a config.json is read or refused."""
+"""What a family's file defines, and the parts of a config.json that several families share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,10 +6,8 @@ from typing import Any
 
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.positions import RopeScaling
+from softprompt.pretrained.families.keys import COMMON, Key, Raw, one_of, refuse
 from softprompt.pretrained.name_tables import Table
-
-Raw = Mapping[str, Any]
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -21,7 +19,7 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
-NAMED = (("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu"))
+NAMED = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,106 +27,70 @@ class Family:
     """One architecture of transformers.
 
     Attributes:
-        config: config.json -> DecoderConfig. Raises KeyError for a key that must be there, and
-            UserError for what the decoder does not compute.
-        table: config -> which tensors fill which leaves.
-        raw: DecoderConfig -> config.json without `architectures`, so that `config` of it gives the
-            same decoder again where the family has it at all.
-        harmless: pattern of tensors that follow from the config: masks, rotary frequencies.
-        spellings: (pattern, replacement) of other beginnings of the tensors' names, in files of
-            other origin; the first that matches counts.
+        keys: the keys of config.json that it reads.
+        config: their values -> the model's config. Raises UserError for what the model does not
+            compute.
+        table: config -> the rules that fill the leaves.
+        raw: config -> config.json without `architectures`. Reading it gives the same config again
+            if the family has such a model at all.
+        ignored: further keys of config.json that change nothing.
+        harmless: pattern of tensors that fill no leaf and may be ignored: masks, frequencies.
+        spellings: (pattern, replacement) of other prefixes of the tensors' names; the first that
+            matches is replaced.
+        copies: names of tensors that may repeat the embeddings.
     """
 
-    config: Callable[[Raw], DecoderConfig]
-    table: Callable[[DecoderConfig], Table]
-    raw: Callable[[DecoderConfig], dict[str, Any]]
+    keys: Mapping[str, Key]
+    config: Callable[[Raw], Any]
+    table: Callable[[Any], Table]
+    raw: Callable[[Any], dict[str, Any]]
+    ignored: frozenset[str] = frozenset()
     harmless: str = ""
     spellings: tuple[tuple[str, str], ...] = ()
+    copies: tuple[str, ...] = ()
 
 
-def activation_name(config: DecoderConfig) -> str:
-    """What transformers calls the decoder's activation."""
-    return next(theirs for theirs, ours in NAMED if ours == config.activation)
+def decoder_keys(model_type: str, **keys: Key) -> dict[str, Key]:
+    """A decoder family's keys: its own, and those of every decoder."""
+    own = {"model_type": one_of(model_type), "is_encoder_decoder": one_of(False)}
+    return {**COMMON, **own, **keys}
 
 
-def refuse(key: str, value: Any, *allowed: Any) -> UserError:
-    """The error for a value that the decoder does not compute."""
-    return UserError(f"{key} {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
+def activation(default: str) -> Key:
+    """The key of an activation, which is one of `ACTIVATIONS`."""
+    others = (name for name in ACTIVATIONS if name != default)
+    return one_of(default, *others, field="activation")
 
 
-def only(raw: Raw, key: str, *allowed: Any) -> Any:
-    """The value of a key, which must be one of those allowed; the first where it is absent.
-
-    Raises:
-        UserError: another value.
-    """
-    value = raw.get(key, allowed[0])
-    if value not in allowed:
-        raise refuse(key, value, *allowed)
-    return value
-
-
-def activation(raw: Raw, key: str, default: str) -> str:
-    """The decoder's name of the activation under a key.
-
-    Raises:
-        UserError: another activation.
-    """
-    return ACTIVATIONS[only(raw, key, default, *(a for a in ACTIVATIONS if a != default))]
-
-
-def rope(raw: Raw, *, base: float = 10000.0) -> dict[str, Any]:
-    """The decoder's `rope_base` and `rope_scaling`, from a config of either generation.
-
-    Args:
-        raw: has `rope_parameters`, or `rope_theta` and perhaps `rope_scaling`.
-        base: where neither says.
-
-    Raises:
-        UserError: another kind of scaling.
-    """
-    found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    for part in (raw, found):
-        only(part, "partial_rotary_factor", 1.0)
-    theta = found.get("rope_theta") or raw.get("rope_theta") or base
-    return {"rope_base": float(theta), "rope_scaling": rope_scaling(found)}
-
-
-def rope_scaling(found: Raw) -> RopeScaling | None:
-    """How a rotary embedding is stretched, from its own part of a config.
-
-    Raises:
-        UserError: another kind of scaling.
-    """
-    key = "rope_type" if "rope_type" in found else "type"
-    kind = found.get(key) or "default"
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling(kind, float(found["factor"]))
-    if kind != "llama3":
-        raise refuse("rope_type", kind, "default", "linear", "llama3")
-    return RopeScaling(
-        kind,
-        float(found["factor"]),
-        low=float(found["low_freq_factor"]),
-        high=float(found["high_freq_factor"]),
-        original=int(found["original_max_position_embeddings"]),
+def fields(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The fields of the model's config that keys state directly."""
+    found = {key.field: values[name] for name, key in keys.items() if key.field}
+    return (
+        found | {"activation": ACTIVATIONS[found["activation"]]} if "activation" in found else found
     )
 
 
-def windows(raw: Raw, slides: Callable[[int], bool]) -> tuple[int, ...]:
+def raw_fields(config: Any, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The same keys of a config.json, from the model's config."""
+    found = {name: getattr(config, key.field) for name, key in keys.items() if key.field}
+    acts = {
+        name: NAMED[config.activation] for name, key in keys.items() if key.field == "activation"
+    }
+    return {"model_type": keys["model_type"].default, **found, **acts}
+
+
+def windows(values: Raw, slides: Callable[[int], bool]) -> tuple[int, ...]:
     """The decoder's `windows`.
 
     Args:
-        raw: has `sliding_window`, `num_hidden_layers` and perhaps `layer_types`.
-        slides: whether a layer has the window, where the config does not list its layers' types.
+        values: of `sliding_window`, `num_hidden_layers` and `layer_types`.
+        slides: index of a layer -> whether it has the window, if `layer_types` is null.
 
     Raises:
-        UserError: another type of layer, or not one for each layer.
+        UserError: an unknown type of layer, or another number of types than layers.
     """
-    layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
-    types = raw.get("layer_types") or [
+    layers, window = values["num_hidden_layers"], values["sliding_window"]
+    types = values["layer_types"] or [
         "sliding_attention" if slides(n) else "full_attention" for n in range(layers)
     ]
     for one in types:
@@ -140,25 +102,14 @@ def windows(raw: Raw, slides: Callable[[int], bool]) -> tuple[int, ...]:
         return ()
     if not window:
         raise UserError(f"sliding_window {window!r} beside layers of type 'sliding_attention'")
-    return tuple(int(window) if one == "sliding_attention" else 0 for one in types)
+    return tuple(window if one == "sliding_attention" else 0 for one in types)
 
 
-def raw_rope(config: DecoderConfig) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a config.json."""
-    scaling = config.rope_scaling
-    if scaling is None:
-        return {"rope_theta": config.rope_base}
-    found: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        found["low_freq_factor"] = scaling.low
-        found["high_freq_factor"] = scaling.high
-        found["original_max_position_embeddings"] = scaling.original
-    return {"rope_theta": config.rope_base, "rope_scaling": found}
+LAYER_TYPES = Key(None, lambda x: x is None or isinstance(x, list), "a list, null")
 
 
 def raw_windows(config: DecoderConfig) -> dict[str, Any]:
-    """`sliding_window` and `layer_types` of a config.json; {} where no layer has a window."""
-    if not any(config.windows):
-        return {}
-    types = ["sliding_attention" if window else "full_attention" for window in config.windows]
-    return {"sliding_window": max(config.windows), "layer_types": types}
+    """`layer_types` and, if a layer has a window, `sliding_window` of a config.json."""
+    windows = config.windows or (0,) * config.layers
+    types = ["sliding_attention" if window else "full_attention" for window in windows]
+    return {"layer_types": types} | ({"sliding_window": max(windows)} if any(windows) else {})

@@ -1,16 +1,19 @@
 """Gemma 1, 2 and 3 (text).
 
-Their norms multiply by 1 + w: the 1 is added when w is read. Their embeddings are scaled by the
-root of the width.
+Their norms multiply by 1 + w; the 1 is added when w is read. Embeddings are scaled by the root of
+the width.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families import base
-from softprompt.pretrained.families.base import Family, Raw, only, refuse
-from softprompt.pretrained.families.llama import NAMES, ROTARY_BUFFERS, raw_sizes, sizes
+from softprompt.pretrained.families import base, llama, rope
+from softprompt.pretrained.families import keys as json_keys
+from softprompt.pretrained.families.base import Family
+from softprompt.pretrained.families.keys import Key, Raw, count, flag, number, one_of, refuse
+from softprompt.pretrained.families.llama import BARE, NAMES, ROTARY_BUFFERS
 from softprompt.pretrained.name_tables import Table, decoder_table
 
 SANDWICH = {
@@ -19,139 +22,178 @@ SANDWICH = {
     "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
     "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
 }
-TANH = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast")  # "gelu" is an old way to say tanh
+
+
+def _keys(model_type: str, **keys: Key) -> dict[str, Key]:
+    bias = flag(False, "qkv_bias")
+    causal = one_of(None, False)
+    found = llama.family_keys(
+        model_type, attention_bias=bias, use_bidirectional_attention=causal, **keys
+    )
+    return found | {"tie_word_embeddings": flag(True, "tied")}
+
+
+def _sandwich_keys(model_type: str, **keys: Key) -> dict[str, Key]:
+    """The keys that Gemma 2 and 3 share."""
+    return _keys(
+        model_type,
+        hidden_activation=base.activation("gelu_pytorch_tanh"),
+        query_pre_attn_scalar=number(256),
+        sliding_window=count(4096, null=True),
+        layer_types=base.LAYER_TYPES,
+        **keys,
+    )
 
 
 def table(config: DecoderConfig) -> Table:
-    """Llama's names, but for the norms around attention and feed-forward."""
-    parts = decoder_table(config, SANDWICH if config.norms == "both" else NAMES)
-    for path, part in parts.items():
+    """Llama's names, except for the norms around attention and feed-forward."""
+    rules = decoder_table(config, SANDWICH if config.norms == "both" else NAMES)
+    for path, rule in rules.items():
         if path.endswith("/scale"):
-            parts[path] = dataclasses.replace(part, offset=1.0)
-    return parts
+            rules[path] = dataclasses.replace(rule, offset=1.0)
+    return rules
 
 
-def _shared(raw: Raw) -> dict[str, Any]:
-    bias = only(raw, "attention_bias", False, True)
-    only(raw, "use_bidirectional_attention", None, False)
+def _shared(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+    scale, bias = values["hidden_size"] ** 0.5, values["attention_bias"]
+    return {**llama.shared(values, keys), "embed_scale": scale, "out_bias": bias}
+
+
+def _sandwich(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
     return {
-        **sizes(raw),
-        "tied": raw.get("tie_word_embeddings", True),
-        "embed_scale": raw["hidden_size"] ** 0.5,
-        "activation": "gelu_tanh",
-        "qkv_bias": bias,
-        "out_bias": bias,
+        **_shared(values, keys),
+        "norms": "both",
+        "query_scale": values["query_pre_attn_scalar"] ** -0.5,
+        "attn_softcap": values["attn_logit_softcapping"] or 0.0,
+        "final_softcap": values["final_logit_softcapping"] or 0.0,
     }
 
 
-def _gemma(raw: Raw) -> DecoderConfig:
-    only(raw, "hidden_act", *TANH)
-    return DecoderConfig(**_shared(raw), **base.rope(raw))
+def _gemma(values: Raw) -> DecoderConfig:
+    found = _shared(values, GEMMA.keys) | rope.fields(values)
+    if values["hidden_act"] == "gelu":  # an old way to say tanh
+        found["activation"] = "gelu_tanh"
+    return DecoderConfig(**found)
 
 
-def _gemma2(raw: Raw) -> DecoderConfig:
-    only(raw, "hidden_activation", *TANH[:1], *TANH[2:])
-    return DecoderConfig(
-        **_shared(raw),
-        **base.rope(raw),
-        norms="both",
-        query_scale=raw.get("query_pre_attn_scalar", 256) ** -0.5,
-        attn_softcap=raw.get("attn_logit_softcapping", 50.0) or 0.0,
-        final_softcap=raw.get("final_logit_softcapping", 30.0) or 0.0,
-        windows=base.windows({"sliding_window": 4096, **raw}, lambda n: n % 2 == 0),
+def _gemma2(values: Raw) -> DecoderConfig:
+    windows = base.windows(values, lambda n: n % 2 == 0)
+    return DecoderConfig(**_sandwich(values, GEMMA2.keys), **rope.fields(values), windows=windows)
+
+
+def _gemma3(values: Raw) -> DecoderConfig:
+    pattern, said = values["sliding_window_pattern"], values["_sliding_window_pattern"]
+    if values["layer_types"] is None and said not in (None, pattern):
+        raise refuse("_sliding_window_pattern", said, pattern)  # transformers does not read it
+    windows = base.windows(values, lambda n: (n + 1) % pattern > 0)
+    found = _sandwich(values, GEMMA3.keys) | _two_ropes(values)
+    return DecoderConfig(**found, qk_norm=True, windows=windows)
+
+
+def _two_ropes(values: Raw) -> dict[str, Any]:
+    """Rotary positions of layers without and with a window, from a config of either generation."""
+    given = json_keys.read_keys(
+        values["rope_parameters"] or {},
+        {f"{kind}_attention": json_keys.section() for kind in ("full", "sliding")},
+        prefix="rope_parameters.",
     )
-
-
-def _gemma3(raw: Raw) -> DecoderConfig:
-    only(raw, "hidden_activation", *TANH[:1], *TANH[2:])
-    only(raw, "attn_logit_softcapping", None)
-    pattern = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
-    return DecoderConfig(
-        **_shared(raw),
-        **_two_ropes(raw),
-        norms="both",
-        qk_norm=True,
-        query_scale=raw.get("query_pre_attn_scalar", 256) ** -0.5,
-        final_softcap=raw.get("final_logit_softcapping") or 0.0,
-        windows=base.windows({"sliding_window": 4096, **raw}, lambda n: (n + 1) % pattern > 0),
+    plain = {"rope_type": "default"}  # "type", the old word for it, does not override this
+    whole = {**plain, **(given["full_attention"] or {}), **(values["rope_scaling"] or {})}
+    if not whole.get("truncate", True):  # transformers looks for it elsewhere
+        raise refuse("truncate", whole["truncate"], True)
+    whole = rope.read_section(whole, "rope_parameters.full_attention")
+    local = rope.read_section(
+        given["sliding_attention"] or {}, "rope_parameters.sliding_attention", kinds=["default"]
     )
-
-
-def _two_ropes(raw: Raw) -> dict[str, Any]:
-    """Rotary bases of layers without and with a window, from a config of either generation."""
-    ropes = raw.get("rope_parameters") or {}
-    whole = ropes.get("full_attention") or {
-        **(raw.get("rope_scaling") or {}),
-        "rope_theta": raw.get("rope_theta", 1e6),
-    }
-    local = ropes.get("sliding_attention") or {"rope_theta": raw.get("rope_local_base_freq", 1e4)}
-    if base.rope_scaling(local) is not None:
-        raise refuse("rope_type of sliding_attention", local["rope_type"], "default")
+    for found in (whole, local):
+        if found["partial_rotary_factor"] not in (1.0, None):
+            raise refuse("partial_rotary_factor", found["partial_rotary_factor"], 1.0)
     return {
-        **base.rope({"rope_parameters": whole}, base=1e6),
-        "rope_base_local": float(local.get("rope_theta", 1e4)),
+        "rope_base": float(whole["rope_theta"] or values["rope_theta"] or 1e6),
+        "rope_base_local": float(local["rope_theta"] or values["rope_local_base_freq"]),
+        "rope_scaling": rope.scaling(whole, values),
     }
 
 
-# What the config of a model that sees images leaves out of its text part.
-# Source: `Gemma3TextConfig` of transformers.
-_TEXT_DEFAULTS: Raw = {
-    "vocab_size": 262_208,
-    "hidden_size": 2304,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "intermediate_size": 9216,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-6,
-}
+def _gemma3_with_images(values: Raw) -> DecoderConfig:
+    """The text part alone; without an image it is a Gemma 3 whose logits are not capped."""
+    text = json_keys.read_keys(
+        values["text_config"] or {},
+        GEMMA3.keys,
+        ignored=json_keys.IGNORED | GEMMA3.ignored,
+        prefix="text_config.",
+    )
+    return dataclasses.replace(_gemma3(text), final_softcap=0.0, tied=values["tie_word_embeddings"])
 
 
-def _gemma3_with_images(raw: Raw) -> DecoderConfig:
-    """The text part alone; without an image it is a Gemma 3 like any other."""
-    return _gemma3({**_TEXT_DEFAULTS, **raw["text_config"]})
+def _raw(config: DecoderConfig, keys: Mapping[str, Key]) -> dict[str, Any]:
+    return {**base.raw_fields(config, keys), **rope.raw_fields(config)}
 
 
-def _raw(config: DecoderConfig) -> dict[str, Any]:
-    return {**raw_sizes(config), **base.raw_rope(config), "attention_bias": config.qkv_bias}
-
-
-def _raw_gemma(config: DecoderConfig) -> dict[str, Any]:
-    act = "gelu_pytorch_tanh"
-    return {"model_type": "gemma", **_raw(config), "hidden_act": act, "hidden_activation": act}
-
-
-def _raw_sandwich(config: DecoderConfig) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common."""
+def _raw_sandwich(config: DecoderConfig, keys: Mapping[str, Key]) -> dict[str, Any]:
     scalar = round(config.query_scale**-2, 9) if config.query_scale else config.head_size
     return {
-        **_raw(config),
+        **_raw(config, keys),
         **base.raw_windows(config),
-        "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "attn_logit_softcapping": config.attn_softcap or None,
         "final_logit_softcapping": config.final_softcap or None,
     }
 
 
-def _raw_gemma2(config: DecoderConfig) -> dict[str, Any]:
-    return {"model_type": "gemma2", **_raw_sandwich(config)}
-
-
-def _raw_gemma3(config: DecoderConfig) -> dict[str, Any]:
-    local = {"rope_local_base_freq": config.rope_base_local}
-    return {"model_type": "gemma3_text", **_raw_sandwich(config), **local}
-
-
-GEMMA = Family(_gemma, table, _raw_gemma, ROTARY_BUFFERS)
-GEMMA2 = Family(_gemma2, table, _raw_gemma2, ROTARY_BUFFERS)
-GEMMA3 = Family(_gemma3, table, _raw_gemma3, ROTARY_BUFFERS)
-GEMMA3_WITH_IMAGES = Family(
+GEMMA: Family = Family(
+    _keys("gemma", hidden_act=base.activation("gelu_pytorch_tanh")),
+    _gemma,
+    table,
+    lambda config: _raw(config, GEMMA.keys),
+    ignored=frozenset({"hidden_activation"}),
+    harmless=ROTARY_BUFFERS,
+    spellings=BARE,
+)
+GEMMA2: Family = Family(
+    _sandwich_keys(
+        "gemma2",
+        attn_logit_softcapping=number(50.0, null=True),
+        final_logit_softcapping=number(30.0, null=True),
+    ),
+    _gemma2,
+    table,
+    lambda config: _raw_sandwich(config, GEMMA2.keys),
+    ignored=frozenset({"hidden_act"}),
+    harmless=ROTARY_BUFFERS,
+    spellings=BARE,
+)
+GEMMA3: Family = Family(
+    _sandwich_keys(
+        "gemma3_text",
+        attn_logit_softcapping=one_of(None),
+        final_logit_softcapping=number(None),
+        rope_local_base_freq=number(1e4, "rope_base_local"),
+        sliding_window_pattern=count(6),
+        _sliding_window_pattern=count(None),
+    ),
+    _gemma3,
+    table,
+    lambda config: _raw_sandwich(config, GEMMA3.keys),
+    ignored=frozenset({"hidden_act"}),
+    harmless=ROTARY_BUFFERS,
+    spellings=BARE,
+)
+GEMMA3_WITH_IMAGES: Family = Family(
+    base.decoder_keys("gemma3", text_config=json_keys.section(), tie_word_embeddings=flag(True)),
     _gemma3_with_images,
     table,
-    lambda config: {"model_type": "gemma3", "text_config": _raw_gemma3(config)},
-    rf"{ROTARY_BUFFERS}|(model\.)?(vision_tower|multi_modal_projector)\..*",
+    lambda config: {"model_type": "gemma3", "text_config": GEMMA3.raw(config)},
+    ignored=frozenset(
+        {
+            "vision_config",
+            "mm_tokens_per_image",
+            "boi_token_index",
+            "eoi_token_index",
+            "image_token_index",
+        }
+    ),
+    harmless=rf"{ROTARY_BUFFERS}|(model\.)?(vision_tower|multi_modal_projector)\..*",
     spellings=(
         (r"language_model\.model\.", "model."),
         (r"model\.language_model\.", "model."),

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, and matrices stored [in, out], queries, keys and values as one."""
+"""GPT-2: learned positions; matrices are [in, out], and one holds queries, keys and values."""
 
 import dataclasses
 import math
@@ -8,8 +8,9 @@ import numpy as np
 
 from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.families import base
-from softprompt.pretrained.families.base import Family, Raw, only
-from softprompt.pretrained.name_tables import Part, Table, decoder_table, straight
+from softprompt.pretrained.families.base import Family
+from softprompt.pretrained.families.keys import Raw, count, flag, number
+from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table, input_major
 
 NAMES = {
     "embed": "transformer.wte",
@@ -27,73 +28,73 @@ NAMES = {
 }
 
 
-def _config(raw: Raw) -> DecoderConfig:
-    only(raw, "scale_attn_by_inverse_layer_idx", False)
-    only(raw, "add_cross_attention", False)
-    width, heads = raw["n_embd"], raw["n_head"]
+KEYS = base.decoder_keys(
+    "gpt2",
+    vocab_size=count(50257, "vocab"),
+    n_positions=count(1024, "context_length"),
+    n_embd=count(768, "width"),
+    n_layer=count(12, "layers"),
+    n_head=count(12, "heads"),
+    n_inner=count(None, "ffn"),
+    activation_function=base.activation("gelu_new"),
+    layer_norm_epsilon=number(1e-5, "norm_eps"),
+    scale_attn_weights=flag(True),
+    scale_attn_by_inverse_layer_idx=flag(False, "scale_by_depth"),
+    tie_word_embeddings=flag(True, "tied"),
+)
+
+
+def _config(values: Raw) -> DecoderConfig:
+    width, heads = values["n_embd"], values["n_head"]
+    found = base.fields(values, KEYS) | {"ffn": values["n_inner"] or 4 * width}
     return DecoderConfig(
-        vocab=raw["vocab_size"],
-        width=width,
-        layers=raw["n_layer"],
-        heads=heads,
+        **found,
         kv_heads=heads,
         head_size=width // heads,
-        ffn=raw.get("n_inner") or 4 * width,
-        context_length=raw["n_positions"],
-        tied=raw.get("tie_word_embeddings", True),
         positions="learned",
-        query_scale=0.0 if raw.get("scale_attn_weights", True) else 1.0,
+        query_scale=0.0 if values["scale_attn_weights"] else 1.0,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
         gated=False,
-        activation=base.activation(raw, "activation_function", "gelu_new"),
         norm="layer",
-        norm_eps=raw["layer_norm_epsilon"],
     )
 
 
 def _table(config: DecoderConfig) -> Table:
-    parts = decoder_table(config, NAMES)
-    for path, part in parts.items():
+    rules = decoder_table(config, NAMES)
+    for path, rule in rules.items():
         if path.startswith("layers/attn/") and path.split("/")[2] in "qkv":
-            parts[path] = _third(part, "qkv".index(path.split("/")[2]))
+            rules[path] = _third(rule, "qkv".index(path.split("/")[2]))
         elif path.startswith("layers/") and path.endswith("/kernel"):
-            parts[path] = straight(part)
-    return parts
+            rules[path] = input_major(rule)
+    return rules
 
 
-def _third(part: Part, nth: int) -> Part:
-    """One of queries, keys and values, which lie side by side along the last axis."""
-    *inputs, out = part.source[::-1]
-    size = math.prod(part.leaf[-2:])
+def _third(rule: TensorRule, nth: int) -> TensorRule:
+    """The rule of queries, keys or values: one of three blocks along the tensor's last axis."""
+    *inputs, out = rule.source[::-1]
+    size = math.prod(rule.leaf[-2:])
 
     def convert(x: np.ndarray) -> np.ndarray:
-        return x[..., nth * size : (nth + 1) * size].reshape(part.leaf)
+        return x[..., nth * size : (nth + 1) * size].reshape(rule.leaf)
 
-    return dataclasses.replace(part, source=(*inputs, 3 * out), convert=convert)
+    return dataclasses.replace(rule, source=(*inputs, 3 * out), convert=convert)
 
 
 def _raw(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "vocab_size": config.vocab,
-        "n_embd": config.width,
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "n_inner": config.ffn,
-        "n_positions": config.context_length,
-        "tie_word_embeddings": config.tied,
-        "scale_attn_weights": config.query_scale == 0.0,
-        "activation_function": base.activation_name(config),
-        "layer_norm_epsilon": config.norm_eps,
-    }
+    return {**base.raw_fields(config, KEYS), "scale_attn_weights": config.query_scale == 0.0}
 
 
 GPT2 = Family(
+    KEYS,
     _config,
     _table,
     _raw,
+    ignored=frozenset(
+        "n_ctx reorder_and_upcast_attn summary_type summary_use_proj summary_activation"
+        " summary_proj_to_labels summary_first_dropout".split()
+    ),
     harmless=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     spellings=((r"(?=(wte|wpe|h\.\d+|ln_f)\.)", "transformer."),),
 )

@@ -1,6 +1,6 @@
 """GPT-NeoX (Pythia): partial rotary positions, parallel layers, one matrix for q, k and v.
 
-In it the rows of a head's queries, keys and values follow one another, head after head.
+That matrix has the rows of the first head's queries, keys and values, then the second head's, ...
 """
 
 import dataclasses
@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families import base
-from softprompt.pretrained.families.base import Family, Raw, only
-from softprompt.pretrained.name_tables import Part, Table, decoder_table
+from softprompt.pretrained.families import base, rope
+from softprompt.pretrained.families.base import Family
+from softprompt.pretrained.families.keys import Raw, count, flag, number, refuse
+from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table
 
 NAMES = {
     "embed": "gpt_neox.embed_in",
@@ -28,82 +30,93 @@ NAMES = {
 }
 
 
-def _config(raw: Raw) -> DecoderConfig:
-    width, heads = raw["hidden_size"], raw["num_attention_heads"]
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    fraction = rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25))
-    bias = only(raw, "attention_bias", True, False)
+SECTIONS = ("rope_scaling", "rope_parameters", "original_max_position_embeddings")
+KEYS = base.decoder_keys(
+    "gpt_neox",
+    vocab_size=count(50432, "vocab"),
+    hidden_size=count(6144, "width"),
+    num_hidden_layers=count(44, "layers"),
+    num_attention_heads=count(64, "heads"),
+    head_dim=count(None),
+    intermediate_size=count(24576, "ffn"),
+    max_position_embeddings=count(2048, "context_length"),
+    hidden_act=base.activation("gelu"),
+    layer_norm_eps=number(1e-5, "norm_eps"),
+    rotary_pct=number(0.25),
+    rotary_emb_base=number(1e4, "rope_base"),
+    use_parallel_residual=flag(True, "parallel"),
+    attention_bias=flag(True, "qkv_bias"),
+    tie_word_embeddings=flag(False, "tied"),
+    **{key: rope.KEYS[key] for key in SECTIONS},
+)
+
+
+def _config(values: Raw) -> DecoderConfig:
+    heads, section = values["num_attention_heads"], rope.read(values)
+    size = values["hidden_size"] // heads
+    if values["head_dim"] not in (None, size):  # transformers lets it change the frequencies alone
+        raise refuse("head_dim", values["head_dim"], size)
+    theta = section["rope_theta"] or values["rotary_emb_base"]
     return DecoderConfig(
-        vocab=raw["vocab_size"],
-        width=width,
-        layers=raw["num_hidden_layers"],
-        heads=heads,
+        **base.fields(values, KEYS) | {"rope_base": float(theta)},
         kv_heads=heads,
-        head_size=width // heads,
-        ffn=raw["intermediate_size"],
-        context_length=raw["max_position_embeddings"],
-        tied=raw.get("tie_word_embeddings", False),
-        rope_base=float(rope.get("rope_theta") or raw.get("rotary_emb_base") or 10000.0),
-        rope_scaling=base.rope_scaling(rope),
-        rotary_size=int(width // heads * fraction),
-        qkv_bias=bias,
-        out_bias=bias,
+        head_size=size,
+        rope_scaling=rope.scaling(section, values),
+        rotary_size=_rotary_size(size, section["partial_rotary_factor"] or values["rotary_pct"]),
+        out_bias=values["attention_bias"],
         mlp_bias=True,
         gated=False,
-        activation=base.activation(raw, "hidden_act", "gelu"),
         norm="layer",
-        norm_eps=raw["layer_norm_eps"],
-        parallel=only(raw, "use_parallel_residual", True, False),
     )
 
 
+def _rotary_size(size: int, fraction: float) -> int:
+    """Number of a head's entries that are rotated."""
+    rotated = int(size * fraction)
+    if not 0 < rotated <= size:
+        raise UserError(
+            f"rotary_pct {fraction} rotates {rotated} of the {size} entries of a head; "
+            f"allowed: 1 to {size}"
+        )
+    return rotated
+
+
 def _table(config: DecoderConfig) -> Table:
-    parts = decoder_table(config, NAMES)
+    rules = decoder_table(config, NAMES)
     for nth, name in enumerate("qkv"):
         for kind in ("kernel", "bias"):
             path = f"layers/attn/{name}/{kind}"
-            if path in parts:
-                parts[path] = _interleaved(parts[path], nth)
-    return parts
+            if path in rules:
+                rules[path] = _interleaved(rules[path], nth)
+    return rules
 
 
-def _interleaved(part: Part, nth: int) -> Part:
-    """One of queries, keys and values: rows [H, 3, K] of the fused tensor."""
-    out, *inputs = part.source
-    heads, size = part.leaf[-2:]
+def _interleaved(rule: TensorRule, nth: int) -> TensorRule:
+    """The rule of queries, keys or values: one of three blocks in the tensor's rows [H, 3, K]."""
+    out, *inputs = rule.source
+    heads, size = rule.leaf[-2:]
 
     def convert(x: np.ndarray) -> np.ndarray:
         own = x.reshape(heads, 3, size, *inputs)[:, nth]
         return own if not inputs else np.moveaxis(own, -1, 0)
 
-    return dataclasses.replace(part, source=(3 * out, *inputs), convert=convert)
+    return dataclasses.replace(rule, source=(3 * out, *inputs), convert=convert)
 
 
 def _raw(config: DecoderConfig) -> dict[str, Any]:
-    rope = base.raw_rope(config)
-    return {
-        "model_type": "gpt_neox",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.ffn,
-        "max_position_embeddings": config.context_length,
-        "tie_word_embeddings": config.tied,
-        "rotary_emb_base": rope.pop("rope_theta"),
-        "rotary_pct": config.rotary_size / config.head_size,
-        **rope,
-        "attention_bias": config.qkv_bias,
-        "hidden_act": base.activation_name(config),
-        "layer_norm_eps": config.norm_eps,
-        "use_parallel_residual": config.parallel,
-    }
+    found = base.raw_fields(config, KEYS) | rope.raw_fields(config)
+    del found["rope_theta"]  # here it is called rotary_emb_base
+    return {**found, "rotary_pct": config.rotary_size / config.head_size}
 
 
 GPT_NEOX = Family(
+    KEYS,
     _config,
     _table,
     _raw,
     harmless=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
-    spellings=((r"lm_head\.", "embed_out."),),
+    spellings=(
+        (r"lm_head\.", "embed_out."),
+        (r"(?=(embed_in|layers|final_layer_norm)\.)", "gpt_neox."),
+    ),
 )

@@ -1,11 +1,12 @@
-"""Llama 1 to 3, SmolLM2 and Mistral: the names and the keys that Qwen and Gemma use too."""
+"""Llama 1 to 3, SmolLM2 and Mistral, and the names and keys that Qwen and Gemma share with them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families import base
-from softprompt.pretrained.families.base import Family, Raw, only
+from softprompt.pretrained.families import base, rope
+from softprompt.pretrained.families.base import Family
+from softprompt.pretrained.families.keys import Key, Raw, count, flag, number, one_of
 from softprompt.pretrained.name_tables import Table, decoder_table
 
 NAMES: Mapping[str, str] = {
@@ -25,85 +26,106 @@ NAMES: Mapping[str, str] = {
     "head": "lm_head",
 }
 
-# Saved by older versions of transformers.
+# transformers saves a model without its head under names without a prefix.
+BARE = ((r"(?=(embed_tokens|layers|norm)\.)", "model."),)
+
+# Tensors that older versions of transformers saved.
 ROTARY_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 
-def sizes(raw: Raw) -> dict[str, Any]:
-    """What Llama, Mistral, Qwen and Gemma configs call alike."""
-    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+# The values that transformers gives absent keys, in the order of `SIZES`.
+DEFAULTS = {
+    "llama": (32000, 4096, 32, 32, None, None, 11008, 2048),
+    "mistral": (32000, 4096, 32, 32, 8, None, 14336, 131072),
+    "qwen2": (151936, 4096, 32, 32, 32, None, 22016, 32768),
+    "qwen3": (151936, 4096, 32, 32, 32, 128, 22016, 32768),
+    "gemma": (256000, 3072, 28, 16, 16, 256, 24576, 8192),
+    "gemma2": (256000, 2304, 26, 8, 4, 256, 9216, 8192),
+    "gemma3_text": (262208, 2304, 26, 8, 4, 256, 9216, 131072),
+}
+SIZES = {
+    "vocab_size": "vocab",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_size",
+    "intermediate_size": "ffn",
+    "max_position_embeddings": "context_length",
+}
+DERIVED = ("num_key_value_heads", "head_dim")  # from other sizes, if null
+
+
+def family_keys(model_type: str, **keys: Key) -> dict[str, Key]:
+    """The keys of a family like Llama: those that such families share, and its own."""
+    defaults = zip(SIZES.items(), DEFAULTS[model_type], strict=True)
     return {
-        "vocab": raw["vocab_size"],
-        "width": width,
-        "layers": raw["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_size": raw.get("head_dim") or width // heads,
-        "ffn": raw["intermediate_size"],
-        "context_length": raw["max_position_embeddings"],
-        "norm_eps": raw["rms_norm_eps"],
+        **{key: count(n, field, null=key in DERIVED) for (key, field), n in defaults},
+        "rms_norm_eps": number(1e-6, "norm_eps"),
+        "tie_word_embeddings": flag(False, "tied"),
+        **rope.KEYS,
+        **base.decoder_keys(model_type, **keys),
     }
 
 
-def raw_sizes(config: DecoderConfig) -> dict[str, Any]:
-    """The same keys of a config.json."""
+def shared(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The fields of a decoder's config that all these families read alike, but for positions."""
+    heads = values["num_attention_heads"]
     return {
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "intermediate_size": config.ffn,
-        "max_position_embeddings": config.context_length,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
+        **base.fields(values, keys),
+        "kv_heads": values["num_key_value_heads"] or heads,
+        "head_size": values["head_dim"] or values["hidden_size"] // heads,
     }
 
 
 def table(config: DecoderConfig) -> Table:
-    """Every leaf apart, under Llama's names."""
+    """A tensor for each leaf, under Llama's names."""
     return decoder_table(config, NAMES)
 
 
-def _llama(raw: Raw) -> DecoderConfig:
-    bias = only(raw, "attention_bias", False, True)
-    return DecoderConfig(
-        **sizes(raw),
-        **base.rope(raw),
-        tied=raw.get("tie_word_embeddings", False),
-        activation=base.activation(raw, "hidden_act", "silu"),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=only(raw, "mlp_bias", False, True),
-    )
+def _llama(values: Raw) -> DecoderConfig:
+    found = shared(values, LLAMA.keys) | rope.fields(values)
+    return DecoderConfig(**found, out_bias=values["attention_bias"])
 
 
-def _mistral(raw: Raw) -> DecoderConfig:
-    window = raw.get("sliding_window", 4096)
-    return DecoderConfig(
-        **sizes(raw),
-        **base.rope(raw),
-        tied=raw.get("tie_word_embeddings", False),
-        activation=base.activation(raw, "hidden_act", "silu"),
-        windows=(int(window),) * raw["num_hidden_layers"] if window else (),
-    )
-
-
-def _raw(config: DecoderConfig) -> dict[str, Any]:
-    sizes, act = raw_sizes(config), base.activation_name(config)
-    return {**sizes, **base.raw_rope(config), "hidden_act": act}
+def _mistral(values: Raw) -> DecoderConfig:
+    window = values["sliding_window"]
+    windows = (window,) * values["num_hidden_layers"] if window else ()
+    return DecoderConfig(**shared(values, MISTRAL.keys), **rope.fields(values), windows=windows)
 
 
 def _raw_llama(config: DecoderConfig) -> dict[str, Any]:
-    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    return {"model_type": "llama", **_raw(config), **biases}
+    return {**base.raw_fields(config, LLAMA.keys), **rope.raw_fields(config)}
 
 
 def _raw_mistral(config: DecoderConfig) -> dict[str, Any]:
     window = max(config.windows, default=0) or None
-    return {"model_type": "mistral", **_raw(config), "sliding_window": window}
+    found = base.raw_fields(config, MISTRAL.keys) | rope.raw_fields(config)
+    return {**found, "sliding_window": window}
 
 
-LLAMA = Family(_llama, table, _raw_llama, ROTARY_BUFFERS)
-MISTRAL = Family(_mistral, table, _raw_mistral, ROTARY_BUFFERS)
+LLAMA = Family(
+    family_keys(
+        "llama",
+        hidden_act=base.activation("silu"),
+        attention_bias=flag(False, "qkv_bias"),
+        mlp_bias=flag(False, "mlp_bias"),
+        rope_interleaved=one_of(False),
+    ),
+    _llama,
+    table,
+    _raw_llama,
+    ignored=frozenset({"max_sequence_length", "is_llama_config"}),
+    harmless=ROTARY_BUFFERS,
+    spellings=BARE,
+)
+MISTRAL = Family(
+    family_keys(
+        "mistral", hidden_act=base.activation("silu"), sliding_window=count(4096, null=True)
+    ),
+    _mistral,
+    table,
+    _raw_mistral,
+    harmless=ROTARY_BUFFERS,
+    spellings=BARE,
+)

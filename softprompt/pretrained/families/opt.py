@@ -1,10 +1,11 @@
-"""OPT: learned positions that start at row 2, and OPT-350m's narrow embeddings and late norms."""
+"""OPT: learned positions from row 2 on; OPT-350m has narrow embeddings and norms after the sum."""
 
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.families import base
-from softprompt.pretrained.families.base import Family, Raw, only
+from softprompt.pretrained.families.base import Family
+from softprompt.pretrained.families.keys import Raw, count, flag, one_of
 from softprompt.pretrained.name_tables import Table, decoder_table
 
 NAMES = {
@@ -25,34 +26,42 @@ NAMES = {
 }
 
 
-def _config(raw: Raw) -> DecoderConfig:
-    only(raw, "layer_norm_elementwise_affine", True)
-    width, heads = raw["hidden_size"], raw["num_attention_heads"]
-    narrow = raw.get("word_embed_proj_dim") or width
-    before = only(raw, "do_layer_norm_before", True, False)
-    bias = only(raw, "enable_bias", True, False)
+KEYS = base.decoder_keys(
+    "opt",
+    vocab_size=count(50272, "vocab"),
+    hidden_size=count(768, "width"),
+    num_hidden_layers=count(12, "layers"),
+    num_attention_heads=count(12, "heads"),
+    ffn_dim=count(3072, "ffn"),
+    max_position_embeddings=count(2048, "context_length"),
+    word_embed_proj_dim=count(None),
+    do_layer_norm_before=flag(True),
+    _remove_final_layer_norm=flag(False),
+    activation_function=base.activation("relu"),
+    enable_bias=flag(True, "qkv_bias"),
+    layer_norm_elementwise_affine=one_of(True),
+    tie_word_embeddings=flag(True, "tied"),
+)
+
+
+def _config(values: Raw) -> DecoderConfig:
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    narrow = values["word_embed_proj_dim"] or width
+    before, bias = values["do_layer_norm_before"], values["enable_bias"]
     return DecoderConfig(
-        vocab=raw["vocab_size"],
-        width=width,
-        layers=raw["num_hidden_layers"],
-        heads=heads,
+        **base.fields(values, KEYS),
         kv_heads=heads,
         head_size=width // heads,
-        ffn=raw["ffn_dim"],
-        context_length=raw["max_position_embeddings"],
-        tied=raw.get("tie_word_embeddings", True),
         embed_width=narrow if narrow != width else 0,
         positions="learned",
         position_offset=2,
-        qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
         gated=False,
-        activation=base.activation(raw, "activation_function", "relu"),
         norm="layer",
         norm_eps=1e-5,
         norms="before" if before else "after",
-        final_norm=before and not raw.get("_remove_final_layer_norm", False),
+        final_norm=before and not values["_remove_final_layer_norm"],
     )
 
 
@@ -63,20 +72,11 @@ def _table(config: DecoderConfig) -> Table:
 def _raw(config: DecoderConfig) -> dict[str, Any]:
     before = config.norms == "before"
     return {
-        "model_type": "opt",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "ffn_dim": config.ffn,
-        "max_position_embeddings": config.context_length,
-        "tie_word_embeddings": config.tied,
+        **base.raw_fields(config, KEYS),
         "word_embed_proj_dim": config.prompt_width,
-        "enable_bias": config.qkv_bias,
-        "activation_function": base.activation_name(config),
         "do_layer_norm_before": before,
         "_remove_final_layer_norm": before and not config.final_norm,
     }
 
 
-OPT = Family(_config, _table, _raw, spellings=((r"decoder\.", "model.decoder."),))
+OPT = Family(KEYS, _config, _table, _raw, spellings=((r"decoder\.", "model.decoder."),))

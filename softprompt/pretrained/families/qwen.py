@@ -1,54 +1,62 @@
-"""Qwen2 and Qwen2.5 (biases before attention) and Qwen3 (normalised queries and keys)."""
+"""Qwen2 and 2.5 (biases of queries, keys and values) and Qwen3 (normalised queries and keys)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
-from softprompt.pretrained.families import base
-from softprompt.pretrained.families.base import Family, Raw, only
-from softprompt.pretrained.families.llama import ROTARY_BUFFERS, raw_sizes, sizes, table
+from softprompt.pretrained.families import base, llama, rope
+from softprompt.pretrained.families.base import Family
+from softprompt.pretrained.families.keys import Key, Raw, count, flag
 
 
-def _shared(raw: Raw) -> dict[str, Any]:
-    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
-    first = raw.get("max_window_layers", 28)
-    return {
-        **sizes(raw),
-        **base.rope(raw),
-        "tied": raw.get("tie_word_embeddings", False),
-        "activation": base.activation(raw, "hidden_act", "silu"),
-        "windows": base.windows(
-            {**raw, "sliding_window": window}, lambda n: bool(window) and n >= first
-        ),
-    }
+def _keys(model_type: str, **keys: Key) -> dict[str, Key]:
+    return llama.family_keys(
+        model_type,
+        hidden_act=base.activation("silu"),
+        use_sliding_window=flag(False),
+        sliding_window=count(4096, null=True),
+        max_window_layers=count(28, least=0),
+        layer_types=base.LAYER_TYPES,
+        **keys,
+    )
 
 
-def _qwen2(raw: Raw) -> DecoderConfig:
-    return DecoderConfig(**_shared(raw), qkv_bias=True)
+def _shared(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+    window = values["sliding_window"] if values["use_sliding_window"] else None
+    first = values["max_window_layers"]
+    windows = base.windows(
+        {**values, "sliding_window": window}, lambda n: bool(window) and n >= first
+    )
+    return {**llama.shared(values, keys), **rope.fields(values), "windows": windows}
 
 
-def _qwen3(raw: Raw) -> DecoderConfig:
-    bias = only(raw, "attention_bias", False, True)
-    return DecoderConfig(**_shared(raw), qk_norm=True, qkv_bias=bias, out_bias=bias)
+def _qwen2(values: Raw) -> DecoderConfig:
+    return DecoderConfig(**_shared(values, QWEN2.keys), qkv_bias=True)
 
 
-def _raw(config: DecoderConfig) -> dict[str, Any]:
-    windows = base.raw_windows(config)
-    return {
-        **raw_sizes(config),
-        **base.raw_rope(config),
-        "hidden_act": base.activation_name(config),
-        "use_sliding_window": bool(windows),
-        **windows,
-    }
+def _qwen3(values: Raw) -> DecoderConfig:
+    bias = values["attention_bias"]
+    return DecoderConfig(**_shared(values, QWEN3.keys), qk_norm=True, out_bias=bias)
 
 
-def _raw_qwen2(config: DecoderConfig) -> dict[str, Any]:
-    return {"model_type": "qwen2", **_raw(config)}
+def _raw(config: DecoderConfig, keys: Mapping[str, Key]) -> dict[str, Any]:
+    windows = {"use_sliding_window": any(config.windows), **base.raw_windows(config)}
+    return {**base.raw_fields(config, keys), **rope.raw_fields(config), **windows}
 
 
-def _raw_qwen3(config: DecoderConfig) -> dict[str, Any]:
-    return {"model_type": "qwen3", **_raw(config), "attention_bias": config.qkv_bias}
-
-
-QWEN2 = Family(_qwen2, table, _raw_qwen2, ROTARY_BUFFERS)
-QWEN3 = Family(_qwen3, table, _raw_qwen3, ROTARY_BUFFERS)
+QWEN2: Family = Family(
+    _keys("qwen2"),
+    _qwen2,
+    llama.table,
+    lambda config: _raw(config, QWEN2.keys),
+    harmless=llama.ROTARY_BUFFERS,
+    spellings=llama.BARE,
+)
+QWEN3: Family = Family(
+    _keys("qwen3", attention_bias=flag(False, "qkv_bias")),
+    _qwen3,
+    llama.table,
+    lambda config: _raw(config, QWEN3.keys),
+    harmless=llama.ROTARY_BUFFERS,
+    spellings=llama.BARE,
+)

@@ -12,7 +12,7 @@ __all__ = ["Config", "File", "open_model", "read_config", "read_tokenizer"]
 
 
 def read_config(file: File) -> Config:
-    """The sizes and parts of the model that a file holds, from its metadata.
+    """The config of the model in a file, from its metadata.
 
     Raises:
         UserError: another architecture, a variant that the model does not have, or a missing key.
@@ -21,9 +21,9 @@ def read_config(file: File) -> Config:
 
 
 def open_model(file: File) -> tuple[Config, Table, Source]:
-    """The model that a file holds, which tensors fill its leaves, and these tensors.
+    """The model in a file, the rules that fill its leaves, and its tensors.
 
-    They are dequantised to float32 one at a time.
+    Each tensor is dequantised to float32 when it is read.
 
     Raises:
         UserError: what `read_config` raises.

@@ -1,6 +1,6 @@
-"""The architectures of GGUF files: what their metadata says, and which tensor fills which leaf.
+"""The architectures of GGUF files: how their metadata and tensors become config and weights.
 
-Keys and tensor names are those of llama.cpp's converter, which stores every matrix [out, in].
+Keys and tensor names are those of llama.cpp's converter, which stores every matrix as [out, in].
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from softprompt.models.positions import RopeScaling, stretch
 from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.gguf.file import File
-from softprompt.pretrained.name_tables import Part, Table, decoder_table, torch_part
+from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table, torch_rule
 
 Config = DecoderConfig | T5Config
 
@@ -43,9 +43,12 @@ NAMES: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture: config from the metadata, table from the config.
+    """One architecture.
 
-    `harmless`: pattern of tensors that no leaf asks for and that the config accounts for.
+    Attributes:
+        config: file -> config, from the metadata.
+        table: config -> the rules that fill the leaves.
+        harmless: pattern of tensors that fill no leaf and may be ignored.
     """
 
     config: Callable[[File], Config]
@@ -54,12 +57,12 @@ class Family:
 
 
 def _plain(config: DecoderConfig) -> Table:
-    """Every leaf apart. Gemma's norms too: the converter has added their 1 already."""
+    """A tensor for each leaf. The converter has already added 1 to the scales of Gemma's norms."""
     return decoder_table(config, NAMES)
 
 
 def _sizes(file: File) -> dict[str, Any]:
-    """What all decoders' metadata call alike."""
+    """The keys that all decoders share."""
     width, heads = file.size("embedding_length"), file.size("attention.head_count")
     return {
         "vocab": file.size("vocab_size", len(file.need("tokenizer.ggml.tokens", list))),
@@ -75,7 +78,7 @@ def _sizes(file: File) -> dict[str, Any]:
 
 
 def _rotary(file: File, base: float = 10000.0) -> dict[str, Any]:
-    """Sizes, norm and rotary positions of every family but GPT-2."""
+    """The keys of all decoders but GPT-2: sizes, norm and rotary positions."""
     name, sizes = file.architecture, _sizes(file)
     rotated = file.size("rope.dimension_count", sizes["head_size"])
     if rotated != sizes["head_size"]:
@@ -95,9 +98,9 @@ def _rotary(file: File, base: float = 10000.0) -> dict[str, Any]:
 
 
 def _scaling(file: File, size: int, base: float) -> RopeScaling | None:
-    """Linear scaling is in the metadata; Llama 3's is a tensor of what frequencies are divided by.
+    """The metadata describe linear scaling; Llama 3's is a tensor of divisors of the frequencies.
 
-    Its three constants are not in the file. They are the same in every published Llama since 3.1.
+    The file lacks its three constants, which are the same in every published Llama since 3.1.
     """
     key = f"{file.architecture}.rope.scaling"
     kind = file.get(f"{key}.type", "none")
@@ -113,7 +116,7 @@ def _scaling(file: File, size: int, base: float) -> RopeScaling | None:
     factors_K, _ = file.read("rope_freqs.weight")
     scaling = RopeScaling("llama3", float(factors_K.max()))
     frequency_K = base ** -(np.arange(0, size, 2, dtype=np.float32) / size)
-    expected_K = frequency_K / np.asarray(stretch(jnp.asarray(frequency_K), scaling))
+    expected_K = frequency_K / np.asarray(stretch(jnp.asarray(frequency_K), scaling, base))
     if factors_K.shape != expected_K.shape or not np.allclose(factors_K, expected_K, rtol=1e-4):
         raise UserError(
             f"{file.path}: rotary scaling (rope_freqs.weight) is not supported; allowed: that of "
@@ -132,22 +135,25 @@ def _llama(file: File) -> DecoderConfig:
 
 
 def _llama_table(config: DecoderConfig) -> Table:
-    """llama.cpp interleaves the two halves of a head's queries and keys for its own rotation."""
-    parts = dict(decoder_table(config, NAMES))
-    for path, part in parts.items():
+    """The plain table, with queries and keys in the order that transformers rotates.
+
+    llama.cpp interleaves the two halves of a head.
+    """
+    rules = dict(decoder_table(config, NAMES))
+    for path, rule in rules.items():
         if path.startswith(("layers/attn/q/", "layers/attn/k/")):
-            parts[path] = _uninterleaved(part, config.head_size)
-    return parts
+            rules[path] = _uninterleaved(rule, config.head_size)
+    return rules
 
 
-def _uninterleaved(part: Part, head_size: int) -> Part:
-    """Undoes the order of a head's rows: 0, K/2, 1, K/2 + 1, ... becomes 0, 1, 2, ..."""
+def _uninterleaved(rule: TensorRule, head_size: int) -> TensorRule:
+    """The rule that first restores the order of a head's rows from 0, K/2, 1, K/2 + 1, ..."""
 
     def convert(x: np.ndarray) -> np.ndarray:
         pairs = x.reshape(-1, head_size // 2, 2, *x.shape[1:])
-        return part.convert(pairs.swapaxes(1, 2).reshape(x.shape))
+        return rule.convert(pairs.swapaxes(1, 2).reshape(x.shape))
 
-    return dataclasses.replace(part, convert=convert)
+    return dataclasses.replace(rule, convert=convert)
 
 
 def _qwen2(file: File) -> DecoderConfig:
@@ -159,9 +165,10 @@ def _qwen3(file: File) -> DecoderConfig:
 
 
 def _gemma(file: File, biggest: int, base: float = 10000.0) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common; the file does not say how queries are scaled.
+    """The keys that Gemma 2 and 3 share.
 
-    They are by the root of the head size, but in the biggest model by that of width / heads.
+    The file does not say how queries are scaled: by the root of the head size, except in the
+    biggest model, which scales by the root of width / heads.
     """
     shared = _rotary(file, base)
     wide = shared["layers"] == biggest
@@ -221,26 +228,26 @@ _FUSED = "blk.{}.attn_qkv"
 
 
 def _gpt2_table(config: DecoderConfig) -> Table:
-    """Queries, keys and values are the thirds of one matrix's rows."""
-    parts = dict(decoder_table(config, {**NAMES, **{f"layers/attn/{n}": _FUSED for n in "qkv"}}))
-    for path, part in parts.items():
-        if part.name.startswith(_FUSED):
-            parts[path] = _third(part, "qkv".index(path.split("/")[2]))
-    return parts
+    """Queries, keys and values are three equal blocks of one matrix's rows."""
+    rules = dict(decoder_table(config, {**NAMES, **{f"layers/attn/{n}": _FUSED for n in "qkv"}}))
+    for path, rule in rules.items():
+        if rule.name.startswith(_FUSED):
+            rules[path] = _third(rule, "qkv".index(path.split("/")[2]))
+    return rules
 
 
-def _third(part: Part, nth: int) -> Part:
-    out, *inputs = part.source
+def _third(rule: TensorRule, nth: int) -> TensorRule:
+    out, *inputs = rule.source
 
     def convert(x: np.ndarray) -> np.ndarray:
-        return part.convert(x[nth * out : (nth + 1) * out])
+        return rule.convert(x[nth * out : (nth + 1) * out])
 
-    return dataclasses.replace(part, source=(3 * out, *inputs), convert=convert)
+    return dataclasses.replace(rule, source=(3 * out, *inputs), convert=convert)
 
 
 def _t5(file: File) -> T5Config:
-    """The largest distance of the relative bias is not in the file; all published T5s have 128."""
-    layers = file.size("block_count")
+    """A T5. The file lacks the largest distance of the relative bias: 128 in published T5s."""
+    layers, gated = file.size("block_count"), "enc.blk.0.ffn_gate.weight" in file.tensors
     return T5Config(
         vocab=file.size("vocab_size", len(file.need("tokenizer.ggml.tokens", list))),
         width=file.size("embedding_length"),
@@ -249,7 +256,8 @@ def _t5(file: File) -> T5Config:
         heads=file.size("attention.head_count"),
         head_size=file.size("attention.key_length"),
         ffn=file.size("feed_forward_length"),
-        gated="enc.blk.0.ffn_gate.weight" in file.tensors,
+        gated=gated,
+        activation="gelu_tanh" if gated else "relu",
         tied="output.weight" not in file.tensors,
         norm_eps=file.number("attention.layer_norm_rms_epsilon"),
         buckets=file.size("attention.relative_buckets_count"),
@@ -258,15 +266,15 @@ def _t5(file: File) -> T5Config:
 
 
 def _t5_table(config: T5Config) -> Table:
-    names = _t5_names()
+    names = _t5_tensor_names()
     return {
-        path: torch_part(path, names[path], leaf, layers=layer_count(config, path))
+        path: torch_rule(path, names[path], leaf, layers=layer_count(config, path))
         for path, leaf in t5_shapes(config).items()
     }
 
 
-def _t5_names() -> dict[str, str]:
-    """Leaf path -> tensor, `{}` for the layer."""
+def _t5_tensor_names() -> dict[str, str]:
+    """Path of a leaf -> name of its tensor, `{}` for the layer."""
     names = {"embed/embedding": "token_embd.weight", "head/kernel": "output.weight"}
     prefixes = {"attn": "attn", "cross": "cross_attn"}
     for stack, attentions in ATTENTIONS.items():
@@ -279,8 +287,8 @@ def _t5_names() -> dict[str, str]:
             for p in "qkvo":
                 names[f"{layers}/{kind}/{p}/kernel"] = f"{theirs}_{p}.weight"
         names[f"{layers}/mlp_norm/scale"] = f"{short}.blk.{{}}.ffn_norm.weight"
-        for part in ("gate", "up", "down"):
-            names[f"{layers}/mlp/{part}/kernel"] = f"{short}.blk.{{}}.ffn_{part}.weight"
+        for name in ("gate", "up", "down"):
+            names[f"{layers}/mlp/{name}/kernel"] = f"{short}.blk.{{}}.ffn_{name}.weight"
     return names
 
 

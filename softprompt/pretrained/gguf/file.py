@@ -1,8 +1,8 @@
-"""The index of a GGUF file: header, metadata, tensors; weights are read one at a time, from a map.
+"""The index of a GGUF file: header, metadata and tensors. Weights are read from a memory map.
 
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Shapes
-are stored reversed. Values are dequantised by the package `gguf`; its own reader is not used, for
-it keeps an array for every token and merge (160 MB and 1.7 s for the metadata of SmolLM2).
+are stored in reverse. The package `gguf` dequantises the values. Its reader is not used: it makes
+an array for every token and merge (160 MB and 1.7 s for the metadata of SmolLM2).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ KINDS = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
 )
 
-# Types of metadata values; those that are numbers, as `struct` names them.
+# Types of metadata values. Numbers -> their format in `struct`.
 TEXT, ARRAY = 8, 9
 NUMBERS = {
     **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i"},
@@ -34,7 +34,7 @@ NUMBERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of the index: its stored type, its shape as numpy has it, where its bytes lie."""
+    """A tensor of the index: stored type, shape in numpy's order, first byte, number of bytes."""
 
     kind: str
     shape: tuple[int, ...]
@@ -46,8 +46,8 @@ class File:
     """An opened GGUF file: `metadata` by key, `tensors` by name.
 
     Raises:
-        UserError: the file is absent, truncated, garbled or no GGUF file, or a tensor has a type
-            that cannot be read.
+        UserError: the file is missing, truncated or not a GGUF file, or a tensor has a type that
+            cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -70,15 +70,15 @@ class File:
 
     @property
     def architecture(self) -> str:
-        """What the file holds, such as "llama"; the first part of most keys."""
+        """The architecture, such as "llama", which is the prefix of most keys."""
         return self.need("general.architecture", str)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The metadata value of a key, as a Python object, or the default where it is absent."""
+        """The metadata value of a key, or the default if the key is absent."""
         return self.metadata.get(key, default)
 
     def need(self, key: str, *kinds: type) -> Any:
-        """The metadata value of a key that must be there, of one of some types if any is given.
+        """The metadata value of a required key; `kinds` are its allowed types, if any are given.
 
         Raises:
             UserError: naming the file, the key and the value.
@@ -92,7 +92,7 @@ class File:
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """The metadata value of the architecture's own key, a positive whole number.
+        """A positive whole number: the metadata value of "ARCHITECTURE.key".
 
         Raises:
             UserError: no such key and no default, or another value.
@@ -106,7 +106,7 @@ class File:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """The metadata value of the architecture's own key, a number.
+        """A number: the metadata value of "ARCHITECTURE.key".
 
         Raises:
             UserError: no such key and no default, or another value.
@@ -117,7 +117,7 @@ class File:
         return float(self.need(key, float, int))
 
     def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A tensor's values, in float32, and its bytes as stored."""
+        """The values of a tensor in float32, and its stored bytes."""
         tensor = self.tensors[name]
         raw = np.frombuffer(self._data, np.uint8, tensor.size, tensor.start)
         rows = raw.reshape(*tensor.shape[:-1], -1)
@@ -127,7 +127,7 @@ class File:
     def _index(
         self, infos: list[tuple[str, tuple[int, ...], int, int]], at: int
     ) -> dict[str, Tensor]:
-        """The tensors, each known to lie inside the file."""
+        """The tensors by name, after a check that each lies inside the file."""
         alignment = self.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
@@ -160,7 +160,7 @@ class _Cursor:
 
     def texts(self, count: int) -> list[str]:
         data, at, end, texts = self.data, self.at, len(self.data), []
-        for _ in range(count):  # a vocabulary has 262,144: names are local, nothing is called twice
+        for _ in range(count):  # up to 262,144 times: local names, few calls
             start = at + 8
             at = start + int.from_bytes(data[start - 8 : start], "little")
             if start > end or at > end:
@@ -189,7 +189,7 @@ class _Cursor:
 
 
 def _header(cursor: _Cursor) -> tuple[int, int]:
-    """How many tensors there are, and how many metadata pairs."""
+    """The numbers of tensors and of metadata pairs."""
     magic = bytes(cursor.data[:4])
     if magic != b"GGUF":
         raise ValueError(f"it begins with {magic!r}, not b'GGUF'")
@@ -213,7 +213,7 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _kind(path: Path, name: str, number: int) -> str:
-    """The name of a tensor's type, which must be one that is read."""
+    """The name of a tensor's type; raises if it is not in `KINDS`."""
     try:
         kind = gguf.GGMLQuantizationType(number).name
     except ValueError:
@@ -227,7 +227,7 @@ def _kind(path: Path, name: str, number: int) -> str:
 
 
 def _bytes(kind: str, shape: tuple[int, ...]) -> int:
-    """The bytes of a tensor, whose rows are whole blocks."""
+    """Number of bytes of a tensor; its rows consist of whole blocks."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     if shape[-1] % block:
         raise ValueError(f"a row of {shape[-1]} values is no whole number of {kind} blocks")
@@ -235,5 +235,5 @@ def _bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """An error on one line, with its type where it says nothing else."""
+    """An error in one line; its type if it has no message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

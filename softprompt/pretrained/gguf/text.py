@@ -1,6 +1,6 @@
 """Tokenizers from the metadata of a GGUF file: byte-level BPE, sentencepiece's BPE, and unigrams.
 
-Each is put together as transformers' own converters do for the family; tests hold them equal.
+Each is built as the converter of transformers builds it; tests compare the two.
 """
 
 import re
@@ -17,18 +17,18 @@ from softprompt.pretrained.tokenizer import Tokenizer, byte_letters
 CONTROL, USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
 SPACE = "▁"  # how sentencepiece spells it
 
-# How text is cut before merging. Source: the `tokenizer.json` of Llama 3 and of Qwen 2.
+# How a text is split before merging. Source: the `tokenizer.json` of Llama 3 and of Qwen 2.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3, _QWEN2 = _WORDS.format(r"\p{N}{1,3}"), _WORDS.format(r"\p{N}")
 
-# SmolLM 1 and 2 cut out each digit, then as GPT-2 does, as in their `tokenizer.json`. transformers
-# leaves out the digits when it reads a GGUF file, and so merges white space across them.
+# SmolLM 1 and 2 split off each digit and then split as GPT-2 does (their `tokenizer.json`).
+# transformers does not split off digits when it reads a GGUF file, and merges spaces across them.
 _SMOLLM = r"\p{N}"
 
-# `tokenizer.ggml.pre` -> that, as a pattern; None for GPT-2's own.
+# `tokenizer.ggml.pre` -> the pattern to split by; None for GPT-2's.
 CUTS: Mapping[str, str | None] = {
     "smollm": _SMOLLM,
     "gpt-2": None,
@@ -60,7 +60,7 @@ def read_tokenizer(file: File) -> Tokenizer:
     types = file.get("tokenizer.ggml.token_type", [])
     backend.add_special_tokens(_added(backend, tokens, types, CONTROL))
     backend.add_tokens(_added(backend, tokens, types, USER_DEFINED))
-    # What llama.cpp assumes where the file does not say.
+    # The default of llama.cpp.
     begins = model == "llama" or CUTS.get(file.get("tokenizer.ggml.pre")) == _LLAMA3
     return Tokenizer(
         backend=backend,
@@ -72,14 +72,14 @@ def read_tokenizer(file: File) -> Tokenizer:
 
 
 def _byte_level(file: File, tokens: list[str]) -> Backend:
-    """GPT-2's kind: bytes spelt as characters, merges in the order they were learned."""
+    """GPT-2's kind: characters stand for bytes; merges are in the order of learning."""
     cut = file.need("tokenizer.ggml.pre", str)
     if cut not in CUTS:
         known = ", ".join(CUTS)
         raise UserError(f"{file.path}: tokenizer.ggml.pre {cut!r} is not supported; known: {known}")
     merges = [tuple(merge.split(" ")) for merge in file.need("tokenizer.ggml.merges", list)]
     pattern = CUTS[cut]
-    whole = pattern == _LLAMA3  # a word that is a token is not merged from its bytes
+    whole = pattern == _LLAMA3  # a word that is a token is taken whole, without merges
     vocabulary = {_spelt_in_bytes(token): i for i, token in enumerate(tokens)}
     backend = _build(file, lambda: models.BPE(vocabulary, merges, ignore_merges=whole))
     cuts: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated")] if pattern else []
@@ -97,17 +97,17 @@ _ALPHABET = frozenset(_LETTERS)
 
 
 def _spelt_in_bytes(token: str) -> str:
-    """A token in the byte alphabet; tokens that were added to a vocabulary stand there plain."""
+    """A token in the byte alphabet; added tokens are stored in plain text."""
     if _ALPHABET.issuperset(token):
         return token
     return "".join(_LETTERS[byte] for byte in token.encode())
 
 
 def _sentencepiece(file: File, tokens: list[str]) -> Backend:
-    """Llama 2's and Gemma's kind: characters merged by score, what is unknown spelt in bytes.
+    """Llama 2's and Gemma's kind: characters merge by score; unknown characters become bytes.
 
-    A Gemma file has runs of spaces as such, and scores that are not the order of its merges: that
-    is the order of its tokens.
+    A Gemma file stores runs of spaces as spaces. Its merges follow the order of its tokens, not
+    their scores.
     """
     scores: Sequence[float] = file.need("tokenizer.ggml.scores", list)
     if file.architecture.startswith("gemma"):
@@ -138,7 +138,7 @@ def _sentencepiece(file: File, tokens: list[str]) -> Backend:
 
 
 def _merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, ...]]:
-    """Every way to make a token of two others, best score first; then by what transformers does."""
+    """Every pair of tokens that makes a third, best score first; ties as in transformers."""
     found: list[tuple[float, int, int, int, str, str]] = []
     for (token, i), score in zip(vocabulary.items(), scores, strict=False):
         for cut in range(1, len(token)):
@@ -150,7 +150,7 @@ def _merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tupl
 
 
 def _unigram(file: File, tokens: list[str]) -> Backend:
-    """T5's kind: the likeliest way to cut a word. Its sentinels are padding in a file."""
+    """T5's kind: the likeliest split of a word. A file stores its sentinels as padding."""
     blanks = [i for i, token in enumerate(tokens) if re.fullmatch(r"\[PAD\d+\]", token)]
     sentinels = {i: f"<extra_id_{99 - nth}>" for nth, i in enumerate(blanks[:100])}
     names = [sentinels.get(i, token) for i, token in enumerate(tokens)]
@@ -187,13 +187,13 @@ def _build(file: File, make: Callable[[], Any]) -> Backend:
 
 
 def _token(file: File, tokens: list[str], role: str) -> str | None:
-    """The token that has a role, if any."""
+    """The token of a role, such as "unknown", if there is one."""
     token_id = file.get(f"tokenizer.ggml.{role}_token_id")
     return tokens[token_id] if token_id is not None and 0 <= token_id < len(tokens) else None
 
 
 def _added(backend: Backend, tokens: list[str], types: list[int], kind: int) -> list[AddedToken]:
-    """The tokens of one type that are in the vocabulary as they stand, to be matched in texts."""
+    """The tokens of one type that the vocabulary holds verbatim; texts are searched for them."""
     special = kind == CONTROL
     return [
         AddedToken(token, normalized=False, special=special)

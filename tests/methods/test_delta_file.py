@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save, save_file
 
 from softprompt.errors import UserError
-from softprompt.training.delta_file import KEY, load_delta, save_delta
+from softprompt.methods.delta_file import KEY, load_delta, save_delta
 
 PROVENANCE = {"model": "tiny", "fingerprint": "0123456789abcdef", "bos": "after", "é": [1, None]}
 

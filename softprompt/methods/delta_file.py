@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from safetensors.numpy import load, save
 
 from softprompt.errors import UserError
 from softprompt.files import write_bytes
-from softprompt.training.sharding import on_host, path_name
 
 KEY = "softprompt"  # of the header's one metadata entry
 
@@ -25,10 +25,17 @@ def save_delta(file: epath.PathLike, delta: Any, provenance: Mapping[str, Any]) 
         delta: a tree of dicts; leaf "a/b" is named by its path.
         provenance: small JSON: the model's name and fingerprint, the method, the trial.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(delta)
-    arrays = {path_name(path): np.ascontiguousarray(on_host(leaf)) for path, leaf in leaves}
+    leaves = sorted(flatten_dict(delta, sep="/").items())
+    arrays = {path: np.ascontiguousarray(_on_host(leaf)) for path, leaf in leaves}
     if jax.process_index() == 0:
         write_bytes(file, save(arrays, {KEY: json.dumps(provenance, sort_keys=True)}))
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """The whole array in the host's memory; of several processes all must ask."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 def load_delta(file: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A config's words become token ids."""
+"""A method's settings become what its functions take: words become token ids."""
 
 import dataclasses
 import functools
@@ -9,18 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from softprompt.config import method_settings, start_settings
 from softprompt.data.encode import encode
 from softprompt.errors import UserError
-from softprompt.methods import METHODS, setup
-from softprompt.methods.setup import (
-    balanced_draw,
-    few_shot_tokens,
-    method_config,
-    prompt_config,
-    prompt_rows,
-)
+from softprompt.methods import METHODS
+from softprompt.methods.base import Setup
+from softprompt.methods.delta_file import save_delta
+from softprompt.methods.fewshot import balanced_draw
+from softprompt.methods.initializers import prompt_rows
 from softprompt.pretrained.loading import load_model
-from softprompt.training.delta_file import save_delta
 from softprompt.trials.prepare import prepare
 from tests.contracts.examples import SNIPPETS, session, trial_config, write_task
 from tests.families import write_family_folder
@@ -36,19 +33,32 @@ def loaded(tiny_folder):
 
 @pytest.fixture(scope="module")
 def train(loaded):
+    return encoded(loaded, eos=False)
+
+
+def encoded(loaded, *, eos):
+    """The tiny task's examples, three labels in turns."""
     records = [
         {"id": str(n), "text": text, "label": SNIPPETS.labels[n % 3]}
         for n, text in enumerate(TEXTS)
     ]
-    sizes = {"max_input": 64, "max_target": 8}
-    return encode(records, SNIPPETS, loaded.tokenizer, **sizes, bos=False, eos=False)
+    sizes = {"max_input": 64, "max_target": 16}
+    return encode(records, SNIPPETS, loaded.tokenizer, **sizes, bos=False, eos=eos)
+
+
+def resolved(loaded, train, *, room=400, **changes):
+    """The static configuration of a config's method."""
+    config = trial_config("tiny", "jsonl:x", **changes)
+    settings, start = method_settings(config), start_settings(config)
+    setup = Setup(
+        loaded.config, seed=config.seed, room=room, start=start, loaded=loaded, train=train
+    )
+    return METHODS[settings.name].resolve(settings, setup)
 
 
 def rows_of(loaded, train, **method):
     """The first prompt of a config."""
-    changes = {f"method__{key}": value for key, value in method.items()}
-    config = trial_config("tiny", "jsonl:x", **changes)
-    cfg = prompt_config(config, loaded, train)
+    cfg = resolved(loaded, train, **{f"method__{key}": value for key, value in method.items()})
     return np.asarray(cfg.initializer(KEY, embedding(loaded), cfg.length))
 
 
@@ -67,15 +77,22 @@ def test_initializers_by_name(loaded, train, tmp_path):
     ids = loaded.tokenizer.encode("the city")
     rows = rows_of(loaded, train, init="text", init_text="the city", length=len(ids))
     np.testing.assert_array_equal(rows, table[ids])
-    rows = rows_of(loaded, train, init="labels", length=5)
-    means = [table[candidate].mean(axis=0) for candidate in train.candidates]
-    assert {len(candidate) for candidate in train.candidates} != {1}
-    np.testing.assert_allclose(rows[:3], means, rtol=1e-5, atol=1e-6)
     file = tmp_path / "delta.safetensors"
     save_delta(file, {"prompt": scaled[:4]}, {})
     np.testing.assert_array_equal(prompt_rows(str(file))[0], scaled[:4])
     rows = rows_of(loaded, train, init="file", init_file=str(file), length=6)
     np.testing.assert_array_equal(rows[:4], scaled[:4])
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_a_labels_row_is_the_mean_of_its_verbalizers_tokens(loaded, eos):
+    """Breaks when EOS, which ends candidates with `task.eos`, is averaged in."""
+    table = embedding(loaded)
+    words = [loaded.tokenizer.encode(text) for text in SNIPPETS.verbalizers.values()]
+    assert {len(ids) for ids in words} != {1}
+    rows = rows_of(loaded, encoded(loaded, eos=eos), init="labels", length=5)
+    means = [table[ids].mean(axis=0) for ids in words]
+    np.testing.assert_allclose(rows[:3], means, rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_of_two_stacks_gives_the_one_that_is_trained(tmp_path):
@@ -109,7 +126,7 @@ def test_a_prompt_of_other_weights_is_not_a_start_by_chance(loaded, train, tmp_p
     with pytest.raises(UserError) as caught:
         rows_of(loaded, train, **given)
     assert str(caught.value) == (
-        f"{file} was trained on weights others, tiny has {loaded.fingerprint}; "
+        f"{file} was trained on weights others, {loaded.name} has {loaded.fingerprint}; "
         "method.init_any_weights=True starts from it nevertheless"
     )
     found = rows_of(loaded, train, **given, init_any_weights=True)
@@ -126,7 +143,7 @@ def test_words_begin_as_a_model_that_scales_embeddings_reads_them(tmp_path, trai
     ids = gemma.tokenizer.encode("the city")
     method = {"name": name, "init": "text", "init_text": "the city", "length": len(ids)}
     changes = {f"method__{key}": value for key, value in method.items()}
-    cfg = method_config(trial_config("tiny", "jsonl:x", **changes), gemma, train)
+    cfg = resolved(gemma, train, **changes)
     delta = METHODS[name].init(KEY, gemma.model, gemma.weights, cfg)
     given = delta if name == "prefix" else {"prompt": delta["prompt"]}
     apply = functools.partial(gemma.model.apply, {"params": gemma.weights, "delta": given})
@@ -202,14 +219,13 @@ def test_a_bos_that_the_tokenizer_lacks_is_refused(loaded, train):
     without = dataclasses.replace(
         loaded, tokenizer=dataclasses.replace(loaded.tokenizer, bos_id=None)
     )
-    config = trial_config("tiny", "jsonl:x", method__bos="before")
-    with pytest.raises(UserError, match="method.bos.*no BOS"):
-        prompt_config(config, without, train)
+    for method in ("prompt", "fewshot"):
+        with pytest.raises(UserError, match="method.bos.*no BOS"):
+            resolved(without, train, method__name=method, method__bos="before", method__shots=2)
 
 
-def shots(loaded, train, *, room=400, **changes):
-    config = trial_config("tiny", "jsonl:x", method__name="fewshot", **changes)
-    return few_shot_tokens(config, loaded, train, room=room)
+def shots(loaded, train, **more):
+    return np.array(resolved(loaded, train, method__name="fewshot", **more).tokens)
 
 
 def test_few_shot_examples_are_solved_balanced_and_seeded(loaded, train):
@@ -224,6 +240,25 @@ def test_few_shot_examples_are_solved_balanced_and_seeded(loaded, train):
     assert tuple(again) in draws
     everything = loaded.tokenizer.decode(shots(loaded, train, method__shots=6).tolist())
     assert all(f"Review: {one}\n" in everything for one in TEXTS)
+
+
+def test_few_shot_examples_end_with_a_blank_line_and_no_eos(loaded, train):
+    """Breaks when the EOS that `task.eos` ends targets with stands between two examples."""
+    np.testing.assert_array_equal(
+        shots(loaded, encoded(loaded, eos=True), method__shots=3),
+        shots(loaded, train, method__shots=3),
+    )
+
+
+def test_few_shot_examples_of_free_text_are_drawn_among_the_answered(loaded, train):
+    """Breaks when a task without labels has no example to draw, or an unanswered one is drawn."""
+    targets = [ids if n != 2 else ids[:0] for n, ids in enumerate(train.targets)]
+    labels = np.full(len(targets), -1, np.int32)
+    free = dataclasses.replace(train, candidates=(), labels=labels, targets=targets)
+    text = loaded.tokenizer.decode(shots(loaded, free, method__shots=5).tolist())
+    assert all((f"Review: {one}\n" in text) == (n != 2) for n, one in enumerate(TEXTS))
+    with pytest.raises(UserError, match="method.shots.*6; allowed: at most 5"):
+        shots(loaded, free, method__shots=6)
 
 
 def test_few_shot_limits(loaded, train):
@@ -257,4 +292,4 @@ def test_draws_are_balanced_while_the_labels_last():
         seen |= set(drawn.tolist())
     assert len(seen) > 30
     assert len(balanced_draw(labels_N, 99, np.random.default_rng(0))) == 43
-    assert setup.balanced_draw(np.array([-1, -1]), 3, np.random.default_rng(0)).size == 0
+    assert balanced_draw(np.array([-1, -1]), 3, np.random.default_rng(0)).size == 0

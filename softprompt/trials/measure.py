@@ -1,0 +1,118 @@
+"""What a trial's delta is measured by: the evaluators that its config asks for."""
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from softprompt.config import ConfigDict
+from softprompt.evaluation import latency
+from softprompt.evaluation.evaluators import Evaluator, Split, generation, ranking
+from softprompt.evaluation.metrics import over_tasks
+from softprompt.evaluation.perplexity import perplexity
+from softprompt.evaluation.ranking import shared_function
+from softprompt.files import write_text
+from softprompt.methods import METHODS
+from softprompt.training.step import StepConfig
+from softprompt.trials.data import evaluators_of
+from softprompt.trials.prepare import Prepared
+
+Tree = Any
+Predictions = list[list[dict[str, Any]]]  # a list for each task, a dict for each example
+
+PREDICTIONS = "predictions.jsonl"
+
+
+def evaluator(name: str, config: ConfigDict) -> Evaluator:
+    """The evaluator of this name, with a config's settings."""
+    if name == "ranking":
+        return ranking(config.eval.score)
+    return generation(config.eval.beams, max_new=config.task.max_target)
+
+
+def measure(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, float], Predictions]:
+    """Measures a delta on a split by every evaluator that the config asks for.
+
+    Returns:
+        The metrics, joined by `over_tasks`, and the predictions of all evaluators.
+    """
+    shared, metrics, predictions = prepared.shared(delta), {}, []
+    for part in prepared.data.parts(split, mesh=prepared.mesh, layout=prepared.layout):
+        results = [
+            measure_one(name, prepared, shared, part, split)
+            for name in evaluators_of(part.task, prepared.config)
+        ]
+        metrics[part.task.name] = {k: v for one in results for k, v in one.metrics.items()}
+        predictions.append(
+            [
+                {key: value for one in of_evaluators for key, value in one.items()}
+                for of_evaluators in zip(*(one.predictions for one in results), strict=True)
+            ]
+        )
+    return over_tasks(metrics), predictions
+
+
+def measure_one(name: str, prepared: Prepared, shared: Any, part: Split, split: str) -> Any:
+    """The result of one evaluator on one task."""
+    verb = {"ranking": "score", "generation": "generate"}[name]
+    report = functools.partial(prepared.session.progress.stage, f"{verb} {split}")
+    return evaluator(name, prepared.config)(prepared.forward, shared, part, report)
+
+
+def predictions_by_id(prepared: Prepared, split: str, found: Predictions) -> Iterator[dict]:
+    """Lines of predictions.jsonl: each example's id and prediction, and of a mixture its task."""
+    for one, of_task in zip(prepared.tasks, found, strict=True):
+        named = {"task": one.task.name} if len(prepared.tasks) > 1 else {}
+        for name, prediction in zip(one.split(split).ids, of_task, strict=True):
+            yield named | {"id": name} | prediction
+
+
+def read_predictions(folder: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a trial's predictions.jsonl."""
+    text = (epath.Path(folder) / PREDICTIONS).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, Any]:
+    """The selected delta's metrics: on the test split, and those that the config asks for.
+
+    Writes the predictions of the test split.
+    """
+    tested, found = measure(prepared, delta, "test")
+    metrics: dict[str, Any] = {"test": tested}
+    if jax.process_index() == 0:
+        lines = predictions_by_id(prepared, "test", found)
+        text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+        write_text(folder / PREDICTIONS, text)
+    if prepared.config.eval.text:
+        pieces = prepared.session.text(prepared.config, bos=prepared.bos)
+        report = functools.partial(prepared.session.progress.stage, "score text")
+        metrics["text"] = perplexity(prepared.forward, prepared.shared(delta), pieces, report)
+    if prepared.config.eval.latency:
+        metrics["latency"] = latency_metrics(prepared, delta)
+    return metrics
+
+
+def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
+    """What the delta costs in use, against the base: see `latency.compare`.
+
+    Of a mixture the inputs are the first task's. Weights that were trained themselves are first
+    cast to the dtype of the base's.
+    """
+    session, mesh, step = prepared.session, prepared.mesh, prepared.step
+    session.progress.stage("time prefill and decoding")
+    weights = session.model(prepared.config).weights  # anew, if training dropped them
+    plain = shared_function(StepConfig(step.model, "none", None), mesh)
+    inputs = prepared.tasks[0].test.inputs
+    base = latency.Served(weights, plain({}, weights), inputs)
+    if METHODS[step.method].Settings.trains_weights:
+        trained = jax.tree.map(lambda new, old: new.astype(old.dtype), delta, weights)
+        ours = latency.Served(trained, plain({}, trained), inputs)
+    else:
+        which = 0 if prepared.layout.prompts else None
+        ours = latency.Served(weights, prepared.shared(delta), inputs, which)
+    rows = -(-latency.ROWS // mesh.shape["data"]) * mesh.shape["data"]
+    return latency.compare(step.model, base, ours, mesh=mesh, rows=rows)

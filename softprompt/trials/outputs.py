@@ -1,0 +1,133 @@
+"""The table and the figure of an experiment, written beside its trials."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from etils import epath
+
+from softprompt.errors import UserError
+from softprompt.files import check_writable, write_bytes, write_text
+from softprompt.results import Row, read_rows
+from softprompt.trials.sweep import call_experiment
+
+OWNER = "sweep.json"
+MOST_FAILURES = 5  # that a caption names
+
+
+def write_outputs(
+    experiment: ModuleType,
+    rows: Sequence[Row],
+    folder: epath.PathLike,
+    *,
+    prefix: str = "",
+    notes: str = "",
+) -> list[str]:
+    """Writes table.md, .csv and .tex and figure.png and .pdf, each whole or not at all.
+
+    Args:
+        experiment: whose `table` and `figure` are called.
+        rows: what they are called with.
+        folder: where the files go.
+        prefix: of the files' names.
+        notes: sentences that the caption goes on with.
+
+    Returns:
+        The files' names.
+
+    Raises:
+        UserError: a mistake in the experiment, or the folder cannot be written to.
+    """
+    import pandas as pd  # slow to import
+    from matplotlib.figure import Figure
+
+    from softprompt.analysis import tables
+
+    caption = f"{experiment.CAPTION} {notes}".strip()
+    table = call_experiment(experiment, "table", rows, returns=pd.DataFrame)
+    figure = call_experiment(experiment, "figure", rows, returns=Figure)
+    files = {
+        "table.md": tables.to_markdown(table, caption).encode(),
+        "table.csv": tables.to_csv(table).encode(),
+        "table.tex": tables.to_latex(table, caption).encode(),
+    }
+    for suffix in ("png", "pdf"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, dpi=160, bbox_inches="tight")
+        files[f"figure.{suffix}"] = buffer.getvalue()
+    for name, content in files.items():
+        write_bytes(epath.Path(folder) / f"{prefix}{name}", content)
+    return [f"{prefix}{name}" for name in files]
+
+
+def write_trial_outputs(experiment: ModuleType, folder: epath.PathLike) -> list[str]:
+    """Writes the table and the figure of all finished trials below a folder.
+
+    The caption says what models and tasks they are of, and which trials failed. The experiment that
+    was swept into the folder first has table.md and so on, another NAME-table.md.
+
+    Returns:
+        The files' names, the Markdown table's first.
+
+    Raises:
+        UserError: there is no finished trial, or a mistake in the experiment.
+    """
+    from softprompt.analysis import tables  # pandas is slow to import
+
+    rows = read_rows(folder)
+    done = [row for row in rows if row["status"] == "done"]
+    failed = [row for row in rows if row["status"] != "done"]
+    failures = _failures(failed, len(rows)) if failed else ""
+    if not done:
+        raise UserError(f"no finished trial below {str(folder)!r}{failures and ': '}{failures}")
+    name = experiment_name(experiment)
+    return write_outputs(
+        experiment,
+        done,
+        folder,
+        prefix="" if owner(folder) == name else f"{name}-",
+        notes=f"{len(done)} trials of {tables.subject(done)}. {failures}",
+    )
+
+
+def _failures(failed: Sequence[Row], trials: int) -> str:
+    """How many trials failed, and the errors of the first."""
+    named = [f"{row['name']} ({row['error']})" for row in failed[:MOST_FAILURES]]
+    more = [f"and {len(failed) - len(named)} more"] if len(failed) > len(named) else []
+    return f"{len(failed)} of {trials} trials failed: {'; '.join([*named, *more])}."
+
+
+def experiment_name(experiment: ModuleType) -> str:
+    """The name of an experiment's file, without its suffix."""
+    return Path(str(experiment.__file__)).stem
+
+
+def claim_outputs(experiment: ModuleType, folder: epath.PathLike) -> None:
+    """Records that a folder is an experiment's, unless it is another's already.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    check_writable(folder)
+    if owner(folder) is None:
+        text = json.dumps({"experiment": experiment_name(experiment)})
+        write_text(epath.Path(folder) / OWNER, f"{text}\n")
+
+
+def owner(folder: epath.PathLike) -> str | None:
+    """The name of the experiment that was swept into a folder first; None where none was.
+
+    Raises:
+        UserError: the folder's sweep.json is not readable.
+    """
+    file = epath.Path(folder) / OWNER
+    if not file.exists():
+        return None
+    try:
+        return str(json.loads(file.read_text())["experiment"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{file}: not readable ({error}); allowed: {{"experiment": NAME}}'
+        ) from error

@@ -1,0 +1,155 @@
+"""The documentation: its commands and Python run on a tiny model, and what cannot run here parses.
+
+Each page is read from top to bottom in a folder of its own. A fenced block with a title is a file
+of the reader's, `python` and `sh` blocks are run, and a block behind `<!-- not run: reason -->` is
+only parsed.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from softprompt import cli
+from softprompt.config import base_config, flatten, set_key
+from softprompt.data.tasks import TASKS, Task
+from softprompt.pretrained.catalog import CATALOG
+from softprompt.trials.sweep import load_experiment
+from tests.own_task import BAD, ENDINGS, GOOD, give
+from tests.tiny import write_llama_folder
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [
+    str(page.relative_to(REPOSITORY))
+    for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
+]
+MODEL = "smollm2-135m-instruct-q4"
+# Added to commands that take config keys: few steps, on one of the test run's devices.
+QUICK = ["--config.train.steps=6", "--config.mesh.data=1"]
+BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n\n)?"
+    r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$',
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block; `reason` says why it does not run here, "" where it does."""
+
+    page: str
+    language: str
+    title: str
+    reason: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page."""
+    text = (REPOSITORY / page).read_text()
+    found = [Block(page, **match.groupdict(default="")) for match in BLOCK.finditer(text)]
+    assert len(re.findall("^```", text, re.MULTILINE)) == 2 * len(found), "a block is not read"
+    return found
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+def commands(block: Block) -> Iterator[tuple[str, list[str]]]:
+    """What each line of a `sh` block gives to a program, and the program with its arguments."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        given = ""
+        if "|" in words:
+            pipe = words.index("|")
+            assert words[0] == "echo", line
+            given, words = " ".join(words[1:pipe]) + "\n", words[pipe + 1 :]
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # NAME=value before the program
+            words = words[1:]
+        if words:
+            yield given, [Path(words[0]).name, *words[1:]]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse_and_keys_exist(page):
+    """Breaks when a command, an argument, an experiment or a config key of the docs is renamed."""
+    config = base_config()
+    for block in blocks(page):
+        for _, (program, *words) in commands(block) if block.language == "sh" else ():
+            if program != "softprompt":
+                continue
+            arguments, overrides = cli.parse(words)
+            for key, value in overrides:
+                set_key(config, key, value)
+            experiment = getattr(arguments, "experiment", None)
+            if experiment and not experiment.endswith(".py"):
+                load_experiment(experiment)
+    sections = "|".join(key for key, value in config.items() if key != "seed")
+    named = re.findall(
+        rf"`(?:--config\.)?((?:{sections})\.\w+)[=`]", (REPOSITORY / page).read_text()
+    )
+    assert set(named) <= flatten(config).keys()
+
+
+def test_few_blocks_do_not_run():
+    """Breaks when blocks are marked "not run" rather than mended."""
+    not_run = [block for block in ALL if block.reason]
+    assert len(not_run) <= 20, [f"{block.page}: {block.reason}" for block in not_run]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """An empty folder to work in, where the default model and the tasks are tiny ones."""
+    monkeypatch.chdir(tmp_path)
+    write_llama_folder(tmp_path / MODEL, width=16, layers=2, heads=2, kv_heads=1, context=1024)
+    monkeypatch.delitem(CATALOG, MODEL)  # so that the name is the folder's
+    for name, task in TASKS.items():
+        if task.fields == ("text",):
+            monkeypatch.setitem(TASKS, name, tiny_task(tmp_path / "data", task))
+    return tmp_path
+
+
+def tiny_task(folder: Path, task: Task) -> Task:
+    """The same task over a few lines."""
+    folder.mkdir(exist_ok=True)
+    texts = [
+        f"{words} {end}"
+        for end in ENDINGS[:3]
+        for pair in zip(GOOD, BAD, strict=True)
+        for words in pair
+    ]
+    labels = list(task.verbalizers)
+    lines = [
+        json.dumps({"text": text, "label": labels[number % len(labels)]}) + "\n"
+        for number, text in enumerate(texts)
+    ]
+    for split in ("train", "validation", "test"):
+        (folder / f"{task.name}-{split}.jsonl").write_text("".join(lines))
+    source = f"jsonl:{folder}/{task.name}-{{split}}.jsonl"
+    return Task(task.name, source, task.template, task.verbalizers)
+
+
+RUN = [block for block in ALL if block.language in ("sh", "python") and not block.reason]
+
+
+@pytest.mark.parametrize("page", dict.fromkeys(block.page for block in RUN))
+def test_blocks_run(page, desk, monkeypatch):
+    """Breaks when a command or Python of the docs no longer does what its page says."""
+    names: dict[str, object] = {}
+    for block in blocks(page):
+        if block.title:
+            (desk / block.title).write_text(block.text)
+        elif block not in RUN:
+            continue
+        elif block.language == "python":
+            exec(compile(block.text, f"{page}: {block.text[:40]!r}", "exec"), names)
+        else:
+            for given, (program, *words) in commands(block):
+                assert program == "softprompt", f"{page}: {program} does not run in this test"
+                give(monkeypatch, given)
+                more = QUICK if words[0] in ("train", "sweep") else []
+                assert cli.main(words + more) == 0, f"{page}: softprompt {' '.join(words)}"

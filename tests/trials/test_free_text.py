@@ -1,0 +1,120 @@
+"""A task whose answers are free text: trained, selected, tested and used by generation."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from softprompt import cli
+from softprompt.config import base_config
+from softprompt.data.tasks import TASKS
+from softprompt.errors import UserError
+from softprompt.evaluation.metrics import free_text
+from softprompt.results import read_result
+from softprompt.training.logs import read_log
+from softprompt.trials.data import evaluators_of
+from tests.own_task import give
+
+ANSWERS = {"paris": ["the city", "a city"], "rome": ["the story"], "film": ["it is old", "old"]}
+
+
+@pytest.fixture(scope="module")
+def keys(tiny_folder, tmp_path_factory):
+    """Config words of a trial on a JSONL file of questions, some with several right answers."""
+    file = tmp_path_factory.mktemp("qa") / "qa.jsonl"
+    lines = [
+        {"question": f"{n} {word} ?", "answer": right if len(right) > 1 else right[0]}
+        for n in range(20)
+        for word, right in ANSWERS.items()
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {
+        "model.name": tiny_folder,
+        "model.dtype": "float32",
+        "task.name": "qa",
+        "task.source": f"jsonl:{file}",
+        "task.template": "Q: {question}\nA:",
+        "task.label_field": "answer",
+        "task.max_target": 8,
+        "task.eos": True,
+        "method.length": 4,
+        "train.steps": 30,
+        "train.batch": 8,
+        "optimizer.rate": 0.3,
+        "eval.every": 15,
+        "eval.metric": "f1",
+    }
+    return [f"--config.{key}={value}" for key, value in found.items()]
+
+
+@pytest.fixture(scope="module")
+def trained(keys, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trial") / "w"
+    assert cli.main(["train", *keys, "--workdir", str(folder)]) == 0
+    return folder
+
+
+def predictions(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_trained_selected_and_tested_by_generation(trained):
+    """Breaks when an answer is compared with the first right one alone, or selection goes by
+    another metric."""
+    row, lines = read_result(trained), predictions(trained)
+    found = free_text([line["predicted"] for line in lines], [line["answers"] for line in lines])
+    assert row["metrics"]["test"] == pytest.approx(found)
+    assert {"exact_match", "f1", "examples"} == row["metrics"]["test"].keys()
+    assert any(len(line["answers"]) > 1 for line in lines)
+    looks = {
+        line["step"]: line["validation/f1"] for line in read_log(trained) if "loss" not in line
+    }
+    assert row["metrics"]["selected_step"] == max(looks, key=lambda step: looks[step])
+    assert row["metrics"]["validation"]["f1"] == max(looks.values())
+
+
+def test_evaluated_and_answered(trained, capsys, monkeypatch):
+    """Breaks when `evaluate` ranks a task without candidates, or `predict` wants labels."""
+    assert cli.main(["evaluate", "--run", str(trained)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["f1"] == pytest.approx(read_result(trained)["metrics"]["test"]["f1"])
+    give(monkeypatch, "3 rome ?\n7 film ?\n")
+    assert cli.main(["predict", "--run", str(trained), "--format", "json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["text"] for one in answers] == ["3 rome ?", "7 film ?"]
+    assert all(isinstance(one["answer"], str) for one in answers)
+
+
+def test_beams_have_a_caller(keys, trained, tmp_path, capsys):
+    """Breaks when `eval.beams` is not handed on: the search of one beam is greedy decoding."""
+    some = [key for key in keys if "train.steps" not in key and "eval.every" not in key]
+    scores = {}
+    for beams in (1, 3):
+        words = [*some, "--config.train.steps=0", f"--config.eval.beams={beams}"]
+        assert cli.main(["train", *words, "--workdir", str(tmp_path / str(beams))]) == 0
+        scores[beams] = [line["predicted"] for line in predictions(tmp_path / str(beams))]
+    assert len(scores[1]) == len(scores[3])
+    assert scores[1] != scores[3]
+
+
+def test_which_evaluators_a_config_asks_for():
+    """Breaks when a metric that a task lacks selects, or what selects is not measured."""
+    labels = TASKS["sms_spam"]
+    free = replace(labels, name="qa", verbalizers={})
+    config = base_config()
+    assert evaluators_of(labels, config) == ["ranking"]
+    with pytest.raises(UserError, match=r"'eval.metric' is 'accuracy'.*'qa': exact_match, f1"):
+        evaluators_of(free, config)
+    config.eval.metric = "f1"
+    assert evaluators_of(free, config) == ["generation"]
+    with pytest.raises(UserError, match=r"'eval.metric' is 'f1'.*'sms_spam': accuracy, macro_f1"):
+        evaluators_of(labels, config)
+    config.eval.metric = "generated_accuracy"
+    assert evaluators_of(labels, config) == ["ranking", "generation"]
+    config.eval.metrics = "illegal, generated_macro_f1"
+    assert evaluators_of(labels, config) == ["generation"]
+    config.eval.metrics = "illegible"
+    with pytest.raises(UserError, match=r"'eval.metrics' is 'illegible'; allowed"):
+        evaluators_of(labels, config)
+    config.eval.metrics, config.method.name = "", "none"
+    assert evaluators_of(free, config) == ["generation"], "nothing is selected"
