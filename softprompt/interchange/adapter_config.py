@@ -260,7 +260,7 @@ def whole_number(config: Mapping[str, Any], key: str, *, file: str) -> int:
         UserError: it is not, or it is absent.
     """
     value = config.get(key)
-    if not (isinstance(value, int) and _is_whole(value)):
+    if not isinstance(value, int) or not _is_whole(value):
         raise refuse(file, key, value, "a whole number from 1")
     return value
 
