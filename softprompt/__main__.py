@@ -12,17 +12,16 @@ def entry() -> NoReturn:
     interrupts.exit_at_once()
     from softprompt.cli import main  # after signals are handled
 
-    code: object = 1
     try:
         code = main()
     except SystemExit as stop:
-        code = stop.code
+        code = stop.code if isinstance(stop.code, int) else 1
     if code in interrupts.CODES.values():  # all is saved: no thread is waited for
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        os._exit(int(code))
-    sys.exit(code)  # type: ignore[arg-type]
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
