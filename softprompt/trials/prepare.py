@@ -398,7 +398,7 @@ def seen_rms(loaded: Loaded) -> float:
 def step_work(prepared: Prepared) -> Work:
     """What an average step has to compute: no padding, each context once."""
     batch, layout = prepared.config.train.batch, prepared.layout
-    runs = 0 if prepared.step.method == "prefix" else max(1, layout.prompts)
+    runs = max(1, layout.prompts) if METHODS[prepared.step.method].Settings.is_prompt else 0
     return train_work(prepared.data.train, layout, prepared.contexts, batch, runs=runs)
 
 

@@ -59,6 +59,8 @@ CASES = {  # name -> the method and its configuration, for a decoder and for T5
     "lora": ("lora", lambda where: LoraConfig(3, 5.0)),
     "lora, everywhere": ("lora", lambda where: LoraConfig(3, 5.0, True, EVERY)),
     "lora, one A for three": ("lora", lambda where: LoraConfig(3, 5.0, False, ("qkv", "o"))),
+    "dora": ("dora", lambda where: LoraConfig(3, 5.0)),
+    "dora, one A for three": ("dora", lambda where: LoraConfig(3, 5.0, True, ("qkv", "o", "up"))),
     "houlsby": ("adapter", lambda where: AdapterConfig(6)),
     "pfeiffer": ("adapter", lambda where: AdapterConfig(6, "pfeiffer")),
     "bitfit": ("bitfit", lambda where: None),
