@@ -81,7 +81,7 @@ def to_peft(
         tensors, fields = _WRITE[form["peft_type"]](leaves, model, method, **_vectors(name))
     except KeyError as missing:
         raise UserError(f"the delta has no leaf {missing}; {name} needs it") from missing
-    fields = form | fields
+    fields = {**form, **fields}
     if known.get("peft_type") == "P_TUNING" and fields["peft_type"] == "PROMPT_TUNING":
         fields["peft_type"] = "P_TUNING"  # a prompt that another network made
     if leaves:

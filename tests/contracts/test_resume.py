@@ -85,6 +85,17 @@ def in_a_write(folder):
     return lambda: logged(folder) > before and bool(half_written(folder))
 
 
+def after(seconds):
+    """Whether so many seconds have passed since it was first asked."""
+    asked = []
+
+    def passed():
+        asked.append(time.monotonic())
+        return asked[-1] - asked[0] > seconds
+
+    return passed
+
+
 class Launcher:
     """Starts the same command again and again, each time with what the last one left."""
 
@@ -119,7 +130,8 @@ class Launcher:
 
 @pytest.fixture(scope="module")
 def stopped(place, tiny_folder):
-    """A trial killed three times at random steps, once in a write, then asked to stop, then ended.
+    """A trial killed three times at random steps, once in a write, then asked to stop at several
+    moments, then ended. A signal ends the command with its code and one line, without a traceback.
 
     Beside it, the same trial left alone.
     """
@@ -138,6 +150,19 @@ def stopped(place, tiny_folder):
             if half_written(folder):
                 break
         left = half_written(folder)
+        # While JAX is imported, while the model loads, in a step, in a write.
+        enough = logged(folder) + 15
+        for number, moment in (
+            (signal.SIGINT, after(0.7)),
+            (signal.SIGHUP, after(3.0)),
+            (signal.SIGINT, lambda at=enough: logged(folder) >= at),
+            (signal.SIGINT, in_a_write(folder)),
+        ):
+            code = launcher.stop(number, moment)
+            said = launcher.said.pop()
+            assert code == (130 if number == signal.SIGINT else 75), said[-2000:]
+            assert "Traceback" not in said, said[-2000:]
+            assert said.count("interrupted; the same command resumes") == 1 or code == 75, said
         target = logged(folder) + 10
         code = launcher.stop(signal.SIGTERM, lambda: logged(folder) >= target)
         launcher.left, launcher.sigterm = left, (code, logged(folder), read_result(folder))
