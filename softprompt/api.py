@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 import pandas as pd
@@ -35,7 +35,7 @@ from softprompt.trials.sweep import (
     run_trials,
 )
 
-Source = str | ConfigDict | Mapping[str, Any]
+Source: TypeAlias = str | ConfigDict | Mapping[str, Any]
 
 __all__ = [
     "Loaded",

@@ -83,7 +83,7 @@ def refuse(capsys, tmp_path):
         (
             {"method__name": "lroa"},
             "config key 'method.name' is 'lroa' (did you mean 'lora'?); "
-            "allowed: prompt, multitask, prefix, lora, adapter, bitfit, ia3, full, none, fewshot",
+            "allowed: prompt, multitask, prefix, lora, dora, adapter, bitfit, ia3, full, none, few",
         ),
         (
             {"method__name": "prompt,lora"},

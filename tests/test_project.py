@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from softprompt.methods import METHODS
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PYTHON_FILES = [
     path
@@ -132,3 +134,24 @@ def test_files_and_functions_stay_readable():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
                 long.append(f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}")
     assert long == []
+
+
+def test_no_code_outside_methods_asks_a_methods_name():
+    """Settings say what a method can do. Breaks on `config.method.name == "prefix"` anywhere else,
+    by which a new method would have to be looked for all over the library.
+    """
+    found = []
+    for path in PYTHON_FILES:
+        if REPOSITORY / "softprompt" in path.parents and path.parent.name != "methods":
+            for node in ast.walk(ast.parse(path.read_text())):
+                sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+                words = {
+                    one.value
+                    for side in sides
+                    for one in ast.walk(side)
+                    if isinstance(one, ast.Constant)
+                } - {"name"}
+                asked = any("method" in ast.unparse(side) for side in sides)
+                if asked and words & METHODS.keys():
+                    found.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}")
+    assert found == []

@@ -10,6 +10,7 @@ from types import ModuleType
 from softprompt.methods import (
     adapter,
     bitfit,
+    dora,
     fewshot,
     full,
     ia3,
@@ -27,6 +28,7 @@ METHODS: dict[str, ModuleType] = {
         multitask,
         prefix,
         lora,
+        dora,
         adapter,
         bitfit,
         ia3,

@@ -44,11 +44,15 @@ from tests.tiny import tiny_config
         ),
         (
             {"method.name": "prefix", "method.dropout": "0.1"},
-            ("'method.dropout' is 0.1", "method.name=prefix", "(prompt, lora have it)"),
+            ("'method.dropout' is 0.1", "method.name=prefix", "(prompt, lora, dora have it)"),
         ),
         (
             {"method.targets": "q,v"},
-            ("'method.targets' is 'q,v'", "method.name=prompt has no such key", "lora, ia3 have"),
+            (
+                "'method.targets' is 'q,v'",
+                "method.name=prompt has no such key",
+                "lora, dora, ia3 have",
+            ),
         ),
         (
             {"method.placement": "pfeiffer"},

@@ -19,6 +19,7 @@ REAL = 3e-4
 ROW, SHAPE = (2, 0, 1), RowShape(1, 64, 12)
 CASES = {  # name -> the method's configuration, and how far the delta is moved
     "lora": (LoraConfig(4, 8.0), 0.02),
+    "dora": (LoraConfig(4, 8.0), 0.02),
     "adapter": (AdapterConfig(8), 0.02),
     "bitfit": (None, 0.02),
     "ia3": (Ia3Config(), 0.02),
