@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from softprompt import cli
 from softprompt.config import base_config, flatten, set_key
@@ -28,7 +29,6 @@ PAGES = [
     for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
 ]
 MODEL = "smollm2-135m-instruct-q4"
-QUICK = ["--config.train.steps=6"]  # added to commands that train
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n\n)?"
     r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$',
@@ -101,7 +101,27 @@ def test_few_blocks_do_not_run():
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
+def kept_programs(tmp_path_factory):
+    """Compiled programs are kept from one command to the next: many train the same prompt."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    usual = {name: getattr(jax.config, name) for name in values}
+    set_cache(values)
+    yield
+    set_cache(usual)
+
+
+def set_cache(values: dict[str, object]) -> None:
+    """Sets JAX's keys of its cache of programs, which reads them once."""
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, kept_programs):
     """A reader's folder with the tutorial's first trial; the default model and tasks are tiny."""
     folder = tmp_path_factory.mktemp("desk")
     write_llama_folder(folder / MODEL, width=16, layers=2, heads=2, kv_heads=1, context=1024)
@@ -115,7 +135,7 @@ def desk(tmp_path_factory):
             if task.fields == ("text",):
                 patch.setitem(TASKS, name, tiny_task(folder / "data", task))
         first = ["train", "--config", "configs/quickstart.py", "--workdir", "runs/first"]
-        assert cli.main(first + QUICK) == 0
+        assert cli.main(first) == 0
         yield folder
 
 
@@ -152,5 +172,4 @@ def test_blocks_run(page, desk, monkeypatch):
             for given, (program, *words) in commands(block):
                 assert program == "softprompt", f"{page}: {program} does not run in this test"
                 give(monkeypatch, given)
-                more = QUICK if words[0] in ("train", "sweep") else []
-                assert cli.main(words + more) == 0, f"{page}: softprompt {' '.join(words)}"
+                assert cli.main(words) == 0, f"{page}: softprompt {' '.join(words)}"
