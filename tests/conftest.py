@@ -1,6 +1,7 @@
 """What every test runs under: CPU, eight virtual devices, exact float32 matmuls, no hub."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,29 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disallow_mesh_context_manager", True)
 
+# The cache of compiled programs is emptied when it is larger.
+MOST_KEPT_BYTES = 2**31
+
 # A process may map so many pieces of memory (Linux: 65,530), and a compiled program takes several.
 MOST_MAPS = 20_000
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are kept in pytest's cache folder, for all workers and for the next run.
+
+    Many tests compile one program again: in a session of its own, or in another module. Small ones
+    are compiled sooner than they are read. `--cache-clear` and `make clean` remove the folder.
+    """
+    if not hasattr(config, "cache"):  # with -p no:cacheprovider
+        return
+    folder = config.cache.mkdir("programs")
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker and sum(f.stat().st_size for f in folder.iterdir()) > MOST_KEPT_BYTES:
+        shutil.rmtree(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(autouse=True, scope="module")

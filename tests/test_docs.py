@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from softprompt import cli
 from softprompt.config import base_config, flatten, set_key
@@ -101,27 +100,7 @@ def test_few_blocks_do_not_run():
 
 
 @pytest.fixture(scope="module")
-def kept_programs(tmp_path_factory):
-    """Compiled programs are kept from one command to the next: many train the same prompt."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    usual = {name: getattr(jax.config, name) for name in values}
-    set_cache(values)
-    yield
-    set_cache(usual)
-
-
-def set_cache(values: dict[str, object]) -> None:
-    """Sets JAX's keys of its cache of programs, which reads them once."""
-    for name, value in values.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory, kept_programs):
+def desk(tmp_path_factory):
     """A reader's folder with the tutorial's first trial; the default model and tasks are tiny."""
     folder = tmp_path_factory.mktemp("desk")
     write_llama_folder(folder / MODEL, width=16, layers=2, heads=2, kv_heads=1, context=1024)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -80,7 +81,7 @@ class Backwards(prepare.TrainSource):
     """The same steps with their rows in the opposite order."""
 
     def __getitem__(self, step):
-        return {name: array[::-1] for name, array in super().__getitem__(step).items()}
+        return jax.tree.map(lambda array: array[::-1], super().__getitem__(step))
 
 
 def test_bfloat16_trials(tiny_folder, tmp_path, monkeypatch):
