@@ -78,7 +78,7 @@ parity: $(PARITY_VENV)/.parity  ## compare with live PyTorch, transformers and p
 	@OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(WORKERS) $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation into site/, its links checked
-	@$(VENV)/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "wrote site/index.html"
 
 # What the benchmark measures goes on where it stopped; ARGS="--steps 2" and so on go to it.

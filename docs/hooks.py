@@ -1,18 +1,18 @@
 """MkDocs hooks: pages generated from the code, and the figures of the experiments."""
 
 import ast
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from softprompt.cli import COMMANDS, TAKES_OVERRIDES
 from softprompt.config import describe
+from softprompt.settings import allowed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIGURES = REPOSITORY / "experiments" / "figures"
 PACKAGES = (
-    *("config", "models", "pretrained", "methods", "data", "training"),
+    *("api", "config", "models", "pretrained", "methods", "data", "training"),
     *("evaluation", "inference", "interchange", "trials", "analysis", "results"),
 )
 
@@ -75,15 +75,15 @@ def config_page() -> str:
     for key in describe():
         if (own := key.name.rpartition(".")[0]) != section:
             section = own
-            lines.append(f"## {section}")
-        lines += [f"### `{key.name}` {{ #{key.name} }}", f"{_sentence(key.help)}", _facts(key)]
+            lines += [f"## {section}"] if section else []
+        lines += [f"### `{key.name}` {{ #{key.name} }}", _sentence(key.help), _facts(key)]
     return "\n\n".join(lines) + "\n"
 
 
 def _facts(key: Any) -> str:
     """What a key is by default, what it may be, and when it counts."""
-    default = f"`{key.default!r}`" if key.default not in ("", {}) else "empty"
-    facts = [f"Default: {default}.", f"Takes: {_allowed(key)}."]
+    default = f"`{key.default}`" if key.default not in ("", {}) else "empty"
+    facts = [f"Default: {default}.", f"Takes: {allowed(key)}."]
     for chooser, owners in key.owners.items():
         facts.append(f"Only with `{chooser}` = {_list(owners)}.")
     if key.needs:
@@ -91,17 +91,6 @@ def _facts(key: Any) -> str:
     if not key.scientific:
         facts.append("Not part of a trial's id.")
     return "<br>\n".join(facts)
-
-
-def _allowed(key: Any) -> str:
-    """The values that a key takes, in words."""
-    if key.choices:
-        return _list(key.choices)
-    if key.low == -math.inf:
-        return key.type
-    if key.high == math.inf:
-        return f"{key.type}, at least {key.low:.10g}"
-    return f"{key.type} from {key.low:.10g} to {key.high:.10g}"
 
 
 def _sentence(text: str) -> str:

@@ -1,18 +1,17 @@
-"""Does a training step cost what its operations say?
+"""Is the time of a training step proportional to its operations?
 
-Question: how does the time of a step grow with prompt length (P from 0 to 1000), tokens, trials
-that take it together, and layers, and is that how the count of operations (`train_flops`) grows?
+Question: how does the time of a step grow with prompt length (P from 0 to 1000), tokens, the number
+of trials in one step, and layers? Does it grow like the count of operations (`train_flops`)?
 
-Prediction: from the base point (P = 20, 16 movie snippets, one trial, all layers), where prediction
-and measurement are set equal, all points are within 25 %. Above the prediction at few tokens and
-few layers, since the update, padding and what a step costs at all do not shrink; below it at P of
-500 and more, where products are larger. Trials together cost their sum. At P = 0 nothing is
-trained, so that there is only a forward pass, which is what is counted there.
+Prediction: with prediction and measurement set equal at the base point (P = 20, 16 movie snippets,
+one trial, all layers), all points are within 25 %. Points with few tokens or few layers are above
+the prediction, since the update, padding and fixed costs do not shrink; P of 500 and more is below
+it, since products are larger. Several trials cost the sum of one each. At P = 0 nothing is trained,
+and only a forward pass is run and counted.
 
-This is a measurement, not a sweep of trials: the number of trials together is in no trial's config,
-and no model of the catalogue has fewer layers (here: the first ones of the real model, which take
-the time that they take in it). Points take their steps in turns, a round after another, in one
-process, so that what else the machine does hits all.
+This is a measurement, not a sweep of trials: the number of trials in one step is not a config key,
+and no model of the catalogue has fewer layers (here the first layers of the real model are used).
+All points take a step in each round, in one process, so that other load on the machine affects all.
 
 Command, from the repository root, on a machine that does nothing else:
     python -m experiments.cost_growth --subset quick
@@ -23,8 +22,8 @@ Memory: 5 GB; the layers of shorter models are copied.
 
 Expected (full, two x86 cores, jax 0.12, commit b78314e): 1.01 to 1.09 of the prediction for P of 1
 to 500, 0.95 to 1.03 for 2 to 8 trials together, 1.01 to 1.20 for 5 to 20 layers and 3.6 for one;
-0.93 to 0.95 for more tokens, 1.12 to 2.13 for fewer; 0.79 at P = 0 and 1.26 at P = 1000, where the
-prediction had it below.
+0.93 to 0.95 for more tokens, 1.12 to 2.13 for fewer; 0.79 at P = 0; 1.26 at P = 1000, where the
+prediction was below 1.
 """
 
 import argparse
@@ -73,7 +72,7 @@ from softprompt.trials.prepare import (
     step_flops,
     step_work,
     train_source,
-    trial_key,
+    trial_dropout,
 )
 from softprompt.trials.session import Session, optimizer_config
 
@@ -240,10 +239,11 @@ def stepper(prepared: Prepared, members: int, count: int) -> Callable[[int], flo
     on the devices within.
     """
     config, mesh, frozen = prepared.config, prepared.mesh, prepared.frozen
-    source, key, state = train_source(prepared), trial_key(prepared), initial_state(prepared)
+    source, dropout = train_source(prepared), trial_dropout(prepared)
+    state = initial_state(prepared)
     made = [pad_rows(source[n], mesh.shape["data"]) for n in range(count * members)]
     opt_state = set_rate(state.opt_state, np.float32(RATE))
-    arguments = (state.delta, opt_state, frozen, put_batch(mesh, made[0]), key)
+    arguments = (state.delta, opt_state, frozen, put_batch(mesh, made[0]), dropout)
     program = prepared.session.program(prepared.step, optimizer_config(config), mesh, arguments)
     states = [(state.delta, opt_state)] * members
     del state, arguments
@@ -259,7 +259,7 @@ def stepper(prepared: Prepared, members: int, count: int) -> Callable[[int], flo
         began = time.perf_counter()
         batches = [put_batch(mesh, one) for one in made[n * members : (n + 1) * members]]
         calls = [
-            StepCall(program, *own, frozen, batch, key)
+            StepCall(program, *own, frozen, batch, dropout)
             for own, batch in zip(states, batches, strict=True)
         ]
         results = jax.block_until_ready(take(calls))

@@ -1,15 +1,15 @@
 """What does a context cost in decoding?
 
-Question: how many tokens a second does batched decoding of the real SmolLM2-135M make behind a
-context of 100 positions, and how many behind none?
+Question: how many tokens a second does batched decoding with the real SmolLM2-135M produce after a
+context of 100 positions, and how many without a context?
 
-Prediction: within 5 % of each other. A step reads all weights and multiplies them with every row;
-the context's 100 keys and values a layer are computed once, kept once for all rows, and are 1 % of
-what is read. A row's attention to them adds 3 % of its operations.
+Prediction: within 5 % of each other. A step reads all weights and multiplies them with every row.
+The context's 100 keys and values in each layer are computed once and shared by all rows; they are
+1 % of the bytes read. A row's attention to them adds 3 % to its operations.
 
 This is a measurement, not a sweep of trials: it has no `sweep`, `table` and `figure`. The two forms
-take turns in one process, so that what else the machine does hits both; the processors' seconds say
-more than the clock where it does much. Prefill, and the token that it brings, are not counted.
+take turns in one process, so that other load on the machine affects both. On a busy machine the
+processor time is more reliable than the clock. Prefill and its token are not counted.
 
 Command, from the repository root, on a machine that does nothing else:
     python -m experiments.decode_speed

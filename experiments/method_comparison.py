@@ -1,18 +1,20 @@
-"""What does each way to train a delta cost, and what does it reach?
+"""What does each method cost, and how accurate is it?
 
 Question: on one frozen SmolLM2-135M-Instruct and movie-snippet sentiment, under equal conditions,
-what do a prompt, a prefix, LoRA, adapters, BitFit, IA3 and full fine-tuning train, store, compute
-and lose, and how accurate are they on 100 to 7,070 examples? How do the usual claims compare?
+how many parameters do a prompt, a prefix, LoRA, adapters, BitFit, IA3 and full fine-tuning train
+and store, what do they compute, how much perplexity do they lose on other text, and how accurate
+are they on 100 to 7,070 examples? How do the usual claims compare?
 
-Prediction: on all examples every method ends within two points of the others but BitFit and IA3,
-which lag after few steps; on 100 examples the small deltas win. A context costs prefill and
-decoding next to nothing, unmerged LoRA and adapters some per cent each. Full fine-tuning takes half
-as long again a step as LoRA and several times its memory, and loses most on other text.
+Prediction: on all examples the methods end within two points of one another, except BitFit and IA3,
+which lag after few steps; on 100 examples the small deltas are best. A context adds almost nothing
+to prefill and decoding, unmerged LoRA and adapters some per cent each. A step of full fine-tuning
+takes 1.5 times as long as one of LoRA and several times its memory, and full fine-tuning loses most
+on other text.
 
 Equal conditions: model, task, precision, the order of the data for a seed, steps, and three
-learning rates for every method, of which validation accuracy chooses, for each size of the training
-set anew. LoRA, adapters and IA3 are timed unmerged. Multitask prompts are left out: for a single
-task they are a prompt times factors, which one product makes a prompt again.
+learning rates for every method. For each size of the training set validation accuracy chooses one
+of the rates. LoRA, adapters and IA3 are timed unmerged. Multitask prompts are left out: with one
+task their product is an ordinary prompt.
 
 Command:
     softprompt sweep method_comparison --workdir runs/method_comparison
@@ -21,8 +23,7 @@ Command:
 
 Cost: 406 trials of 240 steps ("full"); 35 of 50 steps ("quick": the rates of `QUICK`, three seeds
 for prompt, prefix, LoRA and full fine-tuning, 100 and all examples); 28 of 30 steps ("search").
-Add --dry-run for the estimate of a machine's time. A finished trial of full fine-tuning leaves 2.7
-GB behind.
+Add --dry-run for an estimate of the time. A finished trial of full fine-tuning takes 2.7 GB.
 
 Expected, "quick", on all examples: zero-shot 0.784; prompt 0.838, residual prompt 0.816, prefix
 0.803, LoRA 0.832, Houlsby 0.822, Pfeiffer 0.844, BitFit 0.816, IA3 0.846, full 0.849, most of them
@@ -65,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "IA3": {"method.name": "ia3"},
     "full": {"method.name": "full"},
 }
-KINDS = ("method.name", "method.reparam", "method.placement")  # what tells them apart
+KINDS = ("method.name", "method.reparam", "method.placement")  # keys in which they differ
 
 # Learning rates: of prompts in embedding RMS, of the others absolute.
 IN_RMS = ("prompt", "residual prompt")
@@ -81,7 +82,7 @@ RATES: dict[str, tuple[float, float, float]] = {
     "full": (1e-5, 2e-5, 5e-5),
 }
 
-# The rates of "quick": what "search" chose, see experiments/LOG.md. The lower one of a tie.
+# The rates of "quick": the best of "search" (see experiments/LOG.md), the lower one of a tie.
 QUICK = {
     "prompt": 0.08,
     "residual prompt": 0.03,
@@ -176,7 +177,7 @@ def _trial(
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Returns one line a method; what was not measured is empty."""
+    """Returns one line for each method; a cell that was not measured is empty."""
     lines, base = _chosen(rows), _of(rows, BASE)
     plain = next((row for row in [*base, *rows] if row.get("weight_bytes")), None)
     names = [name for name in METHODS if any(_name(row) == name for row in rows)]
@@ -185,9 +186,9 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def _name(row: Row) -> str:
-    """The method's name in `METHODS`, whatever its size."""
+    """The method's name in `METHODS`."""
     method = row["config"]["method"]
-    for name, keys in reversed(METHODS.items()):  # what says more stands behind
+    for name, keys in reversed(METHODS.items()):  # more specific entries come later
         if all(method[key[7:]] == value for key, value in keys.items() if key in KINDS):
             return name
     return str(method["name"])
@@ -264,7 +265,7 @@ def _line(
 
 
 def _costs(done: Sequence[Row], plain: Row | None) -> dict[str, Any]:
-    """What a method trains, stores and computes; `plain` holds the frozen weights whole."""
+    """What a method trains, stores and computes; `plain` is a row with all frozen weights."""
     first = done[0] if done else {}
     trained, stored = first.get("trainable"), first.get("delta_bytes")
     frozen, flops, steps = (first.get(key) for key in ("weight_bytes", "flops", "steps"))
@@ -284,7 +285,7 @@ def _costs(done: Sequence[Row], plain: Row | None) -> dict[str, Any]:
 
 
 def _parameters(plain: Row | None) -> float | None:
-    """How many numbers the frozen weights are; unknown where they are quantised."""
+    """The number of frozen weights; None where they are quantised."""
     if plain is None or plain["config"]["model"]["quantize"] != "none":
         return None
     size = {"float32": 4, "bfloat16": 2}[plain["config"]["model"]["dtype"]]
@@ -292,7 +293,7 @@ def _parameters(plain: Row | None) -> float | None:
 
 
 def _use(done: Sequence[Row], base: Sequence[Row]) -> dict[str, str | None]:
-    """What the delta costs where it is used: latency of both kinds, and other text."""
+    """What the delta costs in use: both latencies, and perplexity on other text."""
     found: dict[str, str | None] = {"prefill": None, "token": None, "text": None}
     measured = [row["metrics"]["latency"] for row in done if "latency" in row["metrics"]]
     timed: dict[str, float] = measured[0] if measured else {}
@@ -309,7 +310,7 @@ def _use(done: Sequence[Row], base: Sequence[Row]) -> dict[str, str | None]:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Returns test accuracy by method, a series a number of training examples."""
+    """Returns test accuracy by method: a series for each number of training examples."""
     series: dict[str, dict[str, Point]] = {}
     bands: dict[str, Point] = {}
     for (name, examples), line in sorted(_chosen(rows).items(), key=lambda item: _place(*item[0])):

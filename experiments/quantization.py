@@ -3,8 +3,8 @@
 Question: how much smaller do the frozen weights become, how much does the perplexity of plain text
 grow, how long does a training step take, and does a prompt still learn?
 
-Prediction: int8 is free in perplexity (below 1 %), int4 costs some per cent, more on the smaller
-model; a prompt makes up for either, since it is trained on the rounded weights.
+Prediction: int8 raises perplexity by less than 1 %, int4 by some per cent, more on the smaller
+model. A prompt makes up for both, since it is trained on the rounded weights.
 
 Command, with any text of more than 65,536 tokens; the second model asks to accept its terms:
     softprompt sweep quantization --workdir runs/quantization --config.eval.text=wikitext2/test.txt
@@ -13,12 +13,12 @@ Command, with any text of more than 65,536 tokens; the second model asks to acce
 Cost: 8 trials a model (a zero-shot one that scores the text, and a prompt of 50 steps, for each of
 four forms), about 15 minutes for the smaller and 30 for the larger on two x86 cores.
 
-int8 has a scale for each output channel. int4 has a scale and a minimum, in float16, for every 32
-values along the input, five bits a value in all, the embedding and a tied head included.
+int8 has a scale for each output channel. int4 has a scale and a minimum in float16 for every 32
+values along the input, five bits a value in all. Both include the embedding and a tied head.
 
-The files that these models come from are quantised themselves. SmolLM2's layers are Q4_1, which
-int4 reads without loss, and its embedding is in 8 bits: there int4 costs what the embedding costs.
-Gemma's layers are in 4, 5, 6 and 8 bits, and are rounded a second time, to another grid.
+The files of these models are quantised already. SmolLM2's layers are Q4_1, which int4 represents
+exactly, and its embedding has 8 bits, so int4 rounds the embedding alone. Gemma's layers have 4, 5,
+6 and 8 bits and are rounded again to another grid.
 
 Expected: SmolLM2's perplexity is 26.53 in float32, 26.52 in int8 and 27.96 in int4 (538, 135 and 84
 MB); Gemma's 51.67, 51.36 and 64.04 (1,072, 270 and 168 MB). See experiments/LOG.md.
@@ -31,7 +31,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from softprompt.analysis.plots import named_points
-from softprompt.analysis.tables import mean, subject, unlike
+from softprompt.analysis.tables import by_differences, mean, subject, without_empty
 from softprompt.config import ConfigDict, base_config
 from softprompt.errors import unknown
 from softprompt.results import Row
@@ -85,8 +85,8 @@ Key = tuple[str, str, str]
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line a model and form, of the mean over seeds.
 
-    Where trials of a form differ otherwise, as in their text, each is a line, and a column "also"
-    tells them apart.
+    Trials of a form that differ otherwise, as in their text, are several lines, and a column "also"
+    shows the difference.
     """
     forms: dict[Key, list[Row]] = {}
     for row in rows:
@@ -94,8 +94,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
         forms.setdefault((model["name"], model["dtype"], model["quantize"]), []).append(row)
     lines = [line for key in sorted(forms, key=_place) for line in _lines(key, forms)]
     frame = pd.DataFrame(lines, dtype=object)
-    told_apart = any(line["also"] for line in lines)
-    return frame if told_apart or not lines else frame.drop(columns="also")
+    return without_empty(frame, "also") if lines else frame
 
 
 def _place(key: Key) -> tuple[int, int]:
@@ -105,16 +104,16 @@ def _place(key: Key) -> tuple[int, int]:
 
 
 def _zero_shot(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows without a prompt by what they differ in beside the seed; at least one group."""
+    """The rows without a prompt, grouped by their differences other than the seed."""
     plain = [row for row in rows if row["config"]["method"]["name"] == "none"]
-    return unlike(plain, but={"seed"}) or {"": []}
+    return by_differences(plain, ignored={"seed"}) or {"": []}
 
 
 def _lines(key: Key, forms: dict[Key, list[Row]]) -> Iterator[dict[str, object]]:
-    """The lines of a form: one, where its trials differ in nothing but their seed."""
+    """The lines of a form: one where its trials differ in the seed alone."""
     exact = _zero_shot(forms.get((key[0], "float32", "none"), []))
     trained = [row for row in forms[key] if row["config"]["method"]["name"] == "prompt"]
-    pairs = product(_zero_shot(forms[key]).items(), (unlike(trained) or {"": []}).items())
+    pairs = product(_zero_shot(forms[key]).items(), (by_differences(trained) or {"": []}).items())
     for (text, plain), (training, prompt) in pairs:
         perplexity = mean(_metric(plain, "text", "perplexity"))
         whole = mean(_metric(exact.get(text, []), "text", "perplexity"))

@@ -1,14 +1,14 @@
-"""What does a sweep save over as many commands, and what do trials that run at a time save?
+"""How much faster is a sweep than separate commands, and when trials run at the same time?
 
 Question: 12 prompts (3 lengths, 2 initialisers, 2 seeds) on SmolLM2-135M-Instruct and movie-snippet
 sentiment: how long do they take as 12 processes of `softprompt train`, as one sweep that trains one
 after another, and as one sweep whose trials of equal length run together: on a CPU two side by
 side, on an accelerator all four as one program?
 
-Prediction: a process pays for imports, the model, the data and a compilation, some 10 to 15 seconds
-on two x86 cores; a sweep pays once, and once a length. So the shorter its trials, the more it
-saves. Two cores are busy with one trial but for a tenth, which two trials side by side gain; a GPU
-is not, and gains several times.
+Prediction: each process imports modules, loads model and data and compiles, which takes 10 to 15
+seconds on two x86 cores; a sweep does so once, and compiles once for each length. So it saves more
+where trials are shorter. One trial keeps two cores busy nine tenths of the time, so two side by
+side gain a tenth. A GPU has more to spare and gains several times.
 
 Command, from the repository root, on a machine that does nothing else:
     python -m experiments.sweep_speed --workdir runs/sweep_speed
@@ -16,8 +16,8 @@ Command, from the repository root, on a machine that does nothing else:
     softprompt sweep sweep_speed --workdir runs/twelve       (the trials alone)
 
 Cost: 12 trials of 20 steps in each of three forms, about half an hour on two x86 cores. A form that
-was measured by the same command lines at this commit is not measured again; one that was measured
-otherwise, or was interrupted, begins anew, and its trials are deleted.
+was measured by the same command lines at this commit is not measured again. Otherwise, and after an
+interruption, its trials are deleted and it begins anew.
 
 Expected, two x86 cores, commit b78314e: 639 s as processes, 508 s as one sweep, 452 s two at a
 time; 12, 3 and 3 compilations; accuracies equal to the digit.

@@ -1,7 +1,7 @@
 """The command line: `softprompt COMMAND`, for the commands in `COMMANDS`.
 
 Results go to standard output, progress to standard error. Exit codes: 0 done, 1 a trial failed,
-2 a mistake in what was asked, 75 stopped by SIGTERM and resumable, 130 interrupted.
+2 a mistake in the command or its input, 75 stopped by SIGTERM and resumable, 130 interrupted.
 The commands themselves are in softprompt/commands.py.
 """
 
@@ -33,19 +33,19 @@ DISTRIBUTED: tuple[str, dict] = (
         "nargs": "?",
         "const": "auto",
         "metavar": "HOST:PORT,I,N",
-        "help": "be one of several processes (on a TPU slice or under SLURM, without a value)",
+        "help": "join several processes; no value on a TPU slice or under SLURM",
     },
 )
 
 ANY_WEIGHTS: tuple[str, dict] = (
     "--any-weights",
-    {"action": "store_true", "help": "also on other weights than it was trained on"},
+    {"action": "store_true", "help": "allow other weights than those of the training"},
 )
 
 # command -> (one line, example, flags as (name, argparse's keywords))
 COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
     "train": (
-        "train one prompt; the same command resumes, and does nothing once done",
+        "train one trial; the same command resumes it, and does nothing once it is done",
         "softprompt train --config configs/base.py --config.method.length=5 --workdir runs/first",
         [
             ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "default: base config"}),
@@ -63,7 +63,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
             ),
             ("--task", {"metavar": "NAME", "help": "default: the task or tasks of the trial"}),
             ("--split", {"default": "test", "help": "train, validation or test (default)"}),
-            ("--generate", {"action": "store_true", "help": "also let the model write answers"}),
+            ("--generate", {"action": "store_true", "help": "also generate answers"}),
             ANY_WEIGHTS,
         ],
     ),
@@ -81,7 +81,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         ],
     ),
     "export": (
-        "write what was trained as a PEFT adapter, a prompt as an array, or a LoRA in its model",
+        "write a trained delta as a PEFT adapter, an array, or merged into its model",
         "softprompt export --run runs/first --format peft --to adapters/first",
         [
             ("--run", {**FOLDER, "help": "a trial's folder"}),
@@ -97,7 +97,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         ],
     ),
     "import": (
-        "make a trial's folder of a PEFT adapter or a prompt's array, for evaluate and predict",
+        "make a trial's folder from a PEFT adapter or a prompt's array, for evaluate and predict",
         "softprompt import adapters/first --model HuggingFaceTB/SmolLM2-135M --workdir runs/theirs",
         [
             (
@@ -108,9 +108,12 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
                     "help": "an adapter's folder, or a .npy file [P, D]",
                 },
             ),
-            ("--model", {"required": True, "metavar": "NAME", "help": "that it was trained on"}),
+            (
+                "--model",
+                {"required": True, "metavar": "NAME", "help": "the model of its training"},
+            ),
             ("--workdir", {**FOLDER, "help": "the new trial's folder"}),
-            ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "whose task to take"}),
+            ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "config with the task"}),
             ANY_WEIGHTS,
         ],
     ),
@@ -119,15 +122,19 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         "softprompt sweep prompt_length --subset quickstart --workdir runs/quickstart --dry-run",
         [
             ("experiment", {"metavar": "NAME", "help": "a file in experiments/, or its path"}),
-            ("--workdir", {**FOLDER, "help": "where trials are kept"}),
+            ("--workdir", {**FOLDER, "help": "the folder of the trials"}),
             ("--subset", {"default": "full", "help": "a named part of the experiment"}),
             (
                 "--shard",
-                {"default": "1/1", "metavar": "I/N", "help": "the I-th of N parts, from 1"},
+                {
+                    "default": "1/1",
+                    "metavar": "I/N",
+                    "help": "run the I-th of N parts, from 1",
+                },
             ),
             (
                 "--dry-run",
-                {"action": "store_true", "help": "print what it would cost, run nothing"},
+                {"action": "store_true", "help": "only print what the trials would cost"},
             ),
             DISTRIBUTED,
         ],
@@ -140,7 +147,10 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
                 "folder",
                 {"type": path, "metavar": "DIR", "help": "holds result.json files, at any depth"},
             ),
-            ("--experiment", {"metavar": "NAME", "help": "whose table and figure to write"}),
+            (
+                "--experiment",
+                {"metavar": "NAME", "help": "the experiment whose files to write"},
+            ),
         ],
     ),
     "config": (
@@ -149,11 +159,11 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         [("keys", {"nargs": "*", "metavar": "KEY", "help": "a section, key or pattern; all"})],
     ),
     "models": (
-        "list the models that have a name here, or check their training steps at full size",
+        "list the catalogue of models, or check their training steps at full size",
         "softprompt models 'EleutherAI/*' --check",
         [
             ("names", {"nargs": "*", "metavar": "NAME", "help": "a name, pattern or family"}),
-            ("--check", {"action": "store_true", "help": "shapes, shards, and what fits a slice"}),
+            ("--check", {"action": "store_true", "help": "check shapes, sharding and memory"}),
         ],
     ),
     "data": (
@@ -162,7 +172,7 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         [
             ("action", {"nargs": "?", "default": "list", "choices": ("list", "prepare", "show")}),
             ("task", {"nargs": "?", "default": "", "metavar": "TASK"}),
-            ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "whose task to take"}),
+            ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "config with the task"}),
         ],
     ),
 }
@@ -171,7 +181,7 @@ TAKES_OVERRIDES = ("train", "import", "sweep", "data")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, its complaints as UserErrors."""
+    """An argument parser whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -191,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("softprompt: interrupted; the same command resumes", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+    except BrokenPipeError:  # the reader of standard output is gone, as after `| head`
         drop_results()
         return 0
     except OSError as error:
@@ -203,10 +213,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_streams() -> None:
-    """Checks that there is somewhere to write results; a closed standard error is replaced.
+    """Checks that standard output is open, and replaces a closed standard error by the null device.
 
-    Python has no stream where a descriptor is closed. The next file that is opened would take its
-    number, and what libraries write to standard error would go into that file.
+    Otherwise the next file that is opened would get the closed descriptor's number, and libraries
+    that write to standard error would write into that file.
 
     Raises:
         UserError: standard output is closed.

@@ -1,6 +1,6 @@
-"""What each command of the command line does: functions (arguments, overrides) -> exit code.
+"""The commands of the command line: functions (arguments, overrides) -> exit code.
 
-Everything slow to import is imported by the command that needs it.
+Modules that are slow to import are imported by the commands that need them.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.config import resolve
     from softprompt.config.files import load_config
 
-    config = load_config(arguments.config, overrides)  # its mistakes show before JAX is imported
+    config = load_config(arguments.config, overrides)  # its errors come before JAX is imported
     start_jax(arguments.distributed)
     from softprompt.console import Progress
     from softprompt.results import cautions
@@ -162,7 +162,7 @@ def _lines(stream: Iterable[bytes]) -> Iterator[str]:
 
 
 def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    """Writes a trial's delta for another program, and prints what to know of it."""
+    """Writes a trial's delta for another program, and prints a report."""
     start_jax()
     from softprompt.trials.convert import export_run
 
@@ -172,7 +172,7 @@ def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    """Makes a trial's folder of another program's file, and prints what to know of it."""
+    """Makes a trial's folder from another program's file, and prints a report."""
     from softprompt.config.files import load_config
 
     for key, _ in overrides:
@@ -181,7 +181,7 @@ def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
                 f"--config.{key}: import takes the method from the file; allowed: "
                 "--config.method.bos"
             )
-    # Mistakes in it show before JAX is imported.
+    # Errors in the config come before JAX is imported.
     config = load_config(arguments.config, [*overrides, ("model.name", arguments.model)])
     start_jax()
     from softprompt.console import Progress
@@ -197,12 +197,12 @@ def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    """Runs an experiment's trials, or says what they would cost."""
+    """Runs an experiment's trials, or prints what they would cost."""
     from softprompt.trials import sweep as sweeps
 
     experiment = sweeps.load_experiment(arguments.experiment)
     shard = sweeps.parse_shard(arguments.shard)
-    start_jax(arguments.distributed)  # before a config is resolved, which asks JAX for its devices
+    start_jax(arguments.distributed)  # before a config is resolved, which needs the devices
     trials = sweeps.make_trials(experiment, arguments.subset, overrides)
     trials = sweeps.take_shard(trials, shard)
     import jax
@@ -257,7 +257,7 @@ def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _write_outputs(experiment: "ModuleType", folder: str) -> None:
-    """Writes table and figure of all rows below a folder, prints the table and where they are."""
+    """Writes the table and figure of all rows below a folder, and prints the table."""
     from etils import epath
 
     from softprompt.trials.outputs import write_trial_outputs
@@ -295,7 +295,7 @@ def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    """Prints the catalogue, or checks it at full size."""
+    """Prints the catalogue of models, or checks their training steps at full size."""
     if arguments.check:
         start_jax()
         from softprompt.trials import shape_check

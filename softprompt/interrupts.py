@@ -92,7 +92,6 @@ def _watch(pipe: int) -> None:
             continue
         if _State.blocks and _State.noted is None:
             _State.noted = signal.Signals(number)
-            _say("saving after this step; once more to leave at once")
             continue
         _say("interrupted; the same command resumes")
         os._exit(CODES[signal.Signals(number)])

@@ -1,4 +1,4 @@
-"""Result rows: one a trial, the truth that every table and figure is computed from."""
+"""Result rows, one for each trial. Tables and figures are computed from them alone."""
 
 import functools
 import importlib.metadata
@@ -29,24 +29,24 @@ _NOT_TRIALS = ("checkpoints", "snapshots")
 _MEASURED = ("validation", "test", "text", "latency")  # parts of a row's metrics
 
 
-# What a row tells of a trial that ran, in numbers: None where a trial has none.
+# Numbers that a row holds on how its trial ran; None where a trial has none.
 FACTS = {
-    "compile_seconds": "of `seconds`, those that the last process spent on compiling",
+    "compile_seconds": "the part of `seconds` that the last process spent on compiling",
     "steps": "optimizer steps taken",
     "flops": "floating-point operations of the training, all steps",
     "peak_share": "share of the devices' peak that the training reached, 0 to 1",
-    "input_wait_share": "share of the training's time in which the devices had nothing to do, for "
-    "the next batch was not there, 0 to 1",
-    "peak_memory_bytes": "the largest memory in use, a device",
+    "input_wait_share": "share of the training's time in which the devices waited for a batch, "
+    "0 to 1",
+    "peak_memory_bytes": "the largest memory in use on a device",
     "trainable": "number of trained parameters",
-    "stored": "parameters of the saved delta, less what only training needed",
-    "weight_bytes": "of the frozen weights, over all devices once",
-    "step_seconds": "median of a training step, evaluations and compilation left out",
-    "members": "the most trials that ran at a time and shared the devices' peak: step_seconds is "
-    "of a step of each, and so is step_memory_bytes where their steps were one program",
-    "step_memory_bytes": "what a training step needs on a device, weights and batch included, by "
-    "the compiler's own account",
-    "delta_bytes": "of the saved delta's file",
+    "stored": "number of parameters in the saved delta, without what only training needed",
+    "weight_bytes": "bytes of the frozen weights, each counted once over all devices",
+    "step_seconds": "median seconds of a training step, without evaluations and compilation",
+    "members": "the most trials that ran at a time. They share the devices: step_seconds is the "
+    "time in which each takes a step; step_memory_bytes is of all where they are one program",
+    "step_memory_bytes": "bytes that a training step needs on a device, with weights and batch, as "
+    "the compiler reports them",
+    "delta_bytes": "size of the saved delta's file",
     "shared_texts": "texts that stand in two of the task's splits",
 }
 
@@ -58,6 +58,7 @@ def make_row(
     seconds: float,
     metrics: Mapping[str, Any] | None = None,
     error: str = "",
+    data: Mapping[str, str] | None = None,
     **facts: float | None,
 ) -> Row:
     """Returns a trial's row.
@@ -68,6 +69,7 @@ def make_row(
         seconds: wall time of the whole trial, compilation and evaluation included.
         metrics: {"validation": {"accuracy": ..., "examples": ...}, "test": {...}, ...}.
         error: one line where the trial failed, else "".
+        data: the digest of each split.
         **facts: any of `FACTS`.
     """
     assert facts.keys() <= FACTS.keys(), facts.keys() - FACTS.keys()
@@ -80,6 +82,7 @@ def make_row(
         "commit": commit(),
         "versions": versions(),
         "devices": devices(),
+        "data": dict(data or {}),
         "seconds": seconds,
         **{name: facts.get(name) for name in FACTS},
         "metrics": dict(metrics or {}),
@@ -88,7 +91,7 @@ def make_row(
 
 @functools.cache
 def commit() -> str:
-    """Returns `commit_now` as it was when the process first asked."""
+    """Returns `commit_now` at the first call of the process."""
     return commit_now()
 
 
@@ -105,7 +108,7 @@ def commit_now() -> str:
 
 
 def _git(root: Path, *command: str) -> str:
-    """What git says, without its last newline."""
+    """The output of a git command, without its last newline."""
     done = subprocess.run(
         ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=30
     )
@@ -114,7 +117,7 @@ def _git(root: Path, *command: str) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide numbers."""
+    """Returns the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -139,10 +142,9 @@ def devices() -> dict[str, Any]:
 
 
 def write_result(folder: epath.PathLike, row: Row) -> None:
-    """Writes a trial's row to its folder; a kill leaves the old file or the new one, never half.
+    """Writes a trial's row to its folder, whole or not at all.
 
-    Of several processes the first writes. A number that is not finite becomes null, since JSON has
-    no NaN.
+    Only process 0 writes. A number that is not finite becomes null, since JSON has no NaN.
     """
     import jax  # here, since reading rows never needs it
 
@@ -153,7 +155,7 @@ def write_result(folder: epath.PathLike, row: Row) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's own types: arrays' scalars as numbers, what is not finite as None."""
+    """The value in JSON's types: scalars of arrays become numbers, NaN and infinity None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -166,7 +168,8 @@ def _plain(value: Any) -> Any:
 def read_result(folder: epath.PathLike) -> Row | None:
     """Returns the row of a trial's folder, None where it has none.
 
-    What the file lacks, as an older version's does, is None; an error is "" and metrics are {}.
+    A key that the file lacks (an older version wrote fewer) is None; "error" is "" and "metrics"
+    {}.
 
     Raises:
         UserError: the file is not a row.
@@ -189,7 +192,7 @@ def read_result(folder: epath.PathLike) -> Row | None:
 
 
 def _tables(metrics: Any) -> list[tuple[str, Any]]:
-    """What of a row's metrics has to be an object, by name."""
+    """The metrics, and those of its parts that must be objects, with their names."""
     found = [("metrics", metrics)]
     if isinstance(metrics, dict):
         found += [(f"metrics.{part}", metrics[part]) for part in _MEASURED if part in metrics]
@@ -211,7 +214,7 @@ def cautions(row: Row) -> list[str]:
 
 
 def outcome(row: Row) -> str:
-    """Returns a line on a finished trial: its test score, time, and what may mislead."""
+    """Returns a line on a finished trial: its test score, its time and its `cautions`."""
     test = row["metrics"].get("test", {})
     metric = row["config"].get("eval", {}).get("metric", "accuracy")
     parts = [f"{row['name']}: test {metric} "]
@@ -225,7 +228,7 @@ def outcome(row: Row) -> str:
 
 
 def is_done(folder: epath.PathLike) -> bool:
-    """Returns whether a trial's folder holds the row of a trial that finished."""
+    """Returns whether a folder holds the row of a finished trial."""
     row = read_result(folder)
     return row is not None and row["status"] == "done"
 

@@ -1,8 +1,7 @@
 """The documentation: its commands and Python run on a tiny model, and what cannot run here parses.
 
-Each page is read from top to bottom in a folder of its own. A fenced block with a title is a file
-of the reader's, `python` and `sh` blocks are run, and a block behind `<!-- not run: reason -->` is
-only parsed.
+Each page is read from top to bottom. A fenced block with a title is a file of the reader's,
+`python` and `sh` blocks are run, and a block after `<!-- not run: reason -->` is only parsed.
 """
 
 import json
@@ -12,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from softprompt import cli
 from softprompt.config import base_config, flatten, set_key
@@ -28,8 +29,6 @@ PAGES = [
     for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
 ]
 MODEL = "smollm2-135m-instruct-q4"
-# Added to commands that take config keys: few steps, on one of the test run's devices.
-QUICK = ["--config.train.steps=6", "--config.mesh.data=1"]
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n\n)?"
     r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$',
@@ -101,27 +100,49 @@ def test_few_blocks_do_not_run():
     assert len(not_run) <= 20, [f"{block.page}: {block.reason}" for block in not_run]
 
 
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """An empty folder to work in, where the default model and the tasks are tiny ones."""
-    monkeypatch.chdir(tmp_path)
-    write_llama_folder(tmp_path / MODEL, width=16, layers=2, heads=2, kv_heads=1, context=1024)
-    monkeypatch.delitem(CATALOG, MODEL)  # so that the name is the folder's
-    for name, task in TASKS.items():
-        if task.fields == ("text",):
-            monkeypatch.setitem(TASKS, name, tiny_task(tmp_path / "data", task))
-    return tmp_path
+@pytest.fixture(scope="module")
+def kept_programs(tmp_path_factory):
+    """Compiled programs are kept from one command to the next: many train the same prompt."""
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    usual = {name: getattr(jax.config, name) for name in values}
+    set_cache(values)
+    yield
+    set_cache(usual)
+
+
+def set_cache(values: dict[str, object]) -> None:
+    """Sets JAX's keys of its cache of programs, which reads them once."""
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, kept_programs):
+    """A reader's folder with the tutorial's first trial; the default model and tasks are tiny."""
+    folder = tmp_path_factory.mktemp("desk")
+    write_llama_folder(folder / MODEL, width=16, layers=2, heads=2, kv_heads=1, context=1024)
+    device = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delitem(CATALOG, MODEL)  # so that the name is the folder's
+        patch.setattr(jax, "devices", lambda: device)  # programs of one device compile sooner
+        patch.setattr(jax, "device_count", lambda: 1)
+        for name, task in TASKS.items():
+            if task.fields == ("text",):
+                patch.setitem(TASKS, name, tiny_task(folder / "data", task))
+        first = ["train", "--config", "configs/quickstart.py", "--workdir", "runs/first"]
+        assert cli.main(first) == 0
+        yield folder
 
 
 def tiny_task(folder: Path, task: Task) -> Task:
     """The same task over a few lines."""
     folder.mkdir(exist_ok=True)
-    texts = [
-        f"{words} {end}"
-        for end in ENDINGS[:3]
-        for pair in zip(GOOD, BAD, strict=True)
-        for words in pair
-    ]
+    texts = [f"{word} {end}" for end in ENDINGS[:3] for word in (*GOOD, *BAD)]
     labels = list(task.verbalizers)
     lines = [
         json.dumps({"text": text, "label": labels[number % len(labels)]}) + "\n"
@@ -151,5 +172,4 @@ def test_blocks_run(page, desk, monkeypatch):
             for given, (program, *words) in commands(block):
                 assert program == "softprompt", f"{page}: {program} does not run in this test"
                 give(monkeypatch, given)
-                more = QUICK if words[0] in ("train", "sweep") else []
-                assert cli.main(words + more) == 0, f"{page}: softprompt {' '.join(words)}"
+                assert cli.main(words) == 0, f"{page}: softprompt {' '.join(words)}"

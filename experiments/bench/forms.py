@@ -8,7 +8,7 @@ what it takes more than "packing".
 """
 
 import functools
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,21 +18,21 @@ import optax
 
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import TrainSource, train_batch
-from softprompt.data.rows import Batch
+from softprompt.data.rows import TrainBatch
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
 from softprompt.training.step import Metrics, StepConfig, TrainStep, rows_loss, shared_part
 
 Tree = Any
 
 
-def make_batch(source: TrainSource, step: int, off: str) -> Batch:
+def make_batch(source: TrainSource, step: int, off: str) -> TrainBatch:
     """The rows of a step, with the saving `off` ("" for none) switched off."""
     if off in ("packing", "context"):
         return alone(source, step)
     return everywhere(source[step]) if off == "targets" else source[step]
 
 
-def alone(source: TrainSource, step: int) -> Batch:
+def alone(source: TrainSource, step: int) -> TrainBatch:
     """The examples of a step, one a row."""
     examples_B, _ = source.places(step)
     tokens = -(-int(source.lengths_N[examples_B].max()) // 8) * 8
@@ -41,17 +41,20 @@ def alone(source: TrainSource, step: int) -> Batch:
     return train_batch(source.encoded, examples_B, np.arange(len(examples_B)), shape, source.layout)
 
 
-def everywhere(batch: Batch) -> Batch:
+def everywhere(batch: TrainBatch) -> TrainBatch:
     """The same rows with M = T: every position is one whose logits are computed."""
-    rows, places = np.nonzero(batch["weight_RM"])
-    where = rows, batch["index_RM"][rows, places]
-    shape = batch["tokens_RT"].shape
-    made = dict(batch)
-    made["index_RM"] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
-    for name in ("target_RM", "weight_RM"):
-        made[name] = np.zeros(shape, batch[name].dtype)
-        made[name][where] = batch[name][rows, places]
-    return made
+    rows, shape = batch.rows, batch.rows.tokens.shape
+    used = np.nonzero(batch.loss_weights)
+    where = used[0], rows.index[used]
+
+    def spread(array_RM: np.ndarray) -> np.ndarray:
+        array_RT = np.zeros(shape, array_RM.dtype)
+        array_RT[where] = array_RM[used]
+        return array_RT
+
+    index_RT = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
+    beside = spread(batch.targets), spread(batch.loss_weights)
+    return TrainBatch(replace(rows, index=index_RT), *beside)
 
 
 def compile_repeated(
@@ -66,17 +69,17 @@ def repeated_step(
     delta: Tree,
     opt_state: Tree,
     weights: Tree,
-    batch: Mapping[str, jax.Array],
-    key: jax.Array,
+    batch: TrainBatch,
+    dropout: None,
     *,
     config: StepConfig,
     tx: optax.GradientTransformation,
 ) -> tuple[Tree, Tree, Metrics]:
     """`softprompt.training.step.train_step` with a context a row."""
-    del key
+    del dropout
 
     def loss(delta: Tree) -> tuple[jax.Array, Metrics]:
-        rows, prompt_PD = len(batch["tokens_RT"]), delta["prompt"]
+        rows, prompt_PD = len(batch.rows.tokens), delta["prompt"]
         prompts_RPD = jnp.broadcast_to(prompt_PD, (rows, *prompt_PD.shape))
         parts = jax.vmap(functools.partial(row_loss, config, weights))(prompts_RPD, batch)
         summed: tuple[jax.Array, Metrics] = jax.tree.map(jnp.sum, parts)
@@ -88,8 +91,8 @@ def repeated_step(
 
 
 def row_loss(
-    config: StepConfig, weights: Tree, prompt_PD: jax.Array, row: Mapping[str, jax.Array]
+    config: StepConfig, weights: Tree, prompt_PD: jax.Array, row: TrainBatch
 ) -> tuple[jax.Array, Metrics]:
     """The part of one row in the step's loss, behind a context of its own."""
     shared = shared_part(config, {"prompt": prompt_PD}, weights)
-    return rows_loss(config, shared, weights, {name: array[None] for name, array in row.items()})
+    return rows_loss(config, shared, weights, jax.tree.map(lambda x: x[None], row))

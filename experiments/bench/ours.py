@@ -19,6 +19,7 @@ from experiments.bench.measure import Job, cores, main, peak_resident, resident,
 from softprompt.config import ConfigDict, base_config, resolve, set_key, validate
 from softprompt.console import Progress
 from softprompt.data.pipeline import TrainSource, pad_rows
+from softprompt.data.rows import TrainBatch
 from softprompt.models.decoder import DecoderConfig
 from softprompt.results import versions
 from softprompt.training.optimizers import set_rate
@@ -29,7 +30,7 @@ from softprompt.trials.prepare import (
     prepare,
     step_flops,
     train_source,
-    trial_key,
+    trial_dropout,
 )
 from softprompt.trials.programs import compile_step
 from softprompt.trials.session import Session, optimizer_config
@@ -85,7 +86,7 @@ def measure(job: Job) -> dict[str, Any]:
     load = time.perf_counter() - began
     compiled, run = stepper(prepared, batches, off=job["off"], rate=job["rate"])
     seconds, losses = timed(run, warmup=job["warmup"], steps=job["steps"], limit=job["limit"])
-    shape = batches[0]["tokens_RT"].shape
+    shape = batches[0].rows.tokens.shape
     stats = device.memory_stats()
     memory = stats["peak_bytes_in_use"] if stats else peak_resident() - before
     return {
@@ -105,7 +106,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def stepper(
-    prepared: Prepared, batches: list[dict[str, np.ndarray]], *, off: str, rate: float
+    prepared: Prepared, batches: list[TrainBatch], *, off: str, rate: float
 ) -> tuple[Compiled, Callable[[int], float]]:
     """Compiles the step for every shape that the batches have.
 
@@ -114,7 +115,7 @@ def stepper(
         returns its loss.
     """
     config, mesh, session = prepared.config, prepared.mesh, prepared.session
-    state, key = initial_state(prepared), trial_key(prepared)
+    state, dropout = initial_state(prepared), trial_dropout(prepared)
     delta, frozen = state.delta, prepared.frozen
     opt_state = set_rate(state.opt_state, np.float32(rate))
     optimizer = optimizer_config(config)
@@ -122,12 +123,12 @@ def stepper(
     if not frozen:  # the weights are trained, and their first values were copied
         session.release(config)
     put = [pad_rows(batch, mesh.shape["data"]) for batch in batches]
-    shapes = [tuple((n, a.shape) for n, a in batch.items()) for batch in put]
+    shapes = [tuple(a.shape for a in jax.tree.leaves(batch)) for batch in put]
     programs, compiled = {}, []
     for shape, batch in zip(shapes, put, strict=True):
         if shape in programs:
             continue
-        arguments = (delta, opt_state, frozen, put_batch(mesh, batch), key)
+        arguments = (delta, opt_state, frozen, put_batch(mesh, batch), dropout)
         began, hits_before = time.perf_counter(), len(HITS)
         if off == "context":
             programs[shape] = compile_repeated(prepared.step, optimizer, arguments)
@@ -139,7 +140,7 @@ def stepper(
     def run(n: int) -> float:
         nonlocal delta, opt_state
         batch = put_batch(mesh, put[n])
-        delta, opt_state, metrics = programs[shapes[n]](delta, opt_state, frozen, batch, key)
+        delta, opt_state, metrics = programs[shapes[n]](delta, opt_state, frozen, batch, dropout)
         jax.block_until_ready((delta, metrics))
         return float(metrics["loss"])
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.data.encode import Encoded
-from softprompt.data.rows import Layout
+from softprompt.data.rows import RowLayout
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 
@@ -37,7 +37,7 @@ class Work:
 
 def train_work(
     encoded: Encoded,
-    layout: Layout,
+    layout: RowLayout,
     contexts: tuple[int, int],
     examples: int,
     *,
@@ -62,7 +62,7 @@ def train_work(
     return Work(**{f: rest[f] + runs * getattr(once, f) for f in fields})
 
 
-def scoring_work(encoded: Encoded, layout: Layout, contexts: tuple[int, int]) -> Work:
+def scoring_work(encoded: Encoded, layout: RowLayout, contexts: tuple[int, int]) -> Work:
     """Work of scoring every candidate of a split once; see `train_work` for the arguments."""
     count, lengths = len(encoded.inputs), [len(ids) for ids in encoded.candidates]
     if layout.encoder:
@@ -73,7 +73,12 @@ def scoring_work(encoded: Encoded, layout: Layout, contexts: tuple[int, int]) ->
 
 
 def _work(
-    encoded: Encoded, layout: Layout, contexts: tuple[int, int], own_N: np.ndarray, *, heads: float
+    encoded: Encoded,
+    layout: RowLayout,
+    contexts: tuple[int, int],
+    own_N: np.ndarray,
+    *,
+    heads: float,
 ) -> Work:
     """Work of all examples, each with `own` tokens of targets in the decoder, and contexts once."""
     inputs_N = np.array([len(ids) for ids in encoded.inputs], np.float64)

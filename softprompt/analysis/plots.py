@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-# Okabe and Ito's colours, told apart by colour-blind readers; a marker each, for print in grey.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, each with a marker for grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREYS = ("#555555", "#999999")
@@ -33,11 +33,11 @@ class Point:
     """A mean over seeds.
 
     Args:
-        x: where it stands.
+        x: its position.
         mean: of `values`.
         low: the lower end of its interval.
         high: the upper end.
-        values: one a seed.
+        values: one for each seed.
     """
 
     x: float
@@ -55,14 +55,14 @@ def length_plot(
     ylabel: str,
     title: str = "",
 ) -> Figure:
-    """Draws scores against prompt length, a line a series and a horizontal band a baseline.
+    """Draws scores against prompt length: a line for each series, a band for each baseline.
 
     Args:
-        lines: series name -> points; small marks are seeds, bars are intervals. An empty series
-            is not drawn but keeps its colour.
+        lines: series name -> points, drawn with their intervals, and small marks for seeds. An
+            empty series is not drawn but keeps its colour.
         bands: baseline name -> its point, whose x is not used.
-        xlabel: of the logarithmic axis.
-        ylabel: of the other.
+        xlabel: label of the logarithmic axis.
+        ylabel: label of the vertical axis.
         title: above the plot.
     """
     with matplotlib.rc_context(STYLE):
@@ -73,7 +73,7 @@ def length_plot(
         for number, (name, points) in enumerate(lines.items()):
             if not points:
                 continue
-            again = number // 6  # a colour that comes again has another marker, and dots
+            again = number // 6  # a repeated colour has another marker, and a dotted line
             colour, marker = COLOURS[number % 6], MARKERS[(number + again) % 6]
             dash = ":" if again else "-"
             style = {"color": colour, "marker": marker, "linestyle": dash}
@@ -94,17 +94,17 @@ def category_plot(
     ylabel: str,
     title: str = "",
 ) -> Figure:
-    """Draws scores by category: a dot with its interval for each series, side by side.
+    """Draws scores by category, with a dot and its interval for each series, side by side.
 
     Args:
         series: series name -> category -> its point, whose x is not used; small marks are seeds.
-            Categories stand in the order in which they come first.
+            Categories are drawn in the order of their first appearance.
         bands: baseline name -> its point, drawn as a horizontal band.
-        ylabel: of the vertical axis.
+        ylabel: label of the vertical axis.
         title: above the plot.
     """
     categories = list(dict.fromkeys(name for points in series.values() for name in points))
-    width = 0.6 / max(1, len(series))  # of a category's 1, what a series takes
+    width = 0.6 / max(1, len(series))  # of a series; categories are 1 apart
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0))
         axes = figure.subplots()
@@ -133,12 +133,12 @@ def named_points(
     ylabel: str,
     title: str = "",
 ) -> Figure:
-    """Draws points that are told apart by their names, joined in the order of x.
+    """Draws points with their names beside them, joined in the order of x.
 
     Args:
         series: series name -> (x, y, the point's name).
-        xlabel: of the logarithmic axis.
-        ylabel: of the other.
+        xlabel: label of the logarithmic axis.
+        ylabel: label of the vertical axis.
         title: above the plot.
     """
     with matplotlib.rc_context(STYLE):
@@ -161,7 +161,7 @@ def named_points(
 
 
 def _draw_bands(axes: Axes, bands: Mapping[str, Point]) -> list[tuple[float, str, str]]:
-    """A horizontal band a baseline; returns height, name and colour of each, for its label."""
+    """Draws a horizontal band for each baseline; returns their heights, names and colours."""
     labels = []
     for (name, point), colour in zip(bands.items(), itertools.cycle(GREYS)):
         axes.axhspan(point.low, point.high, color=colour, alpha=0.15, linewidth=0)
@@ -173,7 +173,7 @@ def _draw_bands(axes: Axes, bands: Mapping[str, Point]) -> list[tuple[float, str
 def _draw_line(
     axes: Axes, points: Sequence[Point], style: Mapping[str, Any], *, shift: float = 1.0
 ) -> None:
-    """One series; `shift` multiplies x, to keep intervals at the same length apart."""
+    """Draws a series; `shift` multiplies x, so that intervals at one length do not overlap."""
     ordered = sorted(points, key=lambda point: point.x)
     xs, means = [point.x * shift for point in ordered], [point.mean for point in ordered]
     below = [max(0.0, point.mean - point.low) for point in ordered]  # never -0 by rounding
@@ -186,7 +186,7 @@ def _draw_line(
 
 
 def _scale(axes: Axes, lengths: Sequence[float]) -> None:
-    """A logarithmic axis whose ticks are the lengths themselves."""
+    """Makes the x axis logarithmic, with the lengths as its ticks."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     if lengths:
@@ -195,11 +195,11 @@ def _scale(axes: Axes, lengths: Sequence[float]) -> None:
 
 
 def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Names beside the right edge, each at its height and none over another."""
+    """Writes names beside the right edge at their heights, without overlap."""
     low, high = axes.get_ylim()
     gap = 0.055 * (high - low)
     ordered = sorted(labels)
-    heights = spread([height for height, _, _ in ordered], gap)
+    heights = separate([height for height, _, _ in ordered], gap)
     for height, (_, name, colour) in zip(heights, ordered, strict=True):
         axes.annotate(
             name,
@@ -213,14 +213,14 @@ def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Returns sorted heights moved apart to at least `gap`, each group staying about its mean."""
+def separate(heights: Sequence[float], gap: float) -> list[float]:
+    """Returns sorted heights at least `gap` apart; crowded ones move about their mean."""
     groups: list[list[float]] = []
     for height in sorted(heights):
         groups.append([height])
         while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
             groups[-2:] = [groups[-2] + groups[-1]]
-    return [_bottom(group, gap) + gap * place for group in groups for place in range(len(group))]
+    return [_bottom(group, gap) + gap * n for group in groups for n in range(len(group))]
 
 
 def _bottom(group: Sequence[float], gap: float) -> float:

@@ -22,8 +22,8 @@ LEVEL = 0.95
 # Macro F1 is none: it counts rare classes as much as frequent ones.
 MEANS_OF_EXAMPLES = ("accuracy", "exact_match", "f1")
 
-# Keys that trials of one group may differ in: the seed, and what is measured beside the scores.
-NO_DIFFERENCE = {"seed", "eval.latency", "eval.text", "eval.text_tokens"}
+# Keys in which the trials of one group may differ: the seed, and what else is measured.
+IGNORED = {"seed", "eval.latency", "eval.text", "eval.text_tokens"}
 
 
 def wilson_interval(share: float, examples: int, level: float = LEVEL) -> Interval:
@@ -39,13 +39,14 @@ def wilson_interval(share: float, examples: int, level: float = LEVEL) -> Interv
 
 
 def mean_interval(tasks: Sequence[tuple[float, int]], level: float = LEVEL) -> Interval:
-    """Returns an interval of the mean of tasks' shares of examples, in which tasks count alike.
+    """Returns an interval of the unweighted mean over tasks of a share of examples.
 
-    Of one task it is Wilson's; several are combined by the distances of their own limits.
+    For one task it is Wilson's. For several, the distances from each share to its own limits are
+    combined as independent errors are.
     Source: Zou and Donner 2008, "Construction of confidence limits about effect measures".
 
     Args:
-        tasks: each one's share and its number of examples, at least one.
+        tasks: the share and the number of examples (at least 1) of each task.
         level: of confidence.
     """
     shares = np.array([share for share, _ in tasks])
@@ -55,16 +56,17 @@ def mean_interval(tasks: Sequence[tuple[float, int]], level: float = LEVEL) -> I
 
 
 def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]], level: float = LEVEL) -> Interval:
-    """Returns an interval of the mean over seeds that are tested on the same examples, in [0, 1].
+    """Returns an interval in [0, 1] of the mean over seeds, all tested on the same examples.
 
-    Its variance is that of the test examples, which seeds share and no number of them reduces,
-    plus that of the mean over seeds. Its quantile is Student's with Welch and Satterthwaite's
-    degrees of freedom: infinitely many where seeds agree, which leaves `mean_interval`; one less
-    than the seeds where they differ by far more than the examples explain.
+    Two variances are added: that of the sample of test examples, which more seeds do not reduce,
+    and that of the mean over seeds. The quantile is Student's with the degrees of freedom of Welch
+    and Satterthwaite. Where seeds agree these are infinite, and the interval is `mean_interval`.
+    Where seeds differ by much more than the examples explain, they are the number of seeds minus 1:
+    then two or three seeds leave a wide interval.
     Source: JCGM 100:2008, "Guide to the expression of uncertainty in measurement", annex G.4.
 
     Args:
-        seeds: for each seed, what `mean_interval` takes: the same tasks.
+        seeds: the `tasks` of `mean_interval` for each seed, in the same order.
         level: of confidence.
     """
     pooled = [
@@ -94,18 +96,18 @@ def summarise(
 
     Args:
         rows: result rows; groups stand in the order of their first row.
-        by: column name -> its value for a row; rows that agree in all are a group. Rows that differ
-            in more than the seed and in what else was measured (as after another run of a sweep
-            with other steps) are several groups, and a column "also" says in what they differ.
-        metric: that "validation" and "test" of a row's metrics hold.
+        by: column name -> function of a row that gives its value. Rows with equal values are a
+            group. A group is split where its rows differ in other config keys than `IGNORED` (as
+            after a second sweep with other steps), and a column "also" shows these keys.
+        metric: a key of "validation" and "test" in a row's metrics.
 
     Returns:
-        The columns of `by`, then "seeds" (trials that are done), "test examples", "validation
+        The columns of `by`, then "seeds" (number of finished trials), "test examples", "validation
         METRIC" and "test METRIC" (means), "low" and "high" (`seeds_interval`; None for a metric
-        that is no mean over examples), "trainable", "steps" and "selected step" (one number, or
-        "50 to 100" where seeds differ), "seconds" (mean), "values" (test METRIC of each seed), and
-        where any group has one "note" (`cautions`) and "status" (what failed). What a group without
-        a finished trial lacks is None.
+        that is not a mean over examples), "trainable", "steps" and "selected step" (a number, or
+        "50 to 100" where seeds differ), "seconds" (mean), "values" (test METRIC of each seed),
+        "note" (`cautions`) and "status" (failures). The last two are left out where no group has
+        any. Values are None for a group without a finished trial.
     """
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
@@ -113,7 +115,7 @@ def summarise(
     lines = [
         {**dict(zip(by, key, strict=True)), "also": also, **_group(part, metric)}
         for key, group in groups.items()
-        for also, part in unlike(group).items()
+        for also, part in by_differences(group).items()
     ]
     frame = pd.DataFrame(lines, columns=[*by, "also", *_group([], metric)], dtype=object)
     return without_empty(frame, "also", "note", "status")
@@ -125,23 +127,28 @@ def without_empty(table: pd.DataFrame, *names: str) -> pd.DataFrame:
     return table.drop(columns=empty)
 
 
-def unlike(rows: Sequence[Row], *, but: Collection[str] = NO_DIFFERENCE) -> dict[str, list[Row]]:
-    """Rows by what else they differ in, such as "train.steps=100"; "" where that is nothing.
+def by_differences(
+    rows: Sequence[Row], *, ignored: Collection[str] = IGNORED
+) -> dict[str, list[Row]]:
+    """Groups rows by the scientific config keys in which they differ.
 
     Args:
         rows: result rows.
-        but: config keys that make no difference.
+        ignored: config keys that are not looked at.
+
+    Returns:
+        The rows by their values of these keys, such as "train.steps=100"; "" where none differs.
     """
     settings = [scientific(row["config"]) for row in rows]
-    usual = flatten(base_config())
+    defaults = flatten(base_config())
     differing = [
         key
-        for key in sorted(set().union(*settings).difference(but))
-        if len({repr(one.get(key, usual.get(key))) for one in settings}) > 1
+        for key in sorted(set().union(*settings).difference(ignored))
+        if len({repr(one.get(key, defaults.get(key))) for one in settings}) > 1
     ]
     parts: dict[str, list[Row]] = {}
     for row, one in zip(rows, settings, strict=True):
-        also = ", ".join(f"{key}={one.get(key, usual.get(key))}" for key in differing)
+        also = ", ".join(f"{key}={one.get(key, defaults.get(key))}" for key in differing)
         parts.setdefault(also, []).append(row)
     return parts
 
@@ -184,13 +191,13 @@ def _tasks(scores: Mapping[str, Any], metric: str) -> list[tuple[float, int]]:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of what is known; None of nothing."""
+    """The mean of the values that are not None; None where all are."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
 def _span(values: Sequence[int | None]) -> int | str | None:
-    """The number that all share, or "50 to 100"; None where none is known."""
+    """The value if all are equal, else their range as "50 to 100"; None where all are None."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -199,14 +206,14 @@ def _span(values: Sequence[int | None]) -> int | str | None:
 
 
 def _notes(rows: Sequence[Row]) -> str:
-    """The cautions of a group's rows, each with how many of several rows it is about."""
+    """The cautions of a group's rows, each with the number of its seeds."""
     counts = Counter(caution for row in rows for caution in cautions(row))
     of = f" ({{}} of {len(rows)} seeds)" if len(rows) > 1 else ""
     return "; ".join(caution + of.format(count) for caution, count in counts.items())
 
 
 def _status(rows: Sequence[Row]) -> str:
-    """How many failed and the beginning of the first error; "" where none did."""
+    """The number of failed trials and the beginning of the first error; "" where none failed."""
     failed = [row for row in rows if row["status"] != "done"]
     if not failed:
         return ""
@@ -219,8 +226,8 @@ def mark_best(table: pd.DataFrame, *, by: str, among: pd.Series) -> pd.DataFrame
 
     Args:
         table: as `summarise` returns it.
-        by: the column to go by; None never wins, and of equals the first does.
-        among: True for the lines that may win.
+        by: a column of numbers; of equal ones the first is chosen, None never.
+        among: True for the lines that may be chosen.
     """
     candidates = table.loc[among & table[by].notna(), by].astype(float)
     best = candidates.idxmax() if len(candidates) else None
@@ -257,7 +264,7 @@ def overview(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def subject(rows: Sequence[Row]) -> str:
-    """Returns what tasks and models rows are of, as "movie_sentiment, smollm2-135m-instruct-q4"."""
+    """Returns the tasks and models of rows, as "movie_sentiment, smollm2-135m-instruct-q4"."""
     configs = [row["config"] for row in rows]
     tasks = ["+".join(task_names(config)) for config in configs]
     models = [str(config.get("model", {}).get("name", "")) for config in configs]
@@ -265,7 +272,7 @@ def subject(rows: Sequence[Row]) -> str:
 
 
 def _some(names: Sequence[str], kind: str) -> str:
-    """Different names without their folders or organisations; more than two as their number."""
+    """Distinct names without their folders or organisations; the number of more than two."""
     found = list(dict.fromkeys(name.rstrip("/").rpartition("/")[2] for name in names))
     return " and ".join(found) if len(found) <= 2 else f"{len(found)} {kind}"
 
@@ -311,7 +318,7 @@ def _escape(text: str) -> str:
 
 
 def _cell(value: object) -> str:
-    """A cell's text: "" for what is missing, three decimals, thousands set off."""
+    """A cell's text: "" for a missing value, three decimals, thousands separated by commas."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
@@ -323,5 +330,5 @@ def _cell(value: object) -> str:
 
 
 def _is_numeric(column: pd.Series) -> bool:
-    """Whether a column reads best flush right."""
+    """Whether a column holds numbers, which are aligned right."""
     return all(_cell(value) == "" or isinstance(value, int | float | np.number) for value in column)

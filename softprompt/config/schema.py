@@ -67,8 +67,8 @@ class Model(Settings):
     tokenizer: str = setting("", 'hub name or folder of another tokenizer; "" is the model\'s own')
     dtype: str = setting(
         "auto",
-        "of weights and activations; auto is bfloat16 on an accelerator, and on a CPU from jax "
-        "0.12 on; float32 elsewhere",
+        "of weights and activations; auto is bfloat16 on an accelerator, and from jax 0.12 on also "
+        "on a CPU that multiplies it (AVX-512 BF16, AMX); float32 elsewhere",
         choices=("auto", "float32", "bfloat16"),
     )
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -209,16 +210,19 @@ def _entries(mixture: str) -> list[dict[str, Any]]:
     return made
 
 
-def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> ConfigDict:
+def resolve(
+    config: ConfigDict, *, backend: str = "", jax_version: str = "", cpu_flags: str = ""
+) -> ConfigDict:
     """Returns a copy in which nothing scientific is "auto", as a trial stores it.
 
-    The dtype becomes bfloat16 on an accelerator, and on a CPU from jax 0.12 on (where it is the
-    faster); float32 elsewhere.
+    The dtype becomes what trains faster: bfloat16 on an accelerator, and on a CPU that multiplies
+    bfloat16 itself, from jax 0.12 on; float32 elsewhere.
 
     Args:
         config: a config, resolved or not.
         backend: "cpu", "gpu" or "tpu"; "" asks JAX, and only where something is "auto".
         jax_version: such as "0.12.0"; "" asks JAX.
+        cpu_flags: the processor's features, divided by spaces; "" asks the system.
     """
     resolved = _tree(config.to_dict()).lock()
     if resolved.model.dtype == "auto":
@@ -226,9 +230,28 @@ def resolve(config: ConfigDict, *, backend: str = "", jax_version: str = "") -> 
 
         backend = backend or jax.default_backend()
         major, minor = (int(part) for part in (jax_version or jax.__version__).split(".")[:2])
-        low = backend != "cpu" or (major, minor) >= (0, 12)
-        resolved.model.dtype = "bfloat16" if low else "float32"
+        on_cpu = (major, minor) >= (0, 12) and multiplies_bfloat16(cpu_flags or read_cpu_flags())
+        resolved.model.dtype = "bfloat16" if backend != "cpu" or on_cpu else "float32"
     return resolved
+
+
+def multiplies_bfloat16(cpu_flags: str) -> bool:
+    """Whether a processor with these features has instructions for products of bfloat16.
+
+    They are AVX-512 BF16 and AMX on x86 and BF16 on Arm, by Linux' names. Without them a product is
+    computed in float32, between conversions.
+    """
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_flags.split())
+
+
+def read_cpu_flags() -> str:
+    """The processor's features as Linux names them; "" on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    flags = [line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))]
+    return flags[0] if flags else ""
 
 
 def scientific(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

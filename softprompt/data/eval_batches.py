@@ -1,6 +1,5 @@
 """Packed rows for rank scoring: an input, run once, and every candidate beside it."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,25 +9,23 @@ import numpy as np
 from softprompt.data.encode import Encoded
 from softprompt.data.packing import ENOUGH, best_fit
 from softprompt.data.rows import (
-    DECODER,
-    EVAL,
-    Batch,
-    Layout,
-    append,
-    empty,
-    input_row,
-    of_task,
-    scored_row,
+    DECODER_LAYOUT,
+    EvalBatch,
+    Pairs,
+    RowLayout,
+    Widths,
+    empty_rows,
+    scored_example,
+    write_row,
 )
 from softprompt.errors import UserError
 
 Score = Literal["candidates", "targets"]
-PAIR = ("pair_example_RC", "pair_candidate_RC")
 
 
 @dataclass(frozen=True)
 class EvalShape:
-    """The shape of a scoring batch: R rows of T tokens, M heads (places with logits), C pairs.
+    """The shape of a scoring batch: R rows of T tokens, M heads (positions with logits), C pairs.
 
     `inputs`: S, for an encoder-decoder.
     """
@@ -40,29 +37,9 @@ class EvalShape:
     inputs: int = 0
 
     @property
-    def widths(self) -> dict[str, int]:
-        """Places in a row by letter."""
-        return {"S": self.inputs, "T": self.tokens, "M": self.heads, "C": self.pairs}
-
-
-@dataclass(frozen=True)
-class EvalBatch:
-    """Examples whose candidates are scored, each input once.
-
-    A candidate's log-probability is a sum over pairs: the log-probability of token pair_token_RC at
-    the position index_RM[pair_head_RC].
-
-    Attributes:
-        arrays: those of `Layout.names`, with branches_RT (0: an input, seen by all of its segment;
-            c + 1: the tokens of candidate c, seen by itself alone), pair_head_RC and pair_token_RC,
-            all int32.
-        pair_example_RC: the example of each pair, -1 where there is none.
-        pair_candidate_RC: the candidate of each pair, -1 where there is none.
-    """
-
-    arrays: Batch
-    pair_example_RC: np.ndarray
-    pair_candidate_RC: np.ndarray
+    def widths(self) -> Widths:
+        """Positions in a row."""
+        return Widths(self.tokens, self.heads, self.inputs)
 
 
 def eval_shape(
@@ -70,7 +47,7 @@ def eval_shape(
     budget: int = 2048,
     row_multiple: int = 1,
     score: Score = "candidates",
-    layout: Layout = DECODER,
+    layout: RowLayout = DECODER_LAYOUT,
 ) -> EvalShape:
     """Chooses one shape for scoring one or several splits, from the data alone.
 
@@ -110,7 +87,7 @@ def eval_shape(
     return EvalShape(per_batch, lengths[0], int(heads), int(pairs), inputs=lengths[1])
 
 
-def coarse_shape(encoded: Encoded, *, rows: int, layout: Layout = DECODER) -> EvalShape:
+def coarse_shape(encoded: Encoded, *, rows: int, layout: RowLayout = DECODER_LAYOUT) -> EvalShape:
     """A shape for scoring a few examples, one of few, so that few programs are compiled."""
     sizes_N4 = _sizes(encoded, "candidates", layout)
     longest, own, heads, pairs = map(int, sizes_N4.max(axis=0))
@@ -121,7 +98,11 @@ def coarse_shape(encoded: Encoded, *, rows: int, layout: Layout = DECODER) -> Ev
 
 
 def eval_batches(
-    encoded: Encoded, shape: EvalShape, *, score: Score = "candidates", layout: Layout = DECODER
+    encoded: Encoded,
+    shape: EvalShape,
+    *,
+    score: Score = "candidates",
+    layout: RowLayout = DECODER_LAYOUT,
 ) -> list[EvalBatch]:
     """Packs a split for scoring; every example is in it once, and all batches have one shape.
 
@@ -155,8 +136,8 @@ def collect(
     Raises:
         UserError: a log-probability that is no number.
     """
-    example = np.concatenate([batch.pair_example_RC.ravel() for batch in batches])
-    candidate = np.concatenate([batch.pair_candidate_RC.ravel() for batch in batches])
+    example = np.concatenate([np.ravel(batch.example) for batch in batches])
+    candidate = np.concatenate([np.ravel(batch.candidate) for batch in batches])
     values = np.concatenate([np.asarray(array, np.float64).ravel() for array in log_probs])
     real = example >= 0
     if wrong := np.count_nonzero(~np.isfinite(values[real])):
@@ -177,8 +158,8 @@ def _scored(encoded: Encoded, example: int, score: Score) -> Sequence[np.ndarray
     return encoded.candidates if score == "candidates" else (encoded.targets[example],)
 
 
-def _sizes(encoded: Encoded, score: Score, layout: Layout) -> np.ndarray:
-    """For each example the places that it takes, [N, 4]: of the row that is packed, T, M and C.
+def _sizes(encoded: Encoded, score: Score, layout: RowLayout) -> np.ndarray:
+    """The size of each example, [N, 4]: in the row that is packed, then of T, M and C.
 
     Raises:
         UserError: a target that is to be scored is missing.
@@ -208,18 +189,17 @@ def _pack(sizes_N: np.ndarray, tokens: int) -> list[list[int]]:
 
 
 def _eval_batch(
-    encoded: Encoded, rows: list[list[int]], shape: EvalShape, score: Score, layout: Layout
+    encoded: Encoded, rows: list[list[int]], shape: EvalShape, score: Score, layout: RowLayout
 ) -> EvalBatch:
-    names = layout.names(*EVAL)
-    batch = empty(shape.rows, shape.widths, [*names, *PAIR])
-    for name in PAIR:
-        batch[name] -= 1
-    for row, examples in enumerate(rows):
-        used: Counter[str] = Counter()
-        for segment, example in enumerate(examples, 1):
-            tokens = encoded.inputs[example]
-            piece = input_row(layout, tokens)
-            piece |= scored_row(layout, tokens, _scored(encoded, example, score))
-            piece["pair_example_RC"] = np.full(len(piece["pair_token_RC"]), example)
-            append(batch, row, used, of_task(layout, piece, encoded.task(example)), segment)
-    return EvalBatch({name: batch[name] for name in names}, *(batch[name] for name in PAIR))
+    """Packs rows of examples, given by their numbers, in int32."""
+    none_RC = np.full((shape.rows, shape.pairs), -1, np.int32)
+    batch = EvalBatch(
+        rows=empty_rows(layout, shape.rows, shape.widths, branches=True),
+        pairs=Pairs(np.zeros_like(none_RC), np.zeros_like(none_RC)),
+        example=none_RC,
+        candidate=none_RC.copy(),
+    )
+    for row, numbers in enumerate(rows):
+        scored = [scored_example(layout, encoded, n, _scored(encoded, n, score)) for n in numbers]
+        write_row(batch, row, scored)
+    return batch

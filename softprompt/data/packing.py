@@ -164,6 +164,7 @@ def best_fit(sizes: Iterable[int], capacity: int) -> list[int]:
     with_room: dict[int, list[int]] = {}
     rooms = 0  # bit k is set where some row has k left
     for size in sizes:
+        assert size <= capacity, f"an item of size {size} does not fit in a row of {capacity}"
         fitting = rooms >> size
         if fitting:
             room = size + (fitting & -fitting).bit_length() - 1

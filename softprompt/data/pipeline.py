@@ -1,32 +1,33 @@
 """Batches of fixed shape: packed rows for training."""
 
 import functools
-from collections import Counter
+from dataclasses import replace
 
 import grain
+import jax
 import numpy as np
 
 from softprompt.data.encode import Encoded
 from softprompt.data.packing import RowShape, Template, plan_template
 from softprompt.data.rows import (
-    DECODER,
-    TRAIN,
-    Batch,
-    Layout,
-    append,
-    empty,
-    input_row,
-    of_task,
-    train_row,
+    DECODER_LAYOUT,
+    RowLayout,
+    TrainBatch,
+    Widths,
+    empty_rows,
+    train_example,
+    write_row,
 )
 from softprompt.errors import UserError
 
 
-def train_lengths(encoded: Encoded, layout: Layout = DECODER) -> tuple[np.ndarray, np.ndarray]:
-    """Places that each example takes in the row its input is in, and its target tokens, both [N].
+def train_lengths(
+    encoded: Encoded, layout: RowLayout = DECODER_LAYOUT
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of each example in the row that has its input, and its target tokens, both [N].
 
-    In a decoder's row the target follows the input; its last token is only ever predicted, so that
-    it takes no place.
+    In a decoder's row the target follows the input. Its last token is only ever predicted, so it is
+    not in the row.
 
     Raises:
         UserError: an example has no target.
@@ -40,7 +41,9 @@ def train_lengths(encoded: Encoded, layout: Layout = DECODER) -> tuple[np.ndarra
     return inputs_N + (layout.input_slots if layout.encoder else targets_N - 1), targets_N
 
 
-def train_template(encoded: Encoded, *, examples: int, layout: Layout = DECODER) -> Template:
+def train_template(
+    encoded: Encoded, *, examples: int, layout: RowLayout = DECODER_LAYOUT
+) -> Template:
     """The template of an encoded split for `examples` a step (see `plan_template`)."""
     return plan_template(*train_lengths(encoded, layout), examples=examples)
 
@@ -50,9 +53,9 @@ def train_batch(
     examples_B: np.ndarray,
     rows_B: np.ndarray,
     shape: RowShape,
-    layout: Layout = DECODER,
-) -> Batch:
-    """Packs one step.
+    layout: RowLayout = DECODER_LAYOUT,
+) -> TrainBatch:
+    """Packs one step, in int32; the weights are float32.
 
     Args:
         encoded: the split.
@@ -60,22 +63,23 @@ def train_batch(
         rows_B: the row of each place.
         shape: rows, tokens and targets of the step.
         layout: where the model wants them.
-
-    Returns:
-        The arrays of `Layout.names`, int32: `index_RM` are the positions whose hidden state
-        predicts a target, target_RM. And weight_RM (float32): 1 / target tokens in the step, 0
-        where nothing is predicted.
     """
-    batch = empty(shape.rows, train_widths(shape, layout), layout.names(*TRAIN))
-    batch["weight_RM"] = batch["weight_RM"].astype(np.float32)
+    batch = empty_batch(shape, layout)
     for row in range(shape.rows):
-        used: Counter[str] = Counter()
-        for segment, example in enumerate(examples_B[rows_B == row].tolist(), 1):
-            tokens, target = encoded.inputs[example], encoded.targets[example]
-            piece = input_row(layout, tokens) | train_row(layout, tokens, target)
-            append(batch, row, used, of_task(layout, piece, encoded.task(example)), segment)
-    batch["weight_RM"] /= batch["weight_RM"].sum()
+        numbers = examples_B[rows_B == row].tolist()
+        write_row(batch, row, [train_example(layout, encoded, n) for n in numbers])
+    batch.loss_weights[:] /= batch.loss_weights.sum()
     return batch
+
+
+def empty_batch(shape: RowShape, layout: RowLayout) -> TrainBatch:
+    """A step's arrays without an example."""
+    size = shape.rows, shape.targets
+    return TrainBatch(
+        rows=empty_rows(layout, shape.rows, train_widths(shape, layout)),
+        targets=np.zeros(size, np.int32),
+        loss_weights=np.zeros(size, np.float32),
+    )
 
 
 def row_examples(examples_B: np.ndarray, rows_B: np.ndarray, shape: RowShape) -> np.ndarray:
@@ -93,23 +97,25 @@ def row_examples(examples_B: np.ndarray, rows_B: np.ndarray, shape: RowShape) ->
     return ids_RE
 
 
-def train_widths(shape: RowShape, layout: Layout) -> dict[str, int]:
-    """Places in a row by letter. An encoder-decoder's `shape.tokens` are those of its encoder."""
+def train_widths(shape: RowShape, layout: RowLayout) -> Widths:
+    """Positions in a row. An encoder-decoder's `shape.tokens` are those of its encoder."""
     if not layout.encoder:
-        return {"T": shape.tokens, "M": shape.targets}
+        return Widths(shape.tokens, shape.targets)
     own = shape.targets + shape.examples * layout.target_slots
-    return {"S": shape.tokens, "T": own, "M": shape.targets}
+    return Widths(own, shape.targets, shape.tokens)
 
 
-def pad_rows(batch: Batch, multiple: int) -> Batch:
+def pad_rows(batch: TrainBatch, multiple: int) -> TrainBatch:
     """Adds empty rows until their number is a multiple, such as of a mesh's data axis.
 
     An empty row is all zeros: segment 0 everywhere and no weight.
     """
-    return {
-        name: np.pad(array, [(0, -len(array) % multiple)] + [(0, 0)] * (array.ndim - 1))
-        for name, array in batch.items()
-    }
+
+    def pad(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, [(0, -len(array) % multiple)] + [(0, 0)] * (array.ndim - 1))
+
+    padded: TrainBatch = jax.tree.map(pad, batch)
+    return padded
 
 
 class TrainSource:
@@ -120,7 +126,7 @@ class TrainSource:
         template: its packing, from `train_template` with the same layout.
         seed: chooses the order of the data, nothing else.
         layout: where the model wants an example.
-        ids: batches have "examples_RE" (see `row_examples`), by which dropout goes.
+        ids: batches have `Rows.examples` (see `row_examples`), by which dropout goes.
     """
 
     def __init__(
@@ -128,7 +134,7 @@ class TrainSource:
         encoded: Encoded,
         template: Template,
         seed: int,
-        layout: Layout = DECODER,
+        layout: RowLayout = DECODER_LAYOUT,
         *,
         ids: bool = False,
     ):
@@ -143,17 +149,20 @@ class TrainSource:
         plan = self._plan(epoch)
         return plan.examples_SB[nth], plan.rows_SB[nth]
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> TrainBatch:
         places, shape = self.places(step), self.template.shape
         batch = train_batch(self.encoded, *places, shape, self.layout)
-        return batch | {"examples_RE": row_examples(*places, shape)} if self.ids else batch
+        if not self.ids:
+            return batch
+        rows = replace(batch.rows, examples=row_examples(*places, shape))
+        return replace(batch, rows=rows)
 
     def example_ids(self, step: int) -> list[str]:
         """The ids of a step's examples, in the order of its places."""
         return [self.encoded.ids[example] for example in self.places(step)[0]]
 
     def tokens(self, step: int) -> int:
-        """Places in a step's rows (an encoder-decoder's encoder's) that are not padding."""
+        """Positions of a step's rows (an encoder-decoder's encoder's) that are not padding."""
         return int(self.lengths_N[self.places(step)[0]].sum())
 
     def fill(self, step: int) -> float:
@@ -168,7 +177,7 @@ class TrainSource:
 
 def train_batches(
     source: TrainSource, *, start: int, stop: int, row_multiple: int = 1
-) -> grain.IterDataset[Batch]:
+) -> grain.IterDataset[TrainBatch]:
     """The batches of steps start to stop, one thread ahead of whoever iterates.
 
     The only state is the step: starting at k gives what an uninterrupted run would give from k on.

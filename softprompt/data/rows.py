@@ -1,32 +1,76 @@
-"""How examples lie in the rows of a batch: the arrays of both kinds of model.
+"""How examples lie in the rows of a batch, for both kinds of model.
 
-A batch is a dict of numpy arrays whose names end in their shape: R rows of T tokens, M positions in
-a row whose logits are needed, C pairs in a row that are scored. An encoder-decoder has rows of S
-tokens for its encoder beside them. Segment 0 is padding; the examples of a row are its segments 1,
-2, ...; an example's positions start at 0.
+Everything an example puts into a row is a struct of arrays with one axis. A packed row is the
+examples' arrays one after another; a batch has R rows, padded with zeros to the same lengths.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
+import jax
 import numpy as np
+from flax import struct
 
-Batch = dict[str, np.ndarray]
+from softprompt.data.encode import Encoded
+from softprompt.models.rows import Array, Rows
 
-ROW = ("tokens_RT", "segments_RT", "positions_RT", "index_RM")
-TRAIN = ("target_RM", "weight_RM")
-EVAL = ("branches_RT", "pair_head_RC", "pair_token_RC")
-ENCODER = ("inputs_RS", "input_segments_RS", "input_positions_RS")
+
+@struct.dataclass
+class TrainBatch:
+    """A step's rows, and what is to be predicted at the positions `rows.index` [R, M].
+
+    Attributes:
+        rows: what the model reads.
+        targets: [R, M], the token that follows each position.
+        loss_weights: [R, M], 1 / target tokens in the step; 0 where nothing is predicted.
+    """
+
+    rows: Rows
+    targets: Array
+    loss_weights: Array
+
+
+@struct.dataclass
+class Pairs:
+    """Tokens to be scored, each at a position: C pairs in a row.
+
+    Attributes:
+        head: [R, C], which of the row's positions `rows.index` predicts the token.
+        token: [R, C], the token.
+    """
+
+    head: Array
+    token: Array
+
+
+@struct.dataclass
+class EvalBatch:
+    """Rows whose sequences are scored: the log-probability of one is the sum over its pairs.
+
+    Attributes:
+        rows: what the model reads; its branches are the sequences.
+        pairs: the tokens of all sequences.
+        example: [R, C], the example of each pair, -1 where there is none.
+        candidate: [R, C], the candidate of each pair, -1 where there is none.
+    """
+
+    rows: Rows
+    pairs: Pairs
+    example: Array
+    candidate: Array
+
+
+Batch = TypeVar("Batch", TrainBatch, EvalBatch)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a model wants an example.
+class RowLayout:
+    """Where a model wants an example's input, targets and prompt.
 
     Attributes:
         start: the id that each of an encoder-decoder's target sequences begins with; None for a
-            decoder, in whose row the target follows the input.
+            decoder-only model, in whose row the target follows the input.
         input_slots: prompt vectors that stand inline before each input in the encoder's row.
         target_slots: prompt vectors that stand inline before each target sequence.
         prompts: how many prompts (an encoder-decoder's stand before inputs) there are for examples
@@ -43,130 +87,169 @@ class Layout:
         """Whether the input goes into a row of its own."""
         return self.start is not None
 
-    def names(self, *more: str) -> list[str]:
-        """The arrays of a batch: those that every one has, and `more`."""
-        optional = {
-            "input_prompt_RS": self.input_slots,
-            "prompt_RT": self.target_slots,
-            "which_RT": self.prompts and not self.encoder,
-        }
-        there = [name for name, needed in optional.items() if needed]
-        return [*(ENCODER if self.encoder else ()), *ROW, *there, *more]
+
+DECODER_LAYOUT = RowLayout()
 
 
-DECODER = Layout()
+class Widths(NamedTuple):
+    """Positions in a row: its own (T), those with logits (M), and in the encoder's row (S)."""
+
+    tokens: int
+    heads: int
+    inputs: int = 0
 
 
-def input_row(layout: Layout, tokens: np.ndarray) -> Batch:
-    """An input's own arrays in the encoder's row; none for a decoder."""
-    if not layout.encoder:
-        return {}
-    return _sequence(tokens, layout.input_slots, ("inputs_RS", "input_prompt_RS", "input_"))
+def train_example(layout: RowLayout, encoded: Encoded, number: int) -> TrainBatch:
+    """An example of a split, for training.
 
-
-def train_row(layout: Layout, tokens: np.ndarray, target: np.ndarray) -> Batch:
-    """One example's arrays for training; the last target token is predicted only, and stays out."""
+    The last token of its target is only ever predicted, so it is not in the row.
+    """
+    tokens, target = encoded.inputs[number], encoded.targets[number]
     if layout.start is None:
-        row = _sequence(np.concatenate([tokens, target[:-1]]), 0)
+        own = _sequence(np.concatenate([tokens, target[:-1]]))
     else:
-        row = _sequence(np.array([layout.start, *target[:-1]]), layout.target_slots)
-    end = len(row["tokens_RT"])
-    row["index_RM"] = np.arange(end - len(target), end)
-    return row | {"target_RM": target, "weight_RM": np.ones(len(target))}
+        own = _sequence(np.array([layout.start, *target[:-1]]), layout.target_slots)
+    end = len(own.tokens)
+    rows = replace(own, index=np.arange(end - len(target), end))
+    rows = _with_input(layout, rows, tokens, encoded.task(number))
+    return TrainBatch(rows, target, np.ones(len(target)))
 
 
-def scored_row(layout: Layout, tokens: np.ndarray, scored: Sequence[np.ndarray]) -> Batch:
-    """One example's arrays for scoring sequences after its input, each a branch of the segment.
+def scored_example(
+    layout: RowLayout, encoded: Encoded, number: int, scored: Sequence[np.ndarray]
+) -> EvalBatch:
+    """An example of a split with sequences that are scored after its input, each a branch.
 
-    A decoder shares the input between them. An encoder-decoder has its input elsewhere, and each of
-    them whole: the relative bias counts places in the row.
+    A decoder-only model shares the input between them. An encoder-decoder has its input elsewhere,
+    and each sequence whole: the relative bias counts positions in the row.
     """
+    tokens = encoded.inputs[number]
     if layout.start is None:
-        return _shared_input(tokens, scored)
-    slots = layout.target_slots
-    rows = [_sequence(np.array([layout.start, *one[:-1]]), slots) for one in scored]
-    row = {name: np.concatenate([one[name] for one in rows]) for name in rows[0]}
+        rows, head = _branches_of_input(tokens, scored)
+    else:
+        rows = _branches(layout.start, layout.target_slots, scored)
+        head = np.arange(len(rows.index))
     lengths = [len(one) for one in scored]
-    ends = np.cumsum([slots + length for length in lengths])
-    branches = np.arange(len(scored))
-    return row | {
-        "branches_RT": np.repeat(branches + 1, [slots + length for length in lengths]),
-        "index_RM": np.concatenate(
-            [np.arange(end - n, end) for end, n in zip(ends, lengths, strict=True)]
-        ),
-        "pair_head_RC": np.arange(sum(lengths)),
-        "pair_token_RC": np.concatenate(scored),
-        "pair_candidate_RC": np.repeat(branches, lengths),
-    }
+    return EvalBatch(
+        rows=_with_input(layout, rows, tokens, encoded.task(number)),
+        pairs=Pairs(head, np.concatenate(scored)),
+        example=np.full(len(head), number),
+        candidate=np.repeat(np.arange(len(scored)), lengths),
+    )
 
 
-def _sequence(
-    tokens: np.ndarray, slots: int, names: tuple[str, str, str] = ("tokens_RT", "prompt_RT", "")
-) -> Batch:
-    """Tokens behind the slots of an inline prompt, with their positions."""
+def _sequence(tokens: np.ndarray, slots: int = 0, *, first: int = 0) -> Rows:
+    """Tokens of one example behind the slots of an inline prompt, whose rows count from `first`."""
     index = np.arange(slots + len(tokens)) - slots
-    row_name, prompt_name, prefix = names
-    letter = row_name[-1]
-    row = {
-        row_name: np.concatenate([np.zeros(slots, np.int32), tokens]),
-        f"{prefix}positions_R{letter}": np.maximum(index, 0),
-    }
-    return row | ({prompt_name: np.where(index < 0, index + slots, -1)} if slots else {})
+    return Rows(
+        tokens=np.concatenate([np.zeros(slots, np.int32), tokens]),
+        segments=np.ones(len(index), np.int32),
+        positions=np.maximum(index, 0),
+        prompt_index=np.where(index < 0, first + slots + index, -1) if slots else None,
+    )
 
 
-def _shared_input(tokens: np.ndarray, scored: Sequence[np.ndarray]) -> Batch:
-    """An input, then each scored sequence without its last token as a branch."""
-    own = [len(one) - 1 for one in scored]
-    heads = np.split(np.arange(sum(own)) + 1, np.cumsum(own)[:-1])
-    end, branches = len(tokens), range(len(scored))
-    return {
-        "tokens_RT": np.concatenate([tokens, *(one[:-1] for one in scored)]),
-        "positions_RT": np.concatenate([np.arange(end), *(end + np.arange(n) for n in own)]),
-        "branches_RT": np.repeat([0, *(b + 1 for b in branches)], [end, *own]),
-        "index_RM": np.arange(end - 1, end + sum(own)),
-        "pair_head_RC": np.concatenate([[0, *head] for head in heads]),
-        "pair_token_RC": np.concatenate(scored),
-        "pair_candidate_RC": np.repeat(branches, [n + 1 for n in own]),
-    }
+def _with_input(layout: RowLayout, rows: Rows, tokens: np.ndarray, task: int) -> Rows:
+    """An example's row with its encoder's, and with the prompt of its task where it has one."""
+    assert not layout.prompts or 0 <= task < layout.prompts, f"no prompt for task {task}"
+    if layout.encoder:
+        first = task * layout.input_slots if layout.prompts else 0
+        return replace(rows, encoder=_sequence(tokens, layout.input_slots, first=first))
+    return replace(rows, which=np.full(len(rows.tokens), task)) if layout.prompts else rows
 
 
-def of_task(layout: Layout, piece: Batch, task: int) -> Batch:
-    """An example's arrays with those that say which of several prompts it has: its task's."""
-    if not layout.prompts:
-        return piece
-    assert 0 <= task < layout.prompts, f"task {task} has none of {layout.prompts} prompts"
-    if not layout.encoder:
-        return piece | {"which_RT": np.full(len(piece["tokens_RT"]), task)}
-    index = piece["input_prompt_RS"]
-    first = task * layout.input_slots
-    return piece | {"input_prompt_RS": np.where(index < 0, index, first + index)}
+def _branches_of_input(tokens: np.ndarray, scored: Sequence[np.ndarray]) -> tuple[Rows, np.ndarray]:
+    """An input, then each sequence without its last token as a branch; and the heads of pairs.
 
-
-def empty(rows: int, widths: dict[str, int], names: Sequence[str]) -> Batch:
-    """Zeros for each name, as wide as the letter that it ends in says.
-
-    An inline prompt's index is 0 in padding, too: no example sees what stands there.
+    The input's last position predicts the first token of every sequence.
     """
-    return {name: np.zeros((rows, widths[name[-1]]), np.int32) for name in names}
+    own = [len(one) - 1 for one in scored]
+    end, total = len(tokens), sum(own)
+    rows = Rows(
+        tokens=np.concatenate([tokens, *(one[:-1] for one in scored)]),
+        segments=np.ones(end + total, np.int32),
+        positions=np.concatenate([np.arange(end), *(end + np.arange(n) for n in own)]),
+        index=np.arange(end - 1, end + total),
+        branches=np.repeat(np.arange(len(scored) + 1), [end, *own]),
+    )
+    heads = np.split(np.arange(total) + 1, np.cumsum(own)[:-1])
+    return rows, np.concatenate([[0, *head] for head in heads])
 
 
-def append(batch: Batch, row: int, used: Counter[str], piece: Batch, segment: int) -> None:
-    """Writes an example's arrays behind what its row already holds (in place).
+def _branches(start: int, slots: int, scored: Sequence[np.ndarray]) -> Rows:
+    """Sequences without their last tokens, each behind slots and the start token."""
+    sequences = [_sequence(np.array([start, *one[:-1]]), slots) for one in scored]
+    rows: Rows = jax.tree.map(lambda *parts: np.concatenate(parts), *sequences)
+    lengths = [len(one.tokens) for one in sequences]
+    index = np.flatnonzero(rows.prompt_index < 0) if slots else np.arange(sum(lengths))
+    branches = np.repeat(np.arange(len(scored)) + 1, lengths)
+    return replace(rows, index=index, branches=branches)
+
+
+def empty_rows(layout: RowLayout, rows: int, widths: Widths, *, branches: bool = False) -> Rows:
+    """Rows of zeros, which are padding: no example sees what stands there.
 
     Args:
-        batch: the arrays of all rows.
-        row: where to write.
-        used: places of each letter (S, T, M, C) that the row holds; is advanced.
-        piece: the example's arrays; indices count from its own first token or head.
-        segment: the number of the example in its row.
+        layout: where the model wants examples.
+        rows: R.
+        widths: positions in a row.
+        branches: the rows are for scoring.
     """
-    piece = dict(piece)
-    for tokens, segments in (("tokens_RT", "segments_RT"), ("inputs_RS", "input_segments_RS")):
-        if tokens in piece:
-            piece[segments] = np.full(len(piece[tokens]), segment)
-    offsets = {"index_RM": used["T"], "pair_head_RC": used["M"]}
-    for name, values in piece.items():
-        first = used[name[-1]]
-        assert first + len(values) <= batch[name].shape[1], f"{name}: row {row} is too short"
-        batch[name][row, first : first + len(values)] = values + offsets.get(name, 0)
-    used.update({name[-1]: len(values) for name, values in piece.items()})
+
+    def zeros(width: int) -> np.ndarray:
+        return np.zeros((rows, width), np.int32)
+
+    encoder = None
+    if layout.encoder:
+        encoder = Rows(
+            tokens=zeros(widths.inputs),
+            segments=zeros(widths.inputs),
+            positions=zeros(widths.inputs),
+            prompt_index=zeros(widths.inputs) if layout.input_slots else None,
+        )
+    return Rows(
+        tokens=zeros(widths.tokens),
+        segments=zeros(widths.tokens),
+        positions=zeros(widths.tokens),
+        index=zeros(widths.heads),
+        prompt_index=zeros(widths.tokens) if layout.target_slots else None,
+        which=zeros(widths.tokens) if layout.prompts and not layout.encoder else None,
+        branches=zeros(widths.tokens) if branches else None,
+        encoder=encoder,
+    )
+
+
+def write_row(batch: Batch, row: int, examples: Sequence[Batch]) -> None:
+    """Writes examples, one after another, into an empty row of a batch (in place)."""
+    if not examples:
+        return
+    tokens, heads, placed = 0, 0, []
+    for segment, example in enumerate(examples, 1):
+        placed.append(_placed(example, segment, tokens=tokens, heads=heads))
+        tokens, heads = tokens + len(example.rows.tokens), heads + len(example.rows.index)
+
+    def write(array: np.ndarray, *parts: np.ndarray) -> None:
+        values = np.concatenate(parts)
+        width = array.shape[1]
+        assert len(values) <= width, (
+            f"row {row} is too short: {width} positions, needs {len(values)}"
+        )
+        array[row, : len(values)] = values
+
+    jax.tree.map(write, batch, *placed)
+
+
+def _placed(
+    example: TrainBatch | EvalBatch, segment: int, *, tokens: int, heads: int
+) -> TrainBatch | EvalBatch:
+    """An example as a segment of its row, behind so many tokens and positions with logits."""
+    rows, encoder = example.rows, example.rows.encoder
+    if encoder is not None:
+        encoder = replace(encoder, segments=encoder.segments * segment)
+    rows = replace(
+        rows, segments=rows.segments * segment, index=rows.index + tokens, encoder=encoder
+    )
+    if isinstance(example, EvalBatch):
+        pairs = replace(example.pairs, head=example.pairs.head + heads)
+        return replace(example, rows=rows, pairs=pairs)
+    return replace(example, rows=rows)

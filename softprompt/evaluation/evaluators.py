@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from softprompt.data.encode import Encoded
 from softprompt.data.eval_batches import EvalBatch
-from softprompt.data.rows import Layout
+from softprompt.data.rows import RowLayout
 from softprompt.data.tasks import Task
 from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification, free_text
@@ -43,7 +43,7 @@ class Forward(NamedTuple):
     model: Model
     weights: Any
     mesh: Mesh
-    layout: Layout
+    layout: RowLayout
     tokenizer: Tokenizer
 
 

@@ -17,7 +17,7 @@ from scipy import stats
 from softprompt.inference.batches import input_batches, slots_for
 from softprompt.inference.decode import (
     NO_TOKEN,
-    Rows,
+    RowIds,
     Rules,
     decode_function,
     on_rows,
@@ -98,7 +98,7 @@ def functions(
     slots = slots_for(batch.tokens_BT.shape[1])
     which_B = None if which is None else np.full(rows, which, np.int32)
     arguments = on_rows(mesh, (batch.tokens_BT, batch.lengths_B, which_B))
-    who = on_rows(mesh, Rows(np.arange(rows, dtype=np.uint32), np.ones(rows, bool)))
+    who = on_rows(mesh, RowIds(np.arange(rows, dtype=np.uint32), np.ones(rows, bool)))
     rules = Rules(new, NO_TOKEN, GREEDY, jax.random.key(0))
 
     def prefill() -> Any:

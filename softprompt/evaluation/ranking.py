@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from softprompt.data.eval_batches import EvalBatch, collect
+from softprompt.data.eval_batches import collect
+from softprompt.data.rows import EvalBatch, Pairs
 from softprompt.models import Model
+from softprompt.models.rows import Rows
 from softprompt.training.sharding import by_row, put_batch, replicated
 from softprompt.training.step import Shared, StepConfig, row_logits, shared_part
 
@@ -66,24 +68,23 @@ def shared_function(config: StepConfig, mesh: Mesh) -> Callable[[Tree, Tree], An
 
 @one_program
 def score_function(model: Model, mesh: Mesh, *, many: bool = False) -> Callable[..., jax.Array]:
-    """The compiled (weights, shared, batch) -> log-probability of each pair [R, C], float32.
+    """The compiled (weights, shared, rows, pairs) -> log-probability of each pair [R, C], float32.
 
     `many`: of several deltas, whose shared parts are stacked: [N, R, C]. The weights are not.
     """
 
-    def score(weights: Tree, shared: Shared, batch: dict[str, jax.Array]) -> Any:
-        logits_RMV = row_logits(model, weights, shared, batch)
+    def score(weights: Tree, shared: Shared, rows: Rows, pairs: Pairs) -> Any:
+        logits_RMV = row_logits(model, weights, shared, rows)
         norm_RM = jax.nn.logsumexp(logits_RMV, axis=-1)
 
-        def pairs(logits_MV: jax.Array, norm_M: jax.Array, head_C: Any, token_C: Any) -> Any:
-            return logits_MV[head_C, token_C] - norm_M[head_C]
+        def log_probs(logits_MV: jax.Array, norm_M: jax.Array, pairs: Pairs) -> Any:
+            return logits_MV[pairs.head, pairs.token] - norm_M[pairs.head]
 
-        return jax.vmap(pairs)(logits_RMV, norm_RM, batch["pair_head_RC"], batch["pair_token_RC"])
+        return jax.vmap(log_probs)(logits_RMV, norm_RM, pairs)
 
-    function = jax.vmap(score, in_axes=(None, 0, None)) if many else score
-    return jax.jit(
-        function, in_shardings=(None, None, by_row(mesh)), out_shardings=replicated(mesh)
-    )
+    function = jax.vmap(score, in_axes=(None, 0, None, None)) if many else score
+    own = by_row(mesh)
+    return jax.jit(function, in_shardings=(None, None, own, own), out_shardings=replicated(mesh))
 
 
 def score_batches(
@@ -148,15 +149,15 @@ def score_side_by_side(
 
 
 def _outputs(
-    run: Callable[[Tree], jax.Array],
+    run: Callable[[Rows, Pairs], jax.Array],
     batches: Sequence[EvalBatch],
     mesh: Mesh,
     at_once: int,
     progress: Told,
 ) -> list[np.ndarray]:
-    """What `run` returns of each batch's arrays."""
+    """What `run` returns of each batch's rows and pairs."""
     assert at_once == 1 or mesh.size == 1, "programs that communicate start in one order everywhere"
-    start = lambda batch: run(put_batch(mesh, batch.arrays))  # noqa: E731
+    start = lambda batch: run(*put_batch(mesh, (batch.rows, batch.pairs)))  # noqa: E731
     found: list[np.ndarray] = []
     for output in _lagging(start, batches) if at_once == 1 else _beside(start, batches, at_once):
         found.append(np.asarray(output))

@@ -36,7 +36,7 @@ class State(NamedTuple):
     cache: Cache
 
 
-class Rows(NamedTuple):
+class RowIds(NamedTuple):
     """The rows of a batch: the ids that randomness is drawn from, and which hold an example."""
 
     ids_B: Any
@@ -58,7 +58,7 @@ def decode(
     shared: tuple[Tree, Any],
     memory: Any,
     logits_BV: jax.Array,
-    rows: Rows,
+    rows: RowIds,
     rules: Rules,
     *,
     new: int,
@@ -162,7 +162,7 @@ def generate(
 
     def run(memory: Any, logits_BV: jax.Array, batch: InputBatch) -> jax.Array:
         real_B = batch.example_B >= 0
-        rows = on_rows(mesh, Rows(numbers[batch.example_B].astype(np.uint32), real_B))
+        rows = on_rows(mesh, RowIds(numbers[batch.example_B].astype(np.uint32), real_B))
         new = slots_for(max_new)
         return decoded(weights, shared, memory, logits_BV, rows, rules, new=new)
 

@@ -231,7 +231,7 @@ def check_config(config: Mapping[str, Any], *, encoder_decoder: bool, file: str)
             start,
             f"{allowed} (others change the base model's weights)",
         )
-    return _method(fields | config, file)
+    return _method({**fields, **config}, file)
 
 
 def _method(config: Mapping[str, Any], file: str) -> str:
@@ -260,7 +260,7 @@ def whole_number(config: Mapping[str, Any], key: str, *, file: str) -> int:
         UserError: it is not, or it is absent.
     """
     value = config.get(key)
-    if not _is_whole(value):
+    if not isinstance(value, int) or not _is_whole(value):
         raise refuse(file, key, value, "a whole number from 1")
     return value
 

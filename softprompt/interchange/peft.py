@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.errors import UserError
-from softprompt.interchange.adapter_config import FIELDS, TASKS, check_config, complete_config
+from softprompt.interchange.adapter_config import TASKS, check_config, complete_config
 from softprompt.interchange.adapter_files import Adapter
 from softprompt.interchange.lora_ia3 import ia3_from, ia3_to, lora_from, lora_to
 from softprompt.interchange.module_names import ModelConfig
@@ -72,16 +72,16 @@ def to_peft(
     leaves: Leaves = {
         path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(delta, sep="/").items()
     }
-    name, form, known = method["name"], peft_fields(method["name"]), imported or {}
+    name, form, known = method["name"], _peft_fields(method["name"]), imported or {}
     if not form:
-        allowed = ", ".join(name for name in METHODS if peft_fields(name))
+        allowed = ", ".join(name for name in METHODS if _peft_fields(name))
         raise UserError(f"method {name!r} cannot be exported to PEFT; allowed: {allowed}")
     check_context(leaves, model, method, reader="PEFT")
     try:
         tensors, fields = _WRITE[form["peft_type"]](leaves, model, method, **_vectors(name))
     except KeyError as missing:
         raise UserError(f"the delta has no leaf {missing}; {name} needs it") from missing
-    fields = form | fields
+    fields = {**form, **fields}
     if known.get("peft_type") == "P_TUNING" and fields["peft_type"] == "PROMPT_TUNING":
         fields["peft_type"] = "P_TUNING"  # a prompt that another network made
     if leaves:
@@ -100,14 +100,9 @@ def to_peft(
     return Adapter(config, plain)
 
 
-def peft_fields(name: str) -> Mapping[str, Any]:
+def _peft_fields(name: str) -> Mapping[str, Any]:
     """The fields of adapter_config.json that say that an adapter is of a method; {} for none."""
-    return getattr(METHODS.get(name), "PEFT", {})
-
-
-def is_prompt_learning(name: str) -> bool:
-    """Whether a method puts something before the text: PEFT's term."""
-    return "num_virtual_tokens" in FIELDS.get(peft_fields(name).get("peft_type", ""), {})
+    return getattr(METHODS[name], "PEFT", {})
 
 
 def _vectors(name: str) -> dict[str, Mapping[str, str]]:
@@ -128,7 +123,7 @@ def check_context(
     Raises:
         UserError: names the key or the leaves, and what the other program does.
     """
-    if not is_prompt_learning(method["name"]):
+    if not METHODS[method["name"]].Settings.is_context:
         return
     if method["bos"] == "before":
         raise UserError(
@@ -139,7 +134,7 @@ def check_context(
         raise UserError(f"the delta has no vectors (length 0); {reader} has no such prompt")
     if not isinstance(model, T5Config):
         return
-    if peft_fields(method["name"])["peft_type"] == "PREFIX_TUNING":
+    if not METHODS[method["name"]].Settings.is_prompt:
         raise UserError(
             f"a prefix of an encoder-decoder cannot be exported ({', '.join(leaves)}): PEFT knows "
             "those of the decoder's self-attention only, and gives layer n those of layer 2n "

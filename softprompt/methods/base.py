@@ -46,7 +46,7 @@ class MethodSettings(Settings):
         shows_examples: what stands before a text are examples of the train split.
         multiplies_tokens: its delta is matrices that every token is multiplied by.
         may_leave_out: a delta may be without some of its modules, as imported ones are.
-        drops: what `dropout` drops, by its name in `softprompt.models.dropout.Shares`; "" where the
+        drops: what `dropout` drops, a field of `softprompt.models.dropout.Dropout`; "" where the
             method has no such key.
     """
 

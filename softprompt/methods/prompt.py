@@ -16,7 +16,7 @@ from softprompt.methods import reparametrize
 from softprompt.methods.base import Context, Setup, TrainedContextSettings, bos_setting, wants_bos
 from softprompt.methods.initializers import Initializer
 from softprompt.models import Model
-from softprompt.models.dropout import Share, masked
+from softprompt.models.dropout import Probability, masked
 from softprompt.models.quantize import embedding
 from softprompt.settings import setting
 
@@ -145,15 +145,15 @@ def variables(
 
 
 def dropped(
-    delta: dict[str, Any], cfg: PromptConfig, key: jax.Array, kept: Share
+    delta: dict[str, Any], cfg: PromptConfig, key: jax.Array, keep: Probability
 ) -> dict[str, Any]:
-    """The folded delta with a share of its entries kept and scaled up to the same mean, the rest 0.
+    """The folded delta with entries dropped, and the others scaled up to the same mean.
 
     All rows see the same prompt, so a step has one mask. A BOS before the prompt is not dropped.
     """
 
     def one(prompt_PD: jax.Array, key: jax.Array) -> jax.Array:
-        return masked(jax.random.bernoulli(key, kept, prompt_PD.shape), prompt_PD, kept)
+        return masked(jax.random.bernoulli(key, keep, prompt_PD.shape), prompt_PD, keep)
 
     leaves, tree = jax.tree.flatten(fold(delta, cfg))
     keys = jax.random.split(key, len(leaves))

@@ -2,11 +2,12 @@
 
 Everything that a row sees of its task is a stack of keys and values that the row does not change:
 
-    context = model.apply(variables, method="prompt_context")           once a step
-    x_MD = model.apply(variables, context, row, method="targets")       one row
-    logits_MV = model.apply(variables, x_MD, method="logits")
+    context = model.apply(variables, method="prompt_context")              once a step
+    x_MD = model.apply(variables, context, row, method="target_states")    one row, a `Rows`
+    logits_MV = model.apply(variables, x_MD, method="unembed")
 
-The encoder-decoder (softprompt/models/t5.py) has the same three methods.
+The encoder-decoder (softprompt/models/t5.py) has the same three methods. The first two take a
+`Dropout` as their last argument; without it nothing is dropped.
 
 `jax.vmap` over rows leaves the context unbatched: it is computed once, forward and backward.
 
@@ -17,7 +18,6 @@ Text is generated from a context too, a row's own keys and values beside it:
                            method="extend")
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -35,7 +35,13 @@ from softprompt.models.decoder_layers import (
     attention_case,
     cuts,
 )
-from softprompt.models.dropout import Drop, context_drop, dropped, kept_in, row_drop
+from softprompt.models.dropout import (
+    Dropout,
+    RowDropout,
+    context_dropout,
+    dropped,
+    row_dropout,
+)
 from softprompt.models.kernels import REFERENCE, Kernel
 from softprompt.models.layers import (
     NORMS,
@@ -46,6 +52,7 @@ from softprompt.models.layers import (
     read_delta,
 )
 from softprompt.models.positions import rotary_table
+from softprompt.models.rows import Rows
 from softprompt.models.stack import Gather, stack
 
 
@@ -157,7 +164,7 @@ class Decoder(nn.Module):
         none = jnp.zeros((c.layers, 0, c.kv_heads, c.head_size), self.dtype)
         return Context(none, none)
 
-    def prompt_context(self) -> Context:
+    def prompt_context(self, dropout: Dropout | None = None) -> Context:
         """The context of the delta: a prefix, or what a prompt [P, D] becomes, or no positions.
 
         Of several prompts [N, P, D] it is the contexts of all, end to end.
@@ -168,44 +175,30 @@ class Decoder(nn.Module):
         if prompt is None:
             return self.empty_context()
         prompt = prompt.astype(self.dtype)
-        return self._context_of(prompt if prompt.ndim == 3 else prompt[None])
+        return self._context_of(prompt if prompt.ndim == 3 else prompt[None], dropout)
 
     def text_context(self, tokens_P: jax.Array) -> Context:
         """The context of a text: a hard prompt, or few-shot examples."""
-        return self._context_of(self.embed(tokens_P)[None])
+        return self._context_of(self.embed(tokens_P)[None], None)
 
-    def hidden(
-        self,
-        context: Context,
-        tokens_T: jax.Array,
-        segments_T: jax.Array,
-        positions_T: jax.Array,
-        branches_T: jax.Array | None = None,
-        examples_E: jax.Array | None = None,
-        which_T: jax.Array | None = None,
-    ) -> jax.Array:
+    def hidden(self, context: Context, row: Rows, dropout: Dropout | None = None) -> jax.Array:
         """Runs one row after a context.
 
         Args:
             context: what every segment of the row sees.
-            tokens_T: token ids; several examples may share the row.
-            segments_T: which example a token belongs to; it sees that example only. 0 is padding.
-            positions_T: position of each token in its example, from 0 and below T; the context
-                comes before.
-            branches_T: 0 for what a segment's branches share, else the branch (a candidate answer);
-                a token sees the shared part and its own branch.
-            examples_E: ids of segments 1, 2, ..., for dropout.
-            which_T: which of several contexts a token sees, from 0. None: there is one.
+            row: its positions are below T.
+            dropout: of rows.
 
         Returns:
             The residual stream after the last layer [T, D]; `logits` normalises what it is given.
         """
+        tokens_T, segments_T, branches_T = row.tokens, row.segments, row.branches
         index_T = jnp.arange(tokens_T.shape[0])
         mask_TS = (segments_T[:, None] == segments_T) & (index_T[:, None] >= index_T)
         if branches_T is not None:
             mask_TS &= (branches_T == 0) | (branches_T[:, None] == branches_T)
-        drop = row_drop(kept_in(self), examples_E, segments_T)
-        x_TD, positions_T = self.embed(tokens_T), positions_T + context.length
+        drop = row_dropout(dropout, row.examples, segments_T)
+        x_TD, positions_T = self.embed(tokens_T), row.positions + context.length
         case = attention_case(
             *(self.config, self.dtype),
             context=context.length,
@@ -213,20 +206,14 @@ class Decoder(nn.Module):
             branches=branches_T is not None,
         )
         by = self.attention.serving(case), segments_T
-        x_TD, _ = self._run(x_TD, context, mask_TS, positions_T, which=which_T, drop=drop, by=by)
+        x_TD, _ = self._run(x_TD, context, mask_TS, positions_T, which=row.which, drop=drop, by=by)
         return x_TD
 
-    def targets(self, context: Context, row: Mapping[str, jax.Array]) -> jax.Array:
-        """The residual stream [M, D] at a row's positions "index_M".
-
-        The other arrays of `row` are the arguments of `hidden` by name.
-        """
-        arrays = {name: array for name, array in row.items() if name != "index_M"}
-        return self.hidden(context, **arrays)[row["index_M"]]
-
-    def target_states(self, context: Context, row: Mapping[str, jax.Array]) -> jax.Array:
-        """What the head reads [M, D] at the positions that `targets` is of."""
-        return self.final_states(self.targets(context, row))
+    def target_states(
+        self, context: Context, row: Rows, dropout: Dropout | None = None
+    ) -> jax.Array:
+        """What the head reads [M, D] at the positions `row.index`; arguments as for `hidden`."""
+        return self.final_states(self.hidden(context, row, dropout)[row.index])
 
     # Where `jax.vmap` over inputs finds the axis of inputs in `prefill`'s memory.
     memory_axes: ClassVar[Any] = Memory(Cached(1, 1, None, 0), 0, 0)  # type: ignore[arg-type]
@@ -309,11 +296,10 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
         """Logits [T, V] of one plain text after the trained prompt, if there is one."""
-        same_T = jnp.ones_like(tokens_T)
-        positions_T = jnp.arange(tokens_T.shape[0])
-        return self.logits(self.hidden(self.prompt_context(), tokens_T, same_T, positions_T))
+        row = Rows(tokens_T, jnp.ones_like(tokens_T), jnp.arange(tokens_T.shape[0]))
+        return self.logits(self.hidden(self.prompt_context(), row))
 
-    def _context_of(self, x_NPD: jax.Array) -> Context:
+    def _context_of(self, x_NPD: jax.Array, dropout: Dropout | None) -> Context:
         """Runs vectors as N causal sequences, packed in one row, and keeps the keys and values."""
         choices, length, width = x_NPD.shape
         index = jnp.arange(choices * length)
@@ -323,7 +309,7 @@ class Decoder(nn.Module):
             mask &= which[:, None] == which
         positions = jnp.tile(jnp.arange(length), choices)
         x_PD = x_NPD.reshape(choices * length, width)
-        drop = context_drop(kept_in(self), choices * length)
+        drop = context_dropout(dropout, choices * length)
         _, (k_LPGK, v_LPGK) = self._run(x_PD, self.empty_context(), mask, positions, drop=drop)
         return Context(k_LPGK, v_LPGK, choices)
 
@@ -335,7 +321,7 @@ class Decoder(nn.Module):
         positions_T: jax.Array,
         cached: tuple[Cached, ...] = (),
         which: jax.Array | None = None,
-        drop: Drop | None = None,
+        drop: RowDropout | None = None,
         by: tuple[Kernel, jax.Array | None] = (REFERENCE, None),
     ) -> tuple[jax.Array, KeysValues]:
         """The layers, from vectors of the embedding width; what they share is computed once.

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.attention import Part
-from softprompt.models.dropout import Drop, dropped, dropped_keys
+from softprompt.models.dropout import RowDropout, dropped, dropped_keys
 from softprompt.models.kernels import REFERENCE, Case, Kernel, attend
 from softprompt.models.layers import NORMS, Adapter, Linear, activate
 from softprompt.models.positions import RopeScaling, rotate, within
@@ -128,7 +128,7 @@ class Row:
     table: tuple[jax.Array, jax.Array] | None
     local: tuple[jax.Array, jax.Array] | None
     before: tuple[tuple[jax.Array, jax.Array | None], ...]
-    drop: Drop | None = None
+    drop: RowDropout | None = None
     segments_T: jax.Array | None = None
     kernel: Kernel = struct.field(pytree_node=False, default=REFERENCE)
 
@@ -219,7 +219,7 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_TD: jax.Array, drop: Drop | None) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, drop: RowDropout | None) -> jax.Array:
         """Returns [T, D]."""
         c, dtype, bias = self.config, self.dtype, self.config.mlp_bias
         x_TF = Linear("td,df->tf", (c.width, c.ffn), dtype, bias, name="up")(x_TD, drop)

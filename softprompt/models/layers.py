@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from softprompt.models.attention import accumulate
-from softprompt.models.dropout import STREAM, Drop, Shares, lora_dropped
+from softprompt.models.dropout import RowDropout, lora_dropped
 from softprompt.models.quantize import PARTS, dequantize
 
 _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=-1)
@@ -32,17 +32,13 @@ def read_delta(module: nn.Module, name: str) -> jax.Array | None:
     return module.get_variable("delta", name)
 
 
-def collections(
-    weights: Any, variables: Mapping[str, Any], kept: Shares | None = None
-) -> dict[str, Any]:
+def collections(weights: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
     """What a model is applied to: frozen weights, and a method's variables beside them.
 
-    Weights that are trained themselves come among the variables, as "params". `kept` is for a step
-    that drops something.
+    Weights that are trained themselves come among the variables, as "params".
     """
     beside = {name: tree for name, tree in variables.items() if name != "params"}
-    made = {"params": {**weights, **variables.get("params", {})}, "delta": beside}
-    return made if kept is None else made | {STREAM: {"kept": kept}}
+    return {"params": {**weights, **variables.get("params", {})}, "delta": beside}
 
 
 class Linear(nn.Module):
@@ -64,7 +60,7 @@ class Linear(nn.Module):
     rescales_input: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, drop: Drop | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, drop: RowDropout | None = None) -> jax.Array:
         """Projects `x` [T, ...]; `drop` is for what "lora_a" reads."""
         axes, out = self.spec.split(",")[1].split("->")
         inputs = tuple(n for n, axis in enumerate(axes) if axis not in out)
@@ -86,7 +82,7 @@ class Linear(nn.Module):
             y = (y.astype(acc) * factor).astype(self.dtype)
         return y
 
-    def _low_rank(self, x: jax.Array, drop: Drop | None) -> jax.Array | None:
+    def _low_rank(self, x: jax.Array, drop: RowDropout | None) -> jax.Array | None:
         """What LoRA's factors make of `x`; None where there are none."""
         a, b = read_delta(self, "lora_a"), read_delta(self, "lora_b")
         if a is None or b is None:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import struct
 
 from softprompt.models.attention import Part, accumulate, attend
-from softprompt.models.dropout import Drop, dropped, dropped_keys
+from softprompt.models.dropout import RowDropout, dropped, dropped_keys
 from softprompt.models.layers import Adapter, Linear, RMSNorm, activate
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -168,7 +168,7 @@ class Row:
     buckets: tuple[jax.Array, ...] = ()
     states: tuple[jax.Array, jax.Array] | None = None
     cross_mask_TS: jax.Array | None = None
-    drop: tuple[Drop | None, Drop | None] = (None, None)
+    drop: tuple[RowDropout | None, RowDropout | None] = (None, None)
     keep_cross: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -187,11 +187,13 @@ class Attention(nn.Module):
         self.v = Linear("td,dhk->thk", into, self.dtype)
         self.o = Linear("thk,hkd->td", out, self.dtype)
 
-    def keys_values(self, x_SD: jax.Array, drop: Drop | None) -> KeysValues:
+    def keys_values(self, x_SD: jax.Array, drop: RowDropout | None) -> KeysValues:
         """Keys and values [S, H, K] of vectors that are already normalised."""
         return self.k(x_SD, drop), self.v(x_SD, drop)
 
-    def __call__(self, x_TD: jax.Array, parts: Sequence[Part], drop: Drop | None) -> jax.Array:
+    def __call__(
+        self, x_TD: jax.Array, parts: Sequence[Part], drop: RowDropout | None
+    ) -> jax.Array:
         """Attends to the parts, without scaling; returns [T, D]."""
         return self.o(attend(self.q(x_TD, drop), parts), drop)
 
@@ -203,7 +205,7 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_TD: jax.Array, drop: Drop | None) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, drop: RowDropout | None) -> jax.Array:
         """Returns [T, D]."""
         width, ffn = self.config.width, self.config.ffn
         y = Linear("td,df->tf", (width, ffn), self.dtype, name="up")(x_TD, drop)

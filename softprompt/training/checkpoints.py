@@ -124,8 +124,8 @@ def restore_newest(
         except Exception as error:
             problems[step] = error
             continue
-        for broken, error in problems.items():
-            say(f"{_unreadable(manager, broken, error)}; deleted, step {step} is used instead")
+        for broken, problem in problems.items():
+            say(f"{_unreadable(manager, broken, problem)}; deleted, step {step} is used instead")
             _in_daemon_thread(functools.partial(manager.delete, broken))
         return step, notes, state
     if problems:

@@ -23,11 +23,12 @@ from softprompt import interrupts
 from softprompt.data.pipeline import TrainSource, train_batches
 from softprompt.errors import UserError
 from softprompt.methods.delta_file import save_delta
+from softprompt.models.dropout import Dropout, at_step
 from softprompt.training import checkpoints
 from softprompt.training.logs import MetricsLog
 from softprompt.training.optimizers import averaged, set_rate
 from softprompt.training.prefetch import Feed
-from softprompt.training.step import Key, StepCall, StepResult, folded
+from softprompt.training.step import StepCall, StepResult
 
 Tree = Any
 Steps = Generator[StepCall, StepResult, "State"]
@@ -141,7 +142,7 @@ class Parts:
         weights: the frozen model.
         source: batches by step.
         rates: learning rate of each step [steps].
-        key: the trial's random key, from which each step's is folded.
+        dropout: the trial's; None where nothing is dropped.
         mesh: the devices.
         row_multiple: empty rows are added to a batch until its rows are a multiple of this.
         evaluate: delta -> validation metrics.
@@ -158,7 +159,7 @@ class Parts:
     weights: Tree
     source: TrainSource
     rates: np.ndarray
-    key: Key
+    dropout: Dropout | None
     mesh: jax.sharding.Mesh
     row_multiple: int
     evaluate: Callable[[Tree], dict[str, float]]
@@ -172,22 +173,24 @@ class Parts:
 
 
 def restore(
-    manager: Any, state: State, *, fingerprint: str, say: Callable[[str], None]
+    manager: Any,
+    state: State,
+    *,
+    check: Callable[[int, Mapping[str, Any]], None],
+    say: Callable[[str], None],
 ) -> State | None:
     """The state of the newest checkpoint, laid out like `state`; None where there is none.
 
+    Args:
+        manager: of the trial's checkpoints.
+        state: of the trial's first step.
+        check: is given a checkpoint's step and notes before its arrays are read, whose shapes may
+            be others; raises where the trial cannot go on from it.
+        say: is given a line about each checkpoint that cannot be read.
+
     Raises:
-        UserError: it was trained on weights of another fingerprint, or no checkpoint can be read.
+        UserError: no checkpoint can be read; what `check` raises.
     """
-
-    def check(step: int, notes: Mapping[str, Any]) -> None:
-        """Looks at the fingerprint before arrays are read, which may have other shapes."""
-        if notes["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{manager.directory}: step {step} was trained on weights {notes['fingerprint']}, "
-                f"the model has {fingerprint} now; give another --workdir"
-            )
-
     found = checkpoints.restore_newest(manager, state.arrays(), check=check, say=say)
     if found is None:
         return None
@@ -230,7 +233,7 @@ def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager
                 opt_state,
                 parts.weights,
                 batch,
-                folded(parts.key, state.step),
+                at_step(parts.dropout, state.step),
             )
             if pending is not None:
                 last = note(loop, parts, pending, log, clock, last)

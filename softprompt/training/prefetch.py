@@ -1,19 +1,17 @@
 """Batches on the devices a step ahead of the loop, and the time for which devices lacked one."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 
+from softprompt.data.rows import TrainBatch
 from softprompt.training.sharding import put_batch
 
 LOOK = 0.001  # seconds between looks at the devices, while a batch is waited for
-
-Placed = dict[str, jax.Array]
 
 
 class Feed:
@@ -28,7 +26,7 @@ class Feed:
             never too little.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh, batches: Iterator[Mapping[str, np.ndarray]]):
+    def __init__(self, mesh: jax.sharding.Mesh, batches: Iterator[TrainBatch]):
         self.waited = 0.0
         self._mesh, self._batches = mesh, batches
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
@@ -45,7 +43,7 @@ class Feed:
     ) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def take(self, running: Any) -> Placed:
+    def take(self, running: Any) -> TrainBatch:
         """The next batch.
 
         Args:
@@ -62,10 +60,10 @@ class Feed:
             raise StopIteration
         return batch
 
-    def _ask(self) -> "Future[Placed | None]":
+    def _ask(self) -> "Future[TrainBatch | None]":
         return self._thread.submit(self._load)
 
-    def _load(self) -> Placed | None:
+    def _load(self) -> TrainBatch | None:
         batch = next(self._batches, None)
         return None if batch is None else put_batch(self._mesh, batch)
 

@@ -10,8 +10,8 @@ Source: arXiv 1909.08053 (heads and ffn over devices), arXiv 1910.02054 (ZeRO).
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -188,7 +188,7 @@ def by_row(mesh: Mesh) -> NamedSharding:
 
 
 def by_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What makes a sum over rows, a function of (delta, weights, batch, key), one of each device's.
+    """What makes a sum over rows, a function of (delta, weights, batch, dropout), one a device.
 
     Devices along "data" compute it of their own rows, context included, and add up the results at
     the end: one all-reduce as large as the delta. Left to XLA, the cotangents of the context's keys
@@ -219,10 +219,14 @@ def lies_over_data(tree: Any) -> bool:
     )
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch whose rows divide by the mesh's data axis, split over it.
+Batch = TypeVar("Batch")
+
+
+def put_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """A batch (a tree of arrays [R, ...]) whose rows divide by the mesh's data axis, split over it.
 
     Every process prepares the same batch and hands over only its own rows, so what a step sees
     depends on neither devices nor hosts.
     """
-    return {name: put(array, by_row(mesh)) for name, array in batch.items()}
+    placed: Batch = jax.tree.map(lambda array: put(array, by_row(mesh)), batch)
+    return placed

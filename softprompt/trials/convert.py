@@ -1,7 +1,8 @@
-"""A trial's delta written for other programs, and theirs made a trial's folder."""
+"""A trial's delta exported to other programs' files, and their files imported as a trial."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +21,41 @@ from softprompt.config import (
 )
 from softprompt.errors import UserError
 from softprompt.files import write_bytes, write_text
-from softprompt.interchange import peft
-from softprompt.interchange import prompt_arrays as arrays
-from softprompt.interchange.adapter_files import CONFIG as ADAPTER
+from softprompt.interchange import peft, prompt_arrays
+from softprompt.interchange.adapter_files import CONFIG as ADAPTER_CONFIG
 from softprompt.interchange.adapter_files import Adapter, read_adapter, write_adapter
 from softprompt.interchange.module_names import ModelConfig
 from softprompt.methods import METHODS
 from softprompt.methods.base import MethodSettings
 from softprompt.methods.delta_file import load_delta, save_delta
-from softprompt.pretrained.loading import Loaded, load_model, read_model_config
+from softprompt.pretrained.catalog import CATALOG
+from softprompt.pretrained.loading import Loaded, find_folder, load_model, read_model_config
 from softprompt.results import commit, read_result
 from softprompt.trials.delta_shapes import check_fit
-from softprompt.trials.merged_model import export_model
+from softprompt.trials.merged_model import export_merged
 from softprompt.trials.run import CONFIG, DELTA, provenance, read_config
 
 PADDING = (
-    "PEFT scores it right with padding on the right, or one text at a time; on the left, padding "
-    "comes between the prompt and the text"
+    "PEFT computes the trial's scores with padding on the right, or one text at a time; padding on "
+    "the left would stand between the prompt and the text"
 )
 
 
 def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict[str, Any]:
-    """Writes a trial's selected delta in another program's format; only "hf" reads the weights.
+    """Writes a trial's selected delta in another program's format. Only "hf" reads the weights.
 
     Args:
-        folder: of a trial that has its delta.
-        kind: "peft", a folder, "npy", a file, or "hf", the model with the delta in its weights.
-        to: where, new; local or gs://.
+        folder: of a finished trial.
+        kind: "peft" (a folder), "npy" (a file), or "hf" (a folder: the model with the delta in its
+            weights).
+        to: a new path, local or gs://.
 
     Returns:
         {"format", "method", "wrote", "notes"}: the files, and what their reader has to know.
 
     Raises:
-        UserError: no delta, something at `to`, or a delta that does not fit the model or that the
-            format cannot say.
+        UserError: no delta; something exists at `to`; the delta does not fit the model, or the
+            format cannot hold it. Nothing is left half-written.
     """
     config, file = read_config(folder), epath.Path(folder) / DELTA
     if not file.exists():
@@ -61,40 +63,79 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
     to = epath.Path(to)
     if to.exists():
         raise UserError(f"--to {to}: it exists; give a new path")
+    notes: list[str] = []
     if kind == "hf":
-        wrote = export_model(config, file, to)
-        return {"format": kind, "method": config.method.name, "wrote": wrote, "notes": []}
+        wrote = export_merged(config, file, to)
+    else:
+        wrote, notes = _export_delta(folder, config, kind=kind, to=to)
+    return {"format": kind, "method": config.method.name, "wrote": wrote, "notes": notes}
+
+
+def _export_delta(
+    folder: epath.PathLike, config: ConfigDict, *, kind: str, to: epath.Path
+) -> tuple[list[str], list[str]]:
+    """Writes the delta alone; returns the files and the notes."""
+    file = epath.Path(folder) / DELTA
     delta, known = load_delta(file)
     model = read_model_config(config.model.name, revision=config.model.revision or None)
     check_fit(delta, config, model, file=str(file))
     method, settings = to_dict(config)["method"], method_settings(config)
     notes = conventions(settings, model)
     if kind == "npy":
-        write_bytes(to, arrays.to_npy(delta, model, method))
-        wrote = [str(to)]
-    else:
-        made = peft.to_peft(
-            delta,
-            model,
-            method,
-            base=config.model.name,
-            revision=config.model.revision,
-            imported=known.get("imported", {}).get("adapter_config"),
-        )
-        said = describe(config, model, known, folder)
-        write_adapter(to, Adapter(made.config, made.tensors, said))
-        wrote = sorted(str(file) for file in to.iterdir())
-        notes += [PADDING] if settings.is_context else []
+        write_bytes(to, prompt_arrays.to_npy(delta, model, method))
+        return [str(to)], notes
+    base, note = base_model(config)
+    adapter = peft.to_peft(
+        delta,
+        model,
+        method,
+        base=base,
+        revision=config.model.revision,
+        imported=known.get("imported", {}).get("adapter_config"),
+    )
+    described = describe(config, model, known, folder)
+    with _nothing_half_written(to):
+        write_adapter(to, Adapter(adapter.config, adapter.tensors, described))
+    notes += [note] if note else []
+    notes += [PADDING] if settings.is_context else []
     if settings.per_task:
         tasks = [f"{n} {one.task.name}" for n, one in enumerate(members(config))]
         notes.append(f"task ids: {', '.join(tasks)}")
-    return {"format": kind, "method": method["name"], "wrote": wrote, "notes": notes}
+    return sorted(str(file) for file in to.iterdir()), notes
+
+
+@contextlib.contextmanager
+def _nothing_half_written(folder: epath.Path) -> Iterator[None]:
+    """Removes a new folder if the block that writes it ends in an exception."""
+    try:
+        yield
+    except BaseException:
+        if folder.exists():
+            folder.rmtree()
+        raise
+
+
+def base_model(config: ConfigDict) -> tuple[str | None, str]:
+    """What an adapter's file names as its base model, and what there is to say of it.
+
+    It is a name that transformers loads: the repository that a model of the catalogue was made
+    from, or a folder or repository that the config names, and None where there is none.
+    """
+    name, revision = config.model.name, config.model.revision or None
+    if (entry := CATALOG.get(name)) and entry.original:
+        return entry.original, (
+            f"base_model_name_or_path is {entry.original!r}, which {name!r} was made from; the "
+            f"delta was trained on the weights of {name!r}"
+        )
+    if entry or find_folder(name, revision=revision):
+        return name, ""
+    return None, f"base_model_name_or_path is null, for transformers cannot load {name!r}"
 
 
 def describe(
     config: ConfigDict, model: ModelConfig, known: Mapping[str, Any], folder: epath.PathLike
 ) -> dict[str, Any]:
-    """What an exported file says of where it came from."""
+    """What the metadata of an exported file says of its origin."""
     row = read_result(folder) or {}
     return {
         **known,
@@ -107,18 +148,18 @@ def describe(
 
 
 def conventions(settings: MethodSettings, model: ModelConfig) -> list[str]:
-    """What a prompt's reader has to know, in sentences."""
+    """What whoever uses an exported prompt or prefix has to know, in sentences."""
     if not settings.is_context:
         return []
     notes = {"none": "the text behind the prompt has no BOS"}
-    said = [notes.get(settings.bos, "the text behind the prompt begins with BOS where it has one")]
+    found = [notes.get(settings.bos, "the text behind the prompt begins with BOS if it has one")]
     if model.embed_scale != 1.0 and settings.is_prompt:
-        said.append(
-            f"its rows enter after the embeddings' scaling by {model.embed_scale:.6g}, as in PEFT "
-            "with transformers 5; rows from transformers 4, which scales them too, are to be "
-            "multiplied by it"
+        found.append(
+            f"the prompt's rows enter after the embeddings' scaling by {model.embed_scale:.6g}, as "
+            "in PEFT with transformers 5; transformers 4 scales the rows too, so rows from there "
+            "have to be multiplied by it"
         )
-    return said
+    return found
 
 
 def import_run(
@@ -127,51 +168,56 @@ def import_run(
     """Makes a trial's folder (config.json, delta.safetensors) of another program's file.
 
     Args:
-        source: an adapter's folder, one of its two files, or an array of numpy's; local.
-        config: names the model, and the task that it is for.
-        workdir: a new folder, local or gs://.
-        any_weights: also where the file says that it was trained on other weights.
+        source: an adapter's folder, one of its two files, or a .npy file; local.
+        config: names the model and the task.
+        workdir: a new or empty folder, local or gs://.
+        any_weights: accept a file that says it was trained on other weights.
 
     Returns:
         {"method", "leaves": shapes by path, "workdir", "notes"}.
 
     Raises:
-        UserError: something at `workdir`; a file that is none of these, or not of this model; one
-            that was trained on other weights; a config that contradicts the file.
+        UserError: `workdir` is not empty; the file is none of these, or not of this model, or was
+            trained on other weights; the config contradicts it. Nothing is left half-written.
     """
     workdir, file = epath.Path(workdir), Path(source).expanduser()
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"--workdir {workdir}: not empty; give a new folder")
     adapter = open_source(file)
-    said = dict(adapter.provenance) if adapter else {}
+    known = dict(adapter.provenance) if adapter else {}
     model = read_model_config(config.model.name, revision=config.model.revision or None)
     if adapter is None:
-        delta, method = arrays.from_npy(file, model)
+        delta, method = prompt_arrays.from_npy(file, model)
     else:
         delta, method = peft.from_peft(adapter, model)
-    config = with_method(config, method, said, file=str(file))
+    config = with_method(config, method, known, file=str(file))
     check_tasks(config, delta, file=str(file))
-    loaded = load_unkept(config)
-    trained = said.get("fingerprint", loaded.fingerprint)
+    loaded = load_without_weights(config)
+    trained = known.get("fingerprint", loaded.fingerprint)
     if trained != loaded.fingerprint and not any_weights:
         raise UserError(
             f"{file} was trained on weights {trained}, {config.model.name} has "
             f"{loaded.fingerprint}; --any-weights uses it nevertheless"
         )
     origin = {} if adapter is None else {"adapter_config": adapter.config}
-    facts = {"imported": {"file": str(file), "trained_on": trained, **origin}}
-    save_delta(workdir / DELTA, delta, provenance(config, loaded) | facts)
-    write_text(workdir / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
+    imported = {"imported": {"file": str(file), "trained_on": trained, **origin}}
+    with _nothing_half_written(workdir):
+        save_delta(workdir / DELTA, delta, provenance(config, loaded) | imported)
+        write_text(workdir / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
     return {
         "method": method["name"],
         "leaves": {path: list(leaf.shape) for path, leaf in flatten_dict(delta, sep="/").items()},
         "workdir": str(workdir),
-        "notes": notes_on(said, adapter) + conventions(method_settings(config), model),
+        "notes": notes_on(known, adapter) + conventions(method_settings(config), model),
     }
 
 
 def check_tasks(config: ConfigDict, delta: Mapping[str, Any], *, file: str) -> None:
-    """Raises a UserError where a multitask prompt has other numbers of tasks than the config."""
+    """Checks that a multitask prompt has as many tasks as the config.
+
+    Raises:
+        UserError: it has another number.
+    """
     found = [leaf for path, leaf in flatten_dict(delta, sep="/").items() if "task_cols" in path]
     names = [one.task.name for one in members(config)]
     if found and len(found[0]) != len(names):
@@ -181,8 +227,8 @@ def check_tasks(config: ConfigDict, delta: Mapping[str, Any], *, file: str) -> N
         )
 
 
-def load_unkept(config: ConfigDict) -> Loaded:
-    """A config's model for its fingerprint alone: no leaf of its weights is kept."""
+def load_without_weights(config: ConfigDict) -> Loaded:
+    """A config's model with its fingerprint, for which weights are read and none are kept."""
     return load_model(
         config.model.name,
         revision=config.model.revision or None,
@@ -192,7 +238,7 @@ def load_unkept(config: ConfigDict) -> Loaded:
 
 
 def open_source(file: Path) -> Adapter | None:
-    """The PEFT adapter that a path names; None where it is an array.
+    """The PEFT adapter at a path; None where a .npy file is there.
 
     Raises:
         UserError: neither, or an adapter that cannot be read.
@@ -201,31 +247,37 @@ def open_source(file: Path) -> Adapter | None:
         return read_adapter(file)
     if not file.is_file():
         raise UserError(f"{file}: no such file or folder")
-    if arrays.is_array(file):
+    if prompt_arrays.is_array(file):
         return None
-    if (file.parent / ADAPTER).exists():
+    if (file.parent / ADAPTER_CONFIG).exists():
         return read_adapter(file.parent)
     raise UserError(
         f"{file}: neither a .npy file nor part of a PEFT adapter; allowed: an adapter's folder, or "
-        "an array of numpy's"
+        "a .npy file"
     )
 
 
 def with_method(
-    config: ConfigDict, method: Mapping[str, Any], said: Mapping[str, Any], *, file: str
+    config: ConfigDict, method: Mapping[str, Any], known: Mapping[str, Any], *, file: str
 ) -> ConfigDict:
-    """A resolved config whose method is the file's, whatever it was before.
+    """A resolved config whose method section is the imported file's.
 
-    BOS stands where the file says, else where the config does, which must not be before a prompt.
+    `method.bos` is what the file says, or else what the config says.
+
+    Args:
+        config: any.
+        method: keys of the method section.
+        known: the file's metadata.
+        file: named in errors.
 
     Raises:
-        UserError: BOS is to stand elsewhere than the file says, or before a prompt; or there is no
-            such method here.
+        UserError: the config's `method.bos` contradicts the file or puts BOS before a prompt, or
+            the method has another value than is allowed here.
     """
     usual, bos = to_dict(base_config())["method"], config.method.bos
-    if "bos" in said and bos not in (said["bos"], usual["bos"]):
-        raise UserError(f"config key 'method.bos' is {bos!r}; {file} has {said['bos']!r}")
-    bos = said.get("bos", bos)
+    if "bos" in known and bos not in (known["bos"], usual["bos"]):
+        raise UserError(f"config key 'method.bos' is {bos!r}; {file} has {known['bos']!r}")
+    bos = known.get("bos", bos)
     if bos == "before" and METHODS[method["name"]].Settings.is_context:
         raise UserError(
             f"config key 'method.bos' is 'before'; in {file} the prompt comes first; allowed: "
@@ -238,9 +290,9 @@ def with_method(
     return made
 
 
-def notes_on(said: Mapping[str, Any], adapter: Adapter | None) -> list[str]:
-    """What is to be known of the weights that a file was trained on."""
-    if "fingerprint" in said:
+def notes_on(known: Mapping[str, Any], adapter: Adapter | None) -> list[str]:
+    """What there is to say of the weights that a file was trained on."""
+    if "fingerprint" in known:
         return []
     base = adapter.config.get("base_model_name_or_path") if adapter else None
     named = f", only their name, {base!r}" if base else ""

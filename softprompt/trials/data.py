@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, method_settings
 from softprompt.data.encode import Encoded, encode, mix, summary, target_advice
-from softprompt.data.eval_batches import EvalBatch, EvalShape, eval_batches, eval_shape
+from softprompt.data.eval_batches import EvalShape, eval_batches, eval_shape
 from softprompt.data.packing import Template
 from softprompt.data.pipeline import TrainSource, train_template
-from softprompt.data.rows import Layout
+from softprompt.data.rows import EvalBatch, RowLayout
 from softprompt.data.sources import Record
 from softprompt.data.subsets import balanced_subset, seeded_sample
 from softprompt.data.tasks import SPLITS, Task, get_task, overlap_warnings, read_split
@@ -66,7 +66,7 @@ class TrialData:
         data.train, data._made = data.tasks[0].train, {}
         return data
 
-    def template(self, batch: int, layout: Layout, say: Say) -> Template:
+    def template(self, batch: int, layout: RowLayout, say: Say) -> Template:
         """The packing of `batch` training examples a step; it depends on the data, not on seeds."""
 
         def make() -> Template:
@@ -81,7 +81,7 @@ class TrialData:
         return self._once(("template", batch, layout), make)
 
     def eval_batches(
-        self, split: str, *, mesh: Mesh, layout: Layout, deltas: int = 1
+        self, split: str, *, mesh: Mesh, layout: RowLayout, deltas: int = 1
     ) -> list[list[EvalBatch]]:
         """A split of each task packed for ranking; validation and test share a shape.
 
@@ -93,7 +93,9 @@ class TrialData:
             lambda: [eval_batches(one.split(split), shape, layout=layout) for one in self.tasks],
         )
 
-    def eval_shape(self, split: str, *, mesh: Mesh, layout: Layout, deltas: int = 1) -> EvalShape:
+    def eval_shape(
+        self, split: str, *, mesh: Mesh, layout: RowLayout, deltas: int = 1
+    ) -> EvalShape:
         """The shape of `eval_batches`."""
         rows, budget = mesh.shape["data"], scoring_budget() // deltas
         names = {"validation", "test", split}
@@ -107,7 +109,7 @@ class TrialData:
             ),
         )
 
-    def parts(self, split: str, *, mesh: Mesh, layout: Layout) -> list[Split]:
+    def parts(self, split: str, *, mesh: Mesh, layout: RowLayout) -> list[Split]:
         """A split of each task, as evaluators take it."""
 
         def packed(number: int) -> list[EvalBatch]:

@@ -97,11 +97,11 @@ def step_memory(prepared: Prepared, shape: RowShape) -> float:
     context *= max(1, prepared.layout.prompts)
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
     kept = (7 * sizes.width + 2 * sizes.ffn) * size
-    own, logits = widths["T"], 8 * rows * widths["M"] * sizes.vocab
+    own, logits = widths.tokens, 8 * rows * widths.heads * sizes.vocab
     if isinstance(sizes, DecoderConfig):
         scores = rows * own * (own + context) * sizes.heads * 4
         return sizes.layers * kept * (rows * own + context) + scores + logits
-    read = widths["S"]
+    read = widths.inputs
     keys = max(read * (read + before), own * (own + context + read + before))
     encoder = sizes.encoder_layers * (rows * read + before)
     decoder = sizes.decoder_layers * (rows * own + context)

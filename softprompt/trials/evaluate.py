@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from softprompt.config import (
     weights_key,
 )
 from softprompt.console import Progress
-from softprompt.data.encode import Encoded
+from softprompt.data.encode import Encoded, check_digests
 from softprompt.data.eval_batches import coarse_shape, eval_batches
 from softprompt.data.tasks import SPLITS, get_task
 from softprompt.errors import UserError, unknown
@@ -103,7 +104,7 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     """What `evaluate_runs` returns of trials (folders, and what they are) of one program."""
     first = trials[0][1]
-    sizes, left = side_by_side.chunks(first, len(trials)), iter(trials)
+    sizes, left = side_by_side.chunks(first, len(trials), split), iter(trials)
     if sizes[0] > 1:
         name = trial_name(read_config(trials[0][0]))
         first.session.progress.say(
@@ -112,6 +113,8 @@ def _measured(
     for size in sizes:
         chunk = list(itertools.islice(left, size))
         deltas = [trained_delta(folder, one, any_weights=any_weights) for folder, one in chunk]
+        for folder, one in chunk:
+            say_other_data(folder, one, split)
         prepared = [one for _, one in chunk]
         if sizes[0] == 1:
             found = [measure(prepared[0], deltas[0], split)[0]]
@@ -195,6 +198,18 @@ def trained_delta(folder: epath.PathLike, trial: ForwardPass, *, any_weights: bo
         )
     check_fit(delta, trial.config, trial.loaded.config, file=str(file))
     return jax.tree.map(put, delta, delta_shardings(trial, delta))
+
+
+def say_other_data(folder: epath.PathLike, prepared: Prepared, split: str) -> None:
+    """Says where a split that the trial had is another now."""
+    origin = load_delta(epath.Path(folder) / DELTA)[1]
+    names = ",".join(one.task.name for one in prepared.tasks)
+    then = origin.get("data", {}) if origin.get("task") == names else {}
+    now = {name: one for name, one in prepared.data.digests.items() if name.endswith(split)}
+    try:
+        check_digests(now, then, made=os.fspath(folder))
+    except UserError as error:
+        prepared.session.progress.say(f"warning: {error}")
 
 
 class Answering:

@@ -11,49 +11,49 @@ DECAY = 0.5  # weight of an observation, against the next one of its kind
 
 
 class Forecast:
-    """Estimates of the trials that are left, scaled by how estimates held for finished ones.
+    """Predicts the time that is left, from estimates and from how long finished trials took.
 
-    The scale is seconds over estimated seconds: of trials that train something and of those that
-    only score, each by itself, the last ones weighted most. A kind of which none is finished takes
-    the other's scale.
+    Estimates are scaled by seconds over estimated seconds of finished trials. Trials that train and
+    trials that only score have separate scales, since their estimates err differently; the latest
+    trials weigh most. While no trial of a kind is finished, the other kind's scale is used.
 
-    An estimate loads the trial's model, so it is made when the model's turn comes; until then a
-    trial counts like the mean of the others.
+    An estimate loads the trial's model, so it is made when the first trial of that model begins.
+    Until then a trial is counted as the mean of the others.
 
     Attributes:
-        todo: the trials that are left, by index.
+        todo: the trials that have not ended, by index.
     """
 
     def __init__(self, todo: Mapping[int, ConfigDict], estimate: Estimate | None) -> None:
         self.todo = dict(todo)
         self._estimate = estimate
-        self._expected: dict[int, float] = {}  # seconds by index, of finished trials too
-        self._running: set[int] = set()  # left to finish, but counted as finished
+        self._expected: dict[int, float] = {}  # estimates, of finished trials too
+        self._running: set[int] = set()  # in `todo`, but about to end
         self._observed: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
 
     def estimate_model(self, config: ConfigDict) -> None:
-        """Estimates all trials of a config's model."""
+        """Makes the estimates of all trials of a config's model."""
         key = weights_key(config)
         for index, other in self.todo.items():
             if index not in self._expected and weights_key(other) == key:
                 self._expected[index] = self._seconds(other)
 
     def _seconds(self, config: ConfigDict) -> float:
-        """A trial's estimate; 0 where there is none, since the trial will fail for that reason."""
+        """A trial's estimate; 0 where it raises an error, since the trial will fail by it."""
         try:
             return self._estimate(config)["seconds"] if self._estimate else 1.0
         except Exception:
             return 0.0
 
     def end(self, index: int, seconds: float, *, done: bool, beside: Sequence[int] = ()) -> None:
-        """Takes note of a finished trial.
+        """Records that a trial ended.
 
         Args:
             index: of the trial.
-            seconds: since the last one ended, or since this one began.
-            done: False where it failed, which says nothing of the others.
-            beside: trials that ran at the same time and are about as long, so that they will end
-                soon: what was spent until now was spent on them too.
+            seconds: since the previous trial of its group ended, or since the group began.
+            done: False where it failed; its time then predicts nothing.
+            beside: trials that ran at the same time and will end soon. `seconds` were spent on them
+                too.
         """
         config = self.todo.pop(index)
         if not done:
@@ -66,7 +66,7 @@ class Forecast:
         self._observed[method_settings(config).trains].append((seconds, work))
 
     def left(self) -> float | None:
-        """Seconds until all trials are finished; None where nothing is known."""
+        """Seconds until all trials have ended; None without an estimate and a finished trial."""
         if not self._estimate and not any(self._observed.values()):
             return None
         mean = statistics.fmean(self._expected.values()) if self._expected else 0.0

@@ -21,7 +21,13 @@ from softprompt.results import Row
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, device_memory
 from softprompt.training.step import StepCall, StepResult
 from softprompt.trials.estimate import step_memory, trained
-from softprompt.trials.prepare import Prepared, delta_shapes, kept_shares, prepare, train_source
+from softprompt.trials.prepare import (
+    Prepared,
+    delta_shapes,
+    keep_probabilities,
+    prepare,
+    train_source,
+)
 from softprompt.trials.run import TrialSteps, trial_steps
 from softprompt.trials.session import Session, optimizer_config
 
@@ -83,7 +89,7 @@ def _program(session: Session, config: ConfigDict) -> tuple[Any, int]:
     except Exception:  # the trial itself will say what is wrong with it
         return None, 1
     sizes = tuple((str(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
-    drops = jax.tree.structure(kept_shares(config))
+    drops = tuple(keep_probabilities(config))
     rows = (shape, prepared.layout, sizes)
     key = (prepared.step, drops, optimizer_config(config), weights_key(config), rows)
     return key, max(1, min(most_at_once(config), room(prepared)))

@@ -1,6 +1,4 @@
-"""A trial's model with what was trained in it, as a Hugging Face folder."""
-
-from typing import Any
+"""A trial's model with its delta merged into the weights, as a Hugging Face folder."""
 
 from etils import epath
 
@@ -9,34 +7,34 @@ from softprompt.errors import UserError
 from softprompt.methods import METHODS
 from softprompt.methods.base import Setup
 from softprompt.methods.delta_file import load_delta
-from softprompt.pretrained.loading import Loaded, find_folder, load_model
+from softprompt.pretrained.loading import find_folder, load_model
 from softprompt.pretrained.save import save_folder
 from softprompt.trials.delta_shapes import check_fit
 
-# Methods that change the model's matrices, and nothing else.
-CHANGES = [name for name, method in METHODS.items() if hasattr(method, "merge")]
 
-
-def export_model(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> list[str]:
-    """Writes the model in float32 with a LoRA added to its weights, or with all that was trained.
+def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> list[str]:
+    """Writes the model that computes alone what base model and delta compute together, in float32.
 
     Args:
         config: the trial's.
-        delta_file: what was trained.
-        to: a local folder, new.
+        delta_file: the trial's delta.
+        to: a new local folder.
 
     Returns:
         The files.
 
     Raises:
-        UserError: another method, other weights than it was trained on, quantised ones, a delta
-            that does not fit them, or a folder that is not local.
+        UserError: the method has no `merge`; the delta was trained on other weights, or does not
+            fit them; the weights are quantised; the folder is not local. Nothing is left
+            half-written.
     """
-    method = config.method.name
-    if method not in CHANGES:
+    settings = method_settings(config)
+    method = METHODS[settings.name]
+    if not hasattr(method, "merge"):
+        allowed = [name for name, method in METHODS.items() if hasattr(method, "merge")]
         raise UserError(
-            f"--format hf: a {method} is no change of the model's weights; allowed for "
-            f"{', '.join(CHANGES)}"
+            f"--format hf: a {settings.name} cannot be merged into the model's weights; allowed "
+            f"for {', '.join(allowed)}"
         )
     if "://" in str(to):
         raise UserError(f"--to {to}: a whole model is written to a local folder")
@@ -54,16 +52,8 @@ def export_model(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> 
             f"{config.model.name} has {loaded.fingerprint}"
         )
     check_fit(delta, config, loaded.config, file=str(delta_file))
-    weights = changed(config, delta, loaded)
+    cfg = method.resolve(settings, Setup(loaded.config))
+    weights = method.merge(delta, loaded.weights, cfg)
     original = find_folder(config.model.name, revision=config.model.revision or None)
     save_folder(to, loaded.config, weights, loaded.tokenizer, original=original)
     return sorted(str(file) for file in to.iterdir())
-
-
-def changed(config: ConfigDict, delta: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
-    """The weights that compute what base model and delta do together."""
-    settings = method_settings(config)
-    method = METHODS[settings.name]
-    cfg = method.resolve(settings, Setup(loaded.config))
-    merged: dict[str, Any] = method.merge(delta, loaded.weights, cfg)
-    return merged

@@ -1,4 +1,4 @@
-"""The table and the figure of an experiment, written beside its trials."""
+"""Writes the table and the figure of an experiment beside its trials."""
 
 import io
 import json
@@ -28,11 +28,11 @@ def write_outputs(
     """Writes table.md, .csv and .tex and figure.png and .pdf, each whole or not at all.
 
     Args:
-        experiment: whose `table` and `figure` are called.
-        rows: what they are called with.
-        folder: where the files go.
+        experiment: has the functions `table` and `figure`.
+        rows: their argument.
+        folder: of the files.
         prefix: of the files' names.
-        notes: sentences that the caption goes on with.
+        notes: sentences after the experiment's caption.
 
     Returns:
         The files' names.
@@ -65,8 +65,8 @@ def write_outputs(
 def write_trial_outputs(experiment: ModuleType, folder: epath.PathLike) -> list[str]:
     """Writes the table and the figure of all finished trials below a folder.
 
-    The caption says what models and tasks they are of, and which trials failed. The experiment that
-    was swept into the folder first has table.md and so on, another NAME-table.md.
+    The caption names models, tasks and failed trials. The files of the experiment that was first
+    swept into the folder are table.md and so on; those of another are NAME-table.md and so on.
 
     Returns:
         The files' names, the Markdown table's first.
@@ -93,7 +93,7 @@ def write_trial_outputs(experiment: ModuleType, folder: epath.PathLike) -> list[
 
 
 def _failures(failed: Sequence[Row], trials: int) -> str:
-    """How many trials failed, and the errors of the first."""
+    """The number of failed trials, and the errors of the first few."""
     named = [f"{row['name']} ({row['error']})" for row in failed[:MOST_FAILURES]]
     more = [f"and {len(failed) - len(named)} more"] if len(failed) > len(named) else []
     return f"{len(failed)} of {trials} trials failed: {'; '.join([*named, *more])}."
@@ -105,7 +105,7 @@ def experiment_name(experiment: ModuleType) -> str:
 
 
 def claim_outputs(experiment: ModuleType, folder: epath.PathLike) -> None:
-    """Records that a folder is an experiment's, unless it is another's already.
+    """Records which experiment a folder is of, unless one is recorded already.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -117,7 +117,7 @@ def claim_outputs(experiment: ModuleType, folder: epath.PathLike) -> None:
 
 
 def owner(folder: epath.PathLike) -> str | None:
-    """The name of the experiment that was swept into a folder first; None where none was.
+    """Returns the name of the experiment that was first swept into a folder; None without one.
 
     Raises:
         UserError: the folder's sweep.json is not readable.

@@ -13,7 +13,7 @@ from softprompt.analysis.flops import Work, train_flops, train_work
 from softprompt.config import ConfigDict, members, method_settings, start_settings
 from softprompt.data.encode import Encoded, check_ranking
 from softprompt.data.pipeline import TrainSource
-from softprompt.data.rows import DECODER, Layout
+from softprompt.data.rows import RowLayout, TrainBatch
 from softprompt.errors import UserError
 from softprompt.evaluation.evaluators import Forward
 from softprompt.evaluation.perplexity import check_room
@@ -23,7 +23,7 @@ from softprompt.methods.base import Context, Setup, wants_bos
 from softprompt.methods.initializers import Start, embedding_rms
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
-from softprompt.models.dropout import Shares
+from softprompt.models.dropout import Dropout
 from softprompt.models.kernels import Case, Kernel, choose, device_of
 from softprompt.models.layers import collections
 from softprompt.models.quantize import embedding
@@ -32,7 +32,7 @@ from softprompt.pretrained.loading import Loaded
 from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.sharding import path_name, put, random_key, replicated, weight_shardings
-from softprompt.training.step import Draw, Key, Shared, StepConfig, row_inputs
+from softprompt.training.step import Shared, StepConfig
 from softprompt.trials.data import TaskData, TrialData, evaluators_of
 from softprompt.trials.session import Session, optimizer_config
 
@@ -61,7 +61,7 @@ class ForwardPass:
     mesh: jax.sharding.Mesh
     step: StepConfig
     bos: bool
-    layout: Layout
+    layout: RowLayout
     contexts: tuple[int, int]
 
     def shared(self, delta: Tree) -> Shared:
@@ -109,7 +109,7 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
         if "ranking" in evaluators_of(one.task, config):
             check_ranking(one.train, config.eval.score)
 
-    def row_tokens(layout: Layout) -> int:
+    def row_tokens(layout: RowLayout) -> int:
         return data.template(config.train.batch, layout, session.progress.say).shape.tokens
 
     made = prepare_forward(
@@ -134,7 +134,7 @@ def prepare_forward(
     *,
     train: Encoded | None = None,
     start: Start | None = None,
-    row_tokens: Callable[[Layout], int] | None = None,
+    row_tokens: Callable[[RowLayout], int] | None = None,
 ) -> ForwardPass:
     """Loads a config's model and sets up its method.
 
@@ -201,7 +201,9 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
     return room
 
 
-def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout, tuple[int, int]]:
+def arrange(
+    config: ConfigDict, loaded: Loaded, cfg: Any
+) -> tuple[Model, RowLayout, tuple[int, int]]:
     """The model as the method wants it, the layout of its rows, and its contexts' lengths.
 
     `cfg` is the method's.
@@ -211,12 +213,12 @@ def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, Layout
     length, places, prompts = before.length, before.places, before.prompts
     model = loaded.model.clone(remat=config.mesh.remat)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
-        return model, dataclasses.replace(DECODER, prompts=prompts), (0, length)
+        return model, RowLayout(prompts=prompts), (0, length)
     encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
     if settings.is_prompt and config.method.prompt_to_input:
-        return model, Layout(loaded.config.start, encoder, decoder, prompts), (0, 0)
-    return model, Layout(loaded.config.start), (encoder, decoder)
+        return model, RowLayout(loaded.config.start, encoder, decoder, prompts), (0, 0)
+    return model, RowLayout(loaded.config.start), (encoder, decoder)
 
 
 def with_kernel(
@@ -255,29 +257,27 @@ def train_source(prepared: Prepared) -> TrainSource:
     """The training batches of a trial, by step."""
     config, data, layout = prepared.config, prepared.data, prepared.layout
     template = data.template(config.train.batch, layout, prepared.session.progress.say)
-    ids = kept_shares(config).by_example
+    ids = bool(keep_probabilities(config))
     return TrainSource(data.train, template, config.seed, layout, ids=ids)
 
 
-def kept_shares(config: ConfigDict) -> Shares:
-    """What a trial's dropout keeps, float32 []; None where its rate is 0."""
-    kept, drops = Shares(model=_share(config.train.dropout)), method_settings(config).drops
-    return kept._replace(**{drops: _share(config.method.dropout)}) if drops else kept
+def keep_probabilities(config: ConfigDict) -> dict[str, np.ndarray]:
+    """Fields of a trial's `Dropout`, float32 []: those whose rate is not 0."""
+    rates, drops = {"model": config.train.dropout}, method_settings(config).drops
+    if drops:
+        rates[drops] = config.method.dropout
+    return {name: np.asarray(1 - rate, np.float32) for name, rate in rates.items() if rate}
 
 
-def _share(rate: float) -> np.ndarray | None:
-    return np.asarray(1 - rate, np.float32) if rate else None
-
-
-def trial_key(prepared: Prepared) -> Key:
-    """The random key of a trial's steps, with what they keep where they drop something.
-
-    All of it is on every device of every process.
-    """
-    key, kept = random_key(prepared.config.seed, prepared.mesh), kept_shares(prepared.config)
-    if not jax.tree.leaves(kept):
-        return key
-    return Draw(key, jax.tree.map(lambda share: put(share, replicated(prepared.mesh)), kept))
+def trial_dropout(prepared: Prepared) -> Dropout | None:
+    """A trial's dropout, on every device of every process; None where nothing is dropped."""
+    config, mesh = prepared.config, prepared.mesh
+    keep = keep_probabilities(config)
+    if not keep:
+        return None
+    whole = replicated(mesh)
+    placed = {name: put(probability, whole) for name, probability in keep.items()}
+    return Dropout(random_key(config.seed, mesh), **placed)
 
 
 def initial_state(prepared: Prepared) -> loop.State:
@@ -335,7 +335,7 @@ def delta_shapes(prepared: Prepared) -> Tree:
     return jax.eval_shape(make, jax.random.key(0), prepared.loaded.weights)
 
 
-def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: dict[str, Any]) -> None:
+def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: TrainBatch) -> None:
     """Checks that the model reads every variable that the delta becomes.
 
     Args:
@@ -347,7 +347,7 @@ def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: dict[str, An
     Raises:
         UserError: names the leaves that no module reads.
     """
-    row = {name: array[0] for name, array in row_inputs(batch).items()}
+    row = jax.tree.map(lambda array: array[0], batch.rows)
 
     def run() -> Any:
         variables = METHODS[step.method].variables(delta, weights, step.method_config, None)
@@ -355,8 +355,8 @@ def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: dict[str, An
             step.model.apply, collections(weights, variables), mutable=["read"]
         )
         context, first = apply(method="prompt_context")
-        x_MD, second = apply(context, row, method="targets")
-        third = apply(x_MD, method="logits")[1]
+        x_MD, second = apply(context, row, method="target_states")
+        third = apply(x_MD, method="unembed")[1]
         variables = {name: tree for name, tree in variables.items() if name != "params"}
         return variables, [made.get("read", {}) for made in (first, second, third)]
 

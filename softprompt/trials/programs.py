@@ -118,11 +118,11 @@ class Member(NamedTuple):
     delta: Tree
     opt_state: Tree
     batch: Tree
-    key: Any
+    dropout: Any
 
 
 def _member(call: StepCall) -> Member:
-    return Member(call.delta, call.opt_state, call.batch, call.key)
+    return Member(call.delta, call.opt_state, call.batch, call.dropout)
 
 
 def compile_step(
@@ -130,8 +130,8 @@ def compile_step(
 ) -> TrainStep:
     """Compiles the training step: everything keeps its shards, rows lie over "data".
 
-    Delta and optimizer state are donated. `arguments` are (delta, opt_state, weights, batch, key),
-    arrays or shapes with shardings.
+    Delta and optimizer state are donated. `arguments` are those of `train_step`, arrays or shapes
+    with shardings.
     """
     whole = replicated(mesh)
     function = _step(step, optimizer, mesh, arguments)
@@ -159,7 +159,7 @@ def compile_population(
     trial's arguments stand in for those of a trial that is over.
     """
     whole, rows = replicated(mesh), by_row(mesh)
-    delta, opt_state, weights, batch, key = arguments
+    delta, opt_state, weights, batch, dropout = arguments
     over = width % mesh.shape["data"] == 0 and not lies_over_data((delta, weights))
     function = _step(step, optimizer, mesh, arguments, spread=not over)
     where: Any = Member(whole, whole, rows, whole)
@@ -168,7 +168,7 @@ def compile_population(
         in_shardings=([where] * width, None),
         out_shardings=whole,
     )
-    return jitted.lower([Member(delta, opt_state, batch, key)] * width, weights).compile()
+    return jitted.lower([Member(delta, opt_state, batch, dropout)] * width, weights).compile()
 
 
 def population_step(
@@ -185,7 +185,7 @@ def population_step(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trials)
     if along is not None:
         stacked = jax.lax.with_sharding_constraint(stacked, along)
-    results = jax.vmap(lambda one: step(one.delta, one.opt_state, weights, one.batch, one.key))(
+    results = jax.vmap(lambda one: step(one.delta, one.opt_state, weights, one.batch, one.dropout))(
         stacked
     )
     return [

@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from softprompt.config import (
     trial_id,
     trial_name,
 )
+from softprompt.data.encode import check_digests
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_text
@@ -43,7 +44,7 @@ from softprompt.trials.prepare import (
     prepare,
     step_flops,
     train_source,
-    trial_key,
+    trial_dropout,
 )
 from softprompt.trials.session import Session, optimizer_config
 
@@ -112,7 +113,11 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
             delta, metrics, facts = {}, {"validation": measure(prepared, {}, "validation")[0]}, {}
         with session.pauses():
             metrics |= final_metrics(prepared, folder, delta)
-            save_delta(folder / DELTA, delta, provenance(config, prepared.loaded))
+            save_delta(
+                folder / DELTA,
+                delta,
+                provenance(config, prepared.loaded) | {"data": prepared.data.digests},
+            )
         if jax.process_index() == 0:
             facts["delta_bytes"] = (folder / DELTA).stat().length
         row = make_row(
@@ -125,6 +130,7 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
             trainable=facts.pop("trained", 0),
             stored=parameters(delta),
             weight_bytes=bytes_of(prepared.frozen),
+            data=prepared.data.digests,
             **facts,
         )
         write_result(folder, row)
@@ -210,8 +216,8 @@ def fit(
     ) as sinks:
         claim(folder, config)
         with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
-            fingerprint, say = prepared.loaded.fingerprint, session.progress.say
-            restored = loop.restore(manager, state, fingerprint=fingerprint, say=say)
+            check = functools.partial(check_origin, prepared, folder)
+            restored = loop.restore(manager, state, check=check, say=session.progress.say)
             if restored is not None:
                 session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
             state = restored or state
@@ -225,26 +231,26 @@ def fit(
 def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loop.Parts:
     """What the loop works with."""
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
-    source, key = train_source(prepared), trial_key(prepared)
+    source, dropout = train_source(prepared), trial_dropout(prepared)
     multiple = mesh.shape["data"] * config.train.microbatches
     if spare := -source.template.shape.rows % multiple:
         session.progress.say(f"a step computes {spare} empty rows, for a multiple of {multiple}")
     batch = put_batch(mesh, pad_rows(source[0], multiple))
     opt_state = set_rate(state.opt_state, np.float32(0))
-    arguments = (state.delta, opt_state, prepared.frozen, batch, key)
+    arguments = (state.delta, opt_state, prepared.frozen, batch, dropout)
     fold = METHODS[config.method.name].fold
     return loop.Parts(
         program=session.program(prepared.step, optimizer_config(config), mesh, arguments),
         weights=prepared.frozen,
         source=source,
         rates=learning_rates(prepared),
-        key=key,
+        dropout=dropout,
         mesh=mesh,
         row_multiple=multiple,
         evaluate=lambda delta: measure(prepared, delta, "validation")[0],
         fold=jax.jit(functools.partial(fold, cfg=prepared.step.method_config)),
         folder=folder,
-        notes={"config": to_dict(config), "fingerprint": prepared.loaded.fingerprint},
+        notes={"config": to_dict(config), **origin(prepared)},
         step_flops=step_flops(prepared),
         machine_flops=machine_flops(config.model.dtype),
         stage=session.progress.stage,
@@ -298,6 +304,28 @@ def median_step(folder: epath.Path) -> float | None:
     return (
         float(np.median([batch / line["examples_per_second"] for line in lines])) if lines else None
     )
+
+
+def origin(prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint depends on besides the config: the weights and the data."""
+    return {"fingerprint": prepared.loaded.fingerprint, "data": prepared.data.digests}
+
+
+def check_origin(
+    prepared: Prepared, folder: epath.Path, step: int, notes: Mapping[str, Any]
+) -> None:
+    """Checks that a checkpoint is of these weights and this data.
+
+    Raises:
+        UserError: names what has changed.
+    """
+    now = origin(prepared)
+    if notes["fingerprint"] != now["fingerprint"]:
+        raise UserError(
+            f"{folder}: step {step} was trained on weights {notes['fingerprint']}, "
+            f"the model has {now['fingerprint']} now; give another --workdir"
+        )
+    check_digests(now["data"], notes.get("data", {}), made=f"{folder}: step {step}")
 
 
 def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from softprompt.console import print_columns
 from softprompt.data.packing import RowShape
-from softprompt.data.pipeline import train_widths
-from softprompt.data.rows import DECODER, TRAIN, Layout, empty
+from softprompt.data.pipeline import empty_batch
+from softprompt.data.rows import DECODER_LAYOUT, RowLayout, TrainBatch
 from softprompt.methods import METHODS, initializers
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models import T5, Decoder, Model
@@ -102,9 +102,9 @@ def abstract_step(config: Sizes) -> Step:
     model: Model
     places: tuple[str, ...] = ()
     if isinstance(config, T5Config):
-        model, places, layout = T5(config, DTYPE), ("encoder",), Layout(0, input_slots=PROMPT)
+        model, places, layout = T5(config, DTYPE), ("encoder",), RowLayout(0, input_slots=PROMPT)
     else:
-        model, layout = Decoder(config, DTYPE), DECODER
+        model, layout = Decoder(config, DTYPE), DECODER_LAYOUT
     prompt = PromptConfig(PROMPT, initializer=initializers.uniform(), places=places)
     init = functools.partial(METHODS["prompt"].init, model=model, cfg=prompt)
     weights, key = abstract_weights(config), jax.eval_shape(lambda: jax.random.key(0))
@@ -124,16 +124,11 @@ def abstract_weights(config: Sizes) -> Tree:
     return tree
 
 
-def abstract_batch(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    """A step's rows, one example in each."""
-    shape = RowShape(ROWS, TOKENS + layout.input_slots, TARGETS, examples=1)
-    arrays = empty(ROWS, train_widths(shape, layout), layout.names(*TRAIN))
-    return {
-        name: jax.ShapeDtypeStruct(
-            array.shape, jnp.float32 if name.startswith("weight") else array.dtype
-        )
-        for name, array in arrays.items()
-    }
+def abstract_batch(layout: RowLayout) -> TrainBatch:
+    """The shapes of a step's batch, one example in each row."""
+    batch = empty_batch(RowShape(ROWS, TOKENS + layout.input_slots, TARGETS, examples=1), layout)
+    shapes: TrainBatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    return shapes
 
 
 @functools.cache
@@ -158,7 +153,7 @@ def _alike(a: Any, b: Any) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def place(config: Sizes, where: Slice) -> Placement:
+def choose_placement(config: Sizes, where: Slice) -> Placement:
     """The first way that fits: whole along "data" with 1, 2, ... chips along "model"; else split.
 
     "model" goes up to a square mesh, since each doubling sends the activations of every layer to
@@ -215,7 +210,7 @@ def report(entries: Sequence[Entry]) -> list[str]:
         except Exception as error:  # whatever the model's code says, the others are still checked
             failed.append(f"{entry.name}: {' '.join(str(error).split())[:300]}")
             continue
-        places = [place(entry.config, where) for where in SLICES]
+        places = [choose_placement(entry.config, where) for where in SLICES]
         counts = (f"{entry.parameters:,}", f"{step.trained:,}")
         lines.append((entry.name, *counts, *map(_describe, places)))
     slices = [f"{s.name} ({s.chips} x {s.memory // GIB} GiB)" for s in SLICES]
@@ -234,11 +229,11 @@ def report_memory(entries: Sequence[Entry]) -> None:
     slice_ = SLICES[0]
     mesh_of = functools.partial(make_mesh, devices=jax.devices()[: slice_.chips])
     for kind in dict.fromkeys(entry.kind for entry in entries):
-        fitting = [e for e in entries if e.kind == kind and place(e.config, slice_).fits]
+        fitting = [e for e in entries if e.kind == kind and choose_placement(e.config, slice_).fits]
         if not fitting:
             continue
         entry = max(fitting, key=lambda entry: entry.parameters)
-        where = place(entry.config, slice_)
+        where = choose_placement(entry.config, slice_)
         memory = compiled(entry.config, mesh_of(where.data, where.model), where.weights)
         sizes = memory.memory_analysis()
         print(

@@ -91,7 +91,7 @@ def program(prepared: Prepared) -> tuple[Any, ...]:
     )
 
 
-def chunks(prepared: Prepared, count: int) -> list[int]:
+def chunks(prepared: Prepared, count: int, split: str) -> list[int]:
     """How many of `count` deltas of one program are scored at a time: equal parts, the last short.
 
     As many as leave each a row on every device within the tokens of a batch, and whose contexts fit
@@ -102,7 +102,7 @@ def chunks(prepared: Prepared, count: int) -> list[int]:
     if METHODS[prepared.step.method].Settings.trains_weights or asked != {"ranking"}:
         return [1] * count
     shape = prepared.data.eval_shape(  # of a row a device
-        "test", mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()
+        split, mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()
     )
     each = 2 * shared_bytes(prepared)  # they are copied into one
     weights = bytes_here(prepared.frozen)

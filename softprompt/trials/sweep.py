@@ -1,7 +1,7 @@
-"""Sweeps: an experiment's configs run one after another, finished ones skipped.
+"""Sweeps: an experiment's trials, run one after another or in groups; finished ones are skipped.
 
-An experiment is a Python file in `experiments/` with `CAPTION`, `sweep(subset)`, `table(rows)` and
-`figure(rows)`; its rows are those of finished trials.
+An experiment is a Python file with `CAPTION`, `sweep(subset)`, `table(rows)` and `figure(rows)`,
+such as those in `experiments/`. `rows` are the result rows of finished trials.
 """
 
 import functools
@@ -48,10 +48,10 @@ def load_experiment(name: str) -> ModuleType:
     """Returns an experiment's module.
 
     Args:
-        name: as in experiments/NAME.py, of the working directory or else the repository; or a path.
+        name: a path, or NAME for experiments/NAME.py in the working directory or the repository.
 
     Raises:
-        UserError: there is no such file (the known ones are listed), or it is no experiment.
+        UserError: there is no such file (lists the known ones), or it is not an experiment.
     """
     file = find_file(name if name.endswith(".py") else f"experiments/{name}.py")
     if file is None:
@@ -114,14 +114,14 @@ def _experiment_configs(experiment: ModuleType, subset: str) -> list[ConfigDict]
 def make_trials(
     experiment: ModuleType, subset: str = "full", overrides: Sequence[tuple[str, str]] = ()
 ) -> list[ConfigDict]:
-    """Returns an experiment's resolved configs, overridden and validated.
+    """Returns the resolved and validated configs of an experiment's trials.
 
-    A key that some methods, optimizers or starts read, or those that train anything, is overridden
-    in the trials that read it: as they are once methods, optimizers and starts are overridden.
+    A key that only some methods, initialisers or optimizers read is overridden in the trials that
+    read it. Which ones do is decided after the choice of method, initialiser and optimizer itself
+    was overridden.
 
     Raises:
-        UserError: a wrong subset, key or value, a key that no trial reads, or two configs that are
-            the same trial.
+        UserError: a wrong subset, key or value, a key that no trial reads, or two equal trials.
     """
     configs = _experiment_configs(experiment, subset)
     for key, value in sorted(overrides, key=lambda pair: not chooses(pair[0])):
@@ -164,13 +164,13 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def take_shard(trials: Sequence[ConfigDict], shard: tuple[int, int]) -> list[ConfigDict]:
-    """Returns every n-th trial from the i-th on, counted from 1: parts that cost about the same."""
+    """Returns every n-th trial from the i-th (from 1) on: shards cost about the same."""
     part, parts = shard
     return list(trials[part - 1 :: parts])
 
 
 def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
-    """Returns WORKDIR/NAME-ID; one that ends in the id is the trial's, whatever its name says."""
+    """Returns the folder of a trial: any in WORKDIR that ends in -ID, else WORKDIR/NAME-ID."""
     root = epath.Path(workdir)
     identity = trial_id(config)
     if root.is_dir():
@@ -191,15 +191,15 @@ def run_sweep(
 ) -> list[Row]:
     """Runs the trials that are not done, one after another, or some of them together.
 
-    A trial that fails becomes a row with its error and the sweep goes on; a rerun tries it again.
-    An interruption (KeyboardInterrupt, or SystemExit(75) after SIGTERM) passes through.
+    A failed trial becomes a row with its error, and the sweep goes on; a rerun tries it again.
+    An interruption (KeyboardInterrupt, or SystemExit(75) after SIGTERM) ends the sweep.
 
     Args:
         trials: resolved configs, no two the same trial.
         workdir: where the trials' folders are.
         run_trial: runs one config in its folder, writes its result and returns it.
-        progress: where it says how far it is.
-        estimate: gives the "seconds" expected of a config, for the time left.
+        progress: shows the state of the sweep.
+        estimate: returns the expected "seconds" of a config, for the time left.
         session: of trials that may run at a time; None runs one after another.
 
     Returns:
@@ -223,8 +223,8 @@ def run_sweep(
         first = trials[next(iter(members))]
         forecast.estimate_model(first)
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""
-        over = len(trials) - len(forecast.todo)
-        progress.trial(trial_name(first) + more, over, len(trials), forecast.left())
+        ended = len(trials) - len(forecast.todo)
+        progress.trial(trial_name(first) + more, ended, len(trials), forecast.left())
         began = time.monotonic()
         for index, row in _run_group(members, width, run_trial, progress, session):
             seconds, began = time.monotonic() - began, time.monotonic()
@@ -232,9 +232,9 @@ def run_sweep(
             done = row["status"] == "done"
             forecast.end(index, seconds, done=done, beside=others[: width - 1])
             if done:
-                over = len(trials) - len(forecast.todo)
-                left = forecast.left() if others else None  # else the next trial says it
-                progress.finished(outcome(row), over, len(trials), left)
+                ended = len(trials) - len(forecast.todo)
+                left = forecast.left() if others else None  # else shown with the next trial
+                progress.finished(outcome(row), ended, len(trials), left)
             else:
                 failed.append(row)
     return failed
@@ -264,7 +264,7 @@ def _run_group(
     progress: Progress,
     session: "Session | None",
 ) -> Iterator[tuple[int, Row]]:
-    """A group's trials by their index, in the order in which they end."""
+    """Runs a group; yields the index and the row of each trial when it ends."""
     if session is None or width == 1:
         for index, job in members.items():
             yield index, _run_one(*job, run_trial, progress)
@@ -279,7 +279,7 @@ def _run_group(
 def _run_one(
     config: ConfigDict, folder: epath.Path, run_trial: RunTrial, progress: Progress
 ) -> Row:
-    """One trial's row, written as a failed one where it fails."""
+    """Runs a trial and returns its row; an error is recorded as a failed row."""
     began = time.monotonic()
     try:
         return run_trial(config, folder)
@@ -299,11 +299,11 @@ def _failed(
 def record_failure(
     config: ConfigDict, folder: epath.PathLike, error: Exception, seconds: float
 ) -> Row:
-    """Writes and returns a failed trial's row, and the traceback beside it unless a UserError.
+    """Writes and returns a failed trial's row; the traceback of any but a UserError goes beside it.
 
-    Of several processes the first writes.
+    Only process 0 writes.
     """
-    import jax  # here, since what a sweep is made of needs none of it
+    import jax  # here, since listing the trials of a sweep does not need it
 
     if not isinstance(error, UserError) and jax.process_index() == 0:
         text = "".join(traceback.format_exception(error))
@@ -314,7 +314,7 @@ def record_failure(
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line."""
+    """The message of an error in one line."""
     reason = " ".join(str(error).split())
     return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
 
@@ -322,14 +322,14 @@ def _reason(error: Exception) -> str:
 def dry_run(
     trials: Sequence[ConfigDict], workdir: epath.PathLike, estimate: Estimate
 ) -> "pd.DataFrame":
-    """Returns what a sweep would cost, a row a trial and a last row with the totals.
+    """Returns what a sweep would cost: a line for each trial, and the total.
 
-    A trial's "state" is "done", "to run", or "fails: ..." where it is known that it would.
+    "state" is "done", "to run", or "fails: ..." where the estimate raises an error.
 
     Args:
         trials: resolved configs.
-        workdir: where finished trials are looked for.
-        estimate: gives "trainable", "flops", "memory_bytes" and "seconds" of a config.
+        workdir: the folder of finished trials.
+        estimate: returns "trainable", "flops", "memory_bytes" and "seconds" of a config.
     """
     import pandas as pd  # slow to import
 

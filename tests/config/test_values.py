@@ -216,20 +216,23 @@ def test_a_new_key_with_the_old_behaviour_as_default_changes_no_id(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("backend", "version", "dtype"),
+    ("backend", "version", "flags", "dtype"),
     [
-        ("cpu", "0.10.2", "float32"),
-        ("cpu", "0.12.0.1", "bfloat16"),
-        ("tpu", "0.10.2", "bfloat16"),
-        ("gpu", "0.10.2", "bfloat16"),
+        ("cpu", "0.10.2", "avx2 avx512f avx512_bf16", "float32"),
+        ("cpu", "0.12.0.1", "avx2 avx512f", "float32"),
+        ("cpu", "0.12.0.1", "avx2 avx512f avx512_bf16", "bfloat16"),
+        ("cpu", "0.12.0.1", "avx2 amx_bf16", "bfloat16"),
+        ("tpu", "0.10.2", "avx2", "bfloat16"),
+        ("gpu", "0.10.2", "avx2", "bfloat16"),
     ],
 )
-def test_auto_dtype(backend, version, dtype):
-    config = base_config()
-    assert resolve(config, backend=backend, jax_version=version).model.dtype == dtype
+def test_auto_dtype(backend, version, flags, dtype):
+    """Breaks when a CPU computes in bfloat16 without instructions for it, or JAX without them."""
+    config, machine = base_config(), {"jax_version": version, "cpu_flags": flags}
+    assert resolve(config, backend=backend, **machine).model.dtype == dtype
     assert config.model.dtype == "auto"
     config.model.dtype = "float32"
-    assert resolve(config, backend=backend, jax_version=version).model.dtype == "float32"
+    assert resolve(config, backend=backend, **machine).model.dtype == "float32"
 
 
 def test_differences_name_scientific_keys_with_both_values():

@@ -18,6 +18,7 @@ from softprompt.console import Progress
 from softprompt.data.encode import Encoded, encode
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_batch
+from softprompt.data.rows import TrainBatch
 from softprompt.data.sources import Record
 from softprompt.data.tasks import Task
 from softprompt.methods.initializers import vocabulary
@@ -70,7 +71,7 @@ def snippets(shared_data: Path, tokenizer: Tokenizer, count: int) -> Encoded:
 
 def packed(
     encoded: Encoded, rows: Sequence[Sequence[int]], shape: RowShape | None = None
-) -> dict[str, np.ndarray]:
+) -> TrainBatch:
     """A training batch with these examples in these rows; by default as short as can be."""
     examples_B = np.array([n for row in rows for n in row])
     rows_B = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
@@ -81,10 +82,10 @@ def packed(
     return train_batch(encoded, examples_B, rows_B, shape)
 
 
-def double(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def double(batch: TrainBatch) -> TrainBatch:
     """The batch with weights exact in float64: the pipeline's are float32."""
-    used_RM = (batch["weight_RM"] > 0).astype(np.float64)
-    return {**batch, "weight_RM": used_RM / used_RM.sum()}
+    used_RM = (batch.loss_weights > 0).astype(np.float64)
+    return dataclasses.replace(batch, loss_weights=used_RM / used_RM.sum())
 
 
 def prompted(
@@ -103,18 +104,18 @@ def prompted(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def logits(config: StepConfig, delta: Any, weights: Any, batch: dict[str, jax.Array]) -> jax.Array:
+def logits(config: StepConfig, delta: Any, weights: Any, batch: TrainBatch) -> jax.Array:
     """Logits [R, M, V] of a batch."""
-    return row_logits(config.model, weights, shared_part(config, delta, weights), batch)
+    return row_logits(config.model, weights, shared_part(config, delta, weights), batch.rows)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def logits_and_loss(
-    config: StepConfig, delta: Any, weights: Any, batch: dict[str, jax.Array]
+    config: StepConfig, delta: Any, weights: Any, batch: TrainBatch
 ) -> tuple[jax.Array, jax.Array]:
     """Logits [R, M, V] of a batch, and its loss."""
-    logits_RMV = row_logits(config.model, weights, shared_part(config, delta, weights), batch)
-    return logits_RMV, loss_fn(delta, weights, batch, jax.random.key(0), config=config)[0]
+    logits_RMV = row_logits(config.model, weights, shared_part(config, delta, weights), batch.rows)
+    return logits_RMV, loss_fn(delta, weights, batch, None, config=config)[0]
 
 
 def by_example(

@@ -1,5 +1,6 @@
 """Contracts 4 and 5 with dropout on: an example's masks are its own, whatever stands beside it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from flax import linen as nn
 
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import TrainSource, row_examples, train_batch, train_template
-from softprompt.data.rows import DECODER, Layout
+from softprompt.data.rows import DECODER_LAYOUT, RowLayout
 from softprompt.methods import METHODS
 from softprompt.methods.initializers import vocabulary
 from softprompt.methods.lora import LoraConfig
@@ -19,18 +20,17 @@ from softprompt.methods.prompt import PromptConfig
 from softprompt.methods.prompt import dropped as dropped_prompt
 from softprompt.models.dropout import (
     STREAM,
-    Shares,
+    Dropout,
+    at_step,
     dropped,
     dropped_keys,
     lora_dropped,
-    row_drop,
+    row_dropout,
 )
 from softprompt.models.stack import stack
 from softprompt.training.step import (
-    Draw,
     StepConfig,
     accumulated,
-    dropout_keys,
     loss_fn,
     row_logits,
     shared_part,
@@ -51,17 +51,17 @@ pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("x64")]
 
 
 @functools.cache
-def made(kind, method, kept):
+def made(kind, method, names):
     """A step, its delta (moved off its start), the weights and the layout."""
     places = () if kind == "decoder" else ("encoder", "decoder")
     inline = {} if kind == "decoder" else {"prompt_to_input": kind == "t5"}
     model, weights = (tiny_t5 if places else tiny_decoder)(**inline)
     slots = P if method == "prompt" and kind == "t5" else 0
-    layout = Layout(0, slots, slots) if places else DECODER
+    layout = RowLayout(0, slots, slots) if places else DECODER_LAYOUT
     cfg = {
         "prompt": PromptConfig(P, None, SOURCE, places=places),
         "prefix": PrefixConfig(P, places and (*places, "cross")),
-        "lora": LoraConfig(3, 5.0, targets=("q", "down") if kept.model else PROJECTIONS),
+        "lora": LoraConfig(3, 5.0, targets=("q", "down") if "model" in names else PROJECTIONS),
     }[method]
     delta = METHODS[method].init(KEY, model, weights, cfg)
     noise = iter(jax.random.split(KEY, 99))
@@ -74,31 +74,32 @@ def batch_of(rows, layout):
     order = np.array([n for row in rows for n in row])
     rows_B = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     batch = double(train_batch(ENCODED, order, rows_B, SHAPE, layout))
-    return batch | {"examples_RE": row_examples(order, rows_B, SHAPE)}
+    rows = dataclasses.replace(batch.rows, examples=row_examples(order, rows_B, SHAPE))
+    return dataclasses.replace(batch, rows=rows)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def logits(config, delta, weights, batch, key):
-    keys = dropout_keys(key)
-    shared = shared_part(config, delta, weights, keys)
-    return row_logits(config.model, weights, shared, batch, keys)
+def logits(config, delta, weights, rows, dropout):
+    shared = shared_part(config, delta, weights, dropout)
+    return row_logits(config.model, weights, shared, rows, dropout)
 
 
 def by_id(case, rows, key=KEY, renamed=lambda ids_RE: ids_RE):
     """The logits [targets, V] of every example in the order of examples."""
-    *step, layout = made(*case)
-    batch = batch_of(rows, layout)
-    batch["examples_RE"] = renamed(batch["examples_RE"])
-    found = dict(by_example(ENCODED, rows, logits(*step, batch, Draw(key, case[-1]))))
+    kind, method, keep = case
+    *step, layout = made(kind, method, tuple(keep))
+    packed = batch_of(rows, layout).rows
+    packed = dataclasses.replace(packed, examples=renamed(packed.examples))
+    found = dict(by_example(ENCODED, rows, logits(*step, packed, Dropout(key, **keep))))
     return np.concatenate([found[n] for n in range(5)])
 
 
 CASES = [
-    ("decoder", "prompt", Shares(0.7, prompt=0.8)),
-    ("decoder", "lora", Shares(0.8, 0.6)),
-    ("t5", "prompt", Shares(0.7, prompt=0.8)),
-    ("t5", "prefix", Shares(0.7)),
-    ("contexts", "prompt", Shares(0.7)),
+    ("decoder", "prompt", {"model": 0.7, "prompt": 0.8}),
+    ("decoder", "lora", {"model": 0.8, "lora": 0.6}),
+    ("t5", "prompt", {"model": 0.7, "prompt": 0.8}),
+    ("t5", "prefix", {"model": 0.7}),
+    ("contexts", "prompt", {"model": 0.7}),
 ]
 
 
@@ -118,7 +119,8 @@ def test_an_example_is_dropped_alike_in_any_row(case):
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case[0])
 def test_microbatches_and_remat_drop_the_same(case):
     """Mutations: a key for each microbatch; another one for what is computed again."""
-    config, delta, weights, layout = made(*case)
+    kind, method, keep = case
+    config, delta, weights, layout = made(kind, method, tuple(keep))
     batch = batch_of(ROWS[2], layout)
 
     def value(config):
@@ -126,7 +128,7 @@ def test_microbatches_and_remat_drop_the_same(case):
             function = functools.partial(accumulated, config=config)
         else:
             function = jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True)
-        return jax.jit(function)(delta, weights, batch, Draw(KEY, case[-1]))
+        return jax.jit(function)(delta, weights, batch, Dropout(KEY, **keep))
 
     other = config._replace(model=config.model.clone(remat="layer"), microbatches=2)
     close = functools.partial(np.testing.assert_allclose, **EXACT)
@@ -134,25 +136,18 @@ def test_microbatches_and_remat_drop_the_same(case):
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=lambda case: f"{case[0]}, {case[1]}")
-def test_nothing_is_dropped_without_shares(case):
-    """Evaluation has no keys, a trial without dropout a bare one. Mutations: keys are made of that;
-    masks are drawn, at a share of 1, where none is given.
-    """
-    config, delta, weights, layout = made(*case)
-    batch = batch_of(ROWS[1], layout)
+def test_nothing_is_dropped_without_probabilities(case):
+    """Mutation: masks are drawn, with a probability of 1, where none is given."""
+    kind, method, keep = case
+    config, delta, weights, layout = made(kind, method, tuple(keep))
 
-    def drawn(kept):
-        keys = None if kept is None else dropout_keys(Draw(KEY, kept))
-
-        def function(delta, weights, batch):
-            shared = shared_part(config, delta, weights, keys)
-            return row_logits(config.model, weights, shared, batch, keys)
-
-        jaxpr = jax.make_jaxpr(function)(delta, weights, batch)
+    def drawn(dropout):
+        arguments = config, delta, weights, batch_of(ROWS[1], layout).rows, dropout
+        jaxpr = jax.make_jaxpr(logits, static_argnums=0)(*arguments)
         return sum(e.primitive.name == "random_bits" for e in equations(jaxpr))
 
-    assert drawn(None) == drawn(Shares()) == 0
-    assert dropout_keys(KEY) is None
+    assert drawn(at_step(None, 1)) == drawn(Dropout(KEY)) == 0
+    assert drawn(Dropout(KEY, **keep)) > 0
 
 
 def test_one_program_drops_at_any_rate():
@@ -160,7 +155,7 @@ def test_one_program_drops_at_any_rate():
     case = CASES[0]
     first = by_id(case, ROWS[0])
     programs = logits._cache_size()
-    for other in (Shares(0.6, prompt=0.8), Shares(0.7, prompt=0.9)):
+    for other in ({"model": 0.6, "prompt": 0.8}, {"model": 0.7, "prompt": 0.9}):
         found = by_id((*case[:2], other), ROWS[0])
         assert (np.abs(found - first).max(axis=1) > 1e-3).all()
     assert logits._cache_size() == programs
@@ -178,11 +173,11 @@ PLACES = {  # masks of the layers, an encoder's first; inline prompts, so that c
 @pytest.mark.parametrize("kind, method", PLACES)
 def test_every_place_has_a_mask(kind, method):
     """GPT-2's places, and T5X's; what every A reads. Mutation: leave one out."""
-    kept = Shares(0.7) if method == "prompt" else Shares(lora=0.7)
-    config, delta, weights, layout = made(kind, method, kept)
-    shared, keys = shared_part(config, delta, weights), dropout_keys(Draw(KEY, kept))
+    keep = {"model" if method == "prompt" else "lora": 0.7}
+    config, delta, weights, layout = made(kind, method, tuple(keep))
+    rows, dropout = batch_of(ROWS[0], layout).rows, Dropout(KEY, **keep)
     function = functools.partial(row_logits, config.model)
-    jaxpr = jax.make_jaxpr(function)(weights, shared, batch_of(ROWS[0], layout), keys)
+    jaxpr = jax.make_jaxpr(function)(weights, shared_part(config, delta, weights), rows, dropout)
     drawn = [e for e in equations(jaxpr) if e.primitive.name == "random_bits"]
     assert len(drawn) == PLACES[kind, method]
 
@@ -204,7 +199,7 @@ def masks(keys):
     class Layers(nn.Module):
         @nn.compact
         def __call__(self):
-            drop = row_drop(Shares(0.75, 0.5), jnp.array([7, 9]), segments_T)
+            drop = row_dropout(Dropout(KEY, 0.75, 0.5), jnp.array([7, 9]), segments_T)
             return stack(Masks, length=3)()(0.0, jnp.zeros(3), drop)[1]
 
     return jax.vmap(lambda key: Layers().apply({}, rngs={STREAM: key}))(keys)
@@ -245,8 +240,8 @@ def test_a_prompt_is_dropped_once_a_step_and_bos_never():
     assert (first != second).mean() == pytest.approx(2 * 0.75 * 0.25, abs=0.03)
     model, weights = tiny_decoder()
     step = StepConfig(model, "prompt", PromptConfig(P, 7, SOURCE))
-    keys = dropout_keys(Draw(KEY, Shares(prompt=0.1)))
-    variables, _ = shared_part(step, {"prompt": jnp.ones((P, 48))}, weights, keys)
+    dropout = Dropout(KEY, prompt=0.1)
+    variables, _ = shared_part(step, {"prompt": jnp.ones((P, 48))}, weights, dropout)
     np.testing.assert_array_equal(variables["prompt"][0], weights["embed"]["embedding"][7])
     assert set(np.unique(variables["prompt"][1:].round(6))) == {0, 10}
 
@@ -256,12 +251,11 @@ def test_batches_name_the_examples_of_their_segments():
     template = train_template(ENCODED, examples=3)
     source = TrainSource(ENCODED, template, 0, ids=True)
     batch, plain = source[1], TrainSource(ENCODED, template, 0)[1]
-    ids_RE = batch.pop("examples_RE")
+    rows, ids_RE = batch.rows, batch.rows.examples
     assert ids_RE.shape == (template.shape.rows, template.shape.examples)
+    batch = dataclasses.replace(batch, rows=dataclasses.replace(rows, examples=None))
     jax.tree.map(np.testing.assert_array_equal, batch, plain)
-    for tokens_T, segments_T, ids_E in zip(
-        batch["tokens_RT"], batch["segments_RT"], ids_RE, strict=True
-    ):
+    for tokens_T, segments_T, ids_E in zip(rows.tokens, rows.segments, ids_RE, strict=True):
         for segment in range(1, segments_T.max() + 1):
             n = ids_E[segment - 1]
             wanted = [*ENCODED.inputs[n], *ENCODED.targets[n][:-1]]

@@ -69,8 +69,8 @@ def repeated(prompt_PD, weights, model, batch):
 def once(delta, weights, config, batch):
     """Loss with the prompt as a context, and logits [R, M, V]."""
     shared = shared_part(config, delta, weights)
-    logits_RMV = row_logits(config.model, weights, shared, batch)
-    return cross_entropy(logits_RMV, batch["target_RM"], batch["weight_RM"]), logits_RMV
+    logits_RMV = row_logits(config.model, weights, shared, batch.rows)
+    return cross_entropy(logits_RMV, batch.targets, batch.loss_weights), logits_RMV
 
 
 @pytest.mark.parametrize("name", FAMILIES)

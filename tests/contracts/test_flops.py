@@ -75,7 +75,7 @@ def once(config, batch):
     delta = {"prompt": jax.ShapeDtypeStruct((LENGTH, config.width), np.float32)}
     function = functools.partial(train_step, config=step, tx=tx)
     state = jax.eval_shape(tx.init, delta)
-    return flops(function, delta, state, shapes_of(model), batch, jax.random.key(0))
+    return flops(function, delta, state, shapes_of(model), batch, None)
 
 
 def repeated(config, batch):

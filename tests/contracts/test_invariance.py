@@ -49,7 +49,7 @@ def alone(config, delta, weights, encoded):
 def check_layout(config, delta, weights, encoded, rows, wanted, tolerance, *, shape, noise=0):
     """Every example of a layout has the wanted logits; padding is filled with token `noise`."""
     batch = packed(encoded, rows, shape)
-    batch["tokens_RT"] += np.where(batch["segments_RT"] == 0, noise, 0).astype(np.int32)
+    batch.rows.tokens[:] += np.where(batch.rows.segments == 0, noise, 0).astype(np.int32)
     logits_RMV, _ = logits_and_loss(config, delta, weights, batch)
     seen = list(by_example(encoded, rows, logits_RMV))
     assert {n for n, _ in seen} == set(range(len(encoded.ids)))

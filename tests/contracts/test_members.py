@@ -20,7 +20,7 @@ from softprompt.trials.programs import Member, population_step
 from tests.contracts.examples import packed, prompted, snippets
 from tests.contracts.test_methods import base, moved, step_of
 
-KEY, STEPS, RATES = jax.random.key(0), 3, np.array([0.005, 0.01], np.float32)
+STEPS, RATES = 3, np.array([0.005, 0.01], np.float32)
 # GPT-2's loss does not depend on a key's bias: its gradient is rounding, of which Adam would make
 # whole steps if its epsilon were as small as it is by default.
 TX = make_optimizer(OptimizerConfig(AdamW(eps=1e-3)))
@@ -48,7 +48,7 @@ def trained(members, batches_SN, take):
     losses = []
     for batches_N in batches_SN:
         pairs = zip(members, batches_N, strict=True)
-        members = [Member(*one, batch, KEY) for one, batch in pairs]
+        members = [Member(*one, batch, None) for one, batch in pairs]
         members, metrics = zip(*((r[:2], r[2]) for r in take(members)), strict=True)
         losses.append([one["loss"] for one in metrics])
     return [delta for delta, _ in members], losses
@@ -93,7 +93,7 @@ def test_bfloat16_on_a_real_model(smollm2, shared_data):
     rows = ([[3, 1], [2]], [[4, 7], [5]])
     deltas = [prompted(smollm2.model, weights, 20, seed=n)[1] for n in range(len(rows))]
     members = [
-        Member(delta, set_rate(sgd.init(delta), np.float32(1)), packed(encoded, some, shape), KEY)
+        Member(delta, set_rate(sgd.init(delta), np.float32(1)), packed(encoded, some, shape), None)
         for delta, some in zip(deltas, rows, strict=True)
     ]
 
@@ -106,7 +106,7 @@ def test_bfloat16_on_a_real_model(smollm2, shared_data):
             jax.jit(functools.partial(population_step, step=step, along=None)),
         )
         for results in (
-            [alone(one.delta, one.opt_state, weights, one.batch, one.key) for one in members],
+            [alone(one.delta, one.opt_state, weights, one.batch, one.dropout) for one in members],
             together(members, weights),
         ):
             pairs = zip(deltas, results, strict=True)

@@ -13,7 +13,7 @@ import pytest
 
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_batch
-from softprompt.data.rows import DECODER, Layout
+from softprompt.data.rows import DECODER_LAYOUT, RowLayout
 from softprompt.methods import METHODS
 from softprompt.methods.adapter import AdapterConfig
 from softprompt.methods.ia3 import Ia3Config
@@ -97,9 +97,9 @@ def step_of(name, kind, dtype="float64"):
     method, config_of = CASES[name]
     cfg = config_of(() if decoder else STACKS)
     slots = P if method == "prompt" and kind == "t5" else 0
-    layout = DECODER if decoder else Layout(0, slots, slots)
+    layout = DECODER_LAYOUT if decoder else RowLayout(0, slots, slots)
     if method == "multitask":
-        layout = Layout(prompts=2) if decoder else Layout(0, P, prompts=2)
+        layout = RowLayout(prompts=2) if decoder else RowLayout(0, P, prompts=2)
     return StepConfig(model, method, cfg), layout
 
 
@@ -141,9 +141,9 @@ def alone(config, delta, weights, encoded):
 
 @functools.partial(jax.jit, static_argnames="config")
 def logits_and_gradient(config, delta, weights, batch):
-    logits_RMV = row_logits(config.model, weights, shared_part(config, delta, weights), batch)
+    logits_RMV = row_logits(config.model, weights, shared_part(config, delta, weights), batch.rows)
     loss = functools.partial(loss_fn, config=config)
-    return logits_RMV, jax.grad(loss, has_aux=True)(delta, weights, batch, KEY)[0]
+    return logits_RMV, jax.grad(loss, has_aux=True)(delta, weights, batch, None)[0]
 
 
 BOTH_FORMS = [name for name in CASES if name.startswith("pr")]

@@ -15,7 +15,7 @@ import pytest
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_batch
-from softprompt.data.rows import Layout
+from softprompt.data.rows import RowLayout
 from softprompt.evaluation.ranking import score_batches
 from softprompt.inference.beam import beam_search
 from softprompt.inference.decode import generate
@@ -49,7 +49,7 @@ def base(kind):
         model = Decoder(config, dtype=model.dtype)
     encoded = random_examples((7, 13, 7, 13), (1, 3, 1, 3), vocab=90)
     where = ("encoder",) if kind == "t5" else ()
-    layout = Layout(0, P, prompts=3) if kind == "t5" else Layout(prompts=3)
+    layout = RowLayout(0, P, prompts=3) if kind == "t5" else RowLayout(prompts=3)
     return model, weights, where, layout, dataclasses.replace(encoded, tasks=TASKS)
 
 
@@ -86,7 +86,7 @@ def separate(kind, delta):
 @functools.partial(jax.jit, static_argnames="config")
 def gradient(config, delta, weights, batch):
     loss = functools.partial(loss_fn, config=config)
-    return jax.grad(loss, has_aux=True)(delta, weights, batch, KEY)[0]
+    return jax.grad(loss, has_aux=True)(delta, weights, batch, None)[0]
 
 
 def packed(encoded, rows, layout):
@@ -165,7 +165,7 @@ def test_scores_and_answers(kind):
     said = generate(model, weights, shared, encoded.inputs, which=TASKS, **how)
     best = beam_search(model, weights, shared, encoded.inputs, beams=2, which=TASKS, **how)
     slots = {"input_slots": P} if kind == "t5" else {}
-    alone_layout = Layout(layout.start, **slots)
+    alone_layout = RowLayout(layout.start, **slots)
     for task in range(3):
         step, single = own(kind, delta, task)
         mine = np.flatnonzero(TASKS == task)

@@ -12,7 +12,6 @@ from tests.contracts import concatenated
 from tests.contracts.examples import double, packed, prompted, random_examples, snippets
 from tests.tiny import tiny_decoder
 
-KEY = jax.random.key(0)
 ROWS = [[3], [1, 4], [2, 0], [5]]
 reference = jax.jit(jax.value_and_grad(concatenated.loss), static_argnames="config")
 
@@ -24,7 +23,7 @@ def once(config, delta, weights, batch):
     else:
         loss = functools.partial(loss_fn, config=config)
         function = jax.value_and_grad(loss, has_aux=True)
-    (loss, _), grads = jax.jit(function)(delta, weights, batch, KEY)
+    (loss, _), grads = jax.jit(function)(delta, weights, batch, None)
     assert grads.keys() == {"prompt"}
     return loss, grads["prompt"]
 
@@ -70,7 +69,7 @@ def test_microbatches_sum_in_float32():
     model, weights = tiny_decoder(layers=3, dtype="float32")
     config, delta = prompted(model.clone(dtype=jnp.bfloat16), weights, 4, microbatches=2)
     step = functools.partial(accumulated, config=config)
-    traced = jax.make_jaxpr(step)(delta, weights, packed(random_examples(), ROWS), KEY)
+    traced = jax.make_jaxpr(step)(delta, weights, packed(random_examples(), ROWS), None)
     scans = [e for e in traced.eqns if e.primitive.name == "scan" and e.params["length"] == 2]
     (sums,) = ([one.aval.dtype for one in e.outvars] for e in scans)
     assert len(sums) >= 4 and set(sums) == {jnp.dtype("float32")}

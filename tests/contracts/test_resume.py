@@ -19,9 +19,10 @@ from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.results import read_result
 from softprompt.training.logs import TIMING, read_line, read_log
+from softprompt.trials.evaluate import evaluate_runs
 from softprompt.trials.run import run_trial
 from softprompt.trials.session import Session
-from tests.own_task import REPOSITORY, make_config, train_command, words, write_task
+from tests.own_task import REPOSITORY, Lines, make_config, train_command, words, write_task
 from tests.tiny import write_llama_folder
 
 LONG = {  # long enough to be hit, with something of everything between checkpoints
@@ -84,6 +85,17 @@ def in_a_write(folder):
     return lambda: logged(folder) > before and bool(half_written(folder))
 
 
+def after(seconds):
+    """Whether so many seconds have passed since it was first asked."""
+    asked = []
+
+    def passed():
+        asked.append(time.monotonic())
+        return asked[-1] - asked[0] > seconds
+
+    return passed
+
+
 class Launcher:
     """Starts the same command again and again, each time with what the last one left."""
 
@@ -118,7 +130,8 @@ class Launcher:
 
 @pytest.fixture(scope="module")
 def stopped(place, tiny_folder):
-    """A trial killed three times at random steps, once in a write, then asked to stop, then ended.
+    """A trial killed three times at random steps, once in a write, then asked to stop at several
+    moments, then ended. A signal ends the command with its code and one line, without a traceback.
 
     Beside it, the same trial left alone.
     """
@@ -137,6 +150,19 @@ def stopped(place, tiny_folder):
             if half_written(folder):
                 break
         left = half_written(folder)
+        # While JAX is imported, while the model loads, in a step, in a write.
+        enough = logged(folder) + 15
+        for number, moment in (
+            (signal.SIGINT, after(0.7)),
+            (signal.SIGHUP, after(3.0)),
+            (signal.SIGINT, lambda at=enough: logged(folder) >= at),
+            (signal.SIGINT, in_a_write(folder)),
+        ):
+            code = launcher.stop(number, moment)
+            said = launcher.said.pop()
+            assert code == (130 if number == signal.SIGINT else 75), said[-2000:]
+            assert "Traceback" not in said, said[-2000:]
+            assert said.count("interrupted; the same command resumes") == 1 or code == 75, said
         target = logged(folder) + 10
         code = launcher.stop(signal.SIGTERM, lambda: logged(folder) >= target)
         launcher.left, launcher.sigterm = left, (code, logged(folder), read_result(folder))
@@ -329,6 +355,26 @@ def test_other_weights_are_not_gone_on_with(place, session, tmp_path):
     write_llama_folder(tmp_path / "model", seed=1)
     with pytest.raises(UserError, match=r"checkpoints: step 6 was trained on weights"):
         run_trial(config, tmp_path / "w", session=Session(Progress()))
+
+
+def test_other_data_is_not_gone_on_with(tiny_folder, session, tmp_path):
+    """Fails if labels flipped between a kill and the same command go unnoticed, or `evaluate` does
+    not say that the test split is another."""
+    task = write_task(tmp_path)
+    config = make_config(task, tiny_folder, **SHORT)
+    interrupt(config, tmp_path / "w", session, step=5, number=signal.SIGTERM)
+    for split in ("train", "test"):
+        file = task / f"{split}.jsonl"
+        file.write_text(file.read_text().replace('"good"', '"bad"', 3))
+    with pytest.raises(UserError, match="step 6 was made with other data: the digest of train was"):
+        run_trial(config, tmp_path / "w", session=Session(Progress()))
+    run_trial(config, tmp_path / "new", session=Session(Progress()))
+    lines = Lines()
+    evaluate_runs([tmp_path / "new"], progress=lines)
+    assert not [line for line in lines.said if "other data" in line]
+    write_task(tmp_path)
+    evaluate_runs([tmp_path / "new"], progress=lines)
+    assert [line for line in lines.said if "digest of test was" in line]
 
 
 def test_early_stopping_counts_on(place, tiny_folder, session, tmp_path):

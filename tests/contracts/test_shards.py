@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
-from softprompt.training.sharding import make_mesh, put_batch, random_key, replicated
+from softprompt.training.sharding import make_mesh, put_batch, replicated
 from softprompt.training.step import train_step
 from softprompt.trials import shape_check as full_size
 from softprompt.trials.programs import Member, compile_population
@@ -43,7 +43,8 @@ def test_a_microbatch_takes_rows_of_every_device(small):
     Of weights that are split over "data": else `by_device` gives each its own rows in any case.
     """
     text = full_size.compiled(DECODER, make_mesh(8, 1), "sharded").as_text()
-    rows = {leaf.shape[1:] for leaf in full_size.abstract_step(DECODER).arguments[3].values()}
+    batch = full_size.abstract_step(DECODER).arguments[3]
+    rows = {leaf.shape[1:] for leaf in jax.tree.leaves(batch)}
     gathered = shapes(text, "all-gather")
     assert (WIDTH, FFN) in gathered
     assert not [shape for shape in gathered if shape[-1:] in rows]
@@ -94,15 +95,15 @@ def test_members_over_devices_step_as_alone(members):
     for devices in (1, 2):
         mesh = make_mesh(devices, 1, devices=jax.devices()[:devices])
         whole = functools.partial(jax.device_put, device=replicated(mesh))
-        own = whole((opt_state, weights)), put_batch(mesh, batch), random_key(0, mesh)
-        (state, frozen), rows, key = own
-        told = config, optimizer, mesh, (whole(delta), state, frozen, rows, key)
-        trials = [Member(whole(one), state, rows, key) for one in deltas]
+        own = whole((opt_state, weights)), put_batch(mesh, batch)
+        (state, frozen), rows = own
+        told = config, optimizer, mesh, (whole(delta), state, frozen, rows, None)
+        trials = [Member(whole(one), state, rows, None) for one in deltas]
         found.append(compile_population(*told, members)(trials, frozen))
         if devices == 1:
             tx = make_optimizer(optimizer)
             step = jax.jit(functools.partial(train_step, config=config, tx=tx))
-            found.append([step(one.delta, state, frozen, rows, key) for one in trials])
+            found.append([step(one.delta, state, frozen, rows, None) for one in trials])
     for trial in zip(*found, strict=True):
         one, *others = [(delta, metrics) for delta, _, metrics in trial]
         for other in others:

@@ -15,7 +15,7 @@ import pytest
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import TrainSource, pad_rows, train_batch, train_template
-from softprompt.data.rows import Layout
+from softprompt.data.rows import RowLayout
 from softprompt.evaluation.ranking import score_batches
 from softprompt.methods.initializers import vocabulary
 from softprompt.methods.prompt import PromptConfig, init
@@ -26,11 +26,11 @@ from tests.tiny_t5 import tiny_t5
 P = 4
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 FORMS = {
-    "no prompt": ((), True, Layout(0)),
-    "encoder": (("encoder",), True, Layout(0, input_slots=P)),
-    "both": (("encoder", "decoder"), True, Layout(0, input_slots=P, target_slots=P)),
-    "decoder": (("decoder",), True, Layout(0, target_slots=P)),
-    "contexts": (("encoder", "decoder"), False, Layout(0)),
+    "no prompt": ((), True, RowLayout(0)),
+    "encoder": (("encoder",), True, RowLayout(0, input_slots=P)),
+    "both": (("encoder", "decoder"), True, RowLayout(0, input_slots=P, target_slots=P)),
+    "decoder": (("decoder",), True, RowLayout(0, target_slots=P)),
+    "contexts": (("encoder", "decoder"), False, RowLayout(0)),
 }
 ROWS = ([[0, 1, 2, 3, 4, 5]], [[4, 2], [5, 3, 0], [1]], [[], [2], [], [5, 4, 3, 2, 1, 0]])
 
@@ -65,8 +65,8 @@ def alone(config, delta, weights, tokens_S, target):
 
 @functools.partial(jax.jit, static_argnames="config")
 def logits_and_loss(config, delta, weights, batch):
-    logits_RMV = row_logits(config.model, weights, shared_part(config, delta, weights), batch)
-    return logits_RMV, loss_fn(delta, weights, batch, jax.random.key(0), config=config)[0]
+    logits_RMV = row_logits(config.model, weights, shared_part(config, delta, weights), batch.rows)
+    return logits_RMV, loss_fn(delta, weights, batch, None, config=config)[0]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -88,7 +88,8 @@ def test_packed_pairs(form):
         order = np.array([n for row in rows for n in row])
         rows_B = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         batch = double(pad_rows(train_batch(encoded, order, rows_B, shape, layout), 8))
-        batch["inputs_RS"] += np.where(batch["input_segments_RS"] == 0, 7, 0).astype(np.int32)
+        encoder = batch.rows.encoder
+        encoder.tokens[:] += np.where(encoder.segments == 0, 7, 0).astype(np.int32)
         logits_RMV, loss = logits_and_loss(config, delta, weights, batch)
         for n, logits_MV in by_example(encoded, rows, logits_RMV):
             np.testing.assert_allclose(logits_MV, wanted[n], **EXACT)
@@ -119,7 +120,7 @@ def test_candidate_scores(form):
 
 
 def test_the_loss_of_targets_is_the_score_of_targets():
-    """Mutation: `scored_row` predicts the start token too."""
+    """Mutation: `scored_example` predicts the start token too."""
     config, delta, weights, layout = make("both")
     encoded = examples()
     shape = eval_shape(encoded, score="targets", layout=layout)
@@ -144,17 +145,16 @@ def test_every_seed_fits_the_planned_rows():
         assert source.epoch_fill() > 0.9
         for step in range(template.steps):
             batch = source[step]
-            assert set(batch) == set(layout.names("target_RM", "weight_RM"))
-            assert (batch["weight_RM"] > 0).sum() == sum(
+            assert (batch.loss_weights > 0).sum() == sum(
                 len(encoded.targets[n]) for n in source.places(step)[0]
             )
 
 
 def test_a_prompt_on_a_stack_that_is_not_told_of_it_is_refused():
-    """Mutation: `targets` takes slots without a prompt for tokens."""
+    """Mutation: `with_prompt` takes slots without a prompt for tokens."""
     config, delta, weights, layout = make("encoder")
     encoded = dataclasses.replace(examples())
     batch = train_batch(encoded, np.arange(6), np.zeros(6, int), RowShape(1, 90, 20, 6), layout)
     with pytest.raises(AssertionError, match="a prompt that is not there"):
         shared = shared_part(config._replace(method="none"), {}, weights)
-        row_logits(config.model, weights, shared, batch)
+        row_logits(config.model, weights, shared, batch.rows)

@@ -186,3 +186,9 @@ def test_best_fit_takes_the_fullest_row_with_room(sizes):
             assert row == len(rooms)
             rooms.append(50)
         rooms[row] -= size
+
+
+def test_what_does_not_fit_in_a_row_is_refused():
+    # Breaks when an item is larger than a row and gets one nevertheless.
+    with pytest.raises(AssertionError, match="size 8 .* row of 7"):
+        best_fit([3, 8], 7)

@@ -1,19 +1,21 @@
 """Batches. Each test names the mutation of `softprompt.data.pipeline` that breaks it."""
 
 import grain
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt.data.encode import Encoded
-from softprompt.data.eval_batches import EvalBatch, EvalShape, collect, eval_batches, eval_shape
+from softprompt.data.eval_batches import EvalShape, collect, eval_batches, eval_shape
 from softprompt.data.pipeline import (
     TrainSource,
     pad_rows,
     train_batches,
     train_template,
 )
+from softprompt.data.rows import EvalBatch
 from softprompt.errors import UserError
 
 CANDIDATES = ((7,), (8, 9), (8, 4, 9))
@@ -38,7 +40,8 @@ def spread(count: int, longest: int = 60) -> list[int]:
 
 
 def same(left, right) -> bool:
-    return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    return jax.tree.all(jax.tree.map(np.array_equal, left, right))
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,17 +57,17 @@ def test_a_row_is_its_examples_one_after_the_other(sizes, examples):
     for step in range(source.template.steps):
         batch = source[step]
         shape = source.template.shape
-        assert batch["tokens_RT"].shape == (shape.rows, shape.tokens)
-        assert batch["index_RM"].shape == (shape.rows, shape.targets)
+        assert batch.rows.tokens.shape == (shape.rows, shape.tokens)
+        assert batch.rows.index.shape == (shape.rows, shape.targets)
         found = []
         for row in range(shape.rows):
-            segments_T = batch["segments_RT"][row]
+            segments_T = batch.rows.segments[row]
             assert (np.diff(segments_T[segments_T > 0]) >= 0).all()
             for segment in range(1, segments_T.max(initial=0) + 1):
                 at = np.flatnonzero(segments_T == segment)
                 assert np.array_equal(at, np.arange(at[0], at[0] + len(at)))
-                assert np.array_equal(batch["positions_RT"][row, at], np.arange(len(at)))
-                found.append(tuple(batch["tokens_RT"][row, at].tolist()))
+                assert np.array_equal(batch.rows.positions[row, at], np.arange(len(at)))
+                found.append(tuple(batch.rows.tokens[row, at].tolist()))
         want = [
             tuple(np.concatenate([encoded.inputs[n], encoded.targets[n][:-1]]).tolist())
             for n in source.places(step)[0]
@@ -88,19 +91,19 @@ def test_targets_are_the_next_tokens(sizes, examples):
     ]
     batch, (examples_B, _) = source[0], source.places(0)
     seen = []
-    for row, place in np.argwhere(batch["weight_RM"] > 0):
-        index = batch["index_RM"][row, place]
-        mine = batch["segments_RT"][row] == batch["segments_RT"][row, index]
-        prefix = batch["tokens_RT"][row][mine & (np.arange(mine.size) <= index)]
-        seen.append((*prefix.tolist(), int(batch["target_RM"][row, place])))
+    for row, place in np.argwhere(batch.loss_weights > 0):
+        index = batch.rows.index[row, place]
+        mine = batch.rows.segments[row] == batch.rows.segments[row, index]
+        prefix = batch.rows.tokens[row][mine & (np.arange(mine.size) <= index)]
+        seen.append((*prefix.tolist(), int(batch.targets[row, place])))
     want = [
         whole[n][:end]
         for n in examples_B.tolist()
         for end in range(len(encoded.inputs[n]) + 1, len(whole[n]) + 1)
     ]
     assert sorted(seen) == sorted(want)
-    weights = batch["weight_RM"][batch["weight_RM"] > 0]
-    assert batch["weight_RM"].dtype == np.float32
+    weights = batch.loss_weights[batch.loss_weights > 0]
+    assert batch.loss_weights.dtype == np.float32
     assert np.isclose(weights.sum(), 1, rtol=1e-6)
     assert np.all(weights == weights[0])
 
@@ -120,7 +123,8 @@ def test_the_iterator_restores_from_its_state():
     # Mutation: hand out batches from a generator, which has no state to restore.
     encoded = make(spread(30))
     source = TrainSource(encoded, train_template(encoded, examples=8), seed=5)
-    grain.experimental.assert_equal_output_after_checkpoint(train_batches(source, start=3, stop=9))
+    batches = train_batches(source, start=3, stop=9).map(jax.tree.leaves)
+    grain.experimental.assert_equal_output_after_checkpoint(batches)
 
 
 def test_each_epoch_has_every_example():
@@ -139,7 +143,7 @@ def test_fill_counts_the_tokens_of_the_batch():
     source = TrainSource(encoded, train_template(encoded, examples=16), seed=0)
     fills = []
     for step in range(source.template.steps):
-        real = source[step]["segments_RT"] > 0
+        real = source[step].rows.segments > 0
         assert source.tokens(step) == real.sum()
         assert source.fill(step) == pytest.approx(real.mean())
         fills.append(real.mean())
@@ -154,8 +158,9 @@ def test_padded_rows_are_empty_and_change_nothing_else():
     multiple = source.template.shape.rows + 3
     (padded,) = train_batches(source, start=0, stop=1, row_multiple=multiple)
     rows = source.template.shape.rows
-    assert same({name: array[:rows] for name, array in padded.items()}, source[0])
-    assert all(len(array) == multiple and not array[rows:].any() for array in padded.values())
+    assert same(jax.tree.map(lambda array: array[:rows], padded), source[0])
+    arrays = jax.tree.leaves(padded)
+    assert all(len(array) == multiple and not array[rows:].any() for array in arrays)
     assert same(pad_rows(padded, multiple), padded)
 
 
@@ -167,17 +172,17 @@ def test_an_example_without_a_target_cannot_train():
 
 def pretend_log_probs(batch: EvalBatch) -> np.ndarray:
     """A log-probability of each pair that depends on all that the pair's position may see."""
-    arrays = batch.arrays
-    log_probs_RC = np.full(batch.pair_example_RC.shape, np.nan)
-    for row, pair in np.argwhere(batch.pair_example_RC >= 0):
-        index = arrays["index_RM"][row, arrays["pair_head_RC"][row, pair]]
-        branches_T = arrays["branches_RT"][row]
-        seen = arrays["segments_RT"][row] == arrays["segments_RT"][row, index]
+    rows, pairs = batch.rows, batch.pairs
+    log_probs_RC = np.full(batch.example.shape, np.nan)
+    for row, pair in np.argwhere(batch.example >= 0):
+        index = rows.index[row, pairs.head[row, pair]]
+        branches_T = rows.branches[row]
+        seen = rows.segments[row] == rows.segments[row, index]
         seen &= (branches_T == 0) | (branches_T == branches_T[index])
-        seen &= arrays["positions_RT"][row] <= arrays["positions_RT"][row, index]
-        order = np.argsort(arrays["positions_RT"][row][seen])
-        prefix = arrays["tokens_RT"][row][seen][order]
-        log_probs_RC[row, pair] = pretend(prefix, arrays["pair_token_RC"][row, pair])
+        seen &= rows.positions[row] <= rows.positions[row, index]
+        order = np.argsort(rows.positions[row][seen])
+        prefix = rows.tokens[row][seen][order]
+        log_probs_RC[row, pair] = pretend(prefix, pairs.token[row, pair])
     return log_probs_RC
 
 
@@ -213,10 +218,10 @@ def test_each_input_is_read_once_and_its_end_has_one_head():
     encoded = make([10, 20, 30])
     (batch,) = eval_batches(encoded, eval_shape(encoded))
     own = sum(len(candidate) - 1 for candidate in CANDIDATES)
-    assert (batch.arrays["segments_RT"] > 0).sum() == 60 + 3 * own
-    real = batch.pair_example_RC >= 0
+    assert (batch.rows.segments > 0).sum() == 60 + 3 * own
+    real = batch.example >= 0
     rows_RC = np.broadcast_to(np.arange(len(real))[:, None], real.shape)
-    heads = set(zip(rows_RC[real], batch.arrays["pair_head_RC"][real], strict=True))
+    heads = set(zip(rows_RC[real], batch.pairs.head[real], strict=True))
     assert len(heads) == 3 * (1 + own)
 
 
@@ -226,7 +231,7 @@ def test_scores_that_are_no_numbers_are_an_error():
     batches = eval_batches(encoded, eval_shape(encoded))
     found = [pretend_log_probs(batch) for batch in batches]
     for batch, values_RC in zip(batches, found, strict=True):
-        values_RC[(batch.pair_example_RC == 1) & (batch.pair_candidate_RC == 0)] = np.nan
+        values_RC[(batch.example == 1) & (batch.candidate == 0)] = np.nan
     with pytest.raises(UserError, match=r"^\d of \d+ log-probabilities are no finite number"):
         collect(batches, found)
 
@@ -257,11 +262,11 @@ def test_splits_share_one_shape():
     for split in splits:
         batches = eval_batches(split, shape)
         for batch in batches:
-            assert batch.arrays["tokens_RT"].shape == (shape.rows, shape.tokens)
-            assert batch.arrays["index_RM"].shape == (shape.rows, shape.heads)
-            assert batch.arrays["pair_token_RC"].shape == (shape.rows, shape.pairs)
-            assert all(array.dtype == np.int32 for array in batch.arrays.values())
-        scored = np.concatenate([batch.pair_example_RC.ravel() for batch in batches])
+            assert batch.rows.tokens.shape == (shape.rows, shape.tokens)
+            assert batch.rows.index.shape == (shape.rows, shape.heads)
+            assert batch.pairs.token.shape == (shape.rows, shape.pairs)
+            assert all(array.dtype == np.int32 for array in jax.tree.leaves(batch))
+        scored = np.concatenate([batch.example.ravel() for batch in batches])
         assert set(scored.tolist()) - {-1} == set(range(len(split.inputs)))
 
 
@@ -270,7 +275,7 @@ def test_scoring_rows_are_full_and_near_the_budget():
     encoded = make(spread(2000))
     shape = eval_shape(encoded, budget=2048)
     batches = eval_batches(encoded, shape)
-    filled = np.mean([batch.arrays["segments_RT"] > 0 for batch in batches])
+    filled = np.mean([batch.rows.segments > 0 for batch in batches])
     assert filled > 0.95
     assert shape.rows * shape.tokens <= 2048
     few = make(spread(5))

@@ -116,7 +116,7 @@ def test_it_stops_when_all_rows_have_ended():
 
     model, weights = tiny_decoder(dtype="float32")
     shared = {}, model.apply({"params": weights}, method="empty_context")
-    rows = module.Rows(jnp.zeros(2, jnp.uint32), jnp.array([True, False]))
+    rows = module.RowIds(jnp.zeros(2, jnp.uint32), jnp.array([True, False]))
     logits_BV, memory = module.prefill_function(model)(
         weights, shared, jnp.array([[5, 6, 7]] * 2), jnp.array([3, 1]), slots=8
     )

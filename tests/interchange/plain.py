@@ -3,6 +3,7 @@
 It shares nothing with the methods, so it holds the files' meaning against PEFT's logits.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.models.decoder import Context, Decoder
+from softprompt.models.rows import Rows
 from softprompt.models.t5 import T5, Contexts
 from tests.interchange.cases import Case
 from tests.interchange.texts import IDS, T5_IDS, T5_TARGETS, TASK
@@ -88,9 +90,7 @@ def run(model: Decoder | T5, variables: Any, prefix: Context | None = None) -> j
     tokens_T = jnp.array(IDS)
     if prefix is None:
         return model.apply(variables, tokens_T)
-    positions_T = jnp.arange(len(IDS))
-    arguments = prefix, tokens_T, jnp.ones_like(tokens_T), positions_T
-    x_TD = model.apply(variables, *arguments, method="hidden")
+    x_TD = model.apply(variables, prefix, _row(tokens_T), method="hidden")
     return model.apply(variables, x_TD, method="logits")
 
 
@@ -100,9 +100,12 @@ def _run_t5(model: T5, variables: Any, prefix: Context | None) -> jax.Array:
         return model.apply(variables, tokens_S, tokens_T)
     empty = model.apply(variables, method="prompt_context")
     contexts = Contexts(empty.encoder, empty.states_PD, prefix)
-    same_S, same_T = jnp.ones_like(tokens_S), jnp.ones_like(tokens_T)
-    encoder = tokens_S, same_S, jnp.arange(len(T5_IDS))
-    states_SD = model.apply(variables, contexts, *encoder, method="encode")
-    arguments = contexts, states_SD, same_S, tokens_T, same_T, jnp.arange(len(T5_TARGETS))
-    x_TD = model.apply(variables, *arguments, method="decode")
-    return model.apply(variables, x_TD, method="logits")
+    row = dataclasses.replace(_row(tokens_T), encoder=_row(tokens_S))
+    x_TD = model.apply(variables, contexts, row, method="target_states")
+    return model.apply(variables, x_TD, method="unembed")
+
+
+def _row(tokens_T: jax.Array) -> Rows:
+    """A row of one text, of which all positions are wanted."""
+    index_T = jnp.arange(len(tokens_T))
+    return Rows(tokens_T, jnp.ones_like(tokens_T), index_T, index=index_T)

@@ -188,7 +188,6 @@ def test_modules_are_selected_by_the_names_that_the_file_has():
         from_peft(Adapter(fields, tensors), model)
 
 
-@pytest.mark.xfail(reason="find_family does not know them yet")
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 def test_a_model_whose_layers_all_attend_to_everything(name):
     """Breaks when a Gemma 2 or 3 without windows is no family's."""

@@ -14,8 +14,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from softprompt.config import trial_id
 from softprompt.data.packing import RowShape
 from softprompt.errors import UserError
+from softprompt.models import rows as model_rows
 from softprompt.models.attention import Part
-from softprompt.models.dropout import Shares
+from softprompt.models.dropout import Dropout
 from softprompt.models.kernels import REFERENCE, Case, Device, Kernel, attend, choose, device_of
 from softprompt.models.kernels.choice import refusal
 from softprompt.training import step
@@ -222,8 +223,7 @@ def step_gradients(model, weights, batch, delta, config):
     config = config._replace(model=model)
     function = functools.partial(step.loss_fn, config=config)
     both = jax.value_and_grad(function, has_aux=True)
-    key = step.Draw(jax.random.key(0), Shares(np.float32(0.8)))
-    arguments = delta, weights, batch, key
+    arguments = delta, weights, batch, Dropout(jax.random.key(0), np.float32(0.8))
     names = {equation.primitive.name for equation in equations(jax.make_jaxpr(both)(*arguments))}
     (value, _), grads = jax.jit(both)(*arguments)
     return (value, grads), names
@@ -235,7 +235,7 @@ def test_in_a_step_of_each_device():
     model, weights = tiny_decoder(dtype="float32", layers=2)
     batch = packed(random_examples(), [[3, 0], [1, 4, 2, 5]], RowShape(2, 136, 12))
     config, delta = prompted(model, weights, P)
-    arguments = delta, weights, batch, jax.random.key(0)
+    arguments = delta, weights, batch, None
     theirs, of_theirs = jax.jit(functools.partial(step.gradients, config=config))(*arguments)
     config = config._replace(model=model.clone(attention=dataclasses.replace(SPLASH, mesh=mesh)))
     spread = by_device(mesh)(functools.partial(step.gradients, config=config))
@@ -253,7 +253,8 @@ def test_in_a_step_of_each_device():
 def test_a_training_step(kernel, dtype, within):
     model, weights = tiny_decoder(dtype=dtype, layers=2)
     batch = packed(random_examples(), [[3, 0], [1, 4, 2, 5]], RowShape(2, 136, 12))
-    batch["examples_RE"] = np.arange(8, dtype=np.int32).reshape(2, 4)
+    rows = dataclasses.replace(batch.rows, examples=np.arange(8, dtype=np.int32).reshape(2, 4))
+    batch = dataclasses.replace(batch, rows=rows)
     config, delta = prompted(model, weights, P)
     theirs, _ = step_gradients(model, weights, batch, delta, config)
     ours, names = step_gradients(model.clone(attention=kernel), weights, batch, delta, config)
@@ -281,8 +282,8 @@ def test_what_splash_cannot_serve_is_left_to_the_reference(windows, tokens, bran
     def hidden(prompt_PD):
         variables = {"params": weights, "delta": {"prompt": prompt_PD}}
         context = model.apply(variables, method="prompt_context")
-        row = row_T, row_T, row_T, row_T if branches else None
-        return model.apply(variables, context, *row, method="hidden")
+        row = model_rows.Rows(*[row_T] * 3, branches=row_T if branches else None)
+        return model.apply(variables, context, row, method="hidden")
 
     program = jax.make_jaxpr(hidden)(jnp.ones((P, config.width)))
     names = {equation.primitive.name for equation in equations(program)}

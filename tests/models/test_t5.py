@@ -1,5 +1,6 @@
 """Algebra of the T5 in float64: packing, prompts inline and as contexts, biases; 1e-9 relative."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from softprompt.models.rows import Rows
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import T5Config, bucket
 from tests.tiny_t5 import FAMILIES, VARIANTS, load_weights, tiny_t5, write_t5_folder
@@ -47,26 +49,25 @@ def alone(model: T5, variables: Any, tokens_S: list[int], tokens_T: list[int]) -
 def compiled_row(model: T5) -> Any:
     """The model on a row of the encoder and one of the decoder: logits [T, V]."""
 
-    def run(variables: Any, encoder: Any, decoder: Any, branches_T: Any = None) -> jax.Array:
+    def run(variables: Any, encoder: Rows, decoder: Rows) -> jax.Array:
         contexts = model.apply(variables, method="prompt_context")
-        states_SD = model.apply(variables, contexts, *encoder, method="encode")
-        row = (encoder[1], *decoder, branches_T)
-        x_TD = model.apply(variables, contexts, states_SD, *row, method="decode")
-        return model.apply(variables, x_TD, method="logits")
+        index_T = jnp.arange(decoder.tokens.shape[0])
+        row = dataclasses.replace(decoder, encoder=encoder, index=index_T)
+        x_TD = model.apply(variables, contexts, row, method="target_states")
+        return model.apply(variables, x_TD, method="unembed")
 
     return jax.jit(run)
 
 
-def packed(
-    sequences: list[list[int]], segments: list[int], *, slots: int, length: int
-) -> tuple[jax.Array, ...]:
-    """Tokens, segments, positions and prompt index of a row, each segment behind its slots."""
+def packed(sequences: list[list[int]], segments: list[int], *, slots: int, length: int) -> Rows:
+    """A stack's row, each segment behind its slots."""
     columns: list[tuple[int, int, int, int]] = []
     for tokens, segment in zip(sequences, segments, strict=True):
         columns += [(0, segment, 0, p) for p in range(slots)]
         columns += [(t, segment, i, -1) for i, t in enumerate(tokens)]
     columns += [(3, 0, i, -1) for i in range(length - len(columns))]
-    return tuple(jnp.array(column) for column in zip(*columns, strict=True))
+    tokens, segments_T, positions, index = map(jnp.array, zip(*columns, strict=True))
+    return Rows(tokens, segments_T, positions, prompt_index=index)
 
 
 def packed_logits(
@@ -78,8 +79,8 @@ def packed_logits(
     encoder = packed(inputs, segments, slots=encoder_slots, length=30)
     decoder = packed(targets, segments, slots=decoder_slots, length=18)
     logits_TV = np.asarray(compiled_row(model)(variables, encoder, decoder))
-    is_token = np.asarray(decoder[3]) < 0
-    return {i: logits_TV[(np.asarray(decoder[1]) == 10 * (i + 1)) & is_token] for i in order}
+    is_token, segments_T = np.asarray(decoder.prompt_index) < 0, np.asarray(decoder.segments)
+    return {i: logits_TV[(segments_T == 10 * (i + 1)) & is_token] for i in order}
 
 
 def close(a: Any, b: Any) -> None:
@@ -278,7 +279,8 @@ def test_branches_of_one_example_equal_rows_of_their_own(inline):
     decoder = packed(targets, [1, 1, 1], slots=slots, length=0)
     lengths = [slots + len(t) for t in targets]
     branches_T = jnp.repeat(jnp.arange(3), np.array(lengths))
-    logits_TV = np.asarray(compiled_row(model)(variables, encoder, decoder, branches_T))
+    decoder = dataclasses.replace(decoder, branches=branches_T)
+    logits_TV = np.asarray(compiled_row(model)(variables, encoder, decoder))
     ends = np.cumsum(lengths)
     for end, target in zip(ends, targets, strict=True):
         close(logits_TV[end - len(target) : end], alone(model, variables, INPUTS[0], target))

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from softprompt.data.encode import Encoded
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_batch, train_lengths
-from softprompt.data.rows import DECODER, Layout
+from softprompt.data.rows import DECODER_LAYOUT, RowLayout, TrainBatch
 from softprompt.interchange.adapter_files import Adapter, read_adapter
 from softprompt.interchange.peft import from_peft
 from softprompt.interchange.prompts import ROWS
@@ -25,7 +25,6 @@ from softprompt.training.step import StepConfig, loss_fn, train_step
 from tests.interchange.cases import Case
 from tests.interchange.methods import CONFIGS
 
-KEY = jax.random.key(0)
 DECAY = 0.1
 OPTIMIZERS = {
     "sgd": lambda parameters, rate: torch.optim.SGD(parameters, rate, weight_decay=DECAY),
@@ -49,7 +48,7 @@ class Pair:
     saved: Adapter
     step: StepConfig
     weights: Any
-    batches: list[tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]]
+    batches: list[tuple[TrainBatch, dict[str, torch.Tensor]]]
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -87,14 +86,16 @@ def pair(
     theirs.save_pretrained(folder)
     model, weights = ours
     slots = case.method["length"] if case.method["name"] == "prompt" else 0
-    layout = Layout(model.config.start, input_slots=slots) if isinstance(model, T5) else DECODER
+    layout = DECODER_LAYOUT
+    if isinstance(model, T5):
+        layout = RowLayout(model.config.start, input_slots=slots)
     step = StepConfig(model, case.method["name"], CONFIGS[case.method["name"]](case))
     side = [padded(encoded, seq2seq=layout.encoder) for encoded in batches]
     both = list(zip(rows(batches, layout), side, strict=True))
     return Pair(theirs, read_adapter(folder), step, weights, both)
 
 
-def rows(batches: Sequence[Encoded], layout: Layout) -> Iterator[dict[str, np.ndarray]]:
+def rows(batches: Sequence[Encoded], layout: RowLayout) -> Iterator[TrainBatch]:
     """Two rows a batch, of one shape: the first half of the examples and the rest."""
     examples_B = np.arange(len(batches[0].ids))
     rows_B = examples_B * 2 // len(examples_B)
@@ -127,7 +128,7 @@ def gradients(both: Pair) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
     """Ours and PEFT's at the first step, by the paths of our delta's leaves."""
     batch, arguments = both.batches[0]
     loss = jax.jit(jax.grad(functools.partial(loss_fn, config=both.step), has_aux=True))
-    ours, _ = loss(both.delta(), both.weights, batch, KEY)
+    ours, _ = loss(both.delta(), both.weights, batch, None)
     both.theirs.zero_grad()
     both.theirs(**arguments).loss.backward()
     found = {n: p.grad for n, p in both.parameters.items() if p.grad is not None}
@@ -145,7 +146,7 @@ def train_ours(
     losses = []
     for n in range(steps):
         batch, _ = both.batches[n % len(both.batches)]
-        delta, state, metrics = step(delta, state, both.weights, batch, KEY)
+        delta, state, metrics = step(delta, state, both.weights, batch, None)
         losses.append(float(metrics["loss"]))
     return losses, _flat(delta)
 

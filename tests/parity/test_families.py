@@ -16,6 +16,7 @@ import pytest
 
 from softprompt.models.decoder import Decoder
 from softprompt.models.positions import rotary_table
+from softprompt.models.rows import Rows
 from softprompt.pretrained.families import DECODERS, read_family
 from softprompt.pretrained.loading import Loaded, load_model
 from tests.families import SLIDING, VARIANTS, VOCAB, write_family_folder, write_small_tokenizer
@@ -89,9 +90,9 @@ def theirs(model: Any, ids: list[list[int]], prompt_PD: np.ndarray | None = None
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def row_logits(model: Decoder, variables: Any, *row: jax.Array) -> Any:
+def row_logits(model: Decoder, variables: Any, row: Rows) -> Any:
     context = model.apply(variables, method="prompt_context")
-    x_TD = model.apply(variables, context, *row, method="hidden")
+    x_TD = model.apply(variables, context, row, method="hidden")
     return model.apply(variables, x_TD, method="logits")
 
 
@@ -108,7 +109,7 @@ def packed(
         spans.append(span)
     delta = {} if prompt_PD is None else {"prompt": jnp.asarray(prompt_PD)}
     variables = {"params": ours.weights, "delta": delta}
-    logits_TV = np.asarray(row_logits(ours.model, variables, tokens, segments, positions))
+    logits_TV = np.asarray(row_logits(ours.model, variables, Rows(tokens, segments, positions)))
     return [logits_TV[span] for span in spans]
 
 

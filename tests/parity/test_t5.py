@@ -1,5 +1,6 @@
 """The T5 family against transformers on PyTorch, in float32, from folders that it saved."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from softprompt.models.rows import Rows
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import bucket
 from tests.tiny_t5 import (
@@ -74,13 +76,13 @@ def models(request, tmp_path_factory) -> tuple[Any, Any]:
     )
     model = T5(config)
 
-    def row(delta: Any, encoder: Any, decoder: Any) -> jax.Array:
+    def row(delta: Any, encoder: Rows, decoder: Rows) -> jax.Array:
         variables = {"params": weights, "delta": delta}
         contexts = model.apply(variables, method="prompt_context")
-        states_SD = model.apply(variables, contexts, *encoder, method="encode")
-        arguments = (contexts, states_SD, encoder[1], *decoder)
-        x_TD = model.apply(variables, *arguments, method="decode")
-        return model.apply(variables, x_TD, method="logits")
+        index_T = jnp.arange(len(decoder.tokens))
+        both = dataclasses.replace(decoder, encoder=encoder, index=index_T)
+        x_TD = model.apply(variables, contexts, both, method="target_states")
+        return model.apply(variables, x_TD, method="unembed")
 
     return theirs, jax.jit(row)
 
@@ -103,7 +105,8 @@ def ours(models: Any, pairs: list[Any], delta: Any, rows: dict[str, int]) -> lis
         for i, stack in enumerate(("encoder", "decoder"))
     ]
     prompted = [
-        p if s in delta else p[:3] for p, s in zip(parts, ("encoder", "decoder"), strict=True)
+        Rows(*p[:3], prompt_index=p[3] if s in delta else None)
+        for p, s in zip(parts, ("encoder", "decoder"), strict=True)
     ]
     logits_TV = np.asarray(models[1](delta, *prompted))
     segments_T, index_T = parts[1][1], parts[1][3]

@@ -104,9 +104,9 @@ def test_the_biggest_gemmas_scale_queries_by_width(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_t5_gives_config_and_weights_of_the_folder(tmp_path, family):
-    # Breaks if: two names of the table are swapped, or decoder_block_count is not read.
-
-    sizes = FAMILIES[family]
+    # Breaks if: two names of the table are swapped, or decoder_block_count or the start token is
+    # not read.
+    sizes = {**FAMILIES[family], "start": 5}
     config = tiny_t5_config(**sizes)
     tensors = tiny_t5_tensors(config, 0)
     unused = {"dec.blk.0.cross_attn_rel_b.weight": np.zeros((32, 3), np.float32)}
@@ -114,6 +114,7 @@ def test_t5_gives_config_and_weights_of_the_folder(tmp_path, family):
     path = write_gguf(
         tmp_path / "a.gguf",
         model=(hf_t5_config(config), tensors),
+        metadata={"t5.decoder_start_token_id": 5},
         extra=unused,
         tokenizer=tokenizer,
     )

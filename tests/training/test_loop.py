@@ -16,6 +16,7 @@ from etils import epath
 from softprompt.data.encode import Encoded
 from softprompt.data.pipeline import TrainSource, train_template
 from softprompt.methods.delta_file import load_delta
+from softprompt.models.dropout import Dropout
 from softprompt.training import loop
 from softprompt.training.checkpoints import checkpoint_manager
 from softprompt.training.logs import MetricsLog, read_log
@@ -56,7 +57,7 @@ class Run:
             weights={},
             source=self.source,
             rates=np.arange(self.config.steps, dtype=np.float32) / 8,
-            key=random_key(0, MESH),
+            dropout=Dropout(random_key(0, MESH)),
             mesh=MESH,
             row_multiple=8,
             evaluate=self.evaluate,
@@ -71,12 +72,13 @@ class Run:
     def start(self):
         return make_optimizer(OptimizerConfig()).init({"prompt": jnp.zeros(2)})
 
-    def step(self, delta, opt_state, weights, batch, key):
+    def step(self, delta, opt_state, weights, batch, dropout):
         number = int(delta["prompt"][0]) + 1
         self.events.append(f"step {number}")
         rate = float(optax.tree.get(opt_state, "learning_rate"))
-        tokens = np.asarray(batch["tokens_RT"])
-        self.seen.append((number, rate, tokens.shape[0], int(tokens.sum()), jax.random.bits(key)))
+        tokens = np.asarray(batch.rows.tokens)
+        bits = jax.random.bits(dropout.key)
+        self.seen.append((number, rate, tokens.shape[0], int(tokens.sum()), bits))
         loss = jnp.float32(jnp.nan if number == self.diverge else 1 / number)
         return {"prompt": delta["prompt"] + 1}, opt_state, {"loss": loss, "grad_norm": loss * 0 + 2}
 
@@ -96,7 +98,7 @@ class Run:
         delta = jax.device_put({"prompt": jnp.zeros(2)}, replicated(MESH))
         state = State(delta, jax.device_put(self.start(), replicated(MESH)), best=delta)
         with checkpoint_manager(self.folder / "checkpoints") as manager:
-            restored = loop.restore(manager, state, fingerprint="f", say=print)
+            restored = loop.restore(manager, state, check=lambda *_: None, say=print)
             log = MetricsLog(self.folder, step=restored.step if restored else None, sinks=[])
             steps = loop.train(self.config, self.parts(), restored or state, log, manager)
             return drive(steps, self.step)
@@ -125,7 +127,7 @@ def test_every_step_gets_its_batch_rate_and_key(tmp_path, source):
         for number, rate, rows, tokens, _ in run.seen:
             assert rate == (number - 1) / 8
             assert rows == 8, "padded to the mesh"
-            assert tokens == source[number - 1]["tokens_RT"].sum()
+            assert tokens == source[number - 1].rows.tokens.sum()
     assert len({int(bits) for *_, bits in first.seen + second.seen}) == 9
 
 

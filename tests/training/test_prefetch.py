@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from softprompt.models.rows import Rows
 from softprompt.training import prefetch as feed_module
 from softprompt.training.prefetch import Feed
 from tests.contracts.examples import one_device
@@ -19,7 +20,7 @@ def batches(count, *, asked=None, gate=None):
             asked.release()
         if gate is not None:
             assert gate.wait(60)
-        yield {"tokens_RT": np.full((2, 3), number, np.int32)}
+        yield Rows(*[np.full((2, 3), number, np.int32)] * 3)
 
 
 def test_the_next_batch_is_made_before_it_is_asked_for():
@@ -31,8 +32,8 @@ def test_the_next_batch_is_made_before_it_is_asked_for():
             if number == 0:
                 assert not asked.acquire(timeout=0.1), "one ahead, no more"
             batch = feed.take(None)
-            assert set(batch["tokens_RT"].sharding.device_set) == set(one_device().devices.flat)
-            assert np.unique(batch["tokens_RT"]).tolist() == [number]
+            assert set(batch.tokens.sharding.device_set) == set(one_device().devices.flat)
+            assert np.unique(batch.tokens).tolist() == [number]
         with pytest.raises(StopIteration):
             feed.take(None)
 

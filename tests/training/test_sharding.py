@@ -140,7 +140,7 @@ def test_rows_are_split_over_data_and_deltas_are_whole():
     """Mutation: rows over "model"; a mesh of (model, data)."""
     mesh = make_mesh(-1, 2)
     assert dict(mesh.shape) == {"data": 4, "model": 2}
-    batch = {"tokens_RT": np.arange(40).reshape(8, 5), "weight_RM": np.ones((8, 2), np.float32)}
+    batch = {"ids": np.arange(40).reshape(8, 5), "weights": np.ones((8, 2), np.float32)}
     placed = put_batch(mesh, batch)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])

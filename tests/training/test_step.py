@@ -47,7 +47,7 @@ def target_logits(config, delta, weights, encoded, batch):
 
 def value(config, delta, weights, batch):
     function = loss_fn if config.microbatches == 1 else accumulated
-    return jax.jit(functools.partial(function, config=config))(delta, weights, batch, KEY)
+    return jax.jit(functools.partial(function, config=config))(delta, weights, batch, None)
 
 
 def test_loss_z_loss_and_accuracy_by_their_formulas(given):
@@ -59,8 +59,7 @@ def test_loss_z_loss_and_accuracy_by_their_formulas(given):
     # A target that is the likeliest token makes the accuracy more than nothing.
     hits = np.arange(len(target_M)) % 3 == 0
     likely_M = np.where(hits, logits_MV.argmax(axis=1), (logits_MV.argmax(axis=1) + 1) % 320)
-    used = batch["weight_RM"] > 0
-    batch["target_RM"][used] = likely_M
+    batch.targets[batch.loss_weights > 0] = likely_M
     norm_M = np.log(np.exp(logits_MV).sum(axis=1))
     cross_entropy = np.mean(norm_M - logits_MV[np.arange(len(likely_M)), likely_M])
     loss, metrics = value(config._replace(z_loss=0.2), delta, weights, batch)
@@ -73,12 +72,12 @@ def test_each_target_token_weighs_the_same_wherever_it_stands(given):
     """Mutation: the loss is a mean over rows, or weights are normalised by row."""
     config, delta, weights, encoded, batch = given
     loss, _ = value(config, delta, weights, batch)
-    assert batch["weight_RM"].sum() == pytest.approx(1)
+    assert batch.loss_weights.sum() == pytest.approx(1)
     for rows in ([[0, 1, 2, 3, 4, 5]], [[5], [4, 3, 2, 1], [0]]):
         other, _ = value(config, delta, weights, double(packed(encoded, rows)))
         np.testing.assert_allclose(other, loss, rtol=1e-9)
     padded = pad_rows(batch, 3)
-    assert len(padded["tokens_RT"]) == 6
+    assert len(padded.rows.tokens) == 6
     other, _ = value(config, delta, weights, padded)
     np.testing.assert_allclose(other, loss, rtol=1e-9)
 
@@ -88,7 +87,7 @@ def test_accumulated_is_the_gradient_of_the_loss(given):
     config, delta, weights, _, batch = given
     config = config._replace(z_loss=0.1)
     function = jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True)
-    wanted = jax.jit(function)(delta, weights, batch, KEY)
+    wanted = jax.jit(function)(delta, weights, batch, None)
     parts = value(config._replace(microbatches=2), delta, weights, batch)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
     jax.tree.map(close, parts, wanted)
@@ -101,8 +100,8 @@ def test_a_step_updates_by_the_gradient_and_reports_norms(given):
     tx = make_optimizer(OptimizerConfig())
     state = set_rate(tx.init(delta), jnp.float32(0.01))
     step = jax.jit(functools.partial(train_step, config=config, tx=tx))
-    new, new_state, metrics = step(delta, state, weights, batch, KEY)
-    grads = jax.jit(jax.grad(lambda d: loss_fn(d, weights, batch, KEY, config=config)[0]))(delta)
+    new, new_state, metrics = step(delta, state, weights, batch, None)
+    grads = jax.jit(jax.grad(lambda d: loss_fn(d, weights, batch, None, config=config)[0]))(delta)
     updates, wanted_state = tx.update(grads, state, delta)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-12)
     jax.tree.map(close, new, optax.apply_updates(delta, updates))
@@ -125,6 +124,6 @@ def test_norms_are_those_of_the_rows_that_are_read(given):
     net = reparametrize.init(KEY, delta["prompt"], kind="mlp", bottleneck=3)
     delta, tx = {"prompt": delta["prompt"], "net": net}, make_optimizer(OptimizerConfig(Sgd()))
     step = jax.jit(functools.partial(train_step, config=config, tx=tx))
-    new, _, metrics = step(delta, tx.init(delta), weights, batch, KEY)  # at a rate of zero
+    new, _, metrics = step(delta, tx.init(delta), weights, batch, None)  # at a rate of zero
     rows_P = np.linalg.norm(reparametrize.apply(new["prompt"], net), axis=1)
     np.testing.assert_allclose(metrics["row_norm_max"], rows_P.max(), rtol=1e-6)

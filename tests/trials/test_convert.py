@@ -10,10 +10,13 @@ import pytest
 from safetensors import safe_open
 
 from softprompt import cli
+from softprompt.config import base_config
 from softprompt.errors import UserError
+from softprompt.interchange import adapter_files
 from softprompt.methods import lora, prompt
 from softprompt.methods.delta_file import load_delta
-from softprompt.trials.convert import conventions
+from softprompt.trials import convert
+from softprompt.trials.convert import base_model, conventions
 from softprompt.trials.run import check_folder, read_config
 from tests.interchange.cases import MODELS, sizes
 from tests.mistakes import one_line
@@ -221,6 +224,42 @@ def test_conventions_are_said():
     assert said["llama"] == ["the text behind the prompt has no BOS"]
     assert "after the embeddings' scaling by 2.82843, as in PEFT" in said["gemma2"][1]
     assert conventions(lora.Settings(), sizes("gemma2")) == []
+
+
+def test_the_base_model_is_one_that_transformers_loads(tmp_path):
+    """Breaks when the file names what only we know, such as a quantised model of the catalogue."""
+    (tmp_path / "model.gguf").touch()
+    for name, base in {
+        "smollm2-135m-instruct-q4": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "gemma3-270m-q4": "google/gemma-3-270m",
+        "t5_1_1_lm100k_small": "google/t5-small-lm-adapt",
+        "google/t5-small-lm-adapt": "google/t5-small-lm-adapt",
+        str(tmp_path): str(tmp_path),
+        str(tmp_path / "model.gguf"): None,
+    }.items():
+        config = base_config()
+        config.model.name = name
+        found, note = base_model(config)
+        assert found == base
+        assert (name in note and str(base or "null") in note) if found != name else not note
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_nothing_is_half_written(place, tmp_path, capsys, monkeypatch, command):
+    """The disk is full before the second of two files. Breaks when the first stays."""
+    trial, to, work = place / "llama" / "run", tmp_path / "a", tmp_path / "b"
+    asked = ["export", "--run", trial, "--format", "peft", "--to", to]
+    if command == "import":
+        run(capsys, *asked)
+        asked = ["import", to, *taking(place), "--workdir", work]
+
+    def full(file, text):
+        raise UserError(f"cannot write {file}: No space left on device")
+
+    module = {"export": adapter_files, "import": convert}[command]
+    monkeypatch.setattr(module, "write_text", full)
+    assert "No space left" in run(capsys, *asked, code=2)
+    assert not (to if command == "export" else work).exists()
 
 
 def test_only_onto_the_weights_that_it_was_trained_on(place, tmp_path, capsys):

@@ -256,9 +256,9 @@ def compiled(monkeypatch):
         def run(members, weights):
             if width > 2:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-            if any(member.key == "broken" for member in members):
+            if any(member.dropout == "broken" for member in members):
                 raise jax.errors.JaxRuntimeError("INTERNAL: broken")
-            return [(member.key, member.batch) for member in members]
+            return [(member.dropout, member.batch) for member in members]
 
         widths.append(width)
         return run
@@ -294,7 +294,7 @@ def test_as_many_steps_are_taken_at_a_time_as_memory_has_room_for(compiled):
 def test_places_are_kept_while_trials_are_waiting(compiled):
     """Mutation: what three of four leave is compiled anew, though others are about to come."""
     program = StepProgram(Static(None, None, None))
-    program.compiled[4] = lambda members, weights: [m.key for m in members]
+    program.compiled[4] = lambda members, weights: [m.dropout for m in members]
     assert take(program, calls(program, "a", {}), [], spare=True) == ["a"]
     assert compiled == []
     take(program, calls(program, "a", {}), [])

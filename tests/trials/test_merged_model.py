@@ -31,7 +31,7 @@ def train(root, model, method, **more):
     return folder
 
 
-# Mutations: `changed` returns the base's weights; LoRA's scale left out of the config.
+# Mutations: `merge` returns the base's weights; LoRA's scale left out of the config.
 @pytest.mark.parametrize(
     ("model", "method"), [("llama", "lora"), ("t5", "lora"), ("llama", "full")]
 )
@@ -69,7 +69,7 @@ def test_mistakes(tmp_path, capsys):
     asked = ["export", "--run", folder, "--format", "hf", "--to"]
     line = run(capsys, *asked, tmp_path / "to", code=2)
     assert line == (
-        "--format hf: a prompt is no change of the model's weights; allowed for lora, full"
+        "--format hf: a prompt cannot be merged into the model's weights; allowed for lora, full"
     )
     folder = train(tmp_path, "llama", "lora", model__quantize="int8")
     line = run(capsys, "export", "--run", folder, "--format", "hf", "--to", tmp_path / "to", code=2)

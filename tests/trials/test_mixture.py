@@ -7,7 +7,7 @@ import pytest
 
 from softprompt.analysis.flops import train_work
 from softprompt.config import trial_id
-from softprompt.data.rows import Layout
+from softprompt.data.rows import RowLayout
 from softprompt.errors import UserError
 from softprompt.trials.estimate import estimate
 from softprompt.trials.prepare import prepare, step_work
@@ -64,7 +64,7 @@ def test_costs_count_every_tasks_context(tiny_folder, source, shared):
     mixture = two_tasks(source)
     config = trial_config(tiny_folder, source, data__mixture=mixture, method__name="multitask")
     prepared = prepare(config, shared)
-    plain = train_work(prepared.train, Layout(), (0, 5), 8)
+    plain = train_work(prepared.train, RowLayout(), (0, 5), 8)
     assert step_work(prepared).tokens == plain.tokens + 5
     assert step_work(prepared).keys == plain.keys + 5 * 6 / 2
     assert estimate(config, shared)["trainable"] == 5 * 48 + 2 * 8 * (5 + 48)

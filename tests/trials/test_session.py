@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from softprompt.config import from_dict, to_dict
-from softprompt.models.dropout import Shares
+from softprompt.models.dropout import Dropout
 from softprompt.training.memory import KEPT_SHARE, bytes_here, bytes_of
 from softprompt.training.sharding import make_mesh, put_weight
-from softprompt.training.step import Draw
 from softprompt.trials import session as session_module
 from softprompt.trials.data import TaskData
 from softprompt.trials.session import KEPT_DATA, Session
@@ -104,8 +103,8 @@ def test_data_used_longest_ago_is_forgotten(configs, monkeypatch):
 def test_a_program_is_told_by_what_is_dropped(configs):
     """Mutation: arrays alone tell it, of which a rate of the model has as many as one of LoRA."""
     shared, key = Session(Lines()), jax.random.key(0)
-    keys = [Draw(key, Shares(**{name: np.float32(0.9)})) for name in ("model", "lora")]
-    keys.append(Draw(key, Shares(model=np.float32(0.7))))
+    keys = [Dropout(key, **{name: np.float32(0.9)}) for name in ("model", "lora")]
+    keys.append(Dropout(key, model=np.float32(0.7)))
     first, lora, again = [shared.program(None, None, None, ({}, {}, {}, {}, k)) for k in keys]
     assert first is again and first is not lora
 

@@ -14,7 +14,7 @@ from softprompt.pretrained.catalog import CATALOG
 from softprompt.training import sharding
 from softprompt.training.sharding import WEIGHT_RULES, make_mesh, put_weight
 from softprompt.trials import shape_check as full_size
-from softprompt.trials.shape_check import SLICES, check_shapes, device_bytes, place
+from softprompt.trials.shape_check import SLICES, check_shapes, choose_placement, device_bytes
 from tests.tiny import tiny_config
 
 
@@ -44,7 +44,7 @@ def test_what_fits_a_slice():
     """
 
     def ways(name):
-        found = (place(CATALOG[name].config, where) for where in SLICES)
+        found = (choose_placement(CATALOG[name].config, where) for where in SLICES)
         return [(p.data, p.model, p.weights, p.fits) for p in found]
 
     small = [(16, 1, "replicated", True), (32, 2, "replicated", True)]

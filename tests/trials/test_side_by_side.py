@@ -137,18 +137,19 @@ def test_parts_of_a_group(runs, monkeypatch):
     device, or the second copy of contexts, is not counted."""
     made, _, _ = together([runs["a"], runs["b"]])
     one, budget = made[0], many.scoring_budget
-    width = one.data.eval_shape("test", mesh=one.mesh, layout=one.layout).tokens * 8
-    assert many.chunks(one, 1) == [1]
+    shape = one.data.eval_shape("test", mesh=one.mesh, layout=one.layout)
+    width = shape.tokens * 8
+    assert many.chunks(one, 1, "test") == [1]
     for most, wanted in ((3, [3, 3, 1]), (5, [4, 3]), (7, [7]), (100, [7])):
         monkeypatch.setattr(many, "scoring_budget", lambda most=most: most * width)
-        assert many.chunks(one, 7) == wanted
+        assert many.chunks(one, 7, "test") == wanted
     monkeypatch.setattr(many, "scoring_budget", budget)
     each, weights = many.shared_bytes(one), sum(x.nbytes for x in jax.tree.leaves(one.frozen))
     assert each == 3 * 48 * 4 + 2 * 3 * 3 * 2 * 12 * 4, "the prompt, and keys and values"
     for room, wanted in ((4.5 * each, [2, 2, 2, 1]), (-weights, [1] * 7)):
         bytes_there = (weights + room) / many.MEMORY_SHARE
         monkeypatch.setattr(many, "device_memory", lambda there=bytes_there: there)
-        assert many.chunks(one, 7) == wanted
+        assert many.chunks(one, 7, "test") == wanted
 
 
 def test_the_last_part_is_short(runs, monkeypatch):
@@ -165,6 +166,17 @@ def test_the_last_part_is_short(runs, monkeypatch):
     sums = [load_delta(folder / DELTA)[0]["prompt"].sum() for folder in folders]
     assert [one["sum"] for one in found] == pytest.approx(sums, abs=1e-3)
     assert widths == [2, 2], "one program"
+
+
+def test_the_longest_example_is_of_the_split_that_is_scored(tiny_folder, tmp_path):
+    """Breaks when the rows are shaped by validation and test alone: it fits into none of them."""
+    place, shared = write_task(tmp_path), Session(Progress())
+    with open(place / "train.jsonl", "a") as opened:
+        opened.write(json.dumps({"text": "a warm film " * 20, "label": "good"}) + "\n")
+    folders = [write_trial(place / str(n), tiny_folder, place, shared, seed=n) for n in range(2)]
+    together = evaluate_runs(folders, split="train", progress=Lines())
+    (alone,) = evaluate_runs(folders[:1], split="train", progress=Lines())
+    assert alone == together[0] and alone["examples"] == 49
 
 
 def test_what_a_prompt_started_from_may_be_gone(runs, tiny_folder, tmp_path):

@@ -1,59 +1,14 @@
-import json
 from pathlib import Path
 
-import matplotlib
 import pytest
 
 from softprompt import results
-from softprompt.config import base_config, trial_id, trial_name
+from softprompt.config import trial_id, trial_name
 from softprompt.console import Progress
 from softprompt.errors import UserError
-from softprompt.trials import outputs, sweep
-from softprompt.trials.forecast import Forecast
-
-
-def config(length=20, seed=0, name="prompt"):
-    made = base_config()
-    made.method.name = name
-    made.method.length = length
-    made.seed = seed
-    made.model.dtype = "float32"
-    return made
-
-
-def done_row(made, accuracy=0.8):
-    return results.make_row(
-        made,
-        status="done",
-        seconds=1.0,
-        steps=made.train.steps,
-        trainable=made.method.length * 576,
-        metrics={
-            "validation": {"accuracy": accuracy, "examples": 100},
-            "test": {"accuracy": accuracy, "examples": 200},
-        },
-    )
-
-
-class Runner:
-    """A run_trial that only writes the row, and remembers what it was asked for."""
-
-    def __init__(self, errors=None):
-        self.errors = errors or {}
-        self.ran = []
-
-    def __call__(self, made, folder):
-        self.ran.append(made.method.length)
-        if made.method.length in self.errors:
-            raise self.errors[made.method.length]
-        row = done_row(made)
-        results.write_result(folder, row)
-        return row
-
-
-def run(trials, workdir, runner):
-    with Progress() as progress:
-        return sweep.run_sweep(trials, workdir, runner, progress=progress)
+from softprompt.trials import sweep
+from softprompt.trials.outputs import write_outputs
+from tests.trials.rows import Runner, config, done_row, experiment_rows, run
 
 
 def test_trials_run_in_order_and_a_rerun_runs_none(tmp_path):
@@ -109,40 +64,6 @@ def test_the_time_left_comes_from_the_estimates(tmp_path, capsys):
     assert lines[1] == "prompt-1-vocabulary-s0: test accuracy 0.800 on 200 examples, 1 s"
     assert lines[4] == "trial 3 of 3: prompt-2-vocabulary-s0, about 0 s left"
     assert len(lines) == 6
-
-
-@pytest.mark.parametrize("width", [1, 2, 4])
-def test_trials_side_by_side_are_not_taken_for_one_after_another(width):
-    """Breaks when the first of several that run at a time bears all of their time."""
-    todo = {index: config(index + 1) for index in range(8)}
-    forecast = Forecast(todo, lambda made: {"seconds": 10.0})
-    forecast.estimate_model(todo[0])
-    assert forecast.left() == 80
-    left = []
-    for index in range(8):
-        first = index % width == 0  # of a round of 30 s, whose others end right behind
-        beside = [other for other in todo if other in forecast.todo and other > index][: width - 1]
-        forecast.end(index, 30.0 if first else 0.0, done=True, beside=beside)
-        left.append(forecast.left())
-    assert left == pytest.approx([30 * (7 - index) // width * 1.0 for index in range(8)], abs=30)
-    assert left[width - 1] == pytest.approx(30 * (8 / width - 1))
-    assert left[0] == left[width - 1]
-
-
-def test_a_forecast_learns_from_the_last_trials_of_a_kind():
-    """Breaks when what zero-shot scoring took is the scale of training, once a trained trial is
-    finished; when all trials count alike, or failed ones count."""
-    todo = {index: config(index + 1, name="prompt" if index else "none") for index in range(6)}
-    forecast = Forecast(todo, lambda made: {"seconds": 10.0})
-    forecast.estimate_model(todo[0])
-    forecast.end(0, 100.0, done=True)
-    assert forecast.left() == 500, "nothing better is known"
-    forecast.end(1, 20.0, done=True)
-    assert forecast.left() == 80
-    forecast.end(2, 1.0, done=False)
-    assert forecast.left() == 60
-    forecast.end(3, 10.0, done=True)
-    assert 20 < forecast.left() < 2 * 15, "the last one counts most"
 
 
 def test_a_models_trials_are_estimated_when_its_turn_comes(tmp_path, capsys):
@@ -261,78 +182,7 @@ def test_a_mistake_in_an_experiment_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="mine.py, line 3: IndexError: list index out of range"):
         sweep.make_trials(mine)
     with pytest.raises(UserError, match="mine.py, line 5: AttributeError: 'list' object"):
-        outputs.write_outputs(mine, [], tmp_path)
-
-
-MINE = """
-import pandas
-from softprompt.analysis.plots import named_points
-from softprompt.config import base_config
-
-CAPTION = "mine"
-sweep = lambda subset: [base_config()]
-table = lambda rows: pandas.DataFrame({"n": [len(rows)]})
-figure = lambda rows: named_points({}, xlabel="", ylabel="")
-"""
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ("CAPTION = None", "CAPTION is None; allowed: a string"),
-        ("table = 3", "table is 3; allowed: a function"),
-        ("sweep = lambda subset: None", r"sweep\(\) returned None \(NoneType\); allowed: a list"),
-        ("sweep = lambda subset: []", r"sweep\('full'\) returned no config; allowed: a list of"),
-        (
-            "sweep = lambda subset: [1]",
-            r"sweep\('full'\) returned a list with 1 \(int\); allowed: a list of con",
-        ),
-        (
-            "table = lambda rows: None",
-            r"table\(\) returned None \(NoneType\); allowed: a DataFrame",
-        ),
-        ("figure = lambda rows: []", r"figure\(\) returned \[\] \(list\); allowed: a Figure"),
-    ],
-)
-def test_what_an_experiment_returns_is_checked(tmp_path, monkeypatch, wrong, message):
-    """Breaks when what it returns is taken as it is; when a wrong figure leaves a table behind."""
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(f"{MINE}\n{wrong}\n")
-    with pytest.raises(UserError, match=f"{tmp_path}/mine.py: {message}"):
-        mine = sweep.load_experiment("mine.py")
-        sweep.make_trials(mine)
-        outputs.write_outputs(mine, [], "out")
-    assert not Path("out").exists()
-
-
-def test_another_experiments_files_stand_beside_the_sweeps_own(tmp_path, monkeypatch):
-    """Breaks when `table --experiment OTHER` overwrites the table of the sweep; when the caption
-    says nothing of the rows, or of those that failed, or these reach the experiment's table."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("mine", "other"):
-        Path(f"{name}.py").write_text(MINE)
-    mine, other = (sweep.load_experiment(f"{name}.py") for name in ("mine", "other"))
-    with pytest.raises(UserError, match="no folder 'out'"):
-        outputs.write_trial_outputs(mine, "out")
-    failed = results.make_row(config(5), status="failed", error="no memory", seconds=1.0)
-    results.write_result(Path("out/failed"), failed)
-    with pytest.raises(UserError, match="no finished trial below 'out': 1 of 1 trials failed"):
-        outputs.write_trial_outputs(mine, "out")
-    results.write_result(Path("out/done"), done_row(config(20)))
-    outputs.claim_outputs(mine, "out")
-    outputs.claim_outputs(other, "out")
-    assert outputs.write_trial_outputs(mine, "out")[0] == "table.md"
-    before = Path("out/table.md").read_text()
-    assert "|   1 |" in before
-    assert "mine 1 trials of movie_sentiment, smollm2-135m-instruct-q4. 1 of 2 trials" in before
-    assert "failed: prompt-5-vocabulary-s0 (no memory)." in before
-    Path("out/table.md").write_text("")
-    assert outputs.write_trial_outputs(other, "out")[-1] == "other-figure.pdf"
-    assert Path("out/table.md").read_text() == ""
-    assert Path("out/other-table.md").read_text() == before
-    Path("out/sweep.json").write_text("[]")
-    with pytest.raises(UserError, match="out/sweep.json: not readable"):
-        outputs.write_trial_outputs(mine, "out")
+        write_outputs(mine, [], tmp_path)
 
 
 def test_the_working_directorys_experiments_come_first(tmp_path, monkeypatch):
@@ -376,11 +226,6 @@ def test_a_dry_run_says_which_trials_would_fail(tmp_path):
     assert sorted(asked) == [1, 2, 3] and abs(asked.index(1) - asked.index(3)) == 1
 
 
-def experiment_rows(subset):
-    trials = sweep.make_trials(sweep.load_experiment("prompt_length"), subset)
-    return [done_row(made, 0.7 + 0.005 * number) for number, made in enumerate(trials)]
-
-
 def test_prompt_length_sweeps_what_it_says():
     experiment = sweep.load_experiment("prompt_length")
     full = sweep.make_trials(experiment, "full")
@@ -389,23 +234,6 @@ def test_prompt_length_sweeps_what_it_says():
     assert [made.method.name for made in quick] == ["none"] + ["fewshot"] * 3 + ["prompt"] * 3
     assert {made.method.length for made in quick if made.method.name == "prompt"} == {20, 100}
     assert {made.method.shots for made in quick if made.method.name == "fewshot"} == {8}
-
-
-@pytest.mark.parametrize("subset", ["full", "quickstart"])
-def test_outputs_are_written_and_pure_functions_of_the_rows(tmp_path, subset):
-    experiment, rows = sweep.load_experiment("prompt_length"), experiment_rows(subset)
-    before = json.dumps(rows)
-    table = experiment.table(rows)
-    assert json.dumps(rows) == before
-    assert table.equals(experiment.table(rows[::-1]))
-    assert (table["chosen"] == "yes").sum() == 1
-    assert table["method"].tolist()[:3] == ["zero-shot", "few-shot", "soft prompt"]
-    outputs.write_outputs(experiment, rows, tmp_path)
-    names = {"table.md", "table.csv", "table.tex", "figure.png", "figure.pdf"}
-    assert {file.name for file in tmp_path.iterdir()} == names
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert experiment.CAPTION in (tmp_path / "table.md").read_text()
-    assert matplotlib.rcParams["axes.grid"] is False
 
 
 def test_rows_of_other_experiments_may_lie_beside():

@@ -262,6 +262,7 @@ def _t5(file: File) -> T5Config:
         norm_eps=file.number("attention.layer_norm_rms_epsilon"),
         buckets=file.size("attention.relative_buckets_count"),
         context_length=file.size("context_length"),
+        start=int(file.number("decoder_start_token_id", 0)),
     )
 
 
