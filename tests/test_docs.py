@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from softprompt import cli
 from softprompt.config import base_config, flatten, set_key
 from softprompt.data.tasks import TASKS, Task
+from softprompt.methods import METHODS
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.trials.sweep import load_experiment
 from tests.own_task import BAD, ENDINGS, GOOD, give
@@ -92,6 +93,13 @@ def test_commands_parse_and_keys_exist(page):
         rf"`(?:--config\.)?((?:{sections})\.\w+)[=`]", (REPOSITORY / page).read_text()
     )
     assert set(named) <= flatten(config).keys()
+
+
+def test_every_method_has_a_section():
+    """Breaks when a method has no section in the guide to methods."""
+    text = (REPOSITORY / "docs/guides/methods.md").read_text()
+    titles = " ".join(re.findall("^## (.*)$", text, re.MULTILINE)).split()
+    assert METHODS.keys() <= set(titles)
 
 
 def test_few_blocks_do_not_run():
