@@ -95,6 +95,14 @@ def test_commands_parse_and_keys_exist(page):
     assert set(named) <= flatten(config).keys()
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_are_linked_exist(page):
+    """Breaks when a page of docs/ is renamed. Links between pages of docs/ `make docs` checks."""
+    links = re.findall(r"\]\(([^):#]+)\)", (REPOSITORY / page).read_text())
+    assert links
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
 def test_every_method_has_a_section():
     """Breaks when a method has no section in the guide to methods."""
     text = (REPOSITORY / "docs/guides/methods.md").read_text()
