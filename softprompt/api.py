@@ -253,10 +253,10 @@ def plot_lengths(folder: epath.PathLike, metric: str = "accuracy") -> Figure:
     Example:
         sp.plot_lengths("runs/lengths").savefig("lengths.png")
     """
-    found = [row for row in read_rows(folder) if row["config"]["method"].get("length")]
+    found = [row for row in read_rows(folder) if row["config"].get("method", {}).get("length")]
     groups: dict[str, dict[int, list[Row]]] = {}
     for row in found:
-        if row["status"] == "done" and metric in row["metrics"]["test"]:
+        if row["metrics"].get("test", {}).get(metric) is not None:
             method = row["config"]["method"]
             name = f"{method['name']}, {method['init']}"
             groups.setdefault(name, {}).setdefault(method["length"], []).append(row)

@@ -335,7 +335,7 @@ def _show(task: "Task", *, examples: int) -> None:
     import json
 
     from softprompt.data.subsets import label_counts
-    from softprompt.data.tasks import SPLITS, overlap_warnings, read_split, target_text
+    from softprompt.data.tasks import SPLITS, overlaps, read_split, target_text
 
     splits = {}
     for split in SPLITS:
@@ -348,7 +348,7 @@ def _show(task: "Task", *, examples: int) -> None:
             print(f"  id      {record['id']}")
             print(f"  input   {json.dumps(task.template.format(**record), ensure_ascii=False)}")
             print(f"  target  {json.dumps(target, ensure_ascii=False)}")
-    for line in overlap_warnings(task, splits):
+    for line in overlaps(task, splits)[1]:
         print(line)
 
 

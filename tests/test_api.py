@@ -1,5 +1,6 @@
 """The Python API: what a notebook does, on a tiny model."""
 
+import json
 import subprocess
 import sys
 
@@ -73,6 +74,9 @@ def test_a_sweep_and_its_plots(keys, trial, tmp_path):
     stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
     assert sp.sweep(configs, tmp_path).equals(sp.rows(tmp_path))
     assert stamps == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
+    (tmp_path / "older").mkdir()
+    older = {"trial": "1", "status": "done", "config": {}}  # without metrics: is left out
+    (tmp_path / "older" / "result.json").write_text(json.dumps(older))
     axes = sp.plot_lengths(tmp_path).axes[0]
     assert axes.get_xlabel() == "Prompt length"
     with pytest.raises(UserError, match="the metric 'f1'"):

@@ -22,7 +22,11 @@ from softprompt.pretrained.save import save_folder
 from softprompt.training.optimizers import make_optimizer, set_rate
 from softprompt.training.step import train_step
 from softprompt.trials.outputs import write_outputs
-from softprompt.trials.prepare import initial_state, prepare, train_source
+from softprompt.trials.prepare import (
+    initial_state,
+    prepare,
+    train_source,
+)
 from softprompt.trials.session import Session, optimizer_config
 
 TINY = Cell("tiny", "passage", "prompt", 20)

@@ -11,7 +11,7 @@ from softprompt.analysis import tables
 from softprompt.config import to_dict, trial_name
 from softprompt.errors import UserError
 from softprompt.trials.sweep import load_experiment
-from tests.trials.test_sweep import Runner, config, done_row, run
+from tests.trials.rows import Runner, config, done_row, run
 
 
 def test_rows_go_in_and_come_out(tmp_path):

@@ -19,7 +19,10 @@ from softprompt.evaluation.perplexity import read_text
 from softprompt.files import write_bytes, write_text
 from softprompt.pretrained.loading import load_model
 from softprompt.pretrained.save import save_folder
-from softprompt.trials.prepare import prepare, train_source
+from softprompt.trials.prepare import (
+    prepare,
+    train_source,
+)
 from softprompt.trials.session import Session
 
 WORDS = (100, 116)  # of a passage: 130 to 150 tokens of most tokenizers, with its template

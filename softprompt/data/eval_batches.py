@@ -200,11 +200,6 @@ def _eval_batch(
         candidate=none_RC.copy(),
     )
     for row, numbers in enumerate(rows):
-        members = [
-            scored_example(
-                layout, encoded.inputs[n], _scored(encoded, n, score), encoded.task(n), number=n
-            )
-            for n in numbers
-        ]
-        write_row(batch, row, members)
+        scored = [scored_example(layout, encoded, n, _scored(encoded, n, score)) for n in numbers]
+        write_row(batch, row, scored)
     return batch

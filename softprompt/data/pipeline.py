@@ -66,20 +66,20 @@ def train_batch(
     """
     batch = empty_batch(shape, layout)
     for row in range(shape.rows):
-        members = [
-            train_example(layout, encoded.inputs[n], encoded.targets[n], encoded.task(n))
-            for n in examples_B[rows_B == row].tolist()
-        ]
-        write_row(batch, row, members)
-    weight_RM = batch.loss_weights
-    return replace(batch, loss_weights=weight_RM / weight_RM.sum())
+        numbers = examples_B[rows_B == row].tolist()
+        write_row(batch, row, [train_example(layout, encoded, n) for n in numbers])
+    batch.loss_weights[:] /= batch.loss_weights.sum()
+    return batch
 
 
 def empty_batch(shape: RowShape, layout: RowLayout) -> TrainBatch:
     """A step's arrays without an example."""
-    rows = empty_rows(layout, shape.rows, train_widths(shape, layout))
-    weight_RM = np.zeros((shape.rows, shape.targets), np.float32)
-    return TrainBatch(rows, weight_RM.astype(np.int32), weight_RM)
+    size = shape.rows, shape.targets
+    return TrainBatch(
+        rows=empty_rows(layout, shape.rows, train_widths(shape, layout)),
+        targets=np.zeros(size, np.int32),
+        loss_weights=np.zeros(size, np.float32),
+    )
 
 
 def row_examples(examples_B: np.ndarray, rows_B: np.ndarray, shape: RowShape) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import struct
 
+from softprompt.data.encode import Encoded
 from softprompt.models.rows import Array, Rows
 
 
@@ -98,41 +99,31 @@ class Widths(NamedTuple):
     inputs: int = 0
 
 
-def train_example(
-    layout: RowLayout, tokens: np.ndarray, target: np.ndarray, task: int
-) -> TrainBatch:
-    """An example for training; the last target token is only ever predicted, and not in the row.
+def train_example(layout: RowLayout, encoded: Encoded, number: int) -> TrainBatch:
+    """An example of a split, for training.
 
-    Args:
-        layout: where the model wants it.
-        tokens: its input.
-        target: what follows.
-        task: the number of its task, which chooses its prompt where there are several.
+    The last token of its target is only ever predicted, so it is not in the row.
     """
+    tokens, target = encoded.inputs[number], encoded.targets[number]
     if layout.start is None:
         own = _sequence(np.concatenate([tokens, target[:-1]]))
     else:
         own = _sequence(np.array([layout.start, *target[:-1]]), layout.target_slots)
     end = len(own.tokens)
-    own = replace(own, index=np.arange(end - len(target), end))
-    return TrainBatch(_with_input(layout, own, tokens, task), target, np.ones(len(target)))
+    rows = replace(own, index=np.arange(end - len(target), end))
+    rows = _with_input(layout, rows, tokens, encoded.task(number))
+    return TrainBatch(rows, target, np.ones(len(target)))
 
 
 def scored_example(
-    layout: RowLayout, tokens: np.ndarray, scored: Sequence[np.ndarray], task: int, *, number: int
+    layout: RowLayout, encoded: Encoded, number: int, scored: Sequence[np.ndarray]
 ) -> EvalBatch:
-    """An example whose candidates are scored, each a branch of its segment.
+    """An example of a split with sequences that are scored after its input, each a branch.
 
     A decoder-only model shares the input between them. An encoder-decoder has its input elsewhere,
-    and each candidate whole: the relative bias counts places in the row.
-
-    Args:
-        layout: where the model wants it.
-        tokens: its input.
-        scored: the sequences to score after it.
-        task: the number of its task, which chooses its prompt where there are several.
-        number: the example's, for `EvalBatch.example`.
+    and each sequence whole: the relative bias counts positions in the row.
     """
+    tokens = encoded.inputs[number]
     if layout.start is None:
         rows, head = _branches_of_input(tokens, scored)
     else:
@@ -140,7 +131,7 @@ def scored_example(
         head = np.arange(len(rows.index))
     lengths = [len(one) for one in scored]
     return EvalBatch(
-        rows=_with_input(layout, rows, tokens, task),
+        rows=_with_input(layout, rows, tokens, encoded.task(number)),
         pairs=Pairs(head, np.concatenate(scored)),
         example=np.full(len(head), number),
         candidate=np.repeat(np.arange(len(scored)), lengths),

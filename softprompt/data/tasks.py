@@ -440,21 +440,25 @@ def _with_content_ids(records: list[Record], hashes: Sequence[str]) -> list[Reco
     return named
 
 
-def overlap_warnings(task: Task, splits: Mapping[str, Sequence[Record]]) -> list[str]:
-    """Returns a line for each two splits that have texts in common (see `shared_texts`).
+def overlaps(task: Task, splits: Mapping[str, Sequence[Record]]) -> tuple[int, list[str]]:
+    """Counts texts that stand in two splits (see `shared_texts`).
 
     Splits that the task itself defines as the same are left out.
 
     Args:
         task: the task.
         splits: its records by split, in the order train, validation, test.
+
+    Returns:
+        The count over all pairs of splits, and a line for each pair that has some.
     """
-    lines = []
+    total, lines = 0, []
     for one, other in combinations(splits, 2):
         count = shared_texts(splits[one], splits[other], task.fields)
         if count and task.splits[one] != task.splits[other]:
+            total += count
             lines.append(
                 f"warning: {count:,} of {len(splits[other]):,} {other} texts of task "
                 f"{task.name!r} also stand in {one}"
             )
-    return lines
+    return total, lines

@@ -1,4 +1,4 @@
-"""A PEFT adapter: its config and its tensors, and the folder that holds both.
+"""The files of a PEFT adapter: adapter_config.json, and adapter_model.safetensors (or .bin).
 
 Source: `PeftModel.save_pretrained` and `PeftConfigMixin.save_pretrained` of peft 0.21.2.
 """
@@ -25,13 +25,13 @@ CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What PEFT keeps of an adapter.
+    """The content of an adapter's files.
 
     Attributes:
         config: the content of adapter_config.json.
-        tensors: float32, by their names in adapter_model.safetensors.
-        provenance: what we say of where it came from, {} where PEFT wrote it.
-        file: what to call it in an error.
+        tensors: name in adapter_model.safetensors -> float32.
+        provenance: our metadata of adapter_model.safetensors, {} where PEFT wrote it.
+        file: names the adapter in errors.
     """
 
     config: dict[str, Any]
@@ -43,8 +43,8 @@ class Adapter:
 def tensors_bytes(tensors: Mapping[str, np.ndarray], provenance: Mapping[str, Any]) -> bytes:
     """The bytes of adapter_model.safetensors.
 
-    The header is PEFT's but for one more key of its metadata. The library writes metadata in any
-    order; here the same adapter is the same bytes.
+    The header is PEFT's, with one more key of metadata, `KEY`, for the provenance. safetensors
+    orders metadata at random; here the same adapter always gives the same bytes.
     """
     content = save(dict(tensors), {"format": "pt"})
     end = 8 + int.from_bytes(content[:8], "little")
@@ -62,7 +62,7 @@ def config_text(config: Mapping[str, Any]) -> str:
 
 
 def write_adapter(folder: epath.PathLike, adapter: Adapter) -> None:
-    """Writes the two files, the config last; local or gs://."""
+    """Writes the two files into a folder, local or gs://; the config last."""
     folder = epath.Path(folder)
     write_bytes(folder / TENSORS, tensors_bytes(adapter.tensors, adapter.provenance))
     write_text(folder / CONFIG, config_text(adapter.config))
@@ -72,13 +72,12 @@ def read_adapter(folder: Path) -> Adapter:
     """Reads an adapter's folder; tensors become float32.
 
     Raises:
-        UserError: no adapter there, a malformed config, a file of tensors that is incomplete or has
-            other entries than finite numbers, or a pickle that holds more than tensors (or that
-            needs PyTorch, where there is none).
+        UserError: there is no adapter; its config is malformed; its tensors are incomplete, or have
+            entries that are not finite; a .bin holds more than tensors, or PyTorch is missing.
     """
     if not (folder / CONFIG).exists():
         inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
-        hint = f"; adapters with a name lie below it: {', '.join(inside)}" if inside else ""
+        hint = f"; there are adapters in its folders {', '.join(inside)}" if inside else ""
         raise UserError(f"{folder}: no PEFT adapter there (it has no {CONFIG}){hint}")
     config = read_json(folder / CONFIG)
     file = folder / TENSORS
@@ -92,18 +91,18 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def check_finite(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Checks that all entries of tensors are finite numbers.
+    """Checks that all entries of tensors are finite.
 
     Raises:
-        UserError: names the first that has others.
+        UserError: names the first tensor with entries that are not.
     """
     for name, tensor in tensors.items():
         if wrong := np.count_nonzero(~np.isfinite(tensor)):
-            raise UserError(f"{file}: {name}: {wrong:,} of {tensor.size:,} are no finite numbers")
+            raise UserError(f"{file}: {name}: {wrong:,} of {tensor.size:,} are not finite")
 
 
 def _provenance(file: Path) -> dict[str, Any]:
-    """What we wrote into the metadata; {} where PEFT wrote the file, or it is a pickle."""
+    """Our metadata of a file; {} for a file that PEFT wrote."""
     if file.name == PICKLE:
         return {}
     try:

@@ -16,7 +16,7 @@ from softprompt.data.pipeline import TrainSource, train_template
 from softprompt.data.rows import EvalBatch, RowLayout
 from softprompt.data.sources import Record
 from softprompt.data.subsets import balanced_subset, seeded_sample
-from softprompt.data.tasks import SPLITS, Task, get_task, overlap_warnings, read_split
+from softprompt.data.tasks import SPLITS, Task, get_task, overlaps, read_split
 from softprompt.errors import UserError
 from softprompt.evaluation.evaluators import Split
 from softprompt.evaluation.ranking import scoring_budget
@@ -27,12 +27,21 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """A task's splits as token ids."""
+    """A task's splits as token ids.
+
+    Attributes:
+        task: the task.
+        train: its examples to train on.
+        validation: its examples to select by.
+        test: its examples to report.
+        shared_texts: how many texts stand in two splits.
+    """
 
     task: Task
     train: Encoded
     validation: Encoded
     test: Encoded
+    shared_texts: int = 0
 
     def split(self, name: str) -> Encoded:
         """The split of this name: train, validation or test."""
@@ -40,7 +49,8 @@ class TaskData:
 
     def each(self, change: Callable[[Encoded], Encoded]) -> "TaskData":
         """The same task, its splits changed."""
-        return TaskData(self.task, *(change(self.split(name)) for name in SPLITS))
+        train, validation, test = (change(self.split(name)) for name in SPLITS)
+        return TaskData(self.task, train, validation, test, self.shared_texts)
 
 
 class TrialData:
@@ -192,11 +202,12 @@ def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> Tas
         read[name] = records = seeded_sample(records, limit.get(name, 0))
         splits[name] = encode_records(config, loaded, task, records, bos=bos)
         say(f"{task.name} {name}: {describe(splits[name])}")
-    for line in overlap_warnings(task, read):
+    shared_texts, warnings = overlaps(task, read)
+    for line in warnings:
         say(line)
     if advice := target_advice(splits["train"], config.eval.score):
         say(f"{task.name}: {advice}")
-    return TaskData(task, **splits)
+    return TaskData(task, **splits, shared_texts=shared_texts)
 
 
 def encode_records(

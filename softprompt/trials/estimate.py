@@ -17,7 +17,13 @@ from softprompt.evaluation.perplexity import PIECE
 from softprompt.models.decoder import DecoderConfig
 from softprompt.training.memory import bytes_of
 from softprompt.training.optimizers import make_optimizer
-from softprompt.trials.prepare import Prepared, delta_shapes, prepare, step_flops, train_source
+from softprompt.trials.prepare import (
+    Prepared,
+    delta_shapes,
+    prepare,
+    step_flops,
+    train_source,
+)
 from softprompt.trials.session import Session, optimizer_config
 
 SHARE = 0.5  # of the machine's own rate that a step or an evaluation is expected to reach

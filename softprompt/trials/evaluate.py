@@ -34,14 +34,12 @@ from softprompt.training.sharding import nearest_sizes, put
 from softprompt.trials import side_by_side
 from softprompt.trials.data import encode_records
 from softprompt.trials.delta_shapes import check_fit
+from softprompt.trials.forward import ForwardPass, prepare_forward, text_bos
 from softprompt.trials.measure import measure, measure_one
 from softprompt.trials.prepare import (
-    ForwardPass,
     Prepared,
     delta_shardings,
-    prepare_forward,
     prepare_scoring,
-    text_bos,
 )
 from softprompt.trials.run import DELTA, read_config
 from softprompt.trials.session import Session

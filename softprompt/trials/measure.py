@@ -18,7 +18,9 @@ from softprompt.files import write_text
 from softprompt.methods import METHODS
 from softprompt.training.step import StepConfig
 from softprompt.trials.data import evaluators_of
-from softprompt.trials.prepare import Prepared
+from softprompt.trials.prepare import (
+    Prepared,
+)
 
 Tree = Any
 Predictions = list[list[dict[str, Any]]]  # a list for each task, a dict for each example

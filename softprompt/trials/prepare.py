@@ -1,8 +1,7 @@
-"""A config with all that it names: model, data, mesh, method, and what a trial starts from."""
+"""A config with all that a trial needs: a forward pass, examples, and what training starts from."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,70 +9,27 @@ import numpy as np
 import optax
 
 from softprompt.analysis.flops import Work, train_flops, train_work
-from softprompt.config import ConfigDict, members, method_settings, start_settings
-from softprompt.data.encode import Encoded, check_ranking
+from softprompt.config import ConfigDict, method_settings, start_settings
+from softprompt.data.encode import check_ranking
 from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import RowLayout, TrainBatch
 from softprompt.errors import UserError
-from softprompt.evaluation.evaluators import Forward
 from softprompt.evaluation.perplexity import check_room
-from softprompt.evaluation.ranking import shared_function
 from softprompt.methods import METHODS
-from softprompt.methods.base import Context, Setup, wants_bos
-from softprompt.methods.initializers import Start, embedding_rms
-from softprompt.models import T5, Model
-from softprompt.models.decoder_layers import attention_case
+from softprompt.methods.initializers import embedding_rms
 from softprompt.models.dropout import Dropout
-from softprompt.models.kernels import Case, Kernel, choose, device_of
 from softprompt.models.layers import collections
 from softprompt.models.quantize import embedding
-from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.loading import Loaded
 from softprompt.training import loop
 from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.sharding import path_name, put, random_key, replicated, weight_shardings
-from softprompt.training.step import Shared, StepConfig
+from softprompt.training.step import StepConfig
 from softprompt.trials.data import TaskData, TrialData, evaluators_of
+from softprompt.trials.forward import ForwardPass, prepare_forward, text_bos
 from softprompt.trials.session import Session, optimizer_config
 
 Tree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardPass:
-    """What a forward pass needs, for any delta of one config.
-
-    Attributes:
-        config: resolved.
-        loaded: the pretrained model.
-        frozen: its weights; none of them where they are trained themselves.
-        mesh: the devices.
-        step: what is static; `step.model` is the model as the method wants it.
-        bos: texts begin with the tokenizer's BOS.
-        layout: where the model wants an example.
-        contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, a BOS before
-            a prompt included.
-    """
-
-    config: ConfigDict
-    loaded: Loaded
-    frozen: Tree
-    mesh: jax.sharding.Mesh
-    step: StepConfig
-    bos: bool
-    layout: RowLayout
-    contexts: tuple[int, int]
-
-    def shared(self, delta: Tree) -> Shared:
-        """What all rows of a forward pass have in common: the variables and the context."""
-        shared: Shared = shared_function(self.step, self.mesh)(delta, self.frozen)
-        return shared
-
-    @property
-    def forward(self) -> Forward:
-        """The same, as evaluators take it."""
-        tokenizer = self.loaded.tokenizer
-        return Forward(self.step.model, self.frozen, self.mesh, self.layout, tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,131 +82,6 @@ def prepare_scoring(config: ConfigDict, session: Session) -> Prepared:
     data = session.data(config, bos=text_bos(config, session.model(config)))
     made = prepare_forward(config, session, train=data.train)
     return Prepared(**vars(made), session=session, data=data)
-
-
-def prepare_forward(
-    config: ConfigDict,
-    session: Session,
-    *,
-    train: Encoded | None = None,
-    start: Start | None = None,
-    row_tokens: Callable[[RowLayout], int] | None = None,
-) -> ForwardPass:
-    """Loads a config's model and sets up its method.
-
-    Args:
-        config: resolved.
-        session: for the model.
-        train: the training examples, for a method that shows some of them before a text and for
-            what a prompt starts from.
-        start: what a prompt starts from; None where the delta is there already.
-        row_tokens: the length of the rows that are trained on, in a layout; None without training.
-
-    Raises:
-        UserError: see `load_model`, and the method's settings.
-    """
-    mesh, loaded = session.mesh(config), session.model(config)
-    settings = method_settings(config)
-    setup = Setup(
-        sizes=loaded.config,
-        tasks=len(members(config)),
-        seed=config.seed,
-        room=min(free_positions(one, loaded) for one in members(config)),
-        start=start,
-        loaded=loaded,
-        train=train,
-    )
-    cfg = METHODS[settings.name].resolve(settings, setup)
-    model, layout, contexts = arrange(config, loaded, cfg)
-    named = config.mesh.attention not in ("auto", "reference") and settings.trains
-    tokens = row_tokens(layout) if row_tokens is not None and named else None
-    model = with_kernel(config, model, mesh, context=contexts[1], tokens=tokens)
-    return ForwardPass(
-        config=config,
-        loaded=loaded,
-        frozen={} if settings.trains_weights else loaded.weights,
-        mesh=mesh,
-        step=StepConfig(model, settings.name, cfg, config.train.z_loss, config.train.microbatches),
-        bos=text_bos(config, loaded),
-        layout=layout,
-        contexts=contexts,
-    )
-
-
-def text_bos(config: ConfigDict, loaded: Loaded) -> bool:
-    """Whether texts begin with BOS; else what stands before them may."""
-    settings = method_settings(config)
-    return wants_bos(settings.bos, loaded.tokenizer) and not settings.begins_with_bos
-
-
-def free_positions(config: ConfigDict, loaded: Loaded) -> int:
-    """Positions that the task leaves for a context; an encoder-decoder's are relative, and endless.
-
-    Raises:
-        UserError: the task's inputs alone may take more than there are.
-    """
-    if loaded.encoder_decoder:
-        return 2**30
-    room = loaded.config.context_length - config.task.max_input - config.task.max_target
-    if room < 0:
-        raise UserError(
-            f"config key 'task.max_input' is {config.task.max_input}; allowed: at most "
-            f"{room + config.task.max_input} (the model's context of "
-            f"{loaded.config.context_length} less task.max_target)"
-        )
-    return room
-
-
-def arrange(
-    config: ConfigDict, loaded: Loaded, cfg: Any
-) -> tuple[Model, RowLayout, tuple[int, int]]:
-    """The model as the method wants it, the layout of its rows, and its contexts' lengths.
-
-    `cfg` is the method's.
-    """
-    method, settings = METHODS[config.method.name], method_settings(config)
-    before = method.context(cfg) if settings.is_context else Context()
-    length, places, prompts = before.length, before.places, before.prompts
-    model = loaded.model.clone(remat=config.mesh.remat)
-    if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
-        return model, RowLayout(prompts=prompts), (0, length)
-    encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
-    model = model.clone(prompt_to_input=config.method.prompt_to_input)
-    if settings.is_prompt and config.method.prompt_to_input:
-        return model, RowLayout(loaded.config.start, encoder, decoder, prompts), (0, 0)
-    return model, RowLayout(loaded.config.start), (encoder, decoder)
-
-
-def with_kernel(
-    config: ConfigDict,
-    model: Model,
-    mesh: jax.sharding.Mesh,
-    *,
-    context: int,
-    tokens: int | None,
-) -> Model:
-    """The model with the attention that its config asks for.
-
-    Rows that a kernel cannot serve are left to the reference one by one, when they are traced.
-
-    Args:
-        config: its `mesh.attention`.
-        model: with the reference.
-        mesh: the devices.
-        context: tokens before a row.
-        tokens: of a row that the kernel must serve, where it is asked for by its name.
-
-    Raises:
-        UserError: that kernel cannot serve such rows.
-    """
-    if isinstance(model, T5):
-        case = Case(model.dtype.name, model.config.head_size, bias=True)
-    else:
-        case = attention_case(model.config, model.dtype, context=context, tokens=tokens)
-    name = choose(config.mesh.attention, case, device_of(mesh))
-    if name == "reference":
-        return model
-    return model.clone(attention=Kernel(name, mesh if mesh.size > 1 else None))
 
 
 def train_source(prepared: Prepared) -> TrainSource:

@@ -131,6 +131,7 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
             stored=parameters(delta),
             weight_bytes=bytes_of(prepared.frozen),
             data=prepared.data.digests,
+            shared_texts=sum(one.shared_texts for one in prepared.tasks),
             **facts,
         )
         write_result(folder, row)

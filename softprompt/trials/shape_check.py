@@ -77,7 +77,7 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step as shapes: what is static, and (delta, state, weights, batch, key)."""
+    """A training step as shapes: what is static, and (delta, state, weights, batch, dropout)."""
 
     static: StepConfig
     arguments: tuple[Tree, ...]
@@ -111,7 +111,7 @@ def abstract_step(config: Sizes) -> Step:
     delta = jax.eval_shape(lambda key, weights: init(key, weights=weights), key, weights)
     state = jax.eval_shape(make_optimizer(OPTIMIZER).init, delta)
     step = StepConfig(model, "prompt", prompt)
-    return Step(step, (delta, state, weights, abstract_batch(layout), key))
+    return Step(step, (delta, state, weights, abstract_batch(layout), None))
 
 
 def abstract_weights(config: Sizes) -> Tree:
@@ -184,7 +184,7 @@ def device_bytes(config: Sizes, *, data: int, model: int, weights: str) -> int:
 
 def compiled(config: Sizes, mesh: Mesh, weights: str, *, remat: str = "layer") -> Any:
     """The step compiled for a mesh of this machine, from shapes alone; a row a device at a time."""
-    delta, state, frozen, batch, key = abstract_step(config).arguments
+    delta, state, frozen, batch, dropout = abstract_step(config).arguments
     shardings = weight_shardings(frozen, mesh, weights=weights)
     frozen = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -198,7 +198,7 @@ def compiled(config: Sizes, mesh: Mesh, weights: str, *, remat: str = "layer") -
         ),
         microbatches=ROWS // mesh.shape["data"],
     )
-    return compile_step(static, OPTIMIZER, mesh, (delta, state, frozen, batch, key))
+    return compile_step(static, OPTIMIZER, mesh, (delta, state, frozen, batch, dropout))
 
 
 def report(entries: Sequence[Entry]) -> list[str]:

@@ -21,7 +21,10 @@ from softprompt.methods import METHODS
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, bytes_of, device_memory
 from softprompt.training.step import Shared
 from softprompt.trials.data import evaluators_of
-from softprompt.trials.prepare import Prepared, delta_shapes
+from softprompt.trials.prepare import (
+    Prepared,
+    delta_shapes,
+)
 
 
 class Scored(NamedTuple):

@@ -24,7 +24,10 @@ from softprompt.pretrained.loading import Loaded
 from softprompt.results import read_result
 from softprompt.training.logs import read_log
 from softprompt.training.sharding import Gather, make_mesh, path_name, put_weight
-from softprompt.trials.prepare import initial_state, prepare
+from softprompt.trials.prepare import (
+    initial_state,
+    prepare,
+)
 from softprompt.trials.run import run_trial
 from softprompt.trials.session import Session
 from tests.families import write_family_folder

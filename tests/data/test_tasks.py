@@ -15,7 +15,7 @@ from softprompt.data.tasks import (
     TASKS,
     SplitRule,
     get_task,
-    overlap_warnings,
+    overlaps,
     parse_template,
     read_split,
     target_text,
@@ -118,7 +118,7 @@ def test_equal_texts_share_a_split_and_have_ids_of_their_own(tmp_path: Path) -> 
     splits = one_file(tmp_path / "a.jsonl", doubled)
     ids = [record["id"] for split in SPLITS for record in splits[split]]
     assert len(ids) == len(set(ids)) == 800
-    assert overlap_warnings(get_task(own("jsonl:x")), splits) == []
+    assert overlaps(get_task(own("jsonl:x")), splits) == (0, [])
 
 
 def test_texts_in_two_splits_are_counted(tmp_path: Path) -> None:
@@ -130,13 +130,13 @@ def test_texts_in_two_splits_are_counted(tmp_path: Path) -> None:
         '{"text": "T0 ", "label": "n"}\n{"text": "other", "label": "n"}\n'
     )
     splits = {split: read_split(task, split) for split in SPLITS}
-    assert overlap_warnings(task, splits) == [
+    assert overlaps(task, splits)[1] == [
         "warning: 3 of 3 validation texts of task 'mine' also stand in train",
         "warning: 1 of 2 test texts of task 'mine' also stand in train",
         "warning: 1 of 2 test texts of task 'mine' also stand in validation",
     ]
     same = {"train": SplitRule("train"), **dict.fromkeys(SPLITS[1:], SplitRule("test"))}
-    assert len(overlap_warnings(replace(task, splits=same), splits)) == 2
+    assert len(overlaps(replace(task, splits=same), splits)[1]) == 2
 
 
 def test_one_file_for_two_splits_is_a_user_error(tmp_path: Path) -> None:

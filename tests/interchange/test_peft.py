@@ -2,7 +2,6 @@
 
 import functools
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from softprompt.interchange.adapter_files import (
     tensors_bytes,
 )
 from softprompt.interchange.peft import from_peft, to_peft
-from softprompt.methods import METHODS, lora
 from softprompt.pretrained.families import read_family
 from softprompt.pretrained.loading import load_model, make_model
 from tests.families import VARIANTS
@@ -201,14 +199,9 @@ def test_a_model_whose_layers_all_attend_to_everything(name):
     assert from_peft(Adapter(fields, tensors), model)[1]["targets"] == "up"
 
 
-def test_a_method_may_have_vectors_beside_a_and_b(monkeypatch):
+def test_a_method_may_have_vectors_beside_a_and_b():
     """As DoRA's magnitudes lie in PEFT's files: [out], one tensor for a module that q, k and v
     share. Breaks when they are cut or joined in another order than B, or need not be there."""
-    fake = types.ModuleType("fake")
-    fake.Settings = lora.Settings
-    fake.PEFT = {"peft_type": "LORA", "use_dora": True}
-    fake.PEFT_VECTORS = {"magnitude": "lora_magnitude_vector"}
-    monkeypatch.setitem(METHODS, "fake", fake)
     golden = read_adapter(GOLDEN / "lora-gpt2")
     tensors = dict(golden.tensors)
     for name, b_OZ in golden.tensors.items():
@@ -216,10 +209,10 @@ def test_a_method_may_have_vectors_beside_a_and_b(monkeypatch):
             tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = b_OZ[:, 0] + 3
     fields = golden.config | {"use_dora": True}
     delta, found = from_peft(Adapter(fields, tensors), sizes("gpt2"))
-    assert found == CASES["lora-gpt2"].method | {"name": "fake"}
+    assert found == CASES["lora-gpt2"].method | {"name": "dora"}
     attn = delta["layers"]["attn"]
     np.testing.assert_array_equal(attn["k"]["magnitude"], attn["qkv"]["k"][:, 0] + 3)
-    again = to_peft(delta, sizes("gpt2"), method(CASES["lora-gpt2"], name="fake"))
+    again = to_peft(delta, sizes("gpt2"), method(CASES["lora-gpt2"], name="dora"))
     assert tensors_bytes(again.tensors, {}) == tensors_bytes(tensors, {})
     assert again.config["use_dora"] is True
     with pytest.raises(UserError, match="missing: .*lora_magnitude_vector"):

@@ -43,7 +43,7 @@ def test_bfloat16_comes_without_its_name(tmp_path):
     [
         (ROWS.T, r"an array of float32 \[8, 3\]; allowed for this model: .* \[length, 8\]$"),
         (ROWS[0], r"an array of float32 \[8\]; allowed"),
-        (np.where(ROWS == ROWS[0, 0], np.nan, ROWS), "the array: 1 of 24 are no finite numbers$"),
+        (np.where(ROWS == ROWS[0, 0], np.nan, ROWS), "the array: 1 of 24 are not finite$"),
         (ROWS[:0], r"an array of float32 \[0, 8\]; allowed"),
         (ROWS.astype(np.int32), r"an array of int32 \[3, 8\]; allowed"),
         (np.array([{"a": 1}], dtype=object), "not a readable .npy file .*allow_pickle"),

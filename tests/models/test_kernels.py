@@ -22,7 +22,10 @@ from softprompt.models.kernels.choice import refusal
 from softprompt.training import step
 from softprompt.training.sharding import by_device
 from softprompt.trials.evaluate import on_this_machine
-from softprompt.trials.prepare import prepare, with_kernel
+from softprompt.trials.forward import with_kernel
+from softprompt.trials.prepare import (
+    prepare,
+)
 from tests.contracts.examples import (
     equations,
     one_device,
@@ -348,7 +351,7 @@ def test_a_trial_s_kernel(tiny_folder, tmp_path, monkeypatch):
         assert attention() == attention(mesh__attention="reference") == REFERENCE
         with pytest.raises(UserError, match="'mesh.attention' is 'splash'.*this is a cpu; allowed"):
             attention(mesh__attention="splash")
-        monkeypatch.setattr("softprompt.trials.prepare.device_of", lambda mesh: TPU)
+        monkeypatch.setattr("softprompt.trials.forward.device_of", lambda mesh: TPU)
         assert attention() == Kernel("splash")
         with pytest.raises(UserError, match="blocks are of 128 tokens, and rows have"):
             attention(mesh__attention="splash")
@@ -366,7 +369,7 @@ def test_a_run_is_opened_where_its_kernel_is_not(tmp_path, trained, used):
 
 # Mutation: `with_kernel` returns an encoder-decoder before it looks at what is asked for.
 def test_an_encoder_decoder_has_the_reference(tiny_folder, monkeypatch):
-    monkeypatch.setattr("softprompt.trials.prepare.device_of", lambda mesh: TPU)
+    monkeypatch.setattr("softprompt.trials.forward.device_of", lambda mesh: TPU)
     model, _ = tiny_t5(dtype="float32")
     rows = {"context": 0, "tokens": 256}
     config = trial_config(tiny_folder, "jsonl:none")

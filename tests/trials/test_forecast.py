@@ -3,7 +3,7 @@
 import pytest
 
 from softprompt.trials.forecast import Forecast
-from tests.trials.test_sweep import config
+from tests.trials.rows import config
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])

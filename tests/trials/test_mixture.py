@@ -10,7 +10,10 @@ from softprompt.config import trial_id
 from softprompt.data.rows import RowLayout
 from softprompt.errors import UserError
 from softprompt.trials.estimate import estimate
-from softprompt.trials.prepare import prepare, step_work
+from softprompt.trials.prepare import (
+    prepare,
+    step_work,
+)
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, two_tasks, write_task
 from tests.tiny_t5 import write_complete_t5

@@ -9,7 +9,7 @@ import pytest
 from softprompt import results
 from softprompt.errors import UserError
 from softprompt.trials import outputs, sweep
-from tests.trials.test_sweep import config, done_row, experiment_rows
+from tests.trials.rows import config, done_row, experiment_rows
 
 MINE = """
 import pandas

@@ -16,7 +16,12 @@ from softprompt.training.logs import read_log
 from softprompt.training.memory import program_memory
 from softprompt.trials.estimate import estimate
 from softprompt.trials.measure import measure
-from softprompt.trials.prepare import check_read, initial_state, prepare, train_source
+from softprompt.trials.prepare import (
+    check_read,
+    initial_state,
+    prepare,
+    train_source,
+)
 from softprompt.trials.run import (
     check_folder,
     claim,

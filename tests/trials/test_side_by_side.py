@@ -15,7 +15,10 @@ from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.trials import side_by_side as many
 from softprompt.trials.evaluate import evaluate_runs, for_task, trained_delta
 from softprompt.trials.measure import measure
-from softprompt.trials.prepare import first_delta, prepare
+from softprompt.trials.prepare import (
+    first_delta,
+    prepare,
+)
 from softprompt.trials.run import DELTA, claim, provenance, read_config
 from softprompt.trials.session import Session
 from tests.contracts.examples import trial_config

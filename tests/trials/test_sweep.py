@@ -3,54 +3,12 @@ from pathlib import Path
 import pytest
 
 from softprompt import results
-from softprompt.config import base_config, trial_id, trial_name
+from softprompt.config import trial_id, trial_name
 from softprompt.console import Progress
 from softprompt.errors import UserError
-from softprompt.trials import outputs, sweep
-
-
-def config(length=20, seed=0, name="prompt"):
-    made = base_config()
-    made.method.name = name
-    made.method.length = length
-    made.seed = seed
-    made.model.dtype = "float32"
-    return made
-
-
-def done_row(made, accuracy=0.8):
-    return results.make_row(
-        made,
-        status="done",
-        seconds=1.0,
-        steps=made.train.steps,
-        trainable=made.method.length * 576,
-        metrics={
-            "validation": {"accuracy": accuracy, "examples": 100},
-            "test": {"accuracy": accuracy, "examples": 200},
-        },
-    )
-
-
-class Runner:
-    """A run_trial that only writes the row, and remembers what it was asked for."""
-
-    def __init__(self, errors=None):
-        self.errors = errors or {}
-        self.ran = []
-
-    def __call__(self, made, folder):
-        self.ran.append(made.method.length)
-        if made.method.length in self.errors:
-            raise self.errors[made.method.length]
-        row = done_row(made)
-        results.write_result(folder, row)
-        return row
-
-
-def run(trials, workdir, runner):
-    with Progress() as progress:
-        return sweep.run_sweep(trials, workdir, runner, progress=progress)
+from softprompt.trials import sweep
+from softprompt.trials.outputs import write_outputs
+from tests.trials.rows import Runner, config, done_row, experiment_rows, run
 
 
 def test_trials_run_in_order_and_a_rerun_runs_none(tmp_path):
@@ -224,7 +182,7 @@ def test_a_mistake_in_an_experiment_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="mine.py, line 3: IndexError: list index out of range"):
         sweep.make_trials(mine)
     with pytest.raises(UserError, match="mine.py, line 5: AttributeError: 'list' object"):
-        outputs.write_outputs(mine, [], tmp_path)
+        write_outputs(mine, [], tmp_path)
 
 
 def test_the_working_directorys_experiments_come_first(tmp_path, monkeypatch):
@@ -266,11 +224,6 @@ def test_a_dry_run_says_which_trials_would_fail(tmp_path):
     assert list(table["steps"])[:3] == [100] * 3
     assert (table["trial"].iloc[-1], table["time"].iloc[-1]) == ("2 to run", "3 min 0 s")
     assert sorted(asked) == [1, 2, 3] and abs(asked.index(1) - asked.index(3)) == 1
-
-
-def experiment_rows(subset):
-    trials = sweep.make_trials(sweep.load_experiment("prompt_length"), subset)
-    return [done_row(made, 0.7 + 0.005 * number) for number, made in enumerate(trials)]
 
 
 def test_prompt_length_sweeps_what_it_says():

@@ -16,7 +16,10 @@ from softprompt.methods.delta_file import load_delta
 from softprompt.methods.initializers import prompt_rows
 from softprompt.trials.estimate import estimate
 from softprompt.trials.evaluate import predict_lines
-from softprompt.trials.prepare import prepare, step_flops
+from softprompt.trials.prepare import (
+    prepare,
+    step_flops,
+)
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.models.test_t5 import alone
