@@ -77,8 +77,9 @@ format: $(VENV)/.test  ## format the code and mend what ruff can mend
 parity: $(PARITY_VENV)/.parity  ## compare with live PyTorch, transformers and peft (on Python 3.11)
 	@OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -m parity $(WORKERS) $(ARGS)
 
+# Without --quiet, which hides from --strict what it would count.
 docs: $(VENV)/.docs  ## build the documentation into site/, its links checked
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 	@echo "wrote site/index.html"
 
 # What the benchmark measures goes on where it stopped; ARGS="--steps 2" and so on go to it.

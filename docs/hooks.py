@@ -106,8 +106,11 @@ def _list(names: Any) -> str:
 def python_page(name: str) -> str:
     """The public modules of a package, or a single module."""
     path = REPOSITORY / "softprompt" / name
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    path = path if path.is_dir() else path.with_suffix(".py")
+    files = sorted(path.rglob("*.py")) or [path]
     modules = [f"::: {_module(file)}" for file in files if _is_public(file)]
+    if path.is_file():  # its own name is the page's title
+        modules[0] += "\n    options:\n      show_root_heading: false"
     return "\n\n".join([f"# softprompt.{name}", *modules]) + "\n"
 
 

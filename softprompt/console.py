@@ -41,14 +41,14 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
                 console=Console(file=self._stream),
                 transient=True,
-                redirect_stdout=sys.stdout.isatty(),  # results that go to a file are left alone
+                redirect_stdout=sys.stdout.isatty(),  # only if standard output is a terminal
             )
             self._bars.start()
         return self
 
     @contextmanager
     def part(self, name: str) -> "Iterator[Progress]":
-        """The progress of a trial that runs beside others, with lines and a bar of its own."""
+        """The progress of one of several concurrent trials, with its own lines and bar."""
         made = Progress(self._stream)
         made._bars, made._trial, made._name = self._bars, name, f"{name}: "
         try:
@@ -67,20 +67,20 @@ class Progress:
             self._bars = None
 
     def say(self, line: str) -> None:
-        """Writes a line, above the bars where there are any."""
+        """Writes a line, above the bars if there are any."""
         if self._bars is not None:
             self._bars.console.print(line, markup=False, highlight=False)
         else:
             print(line, file=self._stream, flush=True)
 
     def stage(self, what: str, done: int = 0, total: int = 0, note: str = "") -> None:
-        """Shows how far the current stage of the current trial is.
+        """Shows the progress of the current stage of the current trial.
 
         Args:
             what: "load", "compile", "train", "evaluate", ...
             done: units finished.
-            total: units in all; 0 where their number is unknown.
-            note: a few more words, such as the last loss.
+            total: number of units; 0 if it is unknown.
+            note: a few words, such as the last loss.
         """
         now = time.monotonic()
         new = what != self._stage
@@ -108,19 +108,19 @@ class Progress:
         self._bars.update(self._current, completed=done, total=total or None, note=note)
 
     def _drop_bar(self) -> None:
-        """Removes the last stage's bar, since rich cannot reset a total."""
+        """Removes the bar of the last stage, since rich cannot reset its total."""
         if self._bars is not None and self._current is not None:
             self._bars.remove_task(self._current)
             self._current = None
 
     def trial(self, name: str, done: int, total: int, left: float | None) -> None:
-        """Shows which trial of a sweep begins.
+        """Shows that a trial of a sweep starts.
 
         Args:
             name: of the trial.
-            done: trials finished.
-            total: trials in all.
-            left: seconds that the rest will take; None where that is unknown.
+            done: number of finished trials.
+            total: number of trials.
+            left: estimated seconds until the end of the sweep; None if unknown.
         """
         self._trial, self._stage = name, ""
         self._drop_bar()
@@ -131,13 +131,13 @@ class Progress:
             self._show_sweep(f"sweep: {name}", done, total, left)
 
     def finished(self, line: str, done: int, total: int, left: float | None) -> None:
-        """Writes a line on a trial of a sweep that is finished.
+        """Writes a line about a finished trial of a sweep.
 
         Args:
             line: its outcome.
-            done: trials finished, this one included.
-            total: trials in all.
-            left: seconds that the rest will take; None leaves it out.
+            done: number of finished trials, including this one.
+            total: number of trials.
+            left: estimated seconds until the end of the sweep; None shows no estimate.
         """
         self.say(line)
         if self._bars is not None:
@@ -170,7 +170,7 @@ def duration(seconds: float) -> str:
 
 
 def print_columns(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Prints the header and the lines, each column as wide as its widest text."""
+    """Prints the header and the lines in aligned columns."""
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
     for line in (header, *lines):
         print("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip())

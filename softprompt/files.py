@@ -1,4 +1,4 @@
-"""Files written whole or not at all, local or gs://."""
+"""Atomic writes of files, local or gs://."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,12 @@ from softprompt.errors import UserError
 
 
 def write_text(file: epath.PathLike, text: str) -> None:
-    """Writes a text file whole or not at all, and creates its folder; local or gs://."""
+    """Writes a text file atomically, and creates its folder; local or gs://."""
     write_bytes(file, text.encode())
 
 
 def write_bytes(file: epath.PathLike, content: bytes) -> None:
-    """Writes a file whole or not at all, and creates its folder; local or gs://."""
+    """Writes a file atomically, and creates its folder; local or gs://."""
     file = epath.Path(file)
     temporary = file.parent / f".{file.name}.{os.getpid()}.tmp"
     try:
@@ -29,18 +29,18 @@ def write_bytes(file: epath.PathLike, content: bytes) -> None:
 
 
 def check_writable(folder: epath.PathLike) -> None:
-    """Checks that a folder can be created or written to, and creates nothing.
+    """Checks that a folder can be created or written to, without creating it.
 
     Raises:
-        UserError: part of the path is not a folder, or may not be written to.
+        UserError: part of the path is not a folder, or is not writable.
     """
-    place = os.fspath(folder)
-    if "://" in place:
-        return  # a bucket says so when it is written to
-    there = Path(place).absolute()
-    while not os.path.lexists(there):
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"{place}: {there} is no folder; give another --workdir")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{place}: {there} may not be written to; give another --workdir")
+    path = os.fspath(folder)
+    if "://" in path:
+        return  # a write to a bucket raises its own error
+    existing = Path(path).absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{path}: {existing} is no folder; give another --workdir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {existing} may not be written to; give another --workdir")

@@ -1,4 +1,4 @@
-"""Result rows, one for each trial. Tables and figures are computed from them alone."""
+"""Result rows, one for each trial. Tables and figures are computed only from rows."""
 
 import functools
 import importlib.metadata
@@ -26,10 +26,10 @@ Row = dict[str, Any]
 FILE = "result.json"
 _PACKAGES = ("softprompt", "jax", "jaxlib", "flax", "optax", "numpy")
 _NOT_TRIALS = ("checkpoints", "snapshots")
-_MEASURED = ("validation", "test", "text", "latency")  # parts of a row's metrics
+_MEASURED = ("validation", "test", "text", "latency")  # objects in a row's metrics
 
 
-# Numbers that a row holds on how its trial ran; None where a trial has none.
+# Facts about how a trial ran, which are numbers or None in its row.
 FACTS = {
     "compile_seconds": "the part of `seconds` that the last process spent on compiling",
     "steps": "optimizer steps taken",
@@ -66,9 +66,9 @@ def make_row(
     Args:
         config: the resolved config.
         status: "done" or "failed".
-        seconds: wall time of the whole trial, compilation and evaluation included.
+        seconds: wall time of the trial, including compilation and evaluation.
         metrics: {"validation": {"accuracy": ..., "examples": ...}, "test": {...}, ...}.
-        error: one line where the trial failed, else "".
+        error: one line if the trial failed, else "".
         data: the digest of each split.
         **facts: any of `FACTS`.
     """
@@ -91,12 +91,12 @@ def make_row(
 
 @functools.cache
 def commit() -> str:
-    """Returns `commit_now` at the first call of the process."""
+    """Returns the result of `commit_now` at the first call in the process."""
     return commit_now()
 
 
 def commit_now() -> str:
-    """Returns the repository's commit, with "-dirty" where files differ; "unknown" outside git."""
+    """Returns the repository's commit, plus "-dirty" if files differ; "unknown" outside git."""
     root = Path(__file__).resolve().parents[1]
     try:
         if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
@@ -142,9 +142,9 @@ def devices() -> dict[str, Any]:
 
 
 def write_result(folder: epath.PathLike, row: Row) -> None:
-    """Writes a trial's row to its folder, whole or not at all.
+    """Writes a trial's row to its folder, atomically.
 
-    Only process 0 writes. A number that is not finite becomes null, since JSON has no NaN.
+    Only process 0 writes. NaN and infinite numbers become null, since JSON has no NaN.
     """
     import jax  # here, since reading rows never needs it
 
@@ -155,7 +155,7 @@ def write_result(folder: epath.PathLike, row: Row) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types: scalars of arrays become numbers, NaN and infinity None."""
+    """Converts a value to JSON types: array scalars to numbers, NaN and infinity to None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -166,13 +166,13 @@ def _plain(value: Any) -> Any:
 
 
 def read_result(folder: epath.PathLike) -> Row | None:
-    """Returns the row of a trial's folder, None where it has none.
+    """Returns the row of a trial's folder; None if it has none.
 
-    A key that the file lacks (an older version wrote fewer) is None; "error" is "" and "metrics"
-    {}.
+    Keys that are missing in the file (older versions wrote fewer) become None, "error" becomes ""
+    and "metrics" becomes {}.
 
     Raises:
-        UserError: the file is not a row.
+        UserError: the file does not hold a row.
     """
     file = epath.Path(folder) / FILE
     if not file.exists():
@@ -192,7 +192,7 @@ def read_result(folder: epath.PathLike) -> Row | None:
 
 
 def _tables(metrics: Any) -> list[tuple[str, Any]]:
-    """The metrics, and those of its parts that must be objects, with their names."""
+    """The metrics and those of its entries that must be JSON objects, with their names."""
     found = [("metrics", metrics)]
     if isinstance(metrics, dict):
         found += [(f"metrics.{part}", metrics[part]) for part in _MEASURED if part in metrics]
@@ -200,7 +200,7 @@ def _tables(metrics: Any) -> list[tuple[str, Any]]:
 
 
 def cautions(row: Row) -> list[str]:
-    """Returns why a row's scores may mislead, in a few words each; none for most rows."""
+    """Returns short warnings about scores that may mislead; [] for most rows."""
     metrics = row["metrics"]
     found = []
     if metrics.get("selected_step") == 0:
@@ -214,7 +214,7 @@ def cautions(row: Row) -> list[str]:
 
 
 def outcome(row: Row) -> str:
-    """Returns a line on a finished trial: its test score, its time and its `cautions`."""
+    """Returns a line about a finished trial: its test score, its time and its `cautions`."""
     test = row["metrics"].get("test", {})
     metric = row["config"].get("eval", {}).get("metric", "accuracy")
     parts = [f"{row['name']}: test {metric} "]
@@ -234,7 +234,7 @@ def is_done(folder: epath.PathLike) -> bool:
 
 
 def read_rows(folder: epath.PathLike) -> list[Row]:
-    """Returns the rows of all trials in or below a folder, in the order of their folders' names.
+    """Returns the rows of all trials in or below a folder, ordered by folder name.
 
     Raises:
         UserError: the folder does not exist, or a result is unreadable.
@@ -246,7 +246,7 @@ def read_rows(folder: epath.PathLike) -> list[Row]:
 
 
 def _rows(folder: epath.Path) -> Iterator[Row]:
-    """The rows of a folder and of all below it, depth first."""
+    """The rows of a folder and of all folders below it, depth first."""
     row = read_result(folder)
     if row is not None:
         yield row
@@ -256,7 +256,7 @@ def _rows(folder: epath.Path) -> Iterator[Row]:
 
 
 def to_frame(rows: Sequence[Row]) -> "pd.DataFrame":
-    """Returns a frame with a column for each leaf, such as "config.method.length"."""
+    """Returns a DataFrame with a column for each leaf, such as "config.method.length"."""
     import pandas as pd  # slow to import, and training never needs it
 
     return pd.json_normalize(list(rows))

@@ -1,7 +1,7 @@
 """Settings classes: frozen dataclasses whose fields are the keys of a config.
 
-A field is made with `setting`, which says its default, its meaning and what it may be. Its key is
-the class's section and its name, as in "method.length".
+`setting` makes a field, with its default, its meaning and its allowed values. The field's key is
+the section of its class and its name, as in "method.length".
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from softprompt.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A key's default, its meaning and what it may be.
+    """A key's default, its meaning and its allowed values.
 
     Attributes:
-        default: its value where nothing is said; its type is the key's.
-        help: what it means, in a line or two.
-        choices: the allowed strings; () where any is.
+        default: its default value, which also defines its type.
+        help: its meaning, in a line or two.
+        choices: the allowed strings; () allows any.
         low: the smallest allowed number.
-        high: the largest.
-        needs: names of other fields; unless one of them is set (is none of 0, "", False and "none")
-            the key changes nothing, and must keep its default.
+        high: the largest allowed number.
+        needs: names of other fields. Unless one of them is set (is none of 0, "", False, "none"),
+            the key has no effect and must keep its default.
         scientific: the key is part of a trial's id.
-        for_training: it changes nothing where nothing is trained.
+        for_training: the key has no effect if nothing is trained.
     """
 
     default: Any
@@ -52,9 +52,9 @@ class Settings:
     """Base of the settings classes.
 
     Attributes:
-        section: of the config, that the keys belong to; "" for those outside of all sections.
+        section: the config section of the keys; "" for keys at the top level.
         scientific: the keys are part of a trial's id.
-        for_training: the keys change nothing where nothing is trained.
+        for_training: the keys have no effect if nothing is trained.
     """
 
     section: ClassVar[str] = ""
@@ -63,14 +63,14 @@ class Settings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The settings with their values among a config's, as in {"method.length": 20, ...}."""
+        """Makes the settings from a config's flat values, as in {"method.length": 20, ...}."""
         return cls(**{name.rpartition(".")[2]: values[name] for name in keys(cls)})
 
     def check(self) -> None:
-        """Checks what one key demands of another.
+        """Checks conditions between keys.
 
         Raises:
-            UserError: names the first that does not have it.
+            UserError: names the first key that violates one.
         """
 
 
@@ -101,7 +101,7 @@ def check_value(key: str, value: Any, setting: Setting, *, where: str = "") -> N
         key: as in "method.length".
         value: of the key.
         setting: of the key.
-        where: of which config that is so, as in "for method.name=lora"; "" for any.
+        where: the configs that the check applies to, as in "for method.name=lora"; "" for all.
 
     Raises:
         UserError: names the key, the value and what is allowed.
@@ -118,7 +118,7 @@ def check_value(key: str, value: Any, setting: Setting, *, where: str = "") -> N
 
 
 def allowed(setting: Setting) -> str:
-    """Returns what a key may be, in words: its choices, its range or its type."""
+    """Describes the allowed values of a key: its choices, its range or its type."""
     if setting.choices:
         return ", ".join(setting.choices)
     if setting.low == -math.inf:
@@ -129,7 +129,7 @@ def allowed(setting: Setting) -> str:
 
 
 def coerce(key: str, value: Any, old: Any) -> Any:
-    """The value as the type of `old`; a string is read as that type.
+    """Converts a value to the type of `old`; a string is parsed as that type.
 
     Raises:
         UserError: names the key, the value and the type.
@@ -148,7 +148,7 @@ def coerce(key: str, value: Any, old: Any) -> Any:
     return dict(parsed) if isinstance(old, dict) else parsed
 
 
-# What a key takes, by the type of its default.
+# Descriptions of a key's values, by the type of its default.
 KINDS = {
     bool: "True or False",
     int: "a whole number",
@@ -159,7 +159,7 @@ KINDS = {
 
 
 def _parse(text: str, old: Any) -> Any:
-    """The command line's text read as the type of `old`; the text itself where it cannot be."""
+    """Parses text of the command line as the type of `old`; returns the text if that fails."""
     try:
         if isinstance(old, bool):
             return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)

@@ -17,6 +17,7 @@ import pytest
 from softprompt import cli
 from softprompt.config import base_config, flatten, set_key
 from softprompt.data.tasks import TASKS, Task
+from softprompt.methods import METHODS
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.trials.sweep import load_experiment
 from tests.own_task import BAD, ENDINGS, GOOD, give
@@ -91,6 +92,21 @@ def test_commands_parse_and_keys_exist(page):
         rf"`(?:--config\.)?((?:{sections})\.\w+)[=`]", (REPOSITORY / page).read_text()
     )
     assert set(named) <= flatten(config).keys()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_are_linked_exist(page):
+    """Breaks when a page of docs/ is renamed. Links between pages of docs/ `make docs` checks."""
+    links = re.findall(r"\]\(([^):#]+)\)", (REPOSITORY / page).read_text())
+    assert links
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_every_method_has_a_section():
+    """Breaks when a method has no section in the guide to methods."""
+    text = (REPOSITORY / "docs/guides/methods.md").read_text()
+    titles = " ".join(re.findall("^## (.*)$", text, re.MULTILINE)).split()
+    assert METHODS.keys() <= set(titles)
 
 
 def test_few_blocks_do_not_run():

@@ -114,7 +114,13 @@ def test_a_method_and_its_files_need_no_catalogue():
 
 
 # Mutation: misspell a target in README.md.
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        *("README.md", "CONTRIBUTING.md", "docs/tutorial.md", "docs/contributing.md"),
+        "docs/measurements.md",
+    ],
+)
 def test_documented_make_targets_exist(page):
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     commands = r"(?:^ *(?:\$ )?|`|gemma )make ([a-z-]+)"  # in a code block or between backquotes

@@ -1,4 +1,4 @@
-"""Counts of floating-point operations, and what a machine can do of them, and moves of bytes."""
+"""Floating-point operations of a pass, and the measured FLOP/s and bandwidth of the machine."""
 
 import dataclasses
 import functools
@@ -16,15 +16,15 @@ from softprompt.models.t5_layers import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one pass has to compute, padding left out; contexts, run once, are in it.
+    """Counts of one pass, without padding; contexts are counted once.
 
     Attributes:
-        tokens: run through the decoder's layers.
-        keys: that those attend to in self-attention, summed over tokens.
+        tokens: tokens in the decoder's layers.
+        keys: keys that these attend to in self-attention, summed over tokens.
         targets: positions whose logits are computed.
-        inputs: tokens run through the encoder's layers.
-        input_keys: that those attend to.
-        cross_keys: encoder states that the decoder's tokens attend to.
+        inputs: tokens in the encoder's layers.
+        input_keys: keys that these attend to, summed over tokens.
+        cross_keys: encoder states that the decoder's tokens attend to, summed over tokens.
     """
 
     tokens: float
@@ -47,16 +47,16 @@ def train_work(
 
     Args:
         encoded: the training split.
-        layout: where the model wants an example.
-        contexts: lengths of the encoder's (0 for a decoder) and of the decoder's context.
+        layout: how an example is laid out in rows.
+        contexts: lengths of the encoder's context (0 for a decoder) and of the decoder's.
         examples: in a step.
-        runs: how many contexts are run: one, or one of each task; none of a prefix.
+        runs: the number of contexts that a step computes: 1, one for each task, or 0 (a prefix).
     """
     targets_N = np.array([len(target) for target in encoded.targets], np.float64)
     own_N = targets_N + layout.target_slots if layout.encoder else targets_N - 1
     total = _work(encoded, layout, contexts, own_N, heads=float(targets_N.sum()))
     share = examples / len(targets_N)
-    once = _work(_nothing(encoded), layout, contexts, np.zeros(0), heads=0.0)
+    once = _work(_without_examples(encoded), layout, contexts, np.zeros(0), heads=0.0)
     fields = [field.name for field in dataclasses.fields(Work)]
     rest = {f: (getattr(total, f) - getattr(once, f)) * share for f in fields}
     return Work(**{f: rest[f] + runs * getattr(once, f) for f in fields})
@@ -80,7 +80,7 @@ def _work(
     *,
     heads: float,
 ) -> Work:
-    """Work of all examples, each with `own` tokens of targets in the decoder, and contexts once."""
+    """Work of all examples, with `own_N` target tokens in the decoder, and of contexts once."""
     inputs_N = np.array([len(ids) for ids in encoded.inputs], np.float64)
     before, context = contexts
     if not layout.encoder:
@@ -98,7 +98,7 @@ def _work(
     )
 
 
-def _nothing(encoded: Encoded) -> Encoded:
+def _without_examples(encoded: Encoded) -> Encoded:
     return dataclasses.replace(encoded, inputs=[], targets=[])
 
 
@@ -108,17 +108,17 @@ def forward_flops(config: DecoderConfig | T5Config, work: Work) -> float:
 
 
 def train_flops(config: DecoderConfig | T5Config, work: Work, *, weights: bool = False) -> float:
-    """A training step: 4 N a token of a frozen model, 6 N where the weights are trained.
+    """FLOPs of a training step: 4 N a token for a frozen model, 6 N if the weights are trained.
 
-    Attention has two operands that depend on the delta, and costs three times its forward pass.
-    What a delta adds inside the layers (LoRA's products, adapters) is left out: `matrix_flops` of
-    `softprompt.trials.prepare` has it.
+    Both operands of attention's products depend on the delta, so attention costs three times its
+    forward pass. The products of a delta inside the layers (LoRA, adapters) are not counted here;
+    `matrix_flops` of `softprompt.trials.prepare` counts them.
     """
     return (3 if weights else 2) * _products(config, work) + 3 * _attention(config, work)
 
 
 def _products(config: DecoderConfig | T5Config, work: Work) -> float:
-    """Products with frozen matrices; embeddings and norms cost nothing to speak of."""
+    """FLOPs of products with frozen matrices; those of embeddings and norms are negligible."""
     c, ffn = config, (3 if config.gated else 2) * config.width * config.ffn
     head = 2 * work.targets * c.vocab
     if isinstance(c, DecoderConfig):
@@ -131,7 +131,7 @@ def _products(config: DecoderConfig | T5Config, work: Work) -> float:
 
 
 def _attention(config: DecoderConfig | T5Config, work: Work) -> float:
-    """Scores, and sums of values by them."""
+    """FLOPs of scores and mixed values."""
     c = config
     if isinstance(c, DecoderConfig):
         pairs = c.layers * work.keys
@@ -143,7 +143,7 @@ def _attention(config: DecoderConfig | T5Config, work: Work) -> float:
 
 @functools.cache
 def machine_flops(dtype: str) -> float:
-    """Operations a second of all devices together, measured on a square matrix product.
+    """FLOP/s of all devices together, measured on a square matrix product.
 
     Args:
         dtype: "float32" or "bfloat16".
@@ -153,7 +153,7 @@ def machine_flops(dtype: str) -> float:
     product = jax.jit(lambda a, b: a @ b)
     product(x, x).block_until_ready()
     best = float("inf")
-    for _ in range(64):  # a shared machine shows its best only now and then
+    for _ in range(64):  # a shared machine rarely reaches its best
         began = time.perf_counter()
         product(x, x).block_until_ready()
         best = min(best, time.perf_counter() - began)
@@ -163,7 +163,7 @@ def machine_flops(dtype: str) -> float:
 
 @functools.cache
 def machine_bandwidth() -> float:
-    """Bytes a second that all devices together read and write, measured on a long sum."""
+    """Memory bandwidth of all devices together in bytes/s, measured on a long addition."""
     size = 2**26 if jax.default_backend() == "cpu" else 2**28
     x = jnp.ones(size, jnp.float32)
     add = jax.jit(lambda a: a + 1)

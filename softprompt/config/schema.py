@@ -41,10 +41,7 @@ class General(Settings):
     """What stands outside of the sections."""
 
     seed: int = setting(
-        0,
-        "of the prompt's initial values, data order, few-shot draw and dropout",
-        low=0,
-        high=SEEDS,
+        0, "of initial values, data order, few-shot draw and dropout", low=0, high=SEEDS
     )
 
 

@@ -1,8 +1,8 @@
-"""Evaluators: each measures a delta on a split, as named metrics and a prediction an example.
+"""Evaluators: each computes metrics of a delta on a split, and a prediction for every example.
 
-An evaluator is a function (forward, shared, split, progress) -> Result. `forward` is what a forward
-pass needs, `shared` what the delta becomes once for all rows, `split` the examples of one task.
-`Task.metrics` says which evaluators a task can have, and what each measures on it.
+An evaluator is a function (forward, shared, split, progress) -> Result. `forward` has the inputs of
+a forward pass besides the delta. `shared` is computed from the delta once for all rows. `split` has
+the examples of one task. `Task.metrics` lists a task's evaluators and the metrics of each.
 """
 
 import functools
@@ -19,24 +19,22 @@ from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import classification, free_text
 from softprompt.evaluation.ranking import Scores, normalise, score_batches, scored_at_once
 from softprompt.inference.beam import beam_search
-from softprompt.inference.decode import generate
+from softprompt.inference.decode import Report, generate
 from softprompt.models import Model
 from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.training.step import Shared
 
-BATCH = 64  # inputs that are answered together
-
-Report = Callable[[int, int], None]
+BATCH = 64  # inputs that are generated from together
 
 
 class Forward(NamedTuple):
-    """What a forward pass needs besides a delta.
+    """The inputs of a forward pass besides the delta.
 
     Attributes:
-        model: as the method wants it.
+        model: configured for the method.
         weights: its frozen weights.
         mesh: the devices.
-        layout: where the model wants an example.
+        layout: how an example is laid out in a row.
         tokenizer: the model's.
     """
 
@@ -53,7 +51,7 @@ class Split(NamedTuple):
     Attributes:
         task: the task.
         encoded: the examples.
-        batches: packs them for ranking, once.
+        batches: returns the examples packed for ranking; packs them once.
     """
 
     task: Task
@@ -62,11 +60,11 @@ class Split(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What an evaluator found.
+    """The result of an evaluator.
 
     Attributes:
-        metrics: by name; `examples` is how many counted.
-        predictions: a dict for each example, in order, without its id.
+        metrics: by name; `examples` is the number of labelled examples.
+        predictions: a dict for each example, in order; it does not have the id.
     """
 
     metrics: dict[str, float]
@@ -77,7 +75,7 @@ Evaluator = Callable[[Forward, Shared, Split, Report], Result]
 
 
 def ranking(score: str = "sum") -> Evaluator:
-    """Predicts the candidate that the model finds the most probable.
+    """Predicts the most probable candidate.
 
     Args:
         score: "sum" or "mean" of the log-probabilities of a candidate's tokens.
@@ -99,7 +97,7 @@ def ranking(score: str = "sum") -> Evaluator:
 
 
 def ranked(split: Split, found: Scores, score: str) -> Result:
-    """The result of `ranking`, of the candidates' scores."""
+    """Computes the result of `ranking` from the candidates' scores."""
     scores_NC, labels = normalise(*found, score), list(split.task.verbalizers)
     predicted_N = scores_NC.argmax(axis=1)
     metrics = classification(predicted_N, split.encoded.labels, len(labels))
@@ -117,14 +115,14 @@ def ranked(split: Split, found: Scores, score: str) -> Result:
 
 
 def generation(beams: int = 1, max_new: int = 32) -> Evaluator:
-    """Lets the model write its answers, up to EOS or a line's end.
+    """Generates answers, each up to EOS or the end of the line.
 
-    For a task with verbalizers an answer is read as a label; one that is no label is wrong, and
-    `illegal` is the share of those.
+    For a task with verbalizers an answer is parsed as a label. An answer that is not a label counts
+    as wrong; `illegal` is the share of such answers.
 
     Args:
-        beams: sequences that a beam search keeps; 1 is greedy decoding.
-        max_new: tokens of an answer to a free-text task, at most.
+        beams: beam width; 1 is greedy decoding.
+        max_new: largest number of tokens of an answer to a free-text task.
     """
 
     def evaluate(forward: Forward, shared: Shared, split: Split, report: Report) -> Result:
@@ -154,7 +152,7 @@ def generation(beams: int = 1, max_new: int = 32) -> Evaluator:
 
 
 def generated_labels(split: Split, ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Result:
-    """The result of `generation` for a task with verbalizers."""
+    """Computes the result of `generation` for a task with verbalizers."""
     labels, texts = list(split.task.verbalizers), list(split.task.verbalizers.values())
     predicted_N, illegal = read_labels(ids, texts, tokenizer)
     metrics = classification(predicted_N, split.encoded.labels, len(labels))
@@ -172,5 +170,5 @@ def generated_labels(split: Split, ids: Sequence[Sequence[int]], tokenizer: Toke
 
 
 def _name(labels: Sequence[str], index: int) -> str | None:
-    """A label by its index; None for -1, which is none."""
+    """The name of a label; None for -1."""
     return labels[index] if index >= 0 else None

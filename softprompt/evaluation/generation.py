@@ -1,4 +1,4 @@
-"""How generated answers are read."""
+"""Parses generated answers."""
 
 from collections.abc import Sequence
 
@@ -10,28 +10,28 @@ from softprompt.pretrained.tokenizer import Tokenizer
 def read_labels(
     answers: Sequence[Sequence[int]], verbalizers: Sequence[str], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, float]:
-    """Reads generated answers as labels.
+    """Parses generated answers as labels.
 
-    An answer is the label whose verbalizer it begins with, ending at a word's end; the longest one
-    where several fit.
+    An answer is the label whose verbalizer it starts with, followed by a word boundary. If several
+    match, the longest verbalizer counts.
 
     Args:
         answers: generated ids of each example.
         verbalizers: target texts, in the order of the labels.
-        tokenizer: of the model.
+        tokenizer: the model's.
 
     Returns:
-        Label indices [N], -1 for an answer that is no legal label, and the share of those.
+        Label indices [N], -1 for an answer that is not a label; and the share of such answers.
     """
     words = [text.strip() for text in verbalizers]
     labels_N = np.full(len(answers), -1)
     for example, ids in enumerate(answers):
-        said = tokenizer.decode(ids).strip()
-        fitting = [
+        text = tokenizer.decode(ids).strip()
+        matches = [
             word
             for word in words
-            if said.startswith(word) and not said[len(word) : len(word) + 1].isalnum()
+            if text.startswith(word) and not text[len(word) : len(word) + 1].isalnum()
         ]
-        if fitting:
-            labels_N[example] = words.index(max(fitting, key=len))
+        if matches:
+            labels_N[example] = words.index(max(matches, key=len))
     return labels_N, float(np.mean(labels_N < 0)) if len(answers) else 0.0

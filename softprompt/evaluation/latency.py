@@ -1,7 +1,7 @@
-"""What a delta costs when a model is used: prefill and decoding, timed in pairs with the base.
+"""The latency that a delta adds to prefill and decoding, timed in pairs with the base model.
 
-The two take turns in one process, so that what else the machine does hits both, and what is told is
-the median of their ratios. Nothing is merged into the weights.
+Both run alternately in one process, so that other load on the machine slows down both. The result
+is the median of their ratios. Deltas are not merged into the weights.
 """
 
 import statistics
@@ -27,16 +27,16 @@ from softprompt.inference.sampling import GREEDY
 from softprompt.models import Model
 
 Tree = Any
-Run = Callable[[], Any]  # does its work, and waits for it
-Seconds = tuple[float, float]  # by the clock, and of all processors
+Run = Callable[[], Any]  # runs a program, and waits for its outputs
+Seconds = tuple[float, float]  # wall time, and CPU time of the process
 
-ROWS, NEW, PAIRS = 8, 16, 21  # inputs together, tokens that each is continued by, measurements
+ROWS, NEW, PAIRS = 8, 16, 21  # inputs in a batch, new tokens for each, measurements
 
 
 class Served(NamedTuple):
-    """A model in use: its weights, the variables and context of a method, and what it reads.
+    """A model to be timed: its weights, the variables and context of a method, and its inputs.
 
-    `which`: the number of the prompt that all inputs have, where there are several.
+    `which` is the number of the prompt of all inputs, if the method has several prompts.
     """
 
     weights: Tree
@@ -55,21 +55,21 @@ def compare(
     new: int = NEW,
     pairs: int = PAIRS,
 ) -> dict[str, Any]:
-    """What `other` costs over `base`, in prefill and for each token decoded with a cache.
+    """Compares the latency of `other` with `base`, in prefill and per token decoded with a cache.
 
     Args:
         model: of both, a decoder or a T5.
-        base: the one.
-        other: the other.
+        base: the reference.
+        other: compared with it.
         mesh: rows are split over its data axis.
-        rows: inputs that are run together: the first ones, over again where there are fewer.
-        new: tokens decoded, 2 or more; prefill brings the first.
+        rows: batch size; the first inputs are used, repeatedly if there are fewer.
+        new: tokens to decode, 2 or more; prefill computes the first.
         pairs: measurements of each.
 
     Returns:
         rows, new and pairs; then for "prefill" (of a batch) and "token" (of every row):
-        `_overhead`, the median of the pairs' ratios less 1, `_low` and `_high`, its 95 % interval,
-        `_seconds` and `_base_seconds`, medians, and `_ratios`, one a pair.
+        `_overhead`, the median of the pairs' ratios minus 1, `_low` and `_high`, its 95 % interval,
+        `_seconds` and `_base_seconds`, medians, and `_ratios`, one per pair.
     """
     runs = [functions(model, one, mesh=mesh, rows=rows, new=new) for one in (base, other)]
     found: dict[str, Any] = {"rows": rows, "new": new, "pairs": pairs}
@@ -92,13 +92,13 @@ def compare(
 def functions(
     model: Model, served: Served, *, mesh: Mesh | None, rows: int, new: int
 ) -> tuple[Run, Run]:
-    """A function that runs a batch of inputs, and one that continues them by `new` tokens."""
+    """A function that runs the prefill of a batch, and one that decodes `new` tokens."""
     weights, shared, inputs, which = served
     (batch,) = input_batches([inputs[n % len(inputs)] for n in range(rows)], batch=rows)
     slots = slots_for(batch.tokens_BT.shape[1])
     which_B = None if which is None else np.full(rows, which, np.int32)
     arguments = on_rows(mesh, (batch.tokens_BT, batch.lengths_B, which_B))
-    who = on_rows(mesh, RowIds(np.arange(rows, dtype=np.uint32), np.ones(rows, bool)))
+    row_ids = on_rows(mesh, RowIds(np.arange(rows, dtype=np.uint32), np.ones(rows, bool)))
     rules = Rules(new, NO_TOKEN, GREEDY, jax.random.key(0))
 
     def prefill() -> Any:
@@ -109,13 +109,15 @@ def functions(
 
     def decode() -> Any:
         run = decode_function(model, mesh)
-        return jax.block_until_ready(run(weights, shared, memory, logits_BV, who, rules, new=new))
+        return jax.block_until_ready(
+            run(weights, shared, memory, logits_BV, row_ids, rules, new=new)
+        )
 
     return prefill, decode
 
 
 def in_turns(first: Run, second: Run, pairs: int) -> list[tuple[Seconds, Seconds]]:
-    """Seconds of both, pair by pair, the order turned round each time; a call before compiles."""
+    """Times both, pair by pair, in alternating order, after a first call that compiles."""
     first(), second()
     times = []
     for pair in range(pairs):
@@ -128,20 +130,20 @@ def in_turns(first: Run, second: Run, pairs: int) -> list[tuple[Seconds, Seconds
 
 
 def seconds(run: Run) -> Seconds:
-    """How long a call takes, by the clock and in seconds of all processors."""
+    """The wall time and the CPU time of a call."""
     began = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """An interval that holds the median of what the values are drawn from, 95 % or more often.
+    """A confidence interval of the median, with a coverage of at least 95 %.
 
-    Two of the values themselves, whatever they are distributed like; the smallest and the largest
-    where they are fewer than six, which is less than 95 %.
+    It needs no assumption on the distribution: its ends are two of the values. With fewer than six
+    values they are the smallest and the largest, and the coverage is below 95 %.
 
     Source: Conover 1999, Practical Nonparametric Statistics, section 3.2.
     """
     ordered = sorted(values)
-    place = max(1, int(stats.binom.ppf(0.025, len(ordered), 0.5)))
-    return ordered[place - 1], ordered[-place]
+    rank = max(1, int(stats.binom.ppf(0.025, len(ordered), 0.5)))
+    return ordered[rank - 1], ordered[-rank]

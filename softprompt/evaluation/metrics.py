@@ -1,7 +1,7 @@
-"""Metrics of predicted labels and of generated answers. Unlabelled examples do not count.
+"""Metrics of predicted labels and of generated answers. Unlabelled examples are ignored.
 
-An evaluator scores each task of a trial with `classification` or `free_text` and joins the scores
-with `over_tasks`. Which metrics a task can have says `Task.metrics`.
+Evaluators score each task of a trial with `classification` or `free_text`. `over_tasks` joins the
+scores of tasks. `Task.metrics` lists the metrics that a task can have.
 """
 
 import re
@@ -12,21 +12,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 
-NOT_METRICS = ("examples", "classes_predicted")  # what scores hold beside metrics
+NOT_METRICS = ("examples", "classes_predicted")  # entries of scores that are not metrics
 
 
 def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) -> dict[str, float]:
-    """Returns the accuracy, and F1 averaged over the classes that occur or are predicted.
+    """Returns the accuracy, and F1 averaged over all classes that are labels or predictions.
 
     Args:
-        predicted_N: index of the predicted class; -1 for an output that is no legal label, which
+        predicted_N: index of the predicted class; -1 for an output that is not a label, which
             counts as wrong.
-        labels_N: index of the right class; -1 where it is unknown.
+        labels_N: index of the right class; -1 if it is unknown.
         classes: number of classes.
 
     Returns:
-        accuracy, macro_f1, classes_predicted (how many different ones), and examples: how many
-        counted. Without a labelled example, only that.
+        accuracy, macro_f1, classes_predicted (how many different ones), and examples (how many are
+        labelled). If there is no labelled example, only examples.
     """
     known_N = labels_N >= 0
     right, predicted = labels_N[known_N], predicted_N[known_N]
@@ -46,14 +46,14 @@ def classification(predicted_N: np.ndarray, labels_N: np.ndarray, classes: int) 
 def free_text(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
     """Returns SQuAD's exact match and F1 of generated answers, as shares (not percentages).
 
-    Each prediction is compared with all right answers of its example, and the best counts.
+    Each prediction is compared with every right answer of its example; the best match counts.
 
     Args:
         predicted: the generated text of each example.
-        answers: the right answers of each example; an example without one does not count.
+        answers: the right answers of each example; an example without one is ignored.
 
     Returns:
-        exact_match, f1, and examples: how many counted. Without an answered example, only that.
+        exact_match, f1, and examples (how many have an answer). If none has one, only examples.
 
     Source: Rajpurkar et al. 2016 (arXiv 1606.05250), section 6.1, and evaluate-v1.1.py.
     """
@@ -82,9 +82,9 @@ def normalised_answer(text: str) -> str:
 
 
 def token_f1(predicted: str, answer: str) -> float:
-    """Returns F1 of the words that two texts share after `normalised_answer`.
+    """Returns the F1 of the words of two texts, after `normalised_answer`.
 
-    It is 0.0 where they share none, so also where both are empty (as in evaluate-v1.1.py).
+    It is 0.0 if they have no common word, so also if both are empty (as in evaluate-v1.1.py).
     """
     ours, theirs = (normalised_answer(text).split() for text in (predicted, answer))
     shared = (Counter(ours) & Counter(theirs)).total()
@@ -92,17 +92,16 @@ def token_f1(predicted: str, answer: str) -> float:
 
 
 def over_tasks(scores: Mapping[str, dict[str, float]]) -> dict[str, float]:
-    """Joins the scores of several tasks: means in which tasks count alike, and each task's own.
+    """Joins the scores of several tasks: their unweighted means, and the scores of each task.
 
-    Only metrics that all tasks have are averaged. A task without a labelled example does not count.
-    The scores of a single task are returned as they are.
+    Only metrics that all tasks have are averaged. Tasks without a labelled example are ignored. The
+    scores of a single task are returned unchanged.
 
     Args:
         scores: of each task by name, from `classification` or `free_text`.
 
     Returns:
-        The mean of each common metric, then examples (of all tasks), then "TASK/accuracy" and so
-        on.
+        The mean of each common metric, examples (of all tasks), and "TASK/accuracy" and so on.
     """
     if len(scores) == 1:
         return dict(*scores.values())

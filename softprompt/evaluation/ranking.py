@@ -1,7 +1,7 @@
 """Rank scoring: the log-probability of every candidate answer after every input.
 
-A context is computed once for a whole evaluation; rows are packed, and an input is run once for all
-of its candidates.
+The context is computed once per evaluation. Rows are packed, and each input is run once for all of
+its candidates.
 """
 
 import functools
@@ -17,60 +17,61 @@ from jax.sharding import Mesh
 
 from softprompt.data.eval_batches import collect
 from softprompt.data.rows import EvalBatch, Pairs
+from softprompt.inference.decode import Report
 from softprompt.models import Model
 from softprompt.models.rows import Rows
 from softprompt.training.sharding import by_row, put_batch, replicated
 from softprompt.training.step import Shared, StepConfig, row_logits, shared_part
 
-Asked = ParamSpec("Asked")
+Params = ParamSpec("Params")
 Program = Callable[..., Any]
 Tree = Any
 Scores = tuple[np.ndarray, np.ndarray]  # sums of log-probabilities, and numbers of tokens
-Told = Callable[[int, int], None]
 
 
 def scoring_budget() -> int:
-    """Tokens scored at once: what a CPU's caches hold, or enough to fill an accelerator."""
+    """Tokens in a batch: as many as fit into a CPU's caches, or enough to fill an accelerator."""
     return 512 if jax.default_backend() == "cpu" else 16384
 
 
 def scored_at_once(mesh: Mesh) -> int:
-    """Batches scored at a time: in one program a CPU's cores wait for one another.
+    """Batches scored concurrently.
 
-    Two programs leave none idle, and take a fifth less time on two cores.
+    The cores of a CPU are partly idle in one program. Two at a time take a fifth less time on two
+    cores.
     """
     return 2 if jax.default_backend() == "cpu" and mesh.size == 1 else 1
 
 
-def one_program(make: Callable[Asked, Program]) -> Callable[Asked, Program]:
-    """Keeps the compiled functions that `make` made, one of each for all threads.
+def one_program(make: Callable[Params, Program]) -> Callable[Params, Program]:
+    """Caches the jitted functions that `make` returns, so that all threads share them.
 
-    Of a function JAX makes one program, whoever calls it at once. A cache alone would give each of
-    several threads that find nothing a function of its own.
+    JAX compiles a jitted function once, even if several threads call it. `lru_cache` alone could
+    call `make` in each of several threads, and each would compile its own function.
     """
     lock = threading.Lock()
-    kept: Program = functools.lru_cache(maxsize=32)(make)
+    cached: Program = functools.lru_cache(maxsize=32)(make)
 
     @functools.wraps(make)
-    def found(*args: Asked.args, **kwargs: Asked.kwargs) -> Program:
+    def locked(*args: Params.args, **kwargs: Params.kwargs) -> Program:
         with lock:
-            return kept(*args, **kwargs)
+            return cached(*args, **kwargs)
 
-    return found
+    return locked
 
 
 @one_program
 def shared_function(config: StepConfig, mesh: Mesh) -> Callable[[Tree, Tree], Any]:
-    """The compiled `shared_part`: (delta, weights) -> (variables, context), on every device."""
-    del mesh  # a key of the cache: the arguments bring their shardings
+    """The jitted `shared_part`: (delta, weights) -> (variables, context), on every device."""
+    del mesh  # only a key of the cache: the arguments have shardings
     return jax.jit(functools.partial(shared_part, config))
 
 
 @one_program
 def score_function(model: Model, mesh: Mesh, *, many: bool = False) -> Callable[..., jax.Array]:
-    """The compiled (weights, shared, rows, pairs) -> log-probability of each pair [R, C], float32.
+    """The jitted (weights, shared, rows, pairs) -> log-probability of each pair [R, C], float32.
 
-    `many`: of several deltas, whose shared parts are stacked: [N, R, C]. The weights are not.
+    With `many`, `shared` is stacked over N deltas, and the output is [N, R, C].
     """
 
     def score(weights: Tree, shared: Shared, rows: Rows, pairs: Pairs) -> Any:
@@ -83,8 +84,9 @@ def score_function(model: Model, mesh: Mesh, *, many: bool = False) -> Callable[
         return jax.vmap(log_probs)(logits_RMV, norm_RM, pairs)
 
     function = jax.vmap(score, in_axes=(None, 0, None, None)) if many else score
-    own = by_row(mesh)
-    return jax.jit(function, in_shardings=(None, None, own, own), out_shardings=replicated(mesh))
+    split = by_row(mesh)
+    shardings = (None, None, split, split)
+    return jax.jit(function, in_shardings=shardings, out_shardings=replicated(mesh))
 
 
 def score_batches(
@@ -95,19 +97,19 @@ def score_batches(
     *,
     mesh: Mesh,
     at_once: int = 1,
-    progress: Told = lambda done, total: None,
+    progress: Report = lambda done, total: None,
 ) -> Scores:
     """Scores every candidate of every example.
 
     Args:
-        model: of either kind.
+        model: a decoder or an encoder-decoder.
         weights: its frozen weights.
         shared: the method's variables and the context, from `shared_function`.
-        batches: from `eval_batches`, rows a multiple of the mesh's data axis.
-        mesh: where to run.
-        at_once: batches that run at a time, where more than one each in a thread of its own: on one
-            device only, and without JAX settings that are the calling thread's alone.
-        progress: called with batches done and in all.
+        batches: from `eval_batches`; the mesh's data axis divides their rows.
+        mesh: the devices.
+        at_once: batches that run concurrently. More than one needs a mesh of one device. Each then
+            runs in its own thread, where thread-local JAX settings of the caller do not apply.
+        progress: called with the batches done and their total.
 
     Returns:
         Sums of log-probabilities (float64) and numbers of tokens, both [examples, candidates].
@@ -124,23 +126,21 @@ def score_side_by_side(
     *,
     mesh: Mesh,
     at_once: int = 1,
-    progress: Told = lambda done, total: None,
+    progress: Report = lambda done, total: None,
 ) -> list[Scores]:
-    """Scores every candidate of every example behind each of several deltas, in one program.
-
-    Rows are packed once for all of them; each context has been computed once.
+    """Scores every candidate of every example with each of several deltas, in one program.
 
     Args:
-        model: of all.
-        weights: of all.
-        shared: one a delta, of equal shapes; otherwise as for `score_batches`.
-        batches: as for `score_batches`; a program runs a batch as often as there are deltas.
-        mesh: where to run.
+        model: of all deltas.
+        weights: of all deltas.
+        shared: one for each delta, of equal shapes; see `score_batches`.
+        batches: as for `score_batches`; the program runs each batch with all deltas.
+        mesh: the devices.
         at_once: as for `score_batches`.
-        progress: called with batches done and in all.
+        progress: called with the batches done and their total.
 
     Returns:
-        What `score_batches` returns of each.
+        For each delta the result of `score_batches`.
     """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *shared)
     run = functools.partial(score_function(model, mesh, many=True), weights, stacked)
@@ -153,22 +153,24 @@ def _outputs(
     batches: Sequence[EvalBatch],
     mesh: Mesh,
     at_once: int,
-    progress: Told,
+    progress: Report,
 ) -> list[np.ndarray]:
-    """What `run` returns of each batch's rows and pairs."""
+    """The outputs of `run` for each batch."""
     assert at_once == 1 or mesh.size == 1, "programs that communicate start in one order everywhere"
     start = lambda batch: run(*put_batch(mesh, (batch.rows, batch.pairs)))  # noqa: E731
-    found: list[np.ndarray] = []
-    for output in _lagging(start, batches) if at_once == 1 else _beside(start, batches, at_once):
-        found.append(np.asarray(output))
-        progress(len(found), len(batches))
-    return found
+    outputs: list[np.ndarray] = []
+    for output in (
+        _pipelined(start, batches) if at_once == 1 else _concurrent(start, batches, at_once)
+    ):
+        outputs.append(np.asarray(output))
+        progress(len(outputs), len(batches))
+    return outputs
 
 
-def _lagging(
+def _pipelined(
     start: Callable[[EvalBatch], jax.Array], batches: Sequence[EvalBatch]
 ) -> Iterator[jax.Array]:
-    """Outputs in order, each to be fetched while the next batch runs."""
+    """Outputs in order; each is fetched while the next batch runs."""
     pending: jax.Array | None = None
     for batch in batches:
         running = start(batch)
@@ -179,16 +181,16 @@ def _lagging(
     yield pending
 
 
-def _beside(
+def _concurrent(
     start: Callable[[EvalBatch], jax.Array], batches: Sequence[EvalBatch], at_once: int
 ) -> Iterator[np.ndarray]:
-    """Outputs in order, so many batches running at a time: those of one thread run in turns."""
+    """Outputs in order; `at_once` batches run concurrently, each in a thread."""
     with ThreadPoolExecutor(at_once) as pool:
         yield from pool.map(lambda batch: np.asarray(start(batch)), batches)
 
 
 def normalise(sums_NC: np.ndarray, lengths_NC: np.ndarray, score: str) -> np.ndarray:
-    """Scores by "sum", or by "mean" over a candidate's tokens."""
+    """Scores of candidates: the "sum" of log-probabilities, or the "mean" over tokens."""
     return sums_NC / np.maximum(lengths_NC, 1) if score == "mean" else sums_NC
 
 
@@ -199,5 +201,5 @@ def probabilities(scores_NC: np.ndarray) -> np.ndarray:
 
 
 def token_nll(sums_NC: np.ndarray, lengths_NC: np.ndarray) -> float:
-    """Mean negative log-probability a target token, in nats, over all examples and candidates."""
+    """Mean negative log-probability per target token, in nats, over examples and candidates."""
     return float(-sums_NC.sum() / lengths_NC.sum())

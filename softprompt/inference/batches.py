@@ -1,4 +1,4 @@
-"""Inputs of unlike lengths as batches of few shapes."""
+"""Batches of inputs of different lengths, with few shapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class InputBatch:
-    """Inputs to be continued, padded on the right.
+    """Inputs of a generation, padded on the right.
 
     Attributes:
-        tokens_BT: each input, then zeros.
-        lengths_B: tokens in each input; 1 where there is no example.
-        example_B: the index of each example, -1 where there is none.
+        tokens_BT: the inputs' tokens, padded with zeros.
+        lengths_B: tokens in each input; 1 in an empty row.
+        example_B: the index of each example, -1 in an empty row.
     """
 
     tokens_BT: np.ndarray
@@ -28,7 +28,7 @@ def input_batches(
 
     Args:
         inputs: token ids of each example.
-        batch: B, examples in a batch; the last one is padded.
+        batch: B, examples in a batch; empty rows fill the last batch.
         multiple: T is a multiple of this, so that few shapes are compiled.
     """
     lengths_N = np.array([len(tokens) for tokens in inputs])
@@ -38,15 +38,15 @@ def input_batches(
         members = order[first : first + batch]
         longest = -(-int(lengths_N[members].max()) // multiple) * multiple
         tokens_BT = np.zeros((batch, longest), np.int32)
-        for place, example in enumerate(members.tolist()):
-            tokens_BT[place, : lengths_N[example]] = inputs[example]
-        spare = (0, batch - len(members))
-        lengths_B = np.pad(lengths_N[members], spare, constant_values=1).astype(np.int32)
-        example_B = np.pad(members, spare, constant_values=-1)
+        for row, example in enumerate(members.tolist()):
+            tokens_BT[row, : lengths_N[example]] = inputs[example]
+        empty = (0, batch - len(members))
+        lengths_B = np.pad(lengths_N[members], empty, constant_values=1).astype(np.int32)
+        example_B = np.pad(members, empty, constant_values=-1)
         batches.append(InputBatch(tokens_BT, lengths_B, example_B))
     return batches
 
 
 def slots_for(length: int) -> int:
-    """Slots of a cache that is to hold so many tokens: 64, 128, 256, ...; few programs result."""
+    """The size of a cache for `length` tokens: 64, 128, 256, ..., so that few sizes compile."""
     return max(64, 1 << (length - 1).bit_length())

@@ -19,15 +19,15 @@ from softprompt.models import Model
 
 
 class Beams(NamedTuple):
-    """The search of one input, C beams wide; tokens are NO_TOKEN where none is written.
+    """The search of one input with C beams; unwritten tokens are NO_TOKEN.
 
     Attributes:
-        live_C: log-probability of each sequence that goes on, the largest first.
-        live_CN: its tokens.
-        ended_C: log-probability over length ** penalty of each of the best sequences that have
-            ended, the largest first; -inf where there is none yet.
-        ended_CN: its tokens.
-        open: whether a sequence that goes on may still enter the best.
+        live_C: log-probabilities of the live sequences, in descending order.
+        live_CN: their tokens.
+        ended_C: log-probability / length ** penalty of the best ended sequences, in descending
+            order; -inf where fewer than C have ended.
+        ended_CN: their tokens.
+        open: whether a live sequence may still become one of the best.
     """
 
     live_C: jax.Array
@@ -38,7 +38,7 @@ class Beams(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the loop carries: `made` tokens are chosen; beams [B, ...], and their cache."""
+    """The loop's carry: the number of chosen tokens (`made`), the beams [B, ...], their cache."""
 
     made: jax.Array
     beams: Beams
@@ -46,7 +46,7 @@ class State(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What may change without compiling anew."""
+    """Arguments of the compiled search, which may change without recompilation."""
 
     limit: int
     eos_id: int
@@ -54,7 +54,7 @@ class Rules(NamedTuple):
 
 
 def new_beams(beams: int, new: int) -> Beams:
-    """The search before its first token: one empty sequence, held by the first beam."""
+    """The search before its first token: one empty sequence in the first beam."""
     none_C = jnp.full(beams, -jnp.inf)
     empty_CN = jnp.full((beams, new), NO_TOKEN, jnp.int32)
     return Beams(none_C.at[0].set(0.0), empty_CN, none_C, empty_CN, jnp.array(True))
@@ -65,36 +65,38 @@ def advance(
 ) -> tuple[Beams, jax.Array]:
     """Chooses the next token of one input's beams.
 
-    Of the 2C best continuations, those among the first C that end (by EOS, or at the limit) compete
-    with what ended before; the best C that do not end go on. The search is closed once the best
-    that goes on, taken at its present length, is no better than the worst of C ended ones.
+    It takes the 2C best continuations. Those of the first C that end (by EOS, or at the limit)
+    compete with the sequences that ended before. The best C that do not end stay live. The search
+    closes when the best live sequence, scored at its present length, is no better than the worst of
+    C ended ones.
 
     Args:
         beams: the search so far.
         logits_CV: of each beam's next token.
-        count: tokens that each beam has.
+        count: the number of tokens of each beam.
         rules: when sequences end, and how they are ranked.
 
     Returns:
-        The search with one token more, and which beam each live one continues [C].
+        The search after the token, and the beam that each live sequence continues [C].
     """
     width, vocab = logits_CV.shape
     total_CV = jax.nn.log_softmax(logits_CV) + beams.live_C[:, None].astype(logits_CV.dtype)
-    best_2C, place_2C = jax.lax.top_k(total_CV.reshape(-1), 2 * width)
-    parent_2C, token_2C = place_2C // vocab, (place_2C % vocab).astype(jnp.int32)
+    best_2C, index_2C = jax.lax.top_k(total_CV.reshape(-1), 2 * width)
+    parent_2C, token_2C = index_2C // vocab, (index_2C % vocab).astype(jnp.int32)
     tokens_2CN = beams.live_CN[parent_2C].at[:, count].set(token_2C)
     ends_2C = (token_2C == rules.eos_id) | (count + 1 >= rules.limit)
 
-    live_C, kept_C = jax.lax.top_k(jnp.where(ends_2C, -jnp.inf, best_2C), width)
+    live_C, live_index_C = jax.lax.top_k(jnp.where(ends_2C, -jnp.inf, best_2C), width)
 
     length = (count + 1.0) ** rules.length_penalty
     ranked_2C = jnp.where(ends_2C & (jnp.arange(2 * width) < width), best_2C / length, -jnp.inf)
-    every_3C = jnp.concatenate([beams.ended_C.astype(ranked_2C.dtype), ranked_2C])
-    ended_C, won_C = jax.lax.top_k(every_3C, width)
-    ended_CN = jnp.concatenate([beams.ended_CN, tokens_2CN])[won_C]
+    ranked_3C = jnp.concatenate([beams.ended_C.astype(ranked_2C.dtype), ranked_2C])
+    ended_C, ended_index_C = jax.lax.top_k(ranked_3C, width)
+    ended_CN = jnp.concatenate([beams.ended_CN, tokens_2CN])[ended_index_C]
 
-    still = beams.open & (live_C[0] / length > ended_C[-1])
-    return Beams(live_C, tokens_2CN[kept_C], ended_C, ended_CN, still), parent_2C[kept_C]
+    open_ = beams.open & (live_C[0] / length > ended_C[-1])
+    live_CN, parent_C = tokens_2CN[live_index_C], parent_2C[live_index_C]
+    return Beams(live_C, live_CN, ended_C, ended_CN, open_), parent_C
 
 
 def search(
@@ -115,24 +117,24 @@ def search(
         model: a decoder or a T5.
         weights: its frozen weights.
         shared: the method's variables and the context.
-        memory: from `prefill`; the beams of an input share it.
+        memory: from `prefill`; the same for all beams of an input.
         logits_BV: of the first new token.
-        real_B: which rows hold an example.
+        real_B: true where a row has an example.
         rules: see `Rules`.
         beams: C.
-        new: N, room for tokens.
+        new: N, the most new tokens.
     """
 
     def step_beams(old: Beams, logits_BCV: jax.Array, count: Any) -> tuple[Beams, jax.Array]:
         next_, parent_BC = jax.vmap(functools.partial(advance, count=count, rules=rules))(
             old, logits_BCV
         )
-        was = old.open  # a closed search stays as it is, whatever others of its batch do
+        was_open_B = old.open  # a closed search no longer changes
 
-        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(was.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        def select(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(was_open_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-        return jax.tree.map(keep, next_, old), parent_BC
+        return jax.tree.map(select, next_, old), parent_BC
 
     def more(state: State) -> jax.Array:
         return (state.made < rules.limit) & jnp.any(state.beams.open)
@@ -142,8 +144,8 @@ def search(
         tokens_BC = jax.lax.dynamic_index_in_dim(state.beams.live_CN, last, 2, keepdims=False)
         logits_BCV, cache = extend(model, weights, shared, memory, state.cache, tokens_BC, last)
         found, parent_BC = step_beams(state.beams, logits_BCV, state.made)
-        take = jax.vmap(lambda part, parent_C: part[:, parent_C], (1, 0), 1)
-        cache = take(cache[0], parent_BC), take(cache[1], parent_BC)
+        reorder = jax.vmap(lambda part, parent_C: part[:, parent_C], (1, 0), 1)
+        cache = reorder(cache[0], parent_BC), reorder(cache[1], parent_BC)
         return State(state.made + 1, found, cache)
 
     rows = logits_BV.shape[0]
@@ -177,19 +179,19 @@ def beam_search(
     which: Sequence[int] | None = None,
     progress: Report = lambda done, total: None,
 ) -> list[list[int]]:
-    """Continues each input by the best sequence that a beam search finds.
+    """Continues each input with the best sequence of a beam search.
 
     Args:
         model: a decoder or a T5.
         weights: its frozen weights.
         shared: the method's variables and the context.
         inputs: token ids of each example.
-        beams: sequences kept at every step.
-        max_new: tokens to generate, at most.
-        eos_id: what ends a sequence (and is cut off); None runs to `max_new`.
-        length_penalty: sequences are ranked by log-probability / length ** penalty, EOS counted;
-            above 0 favours long ones.
-        batch: examples run together.
+        beams: the number of live sequences at every step.
+        max_new: the most tokens to generate.
+        eos_id: the token that ends a sequence (and is removed); None: `max_new` tokens.
+        length_penalty: sequences are ranked by log-probability / length ** penalty, where the
+            length includes EOS; a value above 0 favours long ones.
+        batch: examples in a batch.
         room: as for `generate`.
         mesh: as for `generate`.
         which: as for `generate`.

@@ -1,8 +1,8 @@
-"""Generation: inputs of unlike lengths continued together from one context.
+"""Generation for inputs of different lengths after one context.
 
-Each batch is run once (one program a shape of inputs, few by padding); then one compiled program
-generates until every row has ended or the limit is reached. The limit, the inputs' lengths, what
-ends a row and how tokens are drawn are arguments of that program: it is compiled once for them all.
+Each batch of inputs is run once; padding limits the number of shapes to compile. Then one compiled
+program generates until every row has ended or the limit is reached. The limit, the inputs' lengths,
+the EOS id and the sampling are arguments of this program and need no recompilation.
 """
 
 import functools
@@ -23,11 +23,11 @@ from softprompt.training.sharding import by_row, put, replicated
 
 Report = Callable[[int, int], None]
 Inputs = Sequence[Sequence[int] | np.ndarray]
-NO_TOKEN = -1  # an EOS that no model says
+NO_TOKEN = -1  # an EOS id that no model generates
 
 
 class State(NamedTuple):
-    """What the loop carries: `made` tokens are chosen, the last of each row not yet run."""
+    """The loop's carry: `made` tokens are chosen; the last of each row is not yet run."""
 
     made: jax.Array
     last_B: jax.Array
@@ -37,14 +37,14 @@ class State(NamedTuple):
 
 
 class RowIds(NamedTuple):
-    """The rows of a batch: the ids that randomness is drawn from, and which hold an example."""
+    """The rows of a batch: the ids that seed their draws, and which rows have an example."""
 
     ids_B: Any
     real_B: Any
 
 
 class Rules(NamedTuple):
-    """What may change without compiling anew: tokens to generate, EOS, the draw and its key."""
+    """Arguments of the compiled loop: the number of tokens, EOS, the sampling and its key."""
 
     limit: int
     eos_id: int
@@ -63,7 +63,7 @@ def decode(
     *,
     new: int,
 ) -> jax.Array:
-    """Generates until all rows have ended: ids [B, new], EOS from where a row ends.
+    """Generates until all rows have ended; returns ids [B, new], EOS after the end of a row.
 
     Args:
         model: a decoder or a T5.
@@ -71,9 +71,9 @@ def decode(
         shared: the method's variables and the context.
         memory: from `prefill`.
         logits_BV: of the first new token.
-        rows: whose they are.
-        rules: when to stop, and how to choose.
-        new: N, room for tokens; the limit may be less.
+        rows: see `RowIds`.
+        rules: when to stop, and how to choose tokens.
+        new: N, the most new tokens; `rules.limit` may be less.
     """
 
     def pick(logits_BV: jax.Array, nth: Any, done_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -107,9 +107,9 @@ def prefill_function(model: Model) -> Callable[..., Any]:
 @functools.lru_cache(maxsize=32)
 def decode_function(model: Model, mesh: Mesh | None) -> Callable[..., jax.Array]:
     """The compiled `decode`."""
-    whole = None if mesh is None else replicated(mesh)
+    sharding = None if mesh is None else replicated(mesh)
     bound = functools.partial(decode, model)
-    return jax.jit(bound, static_argnames="new", out_shardings=whole)
+    return jax.jit(bound, static_argnames="new", out_shardings=sharding)
 
 
 def generate(
@@ -129,25 +129,25 @@ def generate(
     which: Sequence[int] | None = None,
     progress: Report = lambda done, total: None,
 ) -> list[list[int]]:
-    """Continues inputs, or answers them where the model is a T5.
+    """Generates a continuation of each input (for a T5, the decoder's output).
 
     Args:
         model: a decoder or a T5.
         weights: its frozen weights.
-        shared: the method's variables and the context: a soft prompt's, a text's or an empty one.
+        shared: the method's variables and the context (of a soft prompt, a text, or empty).
         inputs: token ids of each example.
-        max_new: tokens to generate, at most.
-        eos_id: what ends a continuation (and is cut off); None runs to `max_new`.
-        sampling: how tokens are chosen; the likeliest by default.
-        seed: of the draw.
-        ids: a number for each example, which its draws depend on beside the seed; by default its
-            place in `inputs`. Nothing depends on what an example is batched with.
-        batch: examples run together.
-        room: tokens that any input may have, so that calls with longer and shorter inputs share a
-            program; by default as the longest of `inputs` needs.
+        max_new: the most tokens to generate.
+        eos_id: the token that ends a continuation (and is removed); None: `max_new` tokens.
+        sampling: how tokens are chosen; by default the most likely.
+        seed: of the sampling.
+        ids: a number for each example; its draws depend on this number and the seed, and not on the
+            batch. By default its index in `inputs`.
+        batch: examples in a batch.
+        room: the most tokens of an input, so that calls with longer and shorter inputs use the same
+            program; by default those of the longest input.
         mesh: rows are split over its data axis.
-        which: which of several prompts each example has, by number. None: there is one.
-        progress: is given examples done and in all.
+        which: the number of each example's prompt. None: there is one prompt.
+        progress: called with the number of finished examples and of all examples.
 
     Returns:
         Generated ids of each example.
@@ -186,7 +186,7 @@ def over_batches(
     which: Sequence[int] | None = None,
     progress: Report = lambda done, total: None,
 ) -> list[np.ndarray]:
-    """What `run` (memory, logits, batch) gives for each input, batch by batch.
+    """Runs `run(memory, logits, batch)` on each batch; returns its output for each input.
 
     Raises:
         UserError: see `generate`.
@@ -203,36 +203,36 @@ def over_batches(
         logits_BV, memory = prefill_function(model)(weights, shared, *rows, slots=slots)
         out_BN = np.asarray(run(memory, logits_BV, part))
         outputs.update(zip(part.example_B.tolist(), out_BN, strict=True))
-        outputs.pop(-1, None)  # rows without an example
+        outputs.pop(-1, None)  # empty rows
         progress(len(outputs), len(inputs))
     return [outputs[example] for example in range(len(inputs))]
 
 
 def check_inputs(model: Model, context: Any, inputs: Inputs, max_new: int) -> None:
-    """Checks that each input has a token and leaves room for new ones.
+    """Checks that each input has a token, and room for new ones in a decoder's context.
 
-    A T5's relative positions run on without end.
+    A T5's relative positions have no limit.
 
     Raises:
-        UserError: an input that does not.
+        UserError: an input has no tokens, or too many.
     """
     if max_new < 1:
         raise UserError(f"max_new is {max_new}; allowed: 1 or more")
-    for place, tokens in enumerate(inputs):
+    for number, tokens in enumerate(inputs):
         if not len(tokens):
-            raise UserError(f"input {place} has no tokens; allowed: 1 or more")
+            raise UserError(f"input {number} has no tokens; allowed: 1 or more")
         if isinstance(model, Decoder):
             most = model.config.context_length - context.length - max_new + 1
             if len(tokens) > most:
                 raise UserError(
-                    f"input {place} has {len(tokens)} tokens; allowed: {most} (the model's context "
+                    f"input {number} has {len(tokens)} tokens; allowed: {most} (the model's context "
                     f"of {model.config.context_length} less {context.length} of the prompt and "
                     f"{max_new - 1} of {max_new} new ones)"
                 )
 
 
 def on_rows(mesh: Mesh | None, rows: Any) -> Any:
-    """Arrays by row, laid over the mesh where there is one."""
+    """Arrays of rows, sharded over the mesh if there is one."""
     if mesh is None:
         return rows
     sharding = by_row(mesh)
@@ -240,6 +240,6 @@ def on_rows(mesh: Mesh | None, rows: Any) -> Any:
 
 
 def cut(out_N: np.ndarray, limit: int, eos_id: int) -> list[int]:
-    """Generated ids before EOS and below the limit."""
+    """The generated ids before EOS, at most `limit`."""
     ids = out_N[:limit].tolist()
     return ids[: ids.index(eos_id)] if eos_id in ids else ids

@@ -1,9 +1,9 @@
-"""Batches of inputs and their caches: prefill once, then one token a step.
+"""Prefill of a batch of inputs, and the cache of generated tokens.
 
-A cache is a pair (keys, values) [L, B, N, G, K], or [L, B, C, N, G, K] for C beams of each input,
-for what is generated. All rows write to the same slot; where a row's slot stands in its text, and
-what it may see, follow from the length of its input. The layers only read the cache; the new
-column is written once, behind them.
+A cache is a pair (keys, values) [L, B, N, G, K], or [L, B, C, N, G, K] for C beams of each input.
+It holds the generated tokens only. All rows write to the same slot; the position of a row's slot
+follows from the length of its input. The layers only read the cache; the keys and values of a new
+token are written once, after all layers.
 """
 
 import functools
@@ -30,19 +30,19 @@ def prefill(
     *,
     slots: int,
 ) -> tuple[jax.Array, Any]:
-    """Runs inputs that are to be continued.
+    """Runs the inputs of a generation.
 
     Args:
         model: a decoder or a T5.
         weights: its frozen weights.
         shared: the method's variables and the context.
         tokens_BT: the inputs, padded on the right.
-        lengths_B: how many tokens each has.
-        which_B: which of several prompts each has. None: there is one.
-        slots: places for an input's tokens in the memory, T or more.
+        lengths_B: the number of tokens of each input.
+        which_B: the number of each input's prompt. None: there is one prompt.
+        slots: size of the memory for an input's tokens, at least T.
 
     Returns:
-        Logits [B, V] of the first new token, and the memory, laid out as `model.memory_axes` says.
+        Logits [B, V] of the first new token, and the memory with batch axes `model.memory_axes`.
     """
     variables, context = shared
     apply = functools.partial(model.apply, collections(weights, variables))
@@ -56,7 +56,7 @@ def prefill(
 
 
 def empty_cache(memory: Any, new: int, *beams: int) -> Cache:
-    """A cache with room for `new` tokens of each row of a batch, or of each beam of a row."""
+    """A cache for `new` tokens of each row of a batch, or of each beam of a row."""
     like = memory.cached.k_LSGK
     layers, rows, _, *sizes = like.shape
     zeros = jnp.zeros((layers, rows, *beams, new, *sizes), like.dtype)
@@ -79,12 +79,12 @@ def extend(
         weights: as for `prefill`.
         shared: as for `prefill`.
         memory: from `prefill`.
-        cache: of what was generated before.
+        cache: of the tokens generated before.
         tokens: [B], or [B, C] for beams.
-        nth: how many were generated before; the slot that these tokens take.
+        nth: the number of tokens generated before, which is the slot of these.
 
     Returns:
-        Logits [B, V] or [B, C, V] of what comes next, and the cache with these tokens in it.
+        Logits [B, V] or [B, C, V] of the next token, and the cache with these tokens.
     """
     variables, context = shared
     apply = functools.partial(model.apply, collections(weights, variables))

@@ -1,4 +1,4 @@
-"""How the next token is chosen from its logits."""
+"""Choice of the next token from its logits."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,15 @@ from softprompt.errors import UserError
 
 @struct.dataclass
 class Sampling:
-    """How to draw tokens; the default draws none and takes the likeliest.
+    """How tokens are sampled; the default is greedy.
 
-    A compiled program serves all values of what is given; only which of them are given is static.
+    Values are arguments of a compiled program. Only whether a field is None is static.
 
     Attributes:
-        temperature: logits are divided by it; None takes the likeliest token.
-        top_k: only so many likeliest tokens may be drawn; None: all.
-        top_p: only the likeliest tokens that together reach this share of probability may be drawn,
-            of those that top_k leaves; None: all. Source: arXiv 1904.09751, section 3.1.
+        temperature: logits are divided by it; None chooses the most likely token.
+        top_k: only this many of the most likely tokens may be drawn; None: all.
+        top_p: of those, only the most likely tokens whose probabilities together reach this value
+            may be drawn; None: all. Source: arXiv 1904.09751, section 3.1.
     """
 
     temperature: float | None = None
@@ -31,9 +31,9 @@ GREEDY = Sampling()
 def sampling(
     temperature: float = 0.0, *, top_k: int | None = None, top_p: float | None = None
 ) -> Sampling:
-    """A `Sampling` from what a user says.
+    """A `Sampling` from a user's values.
 
-    A temperature of 0 takes the likeliest token; a top_p of 1 leaves all.
+    A temperature of 0 chooses the most likely token; a top_p of 1 allows all tokens.
 
     Raises:
         UserError: a value out of range.
@@ -48,7 +48,7 @@ def sampling(
 
 
 def row_keys(key: jax.Array, step: jax.Array, ids_B: jax.Array) -> jax.Array:
-    """A key for each row from the seed's key, the step and the example's id, never its place."""
+    """A key for each row from the seed's key, the step and the example's id."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), ids_B)
 
 
@@ -60,16 +60,16 @@ def choose(logits_BV: jax.Array, how: Sampling, keys_B: jax.Array) -> jax.Array:
 
 
 def allowed(logits_BV: jax.Array, how: Sampling) -> jax.Array:
-    """Logits over the temperature, -inf where a token may not be drawn; ties are kept."""
+    """Logits / temperature, -inf for tokens that may not be drawn; tied tokens are all allowed."""
     x_BV = logits_BV if how.temperature is None else logits_BV / how.temperature
     if how.top_k is not None:
-        falling_BV = jnp.sort(x_BV, descending=True)
-        least_B = falling_BV[:, how.top_k - 1]  # the last one where the index is beyond it
+        sorted_BV = jnp.sort(x_BV, descending=True)
+        least_B = sorted_BV[:, how.top_k - 1]  # JAX clamps an index beyond the vocabulary
         x_BV = jnp.where(x_BV < least_B[:, None], -jnp.inf, x_BV)
     if how.top_p is not None:
-        falling_BV = jnp.sort(x_BV, descending=True)
-        share_BV = jax.nn.softmax(falling_BV)
-        before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
-        least_B = jnp.min(jnp.where(before_BV < how.top_p, falling_BV, jnp.inf), axis=-1)
+        sorted_BV = jnp.sort(x_BV, descending=True)
+        probability_BV = jax.nn.softmax(sorted_BV)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        least_B = jnp.min(jnp.where(before_BV < how.top_p, sorted_BV, jnp.inf), axis=-1)
         x_BV = jnp.where(x_BV < least_B[:, None], -jnp.inf, x_BV)
     return x_BV

@@ -1,4 +1,4 @@
-"""Frozen language models: one row at a time, functional, their weights apart."""
+"""Frozen language models as pure functions of their weights and of one row at a time."""
 
 from softprompt.models.decoder import Decoder
 from softprompt.models.t5 import T5

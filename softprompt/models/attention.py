@@ -1,8 +1,8 @@
-"""Attention in parts under one softmax, with a backward pass that keeps no scores.
+"""Attention to several parts of keys with one softmax; the backward pass stores no scores.
 
-The gradient recomputes the scores from queries and keys, as FlashAttention's does (arXiv
-2205.14135, section 3.1): what is kept of a layer is as large as its queries. On a CPU it is faster
-too, for every array as large as the scores that is written is read from memory again.
+The backward pass recomputes the scores from queries and keys, as FlashAttention does (arXiv
+2205.14135, section 3.1). The residuals of a layer are therefore as small as its queries. This is
+also faster on a CPU, because arrays of the scores' size are not written to memory and read back.
 """
 
 import functools
@@ -16,16 +16,16 @@ Done = tuple[jax.Array, jax.Array]  # mixed values [G, Q, T, K], log-sum-exp [G,
 
 
 def accumulate(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of norms, softmax and losses: float32, or float64 where everything is."""
+    """The dtype of norms, softmax and losses: float32, or float64 in a float64 model."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 class Part(NamedTuple):
     """Keys and values [S, G, K] that queries attend to; S may be 0.
 
-    `mask_TS` says which of the keys each query sees (None: all), and may be [S] where all queries
-    see the same. `bias_HTS` is added to the scores. `segments_T` is there where the keys are the
-    queries' own and the mask says no more than "of the same segment, and not later".
+    `mask_TS` is true where a query sees a key (None: everywhere); it may be [S] if it is the same
+    for all queries. `bias_HTS` is added to the scores. `segments_T` is set if queries and keys are
+    of the same positions and the mask is exactly "the same segment, and not later".
     """
 
     k_SGK: jax.Array
@@ -38,15 +38,15 @@ class Part(NamedTuple):
 def attend(
     q_THK: jax.Array, parts: Sequence[Part], *, scale: float = 1.0, softcap: float = 0.0
 ) -> jax.Array:
-    """Grouped-query attention in parts under one softmax.
+    """Grouped-query attention to several parts of keys with one softmax.
 
-    Neither keys nor scores are joined. So a part that is not batched when the queries are (a
-    context) stays a single matrix multiplication under `vmap`, and a cache is not copied.
+    Neither keys nor scores are concatenated. A part without a batch axis (a context) therefore
+    stays a single matrix multiplication under `vmap`, and a cache is not copied.
 
     Args:
         q_THK: queries, already rotated.
-        parts: what they attend to.
-        scale: what queries are multiplied by.
+        parts: keys and values that the queries attend to.
+        scale: factor of the queries.
         softcap: c in c tanh(score / c); 0 for none.
 
     Returns:
@@ -59,20 +59,20 @@ def attend(
 def grouped(
     q_THK: jax.Array, parts: Sequence[Part], *, scale: float
 ) -> tuple[jax.Array, tuple[Part, ...]]:
-    """Queries, scaled, by the head of keys that they share [G, Q, T, K]; and what is not empty."""
+    """Scaled queries [G, Q, T, K], grouped by the key head they use, and the nonempty parts."""
     parts = [part for part in parts if part.k_SGK.shape[0]] or parts[-1:]
     q_THK = q_THK if scale == 1.0 else q_THK * scale
     return by_head(q_THK, parts[0].k_SGK.shape[1]), tuple(parts)
 
 
 def by_head(x_THK: jax.Array, groups: int) -> jax.Array:
-    """The same as [G, Q, T, K]: heads in the order in which they share keys."""
+    """Transposes to [G, Q, T, K]: query heads that use the same key head are adjacent."""
     tokens, heads, size = x_THK.shape
     return x_THK.swapaxes(0, 1).reshape(groups, heads // groups, tokens, size)
 
 
 def by_token(x_GQTK: jax.Array) -> jax.Array:
-    """The same as [T, H, K]."""
+    """Transposes back to [T, H, K]."""
     groups, ratio, tokens, size = x_GQTK.shape
     return x_GQTK.reshape(groups * ratio, tokens, size).swapaxes(0, 1)
 
@@ -81,9 +81,9 @@ def by_token(x_GQTK: jax.Array) -> jax.Array:
 def _mix(softcap: float, q_GQTK: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
     """The mixed values [G, Q, T, K].
 
-    What is as large as the scores has its axes in the order in which products of matrices read and
-    write them. An einsum sums over axes in the order of their letters, so that Q, T is the order
-    that needs no copy for the gradients of keys and values.
+    Arrays of the scores' size have the axis order that the matrix products read and write. An
+    einsum sums over axes in alphabetical order, so the order Q, T needs no copy for the gradients
+    of keys and values.
     """
     return forward(softcap, q_GQTK, parts)[0]
 
@@ -91,13 +91,13 @@ def _mix(softcap: float, q_GQTK: jax.Array, parts: tuple[Part, ...]) -> jax.Arra
 def forward(
     softcap: float, q_GQTK: jax.Array, parts: Sequence[Part], done: Sequence[Done] = ()
 ) -> tuple[jax.Array, Any]:
-    """The mixed values [G, Q, T, K], and what `backward` needs.
+    """The mixed values [G, Q, T, K], and the residuals for `backward`.
 
     Args:
         softcap: as for `attend`.
-        q_GQTK: queries, scaled.
-        parts: what they attend to.
-        done: what else they attend to, as others have mixed it.
+        q_GQTK: scaled queries.
+        parts: keys and values that the queries attend to.
+        done: results of other parts, which another kernel has computed.
     """
     acc, dtype = accumulate(q_GQTK.dtype), q_GQTK.dtype
     scores = [_score(softcap, part.mask_TS, _raw(q_GQTK, part), part.bias_HTS) for part in parts]
@@ -113,36 +113,37 @@ def forward(
         for x, part in zip(raised, parts, strict=True)
     ]
     mixed += [share * mixed_GQTK for share, (mixed_GQTK, _) in zip(shares, done, strict=True)]
-    # Divided last: there are fewer values than keys, which takes a fifth off attention on a CPU.
+    # Dividing the mixed values, not the larger scores, makes attention a fifth faster on a CPU.
     mixed_GQTK = (functools.reduce(jnp.add, mixed) / total_GQT1).astype(dtype)
     return mixed_GQTK, (q_GQTK, parts, top_GQT1, total_GQT1, mixed_GQTK)
 
 
 def backward(
-    softcap: float, kept: Any, g_GQTK: jax.Array, of_q: Sequence[jax.Array] = ()
+    softcap: float, residuals: Any, g_GQTK: jax.Array, q_grads: Sequence[jax.Array] = ()
 ) -> tuple[jax.Array, tuple[Part, ...]]:
-    """Gradients of queries and parts; products take their operands in the queries' dtype.
+    """Gradients of queries and parts; operands of products have the queries' dtype.
 
-    `of_q` are what the queries' gradient has from elsewhere, [G, Q, T, K].
+    `q_grads` are gradients of the queries [G, Q, T, K] from other parts, which are added.
     """
-    q_GQTK, parts, top_GQT1, total_GQT1, mixed_GQTK = kept
+    q_GQTK, parts, top_GQT1, total_GQT1, mixed_GQTK = residuals
     acc, dtype = accumulate(q_GQTK.dtype), q_GQTK.dtype
     g_GQTK = g_GQTK.astype(acc) / total_GQT1
     mean_GQT1 = jnp.sum(g_GQTK * mixed_GQTK, axis=-1, keepdims=True)
     g_GQTK = g_GQTK.astype(dtype)
-    of_q, of_parts = list(of_q), []
+    q_grads, part_grads = list(q_grads), []
     for part in parts:
-        of_raw = functools.partial(_score, softcap, part.mask_TS)
-        score_GQTS, pull = jax.vjp(of_raw, _raw(q_GQTK, part), part.bias_HTS)
+        score = functools.partial(_score, softcap, part.mask_TS)
+        score_GQTS, pullback = jax.vjp(score, _raw(q_GQTK, part), part.bias_HTS)
         raised_GQTS = jnp.exp(score_GQTS - top_GQT1).astype(dtype)
         back_GQTS = jnp.einsum("gqtk,sgk->gqts", g_GQTK, part.v_SGK, preferred_element_type=acc)
-        raw_GQTS, bias_HTS = pull(raised_GQTS * (back_GQTS - mean_GQT1))
+        raw_GQTS, bias_HTS = pullback(raised_GQTS * (back_GQTS - mean_GQT1))
         raw_GQTS = raw_GQTS.astype(dtype)
-        of_q.append(jnp.einsum("gqts,sgk->gqtk", raw_GQTS, part.k_SGK, preferred_element_type=acc))
+        q_grad = jnp.einsum("gqts,sgk->gqtk", raw_GQTS, part.k_SGK, preferred_element_type=acc)
+        q_grads.append(q_grad)
         k_SGK = jnp.einsum("gqts,gqtk->sgk", raw_GQTS, q_GQTK)
         v_SGK = jnp.einsum("gqts,gqtk->sgk", raised_GQTS, g_GQTK)
-        of_parts.append(Part(k_SGK, v_SGK, None, bias_HTS))
-    return functools.reduce(jnp.add, of_q).astype(dtype), tuple(of_parts)
+        part_grads.append(Part(k_SGK, v_SGK, None, bias_HTS))
+    return functools.reduce(jnp.add, q_grads).astype(dtype), tuple(part_grads)
 
 
 _mix.defvjp(forward, backward)
@@ -157,7 +158,7 @@ def _raw(q_GQTK: jax.Array, part: Part) -> jax.Array:
 def _score(
     softcap: float, mask_TS: jax.Array | None, x_GQTS: jax.Array, bias_HTS: jax.Array | None
 ) -> jax.Array:
-    """Scores of products: capped, biased, masked."""
+    """Scores: the products, capped, biased and masked."""
     if softcap:
         x_GQTS = softcap * jnp.tanh(x_GQTS / softcap)
     if bias_HTS is not None:

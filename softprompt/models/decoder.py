@@ -1,6 +1,6 @@
-"""A causal decoder in the form that makes a prompt cheap: a context once, then one row at a time.
+"""A causal decoder that computes a prompt once a step (the context), and then one row at a time.
 
-Everything that a row sees of its task is a stack of keys and values that the row does not change:
+A row attends to the context's keys and values in every layer and does not change them:
 
     context = model.apply(variables, method="prompt_context")              once a step
     x_MD = model.apply(variables, context, row, method="target_states")    one row, a `Rows`
@@ -9,9 +9,9 @@ Everything that a row sees of its task is a stack of keys and values that the ro
 The encoder-decoder (softprompt/models/t5.py) has the same three methods. The first two take a
 `Dropout` as their last argument; without it nothing is dropped.
 
-`jax.vmap` over rows leaves the context unbatched: it is computed once, forward and backward.
+Under `jax.vmap` over rows the context has no batch axis: it is computed once, forward and backward.
 
-Text is generated from a context too, a row's own keys and values beside it:
+Generation uses the context and a cache of the row's own keys and values:
 
     x_D, memory = model.apply(variables, context, tokens_T, length, method="prefill")
     x_TD, kv = model.apply(variables, context, memory, cache, tokens_T, positions_T,
@@ -31,9 +31,9 @@ from softprompt.models.decoder_layers import (
     DecoderConfig,
     KeysValues,
     Layer,
-    Row,
+    RowInputs,
     attention_case,
-    cuts,
+    has_shorter_window,
 )
 from softprompt.models.dropout import (
     Dropout,
@@ -60,7 +60,7 @@ from softprompt.models.stack import Gather, stack
 class Context:
     """Keys (rotated) and values that every row sees before its own tokens. P may be 0.
 
-    Several contexts of one length may lie end to end, `choices` of them: a token sees one.
+    It may hold `choices` contexts of equal length, concatenated; a token sees one of them.
     """
 
     k_LPGK: jax.Array
@@ -69,33 +69,33 @@ class Context:
 
     @property
     def length(self) -> int:
-        """P, the number of positions the context takes."""
+        """P, the number of positions of one context."""
         return self.k_LPGK.shape[-3] // self.choices
 
-    def places(self) -> jax.Array:
-        """Where each of its keys stands, from 0."""
+    def positions(self) -> jax.Array:
+        """The position of each key, from 0."""
         return jnp.tile(jnp.arange(self.length), self.choices)
 
     def mask(self, which: jax.Array | None) -> jax.Array | None:
-        """Which of its keys are seen, [..., keys], by what sees context number `which` [...].
+        """The mask [..., keys] of tokens that see context number `which` [...].
 
-        None: all of them, of an only context.
+        None (all keys are seen) if `which` is None, for which there must be a single context.
         """
         if which is None:
-            assert self.choices == 1, "a token has to say which of several contexts it sees"
+            assert self.choices == 1, "`which` is needed where there are several contexts"
             return None
         return which[..., None] == jnp.repeat(jnp.arange(self.choices), self.length)
 
 
 @struct.dataclass
 class Cached:
-    """Keys (rotated) and values of S slots that a row's next tokens may see.
+    """Keys (rotated) and values of S slots, which a row's next tokens attend to.
 
     Attributes:
         k_LSGK: keys of every layer.
-        v_LSGK: values.
-        positions_S: where each slot's token stands, from 0; the context comes before.
-        valid_S: which slots hold a token of the row.
+        v_LSGK: values of every layer.
+        positions_S: the position of each slot's token in the row, from 0, without the context.
+        valid_S: true where a slot holds a token of the row.
     """
 
     k_LSGK: jax.Array
@@ -106,9 +106,10 @@ class Cached:
 
 @struct.dataclass
 class Memory:
-    """What generation keeps of an input, and never changes.
+    """The constant state of an input during generation.
 
-    Its keys and values, its length, and which of several contexts it sees (None: the only one).
+    It holds the input's keys and values, its length, and the number of the context that it sees
+    (None: there is one context).
     """
 
     cached: Cached
@@ -117,21 +118,21 @@ class Memory:
 
 
 class Decoder(nn.Module):
-    """The model. Each method takes one row; `jax.vmap` over rows is the caller's.
+    """The model. Each method takes one row; callers apply `jax.vmap` over rows.
 
-    A soft prompt enters after the embeddings' scaling and before what leads from the embedding
-    width into the model's; with learned positions it gets its positions added like any token. It is
+    A soft prompt enters after the scaling of embeddings and before the projection from the
+    embedding width to the model's width. Learned positions are added to it as to any token. This is
     what transformers does with `inputs_embeds`, and PEFT with a prompt.
 
-    Dropout (see `dropout`) is of entries of embeddings and of what each sublayer makes, and of keys
-    of attention, as in GPT-2.
+    Dropout (see `dropout`) applies to embeddings, to the output of each sublayer and to the keys of
+    attention, as in GPT-2.
 
     Attributes:
-        config: sizes and parts.
-        dtype: what it computes in. Norms, biases, softmax and logits are at least float32.
-        remat: what the backward pass computes again, see `stack`.
-        gather: see `stack`; None where weights lie as they are computed with.
-        attention: the kernel of `hidden` where it can serve; the rest is left to the reference.
+        config: sizes and architecture.
+        dtype: dtype of the computation. Norms, biases, softmax and logits are at least float32.
+        remat: what the backward pass recomputes, see `stack`.
+        gather: see `stack`; None if weights need no gathering.
+        attention: the kernel of `hidden` for the cases it supports; others use the reference.
     """
 
     config: DecoderConfig
@@ -159,15 +160,15 @@ class Decoder(nn.Module):
             self.head = Linear("md,dv->mv", (c.prompt_width, c.vocab), self.dtype, wide=True)
 
     def empty_context(self) -> Context:
-        """The context of the plain base model: no positions."""
+        """The context of the base model without a prompt: no positions."""
         c = self.config
         none = jnp.zeros((c.layers, 0, c.kv_heads, c.head_size), self.dtype)
         return Context(none, none)
 
     def prompt_context(self, dropout: Dropout | None = None) -> Context:
-        """The context of the delta: a prefix, or what a prompt [P, D] becomes, or no positions.
+        """The delta's context: its prefix, or its prompt [P, D] run through the layers, or empty.
 
-        Of several prompts [N, P, D] it is the contexts of all, end to end.
+        Several prompts [N, P, D] make N contexts, concatenated.
         """
         if (prefix := self.prefix()) is not None:
             return Context(*prefix)
@@ -178,19 +179,19 @@ class Decoder(nn.Module):
         return self._context_of(prompt if prompt.ndim == 3 else prompt[None], dropout)
 
     def text_context(self, tokens_P: jax.Array) -> Context:
-        """The context of a text: a hard prompt, or few-shot examples."""
+        """The context of a text, such as a hard prompt or few-shot examples."""
         return self._context_of(self.embed(tokens_P)[None], None)
 
     def hidden(self, context: Context, row: Rows, dropout: Dropout | None = None) -> jax.Array:
         """Runs one row after a context.
 
         Args:
-            context: what every segment of the row sees.
-            row: its positions are below T.
-            dropout: of rows.
+            context: keys and values that every segment of the row sees.
+            row: its positions must be below T.
+            dropout: with the key of the rows.
 
         Returns:
-            The residual stream after the last layer [T, D]; `logits` normalises what it is given.
+            The residual stream after the last layer [T, D], before the final norm.
         """
         tokens_T, segments_T, branches_T = row.tokens, row.segments, row.branches
         index_T = jnp.arange(tokens_T.shape[0])
@@ -206,16 +207,18 @@ class Decoder(nn.Module):
             branches=branches_T is not None,
         )
         by = self.attention.serving(case), segments_T
-        x_TD, _ = self._run(x_TD, context, mask_TS, positions_T, which=row.which, drop=drop, by=by)
+        x_TD, _ = self._run(
+            x_TD, context, mask_TS, positions_T, which=row.which, drop=drop, kernel=by
+        )
         return x_TD
 
     def target_states(
         self, context: Context, row: Rows, dropout: Dropout | None = None
     ) -> jax.Array:
-        """What the head reads [M, D] at the positions `row.index`; arguments as for `hidden`."""
+        """The head's inputs [M, D] at the positions `row.index`; arguments as for `hidden`."""
         return self.final_states(self.hidden(context, row, dropout)[row.index])
 
-    # Where `jax.vmap` over inputs finds the axis of inputs in `prefill`'s memory.
+    # The axes of `prefill`'s memory for `jax.vmap` over inputs.
     memory_axes: ClassVar[Any] = Memory(Cached(1, 1, None, 0), 0, 0)  # type: ignore[arg-type]
 
     def prefill(
@@ -227,17 +230,17 @@ class Decoder(nn.Module):
         *,
         slots: int,
     ) -> tuple[jax.Array, Memory]:
-        """Runs an input that is to be continued.
+        """Runs the input of a generation.
 
         Args:
-            context: what it sees besides itself.
-            tokens_T: its tokens, padded on the right.
-            length: how many they are, a scalar from 1.
-            which: which of several contexts it sees, a scalar. None: there is one.
-            slots: S of the memory, T or more.
+            context: keys and values that the input sees.
+            tokens_T: the input's tokens, padded on the right.
+            length: the number of tokens, a scalar, at least 1.
+            which: the number of the context that the input sees, a scalar. None: there is one.
+            slots: S of the memory, at least T.
 
         Returns:
-            The residual stream [D] at its last token, and what `extend` needs of it.
+            The residual stream [D] at the last token, and the memory for `extend`.
         """
         index_T = jnp.arange(tokens_T.shape[0])
         mask_TS = index_T[:, None] >= index_T
@@ -257,18 +260,18 @@ class Decoder(nn.Module):
         tokens_T: jax.Array,
         positions_T: jax.Array,
     ) -> tuple[jax.Array, KeysValues]:
-        """Runs further tokens of one row, which see the context, the memory, the cache, each other.
+        """Runs the next tokens of one row; they attend to context, memory, cache and each other.
 
         Args:
             context: as for `prefill`.
-            memory: of the row's input.
-            cache: what came between the input and these tokens.
-            tokens_T: they follow one another.
-            positions_T: where they stand, from 0; the context comes before.
+            memory: of the row's input, from `prefill`.
+            cache: keys and values of the tokens between the input and these.
+            tokens_T: consecutive tokens.
+            positions_T: their positions in the row, from 0, without the context.
 
         Returns:
-            The residual stream [T, D], and these tokens' keys and values [L, T, G, K], which are
-            for the caller to put into the cache.
+            The residual stream [T, D], and the tokens' keys and values [L, T, G, K], which the
+            caller writes into the cache.
         """
         index_T = jnp.arange(tokens_T.shape[0])
         mask_TS = index_T[:, None] >= index_T
@@ -277,15 +280,15 @@ class Decoder(nn.Module):
         return self._run(x_TD, context, mask_TS, positions_T, cached, which=memory.which)
 
     def logits(self, x_MD: jax.Array) -> jax.Array:
-        """Logits [M, V] of positions of the residual stream, at least float32."""
+        """Logits [M, V] of the residual stream [M, D], at least float32."""
         return self.unembed(self.final_states(x_MD))
 
     def final_states(self, x_MD: jax.Array) -> jax.Array:
-        """The residual stream as the head reads it."""
+        """The final norm of the residual stream: the head's input."""
         return self.final_norm(x_MD) if self.config.final_norm else x_MD
 
     def unembed(self, x_MD: jax.Array) -> jax.Array:
-        """The head alone: logits [M, V] of what it reads."""
+        """Logits [M, V] of the head's inputs [M, D]."""
         c = self.config
         x_ME = self.project_out(x_MD) if c.embed_width else x_MD
         logits_MV = self.embed.attend(x_ME) if c.tied else self.head(x_ME)
@@ -295,12 +298,12 @@ class Decoder(nn.Module):
         return logits_MV
 
     def __call__(self, tokens_T: jax.Array) -> jax.Array:
-        """Logits [T, V] of one plain text after the trained prompt, if there is one."""
+        """Logits [T, V] of one text after the trained prompt, if there is one."""
         row = Rows(tokens_T, jnp.ones_like(tokens_T), jnp.arange(tokens_T.shape[0]))
         return self.logits(self.hidden(self.prompt_context(), row))
 
     def _context_of(self, x_NPD: jax.Array, dropout: Dropout | None) -> Context:
-        """Runs vectors as N causal sequences, packed in one row, and keeps the keys and values."""
+        """The keys and values of N causal sequences of vectors, run as one packed row."""
         choices, length, width = x_NPD.shape
         index = jnp.arange(choices * length)
         mask = index[:, None] >= index
@@ -322,13 +325,13 @@ class Decoder(nn.Module):
         cached: tuple[Cached, ...] = (),
         which: jax.Array | None = None,
         drop: RowDropout | None = None,
-        by: tuple[Kernel, jax.Array | None] = (REFERENCE, None),
+        kernel: tuple[Kernel, jax.Array | None] = (REFERENCE, None),
     ) -> tuple[jax.Array, KeysValues]:
-        """The layers, from vectors of the embedding width; what they share is computed once.
+        """Runs the layers on vectors of the embedding width.
 
-        `positions_T` count the context. Without a cache they are below P + T. `which` of several
-        contexts is seen is told by token, or once for all. `by` is what mixes values, and the
-        segments that `mask_TS` stands for.
+        `positions_T` include the context; without a cache they are below P + T. `which` is the
+        context that each token sees, [T] or a scalar. `kernel` computes the attention of the row;
+        with it come the segments that `mask_TS` describes.
         """
         c = self.config
         if c.embed_width:
@@ -344,17 +347,17 @@ class Decoder(nn.Module):
                 local = rotary_table(positions_T, size, c.rope_base_local)
         if c.windows:
             window_L = jnp.array([window or UNBOUNDED for window in c.windows])
-        reach = context.length + x_TD.shape[0]
-        cut = any(c.windows) if cached else cuts(c, reach)
-        places = (
-            (context.places(), context.mask(which)),
+        span = context.length + x_TD.shape[0]
+        windowed = any(c.windows) if cached else has_shorter_window(c, span)
+        earlier = (
+            (context.positions(), context.mask(which)),
             *((part.positions_S + context.length, part.valid_S) for part in cached),
         )
-        kernel, segments_T = by
-        # Only splash goes by segments: to the others they are one more array to carry along.
-        segments_T = segments_T if kernel.name == "splash" else None
-        at_T = positions_T if cut else None
-        row = Row(mask_TS, at_T, table, local, places, drop, segments_T, kernel)
+        attention, segments_T = kernel
+        # Only splash reads the segments; the other kernels need not carry the array.
+        segments_T = segments_T if attention.name == "splash" else None
+        window_T = positions_T if windowed else None
+        row = RowInputs(mask_TS, window_T, table, local, earlier, drop, segments_T, attention)
         kv = tuple((part.k_LSGK, part.v_LSGK) for part in cached)
         depth_L = jnp.arange(1.0, c.layers + 1) if c.scale_by_depth else None
         layers = Layer((context.k_LPGK, context.v_LPGK), window_L, kv, depth_L)

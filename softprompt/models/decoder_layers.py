@@ -1,4 +1,4 @@
-"""Layers of a decoder over ONE row, and the config that says what they are built of."""
+"""The layers of a decoder for one row (no batch axis), and the decoder's config."""
 
 import dataclasses
 from typing import Any
@@ -20,44 +20,44 @@ UNBOUNDED = 2**30  # the window of a layer that sees everything
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What a decoder is built of; the defaults are a Llama's.
+    """Sizes and architecture of a decoder; the defaults are those of Llama.
 
     Attributes:
         vocab: V, rows of the embedding matrix.
-        width: D, of the residual stream.
+        width: D, the width of the residual stream.
         layers: L.
-        heads: H, of queries.
-        kv_heads: G, of keys and values.
+        heads: H, the number of query heads.
+        kv_heads: G, the number of key and value heads.
         head_size: K.
         ffn: F.
-        context_length: largest number of positions, prompt included, that it was trained for.
+        context_length: largest number of positions it was trained for, prompt included.
         tied: the output head is the embedding matrix.
-        embed_width: of the embedding matrix, and so of a prompt, where it is not `width` and
-            projections lead in and out (OPT-350m); 0 where it is.
-        embed_scale: what token embeddings are multiplied by (Gemma). A prompt is not: it enters
-            after the scaling.
+        embed_width: width of the embedding matrix and of a prompt if projections lead from it to
+            `width` and back (OPT-350m); 0 if it equals `width`.
+        embed_scale: factor of the token embeddings (Gemma). A prompt enters after the scaling and
+            is not multiplied by it.
         final_softcap: c in c tanh(logit / c); 0 for none.
-        positions: "rotary" or "learned". Both count from 0 with the prompt's first vector.
-        position_offset: rows of the learned matrix before that of position 0 (OPT).
-        rope_base: of rotary positions.
-        rope_base_local: of layers with a window, where those differ; 0 where they do not.
-        rope_scaling: of layers without a window of their own base.
-        rotary_size: entries of a head that are rotated, where not all are; 0 for all.
-        windows: for each layer, how many positions back it sees, its own included; 0 for all. ()
-            where no layer has a window. The context leaves a window like any other token.
-        query_scale: what queries are multiplied by; 0 for head_size ** -0.5.
+        positions: "rotary" or "learned". Position 0 is the prompt's first vector in both.
+        position_offset: rows of the learned matrix before the row of position 0 (OPT).
+        rope_base: base of the rotary frequencies.
+        rope_base_local: base in layers with a window, if it differs; else 0.
+        rope_scaling: scaling of the frequencies of `rope_base`.
+        rotary_size: number of a head's entries that are rotated; 0 for all.
+        windows: for each layer, the number of positions a token sees, its own included; 0 for all.
+            () if no layer has a window. A window limits the context like any other token.
+        query_scale: factor of the queries; 0 for head_size ** -0.5.
         scale_by_depth: the queries of layer n, from 1, are divided by n (GPT-2 in Mistral's runs).
-        attn_softcap: as `final_softcap`, of attention scores.
-        qk_norm: queries and keys are normalised, head by head, before they are rotated.
+        attn_softcap: as `final_softcap`, for attention scores.
+        qk_norm: queries and keys are normalised for each head before the rotation.
         qkv_bias: the projections to queries, keys and values have biases.
         out_bias: the projection of attention's output has a bias.
         mlp_bias: the feed-forward's projections have biases.
         gated: the feed-forward is act(gate x) * (up x), not act(up x).
-        activation: of the feed-forward, a name of `layers.ACTIVATIONS`.
+        activation: of the feed-forward, a key of `layers.ACTIVATIONS`.
         norm: "rms" or "layer".
         norm_eps: added to the mean square.
-        norms: "before" attention and feed-forward; "both", before them and on what they add
-            (Gemma 2); "after", on the sum (OPT-350m).
+        norms: "before" attention and feed-forward; "both", before them and on their outputs
+            (Gemma 2); "after", on the residual sum (OPT-350m).
         final_norm: there is a norm before the head.
         parallel: attention and feed-forward read the same input (GPT-NeoX).
     """
@@ -104,30 +104,35 @@ class DecoderConfig:
 
 @struct.dataclass
 class Layer:
-    """What differs from layer to layer, scanned along the first axis: [L, ...] outside."""
+    """Inputs that differ between layers; `nn.scan` takes them from arrays [L, ...]."""
 
     context: KeysValues
     window: jax.Array | None  # a scalar; None where no layer of the model has a window
     cached: tuple[KeysValues, ...] = ()
-    depth: jax.Array | None = None  # a scalar, from 1; there where `scale_by_depth`
+    depth: jax.Array | None = None  # a scalar, from 1; None without `scale_by_depth`
 
 
 @struct.dataclass
-class Row:
-    """What all layers are told of the row.
+class RowInputs:
+    """Inputs of a row that are the same for all layers.
 
-    `positions_T` is there when a window can end inside the row or before it; `local` is the rotary
-    table of layers with a window, where they have their own; `before` holds the positions [S] of
-    the context's keys and of each cached part's, the context included, and which of them are seen,
-    [S] or [T, S] (None: all); `drop` says whose masks its positions get, None where nothing is
-    dropped; `kernel` mixes the values, and `segments_T` is what it goes by instead of `mask_TS`.
+    Attributes:
+        mask_TS: which positions of the row each position sees.
+        positions_T: None unless a layer's window is shorter than context and row.
+        table: the rotary table.
+        local: the rotary table of layers with a window, if it differs.
+        earlier: for the context and for each cached part, the positions [S] of its keys, context
+            included, and which of them are seen, [S] or [T, S] (None: all).
+        drop: the dropout masks of the row's positions; None if nothing is dropped.
+        segments_T: what splash reads instead of `mask_TS`.
+        kernel: computes the attention.
     """
 
     mask_TS: jax.Array
     positions_T: jax.Array | None
     table: tuple[jax.Array, jax.Array] | None
     local: tuple[jax.Array, jax.Array] | None
-    before: tuple[tuple[jax.Array, jax.Array | None], ...]
+    earlier: tuple[tuple[jax.Array, jax.Array | None], ...]
     drop: RowDropout | None = None
     segments_T: jax.Array | None = None
     kernel: Kernel = struct.field(pytree_node=False, default=REFERENCE)
@@ -141,32 +146,34 @@ def attention_case(
     tokens: int | None = None,
     branches: bool = False,
 ) -> Case:
-    """What a kernel would have to serve in rows of so many tokens behind a context."""
-    reach = None if tokens is None else context + tokens
+    """The case of attention in a row of `tokens` tokens after a context of `context` positions."""
+    span = None if tokens is None else context + tokens
     return Case(
         dtype=jnp.dtype(dtype).name,
         head_size=config.head_size,
         tokens=tokens,
         softcap=config.attn_softcap > 0,
-        window=reach is not None and cuts(config, reach),
+        window=span is not None and has_shorter_window(config, span),
         branches=branches,
     )
 
 
-def cuts(config: DecoderConfig, reach: int) -> bool:
-    """Whether a layer's window is shorter than this many positions."""
-    return any(0 < window < reach for window in config.windows)
+def has_shorter_window(config: DecoderConfig, span: int) -> bool:
+    """Whether a layer's window is shorter than `span` positions."""
+    return any(0 < window < span for window in config.windows)
 
 
 class Attention(nn.Module):
-    """Self-attention of a row over `[context; what is cached; the row]`."""
+    """Self-attention of a row to the context, the cache and the row itself."""
 
     config: DecoderConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, KeysValues]:
-        """Returns the mixed values [T, D], and the row's own keys and values [T, G, K]."""
+    def __call__(
+        self, x_TD: jax.Array, layer: Layer, row: RowInputs
+    ) -> tuple[jax.Array, KeysValues]:
+        """Returns the output [T, D], and the row's own keys and values [T, G, K]."""
         c, dtype = self.config, self.dtype
         wide, narrow = ((c.width, n, c.head_size) for n in (c.heads, c.kv_heads))
         q = Linear("td,dhk->thk", wide, dtype, c.qkv_bias, name="q")(x_TD, row.drop)
@@ -194,21 +201,21 @@ class Attention(nn.Module):
         return o(mixed_THK, row.drop), (k, v)
 
 
-def _table(layer: Layer, row: Row) -> Any:
-    """The layer's rotary table: chosen by its window, for a scan has no branches."""
+def _table(layer: Layer, row: RowInputs) -> Any:
+    """The layer's rotary table, selected by its window with `where`, as `nn.scan` needs."""
     if row.local is None or layer.window is None:
         return row.table
     has_window = layer.window < UNBOUNDED
     return jax.tree.map(lambda a, b: jnp.where(has_window, a, b), row.local, row.table)
 
 
-def _masks(layer: Layer, row: Row) -> list[jax.Array | None]:
-    """What each query sees of the context, of each cached part and of its row."""
-    masks = [*(seen for _, seen in row.before), row.mask_TS]
+def _masks(layer: Layer, row: RowInputs) -> list[jax.Array | None]:
+    """The masks of each query for the context, each cached part and the row."""
+    masks = [*(seen for _, seen in row.earlier), row.mask_TS]
     if layer.window is None or row.positions_T is None:
         return masks
-    places = [*(positions_S for positions_S, _ in row.before), row.positions_T]
-    near = [within(layer.window, row.positions_T, place_S) for place_S in places]
+    positions = [*(positions_S for positions_S, _ in row.earlier), row.positions_T]
+    near = [within(layer.window, row.positions_T, keys_S) for keys_S in positions]
     return [a if mask is None else a & mask for a, mask in zip(near, masks, strict=True)]
 
 
@@ -234,19 +241,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, as `nn.scan` wants it: carry in, carry and keys/values out."""
+    """One layer in the form of `nn.scan`; the carry is the residual stream."""
 
     config: DecoderConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, KeysValues]:
+    def __call__(
+        self, x_TD: jax.Array, layer: Layer, row: RowInputs
+    ) -> tuple[jax.Array, KeysValues]:
         """Returns the residual stream [T, D], and this layer's keys and values [T, G, K]."""
         c = self.config
 
-        def norm(x_TD: jax.Array, name: str, *places: str) -> jax.Array:
-            here = c.norms in places
-            return NORMS[c.norm](c.norm_eps, self.dtype, name=name)(x_TD) if here else x_TD
+        def norm(x_TD: jax.Array, name: str, *placements: str) -> jax.Array:
+            if c.norms not in placements:
+                return x_TD
+            return NORMS[c.norm](c.norm_eps, self.dtype, name=name)(x_TD)
 
         y_TD = norm(x_TD, "attn_norm", "before", "both")
         y_TD, kv = Attention(c, self.dtype, name="attn")(y_TD, layer, row)

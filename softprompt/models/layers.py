@@ -1,7 +1,7 @@
-"""Layers of a decoder over ONE row: no batch axis anywhere, `jax.vmap` adds it outside.
+"""Layers for one row: arrays have no batch axis, which callers add with `jax.vmap`.
 
-Frozen weights live in Flax's collection "params"; what is trained comes in beside them in the
-collection "delta", laid out like the modules that read it (DESIGN: methods).
+Frozen weights are in Flax's collection "params", trained variables in the collection "delta". A
+module reads a delta variable from its own scope, so that both trees have the modules' structure.
 """
 
 import functools
@@ -21,10 +21,10 @@ _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, o
 
 
 def read_delta(module: nn.Module, name: str) -> jax.Array | None:
-    """The trained variable `name` in the module's own scope, or None where there is none.
+    """The trained variable `name` in the module's own scope; None if the delta lacks it.
 
-    Every read is noted in the collection "read", so that a trial can refuse a delta with a leaf
-    that no module reads (Linen would ignore it silently).
+    Every read is recorded in the collection "read", so that a trial can reject a delta with a leaf
+    that no module reads (Linen would silently ignore it).
     """
     if not module.has_variable("delta", name):
         return None
@@ -33,23 +33,23 @@ def read_delta(module: nn.Module, name: str) -> jax.Array | None:
 
 
 def collections(weights: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model is applied to: frozen weights, and a method's variables beside them.
+    """Flax's collections for `model.apply`, from frozen weights and a method's variables.
 
-    Weights that are trained themselves come among the variables, as "params".
+    A method that trains the weights themselves has them under "params" in its variables.
     """
-    beside = {name: tree for name, tree in variables.items() if name != "params"}
-    return {"params": {**weights, **variables.get("params", {})}, "delta": beside}
+    delta = {name: tree for name, tree in variables.items() if name != "params"}
+    return {"params": {**weights, **variables.get("params", {})}, "delta": delta}
 
 
 class Linear(nn.Module):
     """A projection `einsum(spec, x, kernel)` in `dtype`; its bias, if any, is added in float32.
 
-    What the delta may hold in its scope: "bias", added beside the frozen one; "lora_a" and "lora_b"
-    (arXiv 2106.09685), whose product is added to the kernel; "output_scale", which multiplies the
-    columns of that sum (arXiv 2402.09353); "ia3" (arXiv 2205.05638), which the result is multiplied
-    by, bias included, or the input where `rescales_input`.
+    The delta may have these variables in its scope: "bias", added to the frozen bias; "lora_a" and
+    "lora_b" (arXiv 2106.09685), whose product is added to the kernel; "output_scale", which
+    multiplies the columns of that sum (arXiv 2402.09353); "ia3" (arXiv 2205.05638), which
+    multiplies the result, bias included, or the input if `rescales_input`.
 
-    `wide`: the products are kept in at least float32, as logits are.
+    `wide`: the result has at least float32, as logits do.
     """
 
     spec: str
@@ -61,7 +61,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, drop: RowDropout | None = None) -> jax.Array:
-        """Projects `x` [T, ...]; `drop` is for what "lora_a" reads."""
+        """Projects `x` [T, ...]; `drop` has the dropout of the input of "lora_a"."""
         axes, out = self.spec.split(",")[1].split("->")
         inputs = tuple(n for n, axis in enumerate(axes) if axis not in out)
         acc = accumulate(self.dtype)
@@ -83,7 +83,7 @@ class Linear(nn.Module):
         return y
 
     def _low_rank(self, x: jax.Array, drop: RowDropout | None) -> jax.Array | None:
-        """What LoRA's factors make of `x`; None where there are none."""
+        """The product of `x` with LoRA's factors; None if the delta has none."""
         a, b = read_delta(self, "lora_a"), read_delta(self, "lora_b")
         if a is None or b is None:
             return None
@@ -92,22 +92,22 @@ class Linear(nn.Module):
         axes, out = rest.split("->")
         summed = "".join(axis for axis in axes if axis not in out)
         low = jnp.einsum(f"{tokens},{summed}z->tz", x, a.astype(self.dtype))
-        kept = "".join(axis for axis in axes if axis in out)
-        return jnp.einsum(f"tz,z{kept}->{out}", low, b.astype(self.dtype))
+        outputs = "".join(axis for axis in axes if axis in out)
+        return jnp.einsum(f"tz,z{outputs}->{out}", low, b.astype(self.dtype))
 
 
 def add_biases(y: jax.Array, biases: Sequence[jax.Array | None], dtype: jnp.dtype) -> jax.Array:
-    """The sum with those that are there, in at least float32, as `dtype`."""
-    there = [bias for bias in biases if bias is not None]
-    if not there:
+    """Adds the biases that are not None, in at least float32, and casts the sum to `dtype`."""
+    present = [bias for bias in biases if bias is not None]
+    if not present:
         return y
     acc = accumulate(dtype)
-    total = functools.reduce(jnp.add, (bias.astype(acc) for bias in there))
+    total = functools.reduce(jnp.add, (bias.astype(acc) for bias in present))
     return (y.astype(acc) + total).astype(dtype)
 
 
 class Adapter(nn.Module):
-    """A bottleneck on what a sublayer adds to the residual stream, where the delta has one.
+    """A bottleneck network on a sublayer's output; the identity if the delta has none.
 
     y + up(gelu(down(y) + down_bias)) + up_bias, in `dtype`. Source: arXiv 1902.00751, section 2.1.
     """
@@ -121,23 +121,23 @@ class Adapter(nn.Module):
         if down_DZ is None:
             return y_TD
         parts = [read_delta(self, name) for name in ("down_bias", "up", "up_bias")]
-        assert not any(part is None for part in parts), "an adapter is whole or absent"
+        assert not any(part is None for part in parts), "an adapter lacks a part"
         bias_Z, up_ZD, bias_D = (part.astype(self.dtype) for part in parts)  # type: ignore[union-attr]
         low_TZ = jax.nn.gelu(y_TD @ down_DZ.astype(self.dtype) + bias_Z)
         return y_TD + low_TZ @ up_ZD + bias_D
 
 
 class Prefix(nn.Module):
-    """The trained keys and values "k" and "v" [L, P, G, K] of a stack, where the delta has them.
+    """The trained keys and values "k" and "v" [L, P, G, K] of a stack, if the delta has them.
 
-    Keys are as attention sees them, after rotation. Source: arXiv 2101.00190, section 4.
+    The keys are already rotated. Source: arXiv 2101.00190, section 4.
     """
 
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array] | None:
-        """Returns keys and values, or None."""
+        """Returns the keys and values; None if the delta has none."""
         k_LPGK, v_LPGK = read_delta(self, "k"), read_delta(self, "v")
         if k_LPGK is None or v_LPGK is None:
             return None
@@ -154,23 +154,23 @@ def project(
 ) -> jax.Array:
     """The product of `x` with a frozen matrix of the module, plain or quantised.
 
-    A quantised one is dequantised here, inside whatever scan this runs in, and again for the
-    backward pass: what is recomputed holds the product too, for else the matrices of all layers, or
-    what they are as plain matrices, would be kept for it.
+    A quantised matrix is dequantised here, inside the scan over layers, and again in the backward
+    pass. `jax.checkpoint` covers the product as well; otherwise the dequantised matrices of all
+    layers would be stored for the backward pass.
 
     Args:
-        module: has the matrix `name` in its scope, and says in which dtype to compute.
+        module: has the matrix `name` in its scope; its `dtype` is that of the product.
         name: of the matrix, such as "kernel".
-        x: what is projected, [T, ...].
+        x: the input, [T, ...].
         shape: of the matrix.
-        inputs: its axes that are summed over, its first or its last.
-        acc: dtype of the result; None for that of the module.
+        inputs: the axes of the matrix that are summed over, its first or its last.
+        acc: dtype of the result; None for the module's.
     """
     dtype = module.dtype
     product = functools.partial(_product, inputs, acc or dtype)
     if module.has_variable("params", name):
-        whole = module.get_variable("params", name)
-        return recomputed(lambda x, whole: product(x, whole.astype(dtype)))(x, whole)
+        matrix = module.get_variable("params", name)
+        return recomputed(lambda x, matrix: product(x, matrix.astype(dtype)))(x, matrix)
     parts = quantized_parts(module, name)
     if not parts:
         return product(x, module.param(name, _normal, shape).astype(dtype))
@@ -178,9 +178,10 @@ def project(
 
 
 def _product(inputs: tuple[int, ...], acc: jnp.dtype, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Products in `acc` of vectors [T, ...] with an array whose axes `inputs` are summed over.
+    """The product in `acc` of vectors [T, ...] with an array, summed over its axes `inputs`.
 
-    As a product of matrices: XLA would reorder an array of heads for the backward pass.
+    Both are reshaped to matrices, because XLA would transpose an array of heads for the backward
+    pass.
     """
     summed = [kernel.shape[axis] for axis in inputs]
     outputs = [size for axis, size in enumerate(kernel.shape) if axis not in inputs]
@@ -195,9 +196,9 @@ def _product(inputs: tuple[int, ...], acc: jnp.dtype, x: jax.Array, kernel: jax.
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _wide(spec: str, acc: jnp.dtype, x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """The einsum in `acc`; its gradients are products in the dtype of its operands.
+    """The einsum in `acc`, whose gradients are products in the dtype of its operands.
 
-    JAX would up-cast the whole matrix of embeddings to multiply it by a wide cotangent.
+    JAX's own gradient would cast the embedding matrix to the dtype of the cotangent.
     """
     return jnp.einsum(spec, x, matrix, preferred_element_type=acc)
 
@@ -206,27 +207,30 @@ def _wide_forward(spec: str, acc: Any, x: jax.Array, matrix: jax.Array) -> tuple
     return _wide(spec, acc, x, matrix), (x, matrix)
 
 
-def _wide_backward(spec: str, acc: Any, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _wide_backward(
+    spec: str, acc: Any, residuals: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     del acc
     product = functools.partial(jnp.einsum, spec)
-    result: tuple[jax.Array, jax.Array] = jax.vjp(product, *kept)[1](g.astype(kept[0].dtype))
-    return result
+    grads: tuple[jax.Array, jax.Array] = jax.vjp(product, *residuals)[1](
+        g.astype(residuals[0].dtype)
+    )
+    return grads
 
 
 _wide.defvjp(_wide_forward, _wide_backward)
 
 
 def quantized_parts(module: nn.Module, name: str) -> list[Any]:
-    """What the module's matrix `name` was rounded to; nothing where it is not quantised."""
+    """The stored arrays of the module's quantised matrix `name`; [] if it is not quantised."""
     names = [name + part for part in PARTS]
     return [module.get_variable("params", n) for n in names if module.has_variable("params", n)]
 
 
 def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The function, of which the backward pass keeps the arguments alone.
+    """`jax.checkpoint` of a cheap function: the backward pass stores only its arguments.
 
-    For what is cheap to compute again: in a scan over layers whatever is kept is written to memory
-    and read back, once for every layer.
+    In a scan over layers, every stored array is written to memory and read back in each layer.
     """
     return jax.checkpoint(function, prevent_cse=False)
 
@@ -234,7 +238,7 @@ def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def scaled(
     x: jax.Array, scale: jax.Array, *, epsilon: float, acc: jnp.dtype, centre: bool = False
 ) -> jax.Array:
-    """Vectors over the root of their mean square, times `scale`, in `acc`."""
+    """Vectors over their root mean square, times `scale`, in `acc`; `centre` subtracts the mean."""
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
         x = x.astype(acc)
@@ -261,7 +265,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Norm with scale and bias over the last axis, in float32. Source: arXiv 1607.06450."""
+    """Layer norm with scale and bias over the last axis, in float32. Source: arXiv 1607.06450."""
 
     epsilon: float
     dtype: jnp.dtype
@@ -287,7 +291,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activate(name: str, x_TF: jax.Array, up_TF: jax.Array | None = None) -> jax.Array:
-    """An activation by its name, times `up_TF` where there is one, in at least float32."""
+    """The activation `name`, times `up_TF` if it is given, computed in at least float32."""
 
     def product(x: jax.Array, *up: jax.Array) -> jax.Array:
         acc = accumulate(x.dtype)
@@ -298,9 +302,9 @@ def activate(name: str, x_TF: jax.Array, up_TF: jax.Array | None = None) -> jax.
 
 
 class Embed(nn.Module):
-    """A matrix of one vector a row: token embeddings, which a tied head reads too, or positions.
+    """An embedding matrix of tokens, which a tied head reads too, or of positions.
 
-    What is read is multiplied by `scale`; the head's products are not.
+    Embeddings are multiplied by `scale`; a tied head's products are not.
     """
 
     rows: int
@@ -320,6 +324,6 @@ class Embed(nn.Module):
         return x_TD if self.scale == 1.0 else x_TD * jnp.asarray(self.scale, self.dtype)
 
     def attend(self, x_MD: jax.Array) -> jax.Array:
-        """Products with every row, [M, V]."""
+        """Products with every row of the matrix, [M, V]."""
         shape, acc = (self.rows, self.width), accumulate(self.dtype)
         return project(self, "embedding", x_MD, shape, (1,), acc)

@@ -1,4 +1,4 @@
-"""Where tokens stand: rotary angles, and windows of attention."""
+"""Rotary position embeddings, and attention windows."""
 
 import dataclasses
 import math
@@ -10,21 +10,21 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for positions beyond those first trained for.
+    """How rotary frequencies are scaled for a longer context than the original one.
 
     "linear" divides every frequency by `factor`. "llama3" and "yarn" keep the frequencies that turn
     more than `high` times in the `original` context, divide those that turn less than `low` times
-    by `factor`, and blend in between: "llama3" in proportion to the turns, "yarn" to the index of
-    the frequency.
+    by `factor`, and interpolate in between: "llama3" linearly in the number of turns, "yarn" in the
+    index of the frequency.
 
     Attributes:
         kind: "linear", "llama3" or "yarn".
-        factor: by which positions may grow.
-        low: turns.
-        high: turns.
-        original: positions first trained for.
-        attention: what cosines and sines are multiplied by ("yarn").
-        truncate: the blend begins and ends at whole indices ("yarn").
+        factor: of the context's length.
+        low: number of turns in the original context.
+        high: number of turns in the original context.
+        original: length of the original context.
+        attention: factor of cosines and sines ("yarn").
+        truncate: round the indices where the interpolation begins and ends ("yarn").
 
     Source: `modeling_rope_utils` of transformers; arXiv 2309.00071, section 3 (YaRN).
     """
@@ -54,19 +54,19 @@ def rotary_table(
 
 
 def stretch(frequency_K: jax.Array, scaling: RopeScaling, base: float) -> jax.Array:
-    """Frequencies of rotary positions of a base, under a scaling."""
+    """The frequencies [K] of a rotary base after a scaling."""
     if scaling.kind == "linear":
         return frequency_K / scaling.factor
     if scaling.kind == "yarn":
-        kept_K = _kept_by_yarn(len(frequency_K), scaling, base)
+        unscaled_K = _yarn_unscaled(len(frequency_K), scaling, base)
     else:
         turns_K = scaling.original * frequency_K / (2 * jnp.pi)  # in the original context
-        kept_K = jnp.clip((turns_K - scaling.low) / (scaling.high - scaling.low), 0, 1)
-    return frequency_K * (kept_K + (1 - kept_K) / scaling.factor)
+        unscaled_K = jnp.clip((turns_K - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return frequency_K * (unscaled_K + (1 - unscaled_K) / scaling.factor)
 
 
-def _kept_by_yarn(size: int, scaling: RopeScaling, base: float) -> jax.Array:
-    """The share of each frequency that is kept: 1 before the blend, 0 behind it."""
+def _yarn_unscaled(size: int, scaling: RopeScaling, base: float) -> jax.Array:
+    """The weight of each unscaled frequency: 1 before the interpolation, 0 after it."""
 
     def index(turns: float) -> float:
         return size * math.log(scaling.original / (turns * 2 * math.pi)) / math.log(base)
@@ -75,16 +75,16 @@ def _kept_by_yarn(size: int, scaling: RopeScaling, base: float) -> jax.Array:
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * size - 1)
-    last += 0.001 if first == last else 0  # as transformers, against a division by zero
+    last += 0.001 if first == last else 0  # avoids a division by zero, as in transformers
     return 1 - jnp.clip((jnp.arange(size) - first) / (last - first), 0, 1)
 
 
 @jax.custom_vjp
 def rotate(x_THK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each head's two halves against each other by the row's angles.
+    """Rotates the two halves of each head by the angles of the table.
 
-    Where the table is narrower than the head, what it does not reach is left as it is. The gradient
-    is rotated back; derived from the parts, it would be padded and added up.
+    If the table is narrower than the head, the head's last entries stay unchanged. The gradient is
+    the inverse rotation; automatic differentiation would pad the parts and add them.
     """
     cos, sin = (t[:, None, :] for t in table)
     half = cos.shape[-1]
@@ -109,5 +109,5 @@ rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def within(window: jax.Array, positions_T: jax.Array, positions_S: jax.Array) -> jax.Array:
-    """Which keys lie less than `window` (a scalar) positions behind each query, [T, S]."""
+    """True where a key is less than `window` (a scalar) positions before a query, [T, S]."""
     return positions_T[:, None] - positions_S < window

@@ -1,14 +1,14 @@
 """Frozen matrices in 8 or 4 bits: integers and scales, dequantised where they are used.
 
-A leaf "kernel" becomes "kernel_q", "kernel_scale" and, in 4 bits, "kernel_min". In 8 bits integers
-are symmetric, and every output channel has a scale. In 4 bits every group of up to 32 neighbours
-along the input has a scale and a minimum in float16, minimum + scale * (0 to 15), and two values
-share a byte: the tree is as small in memory as on disk, whatever the backend makes of a 4-bit type.
-An odd input size has no 4-bit form and stays in 8.
+A leaf "kernel" becomes "kernel_q", "kernel_scale" and, in 4 bits, "kernel_min". In 8 bits the
+integers are symmetric, and every output channel has a scale. In 4 bits every group of up to 32
+values along the input has a scale and a minimum in float16: minimum + scale * (0 to 15). Two 4-bit
+values are packed in a byte, so that the size in memory does not depend on the backend's 4-bit
+types. A matrix with an odd input size is stored in 8 bits.
 
-A matrix of a GGUF file of type Q4_1, or Q4_K, keeps its values: its blocks are such groups.
+The values of a GGUF matrix of type Q4_1 or Q4_K do not change: its blocks are such groups.
 
-Norms, biases and positions stay as they are. Source: symmetric absmax rounding, as in arXiv
+Norms, biases and positions are not quantised. Source: symmetric absmax rounding, as in arXiv
 2208.07339 (section 2.1); groups as in arXiv 2210.17323 (section 4); a scale and a minimum for 32
 values as in llama.cpp's block_q4_1 (ggml-common.h).
 """
@@ -22,8 +22,8 @@ import numpy as np
 
 KINDS = ("none", "int8", "int4")
 GROUP = 32
-STEPS = (15, 14)  # of the grids from a group's lowest value to its highest that are tried
-PIECE = 2**18  # entries that are rounded at a time: the temporaries of a huge matrix stay small
+STEPS = (15, 14)  # steps from a group's lowest value to its highest, in the grids that are tried
+PIECE = 2**18  # entries rounded at a time; it bounds the memory for temporaries
 VALUES, SCALE, MINIMUM = "_q", "_scale", "_min"
 PARTS = (VALUES, SCALE, MINIMUM)
 
@@ -31,7 +31,7 @@ Grid = tuple[np.ndarray, np.ndarray, np.ndarray]  # integers, scale, minimum
 
 
 def input_axes(path: str) -> tuple[int, ...]:
-    """The axes of one layer's leaf that a product sums over; () where it is not quantised."""
+    """The axes of one layer's leaf that a product sums over; () for a leaf without quantisation."""
     if path.endswith("embed/embedding"):
         return (1,)
     if path.endswith("/o/kernel"):
@@ -40,17 +40,17 @@ def input_axes(path: str) -> tuple[int, ...]:
 
 
 def quantize(x: np.ndarray, axes: tuple[int, ...], kind: str) -> tuple[np.ndarray, ...]:
-    """Rounds a matrix of any rank, a few of its output channels at a time.
+    """Rounds a matrix of any rank, a few output channels at a time.
 
     Args:
-        x: one layer's values; in 4 bits, of at most 65,504 (float16) in size.
-        axes: which of its axes are inputs; 4-bit groups lie along the last of them.
+        x: one layer's values; in 4 bits, of an absolute value up to 65,504 (float16).
+        axes: the input axes; 4-bit groups are along the last of them.
         kind: "int8" or "int4".
 
     Returns:
-        int8 values in the shape of `x` and a float32 scale for each output channel. Or uint8 values
-        with two of them a byte along the grouped axis, and float16 scales and minima, as many along
-        that axis as there are groups.
+        For 8 bits, int8 values in the shape of `x` and a float32 scale for each output channel.
+        For 4 bits, uint8 values that each hold two along the grouped axis, and float16 scales and
+        minima with one entry for each group along that axis.
     """
     stored = _stored(x.shape, axes, kind)
     parts = tuple(np.empty(shape, dtype) for shape, dtype in stored)
@@ -68,7 +68,7 @@ def quantize(x: np.ndarray, axes: tuple[int, ...], kind: str) -> tuple[np.ndarra
 def _stored(
     shape: tuple[int, ...], axes: tuple[int, ...], kind: str
 ) -> list[tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of the parts; three of them where two values share a byte."""
+    """Shapes and dtypes of the parts: two in 8 bits, three in 4."""
     axis, size = axes[-1], shape[axes[-1]]
     before, after = shape[:axis], shape[axis + 1 :]
     if kind == "int8" or size % 2:
@@ -79,19 +79,19 @@ def _stored(
 
 
 def group_size(size: int) -> int:
-    """The largest group of at most 32 that divides an input."""
+    """The largest group size up to 32 that divides the input size."""
     return next(group for group in range(min(GROUP, size), 0, -1) if size % group == 0)
 
 
 def _rounded(x: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Integers up to 127, and one scale along `axes`."""
+    """Integers from -127 to 127, and one scale along `axes`."""
     most = np.abs(x).max(axis=axes, keepdims=True)
     scale = np.where(most > 0, most, 1) / 127
     return np.rint(x / scale).astype(np.int8), scale.astype(np.float32)
 
 
 def _packed(x: np.ndarray, axes: tuple[int, ...]) -> Grid:
-    """Integers up to 15, two a byte, and the grid of each group along the last of `axes`."""
+    """Integers from 0 to 15, two in a byte, and the grid of each group along the last of `axes`."""
     axis, size = axes[-1], x.shape[axes[-1]]
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     grouped = x.reshape(*before, -1, group_size(size), *after)
@@ -102,43 +102,43 @@ def _packed(x: np.ndarray, axes: tuple[int, ...]) -> Grid:
 
 
 def _nearest_grid(x: np.ndarray, axis: int) -> Grid:
-    """The grid of least squared error for each group along `axis`, of those that are tried.
+    """For each group along `axis`, the grid with the least squared error of those that are tried.
 
-    Grids from the lowest value to the highest, and for each the one that least squares fits to its
-    integers. A group that is on a grid already, as one from a file in 4 bits, is left there.
+    These are grids from the lowest value to the highest, and for each the least-squares fit to its
+    integers. A group that is already on a grid, such as one from a 4-bit file, does not change.
     """
     lowest, highest = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
     least = np.full_like(lowest, np.inf)
     best: Grid = (np.zeros(x.shape, np.uint8), lowest.astype("f2"), lowest.astype("f2"))
     for steps in STEPS:
         first = _on_grid(x, (highest - lowest) / steps, lowest)
-        for found in (first, _on_grid(x, *_fit(x, first[0], axis))):
+        for found in (first, _on_grid(x, *_least_squares(x, first[0], axis))):
             values, scale, minimum = found
             error = np.square(values * np.float32(scale) + minimum - x).sum(axis, keepdims=True)
-            for ours, theirs in zip(best, found, strict=True):
-                np.copyto(ours, theirs, where=error < least)
+            for old, new in zip(best, found, strict=True):
+                np.copyto(old, new, where=error < least)
             least = np.minimum(error, least)
     return best
 
 
 def _on_grid(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> Grid:
-    """Integers from 0 to 15 on a grid as it is stored: rounded against what will be read."""
+    """Integers from 0 to 15 for a grid that is first rounded to float16, as it is stored."""
     scale, minimum = scale.astype(np.float16), minimum.astype(np.float16)
-    whole = np.where(scale > 0, scale, 1).astype(np.float32)
-    return np.rint((x - minimum) / whole).clip(0, 15).astype(np.uint8), scale, minimum
+    divisor = np.where(scale > 0, scale, 1).astype(np.float32)
+    return np.rint((x - minimum) / divisor).clip(0, 15).astype(np.uint8), scale, minimum
 
 
-def _fit(x: np.ndarray, values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and minimum of least squared error for these integers."""
+def _least_squares(x: np.ndarray, values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """The scale and minimum with the least squared error for these integers."""
     mean_x, mean = x.mean(axis, keepdims=True), values.mean(axis, keepdims=True, dtype=np.float32)
     centred = values - mean
-    spread = np.square(centred).sum(axis, keepdims=True)
-    scale = (centred * x).sum(axis, keepdims=True) / np.where(spread > 0, spread, 1)
+    square = np.square(centred).sum(axis, keepdims=True)
+    scale = (centred * x).sum(axis, keepdims=True) / np.where(square > 0, square, 1)
     return scale, mean_x - scale * mean
 
 
 def dequantize(parts: Sequence[jax.Array], axes: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The matrix that `quantize` made these parts of, in `dtype`."""
+    """The matrix in `dtype` from the parts that `quantize` returned."""
     wide = jnp.promote_types(dtype, jnp.float32)
     if len(parts) == 2:
         values, scale = (part.astype(wide) for part in parts)
@@ -149,14 +149,14 @@ def dequantize(parts: Sequence[jax.Array], axes: tuple[int, ...], dtype: Any) ->
     count = scale.shape[axis]
     grouped = both.reshape(*before, count, 2 * values.shape[axis] // count, *after)
     scale, minimum = (jnp.expand_dims(part.astype(wide), axis + 1) for part in (scale, minimum))
-    whole = grouped * scale + minimum
-    return whole.reshape(*before, 2 * values.shape[axis], *after).astype(dtype)
+    matrix = grouped * scale + minimum
+    return matrix.reshape(*before, 2 * values.shape[axis], *after).astype(dtype)
 
 
 def storage(
     path: str, shape: tuple[int, ...], dtype: np.dtype, kind: str
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """What a leaf of one layer is stored as: path -> shape and dtype."""
+    """The stored arrays of one layer's leaf: path -> shape and dtype."""
     axes = input_axes(path)
     if kind == "none" or not axes:
         return {path: (shape, dtype)}
@@ -166,7 +166,7 @@ def storage(
 
 
 def embedding(embed: Mapping[str, jax.Array]) -> jax.Array:
-    """The embedding matrix [V, D] of a weights tree's "embed"; float32 where it is quantised."""
+    """The embedding matrix [V, D] of a weights tree's "embed"; float32 if it is quantised."""
     if "embedding" in embed:
         return embed["embedding"]
     names = [f"embedding{part}" for part in PARTS]

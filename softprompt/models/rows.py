@@ -1,4 +1,4 @@
-"""What a model reads: packed rows, in which several examples lie side by side."""
+"""The input of a model: packed rows, each of which holds several examples."""
 
 from typing import Any
 
@@ -9,25 +9,25 @@ Array = Any  # NumPy's on the host, JAX's in a compiled program
 
 @struct.dataclass
 class Rows:
-    """Rows of a batch, each array [R, ...]; or one row, where `jax.vmap` has taken the axis R away.
+    """Rows of a batch with arrays [R, ...]; or, inside `jax.vmap`, one row without the axis R.
 
-    An encoder-decoder has two rows for the same examples: its decoder's, and in `encoder` one of S
-    positions, for whose tokens, segments, positions and prompt the same holds.
+    An encoder-decoder has two rows for the same examples: the decoder's, and in `encoder` the
+    encoder's of S positions, with the same fields for its tokens, segments, positions and prompt.
 
     Attributes:
-        tokens: [T], token ids. Any where a prompt stands.
-        segments: [T], the example that a position belongs to: 1, 2, ... in a row, its positions
-            adjacent; 0 is padding. A position sees its own example only.
-        positions: [T], of a token in its example, from 0. A context and an inline prompt come
-            before.
+        tokens: [T], token ids; ignored at the slots of an inline prompt.
+        segments: [T], the example of each position: 1, 2, ... in a row; 0 is padding. Positions of
+            an example are adjacent and see only that example.
+        positions: [T], the position of a token in its example, from 0, without context and inline
+            prompt.
         index: [M], the positions whose logits are needed; None in an encoder's row.
-        prompt_index: [T], the row of the inline prompts that stands here, -1 where a token does;
-            None: no prompt stands inline.
+        prompt_index: [T], the row of the inline prompts that is used here, -1 for a token; None:
+            there is no inline prompt.
         which: [T], the number of the context that a token sees; None: there is one context.
-        branches: [T], tells apart sequences (candidate answers) that continue one input, from 1. A
-            position sees its own branch, and in a decoder-only model the input, which is branch 0;
-            None: there is one sequence.
-        examples: [E], ids of the examples that are segments 1, 2, ...; None: nothing is dropped.
+        branches: [T], the number, from 1, of a sequence (a candidate answer) that continues the
+            input. A position sees its own branch and, in a decoder-only model, the input, which is
+            branch 0. None: there is one sequence.
+        examples: [E], ids of the examples of segments 1, 2, ...; None: nothing is dropped.
         encoder: the encoder's row; None for a decoder-only model.
     """
 

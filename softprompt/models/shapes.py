@@ -1,4 +1,4 @@
-"""The shapes and dtypes of a model's weights, computed from its sizes alone."""
+"""The shapes and dtypes of a model's weights, computed from its config."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 from softprompt.models.decoder_layers import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 
-# Stack -> its attentions, in the order of their sublayers, and what transformers calls them.
+# Stack -> its attention sublayers, in order, with their names in transformers.
 ATTENTIONS = {
     "encoder": {"attn": "SelfAttention"},
     "decoder": {"attn": "SelfAttention", "cross": "EncDecAttention"},
@@ -20,7 +20,7 @@ def parameter_count(config: DecoderConfig | T5Config) -> int:
 
 
 def leaf_shapes(config: DecoderConfig | T5Config) -> dict[str, tuple[int, ...]]:
-    """Leaf path -> shape, with the layers that it stacks first, for every leaf of the weights."""
+    """Leaf path -> shape, for every leaf of the weights; stacked layers are the first axis."""
 
     def stacked(path: str) -> tuple[int, ...]:
         if isinstance(config, T5Config):
@@ -33,16 +33,16 @@ def leaf_shapes(config: DecoderConfig | T5Config) -> dict[str, tuple[int, ...]]:
 
 
 def leaf_dtype(path: str, dtype: np.dtype) -> np.dtype:
-    """Dtype of a leaf: that of the model for matrices; at least float32 for scales and biases.
+    """Dtype of a leaf: the model's for matrices, at least float32 for scales and biases.
 
-    The table of a relative bias is added to the scores of attention: a bias, whatever its shape.
+    The table of relative biases counts as a bias, because it is added to attention scores.
     """
     small = path.endswith(("/scale", "/bias", "/relative_bias/embedding"))
     return np.promote_types(dtype, np.float32) if small else dtype
 
 
 def decoder_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Leaf path -> its shape (one layer's, under "layers/"), for every leaf of the weights."""
+    """Leaf path -> shape, for every leaf of the weights; of one layer under "layers/"."""
     c = config
     shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (c.vocab, c.prompt_width)}
 
@@ -82,7 +82,7 @@ def decoder_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """Leaf path -> its shape, that of one layer where layers are stacked, for every leaf."""
+    """Leaf path -> shape, for every leaf of the weights; of one layer where layers are stacked."""
     c = config
     shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (c.vocab, c.width)}
     for stack, attentions in ATTENTIONS.items():
@@ -104,6 +104,6 @@ def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 
 
 def layer_count(config: T5Config, path: str) -> int | None:
-    """How many layers are stacked in a leaf; None outside the layers."""
+    """The number of layers stacked in a leaf; None for a leaf outside the layers."""
     counts = {"encoder/layers/": config.encoder_layers, "decoder/layers/": config.decoder_layers}
     return next((n for prefix, n in counts.items() if path.startswith(prefix)), None)

@@ -1,4 +1,4 @@
-"""A stack of equal layers: one block, scanned over weights [L, ...]."""
+"""A stack of identical layers: one block, scanned over weights [L, ...]."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,18 +22,18 @@ def stack(
     """The block's class, scanned over `length` layers.
 
     Args:
-        block: takes the residual stream, what differs from layer to layer ([L, ...] outside) and
-            what all layers share; returns the stream and what is stacked.
+        block: takes the residual stream, the layer's own inputs (stacked as [L, ...] outside) and
+            the inputs of all layers; returns the stream and an output that the scan stacks.
         length: L.
-        remat: what the backward pass computes again: "none" (what is cheap: norms, activations,
+        remat: what the backward pass recomputes: "none" (only cheap operations: norms, activations,
             scores) or "layer" (everything but the layers' inputs).
-        gather: called as `gather(path, leaf)` on each of a layer's weights where the layer is
-            computed, and again for its backward pass, so that gathered weights are never kept:
-            what it returns must come from `jax.lax.with_sharding_constraint`.
+        gather: called as `gather(path, leaf)` on each of a layer's weights when the layer is
+            computed, and again in its backward pass, so that gathered weights are not stored.
+            It must return the result of `jax.lax.with_sharding_constraint`.
         path: of the stack in the tree of the weights.
     """
     if gather is not None:
-        block = _gathering(block, gather, path)
+        block = _with_gather(block, gather, path)
     if gather is not None or remat != "none":
         block = nn.remat(block, policy=POLICIES[remat], prevent_cse=False)
     return nn.scan(
@@ -45,24 +45,25 @@ def stack(
     )
 
 
-def _gathering(block: type[nn.Module], gather: Gather, path: str) -> type[nn.Module]:
-    """The block, reading its weights through `gather`."""
+def _with_gather(block: type[nn.Module], gather: Gather, path: str) -> type[nn.Module]:
+    """The block with `gather` applied to its weights."""
 
-    def one(inner: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def gather_leaf(inner: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return gather("/".join([path, *(part.key for part in inner)]), leaf)
 
-    def all_of(variables: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: jax.tree_util.tree_map_with_path(one, tree) for k, tree in variables.items()}
+    def gather_tree(variables: Mapping[str, Any]) -> dict[str, Any]:
+        walk = jax.tree_util.tree_map_with_path
+        return {name: walk(gather_leaf, tree) for name, tree in variables.items()}
 
-    return nn.map_variables(block, "params", all_of)
+    return nn.map_variables(block, "params", gather_tree)
 
 
-def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What a backward pass finds ready made: everything but gathered weights."""
+def _saveable(primitive: Any, *_: Any, **__: Any) -> bool:
+    """The checkpoint policy that stores everything except gathered weights."""
     return primitive.name != "sharding_constraint"
 
 
 POLICIES: dict[str, Any] = {
-    "none": _keep,
+    "none": _saveable,
     "layer": None,
 }

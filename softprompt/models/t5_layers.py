@@ -1,4 +1,4 @@
-"""Layers of T5 over ONE row: attention with a relative bias and no scaling, feed-forward, block.
+"""The layers of T5 for one row: attention with a relative bias and without scaling, feed-forward.
 
 Source: arXiv 1910.10683, section 2.1 (T5 1.0); arXiv 2002.05202 (the gated feed-forward of T5 1.1).
 """
@@ -18,30 +18,30 @@ from softprompt.models.dropout import RowDropout, dropped, dropped_keys
 from softprompt.models.layers import Adapter, Linear, RMSNorm, activate
 
 KeysValues = tuple[jax.Array, jax.Array]
-Kept = tuple[KeysValues, tuple[KeysValues, KeysValues] | None]
+LayerOutput = tuple[KeysValues, tuple[KeysValues, KeysValues] | None]  # own, and cross-attention's
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """What a T5 is built of: 1.0, 1.1 and LM-adapted, Flan-T5, mT5, UMT5, ByT5.
+    """Sizes and architecture of a T5: 1.0, 1.1 and LM-adapted, Flan-T5, mT5, UMT5, ByT5.
 
     Attributes:
         vocab: V, rows of the embedding matrix.
-        width: D, of the residual stream.
+        width: D, the width of the residual stream.
         encoder_layers: L of the encoder.
         decoder_layers: L of the decoder.
         heads: H.
-        head_size: K; times H it need not be D.
+        head_size: K; H * K may differ from D.
         ffn: F.
         gated: the feed-forward is act(gate x) * (up x) (1.1 and later), not act(up x) (1.0).
-        activation: of the feed-forward, a name of `layers.ACTIVATIONS`.
+        activation: of the feed-forward, a key of `layers.ACTIVATIONS`.
         tied: the head is the embedding matrix, and its input is scaled by D ** -0.5 (1.0).
         norm_eps: added to the mean square.
-        buckets: of the relative bias.
-        max_distance: from which on all distances share the last bucket.
-        bias_per_layer: every layer has relative biases of its own (UMT5), not each stack.
-        context_length: positions it was pretrained on; relative positions run on beyond it.
-        start: the id that every sequence of the decoder begins with.
+        buckets: the number of buckets of the relative bias.
+        max_distance: the distance from which the last bucket is used.
+        bias_per_layer: each layer has its own relative biases (UMT5); else each stack has.
+        context_length: the length it was pretrained with; relative positions have no limit.
+        start: the id of the start token of the decoder's sequences.
     """
 
     vocab: int
@@ -73,11 +73,11 @@ class T5Config:
 
 
 def bucket(distance: np.ndarray, *, buckets: int, max_distance: int, causal: bool) -> np.ndarray:
-    """The bucket of each distance "key position - query position"; static, computed by numpy.
+    """The bucket of each distance "key position - query position", computed statically by NumPy.
 
-    Half of the buckets hold one distance each, the others grow logarithmically up to
-    `max_distance`, and the last holds all beyond. Unless causal, one half of them is for keys that
-    come after.
+    Half of the buckets hold one distance each. The others grow logarithmically up to
+    `max_distance`, and the last holds all larger distances. Unless `causal`, half of the buckets
+    are for keys after the query.
     """
     after = np.zeros_like(distance)
     if causal:
@@ -87,7 +87,7 @@ def bucket(distance: np.ndarray, *, buckets: int, max_distance: int, causal: boo
         after, size = buckets * (distance > 0), np.abs(distance)
     exact = buckets // 2
     ratio = np.log(np.maximum(size, exact) / exact) / math.log(max_distance / exact)
-    # The guard keeps a distance on the edge of a bucket, such as 16, in the upper one.
+    # 1e-9 keeps a distance at the edge of two buckets, such as 16, in the upper one.
     grown = exact + np.floor(ratio * (buckets - exact) + 1e-9).astype(distance.dtype)
     return after + np.where(size < exact, size, np.minimum(grown, buckets - 1))
 
@@ -95,8 +95,8 @@ def bucket(distance: np.ndarray, *, buckets: int, max_distance: int, causal: boo
 def buckets_within(config: T5Config, causal: bool, length: int) -> np.ndarray:
     """The bucket of each pair of a row's positions [T, S].
 
-    It asks only that a segment's positions lie side by side, so the rows of a batch share it: under
-    `vmap` what follows from it is computed once.
+    It is the same for all rows, because a segment's positions are adjacent. Under `vmap` the biases
+    are therefore computed once.
     """
     index_T = np.arange(length)
     return _bucket_of(config, causal, index_T - index_T[:, None])
@@ -105,8 +105,8 @@ def buckets_within(config: T5Config, causal: bool, length: int) -> np.ndarray:
 def buckets_before(
     config: T5Config, causal: bool, positions_T: jax.Array, positions_S: jax.Array
 ) -> jax.Array:
-    """The bucket of each pair of a position and a key [T, S] that stands before it."""
-    furthest = config.max_distance  # the last bucket holds all beyond
+    """The bucket of each pair of a position and an earlier key [T, S]."""
+    furthest = config.max_distance  # the last bucket holds all larger distances
     by_distance = jnp.asarray(_bucket_of(config, causal, -np.arange(furthest + 1)))
     return by_distance[jnp.clip(positions_T[:, None] - positions_S, 0, furthest)]
 
@@ -117,7 +117,7 @@ def _bucket_of(config: T5Config, causal: bool, distance: np.ndarray) -> np.ndarr
 
 
 class RelativeBias(nn.Module):
-    """What is added to the scores of self-attention; it depends on i - j alone."""
+    """The bias of self-attention scores, a function of the distance i - j."""
 
     config: T5Config
     dtype: jnp.dtype
@@ -133,11 +133,10 @@ class RelativeBias(nn.Module):
 
 @struct.dataclass
 class Layer:
-    """What differs from layer to layer, scanned along the first axis: [L, ...] outside.
+    """Inputs that differ between layers; `nn.scan` takes them from arrays [L, ...].
 
-    `cross` holds the keys and values of encoder states, those of the context and the row's own,
-    where they are known already; `cross_prefix` those that every position of a decoder sees
-    besides.
+    `cross` holds the keys and values of the encoder states of the context and of the row, if they
+    are computed already. `cross_prefix` holds the trained keys and values of cross-attention.
     """
 
     context: KeysValues
@@ -147,19 +146,19 @@ class Layer:
 
 
 @struct.dataclass
-class Row:
-    """What all layers are told of the row.
+class RowInputs:
+    """Inputs of a row that are the same for all layers.
 
     Attributes:
-        masks: which keys each position sees of the context (None: all), of each cached part and of
-            the row.
-        biases: the stack's relative biases towards the same; None where each layer has its own.
-        buckets: where those find them, [T, S] for each part.
-        states: encoder states that every row sees [P, D], and the row's own [S, D]; None in the
-            encoder, and where their keys and values are known.
-        cross_mask_TS: which of the row's own encoder states each position sees.
-        drop: whose masks the positions get, and the encoder's positions in cross-attention; None
-            where nothing is dropped.
+        masks: the masks of the keys of the context (None: all are seen), of each cached part and
+            of the row.
+        biases: the stack's relative biases of the same keys; None if each layer has its own.
+        buckets: the buckets of the layers' own biases, [T, S] for each part; else ().
+        states: encoder states of the context [P, D] and of the row [S, D]; None in the encoder, and
+            if `Layer.cross` has their keys and values.
+        cross_mask_TS: which of the row's encoder states each position sees.
+        drop: the dropout masks of the positions, and of the encoder's positions in cross-attention;
+            None if nothing is dropped.
         keep_cross: the layers return the keys and values of `states`.
     """
 
@@ -173,7 +172,7 @@ class Row:
 
 
 class Attention(nn.Module):
-    """Self- or cross-attention; the caller says whose keys and values."""
+    """Self- or cross-attention; the caller passes the keys and values."""
 
     config: T5Config
     dtype: jnp.dtype
@@ -219,18 +218,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer of either stack, as `nn.scan` wants it."""
+    """One pre-norm layer of either stack, in the form of `nn.scan`."""
 
     config: T5Config
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_TD: jax.Array, layer: Layer, row: Row) -> tuple[jax.Array, Kept]:
+    def __call__(
+        self, x_TD: jax.Array, layer: Layer, row: RowInputs
+    ) -> tuple[jax.Array, LayerOutput]:
         """Runs the layer.
 
         Returns:
-            The residual stream [T, D]; the layer's own keys and values [T, H, K]; and, where they
-            are asked for, those of the encoder's states, as in `Layer.cross`.
+            The residual stream [T, D]; the layer's own keys and values [T, H, K]; and, with
+            `keep_cross`, those of the encoder's states, as in `Layer.cross`.
         """
         c, dtype, (drop, cross_drop) = self.config, self.dtype, row.drop
         y = RMSNorm(c.norm_eps, dtype, name="attn_norm")(x_TD)
@@ -250,11 +251,11 @@ class Block(nn.Module):
             if row.states is not None:
                 shared_PD, states_SD = row.states
                 cross = attn.keys_values(shared_PD, None), attn.keys_values(states_SD, cross_drop)
-            assert cross is not None, "neither states nor their keys and values"
+            assert cross is not None, "cross-attention needs states, or their keys and values"
             prefix = [] if layer.cross_prefix is None else [layer.cross_prefix]
             *shared, own = dropped_keys(self, [*prefix, *cross], cross_drop)
-            whole = [Part(*part) for part in shared]
-            y = attn(y, [*whole, Part(*own, row.cross_mask_TS)], drop)
+            unmasked = [Part(*part) for part in shared]
+            y = attn(y, [*unmasked, Part(*own, row.cross_mask_TS)], drop)
             x_TD = x_TD + Adapter(dtype, name="cross_adapter")(dropped(self, y, drop))
         y = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x_TD)
         y = dropped(self, MLP(c, dtype, name="mlp")(y, drop), drop)

@@ -1,4 +1,4 @@
-"""One of T5's two stacks: its layers, its relative bias, and what is trained in front of it."""
+"""One of T5's two stacks: its layers, its relative bias, and its trained prompt or prefix."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from softprompt.models.layers import Prefix, RMSNorm, read_delta
 from softprompt.models.stack import Gather, stack
 from softprompt.models.t5_layers import (
     Block,
-    Kept,
     KeysValues,
     Layer,
+    LayerOutput,
     RelativeBias,
-    Row,
+    RowInputs,
     T5Config,
     buckets_before,
     buckets_within,
@@ -24,7 +24,7 @@ from softprompt.models.t5_layers import (
 
 
 class Stack(nn.Module):
-    """The encoder or the decoder, without embeddings and head."""
+    """The encoder or the decoder, without embeddings and without head."""
 
     config: T5Config
     layer_count: int
@@ -50,18 +50,18 @@ class Stack(nn.Module):
         self.cross_prefix = Prefix(self.dtype)
 
     def prompts(self) -> jax.Array | None:
-        """The trained variable "prompt" as [N, P, D], if there is one: one [P, D] or several."""
+        """The trained variable "prompt", [P, D] or [N, P, D], as [N, P, D]; or None."""
         prompt = read_delta(self, "prompt")
         if prompt is None:
             return None
         return (prompt if prompt.ndim == 3 else prompt[None]).astype(self.dtype)
 
     def with_prompt(self, x_TD: jax.Array, prompt_index_T: jax.Array | None) -> jax.Array:
-        """Puts the rows of the prompts, end to end, where `prompt_index_T` is not negative."""
+        """Replaces `x_TD` by rows of the concatenated prompts where `prompt_index_T` is not -1."""
         if prompt_index_T is None:
             return x_TD
         prompts_NPD = self.prompts()
-        assert prompts_NPD is not None, "a row has slots for a prompt that is not there"
+        assert prompts_NPD is not None, "a row has slots, and the delta has no prompt"
         if prompts_NPD.size == 0:
             return x_TD
         prompt_PD = prompts_NPD.reshape(-1, prompts_NPD.shape[-1])
@@ -69,31 +69,31 @@ class Stack(nn.Module):
         return jnp.where(prompt_index_T[:, None] >= 0, slots_TD, x_TD)
 
     def empty_context(self) -> Context:
-        """No positions."""
+        """A context without positions."""
         c = self.config
         none = jnp.zeros((self.layer_count, 0, c.heads, c.head_size), self.dtype)
         return Context(none, none)
 
     def prefix_context(self) -> Context:
-        """The trained prefix; no positions where there is none."""
+        """The trained prefix, or an empty context."""
         prefix = self.prefix()
         return self.empty_context() if prefix is None else Context(*prefix)
 
     def cross_context(self) -> Context | None:
-        """The trained prefix of cross-attention, where there is one."""
+        """The trained prefix of cross-attention, or None."""
         prefix = self.cross_prefix() if self.causal else None
         return None if prefix is None else Context(*prefix)
 
     def prompt_context(self, dropout: Dropout | None) -> tuple[Context, jax.Array]:
-        """The prompt run alone: its keys and values, and its final states [P, D]; or the prefix."""
+        """The context and final states [P, D] of the prompt, or of the prefix (no states)."""
         prompts_NPD = self.prompts()
         if prompts_NPD is None:
             return self.prefix_context(), jnp.zeros((0, self.config.width), self.dtype)
-        assert len(prompts_NPD) == 1, "only inline prompts are chosen from"
+        assert len(prompts_NPD) == 1, "several prompts must be inline"
         return self.context_of(prompts_NPD[0], dropout)
 
     def context_of(self, x_PD: jax.Array, dropout: Dropout | None) -> tuple[Context, jax.Array]:
-        """Runs vectors alone: their keys and values, and their final states [P, D]."""
+        """Runs vectors by themselves: their keys and values, and their final states [P, D]."""
         index_P = jnp.arange(x_PD.shape[0])
         mask_PS = (index_P[:, None] >= index_P) | (not self.causal)
         drop = context_dropout(dropout, x_PD.shape[0])
@@ -102,7 +102,7 @@ class Stack(nn.Module):
         return Context(k_LPGK, v_LPGK), self.final_states(x_PD, drop)
 
     def final_states(self, x_TD: jax.Array, drop: RowDropout | None) -> jax.Array:
-        """What is read of the stack: the normalised residual stream."""
+        """The stack's output: the normalised residual stream."""
         return dropped(self, self.final_norm(x_TD), drop)
 
     def __call__(
@@ -117,28 +117,28 @@ class Stack(nn.Module):
         cross_prefix: Context | None = None,
         drop: tuple[RowDropout | None, RowDropout | None] = (None, None),
         **cross: Any,
-    ) -> tuple[jax.Array, Kept]:
-        """The layers; biases that they share are computed once, outside the scan.
+    ) -> tuple[jax.Array, LayerOutput]:
+        """Runs the layers; biases of all layers are computed once, outside the scan.
 
         Args:
-            x_TD: the row, its positions side by side.
-            context: what stands right before every segment.
-            mask_TS: which positions of the row each sees.
-            positions_T: of the row, from 0; the context comes before. Only what is outside the row
-                is told by them.
-            cached: what else the row sees of its own.
+            x_TD: the row; positions of a segment are adjacent.
+            context: keys and values that come right before every segment.
+            mask_TS: which positions of the row each position sees.
+            positions_T: of the row, from 0, without the context. They give the distances to context
+                and cache.
+            cached: keys and values of earlier tokens of the row.
             known_cross: keys and values for cross-attention, as in `Layer.cross`.
-            cross_prefix: what cross-attention sees besides.
-            drop: as in `Row`.
-            **cross: fields of `Row` for cross-attention.
+            cross_prefix: trained keys and values of cross-attention.
+            drop: as in `RowInputs`.
+            **cross: fields of `RowInputs` for cross-attention.
         """
         config, causal, positions_T = self.config, self.causal, context.length + positions_T
-        places = [jnp.arange(context.length), *(c.positions_S + context.length for c in cached)]
-        before = [buckets_before(config, causal, positions_T, place_S) for place_S in places]
-        buckets = (*before, jnp.asarray(buckets_within(config, causal, x_TD.shape[0])))
+        keys = [jnp.arange(context.length), *(c.positions_S + context.length for c in cached)]
+        earlier = [buckets_before(config, causal, positions_T, keys_S) for keys_S in keys]
+        buckets = (*earlier, jnp.asarray(buckets_within(config, causal, x_TD.shape[0])))
         biases = None if config.bias_per_layer else self.relative_bias(buckets)
         masks = (None, *(c.valid_S for c in cached), mask_TS)
-        row = Row(masks, biases, buckets if biases is None else (), drop=drop, **cross)
+        row = RowInputs(masks, biases, buckets if biases is None else (), drop=drop, **cross)
         kv = tuple((c.k_LSGK, c.v_LSGK) for c in cached)
         own = (context.k_LPGK, context.v_LPGK)
         extra = None if cross_prefix is None else (cross_prefix.k_LPGK, cross_prefix.v_LPGK)

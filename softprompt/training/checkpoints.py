@@ -1,11 +1,11 @@
-"""Checkpoints of what a trial changes: delta, best delta, optimizer state, step. Never a weight.
+"""Checkpoints of a trial's state: delta, best delta, optimizer state and step. No frozen weights.
 
-One small wrapper around orbax, so that its interface is met in one place. Writes are atomic: a
-process that dies during one leaves the checkpoint before it.
+This module is the only one that calls orbax's checkpoint manager. Writes are atomic: if a process
+dies during a write, the previous checkpoint remains.
 
-Orbax runs in daemon threads, one call at a time. A signal interrupts the main thread, which waits
-for them, and never orbax itself, whose threads would then wait for one another; and none of them
-keeps a process alive that is to leave.
+Each orbax call runs in a daemon thread, one call at a time. A signal therefore interrupts the main
+thread, which waits for the call, and never orbax itself, whose threads could deadlock. A daemon
+thread does not keep an exiting process alive.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from softprompt.errors import UserError
 Tree = Any
 T = TypeVar("T")
 
-LEAVING_SECONDS = 60.0  # that a process which is to leave waits for a write
+LEAVING_SECONDS = 60.0  # how long an exiting process waits for a write
 
 _open: list[ocp.CheckpointManager] = []
 _one_call = threading.Lock()
@@ -33,9 +33,9 @@ _one_call = threading.Lock()
 
 @contextlib.contextmanager
 def checkpoint_manager(folder: epath.PathLike, *, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
-    """A manager of `folder` that finishes its writes before the block ends.
+    """A checkpoint manager for `folder` that finishes its writes before the block ends.
 
-    Where the block ends in an exception, it waits for a write no longer than `LEAVING_SECONDS`.
+    If the block raises an exception, the manager waits at most `LEAVING_SECONDS` for a write.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     manager = ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
@@ -43,7 +43,7 @@ def checkpoint_manager(folder: epath.PathLike, *, keep: int = 2) -> Iterator[ocp
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):  # the block's own says more
+        with contextlib.suppress(Exception):  # the block's exception matters more
             _in_daemon_thread(manager.close, seconds=LEAVING_SECONDS)
         raise
     else:
@@ -53,10 +53,10 @@ def checkpoint_manager(folder: epath.PathLike, *, keep: int = 2) -> Iterator[ocp
 
 
 def _in_daemon_thread(call: Callable[[], T], *, seconds: float | None = None) -> T:
-    """What a call returns or raises in a daemon thread of its own.
+    """Runs a call in a new daemon thread, and returns its result or raises its exception.
 
     Raises:
-        TimeoutError: it takes longer than `seconds`; the thread is left to itself.
+        TimeoutError: the call takes longer than `seconds`; its thread goes on.
     """
     done: Future[T] = Future()
 
@@ -72,21 +72,21 @@ def _in_daemon_thread(call: Callable[[], T], *, seconds: float | None = None) ->
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Tree, notes: dict[str, Any]) -> None:
-    """Starts writing the state after `step` updates, once no other write is under way.
+    """Waits for pending writes, then starts writing the state after `step` updates.
 
     Args:
         manager: of the trial's folder.
         step: updates done.
-        state: trees of arrays. Copied before this returns, so that the caller may donate them.
-            Those without entries, which orbax does not write, are left out.
-        notes: small JSON beside the arrays: the resolved config, and where the best delta was.
+        state: trees of arrays. They are copied before this returns, so the caller may donate them.
+            Arrays of size 0, which orbax cannot write, are left out.
+        notes: JSON saved with the arrays, such as the resolved config and the best step.
     """
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_written(state)), notes=ocp.args.JsonSave(notes)
     )
-    # Orbax numbers the writes of a process, and takes those of two managers for one another's.
+    # Orbax numbers writes per process, so concurrent writes of two managers would be confused.
     for other in [one for one in _open if one is not manager]:
-        with contextlib.suppress(Exception):  # the other trial meets it itself
+        with contextlib.suppress(Exception):  # the other trial will raise it itself
             _in_daemon_thread(other.wait_until_finished)
     _in_daemon_thread(lambda: manager.save(step, args=items))
 
@@ -98,18 +98,21 @@ def restore_newest(
     check: Callable[[int, dict[str, Any]], None],
     say: Callable[[str], None],
 ) -> tuple[int, dict[str, Any], Tree] | None:
-    """Step, notes and state of the newest checkpoint that can be read, None where there is none.
+    """Restores the newest readable checkpoint.
 
-    Newer ones that cannot be read are deleted, so that their steps can be written again.
+    Unreadable newer checkpoints are deleted, so that their steps can be written again.
 
     Args:
         manager: of the trial's folder.
-        like: a state of the same structure, whose shapes and shardings the restored one gets.
+        like: a state with the structure, shapes and shardings of the one to restore.
         check: called with step and notes before the state is read; may raise.
-        say: is told in one line of each checkpoint that cannot be read.
+        say: called with one line about each unreadable checkpoint.
+
+    Returns:
+        Its step, notes and state; None if the folder has no checkpoint.
 
     Raises:
-        UserError: there are checkpoints, and none of them can be read.
+        UserError: there are checkpoints, but none is readable.
     """
     problems: dict[int, Exception] = {}
     for step in sorted(manager.all_steps(), reverse=True):
@@ -138,7 +141,7 @@ def restore_newest(
 
 
 def _unreadable(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:
-    """One line that names a checkpoint's folder, and why it cannot be read."""
+    """A line that names an unreadable checkpoint's folder and the reason."""
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
     return f"{manager.directory / str(step)}: this checkpoint cannot be read ({reason})"
 
@@ -148,12 +151,12 @@ def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
 
 
 def _restore_state(manager: ocp.CheckpointManager, step: int, like: Tree) -> Tree:
-    """The state of a checkpoint, laid out like `like`."""
+    """The state of a checkpoint, with the shapes and shardings of `like`."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _written(like))
-    found = _restore(manager, step, state=ocp.args.StandardRestore(abstract))["state"]
-    return jax.tree.map(lambda leaf, one: leaf if one is None else one, like, found)
+    restored = _restore(manager, step, state=ocp.args.StandardRestore(abstract))["state"]
+    return jax.tree.map(lambda leaf, read: leaf if read is None else read, like, restored)
 
 
 def _written(state: Tree) -> Tree:
-    """The state with None for what has no entries."""
+    """The state with None in place of each array of size 0."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, state)

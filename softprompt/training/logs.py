@@ -1,4 +1,4 @@
-"""A trial's metrics.jsonl, cut back to the restored step on resume, and optional sinks."""
+"""A trial's metrics log, metrics.jsonl, and optional sinks (TensorBoard, Weights & Biases)."""
 
 import json
 import math
@@ -23,14 +23,16 @@ TIMING = (
 
 
 class MetricsLog:
-    """Appends lines {"step": ..., name: number, ...}; the file is the truth, sinks are copies.
+    """Appends lines {"step": ..., name: number, ...} to metrics.jsonl, and passes them to sinks.
+
+    Only process 0 writes.
 
     Args:
-        folder: the trial's, local or gs:// (which cannot append, and is rewritten by each line).
-        step: the step that the trial goes on from; later lines of a killed run are cut off.
+        folder: the trial's, local or gs://. A gs:// file cannot be appended to, so each line
+            rewrites it.
+        step: the step that the trial resumes from, whose later lines are removed; None for a new
+            log.
         sinks: called with each new line.
-
-    Of several processes the first writes.
     """
 
     def __init__(self, folder: epath.PathLike, *, step: int | None, sinks: list[Sink]):
@@ -38,18 +40,18 @@ class MetricsLog:
         self._local = "://" not in str(folder)
         self._sinks = sinks
         self._writes = jax.process_index() == 0
-        kept = []
+        lines = []
         if step is not None and self._file.exists():
             for text in self._file.read_text().splitlines():
                 line = read_line(text)
                 if line is not None and line["step"] <= step:
-                    kept.append(text + "\n")
-        self._lines = kept
+                    lines.append(text + "\n")
+        self._lines = lines
         if self._writes:
-            write_text(self._file, "".join(kept))
+            write_text(self._file, "".join(lines))
 
     def write(self, line: Line) -> None:
-        """Adds a line; numbers that are not finite become null."""
+        """Appends a line; NaN and infinite numbers become null."""
         if not self._writes:
             return
         text = json.dumps({k: _finite(v) for k, v in line.items()}) + "\n"
@@ -64,7 +66,7 @@ class MetricsLog:
 
 
 def read_line(text: str) -> Line | None:
-    """A line of metrics.jsonl, None for one that a kill cut short."""
+    """Parses a line of metrics.jsonl; None for one that a killed process left incomplete."""
     try:
         line = json.loads(text)
     except ValueError:
@@ -73,7 +75,7 @@ def read_line(text: str) -> Line | None:
 
 
 def read_log(folder: epath.PathLike) -> list[Line]:
-    """All whole lines of a trial's metrics.jsonl."""
+    """All complete lines of a trial's metrics.jsonl."""
     lines = (read_line(text) for text in (epath.Path(folder) / FILE).read_text().splitlines())
     return [line for line in lines if line is not None]
 
@@ -87,14 +89,12 @@ def open_sinks(
     tensorboard: bool,
     wandb: bool,
 ) -> Iterator[list[Sink]]:
-    """Within the block, a trial's own sinks, those that are switched on.
-
-    Of several processes the first has them.
+    """Opens a trial's sinks for the duration of the block; only process 0 has any.
 
     Args:
-        folder: the trial's; TensorBoard's events go there.
-        name: the run's, in Weights & Biases.
-        config: what Weights & Biases shows beside it.
+        folder: the trial's; TensorBoard events are written there.
+        name: of the run in Weights & Biases.
+        config: shown with the run in Weights & Biases.
         tensorboard: whether to write TensorBoard events.
         wandb: whether to send lines to Weights & Biases.
 
@@ -137,7 +137,7 @@ def _wandb(config: Mapping[str, Any], name: str, stack: ExitStack) -> Sink:
             "config.log.wandb is True; it needs wandb: pip install 'softprompt[sweep]'"
         ) from error
     run = wandb.init(project="softprompt", name=name, config=config, reinit="create_new")
-    stack.enter_context(run)  # trials beside this one have runs of their own
+    stack.enter_context(run)  # concurrent trials have separate runs
 
     def sink(line: Line) -> None:
         run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])

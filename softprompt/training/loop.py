@@ -1,8 +1,8 @@
-"""The loop around the training step: metrics a step behind, evaluations, checkpoints.
+"""The training loop: steps, delayed metrics, validations and checkpoints.
 
-The loop is a generator: it yields what a step takes (`StepCall`) and is sent what the step returns
-(`StepResult`). Who drives it decides how the step is taken: by itself, or stacked with the steps of
-other trials.
+The loop is a generator. It yields the arguments of each step (`StepCall`), and the caller sends the
+outputs (`StepResult`). The caller decides how to run the step: alone, or stacked with the steps of
+other trials. Metrics of a step are fetched while the next one runs.
 """
 
 import dataclasses
@@ -35,21 +35,21 @@ Steps = Generator[StepCall, StepResult, "State"]
 
 
 class Diverged(UserError):
-    """The loss or a norm is not finite; the trial's row says so."""
+    """The loss or a norm is not finite. The trial fails with this error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long, and how often what.
+    """The length of training, and the intervals of everything else, all in steps.
 
     Attributes:
-        steps: updates in all.
+        steps: total number of updates.
         log_every: updates between log lines.
-        eval_every: updates between validations; 0 for step 0 and the end only.
+        eval_every: updates between validations; 0 validates at step 0 and at the end only.
         checkpoint_every: updates between checkpoints.
-        snapshots: updates between kept copies of the delta; 0 for none.
-        patience: validations without a new best after which training stops; 0 for never.
-        metric: the validation metric that "best" means, larger is better.
+        snapshots: updates between saved copies of the delta; 0 for none.
+        patience: training stops after this many validations without a new best; 0 is never.
+        metric: the validation metric that selects the best delta; larger is better.
     """
 
     steps: int
@@ -63,10 +63,11 @@ class LoopConfig:
 
 @dataclasses.dataclass
 class State:
-    """All that a trial changes.
+    """The state of a trial's training, after `step` updates.
 
-    `best` is the delta, or average of deltas, that validated best, `step` counts updates, `seconds`
-    is the wall time of the processes before this one, which began at `began`.
+    `best` is the delta, or moving average of deltas, with the best validation score; `waited`
+    counts validations since then. `seconds` is the wall time of the trial's earlier processes, and
+    `began` is when this one started it (`time.monotonic()`).
     """
 
     delta: Tree
@@ -81,25 +82,25 @@ class State:
     began: float = dataclasses.field(default_factory=time.monotonic)
 
     def tested(self) -> Tree:
-        """The delta that is validated and kept: see `averaged`."""
+        """The delta to validate and save: see `averaged`."""
         return averaged(self.delta, self.opt_state)
 
     def selected(self, which: str) -> tuple[Tree, dict[str, float], int]:
-        """The "best" or "last" delta, its validation's scores, and its step."""
+        """The "best" or "last" delta, its validation scores and its step."""
         if which == "last":
             return self.tested(), self.last_scores, self.step
         return self.best, self.best_scores, self.best_step
 
     def elapsed(self) -> float:
-        """Wall seconds spent on the trial so far, by all of its processes up to their last save."""
+        """Wall seconds of the trial so far; of earlier processes, up to their last checkpoint."""
         return self.seconds + time.monotonic() - self.began
 
     def arrays(self) -> Tree:
-        """What a checkpoint holds as arrays."""
+        """The arrays of a checkpoint."""
         return {"delta": self.delta, "opt_state": self.opt_state, "best": self.best}
 
     def notes(self) -> dict[str, Any]:
-        """What a checkpoint holds as JSON."""
+        """The JSON of a checkpoint."""
         return {
             "best_step": self.best_step,
             "best_scores": self.best_scores,
@@ -110,7 +111,7 @@ class State:
 
 
 class Pauses:
-    """Seconds in which the trials of a process took no steps, for one of them did something else.
+    """Counts the seconds in which the trials of a process run no training steps.
 
     Example:
         with pauses():
@@ -123,7 +124,7 @@ class Pauses:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Adds the block's seconds; those of a block inside another count once."""
+        """Adds the block's seconds; nested blocks count once."""
         began, self._open = time.monotonic(), self._open + 1
         try:
             yield
@@ -134,25 +135,25 @@ class Pauses:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """What the loop works with.
+class LoopInputs:
+    """The inputs of a trial's training loop.
 
     Attributes:
-        program: names the compiled training step, for whoever takes it.
+        program: identifies the compiled training step to the caller.
         weights: the frozen model.
         source: batches by step.
         rates: learning rate of each step [steps].
-        dropout: the trial's; None where nothing is dropped.
+        dropout: the trial's; None without dropout.
         mesh: the devices.
-        row_multiple: empty rows are added to a batch until its rows are a multiple of this.
+        row_multiple: batches are padded with empty rows to a multiple of this.
         evaluate: delta -> validation metrics.
-        fold: delta -> the delta without what only training needs.
+        fold: delta -> the delta without parameters that only training needs.
         folder: the trial's.
-        notes: JSON that every checkpoint carries.
-        step_flops: useful operations of a step, on average.
-        machine_flops: operations a second of all devices.
-        stage: (what, done, total, note), for the progress display.
-        pauses: shared by the trials of a process; their time is no step's.
+        notes: JSON saved in every checkpoint.
+        step_flops: mean useful FLOPs of a step.
+        machine_flops: peak FLOPs per second of all devices.
+        stage: called with (what, done, total, note) to show progress.
+        pauses: shared by all trials of a process; excluded from step times.
     """
 
     program: Any
@@ -179,119 +180,121 @@ def restore(
     check: Callable[[int, Mapping[str, Any]], None],
     say: Callable[[str], None],
 ) -> State | None:
-    """The state of the newest checkpoint, laid out like `state`; None where there is none.
+    """Restores the newest readable checkpoint; None if there is no checkpoint.
 
     Args:
         manager: of the trial's checkpoints.
-        state: of the trial's first step.
-        check: is given a checkpoint's step and notes before its arrays are read, whose shapes may
-            be others; raises where the trial cannot go on from it.
-        say: is given a line about each checkpoint that cannot be read.
+        state: the trial's initial state, for structure, shapes and shardings.
+        check: called with a checkpoint's step and notes before its arrays are read; raises if the
+            trial cannot resume from it.
+        say: called with a line about each unreadable checkpoint.
 
     Raises:
-        UserError: no checkpoint can be read; what `check` raises.
+        UserError: no checkpoint is readable; see also `check`.
     """
-    found = checkpoints.restore_newest(manager, state.arrays(), check=check, say=say)
-    if found is None:
+    restored = checkpoints.restore_newest(manager, state.arrays(), check=check, say=say)
+    if restored is None:
         return None
-    step, notes, arrays = found
+    step, notes, arrays = restored
     names = ("best_step", "best_scores", "last_scores", "waited", "seconds")
-    kept = {name: notes[name] for name in names}
-    return State(**arrays, step=step, began=state.began, **kept)
+    fields = {name: notes[name] for name in names}
+    return State(**arrays, step=step, began=state.began, **fields)
 
 
-def train(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog, manager: Any) -> Steps:
+def train(
+    loop: LoopConfig, inputs: LoopInputs, state: State, log: MetricsLog, manager: Any
+) -> Steps:
     """Trains from `state` to the end, or to an early stop.
 
     Yields:
-        What each step takes; it is sent what the step returns.
+        The arguments of each step. The caller sends the step's outputs.
 
     Returns:
-        The state at the end.
+        The final state.
 
     Raises:
-        Diverged: the loss is not finite; names the step and the last finite metrics.
+        Diverged: the loss or a norm is not finite; names the step and the last finite metrics.
         KeyboardInterrupt: after SIGINT, once the state is saved.
         SystemExit: with 75 after SIGTERM or SIGHUP, once the state is saved.
     """
     pending: tuple[int, dict[str, jax.Array], float] | None = None
     last: dict[str, float] = {}
     steps = {"start": state.step, "stop": loop.steps}
-    batches = iter(train_batches(parts.source, **steps, row_multiple=parts.row_multiple))
-    with saving(), Feed(parts.mesh, batches) as feed:
+    batches = iter(train_batches(inputs.source, **steps, row_multiple=inputs.row_multiple))
+    with saving(), Feed(inputs.mesh, batches) as feed:
         if state.step == 0:
-            with parts.pauses():
-                validate(loop, parts, state, log)
-        clock = Clock(parts, feed, state.step)
+            with inputs.pauses():
+                validate(loop, inputs, state, log)
+        clock = Clock(inputs, feed, state.step)
         while state.step < loop.steps and not stopped(loop, state):
             batch = feed.take(pending and pending[1])
-            rate = float(parts.rates[state.step])
-            opt_state = set_rate(state.opt_state, parts.rates[state.step])
+            rate = float(inputs.rates[state.step])
+            opt_state = set_rate(state.opt_state, inputs.rates[state.step])
             state.delta, state.opt_state, metrics = yield StepCall(
-                parts.program,
+                inputs.program,
                 state.delta,
                 opt_state,
-                parts.weights,
+                inputs.weights,
                 batch,
-                at_step(parts.dropout, state.step),
+                at_step(inputs.dropout, state.step),
             )
             if pending is not None:
-                last = note(loop, parts, pending, log, clock, last)
+                last = log_metrics(loop, inputs, pending, log, clock, last)
             state.step += 1
             pending = (state.step, metrics, rate)
-            asked = stop_requested()
-            if due(loop, state, asked is not None):
-                last = note(loop, parts, pending, log, clock, last)
+            signalled = stop_requested()
+            if due(loop, state, signalled is not None):
+                last = log_metrics(loop, inputs, pending, log, clock, last)
                 pending = None
-                with parts.pauses():
-                    finish_step(loop, parts, state, log, manager, asked)
-                clock = Clock(parts, feed, state.step)
+                with inputs.pauses():
+                    finish_step(loop, inputs, state, log, manager, signalled)
+                clock = Clock(inputs, feed, state.step)
     return state
 
 
 def saving() -> AbstractContextManager[None]:
-    """Within the block signals wait for the end of a step; several processes leave that to JAX."""
+    """Defers signals in the block to the end of a step; with several processes, JAX does so."""
     return interrupts.saving() if jax.process_count() == 1 else nullcontext()
 
 
-_sync_points = itertools.count(1)  # of all trials: processes agree on numbers that only grow
+_sync_points = itertools.count(1)  # across all trials: sync points of JAX must increase
 
 
 def stop_requested() -> signal.Signals | None:
-    """The signal that asks to stop after this step; of several processes all hear of it at once."""
-    if jax.process_count() > 1:  # JAX listens for SIGTERM in each of them
+    """The signal to stop after this step, or None; all processes see it at the same step."""
+    if jax.process_count() > 1:  # JAX handles SIGTERM in each of them
         reached = multihost_utils.reached_preemption_sync_point(next(_sync_points))
         return signal.SIGTERM if reached else None
     return interrupts.requested()
 
 
-def due(loop: LoopConfig, state: State, asked: bool) -> bool:
-    """Whether something happens after this step that needs its metrics to be logged first."""
+def due(loop: LoopConfig, state: State, signalled: bool) -> bool:
+    """Whether a validation, snapshot, checkpoint or stop follows this step."""
     every = (loop.eval_every, loop.checkpoint_every, loop.snapshots)
-    return asked or state.step == loop.steps or any(n and state.step % n == 0 for n in every)
+    return signalled or state.step == loop.steps or any(n and state.step % n == 0 for n in every)
 
 
 def finish_step(
     loop: LoopConfig,
-    parts: Parts,
+    inputs: LoopInputs,
     state: State,
     log: MetricsLog,
     manager: Any,
-    asked: signal.Signals | None,
+    signalled: signal.Signals | None,
 ) -> None:
-    """Validation, snapshot, checkpoint, in this order: a checkpoint knows all that went before."""
+    """Validates, then saves a snapshot, then a checkpoint, which includes the validation."""
     step, end = state.step, state.step == loop.steps
     if end or (loop.eval_every and step % loop.eval_every == 0):
-        validate(loop, parts, state, log)
+        validate(loop, inputs, state, log)
     if loop.snapshots and step % loop.snapshots == 0:
-        file = parts.folder / "snapshots" / f"{step}.safetensors"
-        save_delta(file, parts.fold(state.tested()), {"step": step, **parts.notes})
+        file = inputs.folder / "snapshots" / f"{step}.safetensors"
+        save_delta(file, inputs.fold(state.tested()), {"step": step, **inputs.notes})
     stop = stopped(loop, state)
-    if end or stop or asked or step % loop.checkpoint_every == 0:
-        checkpoints.save(manager, step, state.arrays(), {**state.notes(), **parts.notes})
-    if asked and not end and not stop:
+    if end or stop or signalled or step % loop.checkpoint_every == 0:
+        checkpoints.save(manager, step, state.arrays(), {**state.notes(), **inputs.notes})
+    if signalled and not end and not stop:
         manager.wait_until_finished()
-        raise interrupts.leaving(asked)
+        raise interrupts.leaving(signalled)
 
 
 def stopped(loop: LoopConfig, state: State) -> bool:
@@ -299,13 +302,13 @@ def stopped(loop: LoopConfig, state: State) -> bool:
     return bool(loop.patience) and state.waited >= loop.patience
 
 
-def validate(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog) -> None:
-    """Scores the validation split, logs it and keeps the delta if it is the best so far."""
+def validate(loop: LoopConfig, inputs: LoopInputs, state: State, log: MetricsLog) -> None:
+    """Scores the validation split, logs the scores, and copies the delta if it is the best."""
     delta = state.tested()
-    scores = parts.evaluate(delta)
+    scores = inputs.evaluate(delta)
     value = scores[loop.metric]
     log.write({"step": state.step, **{f"validation/{k}": v for k, v in scores.items()}})
-    parts.stage("train", state.step, loop.steps, f"validation {loop.metric} {value:.4f}")
+    inputs.stage("train", state.step, loop.steps, f"validation {loop.metric} {value:.4f}")
     state.last_scores = scores
     if not state.best_scores or value > state.best_scores[loop.metric]:
         state.best = jax.tree.map(lambda leaf: leaf.copy(), delta)
@@ -315,54 +318,54 @@ def validate(loop: LoopConfig, parts: Parts, state: State, log: MetricsLog) -> N
 
 
 class Clock:
-    """Steps, tokens and waiting since the last log line or pause, by the wall clock less pauses."""
+    """Measures speeds since the last log line or validation; excludes pauses."""
 
-    def __init__(self, parts: Parts, feed: Feed, step: int):
-        self._parts, self._feed, self._step = parts, feed, step
+    def __init__(self, inputs: LoopInputs, feed: Feed, step: int):
+        self._inputs, self._feed, self._step = inputs, feed, step
         self._began, self._waited = self._now(), feed.waited
 
     def _now(self) -> float:
-        return time.monotonic() - self._parts.pauses.seconds
+        return time.monotonic() - self._inputs.pauses.seconds
 
     def rates(self, step: int) -> dict[str, float]:
-        """Speeds since the last call, over the steps up to `step`."""
-        parts, now, waited = self._parts, self._now(), self._feed.waited
+        """Speeds over the steps since the last call, up to `step`."""
+        inputs, now, waited = self._inputs, self._now(), self._feed.waited
         steps, seconds = range(self._step, step), max(now - self._began, 1e-9)
         input_wait = waited - self._waited
         self._step, self._began, self._waited = step, now, waited
-        tokens = sum(parts.source.tokens(s) for s in steps)
+        tokens = sum(inputs.source.tokens(s) for s in steps)
         return {
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "examples_per_second": len(steps) * parts.source.template.examples / seconds,
-            "peak_share": len(steps) * parts.step_flops / seconds / parts.machine_flops,
+            "examples_per_second": len(steps) * inputs.source.template.examples / seconds,
+            "peak_share": len(steps) * inputs.step_flops / seconds / inputs.machine_flops,
             "input_wait_share": input_wait / seconds,
         }
 
 
-def note(
+def log_metrics(
     loop: LoopConfig,
-    parts: Parts,
+    inputs: LoopInputs,
     pending: tuple[int, dict[str, jax.Array], float],
     log: MetricsLog,
     clock: Clock,
     last: dict[str, float],
 ) -> dict[str, float]:
-    """Fetches a step's metrics, refuses what is not finite, logs them when due; returns them."""
+    """Fetches a step's metrics, raises `Diverged` unless all are finite, and logs them if due."""
     step, device_metrics, rate = pending
     metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-    bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-    if bad:
+    not_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if not_finite:
         log.write({"step": step, **metrics})
-        fine = {name: value for name, value in metrics.items() if name not in bad}
+        finite = {name: value for name, value in metrics.items() if name not in not_finite}
         raise Diverged(
-            f"step {step}: {_words(bad)}: not finite at rate {rate:.3g} (finite there: "
-            f"{_words(fine)}); last finite metrics: {_words(last)}"
+            f"step {step}: {_words(not_finite)}: not finite at rate {rate:.3g} (finite there: "
+            f"{_words(finite)}); last finite metrics: {_words(last)}"
         )
     if step % loop.log_every == 0 or step == loop.steps:
-        fill = parts.source.fill(step - 1)
+        fill = inputs.source.fill(step - 1)
         log.write({"step": step, **metrics, "rate": rate, "fill": fill, **clock.rates(step)})
-    parts.stage("train", step, loop.steps, f"loss {metrics['loss']:.4f}")
+    inputs.stage("train", step, loop.steps, f"loss {metrics['loss']:.4f}")
     return metrics
 
 

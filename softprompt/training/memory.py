@@ -1,4 +1,4 @@
-"""How much memory a device has, what lies there, and what a program needs."""
+"""The memory of a device, and the memory that arrays and compiled programs need."""
 
 import os
 import resource
@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 
-# Of a device's memory: what weights and trials beside them may take, and what models may take that
-# are kept for a later trial.
+# Shares of a device's memory: for weights and concurrent trials, and for cached models.
 MEMORY_SHARE, KEPT_SHARE = 0.6, 0.3
 
 
 def device_memory() -> int:
-    """Bytes of a device's memory, or on a CPU those that this process may use."""
+    """Bytes of a device's memory; on a CPU the bytes that this process may use."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -23,10 +22,10 @@ def device_memory() -> int:
 
 
 def container_limits(root: Path = Path("/")) -> list[int]:
-    """Returns the limits in bytes of the control groups that this process is in.
+    """Returns the memory limits in bytes of this process's control groups and their parents.
 
-    A group's parents limit it too. In a container the path of its group may be the host's, of which
-    only the container's own part is there.
+    In a container the group's path may be that of the host. Folders of it that do not exist in the
+    container are skipped.
 
     Source: cgroups(7), and the kernel's cgroup-v2.rst and cgroup-v1/memory.rst.
 
@@ -56,7 +55,7 @@ def container_limits(root: Path = Path("/")) -> list[int]:
 
 
 def _text(file: Path) -> str:
-    """A file's text without blanks around it; "" where it cannot be read."""
+    """A file's text, stripped; "" if it cannot be read."""
     try:
         return file.read_text().strip()
     except OSError:
@@ -64,34 +63,34 @@ def _text(file: Path) -> str:
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes of arrays, or of what has their shapes, however they lie."""
+    """Bytes of a tree of arrays or `ShapeDtypeStruct`s, whatever their shardings."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def bytes_here(tree: Any) -> int:
-    """Bytes that arrays take on one of their devices."""
+    """Bytes that a tree of arrays takes on one device."""
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a program could not be compiled or run for lack of a device's memory."""
+    """Whether a device ran out of memory while a program was compiled or run."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def program_memory(step: Any) -> int | None:
-    """Bytes that a compiled program needs on a device: what goes in, comes out, and lies between.
+    """Bytes that a compiled program needs on a device: arguments, outputs and temporaries.
 
-    None where the compiler keeps no account.
+    None if the compiler does not report them.
     """
-    account = step.memory_analysis()
-    if account is None:
+    sizes = step.memory_analysis()
+    if sizes is None:
         return None
-    there = account.argument_size_in_bytes + account.output_size_in_bytes
-    return int(there + account.temp_size_in_bytes - account.alias_size_in_bytes)
+    interface = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+    return int(interface + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes)
 
 
 def peak_memory() -> int:
-    """Largest memory in use so far in bytes: of a device, or of this process on a CPU."""
+    """Peak memory so far in bytes, of a device, or on a CPU of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return int(stats["peak_bytes_in_use"])

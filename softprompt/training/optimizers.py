@@ -1,8 +1,8 @@
 """Optimizers and schedules, from optax.
 
-The learning rate is data, not code: it is a scalar of the optimizer's state, written by the host
-before each step, so that trials which differ in rate or schedule share one compiled step. So is the
-largest norm of a prompt's row.
+The learning rate is a scalar in the optimizer's state, which the host sets before each step. Trials
+that differ only in rate or schedule therefore share one compiled step. The largest norm of a
+prompt's row is such a scalar too.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ Transforms = list[optax.GradientTransformation]
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRule(Settings):
-    """The own keys of an optimizer: base of the classes below."""
+    """Base of the classes below, each of which has the config keys of one optimizer."""
 
     section = "optimizer"
     for_training = True
 
     def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
-        """What makes an update of a gradient, in order.
+        """The transformations that turn a gradient into an update, in order.
 
         Args:
-            rate: multiplies by the learning rate, negated.
+            rate: multiplies by the negative learning rate.
             weight_decay: `optimizer.weight_decay`.
         """
         raise NotImplementedError
@@ -47,14 +47,14 @@ class AdamW(UpdateRule):
     eps: float = setting(1e-8, "added to the denominator", low=1e-30)
 
     def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
-        """The weight decay is scaled by the rate."""
+        """Weight decay is scaled by the rate."""
         moments = optax.scale_by_adam(self.b1, self.b2, self.eps)
         return [moments, optax.add_decayed_weights(weight_decay), rate]
 
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(UpdateRule):
-    """arXiv 1804.04235 without its scaling by parameters."""
+    """arXiv 1804.04235 without scaling by the parameters' RMS."""
 
     factored: bool = setting(
         True, "factor a second moment where its two longest sides reach factored_min"
@@ -68,12 +68,12 @@ class Adafactor(UpdateRule):
     decay_rate: float = setting(0.8, "exponent of the second moment's decay", low=0, high=1)
 
     def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
-        """The weight decay is not scaled: the delta is multiplied by 1 - weight_decay each step."""
+        """Weight decay ignores the rate: each step multiplies the delta by 1 - weight_decay."""
         bounded = optax.clip_by_block_rms(1.0)
         return [self.second_moment(0), bounded, rate, optax.add_decayed_weights(-weight_decay)]
 
     def second_moment(self, start_step: int) -> optax.GradientTransformation:
-        """Divides by its root; epsilon is added to the squared gradient, in optax as in T5X."""
+        """Divides by the root of the second moment; epsilon is added to the squared gradient."""
         return optax.scale_by_factored_rms(
             factored=self.factored,
             decay_rate=self.decay_rate,
@@ -84,13 +84,13 @@ class Adafactor(UpdateRule):
 
 @dataclasses.dataclass(frozen=True)
 class AdafactorT5X(Adafactor):
-    """Adafactor as the paper ran it, its second moment begun late.
+    """Adafactor as the paper ran it, with a step count that starts late.
 
     Prompt tuning in T5X restores the adapted model's step, 1,100,000, while the prompt's second
-    moment starts at zero. So that moment's decay is 1 - (start_step + 1)^-0.8 = 0.9999853 from the
-    first step on, nothing corrects its bias, and the update is far above the RMS of 1 that it is
-    clipped to: every step has that RMS, times the rate. (`step_offset` of optax and T5X is
-    subtracted from the step, and this is added to it.)
+    moment starts at zero. The decay of that moment is then 1 - (start_step + 1)^-0.8 = 0.9999853
+    from the first step on, and its bias is not corrected. The update would be far above an RMS of
+    1, so it is clipped: every step has an RMS of 1, times the rate. (`step_offset` of optax and T5X
+    is subtracted from the step; `start_step` is added to it.)
     """
 
     start_step: int = setting(
@@ -101,7 +101,7 @@ class AdafactorT5X(Adafactor):
     )
 
     def second_moment(self, start_step: int) -> optax.GradientTransformation:
-        """The same, begun at the settings' step."""
+        """The same, with the step counted from `start_step`."""
         return super().second_moment(self.start_step)
 
 
@@ -117,7 +117,7 @@ class Sgd(UpdateRule):
     )
 
     def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
-        """The weight decay goes through the momentum, and is scaled by the rate."""
+        """Weight decay is part of the momentum, and is scaled by the rate."""
         trace = [optax.trace(self.momentum)] if self.momentum else []
         return [optax.add_decayed_weights(weight_decay), *trace, rate]
 
@@ -132,7 +132,7 @@ OPTIMIZERS: dict[str, type[UpdateRule]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Settings):
-    """The keys that every optimizer has."""
+    """The keys that all optimizers share."""
 
     section = "optimizer"
     for_training = True
@@ -168,13 +168,13 @@ class Optimizer(Settings):
 
 
 class OptimizerConfig(NamedTuple):
-    """The static half of an optimizer: what its steps are compiled for.
+    """The static part of an optimizer; its steps are compiled for these values.
 
     Attributes:
-        rule: what makes an update of a gradient.
+        rule: turns a gradient into an update.
         weight_decay: see the rule.
         clip: largest global norm of the gradient; 0 switches clipping off.
-        cap_rows: whether rows of prompts have a largest norm; it is set with `set_row_cap`.
+        cap_rows: whether the norm of a prompt's rows is capped; `set_row_cap` sets the cap.
         ema: decay of the delta's moving average; 0 switches it off.
     """
 
@@ -198,24 +198,25 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def set_rate(opt_state: Tree, rate: float | np.floating | jax.Array) -> Tree:
-    """The state with this learning rate for the next update."""
+    """Returns the state with this learning rate for the next update."""
     return optax.tree.set(opt_state, learning_rate=rate)
 
 
 def set_row_cap(opt_state: Tree, norm: float | np.floating | jax.Array) -> Tree:
-    """The state of an optimizer with `cap_rows`, with this largest norm from now on."""
+    """Returns the state, of an optimizer with `cap_rows`, with this largest norm of a row."""
     return optax.tree.set(opt_state, max_row_norm=norm)
 
 
 def cap_row_norms(max_row_norm: float | jax.Array) -> optax.GradientTransformation:
-    """Shortens the rows of prompts that an update leaves longer than `max_row_norm`.
+    """Scales down the rows of prompts whose norm would exceed `max_row_norm` after an update.
 
-    It projects where the update leads, so it stands behind all that makes the update. Rows that
-    stay within the cap are updated as without it; others get the cap's norm, to rounding.
+    It projects the updated prompt, so it must follow all transformations that change the update.
+    Rows within the cap are updated as usual; longer ones get a norm equal to the cap, up to
+    rounding.
 
     Raises:
-        UserError: the delta is not made of prompts alone (when the state is made): rows that a
-            network or a task's factor turns into others are not what the cap is meant for.
+        UserError: raised by `init` if the delta has other leaves than prompts. A network or a
+            task's factor would change the rows' norms, so the cap does not apply to them.
     """
 
     def init(delta: Tree) -> optax.EmptyState:
@@ -238,15 +239,15 @@ def cap_row_norms(max_row_norm: float | jax.Array) -> optax.GradientTransformati
 
 
 class AverageState(NamedTuple):
-    """The moving average of the deltas so far, the initial one included."""
+    """The moving average of all deltas so far, including the initial one."""
 
     average: Tree
 
 
 def average_delta(decay: float) -> optax.GradientTransformation:
-    """Keeps average = decay * average + (1 - decay) * delta of the updated delta; changes nothing.
+    """Tracks average = decay * average + (1 - decay) * updated delta; leaves updates unchanged.
 
-    It stands last, where the update is final. The average begins as the initial delta.
+    It must be the last transformation. The average starts as the initial delta.
     """
 
     def init(delta: Tree) -> AverageState:
@@ -263,12 +264,12 @@ def average_delta(decay: float) -> optax.GradientTransformation:
 
 
 def averaged(delta: Tree, opt_state: Tree) -> Tree:
-    """The delta that is evaluated and kept: its average, or itself where none is taken."""
+    """The delta to evaluate and save: its moving average if there is one, else the delta itself."""
     return optax.tree.get(opt_state, "average", delta)
 
 
 def is_prompt(path: Any) -> bool:
-    """Whether a leaf of a delta is a prompt, rows that stand among embeddings."""
+    """Whether a leaf of a delta is a prompt, whose rows are inserted among embeddings."""
     return path_name(path).rsplit("/", 1)[-1] == "prompt"
 
 
@@ -279,7 +280,7 @@ def prompts(delta: Tree) -> list[jax.Array]:
 
 
 def row_norms(delta: Tree) -> dict[str, jax.Array]:
-    """Smallest, mean and largest norm of the rows of a delta's prompts; {} where it has none."""
+    """Smallest, mean and largest norm of the rows of a delta's prompts; {} if it has none."""
     norms = [jnp.linalg.norm(leaf, axis=-1).ravel() for leaf in prompts(delta) if leaf.size]
     if not norms:
         return {}
@@ -291,31 +292,32 @@ def rates(name: str, *, peak: float, warmup: int, steps: int) -> np.ndarray:
     """The learning rate of every step, float32 [steps].
 
     Args:
-        name: after the warm-up, "constant", a "cosine" or "linear" fall to zero at the end, or
-            "inverse_sqrt": peak * sqrt(w / max(step, w)) with w = max(1, warmup), steps counted
-            from 1.
-        peak: the rate that warm-up climbs to, linearly from zero.
+        name: the schedule after the warm-up: "constant", a "cosine" or "linear" decay to zero at
+            the end, or "inverse_sqrt": peak * sqrt(w / max(step, w)) with w = max(1, warmup),
+            where steps are counted from 1.
+        peak: the rate at the end of the warm-up, which is linear from zero.
         warmup: steps of warm-up.
-        steps: all steps.
+        steps: total number of steps.
 
     Raises:
         UserError: an unknown schedule.
 
-    Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 3, for inverse_sqrt, with `peak` where
-    they have the width. T5 (arXiv 1910.10683, section 3.1.2) holds the peak during the warm-up.
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 3, for inverse_sqrt, with `peak` in
+    place of their function of the width. T5 (arXiv 1910.10683, section 3.1.2) instead holds the
+    peak during the warm-up.
     """
-    offset = 1 if warmup else 0  # the first step of a warm-up moves, and so does the last of a fall
+    offset = 1 if warmup else 0  # the first step of a warm-up and the last of a decay are not 0
     rest = max(1, steps - warmup + offset)
     first = max(1, warmup)
-    falls = {
+    decays = {
         "constant": optax.constant_schedule(peak),
         "cosine": optax.cosine_decay_schedule(peak, rest),
         "inverse_sqrt": lambda later: peak * jnp.sqrt(first / (first + later)),
         "linear": optax.linear_schedule(peak, 0.0, rest),
     }
-    if name not in falls:
-        raise unknown("config.optimizer.schedule", name, falls)
+    if name not in decays:
+        raise unknown("config.optimizer.schedule", name, decays)
     climb = optax.linear_schedule(0.0, peak, warmup)
-    schedule = optax.join_schedules([climb, falls[name]], [warmup]) if warmup else falls[name]
+    schedule = optax.join_schedules([climb, decays[name]], [warmup]) if warmup else decays[name]
     table = jax.vmap(schedule)(jnp.arange(steps) + offset) * jnp.ones(steps)
     return np.asarray(table, np.float32)

@@ -1,4 +1,4 @@
-"""Batches on the devices a step ahead of the loop, and the time for which devices lacked one."""
+"""Prefetches batches to the devices, and measures how long the devices wait for them."""
 
 import time
 from collections.abc import Iterator
@@ -11,26 +11,25 @@ import jax
 from softprompt.data.rows import TrainBatch
 from softprompt.training.sharding import put_batch
 
-LOOK = 0.001  # seconds between looks at the devices, while a batch is waited for
+POLL = 0.001  # seconds between checks whether the devices are busy, while a batch is late
 
 
 class Feed:
-    """Puts the next batch on the devices, in a thread of its own, while they take a step.
+    """Puts the next batch on the devices in a background thread, while they run a step.
 
-    Use it as a context manager: leaving it ends the thread.
+    A context manager: its exit ends the thread.
 
     Attributes:
-        waited: seconds for which the devices had no step to take since there was no batch for it.
-            While a batch is late the devices may still be busy with the step before; that is no
-            waiting. It counts from when they were last seen busy: up to `LOOK` too much at a time,
-            never too little.
+        waited: seconds for which the devices were idle because the next batch was late. Time in
+            which they still run the previous step does not count. Each wait is counted from the
+            last check that found them busy, so it is too long by at most `POLL`, never too short.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, batches: Iterator[TrainBatch]):
         self.waited = 0.0
         self._mesh, self._batches = mesh, batches
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._coming = self._ask()
+        self._next = self._submit()
 
     def __enter__(self) -> "Feed":
         return self
@@ -47,20 +46,20 @@ class Feed:
         """The next batch.
 
         Args:
-            running: what the step that was started last returns, or a part of it; None or an empty
-                tree where the devices have nothing to do.
+            running: outputs of the latest step, or some of them; None or an empty tree if the
+                devices are idle.
 
         Raises:
-            StopIteration: there is none.
+            StopIteration: there are no more batches.
         """
-        if not self._coming.done():
+        if not self._next.done():
             self._wait(running)
-        batch, self._coming = self._coming.result(), self._ask()
+        batch, self._next = self._next.result(), self._submit()
         if batch is None:
             raise StopIteration
         return batch
 
-    def _ask(self) -> "Future[TrainBatch | None]":
+    def _submit(self) -> "Future[TrainBatch | None]":
         return self._thread.submit(self._load)
 
     def _load(self) -> TrainBatch | None:
@@ -68,11 +67,11 @@ class Feed:
         return None if batch is None else put_batch(self._mesh, batch)
 
     def _wait(self, running: Any) -> None:
-        """Waits for the batch, and counts from when the devices were last seen busy."""
-        busy, there = time.monotonic(), False
-        while not there:
-            there = bool(wait([self._coming], LOOK).done)
-            now = time.monotonic()  # before the look: they are busy until then at least
+        """Waits for the batch, and adds the time since the devices were last busy to `waited`."""
+        busy, loaded = time.monotonic(), False
+        while not loaded:
+            loaded = bool(wait([self._next], POLL).done)
+            now = time.monotonic()  # before the check: busy devices were busy until now
             if not all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
                 busy = now
         self.waited += now - busy

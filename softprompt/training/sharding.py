@@ -1,8 +1,8 @@
-"""How arrays lie on a `(data, model)` mesh: one rule table, which must cover every frozen leaf.
+"""Shardings on a `(data, model)` mesh: one table of rules, which must cover every frozen leaf.
 
-What "model" does not split is whole on each of the devices along "data", or split over them as well
-(`config.mesh.weights` "sharded": ZeRO-3, or FSDP). A layer's weights are then gathered where the
-layer is computed, forward and backward, and dropped again.
+The axes of weights that "model" does not split are replicated over "data", or sharded over it too
+(`config.mesh.weights` "sharded": ZeRO-3, or FSDP). Sharded weights of a layer are gathered when the
+layer is computed, forward and backward, and then freed.
 
 Source: arXiv 1909.08053 (heads and ffn over devices), arXiv 1910.02054 (ZeRO).
 """
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from softprompt.errors import UserError
 
-# First match counts. An axis that the mesh does not divide is replicated instead.
+# The first match applies. An axis whose size the mesh does not divide is replicated instead.
 WEIGHT_RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding", P("model", None)),
     (r"head/kernel", P(None, "model")),
@@ -43,10 +43,10 @@ WEIGHT_RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-# Too small to be worth a gather: they stay whole along "data".
+# Leaves that are too small to gather: they are always replicated over "data".
 SMALL = ("scale", "_min", "/bias", "/relative_bias/embedding")
 
-QUANTIZED = "(_q|_scale|_min)?"  # the leaves of a quantised matrix lie as the matrix would
+QUANTIZED = "(_q|_scale|_min)?"  # the leaves of a quantised matrix are sharded like the matrix
 
 
 def make_mesh(
@@ -55,9 +55,9 @@ def make_mesh(
     """A mesh over all devices of all processes.
 
     Args:
-        data: devices along which rows are split; -1 takes what `model` leaves.
+        data: devices along which rows are split; -1 is all devices / `model`.
         model: devices along which heads, ffn and vocabulary are split.
-        devices: these instead of all.
+        devices: use these instead of all devices.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
@@ -75,9 +75,9 @@ def make_mesh(
 
 
 def nearest_sizes(data: int, model: int, *, count: int) -> tuple[int, int]:
-    """The sizes of a mesh, or where they do not suit `count` devices, the nearest that do.
+    """The sizes of a mesh, adapted to `count` devices if they do not suit them.
 
-    Heads are then split over as many devices as divide both; rows over what is left (-1).
+    Then `model` becomes the greatest common divisor of the two, and `data` the rest (-1).
     """
     if count % model == 0 and data in (-1, count // model):
         return data, model
@@ -92,14 +92,14 @@ def path_name(path: tuple[Any, ...]) -> str:
 def weight_spec(
     path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, weights: str = "replicated"
 ) -> P:
-    """The partition of one frozen leaf: its rule, less the axes that do not divide.
+    """The `PartitionSpec` of one frozen leaf: its rule, without the axes that do not divide.
 
     Args:
         path: as in "layers/attn/q/kernel".
-        shape: of the whole leaf, stacked layers first.
-        mesh: its sizes count.
-        weights: "sharded" also splits a matrix over "data", along the longest axis that its rule
-            leaves whole and that divides; where none does, it stays whole.
+        shape: the leaf's global shape, stacked layers first.
+        mesh: only its sizes matter.
+        weights: "sharded" also splits a layer's matrix over "data", along the longest divisible
+            axis that its rule does not split. If there is none, the matrix is replicated.
 
     Raises:
         UserError: no rule covers the path.
@@ -115,10 +115,10 @@ def weight_spec(
 def _over_data(
     path: str, shape: tuple[int, ...], axes: list[str | None], mesh: Mesh | AbstractMesh
 ) -> list[str | None]:
-    """The axes with "data" on the longest free one that divides.
+    """Assigns "data" to the longest unsplit axis that divides.
 
-    Never on that of stacked layers: a scan reads one layer after another, so that all devices would
-    wait for the one that has the next, or hold the whole stack.
+    The axis of stacked layers is excluded. A scan reads one layer after another, so all devices
+    would wait for the device that has the next layer, or gather the whole stack.
     """
     if "layers/" not in path or path.endswith(SMALL):
         return axes
@@ -132,25 +132,25 @@ def _over_data(
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """Whole weights of one layer, from shards over "data"; what a model calls in its stacks."""
+    """Gathers the weights of one layer from their shards over "data"; called by models."""
 
     mesh: Mesh
 
     def __call__(self, path: str, leaf: jax.Array) -> jax.Array:
-        """The leaf of one layer, laid as its rule alone says.
+        """A leaf of one layer, sharded by its rule alone.
 
-        It is first held to its shards: else XLA gathers before it drops the layer's axis, for which
-        it keeps a copy of the whole stack in another layout.
+        It is first constrained to its shards. Otherwise XLA gathers before it slices the layer out
+        of the stack, and keeps a copy of the whole stack in another layout.
         """
         for weights in ("sharded", "replicated"):
             spec = weight_spec(path, (1, *leaf.shape), self.mesh, weights=weights)
-            where = NamedSharding(self.mesh, P(*spec[1:]))
-            leaf = jax.lax.with_sharding_constraint(leaf, where)
+            sharding = NamedSharding(self.mesh, P(*spec[1:]))
+            leaf = jax.lax.with_sharding_constraint(leaf, sharding)
         return leaf
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array that every process holds whole, laid out over the mesh."""
+    """Shards a host array, of which every process has a full copy."""
     if jax.process_count() == 1:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -159,12 +159,12 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def put_weight(
     mesh: Mesh, path: str, array: np.ndarray, *, weights: str = "replicated"
 ) -> jax.Array:
-    """One frozen leaf, on its shards; `weights` is `config.mesh.weights`."""
+    """Shards one frozen leaf; `weights` is `config.mesh.weights`."""
     return put(array, NamedSharding(mesh, weight_spec(path, array.shape, mesh, weights=weights)))
 
 
 def weight_shardings(tree: Any, mesh: Mesh, *, weights: str = "replicated") -> Any:
-    """The tree of shardings of the frozen weights (arrays or shapes)."""
+    """The shardings of a tree of frozen weights (arrays or shapes)."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, weight_spec(path_name(path), leaf.shape, mesh, weights=weights))
@@ -173,29 +173,30 @@ def weight_shardings(tree: Any, mesh: Mesh, *, weights: str = "replicated") -> A
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array: delta, optimizer state, metrics."""
+    """The sharding of delta, optimizer state and metrics: a full copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def random_key(seed: int, mesh: Mesh) -> jax.Array:
-    """A random key that every device of every process holds."""
+    """A random key, replicated on every device of every process."""
     return jax.jit(jax.random.key, out_shardings=replicated(mesh))(np.uint32(seed))
 
 
 def by_row(mesh: Mesh) -> NamedSharding:
-    """Rows, the first axis, are split over "data"."""
+    """The sharding of batches: rows, the first axis, are split over "data"."""
     return NamedSharding(mesh, P("data"))
 
 
 def by_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What makes a sum over rows, a function of (delta, weights, batch, dropout), one a device.
+    """A transformation of functions of (delta, weights, batch, dropout) that sum over rows.
 
-    Devices along "data" compute it of their own rows, context included, and add up the results at
-    the end: one all-reduce as large as the delta. Left to XLA, the cotangents of the context's keys
-    and values are summed over devices in every layer. Nothing but the batch may lie over "data".
+    Each device along "data" applies the function to its own rows, context included, and the results
+    are summed at the end: one all-reduce of the delta's size. Without this, XLA sums the cotangents
+    of the context's keys and values over devices in every layer. Only the batch may be split over
+    "data".
     """
 
-    def spread(function: Callable[..., Any]) -> Callable[..., Any]:
+    def per_device(function: Callable[..., Any]) -> Callable[..., Any]:
         def summed(*arguments: Any) -> Any:
             return jax.lax.psum(function(*arguments), "data")
 
@@ -208,10 +209,10 @@ def by_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             check_vma=False,
         )
 
-    return spread
+    return per_device
 
 
-def lies_over_data(tree: Any) -> bool:
+def split_over_data(tree: Any) -> bool:
     """Whether an array of the tree, or a shape with a sharding, is split over "data"."""
     specs = [getattr(getattr(x, "sharding", None), "spec", ()) for x in jax.tree.leaves(tree)]
     return any(
@@ -223,10 +224,10 @@ Batch = TypeVar("Batch")
 
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """A batch (a tree of arrays [R, ...]) whose rows divide by the mesh's data axis, split over it.
+    """Splits a batch, a tree of arrays [R, ...], over the mesh's data axis, which divides R.
 
-    Every process prepares the same batch and hands over only its own rows, so what a step sees
-    depends on neither devices nor hosts.
+    Every process prepares the same batch and puts only its own rows on its devices, so a step's
+    input depends neither on devices nor on hosts.
     """
-    placed: Batch = jax.tree.map(lambda array: put(array, by_row(mesh)), batch)
-    return placed
+    sharded: Batch = jax.tree.map(lambda array: put(array, by_row(mesh)), batch)
+    return sharded

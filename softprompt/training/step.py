@@ -1,7 +1,7 @@
 """The training step: a pure function of (delta, opt_state, weights, batch, dropout).
 
-Gradients are taken with respect to the first argument only; frozen is a fact of the signature. The
-last argument has the step's random key and how much is kept; it is None where nothing is dropped.
+Gradients are taken with respect to the delta only, so the weights are frozen. `dropout` holds the
+step's random key and the probabilities of keeping an entry; it is None without dropout.
 """
 
 import functools
@@ -27,17 +27,17 @@ Metrics = dict[str, jax.Array]
 
 
 class StepConfig(NamedTuple):
-    """What is static in a training step besides shapes and the optimizer.
+    """The static configuration of a training step, besides shapes and the optimizer.
 
-    Trials that agree in all of these, and in which probabilities their `Dropout` has, share one
-    compiled program; the probabilities may differ.
+    Trials share one compiled program if these values and the non-None fields of their `Dropout` are
+    equal. The probabilities themselves may differ.
 
     Attributes:
         model: a decoder or an encoder-decoder, without its weights.
-        method: name of the method that reads and writes the delta.
-        method_config: the static half of the method's configuration.
+        method: name of the method that defines the delta.
+        method_config: the static part of the method's configuration.
         z_loss: weight of the squared log-normaliser. Source: arXiv 2204.02311, section 5.
-        microbatches: in how many parts, one after another, a step's rows are run.
+        microbatches: number of sequential parts that a step's rows are split into.
     """
 
     model: Model
@@ -50,7 +50,7 @@ class StepConfig(NamedTuple):
 def shared_part(
     config: StepConfig, delta: Tree, weights: Tree, dropout: Dropout | None = None
 ) -> Shared:
-    """What all rows of a step have in common: the method's variables, and the model's context."""
+    """Computes what all rows of a step share: the method's variables and the model's context."""
     cfg, in_context = config.method_config, None
     if dropout is not None:
         in_prompt, in_context, _ = split(dropout)
@@ -83,10 +83,10 @@ def rows_loss(
     batch: TrainBatch,
     dropout: Dropout | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Cross-entropy of the targets by their weights, which sum to 1 over the whole step.
+    """Weighted cross-entropy of the targets, whose weights sum to 1 over the step.
 
-    The weights make the loss a plain sum over rows: neither packing, nor padding rows, nor
-    microbatches, nor devices change what it means.
+    The loss is therefore a plain sum over rows: packing, padding rows, microbatches and devices do
+    not change its value.
     """
     logits_RMV = row_logits(config.model, weights, shared, batch.rows, dropout)
     norm_RM = jax.nn.logsumexp(logits_RMV, axis=-1)
@@ -94,14 +94,14 @@ def rows_loss(
     right_RM = jnp.take_along_axis(logits_RMV, target_RM[..., None], axis=-1)[..., 0]
     cross_entropy = jnp.sum(weight_RM * (norm_RM - right_RM))
     loss = cross_entropy + config.z_loss * jnp.sum(weight_RM * norm_RM**2)
-    hit_RM = right_RM >= logits_RMV.max(axis=-1)  # an argmax takes a CPU far longer
+    hit_RM = right_RM >= logits_RMV.max(axis=-1)  # much faster than an argmax on a CPU
     return loss, {"loss": cross_entropy, "token_accuracy": jnp.sum(weight_RM * hit_RM)}
 
 
 def loss_fn(
     delta: Tree, weights: Tree, batch: TrainBatch, dropout: Dropout | None, *, config: StepConfig
 ) -> tuple[jax.Array, Metrics]:
-    """Loss of a step and its metrics."""
+    """The loss of a step, and its metrics."""
     shared = shared_part(config, delta, weights, dropout)
     return rows_loss(config, shared, weights, batch, dropout)
 
@@ -109,13 +109,13 @@ def loss_fn(
 def accumulated(
     delta: Tree, weights: Tree, batch: TrainBatch, dropout: Dropout | None, *, config: StepConfig
 ) -> tuple[tuple[jax.Array, Metrics], Tree]:
-    """Value and gradient of `loss_fn`, a microbatch of rows at a time.
+    """Value and gradient of `loss_fn`, accumulated over microbatches of rows.
 
-    The context is computed once, outside the microbatches; its cotangents are summed, in float32,
-    and pulled back once. Masks belong to examples, so a microbatch drops what the whole would.
+    The context is computed once, outside the microbatches. Its cotangents are summed in float32 and
+    pulled back once. Dropout masks depend on examples, so microbatches do not change them.
     """
     shared, pull_back = jax.vjp(lambda d: shared_part(config, d, weights, dropout), delta)
-    # Row r goes to microbatch r mod n, which has rows of every device: none has to move.
+    # Row r goes to microbatch r mod n. Each then has rows of every device, and no row moves.
     parts = jax.tree.map(
         lambda x: x.reshape(-1, config.microbatches, *x.shape[1:]).swapaxes(0, 1), batch
     )
@@ -136,13 +136,13 @@ def accumulated(
 def gradients(
     delta: Tree, weights: Tree, batch: TrainBatch, dropout: Dropout | None, *, config: StepConfig
 ) -> tuple[Metrics, Tree]:
-    """Metrics of the batch's rows and the delta's gradient: sums over rows, as the loss is."""
-    given = delta, weights, batch, dropout
+    """Metrics and the delta's gradient; both are sums over the batch's rows, like the loss."""
+    arguments = delta, weights, batch, dropout
     if config.microbatches == 1:
         loss = functools.partial(loss_fn, config=config)
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(*given)
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(*arguments)
     else:
-        (_, metrics), grads = accumulated(*given, config=config)
+        (_, metrics), grads = accumulated(*arguments, config=config)
     return metrics, grads
 
 
@@ -158,7 +158,7 @@ def train_step(
     *,
     config: StepConfig,
     tx: optax.GradientTransformation,
-    spread: Callable[[Gradients], Gradients] = lambda function: function,
+    per_device: Callable[[Gradients], Gradients] = lambda function: function,
 ) -> tuple[Tree, Tree, Metrics]:
     """One update of the delta.
 
@@ -167,18 +167,18 @@ def train_step(
         opt_state: the optimizer's state, which carries the learning rate. Donated when jitted.
         weights: the frozen model.
         batch: the step's rows and their targets.
-        dropout: with the step's key; None where nothing is dropped.
-        config: what is static.
+        dropout: with the step's key; None without dropout.
+        config: the static configuration.
         tx: the optimizer.
-        spread: how `gradients` goes over devices, see `softprompt.training.sharding.by_device`.
+        per_device: transforms `gradients`, see `softprompt.training.sharding.by_device`.
 
     Returns:
-        The new delta and state, and scalars: loss (nats a target token), token_accuracy, grad_norm,
-        update_norm, delta_norm, and row_norm_min, _mean and _max of a delta's prompts, after what
-        reparametrises them (of a multitask: the prompt that its tasks share).
+        The new delta and state, and scalars: loss (nats per target token), token_accuracy,
+        grad_norm, update_norm, delta_norm, and row_norm_min, _mean and _max of a delta's prompts,
+        after any reparametrisation (for a multitask prompt: of the prompt that its tasks share).
     """
-    of_rows = functools.partial(gradients, config=config)
-    metrics, grads = spread(of_rows)(delta, weights, batch, dropout)
+    row_gradients = functools.partial(gradients, config=config)
+    metrics, grads = per_device(row_gradients)(delta, weights, batch, dropout)
     updates, opt_state = tx.update(grads, opt_state, delta)
     delta = optax.apply_updates(delta, updates)
     metrics |= {
@@ -194,7 +194,7 @@ TrainStep = Callable[[Tree, Tree, Tree, TrainBatch, Dropout | None], tuple[Tree,
 
 
 class StepCall(NamedTuple):
-    """A training step to take: the arguments of `TrainStep`, and what names its program."""
+    """The arguments of a training step, and `program`, which identifies its compiled program."""
 
     program: Any
     delta: Tree
@@ -205,7 +205,7 @@ class StepCall(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a training step returns."""
+    """The outputs of a training step."""
 
     delta: Tree
     opt_state: Tree

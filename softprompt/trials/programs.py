@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from softprompt.training.memory import out_of_memory, program_memory
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
-from softprompt.training.sharding import by_device, by_row, lies_over_data, replicated
+from softprompt.training.sharding import by_device, by_row, replicated, split_over_data
 from softprompt.training.step import StepCall, StepConfig, StepResult, TrainStep, train_step
 
 Tree = Any
@@ -160,8 +160,8 @@ def compile_population(
     """
     whole, rows = replicated(mesh), by_row(mesh)
     delta, opt_state, weights, batch, dropout = arguments
-    over = width % mesh.shape["data"] == 0 and not lies_over_data((delta, weights))
-    function = _step(step, optimizer, mesh, arguments, spread=not over)
+    over = width % mesh.shape["data"] == 0 and not split_over_data((delta, weights))
+    function = _step(step, optimizer, mesh, arguments, per_device=not over)
     where: Any = Member(whole, whole, rows, whole)
     jitted = jax.jit(
         functools.partial(population_step, step=function, along=rows if over else None),
@@ -199,12 +199,13 @@ def _step(
     mesh: Mesh,
     arguments: tuple[Any, ...],
     *,
-    spread: bool = True,
+    per_device: bool = True,
 ) -> TrainStep:
-    """The function of a step on a mesh; `spread`: each device sums over its own rows."""
+    """The step function on a mesh; with `per_device`, each device sums over its own rows."""
     function = functools.partial(train_step, config=step, tx=make_optimizer(optimizer))
-    whole = mesh.shape["data"] == 1 or lies_over_data((arguments[0], arguments[2]))
-    return functools.partial(function, spread=by_device(mesh)) if spread and not whole else function
+    if not per_device or mesh.shape["data"] == 1 or split_over_data((arguments[0], arguments[2])):
+        return function
+    return functools.partial(function, per_device=by_device(mesh))
 
 
 def _sharding(whole: Any, leaf: Any) -> Any:

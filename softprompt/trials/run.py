@@ -229,7 +229,7 @@ def fit(
     return parts.fold(chosen), {"validation": scores, "selected_step": at}, facts
 
 
-def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loop.Parts:
+def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loop.LoopInputs:
     """What the loop works with."""
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
     source, dropout = train_source(prepared), trial_dropout(prepared)
@@ -240,7 +240,7 @@ def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loo
     opt_state = set_rate(state.opt_state, np.float32(0))
     arguments = (state.delta, opt_state, prepared.frozen, batch, dropout)
     fold = METHODS[config.method.name].fold
-    return loop.Parts(
+    return loop.LoopInputs(
         program=session.program(prepared.step, optimizer_config(config), mesh, arguments),
         weights=prepared.frozen,
         source=source,
@@ -259,7 +259,7 @@ def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loo
     )
 
 
-def fit_facts(parts: loop.Parts, state: loop.State, session: Session) -> dict[str, Any]:
+def fit_facts(parts: loop.LoopInputs, state: loop.State, session: Session) -> dict[str, Any]:
     """The facts that `fit` returns."""
     return {
         "steps": state.step,

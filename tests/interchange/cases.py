@@ -70,7 +70,8 @@ class Case:
 
 def _lora(model: str, names: str, targets: str, **more: Any) -> Case:
     options = {"r": 2, "lora_alpha": 6, "target_modules": names.split(), **more}
-    method = {"name": "lora", "rank": 2, "alpha": 6, "targets": targets}
+    name = "dora" if more.get("use_dora") else "lora"
+    method = {"name": name, "rank": 2, "alpha": 6, "targets": targets}
     method |= {"rslora": more.get("use_rslora", False), "dropout": more.get("lora_dropout", 0.0)}
     return Case(model, "LoraConfig", options, method)
 
@@ -155,6 +156,11 @@ CASES: dict[str, Case] = {
     "lora-neox": _lora("neox", "query_key_value dense dense_4h_to_h", "qkv,o,down"),
     "lora-opt": _lora("opt", "q_proj out_proj fc1 fc2", "q,o,up,down"),
     "lora-t5": _lora("t5", "q v o wi_0 wo", "q,v,o,gate,down"),
+    "dora-llama": _lora("llama", _ALL, "q,k,v,o,gate,up,down", use_dora=True, use_rslora=True),
+    "dora-gpt2": _lora(
+        "gpt2", "c_attn attn.c_proj c_fc", "qkv,o,up", fan_in_fan_out=True, use_dora=True
+    ),
+    "dora-t5": _lora("t5", "q v o wi_0 wo", "q,v,o,gate,down", use_dora=True),
     "lora-patterns-llama": _filled(
         "llama",
         "q_proj v_proj down_proj",

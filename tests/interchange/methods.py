@@ -46,6 +46,7 @@ CONFIGS: dict[str, Callable[[Case], Any]] = {
     ),
     "prefix": lambda case: PrefixConfig(case.method["length"], places(case, place="decoder")),
     "lora": lora,
+    "dora": lora,
     "ia3": lambda case: Ia3Config(targets(case)),
 }
 

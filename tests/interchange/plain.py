@@ -28,6 +28,8 @@ def logits(model: Decoder | T5, weights: Any, delta: Any, case: Case) -> np.ndar
         _scale(plain, path.removesuffix("/ia3"), leaves.pop(path))
     for path in [path for path in leaves if path.endswith("/lora_a")]:
         _update(plain, path.removesuffix("/lora_a"), leaves, case.method)
+    for path in [path for path in leaves if path.endswith("/magnitude")]:
+        _normalise(plain, path.removesuffix("/magnitude"), leaves.pop(path))
     for path in [path for path in leaves if path.endswith("task_cols")]:
         place = path.removesuffix("task_cols")
         product_PD = leaves[path][TASK] @ leaves[f"{place}task_rows"][TASK]
@@ -70,6 +72,14 @@ def _update(
         flat_b = b_LZO.reshape(b_LZO.shape[0], rank, -1)
         product = np.einsum("liz,lzo->lio", flat_a, flat_b).reshape(plain[kernel].shape)
         plain[kernel] = (plain[kernel] + scale * product).astype(np.float32)
+
+
+def _normalise(plain: dict[str, np.ndarray], path: str, magnitude: np.ndarray) -> None:
+    """DoRA: the columns of the updated kernel get these norms."""
+    kernel = plain[f"{path}/kernel"]
+    inputs = tuple(range(1, 1 + kernel.ndim - magnitude.ndim))
+    norm = np.sqrt((kernel**2).sum(axis=inputs, keepdims=True))
+    plain[f"{path}/kernel"] = kernel / norm * magnitude.reshape(norm.shape)
 
 
 @functools.partial(jax.jit, static_argnames="model")

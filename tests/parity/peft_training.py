@@ -55,8 +55,7 @@ class Pair:
         """What PEFT trains, by the names that its files have."""
         found = {n: p for n, p in self.theirs.named_parameters() if p.requires_grad}
         return {
-            ROWS if n.startswith("prompt_encoder.") else n.replace(".default", ""): p
-            for n, p in found.items()
+            ROWS if n.startswith("prompt_encoder.") else _file_name(n): p for n, p in found.items()
         }
 
     def delta(self, tensors: dict[str, torch.Tensor] | None = None) -> Any:
@@ -64,6 +63,12 @@ class Pair:
         arrays = {n: t.detach().numpy().copy() for n, t in (tensors or {}).items()}
         adapter = dataclasses.replace(self.saved, tensors=arrays or self.saved.tensors)
         return from_peft(adapter, self.step.model.config)[0]
+
+
+def _file_name(parameter: str) -> str:
+    """What PEFT calls a parameter in its files: DoRA's vector is no weight there."""
+    name = parameter.replace(".default", "")
+    return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 
 def pair(

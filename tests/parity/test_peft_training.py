@@ -34,7 +34,9 @@ def _causal(model: str) -> dict[str, Case]:
     }
 
 
-_SAME = "prompt-t5 lora-llama lora-gpt2 lora-t5 ia3-llama ia3-gpt2 ia3-t5".split()
+_SAME = (
+    "prompt-t5 lora-llama lora-gpt2 lora-t5 dora-llama dora-gpt2 ia3-llama ia3-gpt2 ia3-t5".split()
+)
 TINY = {**_causal("llama"), **_causal("gpt2"), **{name: CASES[name] for name in _SAME}}
 _LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 _KEYS = {"rank": 4, "alpha": 8, "rslora": False, "targets": "q,v,down"}
@@ -47,7 +49,7 @@ REAL = REAL_VECTORS | REAL_LAYERS
 # Where training starts and how fast it goes. Further out rounding grows from step to step until the
 # two sides part, whoever computes: a prompt whose rows are short is divided by their length, and
 # LoRA's factors multiply each other.
-SPREADS = {"prompt": 1.5, "prefix": 0.4, "lora": 0.1, "ia3": 0.4}
+SPREADS = {"prompt": 1.5, "prefix": 0.4, "lora": 0.1, "dora": 0.1, "ia3": 0.4}
 RATES = {"sgd": 0.02, "adamw": 0.003}
 REAL_SPREADS = {"prompt": 0.3, "prefix": 0.4, "lora": 0.02, "ia3": 0.2}
 REAL_RATES = {"sgd": 0.002, "adamw": 0.0003}

@@ -20,7 +20,7 @@ from softprompt.models.dropout import Dropout
 from softprompt.training import loop
 from softprompt.training.checkpoints import checkpoint_manager
 from softprompt.training.logs import MetricsLog, read_log
-from softprompt.training.loop import Diverged, LoopConfig, Parts, State
+from softprompt.training.loop import Diverged, LoopConfig, LoopInputs, State
 from softprompt.training.optimizers import AverageState, OptimizerConfig, make_optimizer
 from softprompt.training.sharding import make_mesh, random_key, replicated
 from softprompt.trials.run import mean_share
@@ -52,7 +52,7 @@ class Run:
         self.config = LoopConfig(**found)
 
     def parts(self):
-        return Parts(
+        return LoopInputs(
             program=None,
             weights={},
             source=self.source,

@@ -1,22 +1,23 @@
-"""Attention by kernels of accelerators, each equal to the einsum form in `attention`.
+"""Attention kernels of accelerators; each computes the same as the einsums in `attention`.
 
-`refusal` says in words what a kernel cannot serve; what none serves is left to the einsum form.
+`refusal` gives the reason why a kernel does not support a case. Cases that no kernel supports use
+the einsums.
 
-* "splash" (TPU; Pallas): a row's own part, which grows with its square: causal, within segments.
-  Segment ids cannot say "seen by every segment", so contexts stay dense and unbatched, and the
-  parts are merged by their log-sum-exps. The kernel returns that of its part, but cannot be
-  differentiated when it does ("Higher-order AD not supported"). A part's gradient needs no more
-  than the normaliser and the output of the whole, so its own backward pass is given those.
+* "splash" (TPU; Pallas) computes the row's own part, causal and within segments; its cost is
+  quadratic in the row's length. Segment ids cannot express "seen by every segment", so contexts
+  stay dense and unbatched, and the parts are merged by their log-sum-exps. The kernel can return
+  the log-sum-exp of its part, but cannot be differentiated then ("Higher-order AD not supported").
+  A part's gradient needs only the normaliser and the output of all parts, so these are passed to
+  the kernel's own backward pass.
 * "cudnn" (GPU): `jax.nn.dot_product_attention` rounds its log-sum-exp to the dtype of the values
-  and drops the cotangent of it, so that nothing can be merged with what it returns. It is called
-  once, over all parts joined and with their masks; keys of a context are copied for every row. What
-  it keeps for its backward pass is not public either: that pass runs the forward one again.
+  and drops its cotangent, so its result cannot be merged with other parts. It is called once, on
+  the concatenated parts and their masks; the keys of a context are copied for every row. Its
+  residuals are not public either, so the backward pass runs the forward pass again.
 
-Neither is batched by `jax.vmap`: they get the rows that it adds as an axis of their arrays
-(`over_rows`). Up to jax 0.11 cuDNN's batching rule fails where an operand is not batched, and later
-too where a mask has no heads (pull requests 39451 and 34920 of jax-ml/jax). And a compiler that
-splits a program over a mesh cannot split a Pallas kernel: each device runs its own rows and heads
-(`on_shards`).
+`jax.vmap` does not batch either kernel: the rows become an axis of their arrays (`over_rows`). Up
+to jax 0.11 cuDNN's batching rule fails if an operand is not batched, and later too if a mask has no
+heads (pull requests 39451 and 34920 of jax-ml/jax). The compiler cannot partition a Pallas kernel
+over a mesh either, so each device calls it on its own rows and heads (`on_shards`).
 
 Source: arXiv 2307.08691, section 3.1 (the log-sum-exp, and the backward pass from it).
 """
@@ -42,14 +43,14 @@ def attend(
     softcap: float = 0.0,
     kernel: Kernel = REFERENCE,
 ) -> jax.Array:
-    """`attention.attend` by a kernel that has been found to serve.
+    """`attention.attend` by a kernel that supports the case.
 
     Args:
         q_THK: queries, already rotated.
-        parts: what they attend to; the row's own keys last, for splash with their segments.
-        scale: what queries are multiplied by.
+        parts: keys and values; the row's own are last, for splash with `segments_T`.
+        scale: factor of the queries.
         softcap: c in c tanh(score / c); 0 for none.
-        kernel: mixes the values.
+        kernel: see `Kernel`.
 
     Returns:
         [T, H, K].
@@ -59,7 +60,7 @@ def attend(
     q_GQTK, parts = grouped(q_THK, parts, scale=scale)
     if kernel.name == "splash":
         *dense, own = parts
-        assert own.segments_T is not None, "splash goes by segments"
+        assert own.segments_T is not None, "splash needs the row's segments"
         own = own._replace(mask_TS=None)
         return by_token(merged(kernel, softcap, q_GQTK, (*dense, own)))
     assert kernel.name == "cudnn" and not softcap

@@ -1,4 +1,4 @@
-"""Which kernel serves, by explicit checks that give their reason in words."""
+"""The choice of an attention kernel, by explicit checks that give their reasons in words."""
 
 import dataclasses
 import re
@@ -8,17 +8,17 @@ from jax.sharding import Mesh
 
 from softprompt.errors import UserError
 
-BLOCK = 128  # of splash: tokens, and entries of a head
+BLOCK = 128  # of splash: tokens, and entries of a head, in a block
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What mixes the values of a model's rows.
+    """An attention kernel.
 
     Attributes:
-        name: "reference" (the einsum form), "splash" or "cudnn".
-        mesh: what the program runs on; None for one device.
-        interpret: the kernel is run by ordinary operations, on any device (for tests).
+        name: "reference" (einsums), "splash" or "cudnn".
+        mesh: the mesh of the program; None for one device.
+        interpret: run the kernel by ordinary operations, on any device (for tests).
     """
 
     name: str = "reference"
@@ -26,16 +26,16 @@ class Kernel:
     interpret: bool = False
 
     def serving(self, case: "Case") -> "Kernel":
-        """This kernel, or the reference where it cannot serve."""
+        """This kernel if it supports the case, else the reference."""
         return REFERENCE if refusal(self.name, case) else self
 
 
 REFERENCE = Kernel()
-KERNELS = ("splash", "cudnn", "reference")  # what is chosen from, the first that serves
+KERNELS = ("splash", "cudnn", "reference")  # in the order of preference
 
 
 class Device(NamedTuple):
-    """Where a kernel would run: "tpu", "gpu" or "cpu", and an NVIDIA GPU's compute capability."""
+    """A kind of device: "tpu", "gpu" or "cpu", and the compute capability of an NVIDIA GPU."""
 
     platform: str
     capability: tuple[int, int] = (0, 0)
@@ -43,16 +43,16 @@ class Device(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a kernel would have to serve.
+    """A case of attention, which a kernel may support or not.
 
     Attributes:
         dtype: of queries, keys and values.
         head_size: K.
-        tokens: T of a row; None where it is not known yet.
+        tokens: T of a row; None if it is not known yet.
         softcap: scores are capped.
-        bias: something is added to scores.
-        window: a layer's window ends inside the row or before it.
-        branches: a token does not see all of its segment up to itself.
+        bias: a bias is added to scores.
+        window: a layer's window is shorter than context and row.
+        branches: a token does not see all earlier tokens of its segment.
     """
 
     dtype: str
@@ -65,26 +65,26 @@ class Case:
 
 
 def device_of(mesh: Mesh) -> Device:
-    """The kind of device that a mesh has."""
+    """The kind of a mesh's devices."""
     device = mesh.devices.flat[0]
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return Device(device.platform, (int(found[1]), int(found[2])) if found else (0, 0))
 
 
 def refusal(name: str, case: Case, device: Device | None = None) -> str:
-    """Why a kernel cannot serve a case; "" where it can.
+    """Why a kernel does not support a case; "" if it does.
 
     Args:
         name: of the kernel.
-        case: what is asked for.
-        device: where it would run. None: where that has been looked at already.
+        case: of attention.
+        device: where the kernel would run. None: the device has been checked already.
     """
     checks = {"splash": _splash_checks, "cudnn": _cudnn_checks, "reference": lambda *_: []}
     return next((reason for refused, reason in checks[name](case, device) if refused), "")
 
 
 def _splash_checks(case: Case, device: Device | None) -> list[tuple[bool, str]]:
-    """What splash refuses. Heads of any size are filled up; dropped keys are dropped values."""
+    """What splash does not support. It pads heads of any size; dropout zeroes values."""
     platform = device.platform if device else "tpu"
     return [
         (platform != "tpu", f"it runs on TPUs, and this is a {platform}"),
@@ -95,18 +95,18 @@ def _splash_checks(case: Case, device: Device | None) -> list[tuple[bool, str]]:
         ),
         (
             case.window,
-            "a layer's window is shorter than context and row, and layers are one program",
+            "a layer's window is shorter than context and row, and all layers share a program",
         ),
         (case.branches, "the row has branches"),
         (
             case.tokens is not None and case.tokens < BLOCK,
-            f"its blocks are of {BLOCK} tokens, and rows have {case.tokens}",
+            f"its blocks have {BLOCK} tokens, and the rows {case.tokens}",
         ),
     ]
 
 
 def _cudnn_checks(case: Case, device: Device | None) -> list[tuple[bool, str]]:
-    """What cuDNN refuses. Windows, branches and dropped keys are masks and values to it."""
+    """What cuDNN does not support. Windows and branches are masks; dropout zeroes values."""
     capability = device.capability if device else (9, 0)
     largest = 256 if capability >= (9, 0) else 128
     return [
@@ -130,16 +130,16 @@ def _cudnn_checks(case: Case, device: Device | None) -> list[tuple[bool, str]]:
 
 
 def choose(wanted: str, case: Case, device: Device) -> str:
-    """The kernel for `config.mesh.attention`; "auto" takes the first that serves.
+    """The kernel for `config.mesh.attention`; "auto" is the first that supports the case.
 
     Raises:
-        UserError: what is wanted cannot serve.
+        UserError: the wanted kernel does not support the case.
     """
     if wanted == "auto":
         return next(name for name in KERNELS if not refusal(name, case, device))
     if reason := refusal(wanted, case, device):
         raise UserError(
-            f"config key 'mesh.attention' is {wanted!r}, which cannot serve: {reason}; "
+            f"config key 'mesh.attention' is {wanted!r}, which cannot run here: {reason}; "
             "allowed here: auto, reference"
         )
     return wanted

@@ -1,4 +1,4 @@
-"""All parts at once by cuDNN (GPU), with their masks.
+"""Attention to all parts by one call of cuDNN (GPU), with their masks.
 
 Source: the documentation of jax.nn.dot_product_attention.
 """
@@ -14,11 +14,11 @@ from softprompt.models.attention import Part
 from softprompt.models.kernels.choice import Kernel
 from softprompt.models.kernels.rows import on_shards, over_rows
 
-ALIGNED = 8  # keys; it needs an even number with a mask, and 8 of 2 bytes are aligned
+ALIGNED = 8  # the number of keys is a multiple: a mask needs 2, and 8 align in bfloat16
 
 
 def join(tokens: int, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys, values and masks of all parts as one, with hidden keys up to an aligned number."""
+    """Concatenates keys, values and masks; masked keys pad them to a multiple of `ALIGNED`."""
     masks = [
         jnp.broadcast_to(True if part.mask_TS is None else part.mask_TS, (tokens, len(part.k_SGK)))
         for part in parts
@@ -34,27 +34,27 @@ def join(tokens: int, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array, jax.
 def fused(
     kernel: Kernel, q_THK: jax.Array, k_SGK: jax.Array, v_SGK: jax.Array, mask_TS: jax.Array
 ) -> jax.Array:
-    """The mixed values [T, H, K], by cuDNN; queries are scaled already."""
+    """The mixed values [T, H, K], by cuDNN; the queries are already scaled."""
 
-    def one(*arrays: jax.Array) -> tuple[jax.Array]:
+    def forward(*arrays: jax.Array) -> tuple[jax.Array]:
         return (_cudnn(kernel.interpret, *arrays),)
 
-    call = over_rows(on_shards(kernel.mesh, one, "RTHK RSGK RSGK RTS", "RTHK"))
+    call = over_rows(on_shards(kernel.mesh, forward, "RTHK RSGK RSGK RTS", "RTHK"))
     return call(q_THK, k_SGK, v_SGK, mask_TS)[0]
 
 
 def _forward(kernel: Kernel, *arrays: jax.Array) -> tuple[jax.Array, Any]:
-    """The mixed values, and what the backward pass needs: nothing but the arguments."""
+    """The mixed values, and the arguments as residuals."""
     return fused(kernel, *arrays), arrays
 
 
 def _backward(kernel: Kernel, arrays: Any, g_THK: jax.Array) -> tuple[Any, ...]:
     """Gradients of queries, keys and values."""
 
-    def one(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, g: jax.Array) -> Any:
+    def grads(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, g: jax.Array) -> Any:
         return jax.vjp(lambda q, k, v: _cudnn(kernel.interpret, q, k, v, mask), q, k, v)[1](g)
 
-    call = over_rows(on_shards(kernel.mesh, one, "RTHK RSGK RSGK RTS RTHK", "RTHK RSGK RSGK"))
+    call = over_rows(on_shards(kernel.mesh, grads, "RTHK RSGK RSGK RTS RTHK", "RTHK RSGK RSGK"))
     return (*call(*arrays, g_THK), None)
 
 
