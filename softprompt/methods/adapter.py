@@ -1,8 +1,8 @@
 """Bottleneck adapters in every layer: y + up(gelu(down(y))) of a sublayer's output y.
 
 The delta: "layers/mlp_adapter/down" [L, D, Z], "down_bias" [L, Z], "up" [L, Z, D], "up_bias"
-[L, D]. "houlsby" has an adapter after attention (self- and cross-) and one after the feed-forward
-(arXiv 1902.00751, section 2.1); "pfeiffer" has only the latter (arXiv 2005.00247).
+[L, D]. "houlsby" has one after attention (self- and cross-) and one after the feed-forward (arXiv
+1902.00751, section 2.1); "pfeiffer" has only the latter (arXiv 2005.00247).
 """
 
 import dataclasses
@@ -61,9 +61,9 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: AdapterConfig) -> dict
     leaves: dict[str, jax.Array] = {}
     for path, path_key in keys_by_path(key, sublayers).items():
         layers = sublayers[path]
+        down = STDDEV * jax.random.normal(path_key, (layers, width, size), dtype)
         leaves |= {
-            f"{path}_adapter/down": STDDEV
-            * jax.random.normal(path_key, (layers, width, size), dtype),
+            f"{path}_adapter/down": down,
             f"{path}_adapter/down_bias": jnp.zeros((layers, size), dtype),
             f"{path}_adapter/up": jnp.zeros((layers, size, width), dtype),
             f"{path}_adapter/up_bias": jnp.zeros((layers, width), dtype),

@@ -253,8 +253,7 @@ class File(Vocabulary):
         """See `from_rows`.
 
         Raises:
-            UserError: see `prompt_rows`; or the prompt was trained on other weights, and
-                `init_any_weights` is not set.
+            UserError: see `prompt_rows`; or the prompt was trained on other weights.
         """
         rows_PD, origin = prompt_rows(self.init_file, place)
         trained = origin.get("fingerprint", loaded.fingerprint)
