@@ -131,13 +131,13 @@ def refuse(capsys, tmp_path):
         ),
         (
             {"method__place": "decoder"},
-            "config key 'method.place' is 'decoder', of encoder-decoders; allowed for a decoder: "
-            "'encoder'",
+            "config key 'method.place' is 'decoder', a key of encoder-decoders; allowed for a "
+            "decoder: 'encoder'",
         ),
         (
             {"method__name": "prefix", "method__init": "noise", "method__prompt_to_input": False},
-            "config key 'method.prompt_to_input' is False, of encoder-decoders; allowed for a "
-            "decoder: True",
+            "config key 'method.prompt_to_input' is False, a key of encoder-decoders; "
+            "allowed for a decoder: True",
         ),
         (
             {"train__batch": 6, "train__microbatches": 4},
