@@ -221,7 +221,7 @@ def test_provenance_is_one_key(place, tmp_path, capsys):
 def test_conventions_are_said():
     """A Gemma's prompt enters after the embeddings' scaling. Mutation: say it of every model's."""
     said = {name: conventions(prompt.Settings(bos="none"), sizes(name)) for name in MODELS}
-    assert said["llama"] == ["the text behind the prompt has no BOS"]
+    assert said["llama"] == ["the text after the prompt has no BOS"]
     assert "after the embeddings' scaling by 2.82843, as in PEFT" in said["gemma2"][1]
     assert conventions(lora.Settings(), sizes("gemma2")) == []
 
@@ -300,7 +300,7 @@ def test_bos_stands_where_the_file_says(place, tmp_path, capsys):
     config["method"]["bos"] = "none"
     (trial / "config.json").write_text(json.dumps(config))
     report = run(capsys, "export", "--run", trial, "--format", "peft", "--to", tmp_path / "a")
-    assert report["notes"][0] == "the text behind the prompt has no BOS"
+    assert report["notes"][0] == "the text after the prompt has no BOS"
     run(capsys, "import", tmp_path / "a", *taking(place), "--workdir", tmp_path / "b")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["method"]["bos"] == "none"
     asked = ["import", tmp_path / "a", *taking(place), "--config.method.bos=before"]
