@@ -239,7 +239,8 @@ def report_memory(entries: Sequence[Entry]) -> None:
         print(
             f"{entry.name} compiled for {chosen.data}x{chosen.model} {chosen.weights}, a row a "
             "device at a time, remat=layer: "
-            f"{sizes.argument_size_in_bytes / GIB:.2f} GiB of arguments and {sizes.temp_size_in_bytes / GIB:.2f} GiB of temporaries a device, of "
+            f"{sizes.argument_size_in_bytes / GIB:.2f} GiB of arguments and "
+            f"{sizes.temp_size_in_bytes / GIB:.2f} GiB of temporaries a device, of "
             f"{slice_.memory // GIB} (XLA for CPU devices)"
         )
 
