@@ -113,7 +113,7 @@ def unknown_key(key: str, known: Mapping[str, Any]) -> str:
     if near:
         return f"unknown config key {key!r} (did you mean {', '.join(dict.fromkeys(near))}?)"
     if inside:
-        return f"unknown config key {key!r}; keys there: {', '.join(inside)}"
+        return f"unknown config key {key!r}; keys of this section: {', '.join(inside)}"
     sections = dict.fromkeys(path.split(".", 1)[0] for path in known)
     return f"unknown config key {key!r}; sections: {', '.join(sections)}"
 
@@ -140,7 +140,7 @@ def _check_values(config: ConfigDict) -> None:
     names = [one.task.name for one in members(config)]
     if double := [name for name in names if names.count(name) > 1]:
         raise UserError(
-            f"config key 'data.mixture' names {double[0]!r} twice; allowed: tasks that differ"
+            f"config key 'data.mixture' names {double[0]!r} twice; allowed: each task once"
         )
 
 

@@ -197,7 +197,7 @@ def import_run(
     if trained != loaded.fingerprint and not any_weights:
         raise UserError(
             f"{file} was trained on weights {trained}, {config.model.name} has "
-            f"{loaded.fingerprint}; --any-weights uses it nevertheless"
+            f"{loaded.fingerprint}; --any-weights accepts it"
         )
     origin = {} if adapter is None else {"adapter_config": adapter.config}
     imported = {"imported": {"file": str(file), "trained_on": trained, **origin}}

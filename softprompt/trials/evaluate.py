@@ -191,7 +191,7 @@ def trained_delta(folder: epath.PathLike, trial: ForwardPass, *, any_weights: bo
         raise UserError(
             f"{file} was trained on weights {origin.get('fingerprint')}, "
             f"{trial.config.model.name} has {trial.loaded.fingerprint}; --any-weights "
-            "uses it nevertheless"
+            "accepts it"
         )
     check_fit(delta, trial.config, trial.loaded.config, file=str(file))
     return jax.tree.map(put, delta, delta_shardings(trial, delta))

@@ -46,22 +46,22 @@ class Forecast:
         except Exception:
             return 0.0
 
-    def end(self, index: int, seconds: float, *, done: bool, beside: Sequence[int] = ()) -> None:
+    def end(self, index: int, seconds: float, *, done: bool, others: Sequence[int] = ()) -> None:
         """Records that a trial ended.
 
         Args:
             index: of the trial.
             seconds: since the previous trial of its group ended, or since the group began.
             done: False if it failed; its time is then ignored.
-            beside: concurrent trials that will end soon. `seconds` include their work.
+            others: concurrent trials that will end soon. `seconds` include their work.
         """
         config = self.todo.pop(index)
         if not done:
             return
         work = 0.0
         if index not in self._running:
-            self._running.update(beside)
-            work = self._expected[index] + sum(self._expected[other] for other in beside)
+            self._running.update(others)
+            work = self._expected[index] + sum(self._expected[other] for other in others)
         self._running.discard(index)
         self._observed[method_settings(config).trains].append((seconds, work))
 

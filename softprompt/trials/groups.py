@@ -219,10 +219,10 @@ def _take_stacked(session: Session, running: Sequence[_Running], *, spare: bool)
         for one in running:
             one.resume(functools.partial(_fail, error))
         return
-    taken = dict(zip(map(id, calls), results, strict=True))
+    by_call = dict(zip(map(id, calls), results, strict=True))
     for one in running:
         one.session.members = max(one.session.members, len(running))
-        one.resume(lambda call: taken[id(call)])
+        one.resume(lambda call: by_call[id(call)])
 
 
 def _fail(error: Exception, call: StepCall) -> StepResult:

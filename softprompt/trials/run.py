@@ -151,8 +151,8 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
     theirs = read_config(folder)
     if trial_id(theirs) != trial_id(config):
         raise UserError(
-            f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
-            "there); give another --workdir"
+            f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: requested, "
+            "stored); give another --workdir"
         )
     trained = (folder / "checkpoints").exists() or not method_settings(config).trains
     if (folder / DELTA).exists() and not trained and not is_done(folder):
@@ -180,7 +180,7 @@ def read_config(folder: epath.PathLike) -> ConfigDict:
     """
     file = epath.Path(folder) / CONFIG
     if not file.exists():
-        raise UserError(f"{folder}: no trial there (it has no {CONFIG})")
+        raise UserError(f"{folder}: not a trial's folder (it has no {CONFIG})")
     try:
         tree = json.loads(file.read_text())
     except ValueError as error:
@@ -220,7 +220,7 @@ def train_delta(
             check = functools.partial(check_origin, prepared, folder)
             restored = loop.restore(manager, state, check=check, say=session.progress.say)
             if restored is not None:
-                session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
+                session.progress.say(f"{trial_name(config)} resumes from step {restored.step}")
             state = restored or state
             log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
             state = yield from loop.train(loop_config(config), inputs, state, log, manager)

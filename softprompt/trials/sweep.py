@@ -62,7 +62,7 @@ def load_experiment(name: str) -> ModuleType:
         raise with_location(error, file) from error
     missing = [name for name in ("CAPTION", *_FUNCTIONS) if not hasattr(module, name)]
     if missing:
-        raise UserError(f"{file}: no experiment, it lacks {', '.join(missing)}")
+        raise UserError(f"{file}: not an experiment: it lacks {', '.join(missing)}")
     if not isinstance(module.CAPTION, str):
         raise UserError(f"{file}: CAPTION is {module.CAPTION!r}; allowed: a string")
     for function in _FUNCTIONS:
@@ -229,7 +229,7 @@ def run_sweep(
             seconds, began = time.monotonic() - began, time.monotonic()
             others = [other for other in members if other in forecast.todo and other != index]
             done = row["status"] == "done"
-            forecast.end(index, seconds, done=done, beside=others[: width - 1])
+            forecast.end(index, seconds, done=done, others=others[: width - 1])
             if done:
                 ended = len(trials) - len(forecast.todo)
                 left = forecast.left() if others else None  # otherwise shown with the next trial

@@ -269,7 +269,7 @@ def test_only_onto_the_weights_that_it_was_trained_on(place, tmp_path, capsys):
     other = ["import", to, *taking(place, "other"), "--workdir", work]
     line = run(capsys, *other, code=2)
     assert line.startswith(f"{to} was trained on weights ")
-    assert line.endswith("; --any-weights uses it nevertheless")
+    assert line.endswith("; --any-weights accepts it")
     assert not work.exists()
     run(capsys, *other, "--any-weights")
     trained = load_delta(work / "delta.safetensors")[1]["imported"]["trained_on"]
@@ -285,7 +285,7 @@ def test_a_trial_on_other_weights(place, tmp_path, capsys):
     config["model"]["name"] = str(place / "other")
     (moved / "config.json").write_text(json.dumps(config))
     line = run(capsys, "evaluate", "--run", moved, code=2)
-    assert "--any-weights uses it nevertheless" in line
+    assert "--any-weights accepts it" in line
     assert run(capsys, "evaluate", "--run", moved, "--any-weights")["examples"] == 20
     config["model"]["name"] = str(place / "wide")
     (moved / "config.json").write_text(json.dumps(config))
@@ -316,7 +316,7 @@ def test_mistakes(place, tmp_path, capsys):
     line = run(capsys, "export", "--run", trial, "--format", "peft", "--to", there, code=2)
     assert line == f"--to {there}: it exists; give a new path"
     line = run(capsys, "export", "--run", tmp_path, "--format", "npy", "--to", "x", code=2)
-    assert line.startswith(f"{tmp_path}: no trial there")
+    assert line.startswith(f"{tmp_path}: not a trial's folder")
     array, work = tmp_path / "p.npy", tmp_path / "w"
     np.save(array, np.ones((2, 48), np.float32))
     asked = ["import", array, *taking(place)]
