@@ -169,6 +169,20 @@ def golden_prompt(width: int) -> np.ndarray:
     return np.random.default_rng(9).standard_normal((9, width)).astype(np.float32)
 
 
+# One of each kind, for the contracts.
+FAMILIES = (
+    "gpt2",
+    "neox",
+    "opt",
+    "opt-350m",
+    "llama3",
+    "mistral",
+    "qwen2",
+    "qwen3-sliding",
+    "gemma",
+    "gemma2",
+    "gemma3",
+)
 SLIDING = ("mistral", "qwen2-sliding", "qwen3-sliding", "gemma2", "gemma3", "gemma3-scaled")
 
 

@@ -1,5 +1,6 @@
 """What a mistake at the command line comes to: one line, exit code 2, and nothing left behind."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,14 @@ def refused(capsys: Any, workdir: Path, task: Path, model: Path | str, **more: A
     assert written.out == ""
     assert not workdir.exists(), "the corrected command would be refused"
     return one_line(written.err)
+
+
+def run(capsys: Any, *arguments: Any, code: int = 0) -> Any:
+    """Runs a command; returns its JSON, or its one line where it is a mistake."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in arguments]) == code
+    written = capsys.readouterr()
+    if code:
+        assert written.out == ""
+        return one_line(written.err)
+    return json.loads(written.out)

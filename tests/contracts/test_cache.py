@@ -11,9 +11,8 @@ from softprompt.inference.decode import generate
 from softprompt.inference.kv_cache import empty_cache, extend, prefill
 from softprompt.models.decoder import Cached
 from tests.contracts.examples import equations, prompted, snippets
-from tests.contracts.test_families import FAMILIES
-from tests.families import SLIDING, family_decoder
-from tests.models.test_t5 import compiled_row, packed
+from tests.families import FAMILIES, SLIDING, family_decoder
+from tests.models.t5_rows import compiled_row, packed
 from tests.tiny_t5 import tiny_t5
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}

@@ -9,8 +9,7 @@ import pytest
 from softprompt.trials import groups
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
-from tests.contracts.test_population import alone, apart, configs, outcome
-from tests.trials.test_groups import run
+from tests.contracts.trials import alone, apart, configs, outcome, run
 
 TRIALS = (
     {"seed": 0},

@@ -17,23 +17,10 @@ from softprompt.methods.prompt import PromptConfig, init, variables
 from softprompt.training.step import row_logits, shared_part
 from tests.contracts import concatenated
 from tests.contracts.examples import by_example, double, packed, prompted, random_examples
-from tests.families import family_decoder
+from tests.families import FAMILIES, family_decoder
 
 pytestmark = pytest.mark.newest
 
-FAMILIES = (
-    "gpt2",
-    "neox",
-    "opt",
-    "opt-350m",
-    "llama3",
-    "mistral",
-    "qwen2",
-    "qwen3-sliding",
-    "gemma",
-    "gemma2",
-    "gemma3",
-)
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 LAYOUTS = ([[0, 1, 2, 3, 4, 5], []], [[5, 3, 0], [1, 4, 2]])
 SHAPE = RowShape(2, 75, 14)

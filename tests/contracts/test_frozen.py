@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
@@ -19,6 +18,7 @@ from tests.contracts.examples import (
     trial_config,
     write_task,
 )
+from tests.contracts.trials import stored
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
@@ -47,16 +47,6 @@ def test_the_gradient_has_the_structure_of_the_delta(tiny, microbatches):
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     vectors = {leaf.shape for leaf in jax.tree.leaves(new_state) if leaf.ndim}
     assert vectors == {delta["prompt"].shape}
-
-
-def stored(folder):
-    """Name -> shape of every array in every checkpoint of a trial."""
-    found = {}
-    for step in folder.glob("checkpoints/*/state"):
-        metadata = ocp.StandardCheckpointer().metadata(step).item_metadata
-        leaves, _ = jax.tree_util.tree_flatten_with_path(metadata)
-        found |= {f"{step.parent.name}{jax.tree_util.keystr(p)}": leaf.shape for p, leaf in leaves}
-    return found
 
 
 def test_a_trial_leaves_the_weights_alone(tiny_folder, tmp_path, monkeypatch):

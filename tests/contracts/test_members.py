@@ -18,7 +18,7 @@ from softprompt.training.optimizers import AdamW, OptimizerConfig, Sgd, make_opt
 from softprompt.training.step import train_step
 from softprompt.trials.programs import Member, population_step
 from tests.contracts.examples import packed, prompted, snippets
-from tests.contracts.test_methods import base, moved, step_of
+from tests.contracts.method_cases import base, moved, step_of
 
 STEPS, RATES = 3, np.array([0.005, 0.01], np.float32)
 # GPT-2's loss does not depend on a key's bias: its gradient is rounding, of which Adam would make

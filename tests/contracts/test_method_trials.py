@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from softprompt.console import Progress
 from softprompt.methods.delta_file import load_delta
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.prepare import (
@@ -18,8 +17,7 @@ from softprompt.trials.prepare import (
 )
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import OneDevice, trial_config, two_tasks, write_task
-from tests.contracts.test_frozen import stored
-from tests.contracts.test_resume import check_same
+from tests.contracts.trials import StopAt, check_same, stored
 from tests.families import write_family_folder
 from tests.tiny_t5 import write_complete_t5
 
@@ -42,17 +40,6 @@ PLACES = {"prompt": "both", "prefix": "all"}  # of a T5
 COMMON = {"eval__select": "last", "train__steps": 4, "optimizer__rate": 0.02, "eval__every": 2}
 
 
-class Stopping(Progress):
-    """Interrupts after a step, once."""
-
-    at = -1
-
-    def stage(self, what, done=0, total=0, note=""):
-        if what == "train" and done == self.at and "loss" in note:
-            self.at = -1
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def family(request):
     return request.param
@@ -72,7 +59,7 @@ def place(family, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shared(place):
     """One session for all trials on a model."""
-    return OneDevice(Stopping())
+    return OneDevice(StopAt())
 
 
 def named(tree):
@@ -132,7 +119,7 @@ def test_among_others_alone_and_resumed(family, place, shared, tmp_path, name):
     if frozen:
         jax.tree.map(np.testing.assert_array_equal, before, shared.model(config).weights)
     check_kept(tmp_path / "first", named(delta_shapes(prepare(config, shared))))
-    shared.progress.at = 3  # a step behind the checkpoint
+    shared.progress.step = 3  # a step behind the checkpoint
     with pytest.raises(KeyboardInterrupt):
         run_trial(config, tmp_path / "killed", session=shared)
     run_trial(config, tmp_path / "killed", session=shared)

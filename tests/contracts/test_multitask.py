@@ -26,7 +26,7 @@ from softprompt.methods.prompt import PromptConfig
 from softprompt.models.decoder import Decoder
 from softprompt.training.step import StepConfig, loss_fn, shared_part
 from tests.contracts.examples import by_example, double, logits, one_device, random_examples
-from tests.contracts.test_methods import alone, moved, plain
+from tests.contracts.method_cases import alone, moved, plain
 from tests.tiny import tiny_decoder
 from tests.tiny_t5 import tiny_t5
 

@@ -1,50 +1,13 @@
 """Contract 6: a trial among others equals the same trial alone (one after another, one program)."""
 
-import json
-
 import jax
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from softprompt.trials import prepare
-from softprompt.trials.run import run_trial
-from tests.contracts.examples import session, trial_config, write_task
+from tests.contracts.examples import session
+from tests.contracts.trials import OTHER, TRIALS, alone, apart, configs, outcome
 from tests.families import write_family_folder
 from tests.tiny_t5 import write_complete_t5
-
-TRIALS = (
-    {"seed": 0, "method__init": "vocabulary", "optimizer__rate": 0.02},
-    {"seed": 1, "method__init": "uniform", "optimizer__schedule": "constant"},
-    {"seed": 2, "method__init": "labels", "optimizer__warmup": 2, "optimizer__rate": 0.1},
-)
-OTHER = {**TRIALS[0], "optimizer__b1": 0.5, "optimizer__eps": 0.1}
-
-
-def configs(model, tmp_path, trials, **changes):
-    source = write_task(tmp_path)
-    return [trial_config(model, source, eval__select="last", **one, **changes) for one in trials]
-
-
-def outcome(config, folder, shared):
-    """The loss of every step and the last delta of a trial."""
-    run_trial(config, folder, session=shared)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 4
-    delta = load_file(folder / "delta.safetensors")
-    return np.array(losses), np.concatenate([delta[name].ravel() for name in sorted(delta)])
-
-
-def alone(config, folder):
-    """The same of a trial in a session of its own."""
-    with session() as shared:
-        return outcome(config, folder, shared)
-
-
-def apart(one, other):
-    """Largest difference of losses, and of deltas."""
-    return tuple(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
 
 
 def check_trials(model, tmp_path, numbers, **changes):

@@ -18,10 +18,11 @@ from softprompt import cli
 from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.results import read_result
-from softprompt.training.logs import TIMING, read_line, read_log
+from softprompt.training.logs import read_line
 from softprompt.trials.evaluate import evaluate_runs
 from softprompt.trials.run import run_trial
 from softprompt.trials.session import Session
+from tests.contracts.trials import StopAt, check_same
 from tests.own_task import REPOSITORY, Lines, make_config, train_command, words, write_task
 from tests.tiny import write_llama_folder
 
@@ -39,21 +40,6 @@ LONG = {  # long enough to be hit, with something of everything between checkpoi
 def place(tmp_path_factory, tiny_folder):
     """A task and where its trials are."""
     return write_task(tmp_path_factory.mktemp("resume"))
-
-
-def scientific(folder):
-    """The log without what a clock put into it."""
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_log(folder)]
-
-
-def check_same(folder, reference):
-    """Whether two folders hold one trial, to the bit."""
-    assert scientific(folder) == scientific(reference)
-    for name in ("delta.safetensors", "predictions.jsonl"):
-        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
-    ours, theirs = read_result(folder), read_result(reference)
-    for key in ("metrics", "steps", "status", "flops", "trainable"):
-        assert ours[key] == theirs[key], key
 
 
 def logged(folder):
@@ -206,19 +192,6 @@ def test_a_finished_trial_is_left_alone(place, stopped, tiny_folder, capsys):
     assert f"is done already (in {folder})" in written.err
     assert json.loads(written.out)["status"] == "done"
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
-
-
-class StopAt(Progress):
-    """Interrupts its process when the loop has noted a step."""
-
-    step, number = -1, signal.SIGINT
-
-    def stage(self, what, done=0, total=0, note=""):
-        if what == "train" and done == self.step and "loss" in note:
-            self.step = -1
-            if self.number == signal.SIGINT:
-                raise KeyboardInterrupt  # the signal itself is ignored in a shell's background
-            os.kill(os.getpid(), self.number)
 
 
 SHORT = {

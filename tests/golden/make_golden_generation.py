@@ -24,7 +24,7 @@ from tests.generation_cases import (
     write_ending_folder,
     write_greedy_folder,
 )
-from tests.parity.test_generation import alone, theirs
+from tests.parity.reference import alone, theirs
 
 
 def read(folder: Path, name: str) -> Any:

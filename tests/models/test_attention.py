@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from softprompt.models.attention import Part, attend
-
-T, P, H, G, K = 6, 5, 4, 2, 8
+from tests.models.parts import G, H, K, T, random_parts
 
 
 def plain(q_THK, parts, *, scale, softcap):
@@ -27,16 +26,6 @@ def plain(q_THK, parts, *, scale, softcap):
     score_HTS += jnp.concatenate(biases, axis=-1)
     score_HTS = jnp.where(jnp.concatenate(masks, axis=-1), score_HTS, -jnp.inf)
     return jnp.einsum("hts,shk->thk", jax.nn.softmax(score_HTS, axis=-1), v_SHK)
-
-
-def random_parts(random, *, bias):
-    """A context that all see, a cached part with a mask [S], and the row."""
-    parts = []
-    for keys, mask in ((P, None), (3, np.array([1, 0, 1], bool)), (T, np.tri(T, dtype=bool))):
-        kv = (jnp.array(random.normal(size=(keys, G, K))) for _ in range(2))
-        biases = jnp.array(random.normal(size=(H, T, keys))) if bias else None
-        parts.append(Part(*kv, None if mask is None else jnp.array(mask), biases))
-    return parts
 
 
 def floats(parts):

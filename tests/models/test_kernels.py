@@ -36,7 +36,7 @@ from tests.contracts.examples import (
     trial_config,
     write_task,
 )
-from tests.models.test_attention import random_parts
+from tests.models.parts import random_parts
 from tests.tiny import tiny_decoder
 from tests.tiny_t5 import tiny_t5
 

@@ -20,6 +20,7 @@ from softprompt.models.rows import Rows
 from softprompt.pretrained.families import DECODERS, read_family
 from softprompt.pretrained.loading import Loaded, load_model
 from tests.families import SLIDING, VARIANTS, VOCAB, write_family_folder, write_small_tokenizer
+from tests.parity.reference import random_model, read_back  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -30,24 +31,6 @@ TOLERANCE = 1e-4
 PROMPT = 9  # longer than the windows
 
 
-def random_model(name: str) -> Any:
-    """A model of transformers whose every parameter is random, of a size that matters."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    raw = dict(VARIANTS[name])
-    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter, tensor in model.named_parameters():
-        noise = torch.randn_like(tensor)
-        if tensor.ndim == 2:
-            scale = 0.5 if "embed" in parameter or "wte" in parameter else 1.3
-            tensor.data = noise * scale / (1 if scale == 0.5 else min(tensor.shape) ** 0.5)
-        else:
-            tensor.data += 0.2 * noise
-    return model
-
-
 @functools.cache
 def both(name: str) -> tuple[Any, Loaded]:
     """A random model of a family in transformers, and ours, read from what transformers saved."""
@@ -55,12 +38,6 @@ def both(name: str) -> tuple[Any, Loaded]:
         random_model(name).save_pretrained(folder)
         write_small_tokenizer(Path(folder))
         return read_back(folder), load_model(folder)
-
-
-def read_back(folder: str | Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def texts() -> list[list[int]]:

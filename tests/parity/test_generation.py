@@ -33,30 +33,7 @@ REAL = ("smollm2-135m-instruct-q4", "gemma3-270m-q4")
 
 torch = pytest.importorskip("torch")
 
-from tests.parity.test_families import random_model, read_back  # noqa: E402
-from tests.parity.test_t5 import saved_by_transformers  # noqa: E402
-
-
-def theirs(model: Any, inputs: list[Any], eos: int | None = None, **options: Any) -> list[Any]:
-    """What transformers generates after the inputs, run as one batch, without EOS."""
-    from transformers import GenerationConfig
-
-    options |= {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
-    model.generation_config = GenerationConfig(**options, decoder_start_token_id=0)
-    longest = max(map(len, inputs))
-    padding = [[0] * (longest - len(ids)) for ids in inputs]
-    tokens_BT = [[*pad, *map(int, ids)] for pad, ids in zip(padding, inputs, strict=True)]
-    mask_BT = [[*pad, *[1] * len(ids)] for pad, ids in zip(padding, inputs, strict=True)]
-    with torch.no_grad():
-        said = model.generate(torch.tensor(tokens_BT), attention_mask=torch.tensor(mask_BT))
-    new_BN = said[:, 1 if model.config.is_encoder_decoder else longest :].tolist()
-    return [ids[: ids.index(eos)] if eos in ids else ids for ids in new_BN]
-
-
-def alone(model: Any, inputs: list[Any], penalty: float) -> list[Any]:
-    """What its beam search finds for each input, run alone."""
-    options = {"num_beams": BEAMS, "length_penalty": penalty}
-    return [theirs(model, [ids], EOS, **options)[0] for ids in inputs]
+from tests.parity.reference import alone, random_model, read_back, saved_by_transformers, theirs  # noqa: E402
 
 
 def save_with_small_embeddings(model: Any, folder: Path) -> None:

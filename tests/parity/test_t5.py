@@ -1,7 +1,6 @@
 """The T5 family against transformers on PyTorch, in float32, from folders that it saved."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +11,10 @@ import pytest
 from softprompt.models.rows import Rows
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import bucket
+from tests.parity.reference import saved_by_transformers  # noqa: E402
 from tests.tiny_t5 import (
     VARIANTS,
-    hf_t5_config,
     load_weights,
-    tiny_t5_config,
     write_t5_folder,
 )
 
@@ -31,39 +29,6 @@ PAIRS = [
 ]
 LENGTHS = {"encoder": 3, "decoder": 2}
 ROW = {"encoder": 72, "decoder": 30}
-
-
-def saved_by_transformers(folder: Path, family: str) -> Any:
-    """A random model that transformers saved in its own format, with its norms and head moved.
-
-    The other matrices are as they are drawn. Twice as large, they sharpen the unscaled softmax
-    until float32 itself is off by more than 1e-4 on both sides, against the same model in float64.
-    """
-    from transformers import (
-        MT5Config,
-        MT5ForConditionalGeneration,
-        T5Config,
-        T5ForConditionalGeneration,
-        UMT5Config,
-        UMT5ForConditionalGeneration,
-    )
-
-    raw = hf_t5_config(tiny_t5_config(**VARIANTS[family]))
-    config, model_class = {
-        "mT5": (MT5Config, MT5ForConditionalGeneration),
-        "UMT5": (UMT5Config, UMT5ForConditionalGeneration),
-    }.get(family, (T5Config, T5ForConditionalGeneration))
-    torch.manual_seed(0)
-    keys = {k: v for k, v in raw.items() if k not in ("architectures", "model_type")}
-    model = model_class(config(**keys | {"layer_norm_epsilon": 3e-5}))
-    if not raw["tie_word_embeddings"]:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "norm" in name or "relative" in name:
-                tensor.add_(0.5 * torch.randn_like(tensor))
-    model.save_pretrained(folder)
-    return model_class.from_pretrained(folder).eval()
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -19,23 +19,12 @@ from softprompt.trials import convert
 from softprompt.trials.convert import base_model, conventions
 from softprompt.trials.run import check_folder, read_config
 from tests.interchange.cases import MODELS, sizes
-from tests.mistakes import one_line
+from tests.mistakes import run
 from tests.own_task import give, words, write_task
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 
 pytestmark = pytest.mark.newest
-
-
-def run(capsys, *arguments, code=0):
-    """Runs a command; returns its JSON, or its one line where it is a mistake."""
-    capsys.readouterr()
-    assert cli.main([str(word) for word in arguments]) == code
-    written = capsys.readouterr()
-    if code:
-        assert written.out == ""
-        return one_line(written.err)
-    return json.loads(written.out)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Trials of a sweep that run at a time: contract 6, and what becomes of each."""
 
-import json
 import os
 import signal
 import time
@@ -9,7 +8,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from softprompt.results import read_result
 from softprompt.training.loop import Pauses
@@ -17,32 +15,12 @@ from softprompt.training.step import StepCall
 from softprompt.trials import groups, programs
 from softprompt.trials.groups import plan
 from softprompt.trials.programs import Static, StepProgram
-from softprompt.trials.run import run_trial
-from softprompt.trials.sweep import run_sweep, trial_folder
+from softprompt.trials.sweep import trial_folder
 from tests.contracts.examples import session
-from tests.contracts.test_population import OTHER, TRIALS, alone, apart, configs
+from tests.contracts.trials import OTHER, TRIALS, alone, apart, configs, ended, run
 from tests.tiny import write_llama_folder
 
 FIRST, ANY = TRIALS[0], {"mesh__population": 4}
-
-
-def run(trials, workdir, shared):
-    """Runs a sweep; returns the rows that failed."""
-    return run_sweep(
-        trials,
-        workdir,
-        lambda config, folder: run_trial(config, folder, session=shared),
-        progress=shared.progress,
-        session=shared,
-    )
-
-
-def outcome(folder):
-    """The loss of every step and the last delta of a finished trial."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    delta = load_file(folder / "delta.safetensors")
-    return np.array(losses), np.concatenate([delta[name].ravel() for name in sorted(delta)])
 
 
 def rows_of(trials, workdir):
@@ -74,7 +52,7 @@ def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
         assert len(shared.compiled) == 2  # three together, and one whose optimizer is another
     assert [row["members"] for row in rows_of(trials, workdir)] == [3, 3, 3, 1]
     for n, config in enumerate(trials):
-        ours = outcome(trial_folder(workdir, config))
+        ours = ended(trial_folder(workdir, config))
         assert max(apart(ours, alone(config, tmp_path / f"alone{n}"))) <= 1e-5
 
 
@@ -89,7 +67,7 @@ def test_in_turns_to_the_bit(tiny_folder, tmp_path):
     assert [row["members"] for row in rows] == [3] * 3
     assert sum(row["compile_seconds"] > 0 for row in rows) == 1
     for n, config in enumerate(trials):
-        ours = outcome(trial_folder(tmp_path / "sweep", config))
+        ours = ended(trial_folder(tmp_path / "sweep", config))
         assert apart(ours, alone(config, tmp_path / f"alone{n}")) == (0, 0)
 
 
@@ -106,7 +84,7 @@ def test_in_bfloat16(tiny_folder, tmp_path):
 
     with session() as shared:
         assert run(trials("bfloat16"), tmp_path / "sweep", shared) == []
-    ours = [outcome(trial_folder(tmp_path / "sweep", config)) for config in trials("bfloat16")]
+    ours = [ended(trial_folder(tmp_path / "sweep", config)) for config in trials("bfloat16")]
     rough, exact = solo("bfloat16"), solo("float32")
     noise = np.max(list(map(apart, rough, exact)), axis=0)
     assert (np.max(list(map(apart, ours, rough)), axis=0) <= 3 * noise).all()
@@ -147,7 +125,7 @@ def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_pat
     ] == [(True, 1e30)]
     rows = [row for row in rows_of(trials, workdir) if row["status"] == "done"]
     assert [row["members"] for row in rows] == [2] * 4
-    ours = outcome(trial_folder(workdir, trials[4]))
+    ours = ended(trial_folder(workdir, trials[4]))
     assert max(apart(ours, alone(trials[4], tmp_path / "alone"))) <= 1e-5
 
 
@@ -191,7 +169,7 @@ def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypa
     with session() as shared:
         assert run(trials, tmp_path / "sweep", shared) == []
     for n, folder in enumerate(folders):
-        assert max(apart(outcome(folder), alone(trials[n], tmp_path / f"alone{n}"))) <= 1e-5
+        assert max(apart(ended(folder), alone(trials[n], tmp_path / f"alone{n}"))) <= 1e-5
 
 
 def test_what_is_never_grouped(tiny_folder, tmp_path, monkeypatch):

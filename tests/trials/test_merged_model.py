@@ -11,10 +11,10 @@ from softprompt.methods.delta_file import load_delta
 from softprompt.models.layers import collections
 from softprompt.pretrained.loading import load_model
 from softprompt.trials.run import read_config
+from tests.mistakes import run
 from tests.own_task import words, write_task
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
-from tests.trials.test_convert import run
 
 pytestmark = pytest.mark.newest
 

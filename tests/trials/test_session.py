@@ -15,8 +15,8 @@ from softprompt.trials import session as session_module
 from softprompt.trials.data import TaskData
 from softprompt.trials.session import CACHED_DATA, Session
 from tests.contracts.examples import trial_config, write_task
+from tests.own_task import Lines
 from tests.tiny import write_llama_folder
-from tests.trials.test_run import Lines
 
 
 @pytest.fixture(scope="module")

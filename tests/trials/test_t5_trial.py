@@ -22,7 +22,7 @@ from softprompt.trials.prepare import (
 )
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
-from tests.models.test_t5 import alone
+from tests.models.t5_rows import alone
 from tests.tiny_t5 import write_complete_t5
 
 TASK = {"train__steps": 12, "optimizer__rate": 0.3, "eval__select": "last"}
