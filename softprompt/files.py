@@ -41,6 +41,6 @@ def check_writable(folder: epath.PathLike) -> None:
     while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"{path}: {existing} is no folder; give another --workdir")
+        raise UserError(f"{path}: {existing} is not a folder; give another --workdir")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{path}: {existing} may not be written to; give another --workdir")

@@ -47,7 +47,7 @@ FACTS = {
     "step_memory_bytes": "bytes that a training step needs on a device, with weights and batch, as "
     "the compiler reports them",
     "delta_bytes": "size of the saved delta's file",
-    "shared_texts": "texts that stand in two of the task's splits",
+    "shared_texts": "texts that occur in two of the task's splits",
 }
 
 

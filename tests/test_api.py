@@ -62,7 +62,7 @@ def test_a_trial_is_looked_at_and_used(trial):
     assert len(trial.generate(["Review: a warm"], max_new=3)) == 1
     again = sp.train(trial.config, trial.folder)
     assert again.row == trial.row == read_result(trial.folder)
-    with pytest.raises(UserError, match="no trial there"):
+    with pytest.raises(UserError, match="not a trial's folder"):
         sp.load_trial(trial.folder / "none")
 
 

@@ -131,13 +131,13 @@ def refuse(capsys, tmp_path):
         ),
         (
             {"method__place": "decoder"},
-            "config key 'method.place' is 'decoder', of encoder-decoders; allowed for a decoder: "
-            "'encoder'",
+            "config key 'method.place' is 'decoder', a key of encoder-decoders; allowed for a "
+            "decoder: 'encoder'",
         ),
         (
             {"method__name": "prefix", "method__init": "noise", "method__prompt_to_input": False},
-            "config key 'method.prompt_to_input' is False, of encoder-decoders; allowed for a "
-            "decoder: True",
+            "config key 'method.prompt_to_input' is False, a key of encoder-decoders; "
+            "allowed for a decoder: True",
         ),
         (
             {"train__batch": 6, "train__microbatches": 4},
@@ -292,7 +292,7 @@ def test_the_workdir_of_another_config(place, tiny_folder, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*argv, "--config.seed=3"]) == 2
     assert one_line(capsys.readouterr().err) == (
-        f"{folder} holds another trial (seed: 3, 0: asked, there); give another --workdir"
+        f"{folder} holds another trial (seed: 3, 0: requested, stored); give another --workdir"
     )
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
@@ -321,7 +321,7 @@ def test_a_rate_that_diverges(place, tiny_folder, tmp_path, capsys, rate, warmup
 def test_a_folder_that_holds_no_trial(tmp_path, capsys):
     assert cli.main(["predict", "--run", str(tmp_path)]) == 2
     line = one_line(capsys.readouterr().err)
-    assert line == f"{tmp_path}: no trial there (it has no config.json)"
+    assert line == f"{tmp_path}: not a trial's folder (it has no config.json)"
     (tmp_path / "config.json").write_text('{"seeds": 1}')
     assert cli.main(["evaluate", "--run", str(tmp_path)]) == 2
     wanted = f"{tmp_path}/config.json: unknown config key 'seeds' (did you mean"

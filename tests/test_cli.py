@@ -187,7 +187,7 @@ def test_a_workdir_that_is_a_file(capsys, place, tmp_path):
     """Mutation: it is found out when the first file is written."""
     (tmp_path / "w").write_text("")
     found = mistake(capsys, "train", *keys(place), "--workdir", tmp_path / "w")
-    assert found == f"{tmp_path}/w: {tmp_path}/w is no folder; give another --workdir"
+    assert found == f"{tmp_path}/w: {tmp_path}/w is not a folder; give another --workdir"
 
 
 def test_models_and_data(place, capsys):
@@ -233,9 +233,9 @@ def test_config_lists_keys(capsys):
         (["table", ""], "argument DIR: is ''; allowed: a path"),
         (["train", "--workdir", "w", "--confg.x=1"], "unrecognized arguments: --confg.x=1"),
         (["train", "--workdir", "w", "--config", "no.py"], "no config file 'no.py'"),
-        (["evaluate", "--run", "nowhere"], "nowhere: no trial there"),
+        (["evaluate", "--run", "nowhere"], "nowhere: not a trial's folder"),
         (["evaluate", "--run", "x", "--config.seed=1"], "evaluate takes no config keys"),
-        (["predict", "--run", "nowhere"], "nowhere: no trial there"),
+        (["predict", "--run", "nowhere"], "nowhere: not a trial's folder"),
         (["sweep", "promt_length", "--workdir", "w"], "(did you mean 'prompt_length'?)"),
         (["sweep", "prompt_length", "--workdir", "w", "--shard", "3/2"], "--shard is '3/2'"),
         (["sweep", "prompt_length", "--workdir", "w", "--subset", "x"], "unknown subset 'x'"),

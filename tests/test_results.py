@@ -104,7 +104,7 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
     folder is made."""
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
-        message = f"{place}: {tmp_path / 'file'} is no folder; give another --workdir"
+        message = f"{place}: {tmp_path / 'file'} is not a folder; give another --workdir"
         with pytest.raises(UserError, match=message):
             run([config(1)], place, Runner())
         with pytest.raises(UserError, match=f"cannot write {place}/x: "):

@@ -1,4 +1,4 @@
-"""The configuration of a trial: its keys, their values, config files, and the trial's id."""
+"""A trial's configuration: its keys and their values, config files, and the trial's id."""
 
 from softprompt.config.checks import chooses, reads
 from softprompt.config.schema import Key, base_config, describe

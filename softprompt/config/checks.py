@@ -1,42 +1,43 @@
-"""What a config's values may be, and which of them its trial reads: checks of its flat keys.
+"""Checks of a config's flat keys: which values are allowed, and which keys affect the trial.
 
-Whatever is wrong is one line that names the key, the value and what is allowed.
+Every error is one line that names the key, the value and what is allowed.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from softprompt.config.schema import CHOOSERS, KEYS, LET_BE, METHOD_SETTINGS, SECTIONS
+from softprompt.config.schema import ALWAYS_ALLOWED, CHOOSERS, KEYS, METHOD_SETTINGS, SECTIONS
 from softprompt.errors import UserError
 from softprompt.settings import Setting, Settings, check_value, keys
 
 
 def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, type[Settings]]]:
-    """The settings classes that make up a config, with what chose them ("method.name=lora", or "").
+    """The settings classes of a config, each with the choice that adds it.
 
-    A choice that its own owner does not have brings none: a LoRA starts from no initialiser.
+    The choice is as in "method.name=lora", or "" for a section. A chooser that the config does not
+    have adds no class: LoRA has no "method.init", and so no initialiser.
     """
-    there: set[str] = set()
+    present: set[str] = set()
     for cls in SECTIONS:
-        there |= keys(cls).keys()
+        present |= keys(cls).keys()
         yield "", cls
     for chooser, options in CHOOSERS.items():
-        if chooser in there and values[chooser] in options:
+        if chooser in present and values[chooser] in options:
             cls = options[values[chooser]]
-            there |= keys(cls).keys()
+            present |= keys(cls).keys()
             yield f"{chooser}={values[chooser]}", cls
 
 
 def own_settings(values: Mapping[str, Any]) -> dict[str, Setting]:
-    """The keys that a config's trial has, with what they may be there."""
+    """The keys that a config's method, initialiser and optimizer have, with their settings."""
     return {name: one for _, cls in parts(values) for name, one in keys(cls).items()}
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Checks every value, and what one demands of another.
+    """Checks every value, and conditions between values.
 
     Raises:
-        UserError: names the first that is not allowed.
+        UserError: names the first key whose value is not allowed.
     """
     for name, value in values.items():
         check_value(name, value, KEYS[name])
@@ -63,12 +64,12 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 def chooses(key: str) -> bool:
-    """Whether what other keys change goes by this one."""
+    """Whether the effect of other keys depends on this one."""
     return key in CHOOSERS or any(key in other.needs for other in KEYS.values())
 
 
 def reads(values: Mapping[str, Any], key: str) -> bool:
-    """Whether a key changes a config's trial."""
+    """Whether a key has an effect on a config's trial."""
     found = own_settings(values).get(key)
     if found is None or not _needs_met(values, found):
         return False
@@ -76,19 +77,20 @@ def reads(values: Mapping[str, Any], key: str) -> bool:
 
 
 def _needs_met(values: Mapping[str, Any], setting: Setting) -> bool:
-    """Whether one of the keys is set that a key needs; one that needs none always is."""
+    """Whether one of the keys that a key needs is set; True if it needs none."""
     return not setting.needs or any(values[key] not in (0, "", "none") for key in setting.needs)
 
 
 def check_used(values: Mapping[str, Any]) -> None:
-    """Checks that a key away from its default is one that the config's trial has.
+    """Checks that every key that differs from its default has an effect on the trial.
 
     Raises:
-        UserError: names the first that is not: what has it, and what there is instead.
+        UserError: names the first key that has none, the choices that have it, and the keys that
+            the config has instead.
     """
     own = own_settings(values)
     for name, key in KEYS.items():
-        if values[name] == key.default or name in LET_BE:
+        if values[name] == key.default or name in ALWAYS_ALLOWED:
             continue
         if name not in own:
             raise UserError(_foreign(name, values, own))
@@ -100,9 +102,9 @@ def check_used(values: Mapping[str, Any]) -> None:
 
 
 def _foreign(name: str, values: Mapping[str, Any], own: Mapping[str, Setting]) -> str:
-    """One line on a key that the config's method, optimizer or initialiser does not have."""
+    """The error for a key that the config's method, optimizer or initialiser does not have."""
     ((chooser, owners),) = KEYS[name].owners.items()
-    while chooser not in own:  # that choice is not there itself
+    while chooser not in own:  # the config does not have the chooser either
         ((chooser, owners),) = KEYS[chooser].owners.items()
     choice = f"{chooser}={values[chooser]}"
     (cls,) = [cls for where, cls in parts(values) if where == choice] or [Settings]

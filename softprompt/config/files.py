@@ -1,4 +1,4 @@
-"""Config files: plain Python whose `get_config(arg="")` sets what differs from `base_config()`."""
+"""Config files: Python files whose `get_config(arg="")` modifies `base_config()`."""
 
 import inspect
 import traceback
@@ -20,14 +20,14 @@ from softprompt.errors import UserError, nearest
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
-    """Reads a config file's argument, "length=5,small", into the types of `defaults`.
+    """Parses a config file's argument, "length=5,small", into the types of `defaults`.
 
     Args:
-        arg: comma-separated key=value; a key alone is True.
-        **defaults: every key that may be given, with its default.
+        arg: comma-separated key=value pairs; a key without a value is True.
+        **defaults: all allowed keys, with their defaults.
 
     Returns:
-        A locked ConfigDict of all keys.
+        A locked ConfigDict with all keys.
 
     Raises:
         UserError: an unknown key or a value of another type.
@@ -45,12 +45,12 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
 
 
 def load_config(path: str = "", overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-    """Returns the config of a file, overridden and validated.
+    """Returns the config of a file, with overrides applied, after validation.
 
     Args:
-        path: "configs/x.py" or "configs/x.py:arg", from the working directory or else the
-            repository; "" is `base_config()`.
-        overrides: ("method.length", "5") pairs, the later one wins.
+        path: "configs/x.py" or "configs/x.py:arg", relative to the working directory or, if it is
+            not there, to the repository; "" is `base_config()`.
+        overrides: pairs such as ("method.length", "5"); the last one for a key applies.
 
     Raises:
         UserError: the file cannot be read, or a key or value is wrong.
@@ -63,7 +63,7 @@ def load_config(path: str = "", overrides: Sequence[tuple[str, str]] = ()) -> Co
 
 
 def _from_file(path: str) -> ConfigDict:
-    """The config that a file's `get_config` returns, its mistakes as UserErrors."""
+    """Returns the config that a file's `get_config` returns; its errors become UserErrors."""
     name, _, arg = path.partition(".py:")
     file = find_file(name if name.endswith(".py") else f"{name}.py")
     if file is None:
@@ -85,7 +85,7 @@ def _from_file(path: str) -> ConfigDict:
 
 
 def with_location(error: Exception, file: Path) -> UserError:
-    """Returns a mistake in a user's Python file with its file and line; a UserError as it is."""
+    """Adds file and line to an error in a user's Python file; returns a UserError unchanged."""
     if isinstance(error, UserError):
         return error
     return UserError(f"{file}{_line(error, file)}: {_reason(error)}")
@@ -102,7 +102,7 @@ def _line(error: Exception, file: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """A locked ConfigDict's complaint about a key, shortened to ours; any other error as it is."""
+    """The text of an error; a locked ConfigDict's error about a key becomes `unknown_key`."""
     text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, AttributeError | KeyError) and 'Key "' in text:
         return unknown_key(text.split('Key "', 1)[1].split('"', 1)[0], flatten(base_config()))
@@ -110,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 
 def find_file(path: str) -> Path | None:
-    """Returns the file from the working directory, else the package's repository, else None."""
+    """Finds a file in the working directory or the repository; None if neither has it."""
     for root in (Path.cwd(), Path(__file__).parents[2]):
         if (root / path).is_file():
             return (root / path).resolve()
@@ -118,17 +118,17 @@ def find_file(path: str) -> Path | None:
 
 
 def list_modules(folder: str) -> list[str]:
-    """Returns the Python files in a folder of the working directory or of the repository."""
+    """Returns the Python files in a folder of the working directory and of the repository."""
     roots = (Path.cwd(), Path(__file__).parents[2])
     names = {f"{folder}/{file.name}" for root in roots for file in (root / folder).glob("*.py")}
     return sorted(name for name in names if not name.endswith("__init__.py"))
 
 
 def load_module(file: Path) -> ModuleType:
-    """Returns a Python file as a fresh module; what it raises passes through.
+    """Executes a Python file as a new module; exceptions propagate.
 
-    It is compiled from its text each time: a bytecode cache takes an edit of the same size within
-    the same second for the old file.
+    It is compiled from source each time, since a bytecode cache does not notice an edit of the same
+    size within a second.
     """
     module = ModuleType(file.stem)
     module.__file__ = str(file)

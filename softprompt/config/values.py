@@ -1,6 +1,6 @@
-"""The configuration of a trial: setting keys, checking values, and the trial's id.
+"""A trial's configuration: setting keys, checking values, and the trial's id.
 
-Whatever is wrong with a config is one line that names the key, the value and what is allowed.
+Every error in a config is one line that names the key, the value and what is allowed.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from softprompt.config.schema import (
     METHOD_SETTINGS,
     OPEN_MAPPINGS,
     SECTIONS,
-    TASKS_OWN,
+    TASK_KEYS,
     base_config,
 )
 from softprompt.errors import UserError
@@ -30,7 +30,7 @@ from softprompt.training.optimizers import OPTIMIZERS, UpdateRule
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {"method.length": 20, ...}, keys sorted; a mapping with free keys stays one value."""
+    """Returns {"method.length": 20, ...}, keys sorted; values of `OPEN_MAPPINGS` stay mappings."""
     tree = config.to_dict() if isinstance(config, ConfigDict) else config
     flat: dict[str, Any] = {}
 
@@ -47,14 +47,14 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config as nested plain dicts, ready for JSON."""
+    """Returns the config as nested dicts, for JSON."""
     return config.to_dict()
 
 
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
-    """Returns a locked config from nested dicts; absent keys (an older run's) take their defaults.
+    """Returns a locked config from nested dicts; missing keys (of older runs) get their defaults.
 
-    What it sets and nothing reads is let be: a run may be older than the check.
+    It allows keys that have no effect, since a run may be older than the check for them.
 
     Raises:
         UserError: an unknown key, a value of the wrong type, or one that is not allowed.
@@ -67,15 +67,15 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
 
 
 def set_key(config: ConfigDict, key: str, value: Any) -> None:
-    """Sets one dotted key in place; a string is read as the key's type.
+    """Sets one dotted key in place; a string is parsed as the key's type.
 
     Args:
-        config: a config as `base_config` lays it out.
+        config: with the structure of `base_config`.
         key: such as "method.length", or "task.verbalizers.LABEL".
-        value: of the key's type, or the command line's string for it.
+        value: of the key's type, or a string of the command line.
 
     Raises:
-        UserError: the key is unknown (near matches are listed) or the value is of another type.
+        UserError: the key is unknown (lists near matches) or the value has another type.
     """
     flat = flatten(config)
     for mapping in OPEN_MAPPINGS:
@@ -89,17 +89,17 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
     node = config
     for section in sections:
         node = node[section]
-    found = coerce(key, value, flat[key])
-    node[leaf] = _tree(found) if isinstance(found, dict) else found
+    coerced = coerce(key, value, flat[key])
+    node[leaf] = _tree(coerced) if isinstance(coerced, dict) else coerced
 
 
 def _tree(tree: Mapping[str, Any]) -> ConfigDict:
-    """A ConfigDict in which free keys may have dots, as the label 1.0 has."""
+    """A ConfigDict whose keys may contain dots, such as the label 1.0."""
     return ConfigDict(tree, allow_dotted_keys=True)
 
 
 def unknown_key(key: str, known: Mapping[str, Any]) -> str:
-    """One line with the near matches, or with the section's keys where nothing is near."""
+    """An error line with near matches, or with the section's keys if there are none."""
     inside = [path for path in known if path.startswith(f"{key.split('.', 1)[0]}.")]
     if inside and "." not in key:
         return f"config key {key!r} is a section; its keys: {', '.join(inside)}"
@@ -113,24 +113,24 @@ def unknown_key(key: str, known: Mapping[str, Any]) -> str:
     if near:
         return f"unknown config key {key!r} (did you mean {', '.join(dict.fromkeys(near))}?)"
     if inside:
-        return f"unknown config key {key!r}; keys there: {', '.join(inside)}"
+        return f"unknown config key {key!r}; keys of this section: {', '.join(inside)}"
     sections = dict.fromkeys(path.split(".", 1)[0] for path in known)
     return f"unknown config key {key!r}; sections: {', '.join(sections)}"
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks every value, and that what is set is read.
+    """Checks every value, and that every key that is set has an effect.
 
     Raises:
-        UserError: the first key whose value is of the wrong type or not allowed, with what is; or
-            one that the method, the optimizer or the initialiser does not have.
+        UserError: names the first key whose value has the wrong type or is not allowed, or that
+            the method, the optimizer or the initialiser does not have.
     """
     _check_values(config)
     check_used(flatten(config))
 
 
 def _check_values(config: ConfigDict) -> None:
-    """`validate`, but for what nothing reads."""
+    """Like `validate`, but allows keys that have no effect."""
     values = flatten(config)
     for name, value in values.items():
         if name not in KEYS:
@@ -140,7 +140,7 @@ def _check_values(config: ConfigDict) -> None:
     names = [one.task.name for one in members(config)]
     if double := [name for name in names if names.count(name) > 1]:
         raise UserError(
-            f"config key 'data.mixture' names {double[0]!r} twice; allowed: tasks that differ"
+            f"config key 'data.mixture' names {double[0]!r} twice; allowed: each task once"
         )
 
 
@@ -150,7 +150,7 @@ def method_settings(config: ConfigDict) -> MethodSettings:
 
 
 def start_settings(config: ConfigDict) -> Start | None:
-    """The settings of the initialiser that a config names; None where its name is none's."""
+    """The settings of a config's initialiser; None if `method.init` names none."""
     cls = INITIALIZERS.get(config.method.init)
     return cls.of(flatten(config)) if cls else None
 
@@ -161,13 +161,11 @@ def optimizer_settings(config: ConfigDict) -> UpdateRule:
 
 
 def members(config: ConfigDict) -> list[ConfigDict]:
-    """The configs of a mixture's tasks, in order: each the same but for its task.
-
-    A config of one task is its own only member.
+    """The configs of a mixture's tasks, in order, which differ in the task; [config] for one task.
 
     Raises:
-        UserError: the mixture is neither names nor a list of them and of tasks' keys, or what it
-            sets for a task is not allowed.
+        UserError: the mixture is neither names nor a list of names and of keys of `task`, or a
+            value that it sets is not allowed.
     """
     if not config.data.mixture:
         return [config]
@@ -175,25 +173,25 @@ def members(config: ConfigDict) -> list[ConfigDict]:
 
 
 def of_task(config: ConfigDict, keys: Mapping[str, Any]) -> ConfigDict:
-    """The same config for one task alone: what is another task's own goes, lengths and EOS stay.
+    """The config for one task: keys of another task are reset, lengths and EOS are kept.
 
     Args:
-        config: any.
-        keys: of the section `task`, its name among them.
+        config: any config.
+        keys: values of the section `task`, including its name.
 
     Raises:
-        UserError: what they set is not allowed.
+        UserError: a value is not allowed.
     """
-    tree, usual = to_dict(config), to_dict(base_config())["task"]
+    tree, defaults = to_dict(config), to_dict(base_config())["task"]
     if keys["name"] != config.task.name:
-        tree["task"] |= {key: usual[key] for key in TASKS_OWN}
+        tree["task"] |= {key: defaults[key] for key in TASK_KEYS}
     tree["task"] |= keys
     tree["data"] |= {"mixture": ""}
     return from_dict(tree)
 
 
 def _entries(mixture: str) -> list[dict[str, Any]]:
-    """What each entry of a mixture sets in the section `task`, its name above all."""
+    """The keys that each entry of a mixture sets in the section `task`, including the name."""
     entries: Any = [name.strip() for name in mixture.split(",")]
     if mixture.lstrip().startswith("["):
         try:
@@ -213,20 +211,20 @@ def _entries(mixture: str) -> list[dict[str, Any]]:
 def resolve(
     config: ConfigDict, *, backend: str = "", jax_version: str = "", cpu_flags: str = ""
 ) -> ConfigDict:
-    """Returns a copy in which nothing scientific is "auto", as a trial stores it.
+    """Returns a copy in which no scientific key is "auto", as a trial stores it.
 
-    The dtype becomes what trains faster: bfloat16 on an accelerator, and on a CPU that multiplies
-    bfloat16 itself, from jax 0.12 on; float32 elsewhere.
+    The dtype becomes the one that trains faster: bfloat16 on an accelerator and, from jax 0.12 on,
+    on a CPU with bfloat16 instructions; float32 elsewhere.
 
     Args:
         config: a config, resolved or not.
-        backend: "cpu", "gpu" or "tpu"; "" asks JAX, and only where something is "auto".
+        backend: "cpu", "gpu" or "tpu"; "" asks JAX, but only if the dtype is "auto".
         jax_version: such as "0.12.0"; "" asks JAX.
-        cpu_flags: the processor's features, divided by spaces; "" asks the system.
+        cpu_flags: the processor's features, separated by spaces; "" asks the system.
     """
     resolved = _tree(config.to_dict()).lock()
     if resolved.model.dtype == "auto":
-        import jax  # here, since help texts and tables never need it
+        import jax  # slow to import, and help texts and tables do not need it
 
         backend = backend or jax.default_backend()
         major, minor = (int(part) for part in (jax_version or jax.__version__).split(".")[:2])
@@ -236,16 +234,16 @@ def resolve(
 
 
 def multiplies_bfloat16(cpu_flags: str) -> bool:
-    """Whether a processor with these features has instructions for products of bfloat16.
+    """Whether a processor with these features, by their Linux names, has bfloat16 instructions.
 
-    They are AVX-512 BF16 and AMX on x86 and BF16 on Arm, by Linux' names. Without them a product is
-    computed in float32, between conversions.
+    They are AVX-512 BF16 and AMX on x86, and BF16 on Arm. Without them products are computed in
+    float32, between conversions.
     """
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_flags.split())
 
 
 def read_cpu_flags() -> str:
-    """The processor's features as Linux names them; "" on other systems."""
+    """The processor's features by their Linux names; "" on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -255,10 +253,10 @@ def read_cpu_flags() -> str:
 
 
 def scientific(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the flat keys that say what is studied and differ from the defaults, sorted.
+    """Returns the scientific flat keys that differ from their defaults, sorted.
 
-    Mesh, logging and what only allows something are not among them. A key that is added later with
-    a default that keeps the old behaviour changes nothing here.
+    Mesh and logging are not scientific. Since defaults are left out, a new key whose default keeps
+    the old behaviour does not change the result.
     """
     defaults = flatten(base_config())
     return {
@@ -269,7 +267,7 @@ def scientific(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_scientific(key: str) -> bool:
-    """Whether a key is part of a trial's id; of one that is gone, its section says so."""
+    """Whether a key is part of a trial's id; for a removed key, whether its section is."""
     if key in KEYS:
         return KEYS[key].scientific
     section = key.rpartition(".")[0]
@@ -283,14 +281,14 @@ def trial_id(config: ConfigDict) -> str:
 
 
 def weights_key(config: ConfigDict) -> str:
-    """What tells one model's weights, and how they lie on devices, from another's."""
+    """A key that identifies a config's model weights and their sharding."""
     return json.dumps([to_dict(config.model), to_dict(config.mesh)], sort_keys=True)
 
 
 def trial_name(config: ConfigDict) -> str:
-    """Returns a name to read, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial.
+    """Returns a readable name, such as "prompt-20-vocabulary-s0"; `trial_id` identifies a trial.
 
-    It names the tasks where they are not the default.
+    It includes the tasks if they are not the default.
     """
     names = [method_settings(config).label()]
     tasks = task_names(config)
@@ -300,7 +298,7 @@ def trial_name(config: ConfigDict) -> str:
 
 
 def task_names(config: ConfigDict | Mapping[str, Any]) -> list[str]:
-    """Returns the names of a config's tasks: of its mixture, or the only one."""
+    """Returns the names of a config's tasks: those of its mixture, or its only one."""
     mixture = config.get("data", {}).get("mixture", "")
     if mixture:
         return [keys["name"] for keys in _entries(mixture)]

@@ -65,10 +65,9 @@ def advance(
 ) -> tuple[Beams, jax.Array]:
     """Chooses the next token of one input's beams.
 
-    It takes the 2C best continuations. Those of the first C that end (by EOS, or at the limit)
-    compete with the sequences that ended before. The best C that do not end stay live. The search
-    closes when the best live sequence, scored at its present length, is no better than the worst of
-    C ended ones.
+    Of the 2C best continuations, those of the first C that end (by EOS, or at the limit) compete
+    with the sequences that ended before. The best C that do not end stay live. The search closes
+    when the best live sequence, at its present length, is no better than the worst of C ended ones.
 
     Args:
         beams: the search so far.
@@ -93,10 +92,9 @@ def advance(
     ranked_3C = jnp.concatenate([beams.ended_C.astype(ranked_2C.dtype), ranked_2C])
     ended_C, ended_index_C = jax.lax.top_k(ranked_3C, width)
     ended_CN = jnp.concatenate([beams.ended_CN, tokens_2CN])[ended_index_C]
-
     open_ = beams.open & (live_C[0] / length > ended_C[-1])
-    live_CN, parent_C = tokens_2CN[live_index_C], parent_2C[live_index_C]
-    return Beams(live_C, live_CN, ended_C, ended_CN, open_), parent_C
+    found = Beams(live_C, tokens_2CN[live_index_C], ended_C, ended_CN, open_)
+    return found, parent_2C[live_index_C]
 
 
 def search(

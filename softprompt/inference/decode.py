@@ -225,9 +225,9 @@ def check_inputs(model: Model, context: Any, inputs: Inputs, max_new: int) -> No
             most = model.config.context_length - context.length - max_new + 1
             if len(tokens) > most:
                 raise UserError(
-                    f"input {number} has {len(tokens)} tokens; allowed: {most} (the model's context "
-                    f"of {model.config.context_length} less {context.length} of the prompt and "
-                    f"{max_new - 1} of {max_new} new ones)"
+                    f"input {number} has {len(tokens)} tokens; allowed: {most} (the model's "
+                    f"context of {model.config.context_length} less {context.length} of the prompt "
+                    f"and {max_new - 1} of {max_new} new ones)"
                 )
 
 

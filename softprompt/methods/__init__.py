@@ -1,8 +1,8 @@
-"""Ways to train a delta: modules that `softprompt.methods.base` describes, by name.
+"""Parameter-efficient methods by name; `softprompt.methods.base` describes their modules.
 
-A module may say how PEFT stores the method: `PEFT` has the fields by which an adapter_config.json
-names it, and `PEFT_VECTORS` the vectors of a projection's outputs beside a LoRA's A and B (leaf ->
-tensor, such as {"magnitude": "lora_magnitude_vector"}).
+A module may define how PEFT stores the method. `PEFT` has the fields of an adapter_config.json that
+identify it. `PEFT_VECTORS` maps leaves that are vectors of a projection's outputs to PEFT's tensor
+names, such as {"magnitude": "lora_magnitude_vector"}.
 """
 
 from types import ModuleType

@@ -1,8 +1,8 @@
-"""Bottleneck adapters in every layer: y + up(gelu(down(y))) on what a sublayer adds.
+"""Bottleneck adapters in every layer: y + up(gelu(down(y))) of a sublayer's output y.
 
 The delta: "layers/mlp_adapter/down" [L, D, Z], "down_bias" [L, Z], "up" [L, Z, D], "up_bias"
-[L, D]. "houlsby" has one after attention (self- and cross-) and one after the feed-forward
-(arXiv 1902.00751, section 2.1); "pfeiffer" has the latter only (arXiv 2005.00247).
+[L, D]. "houlsby" has one after attention (self- and cross-) and one after the feed-forward (arXiv
+1902.00751, section 2.1); "pfeiffer" has only the latter (arXiv 2005.00247).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from softprompt.methods.sites import delta_dtype, keys_by_path, projections
 from softprompt.models import Model
 from softprompt.settings import setting
 
-SPREAD = 0.01  # standard deviation of the first "down" (arXiv 1902.00751, section 3.6)
+STDDEV = 0.01  # of the initial "down" (arXiv 1902.00751, section 3.6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Settings(MethodSettings):
     bottleneck: int = setting(64, "width of the hidden layer", low=1)
     placement: str = setting(
         "houlsby",
-        "houlsby (behind attention and behind the feed-forward) or pfeiffer (the latter only)",
+        "houlsby (after attention and after the feed-forward) or pfeiffer (only the latter)",
         choices=("houlsby", "pfeiffer"),
     )
 
     def label(self) -> str:
-        """Where it stands and its width."""
+        """The placement and the bottleneck's width."""
         return f"{self.placement}-{self.bottleneck}"
 
 
@@ -53,16 +53,17 @@ def resolve(settings: Settings, setup: Setup) -> AdapterConfig:
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: AdapterConfig) -> dict[str, Any]:
-    """Returns adapters that change nothing yet: "up" and the biases are zero."""
+    """Returns adapters that compute the identity: "up" and the biases are zero."""
     sublayers = {site.path.rsplit("/", 1)[0]: site.layers for site in projections(model)}
     if cfg.placement == "pfeiffer":
         sublayers = {path: n for path, n in sublayers.items() if path.endswith("/mlp")}
     width, size, dtype = model.config.width, cfg.bottleneck, delta_dtype(weights)
     leaves: dict[str, jax.Array] = {}
-    for path, one in keys_by_path(key, sublayers).items():
+    for path, path_key in keys_by_path(key, sublayers).items():
         layers = sublayers[path]
+        down = STDDEV * jax.random.normal(path_key, (layers, width, size), dtype)
         leaves |= {
-            f"{path}_adapter/down": SPREAD * jax.random.normal(one, (layers, width, size), dtype),
+            f"{path}_adapter/down": down,
             f"{path}_adapter/down_bias": jnp.zeros((layers, size), dtype),
             f"{path}_adapter/up": jnp.zeros((layers, size, width), dtype),
             f"{path}_adapter/up_bias": jnp.zeros((layers, width), dtype),
@@ -73,10 +74,10 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: AdapterConfig) -> dict
 def variables(
     delta: dict[str, Any], weights: Any, cfg: AdapterConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
-    """The adapters, where the layers read them."""
+    """The adapters, at the paths where the layers read them."""
     return delta
 
 
 def fold(delta: dict[str, Any], cfg: AdapterConfig) -> dict[str, Any]:
-    """Returns the delta as it is."""
+    """Returns the delta unchanged."""
     return delta

@@ -1,10 +1,10 @@
-"""What every method module has besides its functions: settings, and what is known of its trial.
+"""Base classes of the methods: their settings, and the trial's data that they may use.
 
-A method module has a class `Settings`: its keys of a config's section "method", and what the code
-outside may ask of it. `resolve(settings, setup)` makes of them the static configuration that the
-module's `init`, `variables` and `fold` take. A method that `is_context` also has `context(cfg)`. A
-method whose trained model is the same model with other weights also has `merge(delta, weights,
-cfg)`, which returns those.
+A method module has a class `Settings` with its keys of a config's section "method" and with its
+properties. `resolve(settings, setup)` returns the static configuration for the module's `init`,
+`variables` and `fold`. A method with `is_context` also has `context(cfg)`. A method whose result
+can be written as weights of the same architecture also has `merge(delta, weights, cfg)`, which
+returns these weights.
 """
 
 import dataclasses
@@ -18,36 +18,36 @@ from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.settings import Settings, keys, setting, summaries
 
-if TYPE_CHECKING:  # it imports every format that a model may come in
+if TYPE_CHECKING:  # this import loads the readers of all model formats
     from softprompt.pretrained.loading import Loaded
 
 
 def bos_setting(*choices: str) -> Any:
-    """The key `method.bos`, with what a method allows."""
+    """The key `method.bos` with the values that a method allows."""
     return setting(
         "after",
-        "after (the text begins with BOS, where the model was trained so: what PEFT reads), before "
-        "(what stands before the text does, or where nothing does the text, always) or none",
+        "after (BOS begins the text, after the prompt, if the tokenizer adds one; as in PEFT), "
+        "before (BOS always comes first, before a prompt if there is one) or none",
         choices=choices,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodSettings(Settings):
-    """The keys that every method has, and what the code outside asks of it.
+    """The keys of every method, and its properties.
 
     Attributes:
         name: of the method.
-        trains: it trains something.
-        trains_weights: what it trains are the model's weights, so that none of them are frozen.
-        is_context: what it makes stands before a text.
-        is_prompt: it does so among the embeddings, which the model runs through its layers.
-        per_task: it makes something of its own for each task of a mixture.
-        shows_examples: what stands before a text are examples of the train split.
-        multiplies_tokens: its delta is matrices that every token is multiplied by.
-        may_leave_out: a delta may be without some of its modules, as imported ones are.
-        drops: what `dropout` drops, a field of `softprompt.models.dropout.Dropout`; "" where the
-            method has no such key.
+        trains: it has trained parameters.
+        trains_weights: it trains the model's weights, so that none of them are frozen.
+        is_context: it puts a context before the text.
+        is_prompt: its context consists of input vectors, which the model runs through its layers.
+        per_task: it has separate parameters for each task of a mixture.
+        shows_examples: its context consists of examples of the train split.
+        multiplies_tokens: its delta consists of matrices that every token is multiplied by.
+        may_leave_out: a delta may lack some modules, as imported deltas do.
+        drops: the field of `softprompt.models.dropout.Dropout` that `method.dropout` sets; "" if
+            the method has no such key.
     """
 
     section = "method"
@@ -66,7 +66,7 @@ class MethodSettings(Settings):
 
     @property
     def begins_with_bos(self) -> bool:
-        """Whether a BOS stands before what the method puts before a text, not behind it."""
+        """Whether BOS comes before the method's context, not after it."""
         return False
 
     def label(self) -> str:
@@ -76,17 +76,17 @@ class MethodSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a method may know of its trial besides its own settings.
+    """The trial's data that a method may use besides its own settings.
 
     Attributes:
-        sizes: of the model.
-        tasks: how many are trained on together.
+        sizes: the model's config.
+        tasks: the number of tasks in the mixture.
         seed: of the trial.
-        room: positions that the model leaves for what stands before a text.
-        start: the settings of the initialiser that `method.init` names. None, as `loaded` and
-            `train` are, where only the shapes of a delta are asked for.
+        room: the number of positions that the model has for the method's context.
+        start: the settings of the initialiser `method.init`. It is None, as are `loaded` and
+            `train`, if only the shapes of the delta are needed.
         loaded: the pretrained model.
-        train: the examples that are trained on.
+        train: the training examples.
     """
 
     sizes: DecoderConfig | T5Config
@@ -99,14 +99,14 @@ class Setup:
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether inputs go to an encoder and targets to a decoder of its own."""
+        """Whether the model is an encoder-decoder."""
         return isinstance(self.sizes, T5Config)
 
     def initializer(self, place: str) -> initializers.Initializer:
-        """Where prompts start; `place` is `method.place`.
+        """The prompts' initialiser; `place` is `method.place`.
 
         Raises:
-            UserError: the start's texts or files cannot be used for this model.
+            UserError: the initialiser's text or file cannot be used for this model.
         """
         if self.start is None or self.loaded is None or self.train is None:
             return initializers.uniform()
@@ -115,14 +115,14 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What stands before a text.
+    """The shape of a method's context.
 
     Attributes:
-        length: in vectors, a BOS before them included.
-        places: an encoder-decoder's stacks that have so many each, "encoder" or "decoder" (others
-            have no positions); () for a decoder.
-        prompts: how many there are for examples to have one of, by their task; 0 where all have the
-            same.
+        length: in vectors, including a BOS before them.
+        places: the stacks of an encoder-decoder with a context of this length, "encoder" or
+            "decoder" (other places have no positions); () for a decoder.
+        prompts: the number of prompts if each task of a mixture has its own; 0 if all examples have
+            the same.
     """
 
     length: int = 0
@@ -132,14 +132,14 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedContextSettings(MethodSettings):
-    """The keys of methods that train what stands before a text."""
+    """The keys of methods that train a context."""
 
     is_context = True
 
-    length: int = setting(20, "length P, in vectors; 0 is the plain model", low=0)
+    length: int = setting(20, "length P, in vectors; 0 is the model without a prompt", low=0)
     init: str = setting(
         "vocabulary",
-        f"what it starts from: {summaries(initializers.INITIALIZERS)}",
+        f"initialisation: {summaries(initializers.INITIALIZERS)}",
         choices=initializers.INITIALIZERS,
     )
     place: str = setting(
@@ -148,36 +148,36 @@ class TrainedContextSettings(MethodSettings):
         choices=("encoder", "decoder", "both"),
     )
     prompt_to_input: bool = setting(
-        True, "encoder-decoders: the prompt and the input see each other, as in the paper"
+        True, "encoder-decoders: prompt and input attend to each other, as in the paper"
     )
 
     def label(self) -> str:
-        """The method, its length and its start."""
+        """The method, its length and its initialiser."""
         return f"{self.name}-{self.length}-{self.init}"
 
     def stacks(self, setup: Setup) -> tuple[str, ...]:
-        """The places of an encoder-decoder that `method.place` names; () for a decoder.
+        """The places of `method.place` in an encoder-decoder; () for a decoder.
 
         Raises:
-            UserError: a decoder with a key of encoder-decoders.
+            UserError: the model is a decoder, and a key of encoder-decoders is set.
         """
         if setup.encoder_decoder:
             named = {"both": ("encoder", "decoder"), "all": ("encoder", "decoder", "cross")}
             return named.get(self.place, (self.place,))
         for key in ("place", "prompt_to_input"):
-            value, usual = getattr(self, key), keys(type(self))[f"method.{key}"].default
-            if value != usual:
+            value, default = getattr(self, key), keys(type(self))[f"method.{key}"].default
+            if value != default:
                 raise UserError(
-                    f"config key 'method.{key}' is {value!r}, of encoder-decoders; allowed for a "
-                    f"decoder: {usual!r}"
+                    f"config key 'method.{key}' is {value!r}, a key of encoder-decoders; allowed "
+                    f"for a decoder: {default!r}"
                 )
         return ()
 
     def check_room(self, setup: Setup) -> None:
-        """Checks that the model has positions for so many vectors.
+        """Checks that the model has enough positions for the context.
 
         Raises:
-            UserError: it has fewer.
+            UserError: it has too few.
         """
         most = setup.room - self.begins_with_bos
         if isinstance(setup.sizes, DecoderConfig) and self.length > most:
@@ -190,12 +190,12 @@ class TrainedContextSettings(MethodSettings):
 
 
 def wants_bos(bos: str, tokenizer: Tokenizer) -> bool:
-    """Whether a text, or what stands before it, begins with BOS.
+    """Whether a text, or the context before it, begins with BOS.
 
-    With `method.bos` "after" it does where the model was trained so, with "before" always.
+    With `method.bos` "before" it always does, with "after" if the tokenizer adds BOS.
 
     Raises:
-        UserError: the tokenizer has none.
+        UserError: `method.bos` is "before", and the tokenizer has no BOS.
     """
     if bos == "before" and tokenizer.bos_id is None:
         raise UserError("config key 'method.bos' is 'before'; this model's tokenizer has no BOS")

@@ -1,8 +1,8 @@
-"""BitFit: every bias, and nothing else.
+"""BitFit: trains all biases, and nothing else.
 
-The delta is what is added to a bias: "layers/attn/q/bias" [L, H, K]. Projections and norms that
-have none in the family get one, which starts at zero. Embeddings, position tables and the head have
-none in any family here, and stay without.
+The delta is added to the biases: "layers/attn/q/bias" [L, H, K]. Projections and norms without a
+bias get one that starts at zero. Embeddings, position tables and the head have no biases in any
+supported family, and get none.
 
 Source: Ben Zaken et al. 2022 (arXiv 2106.10199).
 """
@@ -27,11 +27,11 @@ class Settings(MethodSettings):
 
 
 def resolve(settings: Settings, setup: Setup) -> None:
-    """Nothing is configured."""
+    """Returns None: BitFit has no configuration."""
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any]:
-    """Returns changes of zero."""
+    """Returns zeros."""
     shapes = {site.path: (site.layers, *site.outputs) for site in projections(model)}
     shapes |= norms(model)
     dtype = delta_dtype(weights)
@@ -41,10 +41,10 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any
 
 
 def variables(delta: dict[str, Any], weights: Any, cfg: None, task_ids: Any) -> dict[str, Any]:
-    """The changes, where projections and norms read them."""
+    """The biases, at the paths where projections and norms read them."""
     return delta
 
 
 def fold(delta: dict[str, Any], cfg: None) -> dict[str, Any]:
-    """Returns the delta as it is."""
+    """Returns the delta unchanged."""
     return delta

@@ -1,4 +1,4 @@
-"""A delta as one safetensors file, with where it came from in the header."""
+"""Saves and loads a delta as one safetensors file, with its provenance in the header."""
 
 import json
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ from safetensors.numpy import load, save
 from softprompt.errors import UserError
 from softprompt.files import write_bytes
 
-KEY = "softprompt"  # of the header's one metadata entry
+KEY = "softprompt"  # of the only metadata entry in the header
 
 
 def save_delta(file: epath.PathLike, delta: Any, provenance: Mapping[str, Any]) -> None:
-    """Writes a delta whole or not at all. Of several processes all call it, and the first writes.
+    """Writes a delta atomically. All processes must call this; process 0 writes the file.
 
     Args:
         file: local or gs://.
-        delta: a tree of dicts; leaf "a/b" is named by its path.
-        provenance: small JSON: the model's name and fingerprint, the method, the trial.
+        delta: a tree of dicts; the tensors' names are the leaves' paths, such as "a/b".
+        provenance: JSON values: the model's name and fingerprint, the method, the trial.
     """
     leaves = sorted(flatten_dict(delta, sep="/").items())
     arrays = {path: np.ascontiguousarray(_on_host(leaf)) for path, leaf in leaves}
@@ -32,17 +32,17 @@ def save_delta(file: epath.PathLike, delta: Any, provenance: Mapping[str, Any]) 
 
 
 def _on_host(array: Any) -> np.ndarray:
-    """The whole array in the host's memory; of several processes all must ask."""
+    """The full array as NumPy; all processes must call this."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
 def load_delta(file: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a delta and its provenance, {} where another program wrote the file.
+    """Reads a delta and its provenance, which is {} if another program wrote the file.
 
     Raises:
-        UserError: no such file, or not a whole safetensors file.
+        UserError: the file does not exist, or is not a complete safetensors file.
     """
     file = epath.Path(file)
     try:
@@ -55,5 +55,5 @@ def load_delta(file: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
         header = json.loads(content[8 : 8 + size]).get("__metadata__", {})
         provenance = json.loads(header.get(KEY, "{}"))
         return unflatten_dict(arrays, sep="/"), provenance
-    except Exception as error:  # safetensors raises its own kinds
+    except Exception as error:  # safetensors has its own exceptions
         raise UserError(f"{file}: not a readable safetensors file ({error})") from error

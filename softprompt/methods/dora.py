@@ -1,10 +1,10 @@
-"""DoRA: LoRA, and a trained magnitude for each column of a projection's matrix.
+"""DoRA: LoRA with a trained magnitude for each column of a projection's matrix.
 
-x W' + bias with W' = magnitude * (W + scale A B) / ||W + scale A B||, the norm that of each column
-(over the inputs of one output). The delta is LoRA's with "magnitude" [L, out...] beside each
-projection: "layers/attn/q/magnitude". The norm is a constant to the gradient, so that no residual
-has the shape of a weight. Dropout is LoRA's; PEFT's also drops what the magnitudes multiply of the
-frozen product.
+x W' + bias with W' = magnitude * (W + scale A B) / ||W + scale A B||, where the norm is of each
+column (over the inputs of one output). The delta is LoRA's and a "magnitude" [L, out...] for each
+projection: "layers/attn/q/magnitude". The norm has no gradient, so that no residual has the shape
+of a weight. Dropout is LoRA's; PEFT also applies it to the frozen product that the magnitudes
+multiply.
 
 Source: Liu et al. 2024 (arXiv 2402.09353), equation 5; section 4.3 for the constant norm.
 """
@@ -24,20 +24,20 @@ from softprompt.models.quantize import PARTS, dequantize, input_axes
 
 PEFT = {"peft_type": "LORA", "use_dora": True}
 PEFT_VECTORS = {"magnitude": "lora_magnitude_vector"}
-TINY = 1e-30  # instead of the square of a column's norm that is zero
+TINY = 1e-30  # the smallest square of a column's norm, against a division by zero
 
 resolve, fold = lora.resolve, lora.fold
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(lora.Settings):
-    """A change of low rank to chosen projections, and the magnitudes of their columns."""
+    """A low-rank change of chosen projections, and the magnitudes of their columns."""
 
     name = "dora"
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[str, Any]:
-    """Returns the factors of `lora.init`, and the magnitudes that the columns have.
+    """Returns the factors of `lora.init`, and the norms of the columns as magnitudes.
 
     Raises:
         UserError: see `lora.init`.
@@ -51,13 +51,13 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[st
 def variables(
     delta: dict[str, Any], weights: Any, cfg: LoraConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
-    """LoRA's factors, and each magnitude over the norm of its column."""
+    """LoRA's factors, and each magnitude divided by its column's norm."""
     leaves = flatten_dict(lora.variables(delta, weights, cfg, task_ids), sep="/")
     return unflatten_dict(leaves | _scales(delta, weights, cfg), sep="/")
 
 
 def _scales(delta: dict[str, Any], weights: Any, cfg: LoraConfig) -> dict[str, jax.Array]:
-    """What the columns of each projection are multiplied by, by the path of the variable."""
+    """The path of each variable "output_scale" -> the factors of the projection's columns."""
     leaves = flatten_dict(delta, sep="/")
     norms = column_norms(jax.lax.stop_gradient(delta), weights, cfg)
     return {
@@ -66,7 +66,7 @@ def _scales(delta: dict[str, Any], weights: Any, cfg: LoraConfig) -> dict[str, j
 
 
 def column_norms(delta: dict[str, Any], weights: Any, cfg: LoraConfig) -> dict[str, jax.Array]:
-    """The path of each projection that is changed -> its columns' norms [L, out...]."""
+    """The path of each changed projection -> its columns' norms [L, out...]."""
     frozen = flatten_dict(weights, sep="/")
     found = {}
     for path, (a, b) in lora.factors(delta).items():
@@ -80,7 +80,7 @@ def column_norms(delta: dict[str, Any], weights: Any, cfg: LoraConfig) -> dict[s
 def _layer_norms(
     axes: tuple[int, ...], scale: float, layer: tuple[list[jax.Array], jax.Array, jax.Array]
 ) -> jax.Array:
-    """The norms [out...] of one layer: ||W + scale A B||^2, its products multiplied out."""
+    """The norms [out...] of one layer, from the expanded square ||W + scale A B||^2."""
     parts, a, b = layer
     kernel = dequantize(parts, axes, a.dtype) if len(parts) > 1 else parts[0].astype(a.dtype)
     a_IZ, b_ZO = a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)

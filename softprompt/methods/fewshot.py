@@ -1,4 +1,4 @@
-"""Few-shot: solved examples before the text, as a prompt of their tokens' embeddings; no delta.
+"""Few-shot prompting: solved examples before the text, as a prompt of token embeddings; no delta.
 
 Source: Brown et al. 2020 (arXiv 2005.14165), section 2.
 """
@@ -17,7 +17,7 @@ from softprompt.models import Model
 from softprompt.models.quantize import embedding
 from softprompt.settings import setting
 
-if TYPE_CHECKING:  # it imports every format that a model may come in
+if TYPE_CHECKING:  # this import loads the readers of all model formats
     from softprompt.pretrained.loading import Loaded
 
 
@@ -36,7 +36,7 @@ class Settings(MethodSettings):
 
     @property
     def begins_with_bos(self) -> bool:
-        """BOS stands before the examples, not before the text."""
+        """BOS comes before the examples, not before the text."""
         return True
 
     def label(self) -> str:
@@ -46,12 +46,12 @@ class Settings(MethodSettings):
 
 @dataclasses.dataclass(frozen=True)
 class FewshotConfig:
-    """What the method needs to know.
+    """The static configuration.
 
     Attributes:
         tokens: of the examples.
         embed_scale: the model's, as in `PromptConfig`.
-        places: an encoder-decoder's stack that reads them, "encoder"; () for a decoder.
+        places: the stack of an encoder-decoder that reads them, "encoder"; () for a decoder.
     """
 
     tokens: tuple[int, ...] = ()
@@ -75,7 +75,7 @@ def resolve(settings: Settings, setup: Setup) -> FewshotConfig:
 
 
 def context(cfg: FewshotConfig) -> Context:
-    """What the examples take before a text."""
+    """The shape of the examples' context."""
     return Context(len(cfg.tokens), cfg.places)
 
 
@@ -85,7 +85,7 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: FewshotConfig) -> dict
 
 
 def variables(delta: Any, weights: Any, cfg: FewshotConfig, task_ids: Any) -> dict[str, Any]:
-    """The examples' embeddings [P, D] as the layers see them, in the place of a prompt."""
+    """The examples' scaled embeddings [P, D] as a prompt."""
     tokens_P = np.array(cfg.tokens, np.int32)
     rows_PD = embedding({name: leaf[tokens_P] for name, leaf in weights["embed"].items()})
     prompt = {"prompt": rows_PD * jnp.asarray(cfg.embed_scale, rows_PD.dtype)}
@@ -93,28 +93,28 @@ def variables(delta: Any, weights: Any, cfg: FewshotConfig, task_ids: Any) -> di
 
 
 def fold(delta: Any, cfg: FewshotConfig) -> Any:
-    """Returns the delta as it is."""
+    """Returns the delta unchanged."""
     return delta
 
 
 def few_shot_tokens(
     settings: Settings, loaded: "Loaded", train: Encoded, *, seed: int, room: int
 ) -> np.ndarray:
-    """Solved examples as one text, int32 [P]: a seeded draw, the labels balanced, in random order.
+    """The token ids of solved examples as one text, int32 [P], drawn with balanced labels.
 
-    A blank line, and no EOS, ends each example. (An input keeps the space that a SentencePiece
-    tokenizer begins every text with, as the input that is to be answered has it, too.)
+    Each example ends with a blank line and without EOS. (SentencePiece tokenizers begin every text
+    with a space. The examples keep it, because the input after them has it too.)
 
     Args:
-        settings: how many examples, and whether BOS stands before them.
-        loaded: the model, for its BOS and the blank line between examples.
+        settings: the number of examples, and `method.bos`.
+        loaded: the model, whose tokenizer encodes BOS and the blank line.
         train: encoded without BOS.
         seed: of the draw and the order.
-        room: largest number of tokens that leaves the model room for an input and its target.
+        room: the most tokens that leave the model room for an input and its target.
 
     Raises:
-        UserError: fewer labelled examples than shots, a longer text than there is room for, or no
-            BOS where one is wanted.
+        UserError: fewer labelled examples than shots, more tokens than `room`, or no BOS in a
+            tokenizer that needs one.
     """
     shots, random = settings.shots, np.random.default_rng([seed, 2])
     answered_N = np.array([len(ids) > 0 for ids in train.targets])
@@ -142,9 +142,9 @@ def few_shot_tokens(
 
 
 def balanced_draw(labels_N: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
-    """Indices of `number` labelled examples, as many of each label as can be, shuffled."""
+    """Shuffled indices of `number` labelled examples, with as equal label counts as possible."""
     order = random.permutation(np.flatnonzero(labels_N >= 0))
-    rank_N = np.zeros(len(labels_N), np.int64)  # how many of its label come before
+    rank_N = np.zeros(len(labels_N), np.int64)  # the number of earlier examples with the same label
     for label in np.unique(labels_N[order]):
         same = order[labels_N[order] == label]
         rank_N[same] = np.arange(len(same))

@@ -1,7 +1,7 @@
-"""Full fine-tuning: the delta is the weights themselves, and the frozen tree is empty.
+"""Full fine-tuning: the delta is the model's weights, and the frozen tree is empty.
 
-Embeddings, norms and the head are trained with the rest. The delta is float32 whatever the model
-computes in, so that small updates are not lost.
+All weights are trained, embeddings, norms and the head included. The delta is float32 even if the
+model computes in bfloat16, so that small updates are not rounded away.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ class Settings(MethodSettings):
 
 
 def resolve(settings: Settings, setup: Setup) -> None:
-    """Nothing is configured."""
+    """Returns None: full fine-tuning has no configuration."""
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any]:
-    """Returns a copy of the weights in float32 (float64 where they are).
+    """Returns a copy of the weights in float32 (float64 for float64 weights).
 
     Raises:
-        UserError: quantised weights, which have no gradient.
+        UserError: the weights are quantised and have no gradient.
     """
     leaves = jax.tree.leaves(weights)
     if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in leaves):
@@ -44,15 +44,15 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any
 
 
 def variables(delta: dict[str, Any], weights: Any, cfg: None, task_ids: Any) -> dict[str, Any]:
-    """The weights, which stand in for frozen ones of the same names."""
+    """The trained weights, which replace the frozen weights of the same names."""
     return {"params": delta}
 
 
 def fold(delta: dict[str, Any], cfg: None) -> dict[str, Any]:
-    """Returns the delta as it is."""
+    """Returns the delta unchanged."""
     return delta
 
 
 def merge(delta: dict[str, Any], weights: dict[str, Any], cfg: None) -> dict[str, Any]:
-    """The trained weights, which take the place of the model's."""
+    """The trained weights."""
     return delta

@@ -1,7 +1,7 @@
-"""IA3: learned factors on what attention and the feed-forward pass on.
+"""IA3: learned factors of activations in attention and feed-forward.
 
-Factors multiply the output of each named projection, and the input of "down": "layers/attn/k/ia3"
-[L, G, K], "layers/mlp/down/ia3" [L, F].
+The factors multiply the output of each target projection, but the input of "down":
+"layers/attn/k/ia3" [L, G, K], "layers/mlp/down/ia3" [L, F].
 
 Source: Liu et al. 2022 (arXiv 2205.05638), section 3.3, whose targets are k, v and down.
 """
@@ -21,12 +21,12 @@ from softprompt.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class Settings(MethodSettings):
-    """Factors on what attention and the feed-forward pass on."""
+    """Learned factors of activations in attention and feed-forward."""
 
     name = "ia3"
     may_leave_out = True
 
-    targets: str = setting("", 'names of projections, such as k,v,down; "" is these')
+    targets: str = setting("", 'names of projections; "" is k,v,down')
 
 
 PEFT = {"peft_type": "IA3"}
@@ -45,10 +45,10 @@ def resolve(settings: Settings, setup: Setup) -> Ia3Config:
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: Ia3Config) -> dict[str, Any]:
-    """Returns factors of one.
+    """Returns factors that are all 1.
 
     Raises:
-        UserError: a target that the model lacks.
+        UserError: the model lacks a target.
     """
     shapes = {
         f"{site.path}/ia3": (site.layers, *(site.inputs if site.name == "down" else site.outputs))
@@ -62,10 +62,10 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: Ia3Config) -> dict[str
 def variables(
     delta: dict[str, Any], weights: Any, cfg: Ia3Config, task_ids: jax.Array | None
 ) -> dict[str, Any]:
-    """The factors, where the projections read them."""
+    """The factors, at the paths where the projections read them."""
     return delta
 
 
 def fold(delta: dict[str, Any], cfg: Ia3Config) -> dict[str, Any]:
-    """Returns the delta as it is."""
+    """Returns the delta unchanged."""
     return delta

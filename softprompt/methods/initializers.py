@@ -1,7 +1,7 @@
-"""Where a prompt starts: functions (key, embedding_VD, P) -> prompt_PD, reproducible by key.
+"""Initialisers of prompts: functions (key, embedding_VD, P) -> prompt_PD.
 
-The embeddings are those that the layers see: scaled, in a model that scales them. `INITIALIZERS`
-has the settings class of each, by the name that it has as `method.init`.
+The embeddings are already scaled if the model scales them. `INITIALIZERS` maps the values of
+`method.init` to the initialisers' settings classes.
 
 Source: Lester et al. 2021, section 3.2, "Prompt initialization".
 """
@@ -21,7 +21,7 @@ from softprompt.errors import UserError
 from softprompt.methods.delta_file import load_delta
 from softprompt.settings import Settings, setting
 
-if TYPE_CHECKING:  # it imports every format that a model may come in
+if TYPE_CHECKING:  # this import loads the readers of all model formats
     from softprompt.pretrained.loading import Loaded
 
 Initializer = Callable[[jax.Array, jax.Array, int], jax.Array]
@@ -35,8 +35,8 @@ def embedding_rms(embedding_VD: jax.Array) -> jax.Array:
 def uniform(bound: float | None = None) -> Initializer:
     """Uniform in [-bound, bound]; without a bound, scaled to the embeddings' RMS.
 
-    The paper uses a bound of 0.5 beside embeddings whose entries have an RMS near 10.7 (T5 1.1):
-    the same number means another thing for a model whose embeddings are of size 0.1.
+    The paper uses a bound of 0.5 for embeddings with an RMS near 10.7 (T5 1.1). The same bound is
+    relatively much larger for a model whose embeddings have an RMS of 0.1.
     """
 
     def rows(key: jax.Array, embedding_VD: jax.Array, length: int) -> jax.Array:
@@ -48,7 +48,7 @@ def uniform(bound: float | None = None) -> Initializer:
 
 
 def vocabulary(ids: Sequence[int]) -> Initializer:
-    """Rows of the embedding matrix, sampled from `ids` (without replacement while they last)."""
+    """Rows of the embedding matrix, sampled from `ids`, without replacement if there are enough."""
     pool = np.asarray(ids, np.int32)
 
     def rows(key: jax.Array, embedding_VD: jax.Array, length: int) -> jax.Array:
@@ -59,10 +59,10 @@ def vocabulary(ids: Sequence[int]) -> Initializer:
 
 
 def fixed(ids: Sequence[Sequence[int]], rest: Initializer) -> Initializer:
-    """One row for each group of token ids (their mean where a group has several), then `rest`.
+    """The mean embedding of each group of token ids, then rows of `rest`.
 
-    With groups that are the verbalizers, this is the paper's class-label initialisation. Groups
-    beyond the prompt's length are left out.
+    If the groups are the verbalizers, this is the paper's class-label initialisation. Groups beyond
+    the prompt's length are ignored.
     """
 
     def rows(key: jax.Array, embedding_VD: jax.Array, length: int) -> jax.Array:
@@ -77,7 +77,7 @@ def fixed(ids: Sequence[Sequence[int]], rest: Initializer) -> Initializer:
 
 
 def text(ids: Sequence[int]) -> Initializer:
-    """The embeddings of a text, cut at the prompt's length, or repeated until it is filled."""
+    """The embeddings of a text, truncated or repeated to the prompt's length."""
 
     def rows(key: jax.Array, embedding_VD: jax.Array, length: int) -> jax.Array:
         return embedding_VD[np.resize(np.asarray(ids, np.int32), length)]
@@ -86,15 +86,15 @@ def text(ids: Sequence[int]) -> Initializer:
 
 
 def from_rows(prompt_PD: np.ndarray, rest: Initializer, *, name: str) -> Initializer:
-    """Another prompt: cut at the wanted length, or extended with rows of `rest`.
+    """Another prompt, truncated to the prompt's length or extended with rows of `rest`.
 
     Args:
         prompt_PD: the other prompt.
-        rest: what fills the missing rows.
-        name: the file it came from, for errors.
+        rest: initialises the missing rows.
+        name: the other prompt's file, for errors.
 
     Raises:
-        UserError: its width is not the model's (when the initializer is run).
+        UserError: its width is not the model's (raised when the initialiser runs).
     """
 
     def rows(key: jax.Array, embedding_VD: jax.Array, length: int) -> jax.Array:
@@ -114,17 +114,17 @@ def from_rows(prompt_PD: np.ndarray, rest: Initializer, *, name: str) -> Initial
 
 
 def common_tokens(texts: Iterable[Iterable[int]], number: int) -> list[int]:
-    """Ids of the `number` most common tokens of some tokenised texts, most common first.
+    """Ids of the `number` most common tokens in tokenised texts, most common first.
 
-    The paper samples "from the 5,000 most common tokens", which T5's vocabulary lists first; other
-    vocabularies are not sorted by frequency, so they are counted. Ties go to the smaller id.
+    The paper samples "from the 5,000 most common tokens", which T5's vocabulary lists first. Other
+    vocabularies are not sorted by frequency, so tokens are counted. Ties go to the smaller id.
 
     Raises:
-        UserError: the texts have no token.
+        UserError: the texts have no tokens.
     """
     counts: collections.Counter[int] = collections.Counter()
-    for one in texts:
-        counts.update(one)
+    for ids in texts:
+        counts.update(ids)
     if not counts:
         raise UserError("config.method.common_text: no tokens to sample a prompt from")
     order = sorted(counts, key=lambda i: (-counts[i], i))
@@ -133,7 +133,7 @@ def common_tokens(texts: Iterable[Iterable[int]], number: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Start(Settings):
-    """The keys of an initialiser: base of the classes below."""
+    """Base class of the initialisers' settings."""
 
     section = "method"
 
@@ -142,18 +142,18 @@ class Start(Settings):
 
         Args:
             loaded: the model.
-            train: the examples that are trained on.
+            train: the training examples.
             place: `method.place`.
 
         Raises:
-            UserError: its texts or files cannot be used for this model.
+            UserError: its text or file cannot be used for this model.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Start):
-    """Uniform noise of the embeddings' RMS."""
+    """Uniform noise with the embeddings' RMS."""
 
     bound: ClassVar[float | None] = None
 
@@ -175,7 +175,7 @@ class Vocabulary(Start):
 
     common_tokens: int = setting(5000, "sample from this many most common tokens", low=1)
     common_text: str = setting(
-        "train", "whose tokens are counted: train (the task's train split) or a text file's path"
+        "train", "the text whose tokens are counted: train (the train split) or a text file's path"
     )
 
     def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
@@ -183,9 +183,9 @@ class Vocabulary(Start):
         return vocabulary(self.common_ids(loaded, train))
 
     def common_ids(self, loaded: "Loaded", train: Encoded) -> list[int]:
-        """The most common tokens of the named text: the train split's inputs, or a file's lines.
+        """The most common tokens of the train split's inputs, or of a file's lines.
 
-        BOS and EOS, which inputs may begin and end with, are none of them.
+        BOS and EOS of the inputs are not counted.
         """
         added = {loaded.tokenizer.bos_id, loaded.tokenizer.eos_id}
         if self.common_text == "train":
@@ -203,7 +203,7 @@ class Vocabulary(Start):
 
 @dataclasses.dataclass(frozen=True)
 class Labels(Vocabulary):
-    """The verbalizers' mean embeddings, then those of common tokens."""
+    """The verbalizers' mean embeddings, then embeddings of common tokens."""
 
     def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
         """See `fixed`."""
@@ -216,12 +216,12 @@ class Labels(Vocabulary):
 
 @dataclasses.dataclass(frozen=True)
 class Text(Start):
-    """The embeddings of a text's tokens, repeated where it is short."""
+    """The embeddings of a text's tokens, repeated if the text is short."""
 
     init_text: str = setting("", "the text whose token embeddings start the prompt")
 
     def check(self) -> None:
-        """Checks that there is a text."""
+        """Checks that the text is not empty."""
         if not self.init_text:
             raise UserError("config key 'method.init_text' is empty; method.init=text needs it")
 
@@ -235,17 +235,17 @@ class Text(Start):
 
 @dataclasses.dataclass(frozen=True)
 class File(Vocabulary):
-    """The rows of a trained prompt, then embeddings of common tokens."""
+    """The vectors of a trained prompt, then embeddings of common tokens."""
 
     init_file: str = setting(
-        "", "a delta.safetensors, whose prompt is truncated or extended to `length`"
+        "", "a delta.safetensors; its prompt is truncated or extended to `length`"
     )
     init_any_weights: bool = setting(
         False, "also start from a prompt that was trained on other weights", scientific=False
     )
 
     def check(self) -> None:
-        """Checks that there is a file's name."""
+        """Checks that the file's name is not empty."""
         if not self.init_file:
             raise UserError("config key 'method.init_file' is empty; method.init=file needs it")
 
@@ -253,11 +253,11 @@ class File(Vocabulary):
         """See `from_rows`.
 
         Raises:
-            UserError: see `prompt_rows`; trained on other weights, without `init_any_weights`.
+            UserError: see `prompt_rows`; or the prompt was trained on other weights.
         """
         rows_PD, origin = prompt_rows(self.init_file, place)
         trained = origin.get("fingerprint", loaded.fingerprint)
-        fits = rows_PD.shape[-1:] == (loaded.config.prompt_width,)  # else no key would make it
+        fits = rows_PD.shape[-1:] == (loaded.config.prompt_width,)  # else `from_rows` raises
         if fits and trained != loaded.fingerprint and not self.init_any_weights:
             raise UserError(
                 f"{self.init_file} was trained on weights {trained}, {loaded.name} has "
@@ -278,15 +278,15 @@ INITIALIZERS: dict[str, type[Start]] = {
 
 
 def prompt_rows(file: str, place: str = "encoder") -> tuple[np.ndarray, dict[str, Any]]:
-    """The rows [P, D] of a prompt file, and what it says of where they come from.
+    """The prompt [P, D] of a delta file, and the file's provenance.
 
     Args:
         file: a delta.
-        place: `method.place`, which chooses where the file has a prompt for each of two stacks.
+        place: `method.place`, which selects the prompt if the file has one for each stack.
 
     Raises:
-        UserError: unreadable, no prompt in it, one that its other tensors belong to, or two and
-            none of them chosen.
+        UserError: the file is unreadable, has no prompt, has other tensors that belong to the
+            prompt, or has two prompts of which `place` selects none.
     """
     delta, origin = load_delta(file)
     parts = {"": delta, "encoder": delta.get("encoder"), "decoder": delta.get("decoder")}
@@ -305,7 +305,7 @@ def prompt_rows(file: str, place: str = "encoder") -> tuple[np.ndarray, dict[str
     part = found[place] if place in found else next(iter(found.values()))
     if others := part.keys() - {"prompt"}:
         raise UserError(
-            f"{file}: its 'prompt' is none without what stands beside it, "
+            f"{file}: its 'prompt' is incomplete without its other tensors, "
             f"{', '.join(sorted(others))}; allowed: prompts of method.name=prompt"
         )
     return part["prompt"], origin

@@ -1,8 +1,8 @@
 """LoRA: a low-rank change of chosen projections, x W + scale (x A) B.
 
-The delta lies beside the projections: "layers/attn/q/lora_a" [L, in..., Z] and "lora_b"
-[L, Z, out...]. The target "qkv" is one A for queries, keys and values, as a projection that makes
-all three has it: "layers/attn/qkv/lora_a", and "q", "k", "v" for the B of each.
+The delta has the paths of the projections: "layers/attn/q/lora_a" [L, in..., Z] and "lora_b"
+[L, Z, out...]. The target "qkv" has one A for queries, keys and values, like a fused projection:
+"layers/attn/qkv/lora_a", and "q", "k", "v" for the B of each.
 
 Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; Kalajdzievski 2023 (arXiv 2312.03732) for
 the scale alpha / sqrt(rank).
@@ -29,7 +29,7 @@ PEFT = {"peft_type": "LORA", "use_dora": False}
 
 @dataclasses.dataclass(frozen=True)
 class Settings(MethodSettings):
-    """A change of low rank to chosen projections."""
+    """A low-rank change of chosen projections."""
 
     name = "lora"
     multiplies_tokens = True
@@ -40,15 +40,15 @@ class Settings(MethodSettings):
     alpha: float = setting(16.0, "the change is scaled by alpha / rank", low=0)
     dropout: float = setting(
         0.0,
-        "share of what the first factor reads that a step drops (PEFT's lora_dropout); 0 is off",
+        "dropout rate of the input of A (PEFT's lora_dropout); 0 is off",
         low=0,
         high=0.999999,
     )
     rslora: bool = setting(False, "scale the change by alpha / sqrt(rank) instead")
     targets: str = setting(
         "",
-        "names of projections, such as q,v or q,k,v,o,gate,up,down; qkv is one first factor for "
-        'the three; "" is q,v',
+        "names of projections, such as q,v or q,k,v,o,gate,up,down; qkv has one A for all three; "
+        '"" is q,v',
     )
 
     def label(self) -> str:
@@ -56,7 +56,7 @@ class Settings(MethodSettings):
         return f"{self.name}-{self.rank}"
 
     def check(self) -> None:
-        """Checks that the change is not scaled to nothing."""
+        """Checks that the scale is not 0."""
         if self.alpha == 0:
             raise UserError(
                 f"config key 'method.alpha' is 0.0; allowed: above 0 with method.name={self.name}, "
@@ -66,12 +66,12 @@ class Settings(MethodSettings):
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """What the method needs to know.
+    """The static configuration.
 
     Attributes:
         rank: Z.
         alpha: numerator of the scale.
-        rslora: the scale is alpha / sqrt(rank), else alpha / rank.
+        rslora: the scale is alpha / sqrt(rank) instead of alpha / rank.
         targets: names of projections.
     """
 
@@ -82,7 +82,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the low-rank product is multiplied by."""
+        """The factor of the low-rank product."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
@@ -96,7 +96,7 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[st
     """Returns A uniform in +-1 / sqrt(inputs), and B of zeros, float32 (or float64).
 
     Raises:
-        UserError: a target that the model lacks; "qkv" beside one of the three.
+        UserError: the model lacks a target, or the targets have "qkv" and one of "q", "k", "v".
     """
     if SHARED in cfg.targets and (twice := {"q", "k", "v"} & set(cfg.targets)):
         raise UserError(
@@ -110,10 +110,10 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[st
             groups.setdefault(f"{site.path.rsplit('/', 1)[0]}/{SHARED}", []).append(site)
     dtype = delta_dtype(weights)
     leaves: dict[str, jax.Array] = {}
-    for path, one in keys_by_path(key, groups).items():
+    for path, path_key in keys_by_path(key, groups).items():
         first, bound = groups[path][0], float(np.prod(groups[path][0].inputs)) ** -0.5
         shape = (first.layers, *first.inputs, cfg.rank)
-        leaves[f"{path}/lora_a"] = jax.random.uniform(one, shape, dtype, -bound, bound)
+        leaves[f"{path}/lora_a"] = jax.random.uniform(path_key, shape, dtype, -bound, bound)
         for site in groups[path]:
             name = site.name if path.endswith(f"/{SHARED}") else "lora_b"
             leaves[f"{path}/{name}"] = jnp.zeros((site.layers, cfg.rank, *site.outputs), dtype)
@@ -123,7 +123,7 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: LoraConfig) -> dict[st
 def variables(
     delta: dict[str, Any], weights: Any, cfg: LoraConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
-    """The factors where the projections read them, the scale multiplied into B."""
+    """The factors, at the paths where the projections read them; B is multiplied by the scale."""
     leaves: dict[str, jax.Array] = {}
     for path, (a, b) in factors(delta).items():
         leaves |= {f"{path}/lora_a": a, f"{path}/lora_b": b * cfg.scale}
@@ -131,7 +131,7 @@ def variables(
 
 
 def factors(delta: dict[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """The path of each projection that is changed -> its A and B."""
+    """The path of each changed projection -> its A and B."""
     leaves = flatten_dict(delta, sep="/")
     found = {}
     for path, leaf in leaves.items():
@@ -144,15 +144,15 @@ def factors(delta: dict[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
 
 
 def fold(delta: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
-    """Returns the delta as it is: the factors are what is stored."""
+    """Returns the delta unchanged: the factors are what is stored."""
     return delta
 
 
 def merge(delta: dict[str, Any], weights: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
-    """A copy of the weights with the low-rank changes added: the base model alone does the rest.
+    """A copy of the weights with the low-rank changes added, for use without the delta.
 
     Raises:
-        UserError: quantised weights, whose grid the sum would leave.
+        UserError: the weights are quantised, and their format cannot hold the sum.
     """
     merged = flatten_dict(weights, sep="/")
     for path, (a, b) in factors(delta).items():

@@ -1,11 +1,11 @@
-"""Multitask prompt tuning: one prompt for all tasks, times a factor of low rank for each.
+"""Multitask prompt tuning: a prompt for all tasks, times a low-rank factor for each task.
 
 The prompt of task n is prompt * (task_cols[n] @ task_rows[n]), element by element. The delta:
 "prompt" [P, D], "task_cols" [N, P, Z] and "task_rows" [N, Z, D]; an encoder-decoder has them under
 "encoder".
 
-Source: Wang et al. 2023 (arXiv 2303.02861), section 3.1, where Z is 1 and there is a teacher for
-each task; here, as in PEFT, Z is free and the tasks are trained on directly.
+Source: Wang et al. 2023 (arXiv 2303.02861), section 3.1. The paper has Z = 1 and distils from a
+teacher for each task; here, as in PEFT, Z is a setting and there are no teachers.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from softprompt.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class Settings(TrainedContextSettings):
-    """A prompt for each task of data.mixture: a shared one times a factor of low rank."""
+    """A prompt for each task of data.mixture: a shared prompt times a low-rank factor."""
 
     name = "multitask"
     is_prompt = True
@@ -39,7 +39,7 @@ PEFT = {"peft_type": "MULTITASK_PROMPT_TUNING"}
 
 @dataclasses.dataclass(frozen=True)
 class MultitaskConfig(PromptConfig):
-    """What the method needs to know besides what a prompt does.
+    """The static configuration; see `PromptConfig` for the other attributes.
 
     Attributes:
         tasks: N.
@@ -54,7 +54,7 @@ def resolve(settings: Settings, setup: Setup) -> MultitaskConfig:
     """The static configuration for a trial.
 
     Raises:
-        UserError: see `prompt.resolve`; a prompt that does not see an encoder's input.
+        UserError: see `prompt.resolve`; `prompt_to_input` is off in an encoder-decoder.
     """
     settings.check_room(setup)
     if setup.encoder_decoder and not settings.prompt_to_input:
@@ -72,19 +72,19 @@ def resolve(settings: Settings, setup: Setup) -> MultitaskConfig:
 
 
 def context(cfg: MultitaskConfig) -> Context:
-    """What the prompts take before a text."""
+    """The shape of the prompts' contexts."""
     return Context(cfg.length, cfg.places, prompts=cfg.tasks)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: MultitaskConfig) -> dict[str, Any]:
-    """Returns the prompt of `prompt.init`, and factors that are one everywhere.
+    """Returns the prompt of `prompt.init`, and factors whose product is 1 everywhere.
 
-    So every task begins where the shared prompt does, and no product begins near zero, as PEFT's
-    do (both of its factors are drawn with a deviation of 0.02). Of a rank above one the further
-    columns are noise and the further rows zero, so that they grow apart.
+    Every task therefore starts with the shared prompt. (In PEFT the products start near zero,
+    because both factors are drawn with a standard deviation of 0.02.) With a rank above 1, the
+    other columns start as noise and the other rows at zero, so that their gradients differ.
     """
     first = prompt.init(key, model, weights, cfg)
-    key = jax.random.fold_in(key, 8)  # apart from what the initialiser drew
+    key = jax.random.fold_in(key, 8)  # independent of the initialiser's draws
     if cfg.places:
         return {place: part | _factors(key, part["prompt"], cfg) for place, part in first.items()}
     return first | _factors(key, first["prompt"], cfg)
@@ -103,7 +103,7 @@ def _factors(key: jax.Array, prompt_PD: jax.Array, cfg: MultitaskConfig) -> dict
 def variables(
     delta: dict[str, Any], weights: Any, cfg: MultitaskConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
-    """The prompts [N, P, D] of these tasks, None for all of them."""
+    """The prompts [N, P, D] of the tasks `task_ids`, or of all tasks (None)."""
     if cfg.places:
         return {place: _prompts(part, task_ids) for place, part in delta.items()}
     return _prompts(delta, task_ids)
@@ -117,5 +117,5 @@ def _prompts(part: dict[str, jax.Array], task_ids: jax.Array | None) -> dict[str
 
 
 def fold(delta: dict[str, Any], cfg: MultitaskConfig) -> dict[str, Any]:
-    """Returns the delta as it is: the factors are what is stored."""
+    """Returns the delta unchanged: the factors are what is stored."""
     return delta

@@ -1,4 +1,4 @@
-"""No delta: the plain base model, zero-shot."""
+"""No method: the base model, zero-shot."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from softprompt.models import Model
 
 @dataclasses.dataclass(frozen=True)
 class Settings(MethodSettings):
-    """The plain model, zero-shot."""
+    """The base model, zero-shot."""
 
     name = "none"
     trains = False
@@ -19,12 +19,12 @@ class Settings(MethodSettings):
     bos: str = bos_setting("after", "before", "none")
 
     def label(self) -> str:
-        """What it is called in tables."""
+        """The name in tables."""
         return "zero-shot"
 
 
 def resolve(settings: Settings, setup: Setup) -> None:
-    """Nothing is configured."""
+    """Returns None: there is no configuration."""
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, jax.Array]:
@@ -38,5 +38,5 @@ def variables(delta: Any, weights: Any, cfg: None, task_ids: jax.Array | None) -
 
 
 def fold(delta: Any, cfg: None) -> Any:
-    """Returns the delta as it is."""
+    """Returns the delta unchanged."""
     return delta

@@ -1,14 +1,14 @@
-"""Prefix tuning: trained keys and values of P positions in every layer: a context itself.
+"""Prefix tuning: trained keys and values of P positions in every layer.
 
 The delta: "prefix/k" and "prefix/v" [L, P, G, K] for a decoder. An encoder-decoder has them under
 "encoder" and "decoder" for self-attention, and "decoder/cross_prefix" for cross-attention. Keys are
-as attention sees them, after rotation, at positions 0 to P - 1.
+stored after rotation, at positions 0 to P - 1.
 
-With a `bottleneck` they come out of two layers that train with them and are then dropped:
-"rows" [P, D] through "w0" [D, Z] and "w1" [Z, 2 L G K].
+With a `bottleneck`, two layers compute them during training: "rows" [P, D] through "w0" [D, Z] and
+"w1" [Z, 2 L G K]. Only the keys and values are stored in the end.
 
-Source: Li and Liang 2021 (arXiv 2101.00190), sections 4.2 and 4.3; for values of real words,
-section 7.5.
+Source: Li and Liang 2021 (arXiv 2101.00190), sections 4.2 and 4.3; section 7.5 for initialisation
+with real words.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from softprompt.models import T5, Model
 from softprompt.models.quantize import embedding
 from softprompt.settings import setting
 
-SPREAD = 0.02  # standard deviation of "noise"
+STDDEV = 0.02  # of "noise"
 PLACES = {
     "encoder": ("encoder", "prefix"),
     "decoder": ("decoder", "prefix"),
@@ -44,7 +44,7 @@ class Settings(TrainedContextSettings):
 
     init: str = setting(
         "vocabulary",
-        "what it starts from: keys and values that the model makes of a prompt's start, noise or "
+        "initialisation: the model's keys and values of a prompt with this initialiser, noise or "
         "zeros",
         choices=(*INITIALIZERS, "noise", "zeros"),
     )
@@ -55,18 +55,18 @@ class Settings(TrainedContextSettings):
     )
     reparam: str = setting(
         "none",
-        "write it through a network until training ends: none or mlp",
+        "network that computes it during training: none or mlp",
         choices=("none", "mlp"),
     )
     bottleneck: int = setting(64, "width of reparam's hidden layer", low=1, needs=("reparam",))
 
     @property
-    def of_words(self) -> bool:
-        """Whether it starts from the keys and values of a prompt."""
+    def from_prompt(self) -> bool:
+        """Whether it starts as the keys and values of a prompt."""
         return self.init in INITIALIZERS
 
     def check(self) -> None:
-        """Checks that a network's output is not said to start elsewhere."""
+        """Checks that a network's output starts as noise."""
         if self.reparam == "mlp" and self.init != "noise":
             raise UserError(
                 f"config key 'method.init' is {self.init!r}; allowed with method.reparam=mlp: noise"
@@ -75,17 +75,17 @@ class Settings(TrainedContextSettings):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixConfig:
-    """What the method needs to know.
+    """The static configuration.
 
     Attributes:
         length: P.
-        places: an encoder-decoder's: "encoder", "decoder" (self-attention), "cross"; () for a
+        places: "encoder" and "decoder" (self-attention) and "cross" of an encoder-decoder; () for a
             decoder.
-        start: "noise", "zeros", or "rows": the keys and values of the rows that `initializer`
-            makes, run as a prompt.
-        initializer: for "rows". It only matters to `init`, as `start` does.
+        start: "noise", "zeros", or "rows": the keys and values of the initialiser's rows, run as a
+            prompt.
+        initializer: for "rows". Only `init` uses it and `start`.
         embed_scale: the model's, as in `PromptConfig`.
-        bottleneck: Z of the two layers; 0 for keys and values that are trained themselves.
+        bottleneck: Z of the two layers; 0 if keys and values are trained directly.
     """
 
     length: int
@@ -100,40 +100,40 @@ def resolve(settings: Settings, setup: Setup) -> PrefixConfig:
     """The static configuration for a trial.
 
     Raises:
-        UserError: the model has no room for the prefix, or no such place; words as a start where
-            they would see the input; see `Setup.initializer`.
+        UserError: the model has no room for the prefix, or lacks the place; the place does not
+            allow the initialisation; see `Setup.initializer`.
     """
     settings.check_room(setup)
-    where, of_words = settings.stacks(setup), settings.of_words
-    if setup.start is None and of_words:
-        return PrefixConfig(settings.length, where)  # of the same shape
-    if "cross" in where and of_words:
+    places, from_prompt = settings.stacks(setup), settings.from_prompt
+    if setup.start is None and from_prompt:
+        return PrefixConfig(settings.length, places)  # has the same shape
+    if "cross" in places and from_prompt:
         raise UserError(
             f"config key 'method.init' is {settings.init!r}; allowed for a prefix of "
             "cross-attention: noise, zeros"
         )
-    if where and not of_words and not settings.prompt_to_input:
+    if places and not from_prompt and not settings.prompt_to_input:
         raise UserError(
-            "config key 'method.prompt_to_input' is False; allowed with "
-            f"method.init={settings.init} of a prefix, which is no input: True"
+            "config key 'method.prompt_to_input' is False; allowed for a prefix with "
+            f"method.init={settings.init}: True"
         )
-    if "encoder" in where and settings.prompt_to_input and of_words:
+    if "encoder" in places and settings.prompt_to_input and from_prompt:
         raise UserError(
-            f"config key 'method.init' is {settings.init!r}: in an encoder, keys and values of "
-            "words depend on the input; allowed: noise, zeros, or method.prompt_to_input=False"
+            f"config key 'method.init' is {settings.init!r}: in an encoder, keys and values of a "
+            "prompt depend on the input; allowed: noise, zeros, or method.prompt_to_input=False"
         )
     return PrefixConfig(
         settings.length,
-        where,
-        "rows" if of_words else settings.init,
-        setup.initializer(settings.place) if of_words else None,
+        places,
+        "rows" if from_prompt else settings.init,
+        setup.initializer(settings.place) if from_prompt else None,
         setup.sizes.embed_scale,
         settings.bottleneck if settings.reparam == "mlp" else 0,
     )
 
 
 def context(cfg: PrefixConfig) -> Context:
-    """What the prefix takes before a text."""
+    """The shape of the prefix."""
     return Context(cfg.length, cfg.places)
 
 
@@ -141,16 +141,16 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig) -> dict[
     """Returns the prefix of each place, float32 (float64 where the weights are)."""
     dtype = delta_dtype(weights)
     if not cfg.places:
-        return {"prefix": _first(key, model, weights, cfg, dtype)}
+        return {"prefix": _initial(key, model, weights, cfg, dtype)}
     delta: dict[str, Any] = {}
     for n, place in enumerate(cfg.places):
         stack, name = PLACES[place]
-        one = _first(jax.random.fold_in(key, n), model, weights, cfg, dtype, stack)
-        delta.setdefault(stack, {})[name] = one
+        prefix = _initial(jax.random.fold_in(key, n), model, weights, cfg, dtype, stack)
+        delta.setdefault(stack, {})[name] = prefix
     return delta
 
 
-def _first(
+def _initial(
     key: jax.Array,
     model: Model,
     weights: Any,
@@ -164,8 +164,8 @@ def _first(
         return {"k": k.astype(dtype), "v": v.astype(dtype)}
     if cfg.bottleneck:
         return _network(key, shape, model.config.width, cfg, dtype)
-    spread = SPREAD if cfg.start == "noise" else 0.0
-    noise = (spread * jax.random.normal(k, shape, dtype) for k in jax.random.split(key))
+    stddev = STDDEV if cfg.start == "noise" else 0.0
+    noise = (stddev * jax.random.normal(k, shape, dtype) for k in jax.random.split(key))
     return dict(zip(("k", "v"), noise, strict=True))
 
 
@@ -180,8 +180,8 @@ def _shape(model: Model, length: int, stack: str) -> tuple[int, int, int, int]:
 def _run(
     key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig, stack: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of the initialiser's rows, run as a prompt that sees nothing else."""
-    assert cfg.initializer is not None, "keys and values of rows need rows"
+    """Keys and values of the initialiser's rows, run as a prompt by itself."""
+    assert cfg.initializer is not None, "start=rows needs an initialiser"
     embedding_VD = embedding(weights["embed"])
     if cfg.embed_scale != 1.0:
         embedding_VD = embedding_VD * jnp.asarray(cfg.embed_scale, embedding_VD.dtype)
@@ -196,7 +196,7 @@ def _run(
 def _network(
     key: jax.Array, shape: tuple[int, ...], width: int, cfg: PrefixConfig, dtype: jnp.dtype
 ) -> dict[str, jax.Array]:
-    """Rows, and the two layers that they run through."""
+    """The rows and the two layers that compute keys and values."""
     layers, length, groups, size = shape
     out = 2 * layers * groups * size
     keys = jax.random.split(key, 3)
@@ -204,7 +204,7 @@ def _network(
         "rows": jax.random.normal(keys[0], (length, width), dtype),
         "w0": jax.random.normal(keys[1], (width, cfg.bottleneck), dtype) * width**-0.5,
         "b0": jnp.zeros(cfg.bottleneck, dtype),
-        "w1": jax.random.normal(keys[2], (cfg.bottleneck, out), dtype) * SPREAD,
+        "w1": jax.random.normal(keys[2], (cfg.bottleneck, out), dtype) * STDDEV,
         "b1": jnp.zeros((layers, 2, groups, size), dtype),
     }
 
@@ -213,19 +213,19 @@ def variables(
     delta: dict[str, Any], weights: Any, cfg: PrefixConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
     """The keys and values of each place."""
-    return _each(delta, _computed)
+    return _map_prefixes(delta, _computed)
 
 
-def _each(tree: Mapping[str, Any], make: Callable[[Any], Any]) -> dict[str, Any]:
-    """The tree with `make(prefix)` in the place of each prefix."""
+def _map_prefixes(tree: Mapping[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    """The tree with each prefix replaced by `function(prefix)`."""
     return {
-        name: make(node) if name.endswith("prefix") else _each(node, make)
+        name: function(node) if name.endswith("prefix") else _map_prefixes(node, function)
         for name, node in tree.items()
     }
 
 
 def _computed(prefix: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Keys and values, from the network where there is one."""
+    """Keys and values, computed by the network if there is one."""
     if "rows" not in prefix:
         return prefix
     low_PZ = jnp.tanh(prefix["rows"] @ prefix["w0"] + prefix["b0"])
@@ -236,4 +236,4 @@ def _computed(prefix: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def fold(delta: dict[str, Any], cfg: PrefixConfig) -> dict[str, Any]:
     """Returns keys and values without the network."""
-    return _each(delta, _computed)
+    return _map_prefixes(delta, _computed)

@@ -1,7 +1,7 @@
-"""Prompt tuning: P trained vectors before the text, everything else frozen.
+"""Prompt tuning: P trained vectors before the text; the model is frozen.
 
 The delta is "prompt" [P, D]; an encoder-decoder has one under "encoder", "decoder" or both. With a
-`reparam`, "net" beside it holds the networks that the rows run through until training ends.
+`reparam`, the delta also has "net", the networks that compute the prompt during training.
 
 Source: Lester et al. 2021 (arXiv 2104.08691), section 2.
 """
@@ -32,21 +32,21 @@ class Settings(TrainedContextSettings):
     bos: str = bos_setting("after", "before", "none")
     reparam: str = setting(
         "none",
-        "write its rows through a network until training ends: none, residual (one for all rows), "
-        "residual_rows (one for each) or mlp (P-tuning)",
+        "network that computes the prompt during training: none, residual (one network), "
+        "residual_rows (one for each vector) or mlp (P-tuning)",
         choices=("none", "residual", "residual_rows", "mlp"),
     )
     bottleneck: int = setting(64, "width of reparam's hidden layers", low=1, needs=("reparam",))
     dropout: float = setting(
         0.0,
-        "share of the prompt's entries that a step drops, the same for all examples; 0 is off",
+        "dropout rate of the prompt's entries, with one mask a step; 0 is off",
         low=0,
         high=0.999999,
     )
 
     @property
     def begins_with_bos(self) -> bool:
-        """Whether BOS stands before the prompt."""
+        """Whether BOS comes before the prompt."""
         return self.bos == "before"
 
 
@@ -55,19 +55,18 @@ PEFT = {"peft_type": "PROMPT_TUNING"}
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """What the method needs to know.
+    """The static configuration.
 
     Attributes:
-        length: P. 0 is the plain base model.
-        bos_before: id of a BOS token that stands at position 0, before the prompt; None where BOS,
-            if the tokenizer has one, belongs to the text, after the prompt (the default, and how
-            PEFT reads a prompt).
-        initializer: where the first prompt comes from. It only matters to `init`, so that trials
-            which differ in nothing else share a compiled step.
-        embed_scale: the model's. A prompt enters after the embeddings' scaling, so what it starts
-            from, and BOS before it, are scaled embeddings.
-        places: an encoder-decoder's stacks, "encoder", "decoder" or both, that each get a prompt of
-            their own; () for a decoder, which has one place.
+        length: P. 0 is the base model.
+        bos_before: id of a BOS token at position 0, before the prompt; None if BOS, where the
+            tokenizer has one, begins the text, after the prompt (the default, as in PEFT).
+        initializer: of the prompt. Only `init` uses it, so that trials which differ in nothing else
+            share a compiled step.
+        embed_scale: the model's. A prompt enters after the scaling of embeddings, so the initial
+            prompt, and BOS before it, are scaled embeddings.
+        places: the stacks of an encoder-decoder, "encoder", "decoder" or both, that each have their
+            own prompt; () for a decoder.
         reparam: none, residual, residual_rows or mlp (see `reparametrize`).
         bottleneck: of the reparametrisation's networks.
     """
@@ -85,8 +84,8 @@ def resolve(settings: Settings, setup: Setup) -> PromptConfig:
     """The static configuration for a trial.
 
     Raises:
-        UserError: the model has no room for the prompt, or no such place, or a tokenizer without
-            the BOS that is wanted; see `Setup.initializer`.
+        UserError: the model has no room for the prompt, or lacks the place; the tokenizer lacks
+            BOS; see `Setup.initializer`.
     """
     settings.check_room(setup)
     tokenizer = setup.loaded.tokenizer if setup.loaded else None
@@ -103,22 +102,22 @@ def resolve(settings: Settings, setup: Setup) -> PromptConfig:
 
 
 def context(cfg: PromptConfig) -> Context:
-    """What the prompt takes before a text."""
+    """The shape of the prompt's context."""
     return Context(cfg.length + (cfg.bos_before is not None), cfg.places)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
-    """Returns {"prompt": [P, D]} in float32 (float64 where the weights are), one for each place.
+    """Returns {"prompt": [P, D]} for each place, float32 (float64 for float64 weights).
 
-    D is the width of the embeddings. With a `reparam` there is "net" beside it.
+    D is the width of the embeddings. With a `reparam` there is also "net".
     """
     if not cfg.places:
-        return _one(key, weights, cfg)
+        return _initial(key, weights, cfg)
     keys = [key if n == 0 else jax.random.fold_in(key, n) for n in range(len(cfg.places))]
-    return {place: _one(k, weights, cfg) for place, k in zip(cfg.places, keys, strict=True)}
+    return {place: _initial(k, weights, cfg) for place, k in zip(cfg.places, keys, strict=True)}
 
 
-def _one(key: jax.Array, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
+def _initial(key: jax.Array, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
     embedding_VD = _scaled(embedding(weights["embed"]), cfg)
     dtype = jnp.promote_types(embedding_VD.dtype, jnp.float32)
     if cfg.length == 0:
@@ -127,7 +126,7 @@ def _one(key: jax.Array, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
     prompt_PD = cfg.initializer(key, embedding_VD, cfg.length).astype(dtype)
     if cfg.reparam == "none":
         return {"prompt": prompt_PD}
-    key = jax.random.fold_in(key, 7)  # apart from what the initialiser drew
+    key = jax.random.fold_in(key, 7)  # independent of the initialiser's draws
     net = reparametrize.init(key, prompt_PD, kind=cfg.reparam, bottleneck=cfg.bottleneck)
     return {"prompt": prompt_PD, "net": net}
 
@@ -135,7 +134,7 @@ def _one(key: jax.Array, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
 def variables(
     delta: dict[str, Any], weights: Any, cfg: PromptConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
-    """What the context is computed from: the prompt, behind BOS where that comes first."""
+    """The prompt, with the embedding of BOS before it if `bos_before` is set."""
     delta = fold(delta, cfg)
     if cfg.bos_before is None:
         return delta
@@ -147,17 +146,17 @@ def variables(
 def dropped(
     delta: dict[str, Any], cfg: PromptConfig, key: jax.Array, keep: Probability
 ) -> dict[str, Any]:
-    """The folded delta with entries dropped, and the others scaled up to the same mean.
+    """The folded delta with dropped entries; the others are scaled to keep the mean.
 
     All rows see the same prompt, so a step has one mask. A BOS before the prompt is not dropped.
     """
 
-    def one(prompt_PD: jax.Array, key: jax.Array) -> jax.Array:
+    def drop(prompt_PD: jax.Array, key: jax.Array) -> jax.Array:
         return masked(jax.random.bernoulli(key, keep, prompt_PD.shape), prompt_PD, keep)
 
     leaves, tree = jax.tree.flatten(fold(delta, cfg))
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(tree, map(one, leaves, keys))
+    return jax.tree.unflatten(tree, map(drop, leaves, keys))
 
 
 def _scaled(x: jax.Array, cfg: PromptConfig) -> jax.Array:
@@ -165,7 +164,7 @@ def _scaled(x: jax.Array, cfg: PromptConfig) -> jax.Array:
 
 
 def fold(delta: dict[str, Any], cfg: PromptConfig) -> dict[str, Any]:
-    """Returns the prompts that rows and networks stand for, or the delta as it is without them."""
+    """Returns the prompts that the networks compute; the delta unchanged if there are none."""
     if cfg.places:
         return {place: _folded(part) for place, part in delta.items()}
     return _folded(delta)

@@ -1,10 +1,10 @@
-"""Other ways to write a prompt's rows down: small networks that train with them, then are dropped.
+"""Reparametrisations of a prompt: small networks that compute it during training only.
 
 "residual": P + norm(up(relu(down(P)))), one network for all rows; "residual_rows": one for each
-row. The norm's scale starts at zero, so that a prompt begins where its initialiser puts it.
+row. The norm's scale starts at zero, so that the prompt starts as its initialiser's.
 Source: Razdaibiedina et al. 2023 (arXiv 2305.03937), section 3.
 
-"mlp": the rows run through three layers, of which the prompt is what comes out.
+"mlp": the prompt is the output of three layers on the rows.
 Source: Liu et al. 2021 (arXiv 2103.10385), section 3.2, without the LSTM.
 """
 
@@ -17,10 +17,10 @@ EPSILON = 1e-5
 
 
 def init(key: jax.Array, prompt_PD: jax.Array, *, kind: str, bottleneck: int) -> dict[str, Any]:
-    """The networks' first values, by kind; {} for "none".
+    """The networks' initial values by kind; {} for "none".
 
     Args:
-        key: random.
+        key: a random key.
         prompt_PD: the rows.
         kind: `method.reparam`: none, residual, residual_rows or mlp.
         bottleneck: Z, the width of the hidden layers.
@@ -51,15 +51,15 @@ def _kernel(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Arr
 
 
 def apply(prompt_PD: jax.Array, net: dict[str, jax.Array]) -> jax.Array:
-    """The prompt [P, D] that rows and networks stand for."""
+    """The prompt [P, D] that the networks compute from the rows."""
     if "w0" in net:
         x = prompt_PD
         for n in range(3):
             x = (jax.nn.relu(x) if n else x) @ net[f"w{n}"] + net[f"b{n}"]
         return x
-    each = "p" if net["down"].ndim == 3 else ""  # a network for each row, or one for all
-    low_PZ = jax.nn.relu(jnp.einsum(f"pd,{each}dz->pz", prompt_PD, net["down"]))
-    x_PD = jnp.einsum(f"pz,{each}zd->pd", low_PZ, net["up"])
+    row = "p" if net["down"].ndim == 3 else ""  # a network for each row, or one for all
+    low_PZ = jax.nn.relu(jnp.einsum(f"pd,{row}dz->pz", prompt_PD, net["down"]))
+    x_PD = jnp.einsum(f"pz,{row}zd->pd", low_PZ, net["up"])
     x_PD = x_PD - x_PD.mean(axis=-1, keepdims=True)
     x_PD = x_PD * jax.lax.rsqrt(jnp.square(x_PD).mean(axis=-1, keepdims=True) + EPSILON)
     return prompt_PD + x_PD * net["scale"] + net["bias"]

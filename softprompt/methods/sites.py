@@ -1,4 +1,4 @@
-"""Where a model can be changed: its projections and norms, by path, with their sizes."""
+"""The projections and norms of a model, which methods change, with their paths and sizes."""
 
 import dataclasses
 import functools
@@ -19,10 +19,10 @@ class Site:
     """A projection of a stack of layers.
 
     Attributes:
-        path: of its module, as in "layers/attn/q".
+        path: of its module, such as "layers/attn/q".
         layers: L.
-        inputs: the sizes that it sums over.
-        outputs: the sizes of what it makes.
+        inputs: the sizes of its input axes.
+        outputs: the sizes of its output axes.
     """
 
     path: str
@@ -32,12 +32,12 @@ class Site:
 
     @property
     def name(self) -> str:
-        """Its own name, such as "q", alike in every attention of the model."""
+        """The last part of the path, such as "q"."""
         return self.path.rsplit("/", 1)[-1]
 
 
 def projections(model: Model) -> list[Site]:
-    """Every projection inside the layers, in the order of their paths."""
+    """All projections in the layers, sorted by path."""
     sites = []
     for path, shape in sorted(leaf_shapes(model.config).items()):
         if path.endswith("/kernel") and "layers/" in path:
@@ -49,7 +49,7 @@ def projections(model: Model) -> list[Site]:
 
 
 def norms(model: Model) -> dict[str, tuple[int, ...]]:
-    """The path of every norm -> the shape of its scale, stacked layers first."""
+    """The path of every norm -> the shape of its scale; stacked layers are the first axis."""
     shapes = leaf_shapes(model.config)
     return {
         path[: -len("/scale")]: shape for path, shape in shapes.items() if path.endswith("/scale")
@@ -57,22 +57,22 @@ def norms(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def delta_dtype(weights: Any) -> jnp.dtype:
-    """What a delta is kept in: float32, or float64 where the weights are."""
+    """The dtype of a delta: float32, or float64 for float64 weights."""
     dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(weights)}
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
     return functools.reduce(jnp.promote_types, floats, jnp.dtype("float32"))
 
 
 def targeted(model: Model, names: Sequence[str], *, more: Iterable[str] = ()) -> list[Site]:
-    """The projections of these names, in every attention or feed-forward that has them.
+    """The projections with these names in all layers' attention and feed-forward.
 
     Args:
-        model: of either kind.
+        model: a decoder or a T5.
         names: such as "q" and "down".
         more: names that are allowed besides those of projections.
 
     Raises:
-        UserError: a name that the model lacks, with those that it has.
+        UserError: the model lacks a name.
     """
     sites = projections(model)
     known = list(dict.fromkeys([site.name for site in sites] + list(more)))

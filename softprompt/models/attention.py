@@ -138,8 +138,7 @@ def backward(
         back_GQTS = jnp.einsum("gqtk,sgk->gqts", g_GQTK, part.v_SGK, preferred_element_type=acc)
         raw_GQTS, bias_HTS = pullback(raised_GQTS * (back_GQTS - mean_GQT1))
         raw_GQTS = raw_GQTS.astype(dtype)
-        q_grad = jnp.einsum("gqts,sgk->gqtk", raw_GQTS, part.k_SGK, preferred_element_type=acc)
-        q_grads.append(q_grad)
+        q_grads += [jnp.einsum("gqts,sgk->gqtk", raw_GQTS, part.k_SGK, preferred_element_type=acc)]
         k_SGK = jnp.einsum("gqts,gqtk->sgk", raw_GQTS, q_GQTK)
         v_SGK = jnp.einsum("gqts,gqtk->sgk", raised_GQTS, g_GQTK)
         part_grads.append(Part(k_SGK, v_SGK, None, bias_HTS))

@@ -206,11 +206,8 @@ class Decoder(nn.Module):
             tokens=tokens_T.shape[0],
             branches=branches_T is not None,
         )
-        by = self.attention.serving(case), segments_T
-        x_TD, _ = self._run(
-            x_TD, context, mask_TS, positions_T, which=row.which, drop=drop, kernel=by
-        )
-        return x_TD
+        kernel, inputs = self.attention.serving(case), (x_TD, context, mask_TS, positions_T)
+        return self._run(*inputs, which=row.which, drop=drop, kernel=(kernel, segments_T))[0]
 
     def target_states(
         self, context: Context, row: Rows, dropout: Dropout | None = None

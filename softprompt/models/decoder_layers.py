@@ -254,9 +254,8 @@ class Block(nn.Module):
         c = self.config
 
         def norm(x_TD: jax.Array, name: str, *placements: str) -> jax.Array:
-            if c.norms not in placements:
-                return x_TD
-            return NORMS[c.norm](c.norm_eps, self.dtype, name=name)(x_TD)
+            used = c.norms in placements
+            return NORMS[c.norm](c.norm_eps, self.dtype, name=name)(x_TD) if used else x_TD
 
         y_TD = norm(x_TD, "attn_norm", "before", "both")
         y_TD, kv = Attention(c, self.dtype, name="attn")(y_TD, layer, row)

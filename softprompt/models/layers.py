@@ -180,8 +180,7 @@ def project(
 def _product(inputs: tuple[int, ...], acc: jnp.dtype, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The product in `acc` of vectors [T, ...] with an array, summed over its axes `inputs`.
 
-    Both are reshaped to matrices, because XLA would transpose an array of heads for the backward
-    pass.
+    It is a product of matrices: XLA would transpose an array of heads for the backward pass.
     """
     summed = [kernel.shape[axis] for axis in inputs]
     outputs = [size for axis, size in enumerate(kernel.shape) if axis not in inputs]
@@ -212,9 +211,8 @@ def _wide_backward(
 ) -> tuple[jax.Array, jax.Array]:
     del acc
     product = functools.partial(jnp.einsum, spec)
-    grads: tuple[jax.Array, jax.Array] = jax.vjp(product, *residuals)[1](
-        g.astype(residuals[0].dtype)
-    )
+    pullback = jax.vjp(product, *residuals)[1]
+    grads: tuple[jax.Array, jax.Array] = pullback(g.astype(residuals[0].dtype))
     return grads
 
 

@@ -83,8 +83,7 @@ class T5(nn.Module):
 
     Attributes:
         config: sizes and architecture.
-        dtype: dtype of the computation. Norms, softmax, relative biases and logits are at least
-            float32.
+        dtype: of the computation. Norms, softmax, relative biases and logits are at least float32.
         prompt_to_input: whether a prompt sees the input; see the module's docstring.
         remat: what the backward pass recomputes, see `stack`.
         gather: see `stack`; None if weights need no gathering.

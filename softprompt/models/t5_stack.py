@@ -61,7 +61,7 @@ class Stack(nn.Module):
         if prompt_index_T is None:
             return x_TD
         prompts_NPD = self.prompts()
-        assert prompts_NPD is not None, "a row has slots, and the delta has no prompt"
+        assert prompts_NPD is not None, "a row has slots, but the delta has no prompt"
         if prompts_NPD.size == 0:
             return x_TD
         prompt_PD = prompts_NPD.reshape(-1, prompts_NPD.shape[-1])

@@ -135,7 +135,7 @@ def restore_newest(
         newest = next(iter(problems))
         raise UserError(
             f"{_unreadable(manager, newest, problems[newest])}, and no older one can; allowed: "
-            "a whole checkpoint, or a new --workdir"
+            "a readable checkpoint, or a new --workdir"
         )
     return None
 

@@ -359,7 +359,7 @@ def log_metrics(
         log.write({"step": step, **metrics})
         finite = {name: value for name, value in metrics.items() if name not in not_finite}
         raise Diverged(
-            f"step {step}: {_words(not_finite)}: not finite at rate {rate:.3g} (finite there: "
+            f"step {step}: {_words(not_finite)}: not finite at rate {rate:.3g} (finite: "
             f"{_words(finite)}); last finite metrics: {_words(last)}"
         )
     if step % loop.log_every == 0 or step == loop.steps:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 # Shares of a device's memory: for weights and concurrent trials, and for cached models.
-MEMORY_SHARE, KEPT_SHARE = 0.6, 0.3
+MEMORY_SHARE, CACHE_SHARE = 0.6, 0.3
 
 
 def device_memory() -> int:

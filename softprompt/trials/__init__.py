@@ -1,1 +1,1 @@
-"""A trial from its config to its result row, groups of trials, and sweeps."""
+"""Trials, from a config to a result row, groups of concurrent trials, and sweeps."""

@@ -1,4 +1,4 @@
-"""A trial's delta exported to other programs' files, and their files imported as a trial."""
+"""Exports a trial's delta to the formats of other programs, and imports such files."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ from softprompt.trials.run import CONFIG, DELTA, provenance, read_config
 
 PADDING = (
     "PEFT computes the trial's scores with padding on the right, or one text at a time; padding on "
-    "the left would stand between the prompt and the text"
+    "the left would separate the prompt from the text"
 )
 
 
@@ -51,11 +51,11 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
         to: a new path, local or gs://.
 
     Returns:
-        {"format", "method", "wrote", "notes"}: the files, and what their reader has to know.
+        {"format", "method", "wrote", "notes"}: the files, and notes for their users.
 
     Raises:
-        UserError: no delta; something exists at `to`; the delta does not fit the model, or the
-            format cannot hold it. Nothing is left half-written.
+        UserError: there is no delta; `to` exists; the delta has other shapes than the model, or
+            the format does not support it. Incomplete output is removed.
     """
     config, file = read_config(folder), epath.Path(folder) / DELTA
     if not file.exists():
@@ -74,9 +74,9 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
 def _export_delta(
     folder: epath.PathLike, config: ConfigDict, *, kind: str, to: epath.Path
 ) -> tuple[list[str], list[str]]:
-    """Writes the delta alone; returns the files and the notes."""
+    """Writes the delta without the model; returns the files and the notes."""
     file = epath.Path(folder) / DELTA
-    delta, known = load_delta(file)
+    delta, metadata = load_delta(file)
     model = read_model_config(config.model.name, revision=config.model.revision or None)
     check_fit(delta, config, model, file=str(file))
     method, settings = to_dict(config)["method"], method_settings(config)
@@ -91,10 +91,10 @@ def _export_delta(
         method,
         base=base,
         revision=config.model.revision,
-        imported=known.get("imported", {}).get("adapter_config"),
+        imported=metadata.get("imported", {}).get("adapter_config"),
     )
-    described = describe(config, model, known, folder)
-    with _nothing_half_written(to):
+    described = describe(config, model, metadata, folder)
+    with _removed_on_error(to):
         write_adapter(to, Adapter(adapter.config, adapter.tensors, described))
     notes += [note] if note else []
     notes += [PADDING] if settings.is_context else []
@@ -105,8 +105,8 @@ def _export_delta(
 
 
 @contextlib.contextmanager
-def _nothing_half_written(folder: epath.Path) -> Iterator[None]:
-    """Removes a new folder if the block that writes it ends in an exception."""
+def _removed_on_error(folder: epath.Path) -> Iterator[None]:
+    """Removes a new folder if the block that writes it raises an exception."""
     try:
         yield
     except BaseException:
@@ -116,10 +116,10 @@ def _nothing_half_written(folder: epath.Path) -> Iterator[None]:
 
 
 def base_model(config: ConfigDict) -> tuple[str | None, str]:
-    """What an adapter's file names as its base model, and what there is to say of it.
+    """The base model to name in an adapter's config, and a note about it, or "".
 
-    It is a name that transformers loads: the repository that a model of the catalogue was made
-    from, or a folder or repository that the config names, and None where there is none.
+    It is a name that transformers can load: the repository that a model of the catalogue was made
+    from, or the folder or repository that the config names. None if there is no such name.
     """
     name, revision = config.model.name, config.model.revision or None
     if (entry := CATALOG.get(name)) and entry.original:
@@ -129,16 +129,16 @@ def base_model(config: ConfigDict) -> tuple[str | None, str]:
         )
     if entry or find_folder(name, revision=revision):
         return name, ""
-    return None, f"base_model_name_or_path is null, for transformers cannot load {name!r}"
+    return None, f"base_model_name_or_path is null, since transformers cannot load {name!r}"
 
 
 def describe(
-    config: ConfigDict, model: ModelConfig, known: Mapping[str, Any], folder: epath.PathLike
+    config: ConfigDict, model: ModelConfig, metadata: Mapping[str, Any], folder: epath.PathLike
 ) -> dict[str, Any]:
-    """What the metadata of an exported file says of its origin."""
+    """The metadata of an exported file, about its origin."""
     row = read_result(folder) or {}
     return {
-        **known,
+        **metadata,
         "bos": config.method.bos,
         "embed_scale": model.embed_scale,
         "prompt_enters": "after the embeddings' scaling",
@@ -148,11 +148,11 @@ def describe(
 
 
 def conventions(settings: MethodSettings, model: ModelConfig) -> list[str]:
-    """What whoever uses an exported prompt or prefix has to know, in sentences."""
+    """Notes for users of an exported prompt or prefix."""
     if not settings.is_context:
         return []
-    notes = {"none": "the text behind the prompt has no BOS"}
-    found = [notes.get(settings.bos, "the text behind the prompt begins with BOS if it has one")]
+    notes = {"none": "the text after the prompt has no BOS"}
+    found = [notes.get(settings.bos, "the text after the prompt begins with BOS if it has one")]
     if model.embed_scale != 1.0 and settings.is_prompt:
         found.append(
             f"the prompt's rows enter after the embeddings' scaling by {model.embed_scale:.6g}, as "
@@ -165,50 +165,50 @@ def conventions(settings: MethodSettings, model: ModelConfig) -> list[str]:
 def import_run(
     source: str, config: ConfigDict, *, workdir: epath.PathLike, any_weights: bool = False
 ) -> dict[str, Any]:
-    """Makes a trial's folder (config.json, delta.safetensors) of another program's file.
+    """Makes a trial's folder (config.json, delta.safetensors) from another program's file.
 
     Args:
         source: an adapter's folder, one of its two files, or a .npy file; local.
         config: names the model and the task.
         workdir: a new or empty folder, local or gs://.
-        any_weights: accept a file that says it was trained on other weights.
+        any_weights: also accept a file whose metadata names other weights.
 
     Returns:
         {"method", "leaves": shapes by path, "workdir", "notes"}.
 
     Raises:
-        UserError: `workdir` is not empty; the file is none of these, or not of this model, or was
-            trained on other weights; the config contradicts it. Nothing is left half-written.
+        UserError: `workdir` is not empty; the file has another format, is for another model, or
+            was trained on other weights; the config contradicts it. Incomplete output is removed.
     """
     workdir, file = epath.Path(workdir), Path(source).expanduser()
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"--workdir {workdir}: not empty; give a new folder")
     adapter = open_source(file)
-    known = dict(adapter.provenance) if adapter else {}
+    metadata = dict(adapter.provenance) if adapter else {}
     model = read_model_config(config.model.name, revision=config.model.revision or None)
     if adapter is None:
         delta, method = prompt_arrays.from_npy(file, model)
     else:
         delta, method = peft.from_peft(adapter, model)
-    config = with_method(config, method, known, file=str(file))
+    config = with_method(config, method, metadata, file=str(file))
     check_tasks(config, delta, file=str(file))
     loaded = load_without_weights(config)
-    trained = known.get("fingerprint", loaded.fingerprint)
+    trained = metadata.get("fingerprint", loaded.fingerprint)
     if trained != loaded.fingerprint and not any_weights:
         raise UserError(
             f"{file} was trained on weights {trained}, {config.model.name} has "
-            f"{loaded.fingerprint}; --any-weights uses it nevertheless"
+            f"{loaded.fingerprint}; --any-weights accepts it"
         )
     origin = {} if adapter is None else {"adapter_config": adapter.config}
     imported = {"imported": {"file": str(file), "trained_on": trained, **origin}}
-    with _nothing_half_written(workdir):
+    with _removed_on_error(workdir):
         save_delta(workdir / DELTA, delta, provenance(config, loaded) | imported)
         write_text(workdir / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
     return {
         "method": method["name"],
         "leaves": {path: list(leaf.shape) for path, leaf in flatten_dict(delta, sep="/").items()},
         "workdir": str(workdir),
-        "notes": notes_on(known, adapter) + conventions(method_settings(config), model),
+        "notes": notes_on(metadata, adapter) + conventions(method_settings(config), model),
     }
 
 
@@ -216,7 +216,7 @@ def check_tasks(config: ConfigDict, delta: Mapping[str, Any], *, file: str) -> N
     """Checks that a multitask prompt has as many tasks as the config.
 
     Raises:
-        UserError: it has another number.
+        UserError: the numbers differ.
     """
     found = [leaf for path, leaf in flatten_dict(delta, sep="/").items() if "task_cols" in path]
     names = [one.task.name for one in members(config)]
@@ -228,7 +228,7 @@ def check_tasks(config: ConfigDict, delta: Mapping[str, Any], *, file: str) -> N
 
 
 def load_without_weights(config: ConfigDict) -> Loaded:
-    """A config's model with its fingerprint, for which weights are read and none are kept."""
+    """Loads a config's model with its fingerprint, but keeps no weights in memory."""
     return load_model(
         config.model.name,
         revision=config.model.revision or None,
@@ -238,10 +238,10 @@ def load_without_weights(config: ConfigDict) -> Loaded:
 
 
 def open_source(file: Path) -> Adapter | None:
-    """The PEFT adapter at a path; None where a .npy file is there.
+    """Reads the PEFT adapter at a path; None for a .npy file.
 
     Raises:
-        UserError: neither, or an adapter that cannot be read.
+        UserError: the path is neither, or the adapter is not readable.
     """
     if file.is_dir():
         return read_adapter(file)
@@ -258,41 +258,41 @@ def open_source(file: Path) -> Adapter | None:
 
 
 def with_method(
-    config: ConfigDict, method: Mapping[str, Any], known: Mapping[str, Any], *, file: str
+    config: ConfigDict, method: Mapping[str, Any], metadata: Mapping[str, Any], *, file: str
 ) -> ConfigDict:
-    """A resolved config whose method section is the imported file's.
+    """Returns a resolved config with the method section of an imported file.
 
-    `method.bos` is what the file says, or else what the config says.
+    `method.bos` is that of the file's metadata, or else that of the config.
 
     Args:
-        config: any.
+        config: any config.
         method: keys of the method section.
-        known: the file's metadata.
+        metadata: the file's metadata.
         file: named in errors.
 
     Raises:
         UserError: the config's `method.bos` contradicts the file or puts BOS before a prompt, or
-            the method has another value than is allowed here.
+            a value of the method is not allowed.
     """
-    usual, bos = to_dict(base_config())["method"], config.method.bos
-    if "bos" in known and bos not in (known["bos"], usual["bos"]):
-        raise UserError(f"config key 'method.bos' is {bos!r}; {file} has {known['bos']!r}")
-    bos = known.get("bos", bos)
+    defaults, bos = to_dict(base_config())["method"], config.method.bos
+    if "bos" in metadata and bos not in (metadata["bos"], defaults["bos"]):
+        raise UserError(f"config key 'method.bos' is {bos!r}; {file} has {metadata['bos']!r}")
+    bos = metadata.get("bos", bos)
     if bos == "before" and METHODS[method["name"]].Settings.is_context:
         raise UserError(
             f"config key 'method.bos' is 'before'; in {file} the prompt comes first; allowed: "
             "after, none"
         )
     made = resolve(config)
-    for key, value in {**usual, **method, "bos": bos}.items():
+    for key, value in {**defaults, **method, "bos": bos}.items():
         set_key(made, f"method.{key}", value)
     validate(made)
     return made
 
 
-def notes_on(known: Mapping[str, Any], adapter: Adapter | None) -> list[str]:
-    """What there is to say of the weights that a file was trained on."""
-    if "fingerprint" in known:
+def notes_on(metadata: Mapping[str, Any], adapter: Adapter | None) -> list[str]:
+    """Notes about the weights that a file was trained on."""
+    if "fingerprint" in metadata:
         return []
     base = adapter.config.get("base_model_name_or_path") if adapter else None
     named = f", only their name, {base!r}" if base else ""

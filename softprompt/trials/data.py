@@ -1,4 +1,4 @@
-"""A trial's examples as token ids, and how they lie in the rows of batches."""
+"""A trial's examples as token ids, and their packing into the rows of batches."""
 
 import dataclasses
 import functools
@@ -31,10 +31,10 @@ class TaskData:
 
     Attributes:
         task: the task.
-        train: its examples to train on.
-        validation: its examples to select by.
-        test: its examples to report.
-        shared_texts: how many texts stand in two splits.
+        train: the training examples.
+        validation: the examples that select the delta.
+        test: the examples of the reported scores.
+        shared_texts: number of texts that occur in two splits.
     """
 
     task: Task
@@ -44,21 +44,21 @@ class TaskData:
     shared_texts: int = 0
 
     def split(self, name: str) -> Encoded:
-        """The split of this name: train, validation or test."""
+        """Returns a split by name: train, validation or test."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
     def each(self, change: Callable[[Encoded], Encoded]) -> "TaskData":
-        """The same task, its splits changed."""
+        """Returns the task with `change` applied to each split."""
         train, validation, test = (change(self.split(name)) for name in SPLITS)
         return TaskData(self.task, train, validation, test, self.shared_texts)
 
 
 class TrialData:
-    """The tasks of a trial, encoded once, and their batches, each packed once.
+    """The encoded tasks of a trial, and caches of their packed batches.
 
     Attributes:
         tasks: the trial's task, or those of its mixture, in order.
-        train: the examples that are trained on, of all tasks.
+        train: the training examples of all tasks.
     """
 
     def __init__(self, tasks: Sequence[TaskData]) -> None:
@@ -67,17 +67,17 @@ class TrialData:
         else:
             self.tasks = tuple(one.each(_of_task(n)) for n, one in enumerate(tasks))
             self.train = mix({one.task.name: one.train for one in tasks})
-        self._made: dict[Hashable, Any] = {}
+        self._cache: dict[Hashable, Any] = {}
 
     def only(self, task: str) -> "TrialData":
-        """One task of a mixture, which keeps its number."""
+        """Returns the data of one task of a mixture; its examples keep the task's number."""
         data = TrialData.__new__(TrialData)
         data.tasks = tuple(one for one in self.tasks if one.task.name == task)
-        data.train, data._made = data.tasks[0].train, {}
+        data.train, data._cache = data.tasks[0].train, {}
         return data
 
     def template(self, batch: int, layout: RowLayout, say: Say) -> Template:
-        """The packing of `batch` training examples a step; it depends on the data, not on seeds."""
+        """The packing of `batch` training examples per step; it does not depend on seeds."""
 
         def make() -> Template:
             made = train_template(self.train, examples=batch, layout=layout)
@@ -93,9 +93,9 @@ class TrialData:
     def eval_batches(
         self, split: str, *, mesh: Mesh, layout: RowLayout, deltas: int = 1
     ) -> list[list[EvalBatch]]:
-        """A split of each task packed for ranking; validation and test share a shape.
+        """Packs a split of each task for ranking; validation and test share a shape.
 
-        With several `deltas` scored side by side a batch has so many times fewer rows.
+        To score several `deltas` side by side, a batch has fewer rows by this factor.
         """
         shape = self.eval_shape(split, mesh=mesh, layout=layout, deltas=deltas)
         return self._once(
@@ -120,7 +120,7 @@ class TrialData:
         )
 
     def parts(self, split: str, *, mesh: Mesh, layout: RowLayout) -> list[Split]:
-        """A split of each task, as evaluators take it."""
+        """A split of each task, as the input of evaluators."""
 
         def packed(number: int) -> list[EvalBatch]:
             return self.eval_batches(split, mesh=mesh, layout=layout)[number]
@@ -132,7 +132,7 @@ class TrialData:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digest of every split, by "split", or of a mixture by "task/split"."""
+        """The digests of all splits, by "split", or for a mixture by "task/split"."""
         several = len(self.tasks) > 1
         return {
             f"{one.task.name}/{name}" if several else name: one.split(name).digest
@@ -141,13 +141,13 @@ class TrialData:
         }
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
 
 def _of_task(number: int) -> Callable[[Encoded], Encoded]:
-    """Marks the examples of a split as those of task `number` of a mixture."""
+    """A function that marks a split's examples as those of task `number` of a mixture."""
 
     def mark(encoded: Encoded) -> Encoded:
         return dataclasses.replace(encoded, tasks=np.full(len(encoded.ids), number, np.int32))
@@ -156,39 +156,39 @@ def _of_task(number: int) -> Callable[[Encoded], Encoded]:
 
 
 def evaluators_of(task: Task, config: ConfigDict) -> list[str]:
-    """The evaluators that measure a task: those of `eval.metrics`, or by default the task's first.
+    """The evaluators of a task: those of `eval.metrics`, or by default the task's first.
 
-    What selects the delta is measured besides.
+    The evaluator of `eval.metric`, which selects the delta, is always included.
 
     Raises:
-        UserError: the task has no such metric; names those that it has.
+        UserError: the task does not have a metric; lists those that it has.
     """
     known = {metric: name for name, metrics in task.metrics.items() for metric in metrics}
     named = [metric.strip() for metric in config.eval.metrics.split(",") if metric.strip()]
-    asked = [("eval.metrics", metric) for metric in named]
+    requested = [("eval.metrics", metric) for metric in named]
     if method_settings(config).trains:
-        asked.append(("eval.metric", config.eval.metric))
-    for key, metric in asked:
+        requested.append(("eval.metric", config.eval.metric))
+    for key, metric in requested:
         if metric not in known:
             raise UserError(
                 f"config key {key!r} is {metric!r}; allowed for task {task.name!r}: "
                 f"{', '.join(known)}"
             )
-    wanted = {known[metric] for _, metric in asked}
+    wanted = {known[metric] for _, metric in requested}
     if not named:
         wanted.add(next(iter(task.metrics)))
     return [name for name in task.metrics if name in wanted]
 
 
 def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> TaskData:
-    """Reads a task's splits, cuts them to the config's sizes and encodes them for a model.
+    """Reads a task's splits, takes subsets of the config's sizes and encodes them.
 
     Args:
         config: of one task.
-        loaded: the model, for its tokenizer. An encoder-decoder's inputs end with EOS where its
-            tokenizer says that they do.
+        loaded: the model, for its tokenizer. Inputs of an encoder-decoder end with EOS if its
+            tokenizer adds one.
         bos: whether each text begins with the tokenizer's BOS.
-        say: is given a line about each split.
+        say: called with a line about each split.
     """
     task, sizes = get_task(config.task), config.data
     read, splits = {}, {}
@@ -213,7 +213,7 @@ def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> Tas
 def encode_records(
     config: ConfigDict, loaded: Loaded, task: Task, records: Sequence[Record], *, bos: bool
 ) -> Encoded:
-    """Records as a model's token ids, by the config's `task` section."""
+    """Encodes records as a model's token ids, with the config's `task` section."""
     return encode(
         records,
         task,
@@ -227,7 +227,7 @@ def encode_records(
 
 
 def describe(encoded: Encoded) -> str:
-    """One line about a split: examples, labels, lengths, and how many inputs were cut."""
+    """A line about a split: examples, labels, lengths, and truncated inputs."""
     facts = summary(encoded)
     labels = [f"{count:,} {label}" for label, count in facts["labels"].items()]
     if facts["unlabelled"]:

@@ -1,4 +1,4 @@
-"""Whether a stored delta is what its method makes of a model."""
+"""Checks that a stored delta has the leaves and shapes that its method has for a model."""
 
 from typing import Any
 
@@ -19,19 +19,18 @@ from softprompt.pretrained.loading import make_model
 def check_fit(
     delta: dict[str, Any], config: ConfigDict, sizes: DecoderConfig | T5Config, *, file: str
 ) -> None:
-    """Checks that a folded delta has the leaves of its method for this model, and no others.
+    """Checks that a folded delta has exactly the leaves of its method for this model.
 
-    A method's delta that may leave modules out has some of them, and each whole.
+    If the method may leave out modules, the delta must have all leaves of each module that it has.
 
     Args:
-        delta: as a file has it.
+        delta: read from a file.
         config: the trial's.
-        sizes: of the model.
+        sizes: the model's.
         file: named in errors.
 
     Raises:
-        UserError: names the first leaf that nothing reads, that has another shape, or that is
-            missing.
+        UserError: names the first leaf that is unknown, has another shape, or is missing.
     """
     shapes, found = folded_shapes(config, sizes), flatten_dict(delta, sep="/")
     for path, leaf in found.items():
@@ -52,7 +51,7 @@ def check_fit(
 def folded_shapes(
     config: ConfigDict, sizes: DecoderConfig | T5Config
 ) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of a config's folded delta, for a model of these sizes."""
+    """The path and shape of each leaf of a config's folded delta, for a model of these sizes."""
     settings, model = method_settings(config), make_model(sizes, "float32")
     abstract = {
         path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in leaf_shapes(sizes).items()

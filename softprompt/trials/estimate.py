@@ -1,4 +1,4 @@
-"""What a trial will cost, before it runs."""
+"""Estimates the cost of a trial before it runs."""
 
 import jax
 
@@ -26,25 +26,25 @@ from softprompt.trials.prepare import (
 )
 from softprompt.trials.session import Session, optimizer_config
 
-SHARE = 0.5  # of the machine's own rate that a step or an evaluation is expected to reach
+SHARE = 0.5  # of the machine's peak FLOPs that a step or an evaluation is expected to reach
 
-# Bytes that a step moves for each trained number, once and away: its gradient, two moments, the
-# number itself and three norms, in float32.
+# Bytes that a step reads and writes per trained parameter: the parameter, its gradient, two moments
+# and three norms, in float32.
 UPDATE = 60
 
 
 def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
-    """Parameters, operations, memory and time of a trial, from its real data and shapes.
+    """Estimates parameters, FLOPs, memory and time of a trial, from its real data and shapes.
 
     Loads the model and the data, which the trial needs too.
 
     Returns:
-        trainable: trained parameters.
-        flops: useful operations of training and all evaluations, but for `eval.latency`.
-        memory_bytes: weights, what a training step keeps for its backward pass, and the delta with
-            its best values, gradient and optimizer's state.
-        seconds: at half of the machine's measured rate of operations, and all of that at which it
-            moves bytes for the update; compilation left out.
+        trainable: number of trained parameters.
+        flops: useful FLOPs of training and all evaluations, except `eval.latency`.
+        memory_bytes: weights, activations that a training step saves for its backward pass, and
+            the delta with its best values, gradient and optimizer state.
+        seconds: at half of the machine's measured FLOPs per second, plus the update at its full
+            memory bandwidth; without compilation.
     """
     prepared = prepare(config, session)
     sizes, layout = prepared.loaded.config, prepared.layout
@@ -62,11 +62,11 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
     if (method := method_settings(config)).trains:
         every, steps = config.eval.every, config.train.steps
         source = train_source(prepared)
-        looks = 1 + (steps // every if every else 0) + int(not every or steps % every > 0)
-        flops += steps * step_flops(prepared) + (looks - 1) * once["validation"]
+        validations = 1 + (steps // every if every else 0) + int(not every or steps % every > 0)
+        flops += steps * step_flops(prepared) + (validations - 1) * once["validation"]
         memory += step_memory(prepared, source.template.shape)
-        trainable, kept = trained(prepared)
-        memory += kept - (weights if method.trains_weights else 0)  # takes their place
+        trainable, delta_bytes = trained(prepared)
+        memory += delta_bytes - (weights if method.trains_weights else 0)  # the delta replaces them
         seconds += steps * trainable * UPDATE / machine_bandwidth()
     seconds += flops / machine_flops(config.model.dtype) / SHARE
     return {
@@ -78,37 +78,37 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
 
 
 def trained(prepared: Prepared) -> tuple[int, int]:
-    """Numbers of the delta, and bytes of it, its best values, gradient and optimizer's state."""
+    """Parameters of the delta; bytes of it, its best values, gradient and optimizer state."""
     delta = delta_shapes(prepared)
     state = jax.eval_shape(make_optimizer(optimizer_config(prepared.config)).init, delta)
     return sum(leaf.size for leaf in jax.tree.leaves(delta)), 3 * bytes_of(delta) + bytes_of(state)
 
 
 def text_work(tokens: int, context: int) -> Work:
-    """Scoring of so many tokens of plain text, in pieces behind a context."""
+    """The work of scoring so many tokens of plain text, in pieces after a context."""
     return Work(tokens + context, tokens * (PIECE / 2 + context) + context**2 / 2, tokens)
 
 
 def step_memory(prepared: Prepared, shape: RowShape) -> float:
-    """Bytes that a step keeps for its backward pass, all layers, nothing rematerialised.
+    """Bytes of activations that a step saves for its backward pass, without rematerialisation.
 
-    About seven arrays of the width and two of the ffn in the compute dtype for every token of
-    a microbatch's rows, and of the contexts, which are run once; of attention's scores,
-    which are computed again, those of one layer in float32; the logits of targets and their
-    gradient, in float32.
+    For every token of a microbatch's rows and of the contexts, which are run once: per layer about
+    seven arrays of the width and two of the ffn, in the compute dtype. Attention scores are
+    recomputed, so those of one layer count, in float32. Target logits and their gradient are
+    float32.
     """
     widths = train_widths(shape, prepared.layout)
     rows = -(-shape.rows // prepared.config.train.microbatches)
     sizes, (before, context) = prepared.loaded.config, prepared.contexts
     context *= max(1, prepared.layout.prompts)
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
-    kept = (7 * sizes.width + 2 * sizes.ffn) * size
+    per_token = (7 * sizes.width + 2 * sizes.ffn) * size
     own, logits = widths.tokens, 8 * rows * widths.heads * sizes.vocab
     if isinstance(sizes, DecoderConfig):
         scores = rows * own * (own + context) * sizes.heads * 4
-        return sizes.layers * kept * (rows * own + context) + scores + logits
+        return sizes.layers * per_token * (rows * own + context) + scores + logits
     read = widths.inputs
     keys = max(read * (read + before), own * (own + context + read + before))
     encoder = sizes.encoder_layers * (rows * read + before)
     decoder = sizes.decoder_layers * (rows * own + context)
-    return kept * (encoder + decoder) + rows * keys * sizes.heads * 4 + logits
+    return per_token * (encoder + decoder) + rows * keys * sizes.heads * 4 + logits

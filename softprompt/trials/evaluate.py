@@ -1,4 +1,4 @@
-"""A finished trial put to use: its metrics on any split or task, and answers to lines of text."""
+"""Uses finished trials: metrics on any split or task, and answers to lines of text."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ from softprompt.trials.prepare import (
 from softprompt.trials.run import DELTA, read_config
 from softprompt.trials.session import Session
 
-GROUP = 64  # lines answered together
+GROUP = 64  # lines in a batch
 
 
 def evaluate_runs(
@@ -56,33 +56,32 @@ def evaluate_runs(
     any_weights: bool = False,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Measures the selected deltas of trials, those of one model, task and shape side by side.
+    """Measures the selected deltas of trials; equal models, tasks and shapes run side by side.
 
     Args:
         folders: of trials.
-        task: one of each trial's, or another for the same deltas (domain shift); None for their
-            own.
+        task: a task of each trial, or another one (domain shift); None for the trials' own.
         split: train, validation or test.
-        generated: also let the model write its answers, greedily, and count the illegal ones.
-        any_weights: also where they were trained on other weights than the model's.
-        progress: where waiting is reported, and said which are measured side by side.
+        generated: also generate answers greedily, and count those that are not labels.
+        any_weights: also accept deltas that were trained on other weights than the model's.
+        progress: the display.
 
     Returns:
-        For each {"task", "split", the metrics of the task's evaluators, "examples"}, those of a
-        mixture as `over_tasks` has them, and with `generated` also {"generated": {...}}.
+        For each trial {"task", "split", metrics of the task's evaluators, "examples"}, with the
+        metrics of a mixture joined by `over_tasks`; with `generated` also {"generated": {...}}.
     """
     if split not in SPLITS:
         raise unknown("--split", split, SPLITS)
-    asked = [for_task(on_this_machine(read_config(folder)), task) for folder in folders]
+    requests = [for_task(on_this_machine(read_config(folder)), task) for folder in folders]
     models: dict[str, list[int]] = {}
-    for index, (config, _) in enumerate(asked):
+    for index, (config, _) in enumerate(requests):
         check_trained(folders[index])
         models.setdefault(weights_key(config), []).append(index)
     results: dict[int, dict[str, Any]] = {}
-    for indices in models.values():  # each is loaded once, and forgotten
+    for indices in models.values():  # each model is loaded once, then freed
         session, programs = Session(progress), dict[Any, dict[int, Prepared]]()
         for index in indices:
-            config, known = asked[index]
+            config, known = requests[index]
             prepared = prepare_scoring(config, session)
             prepared = prepared.of(task) if task in known else prepared
             programs.setdefault(side_by_side.program(prepared), {})[index] = prepared
@@ -100,7 +99,7 @@ def _measured(
     generated: bool,
     any_weights: bool,
 ) -> Iterator[dict[str, Any]]:
-    """What `evaluate_runs` returns of trials (folders, and what they are) of one program."""
+    """The results of `evaluate_runs` for (folder, trial) pairs that share a program."""
     first = trials[0][1]
     sizes, left = side_by_side.chunks(first, len(trials), split), iter(trials)
     if sizes[0] > 1:
@@ -112,13 +111,13 @@ def _measured(
         chunk = list(itertools.islice(left, size))
         deltas = [trained_delta(folder, one, any_weights=any_weights) for folder, one in chunk]
         for folder, one in chunk:
-            say_other_data(folder, one, split)
+            warn_other_data(folder, one, split)
         prepared = [one for _, one in chunk]
         if sizes[0] == 1:
             found = [measure(prepared[0], deltas[0], split)[0]]
         else:
             shared = [one.shared(delta) for one, delta in zip(prepared, deltas, strict=True)]
-            shared += shared[:1] * (sizes[0] - size)  # spare places: one program for all chunks
+            shared += shared[:1] * (sizes[0] - size)  # padding, so that all chunks share a program
             scored = side_by_side.score_deltas(first, shared, split)[:size]
             found = [one.metrics for one in scored]
         for one, delta, metrics in zip(prepared, deltas, found, strict=True):
@@ -130,7 +129,7 @@ def _measured(
 
 
 def generated_metrics(prepared: Prepared, delta: Any, split: str) -> dict[str, float]:
-    """Metrics of greedy answers; one that is no legal label is wrong, and counted."""
+    """Metrics of greedily generated answers; an answer that is not a label counts as wrong."""
     shared, found = prepared.shared(delta), {}
     for part in prepared.data.parts(split, mesh=prepared.mesh, layout=prepared.layout):
         metrics = measure_one("generation", prepared, shared, part, split).metrics
@@ -139,12 +138,12 @@ def generated_metrics(prepared: Prepared, delta: Any, split: str) -> dict[str, f
 
 
 def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str]]:
-    """A trial's config for a task that it may not have been trained on, and the config's tasks.
+    """A trial's config for a task, which may be a new one, and the names of the config's tasks.
 
-    Few shots are drawn anew, from that task; the rest is as `of_task` says.
+    Few-shot examples are drawn from a new task; otherwise see `of_task`.
 
     Raises:
-        UserError: another task where each has a prompt of its own.
+        UserError: the task is new, and the method has a prompt for each task.
     """
     known = [one.task.name for one in members(config)]
     if task is None or task in known:
@@ -155,9 +154,9 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
 
 
 def on_this_machine(config: ConfigDict) -> ConfigDict:
-    """A config on a mesh that this machine has, its attention kernel where one can serve.
+    """A config with a mesh for this machine, and with a supported attention kernel.
 
-    Neither the machine nor the rows need be those of training.
+    The machine and the shapes of rows may differ from those of training.
     """
     tree = to_dict(config)
     mesh = tree["mesh"]
@@ -173,18 +172,18 @@ def check_trained(folder: epath.PathLike) -> None:
     """Checks that a trial has a delta.
 
     Raises:
-        UserError: not yet.
+        UserError: it has none yet.
     """
     if not (epath.Path(folder) / DELTA).exists():
         raise UserError(f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train")
 
 
 def trained_delta(folder: epath.PathLike, trial: ForwardPass, *, any_weights: bool = False) -> Any:
-    """A trial's selected delta, on the devices.
+    """Loads a trial's selected delta to the devices.
 
     Raises:
-        UserError: one that was trained on other weights (not with `any_weights`), or that is not
-            whole, of the model's shapes, or read by the method.
+        UserError: the delta was trained on other weights (unless `any_weights`), or does not have
+            the leaves and shapes of its method and model.
     """
     file = epath.Path(folder) / DELTA
     delta, origin = load_delta(file)
@@ -192,14 +191,14 @@ def trained_delta(folder: epath.PathLike, trial: ForwardPass, *, any_weights: bo
         raise UserError(
             f"{file} was trained on weights {origin.get('fingerprint')}, "
             f"{trial.config.model.name} has {trial.loaded.fingerprint}; --any-weights "
-            "uses it nevertheless"
+            "accepts it"
         )
     check_fit(delta, trial.config, trial.loaded.config, file=str(file))
     return jax.tree.map(put, delta, delta_shardings(trial, delta))
 
 
-def say_other_data(folder: epath.PathLike, prepared: Prepared, split: str) -> None:
-    """Says where a split that the trial had is another now."""
+def warn_other_data(folder: epath.PathLike, prepared: Prepared, split: str) -> None:
+    """Prints a warning if a split has changed since the trial ran."""
     origin = load_delta(epath.Path(folder) / DELTA)[1]
     names = ",".join(one.task.name for one in prepared.tasks)
     then = origin.get("data", {}) if origin.get("task") == names else {}
@@ -211,16 +210,16 @@ def say_other_data(folder: epath.PathLike, prepared: Prepared, split: str) -> No
 
 
 class Answering:
-    """A finished trial that answers texts.
+    """Answers texts with a finished trial.
 
     Args:
         folder: of the trial.
-        progress: where waiting is reported.
-        task: one of the trial's, or another for the same delta; needed where the trial has several.
-        any_weights: also where the delta was trained on other weights than the model's.
+        progress: the display.
+        task: a task of the trial, or another one; required if the trial has several.
+        any_weights: also accept a delta that was trained on other weights than the model's.
 
     Raises:
-        UserError: no word on which of several tasks; see `trained_delta`.
+        UserError: the trial has several tasks and none is given; see also `trained_delta`.
     """
 
     def __init__(
@@ -247,16 +246,16 @@ class Answering:
         self.task = get_task(self.config.task)
 
     def predict(self, lines: Sequence[str], *, first: int = 1) -> Iterator[dict[str, Any]]:
-        """Answers lines together; `first` is the number of the first, for errors.
+        """Answers lines in a batch; `first` is the number of the first line, for errors.
 
-        A line is the task's only text field; a task with several takes them separated by tabs.
+        A line has the task's text field, or its text fields separated by tabs.
 
         Yields:
             {"text", "label", "probabilities": {label: share}} for each line; {"text", "answer"}
-            where the task's answers are free text.
+            for a free-text task.
 
         Raises:
-            UserError: a line with another number of fields.
+            UserError: a line has another number of fields.
         """
         records = [self._record(number, line) for number, line in enumerate(lines, first)]
         encoded = encode_records(
@@ -265,7 +264,7 @@ class Answering:
         tasks_N = np.full(len(lines), self.number, np.int32)
         encoded = dataclasses.replace(encoded, tasks=tasks_N)
         if not self.task.verbalizers:
-            yield from self._written(lines, encoded)
+            yield from self._generated(lines, encoded)
             return
         rows = 8 if len(lines) > 1 else 1
         multiple, layout = self.trial.mesh.shape["data"], self.trial.layout
@@ -280,11 +279,11 @@ class Answering:
             yield {"text": line, "label": labels[int(share_C.argmax())], "probabilities": shares}
 
     def generate(self, texts: Sequence[str], *, max_new: int) -> list[str]:
-        """Continues texts greedily, as they are, behind the delta.
+        """Continues texts greedily with the delta, without the task's template.
 
         Args:
-            texts: without the task's template.
-            max_new: tokens of a continuation, at most.
+            texts: any.
+            max_new: largest number of tokens of a continuation.
         """
         loaded, start = self.trial.loaded, list[int]()
         if self.trial.bos and loaded.tokenizer.bos_id is not None:
@@ -301,16 +300,16 @@ class Answering:
         )
         return [loaded.tokenizer.decode(one) for one in ids]
 
-    def _written(self, lines: Sequence[str], encoded: Encoded) -> Iterator[dict[str, Any]]:
-        """Answers in free text."""
-        write = generation(self.config.eval.beams, max_new=self.config.task.max_target)
+    def _generated(self, lines: Sequence[str], encoded: Encoded) -> Iterator[dict[str, Any]]:
+        """Generates free-text answers."""
+        evaluator = generation(self.config.eval.beams, max_new=self.config.task.max_target)
         part = Split(self.task, encoded, lambda: [])
-        result = write(self.trial.forward, self.shared, part, lambda done, total: None)
+        result = evaluator(self.trial.forward, self.shared, part, lambda done, total: None)
         for line, prediction in zip(lines, result.predictions, strict=True):
             yield {"text": line, "answer": prediction["predicted"]}
 
     def _record(self, number: int, line: str) -> dict[str, str | None]:
-        """A line's record."""
+        """The record of a line."""
         fields = self.task.fields
         texts = line.split("\t") if len(fields) > 1 else [line]
         if len(texts) != len(fields):
@@ -335,16 +334,16 @@ def predict_lines(
     Args:
         folder: of the trial.
         lines: texts, without line ends.
-        progress: where waiting is reported.
+        progress: the display.
         task: as for `Answering`.
-        group: lines answered together; 1 answers each as it comes.
+        group: lines in a batch; with 1 each line is answered at once.
         any_weights: as for `Answering`.
 
     Yields:
-        What `Answering.predict` does for each line, in order.
+        The results of `Answering.predict` for each line, in order.
     """
     answering = Answering(folder, progress, task=task, any_weights=any_weights)
     source, first = iter(lines), 1
-    while together := list(itertools.islice(source, group)):
-        yield from answering.predict(together, first=first)
-        first += len(together)
+    while batch := list(itertools.islice(source, group)):
+        yield from answering.predict(batch, first=first)
+        first += len(batch)

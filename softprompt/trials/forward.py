@@ -1,4 +1,4 @@
-"""What a forward pass needs: a config's model and its method, for any delta."""
+"""Prepares the forward pass of a config: its model and its method, for any delta."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,18 +28,18 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class ForwardPass:
-    """What a forward pass needs, for any delta of one config.
+    """The inputs of a forward pass besides the delta, for one config.
 
     Attributes:
         config: resolved.
         loaded: the pretrained model.
-        frozen: its weights; none of them where they are trained themselves.
+        frozen: its frozen weights; {} if the method trains the weights.
         mesh: the devices.
-        step: what is static; `step.model` is the model as the method wants it.
+        step: the static configuration; `step.model` is the model configured for the method.
         bos: texts begin with the tokenizer's BOS.
-        layout: where the model wants an example.
-        contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, a BOS before
-            a prompt included.
+        layout: how an example is laid out in a row.
+        contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, including a
+            BOS before a prompt.
     """
 
     config: ConfigDict
@@ -52,13 +52,13 @@ class ForwardPass:
     contexts: tuple[int, int]
 
     def shared(self, delta: Tree) -> Shared:
-        """What all rows of a forward pass have in common: the variables and the context."""
+        """Computes what all rows of a forward pass share: the variables and the context."""
         shared: Shared = shared_function(self.step, self.mesh)(delta, self.frozen)
         return shared
 
     @property
     def forward(self) -> Forward:
-        """The same, as evaluators take it."""
+        """The same, as the input of evaluators."""
         tokenizer = self.loaded.tokenizer
         return Forward(self.step.model, self.frozen, self.mesh, self.layout, tokenizer)
 
@@ -75,11 +75,10 @@ def prepare_forward(
 
     Args:
         config: resolved.
-        session: for the model.
-        train: the training examples, for a method that shows some of them before a text and for
-            what a prompt starts from.
-        start: what a prompt starts from; None where the delta is there already.
-        row_tokens: the length of the rows that are trained on, in a layout; None without training.
+        session: loads the model.
+        train: the training examples, for few-shot methods and for prompt initialisers.
+        start: the prompt's initialiser; None if the delta exists already.
+        row_tokens: layout -> length of training rows; None without training.
 
     Raises:
         UserError: see `load_model`, and the method's settings.
@@ -113,16 +112,16 @@ def prepare_forward(
 
 
 def text_bos(config: ConfigDict, loaded: Loaded) -> bool:
-    """Whether texts begin with BOS; else what stands before them may."""
+    """Whether texts begin with BOS; otherwise the context before them may."""
     settings = method_settings(config)
     return wants_bos(settings.bos, loaded.tokenizer) and not settings.begins_with_bos
 
 
 def free_positions(config: ConfigDict, loaded: Loaded) -> int:
-    """Positions that the task leaves for a context; an encoder-decoder's are relative, and endless.
+    """Positions that the task's texts leave for a context; unlimited for an encoder-decoder.
 
     Raises:
-        UserError: the task's inputs alone may take more than there are.
+        UserError: the task's texts alone may exceed the model's context length.
     """
     if loaded.encoder_decoder:
         return 2**30
@@ -139,17 +138,17 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
 def arrange(
     config: ConfigDict, loaded: Loaded, cfg: Any
 ) -> tuple[Model, RowLayout, tuple[int, int]]:
-    """The model as the method wants it, the layout of its rows, and its contexts' lengths.
+    """The model configured for the method, the layout of its rows, and its contexts' lengths.
 
-    `cfg` is the method's.
+    `cfg` is the static configuration of the method.
     """
     method, settings = METHODS[config.method.name], method_settings(config)
-    before = method.context(cfg) if settings.is_context else Context()
-    length, places, prompts = before.length, before.places, before.prompts
+    context = method.context(cfg) if settings.is_context else Context()
+    length, places, prompts = context.length, context.places, context.prompts
     model = loaded.model.clone(remat=config.mesh.remat)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
         return model, RowLayout(prompts=prompts), (0, length)
-    encoder, decoder = (length if place in places else 0 for place in ("encoder", "decoder"))
+    encoder, decoder = (length if stack in places else 0 for stack in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
     if settings.is_prompt and config.method.prompt_to_input:
         return model, RowLayout(loaded.config.start, encoder, decoder, prompts), (0, 0)
@@ -164,19 +163,19 @@ def with_kernel(
     context: int,
     tokens: int | None,
 ) -> Model:
-    """The model with the attention that its config asks for.
+    """The model with the attention kernel of `mesh.attention`.
 
-    Rows that a kernel cannot serve are left to the reference one by one, when they are traced.
+    Row shapes that the kernel does not support use the reference attention when they are traced.
 
     Args:
-        config: its `mesh.attention`.
-        model: with the reference.
+        config: has `mesh.attention`.
+        model: with the reference attention.
         mesh: the devices.
         context: tokens before a row.
-        tokens: of a row that the kernel must serve, where it is asked for by its name.
+        tokens: length of rows that the kernel must support; None if it need not.
 
     Raises:
-        UserError: that kernel cannot serve such rows.
+        UserError: the kernel does not support such rows.
     """
     if isinstance(model, T5):
         case = Case(model.dtype.name, model.config.head_size, bias=True)

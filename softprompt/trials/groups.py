@@ -1,9 +1,8 @@
-"""Which trials of a sweep run at a time, and who takes their steps.
+"""Runs groups of trials of a sweep concurrently.
 
-A trial is a generator of training steps (`softprompt.trials.run.trial_steps`), and one thread
-drives all of them. On an accelerator the steps of several trials are stacked into one program. On a
-CPU, whose cores one program leaves partly idle, each trial's step is started while the others' are
-being computed.
+A trial is a generator of training steps (`softprompt.trials.run.trial_steps`); one thread drives
+all of them. On an accelerator the steps of several trials are stacked into one program. On a CPU
+one program leaves cores partly idle, so each trial's step starts while those of others still run.
 """
 
 import functools
@@ -34,19 +33,19 @@ from softprompt.trials.session import Session, optimizer_config
 Job = tuple[ConfigDict, epath.Path]
 Failed = Callable[[ConfigDict, epath.Path, Exception, float], Row]
 
-# How many trials run at a time where the config leaves it open, and where their steps are stacked.
+# Numbers of concurrent trials by default, and the backends on which their steps are not stacked.
 MOST = {"cpu": 2}
 MOST_ELSEWHERE = 16
 IN_TURNS = ("cpu",)
 
 
 def plan(session: Session, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
-    """Groups of trials, as indices into `trials`, and how many of each run at a time.
+    """Groups of trials, as indices into `trials`, and how many of each run concurrently.
 
-    Trials are of one group when their steps are one program on the same weights: they may differ
-    in seed, initialiser, rate, schedule, length of training, dropout rate, and task where rows have
-    equal shapes. The groups of a model come one after another and are found when its turn comes, so
-    that a sweep over models loads each once.
+    Trials of a group share a compiled step and the weights. They may differ in seed, initialiser,
+    rate, schedule, length of training, dropout rate and, if their rows have equal shapes, task. The
+    groups of a model are consecutive, and are found when the first of them is due, so that a sweep
+    over models loads each model once.
     """
     models: dict[Any, list[int]] = {}
     for index, config in enumerate(trials):
@@ -79,7 +78,7 @@ def _groups(
 
 
 def _program(session: Session, config: ConfigDict) -> tuple[Any, int]:
-    """What trials of one group have in common, and how many fit; (None, 1) where one runs alone."""
+    """The key of a trial's group, and how many may run concurrently; (None, 1) if it runs alone."""
     if most_at_once(config) == 1:
         return None, 1
     try:
@@ -96,7 +95,7 @@ def _program(session: Session, config: ConfigDict) -> tuple[Any, int]:
 
 
 def most_at_once(config: ConfigDict) -> int:
-    """How many trials like this may run at a time; 1 of those that never run beside others."""
+    """How many trials like this may run concurrently; 1 if it must run alone."""
     method = method_settings(config)
     if not method.trains or method.trains_weights or jax.process_count() > 1:
         return 1
@@ -107,7 +106,7 @@ def most_at_once(config: ConfigDict) -> int:
 
 
 def room(prepared: Prepared) -> int:
-    """How many trials like this fit into memory, by estimate; rows or trials lie over "data"."""
+    """How many trials like this fit into memory, by estimate; "data" splits rows or trials."""
     each = step_memory(prepared, train_source(prepared).template.shape) + trained(prepared)[1]
     devices = 1 if jax.default_backend() == "cpu" else prepared.mesh.shape["data"]
     return int((MEMORY_SHARE * device_memory() - bytes_here(prepared.frozen)) * devices // each)
@@ -116,21 +115,21 @@ def room(prepared: Prepared) -> int:
 def run_group(
     session: Session, jobs: Sequence[Job], width: int, failed: Failed
 ) -> Iterator[tuple[int, Row]]:
-    """Runs a group's trials, `width` at a time; when one ends the next takes its place.
+    """Runs a group's trials, `width` at a time; when one ends the next starts.
 
     Args:
         session: the process's.
         jobs: configs and their folders.
-        width: how many run at a time.
-        failed: makes the row of a trial that failed, of its error and the seconds that it took.
+        width: number of concurrent trials.
+        failed: makes the row of a failed trial from its error and its seconds.
 
     Yields:
-        A trial's index in `jobs` and its row, as it ends.
+        The index in `jobs` and the row of each trial, when it ends.
 
     Raises:
         KeyboardInterrupt, SystemExit: after a signal, once every running trial is saved.
     """
-    machine_flops(jobs[0][0].model.dtype)  # measured while nothing else runs
+    machine_flops(jobs[0][0].model.dtype)  # measured before any trial runs
     in_turns = session.mesh(jobs[0][0]).size == 1 and jax.default_backend() in IN_TURNS
     waiting, running = deque(enumerate(jobs)), list[_Running]()
     stopped: BaseException | None = None
@@ -155,7 +154,7 @@ def run_group(
 
 
 class _Running:
-    """A trial that has begun, and the step that it asks for next, or how it ended."""
+    """A trial that has started, with its next step (`call`), or its row or signal at the end."""
 
     def __init__(self, index: int, job: Job, session: Session, failed: Failed) -> None:
         self.index = index
@@ -174,18 +173,18 @@ class _Running:
             return (yield from trial_steps(config, folder, session=self.session))
 
     def begin(self) -> None:
-        """Runs the trial up to its first step."""
+        """Runs the trial until its first step."""
         with self._shared.pauses():
             self._advance(lambda: next(self._steps))
 
     def resume(self, take: Callable[[StepCall], StepResult]) -> None:
-        """Takes the trial's step and runs it up to its next one, or to its end."""
+        """Takes the trial's step, and runs the trial until its next step or its end."""
         assert self.call is not None
         call, self.call = self.call, None
         self._advance(lambda: self._steps.send(take(call)))
 
     def close(self) -> None:
-        """Leaves the trial where it is."""
+        """Stops the trial."""
         self._steps.close()
 
     def _advance(self, run: Callable[[], StepCall]) -> None:
@@ -201,14 +200,14 @@ class _Running:
 
 
 def _take_in_turns(session: Session, running: Sequence[_Running], *, spare: bool) -> None:
-    """Starts each trial's step and goes on with it, while the steps of the others are computed."""
+    """Starts each trial's step and advances the trial, while the steps of others still run."""
     for one in running:
         one.session.members = max(one.session.members, len(running))
         one.resume(one.session.step)
 
 
 def _take_stacked(session: Session, running: Sequence[_Running], *, spare: bool) -> None:
-    """Takes the steps of all trials as one program, then goes on with each."""
+    """Takes the steps of all trials in one program, then advances each trial."""
     if not running:
         return
     calls, first = [one.call for one in running if one.call is not None], running[0].session
@@ -220,10 +219,10 @@ def _take_stacked(session: Session, running: Sequence[_Running], *, spare: bool)
         for one in running:
             one.resume(functools.partial(_fail, error))
         return
-    taken = dict(zip(map(id, calls), results, strict=True))
+    by_call = dict(zip(map(id, calls), results, strict=True))
     for one in running:
         one.session.members = max(one.session.members, len(running))
-        one.resume(lambda call: taken[id(call)])
+        one.resume(lambda call: by_call[id(call)])
 
 
 def _fail(error: Exception, call: StepCall) -> StepResult:

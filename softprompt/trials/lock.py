@@ -1,4 +1,4 @@
-"""One process at a time trains in a trial's folder."""
+"""Locks a trial's folder, so that only one process trains in it."""
 
 import json
 import os
@@ -18,18 +18,18 @@ LOCK, OWNER = ".lock", ".owner.json"
 
 
 class Locked(UserError):
-    """Another process trains in the folder."""
+    """Another process is training in the folder."""
 
 
 @contextmanager
 def holding(folder: epath.PathLike) -> Iterator[None]:
-    """Within the block no other process trains in the folder.
+    """Locks a folder for the duration of the block.
 
-    The lock ends with the process that has it, however that ends. A bucket has none. Of several
-    processes of one run the first takes it.
+    The operating system releases the lock if the process dies. Buckets are not locked. Of several
+    processes of one run, process 0 takes the lock.
 
     Raises:
-        Locked: another process has it; names that process.
+        Locked: another process holds the lock; names it.
     """
     if "://" in os.fspath(folder) or jax.process_index():
         yield
@@ -50,12 +50,12 @@ def holding(folder: epath.PathLike) -> Iterator[None]:
         for name in (OWNER, LOCK):
             (path / name).unlink(missing_ok=True)
         lock.release()
-        if new and not any(path.iterdir()):  # a mistake leaves no folder behind
+        if new and not any(path.iterdir()):  # a failed command leaves no empty folder
             path.rmdir()
 
 
 def _owner(path: Path) -> str:
-    """The process that has the lock, in words."""
+    """A description of the process that holds the lock."""
     try:
         owner = json.loads((path / OWNER).read_text())
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"

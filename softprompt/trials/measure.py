@@ -1,4 +1,4 @@
-"""What a trial's delta is measured by: the evaluators that its config asks for."""
+"""Measures a trial's delta with the evaluators of its config."""
 
 import functools
 import json
@@ -29,14 +29,14 @@ PREDICTIONS = "predictions.jsonl"
 
 
 def evaluator(name: str, config: ConfigDict) -> Evaluator:
-    """The evaluator of this name, with a config's settings."""
+    """Makes an evaluator by name, with a config's settings."""
     if name == "ranking":
         return ranking(config.eval.score)
     return generation(config.eval.beams, max_new=config.task.max_target)
 
 
 def measure(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, float], Predictions]:
-    """Measures a delta on a split by every evaluator that the config asks for.
+    """Measures a delta on a split with every evaluator of the config.
 
     Returns:
         The metrics, joined by `over_tasks`, and the predictions of all evaluators.
@@ -58,14 +58,14 @@ def measure(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, floa
 
 
 def measure_one(name: str, prepared: Prepared, shared: Any, part: Split, split: str) -> Any:
-    """The result of one evaluator on one task."""
+    """Runs one evaluator on one task."""
     verb = {"ranking": "score", "generation": "generate"}[name]
     report = functools.partial(prepared.session.progress.stage, f"{verb} {split}")
     return evaluator(name, prepared.config)(prepared.forward, shared, part, report)
 
 
 def predictions_by_id(prepared: Prepared, split: str, found: Predictions) -> Iterator[dict]:
-    """Lines of predictions.jsonl: each example's id and prediction, and of a mixture its task."""
+    """Lines of predictions.jsonl: id and prediction of each example; in a mixture also its task."""
     for one, of_task in zip(prepared.tasks, found, strict=True):
         named = {"task": one.task.name} if len(prepared.tasks) > 1 else {}
         for name, prediction in zip(one.split(split).ids, of_task, strict=True):
@@ -79,7 +79,7 @@ def read_predictions(folder: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, Any]:
-    """The selected delta's metrics: on the test split, and those that the config asks for.
+    """Metrics of the selected delta: on the test split, and optionally of a text and latency.
 
     Writes the predictions of the test split.
     """
@@ -99,14 +99,13 @@ def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[s
 
 
 def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
-    """What the delta costs in use, against the base: see `latency.compare`.
+    """The latency of the delta against the base model: see `latency.compare`.
 
-    Of a mixture the inputs are the first task's. Weights that were trained themselves are first
-    cast to the dtype of the base's.
+    The inputs are those of a mixture's first task. Trained weights are cast to the base's dtype.
     """
     session, mesh, step = prepared.session, prepared.mesh, prepared.step
     session.progress.stage("time prefill and decoding")
-    weights = session.model(prepared.config).weights  # anew, if training dropped them
+    weights = session.model(prepared.config).weights  # loaded again if training freed them
     plain = shared_function(StepConfig(step.model, "none", None), mesh)
     inputs = prepared.tasks[0].test.inputs
     base = latency.Served(weights, plain({}, weights), inputs)

@@ -13,7 +13,7 @@ from softprompt.trials.delta_shapes import check_fit
 
 
 def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> list[str]:
-    """Writes the model that computes alone what base model and delta compute together, in float32.
+    """Writes a model with the delta merged into its weights, in float32.
 
     Args:
         config: the trial's.
@@ -21,12 +21,12 @@ def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) ->
         to: a new local folder.
 
     Returns:
-        The files.
+        The paths of its files.
 
     Raises:
-        UserError: the method has no `merge`; the delta was trained on other weights, or does not
-            fit them; the weights are quantised; the folder is not local. Nothing is left
-            half-written.
+        UserError: the method has no `merge`; the delta was trained on other weights, or has other
+            shapes; the weights are quantised; the folder is not local. Incomplete output is
+            removed.
     """
     settings = method_settings(config)
     method = METHODS[settings.name]
@@ -38,7 +38,7 @@ def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) ->
         )
     if "://" in str(to):
         raise UserError(f"--to {to}: a whole model is written to a local folder")
-    delta, known = load_delta(delta_file)
+    delta, metadata = load_delta(delta_file)
     loaded = load_model(
         config.model.name,
         dtype="float32",
@@ -46,9 +46,9 @@ def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) ->
         revision=config.model.revision or None,
         tokenizer_name=config.model.tokenizer,
     )
-    if known.get("fingerprint") != loaded.fingerprint:
+    if metadata.get("fingerprint") != loaded.fingerprint:
         raise UserError(
-            f"{delta_file} was trained on weights {known.get('fingerprint')}, "
+            f"{delta_file} was trained on weights {metadata.get('fingerprint')}, "
             f"{config.model.name} has {loaded.fingerprint}"
         )
     check_fit(delta, config, loaded.config, file=str(delta_file))

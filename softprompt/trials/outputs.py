@@ -1,4 +1,4 @@
-"""Writes the table and the figure of an experiment beside its trials."""
+"""Writes the table and the figure of an experiment to the folder of its trials."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from softprompt.results import Row, read_rows
 from softprompt.trials.sweep import call_experiment
 
 OWNER = "sweep.json"
-MOST_FAILURES = 5  # that a caption names
+MOST_FAILURES = 5  # listed in a caption
 
 
 def write_outputs(
@@ -25,20 +25,20 @@ def write_outputs(
     prefix: str = "",
     notes: str = "",
 ) -> list[str]:
-    """Writes table.md, .csv and .tex and figure.png and .pdf, each whole or not at all.
+    """Writes table.md, .csv and .tex and figure.png and .pdf, each atomically.
 
     Args:
         experiment: has the functions `table` and `figure`.
         rows: their argument.
-        folder: of the files.
+        folder: where to write the files.
         prefix: of the files' names.
-        notes: sentences after the experiment's caption.
+        notes: sentences added to the experiment's caption.
 
     Returns:
         The files' names.
 
     Raises:
-        UserError: a mistake in the experiment, or the folder cannot be written to.
+        UserError: the experiment has an error, or the folder is not writable.
     """
     import pandas as pd  # slow to import
     from matplotlib.figure import Figure
@@ -65,14 +65,14 @@ def write_outputs(
 def write_trial_outputs(experiment: ModuleType, folder: epath.PathLike) -> list[str]:
     """Writes the table and the figure of all finished trials below a folder.
 
-    The caption names models, tasks and failed trials. The files of the experiment that was first
-    swept into the folder are table.md and so on; those of another are NAME-table.md and so on.
+    The caption names models, tasks and failed trials. The first experiment that was swept into the
+    folder has table.md and so on; others have NAME-table.md and so on.
 
     Returns:
         The files' names, the Markdown table's first.
 
     Raises:
-        UserError: there is no finished trial, or a mistake in the experiment.
+        UserError: there is no finished trial, or the experiment has an error.
     """
     from softprompt.analysis import tables  # pandas is slow to import
 
@@ -105,10 +105,10 @@ def experiment_name(experiment: ModuleType) -> str:
 
 
 def claim_outputs(experiment: ModuleType, folder: epath.PathLike) -> None:
-    """Records which experiment a folder is of, unless one is recorded already.
+    """Records the experiment of a folder, unless one is recorded already.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder is not writable.
     """
     check_writable(folder)
     if owner(folder) is None:

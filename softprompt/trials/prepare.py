@@ -1,4 +1,4 @@
-"""A config with all that a trial needs: a forward pass, examples, and what training starts from."""
+"""Prepares a trial from its config: forward pass, examples, initial state and learning rates."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Prepared(ForwardPass):
-    """What a trial needs besides: its examples, and what it shares with other trials.
+    """A prepared trial: a forward pass, its examples, and the session.
 
     Attributes:
         session: the process's.
@@ -50,12 +50,12 @@ class Prepared(ForwardPass):
         return self.data.tasks
 
     def of(self, task: str) -> "Prepared":
-        """The same for one task of a mixture, which keeps its number."""
+        """Returns the same for one task of a mixture, which keeps its number."""
         return dataclasses.replace(self, data=self.data.only(task))
 
 
 def prepare(config: ConfigDict, session: Session) -> Prepared:
-    """Loads what a config names, for training and testing it.
+    """Loads the model and data of a config, for training and testing.
 
     Raises:
         UserError: see `load_model`, the task's source, and the method's settings.
@@ -71,14 +71,14 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     made = prepare_forward(
         config, session, train=data.train, start=start_settings(config), row_tokens=row_tokens
     )
-    if config.eval.text:  # read before anything is trained, for it may not be there
+    if config.eval.text:  # read before training, since it may not exist
         text = session.text(config, bos=made.bos)
         check_room(text, made.loaded, name=config.eval.text, context=made.contexts[1])
     return Prepared(**vars(made), session=session, data=data)
 
 
 def prepare_scoring(config: ConfigDict, session: Session) -> Prepared:
-    """Loads what a config names, for scoring a delta that is trained already."""
+    """Loads the model and data of a config, for scoring a trained delta."""
     data = session.data(config, bos=text_bos(config, session.model(config)))
     made = prepare_forward(config, session, train=data.train)
     return Prepared(**vars(made), session=session, data=data)
@@ -93,7 +93,7 @@ def train_source(prepared: Prepared) -> TrainSource:
 
 
 def keep_probabilities(config: ConfigDict) -> dict[str, np.ndarray]:
-    """Fields of a trial's `Dropout`, float32 []: those whose rate is not 0."""
+    """Fields of a trial's `Dropout`, float32 [], without those whose rate is 0."""
     rates, drops = {"model": config.train.dropout}, method_settings(config).drops
     if drops:
         rates[drops] = config.method.dropout
@@ -101,62 +101,61 @@ def keep_probabilities(config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def trial_dropout(prepared: Prepared) -> Dropout | None:
-    """A trial's dropout, on every device of every process; None where nothing is dropped."""
+    """A trial's dropout, replicated on all devices; None without dropout."""
     config, mesh = prepared.config, prepared.mesh
     keep = keep_probabilities(config)
     if not keep:
         return None
-    whole = replicated(mesh)
-    placed = {name: put(probability, whole) for name, probability in keep.items()}
-    return Dropout(random_key(config.seed, mesh), **placed)
+    fields = {name: put(probability, replicated(mesh)) for name, probability in keep.items()}
+    return Dropout(random_key(config.seed, mesh), **fields)
 
 
 def initial_state(prepared: Prepared) -> loop.State:
-    """The delta at step 0, and the optimizer's state, on every device.
+    """The delta and the optimizer's state at step 0, on the devices.
 
     Raises:
-        UserError: the delta has a leaf that no module reads.
+        UserError: the model does not use a leaf of the delta.
     """
     config, step = prepared.config, prepared.step
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     shapes = delta_shapes(prepared)
-    where = delta_shardings(prepared, shapes)
-    make = jax.jit(functools.partial(first_delta, step), out_shardings=where)
+    shardings = delta_shardings(prepared, shapes)
+    make = jax.jit(functools.partial(first_delta, step), out_shardings=shardings)
     delta = make(key, prepared.loaded.weights)
     check_read(step, prepared.frozen, delta, train_source(prepared)[0])
     tx = make_optimizer(optimizer_config(config))
-    state_where = state_shardings(tx, shapes, where, mesh=prepared.mesh)
-    opt_state = jax.jit(tx.init, out_shardings=state_where)(delta)
+    state_sharding = state_shardings(tx, shapes, shardings, mesh=prepared.mesh)
+    opt_state = jax.jit(tx.init, out_shardings=state_sharding)(delta)
     if config.optimizer.max_row_norm:
         opt_state = set_row_cap(opt_state, put(row_cap(prepared), replicated(prepared.mesh)))
     return loop.State(delta, opt_state, best=jax.tree.map(lambda leaf: leaf.copy(), delta))
 
 
 def delta_shardings(prepared: ForwardPass, delta: Tree) -> Tree:
-    """How a delta (arrays or shapes) lies: whole everywhere; weights as frozen ones would."""
+    """The shardings of a delta (arrays or shapes): replicated, or the rules of trained weights."""
     mesh = prepared.mesh
     if METHODS[prepared.step.method].Settings.trains_weights:
         return weight_shardings(delta, mesh, weights=prepared.config.mesh.weights)
     return jax.tree.map(lambda _: replicated(mesh), delta)
 
 
-def state_shardings(tx: Any, delta: Tree, where: Tree, *, mesh: jax.sharding.Mesh) -> Tree:
-    """How an optimizer's state lies: what has a leaf's shape as the leaf does, the rest whole."""
-    whole, state = replicated(mesh), jax.eval_shape(tx.init, delta)
-    if all(there.is_fully_replicated for there in jax.tree.leaves(where)):
-        return jax.tree.map(lambda _: whole, state)
+def state_shardings(tx: Any, delta: Tree, shardings: Tree, *, mesh: jax.sharding.Mesh) -> Tree:
+    """The shardings of an optimizer's state: like the delta if shapes agree, else replicated."""
+    everywhere, state = replicated(mesh), jax.eval_shape(tx.init, delta)
+    if all(one.is_fully_replicated for one in jax.tree.leaves(shardings)):
+        return jax.tree.map(lambda _: everywhere, state)
     return optax.tree.map_params(
         tx,
-        lambda leaf, like, there: there if leaf.shape == like.shape else whole,
+        lambda leaf, like, sharding: sharding if leaf.shape == like.shape else everywhere,
         state,
         delta,
-        where,
-        transform_non_params=lambda _: whole,
+        shardings,
+        transform_non_params=lambda _: everywhere,
     )
 
 
 def first_delta(step: StepConfig, key: jax.Array, weights: Tree) -> Tree:
-    """The delta that a trial starts from."""
+    """The initial delta of a trial."""
     return METHODS[step.method].init(key, step.model, weights, step.method_config)
 
 
@@ -167,16 +166,16 @@ def delta_shapes(prepared: Prepared) -> Tree:
 
 
 def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: TrainBatch) -> None:
-    """Checks that the model reads every variable that the delta becomes.
+    """Checks that the model uses every variable that the method makes from the delta.
 
     Args:
-        step: names the model and the method.
+        step: has the model and the method.
         weights: the frozen model.
         delta: what is trained.
-        batch: any, of which a row is run.
+        batch: any batch; its first row is traced.
 
     Raises:
-        UserError: names the leaves that no module reads.
+        UserError: names the leaves that no module uses.
     """
     row = jax.tree.map(lambda array: array[0], batch.rows)
 
@@ -192,19 +191,19 @@ def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: TrainBatch) 
         return variables, [made.get("read", {}) for made in (first, second, third)]
 
     variables, read = jax.eval_shape(run)
-    names, found = _paths(variables), set().union(*map(_paths, read))
-    if unread := sorted(names - found):
+    names, used = _paths(variables), set().union(*map(_paths, read))
+    if unread := sorted(names - used):
         raise UserError(f"no module of the model reads the delta's {', '.join(unread)}")
 
 
 def _paths(tree: Tree) -> set[str]:
-    """Names of a tree's leaves; what a module noted as read is a tuple there."""
+    """Names of a tree's leaves; a tuple is a leaf (Flax's `sow` in the collection "read")."""
     stop = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     return {path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(tree, stop)[0]}
 
 
 def learning_rates(prepared: Prepared) -> np.ndarray:
-    """The rate of every step, in absolute units, float32 [steps]."""
+    """The absolute learning rate of every step, float32 [steps]."""
     o, peak = prepared.config.optimizer, prepared.config.optimizer.rate
     if o.rate_unit == "embedding_rms":
         peak *= seen_rms(prepared.loaded)
@@ -212,7 +211,7 @@ def learning_rates(prepared: Prepared) -> np.ndarray:
 
 
 def row_cap(prepared: Prepared) -> np.ndarray:
-    """The largest norm of a prompt's row, in absolute units, float32 []."""
+    """The largest absolute norm of a prompt's row, float32 []."""
     o, cap = prepared.config.optimizer, prepared.config.optimizer.max_row_norm
     if o.rate_unit == "embedding_rms":
         width = jax.eval_shape(embedding, prepared.loaded.weights["embed"]).shape[1]
@@ -221,31 +220,31 @@ def row_cap(prepared: Prepared) -> np.ndarray:
 
 
 def seen_rms(loaded: Loaded) -> float:
-    """The RMS of the embeddings as the layers see them: scaled, in a model that scales them."""
+    """The RMS of the embeddings after the model's scaling, if it has one."""
     rms = jax.jit(lambda embed: embedding_rms(embedding(embed)))
     return float(rms(loaded.weights["embed"])) * loaded.config.embed_scale
 
 
 def step_work(prepared: Prepared) -> Work:
-    """What an average step has to compute: no padding, each context once."""
+    """The work of an average step, without padding, and with each context once."""
     batch, layout = prepared.config.train.batch, prepared.layout
     runs = max(1, layout.prompts) if METHODS[prepared.step.method].Settings.is_prompt else 0
     return train_work(prepared.data.train, layout, prepared.contexts, batch, runs=runs)
 
 
 def step_flops(prepared: Prepared) -> float:
-    """Useful operations of an average step."""
+    """Useful FLOPs of an average step."""
     work, method = step_work(prepared), METHODS[prepared.step.method].Settings
     flops = train_flops(prepared.loaded.config, work, weights=method.trains_weights)
-    more = matrix_flops(delta_shapes(prepared), work) if method.multiplies_tokens else 0.0
-    return flops + more
+    extra = matrix_flops(delta_shapes(prepared), work) if method.multiplies_tokens else 0.0
+    return flops + extra
 
 
 def matrix_flops(delta: Tree, work: Work) -> float:
-    """What a delta of small matrices adds to a step: 6 operations a token and number.
+    """FLOPs that a delta of small matrices adds to a step: 6 per token and parameter.
 
-    Its products take part in the forward pass, and in the gradients of both of their operands.
-    Cross-attention's count as if they were all of the decoder's tokens.
+    They are 2 in the forward pass, and 2 for the gradient of each operand. Cross-attention counts
+    as if it read only tokens of the decoder.
     """
     leaves = jax.tree_util.tree_flatten_with_path(delta)[0]
     tokens = {True: work.inputs, False: work.tokens}

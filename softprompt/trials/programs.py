@@ -1,4 +1,4 @@
-"""Compiled training steps: of one trial, or of several trials stacked into one program."""
+"""Compiled training steps, of one trial or of several trials stacked into one program."""
 
 import functools
 import sys
@@ -20,7 +20,7 @@ Compiling = Callable[[], AbstractContextManager[None]]
 
 
 class Static(NamedTuple):
-    """What is static in a training step; the shapes and shardings of its arguments do the rest."""
+    """The static configuration of a compiled step, besides its arguments' shapes and shardings."""
 
     step: StepConfig
     optimizer: OptimizerConfig
@@ -28,22 +28,22 @@ class Static(NamedTuple):
 
 
 class StepProgram:
-    """A training step for arguments of given shapes, compiled when it is first taken.
+    """A training step for arguments of given shapes, compiled when it is first run.
 
     Trials that share it may be stacked.
 
     Attributes:
-        static: what is static in it.
-        compiled: by the number of stacked trials; 0 is a trial by itself.
+        static: its static configuration.
+        compiled: by the number of stacked trials; 0 is a trial that is not stacked.
     """
 
     def __init__(self, static: Static) -> None:
         self.static = static
         self.compiled: dict[int, Any] = {}
-        self._most = sys.maxsize  # stacked trials that memory has room for, as far as is known
+        self._most = sys.maxsize  # stacked trials at most; lowered when memory does not suffice
 
     def step(self, call: StepCall, compiling: Compiling) -> StepResult:
-        """The step of one trial, whose delta and optimizer's state are donated."""
+        """Runs the step of one trial; donates its delta and optimizer state."""
         arguments = call[1:]
         if 0 not in self.compiled:
             with compiling():
@@ -58,24 +58,24 @@ class StepProgram:
         spare: bool,
         say: Callable[[str], None],
     ) -> list[StepResult]:
-        """The steps of several trials on one model, stacked.
+        """Runs the steps of several trials on one model, stacked.
 
-        Where memory has no room for so many, half as many are taken at a time, from then on.
+        If memory does not suffice, the number of stacked trials is halved from then on.
 
         Args:
             calls: of this program.
             compiling: the context in which a program is compiled.
-            spare: other trials are about to take the places of those that ended, so a larger
-                program serves, its spare places filled with copies.
-            say: is given a line where memory has no room.
+            spare: new trials are about to start, so a larger compiled program is used, padded with
+                copies.
+            say: called with a line if memory does not suffice.
         """
-        assert all(call.program is self for call in calls), "stacked steps are one program"
-        assert all(call.weights is calls[0].weights for call in calls), "and of one model"
+        assert all(call.program is self for call in calls), "stacked steps share a program"
+        assert all(call.weights is calls[0].weights for call in calls), "and weights"
         results = list[StepResult]()
-        while some := calls[len(results) :][: self._most]:
-            width = self._width(len(some), spare=spare)
+        while chunk := calls[len(results) :][: self._most]:
+            width = self._width(len(chunk), spare=spare)
             try:
-                results += self._stacked(some, width, compiling)
+                results += self._stacked(chunk, width, compiling)
             except Exception as error:
                 if width == 1 or not out_of_memory(error):
                     raise
@@ -85,35 +85,35 @@ class StepProgram:
         return results
 
     def memory(self) -> int | None:
-        """Bytes that the largest program needs on a device; None if the compiler does not say."""
+        """Bytes that the largest program needs on a device; None if the compiler reports none."""
         return program_memory(self.compiled[max(self.compiled)]) if self.compiled else None
 
     def _stacked(
         self, calls: Sequence[StepCall], width: int, compiling: Compiling
     ) -> list[StepResult]:
-        """The steps of these, in a program of `width` places."""
+        """Runs the steps in a program for `width` trials, padded with copies of the first."""
         first = calls[0]
         if width not in self.compiled:
             with compiling():
                 self.compiled[width] = compile_population(*self.static, first[1:], width)
-        filled = [_member(call) for call in (*calls, *[first] * (width - len(calls)))]
-        results: list[StepResult] = self.compiled[width](filled, first.weights)
+        padded = [_member(call) for call in (*calls, *[first] * (width - len(calls)))]
+        results: list[StepResult] = self.compiled[width](padded, first.weights)
         return results[: len(calls)]
 
     def _width(self, count: int, *, spare: bool) -> int:
-        """Places of the program to run: `count` where none of those that there are will do."""
+        """The width of the program to run: a suitable compiled one, else `count`."""
         most = sys.maxsize if spare else 2 * count
         return min((n for n in self.compiled if count <= n <= most), default=count)
 
 
 def shapes_key(arguments: Any) -> tuple[Any, ...]:
-    """Shapes, dtypes and structure of a step's arguments."""
+    """The tree structure, shapes and dtypes of a step's arguments."""
     leaves, structure = jax.tree.flatten(arguments)
     return (structure, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
 
 
 class Member(NamedTuple):
-    """What is a trial's own in a stacked step; the frozen weights are everybody's."""
+    """The arguments of one trial in a stacked step; the frozen weights are shared by all."""
 
     delta: Tree
     opt_state: Tree
@@ -128,19 +128,19 @@ def _member(call: StepCall) -> Member:
 def compile_step(
     step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
 ) -> TrainStep:
-    """Compiles the training step: everything keeps its shards, rows lie over "data".
+    """Compiles the training step: outputs keep the inputs' shardings, "data" splits rows.
 
     Delta and optimizer state are donated. `arguments` are those of `train_step`, arrays or shapes
     with shardings.
     """
-    whole = replicated(mesh)
+    everywhere = replicated(mesh)
     function = _step(step, optimizer, mesh, arguments)
-    kept = [jax.tree.map(functools.partial(_sharding, whole), tree) for tree in arguments[:2]]
+    state = [jax.tree.map(functools.partial(_sharding, everywhere), tree) for tree in arguments[:2]]
     jitted = jax.jit(
         function,
         donate_argnums=(0, 1),
-        in_shardings=(*kept, None, by_row(mesh), whole),
-        out_shardings=(*kept, whole),
+        in_shardings=(*state, None, by_row(mesh), everywhere),
+        out_shardings=(*state, everywhere),
     )
     return jitted.lower(*arguments).compile()
 
@@ -152,21 +152,21 @@ def compile_population(
     arguments: tuple[Any, ...],
     width: int,
 ) -> Any:
-    """Compiles `population_step` for so many trials, each with arguments like these.
+    """Compiles `population_step` for `width` trials, each with arguments like these.
 
-    Where the trials divide by the mesh's data axis, each device along it takes whole trials, which
-    need nothing of one another; else each takes some rows of every trial. Nothing is donated: a
-    trial's arguments stand in for those of a trial that is over.
+    If the mesh's data axis divides the trials, each device runs some of the trials, without
+    communication. Otherwise each device runs some rows of every trial. Nothing is donated, since
+    the arguments of a trial may be used twice, as padding.
     """
-    whole, rows = replicated(mesh), by_row(mesh)
+    everywhere, rows = replicated(mesh), by_row(mesh)
     delta, opt_state, weights, batch, dropout = arguments
-    over = width % mesh.shape["data"] == 0 and not split_over_data((delta, weights))
-    function = _step(step, optimizer, mesh, arguments, per_device=not over)
-    where: Any = Member(whole, whole, rows, whole)
+    by_trial = width % mesh.shape["data"] == 0 and not split_over_data((delta, weights))
+    function = _step(step, optimizer, mesh, arguments, per_device=not by_trial)
+    shardings: Any = Member(everywhere, everywhere, rows, everywhere)
     jitted = jax.jit(
-        functools.partial(population_step, step=function, along=rows if over else None),
-        in_shardings=([where] * width, None),
-        out_shardings=whole,
+        functools.partial(population_step, step=function, along=rows if by_trial else None),
+        in_shardings=([shardings] * width, None),
+        out_shardings=everywhere,
     )
     return jitted.lower([Member(delta, opt_state, batch, dropout)] * width, weights).compile()
 
@@ -174,13 +174,13 @@ def compile_population(
 def population_step(
     trials: Sequence[Member], weights: Tree, *, step: TrainStep, along: NamedSharding | None
 ) -> list[StepResult]:
-    """The steps of all trials, vmapped over everything but the weights.
+    """Runs the steps of all trials, vmapped over everything but the weights.
 
     Args:
         trials: of equal shapes.
         weights: the frozen model.
-        step: `train_step`, its static arguments given.
-        along: how the axis of trials lies over devices; None leaves that to their rows.
+        step: `train_step` with its static arguments bound.
+        along: sharding of the axis of trials; None if their rows are split instead.
     """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trials)
     if along is not None:
@@ -208,6 +208,6 @@ def _step(
     return functools.partial(function, per_device=by_device(mesh))
 
 
-def _sharding(whole: Any, leaf: Any) -> Any:
-    """An array's sharding; `whole` for what has none, as a number of the host."""
-    return getattr(leaf, "sharding", None) or whole
+def _sharding(default: Any, leaf: Any) -> Any:
+    """An array's sharding; `default` for values without one, such as NumPy scalars."""
+    return getattr(leaf, "sharding", None) or default

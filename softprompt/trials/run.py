@@ -1,4 +1,4 @@
-"""One trial, from a config to a result row: an idempotent command on a folder."""
+"""Runs one trial, from a config to a result row. A rerun in the same folder resumes it."""
 
 import functools
 import json
@@ -54,24 +54,24 @@ CONFIG, DELTA = "config.json", "delta.safetensors"
 
 
 def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -> Row:
-    """Trains and tests one config, going on from where an earlier run of it stopped.
+    """Trains and tests one config, and resumes an earlier run that did not finish.
 
-    On several hosts, call `jax.distributed.initialize()` first in each process and then this with
-    the same arguments, `folder` on storage that all of them reach. The mesh spans the devices of
-    all processes; the first process writes; a SIGTERM to one of them stops all.
+    On several hosts, each process calls `jax.distributed.initialize()` and then this function with
+    the same arguments; `folder` must be on shared storage. The mesh spans the devices of all
+    processes. Process 0 writes. A SIGTERM to one process stops all of them.
 
     Args:
         config: resolved and valid.
-        folder: of this trial alone, local or gs://. Afterwards holds config.json, metrics.jsonl,
+        folder: of this trial only, local or gs://. Afterwards it holds config.json, metrics.jsonl,
             checkpoints, delta.safetensors (the selected delta), predictions.jsonl and, written
             last, result.json.
-        session: what the process's trials share.
+        session: the caches that all trials of the process share.
 
     Returns:
         The result row.
 
     Raises:
-        UserError: anything the user can mend; the folder is another config's, for one.
+        UserError: any error that the user can fix, such as a folder with another config.
         KeyboardInterrupt: after SIGINT; the state is saved.
         SystemExit: with 75 after SIGTERM or SIGHUP; the state is saved.
     """
@@ -91,7 +91,7 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
     """A trial as a generator of its training steps: see `run_trial`.
 
     Yields:
-        What each step takes; it is sent what the step returns.
+        The arguments of each step. The caller sends the step's outputs.
 
     Returns:
         The result row.
@@ -107,7 +107,7 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
     with holding(folder):
         prepared = prepare(config, session)
         if method_settings(config).trains:
-            delta, metrics, facts = yield from fit(prepared, folder)
+            delta, metrics, facts = yield from train_delta(prepared, folder)
         else:
             claim(folder, config)
             delta, metrics, facts = {}, {"validation": measure(prepared, {}, "validation")[0]}, {}
@@ -139,11 +139,11 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
 
 
 def check_folder(folder: epath.Path, config: ConfigDict) -> None:
-    """Checks that a folder is new or this trial's.
+    """Checks that a folder is new or belongs to this trial.
 
     Raises:
-        UserError: the folder holds another config (names what differs), or an imported delta; or
-            nothing can be written there.
+        UserError: the folder holds another config (lists the differences) or an imported delta, or
+            it is not writable.
     """
     check_writable(folder)
     if not (folder / CONFIG).exists():
@@ -151,8 +151,8 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
     theirs = read_config(folder)
     if trial_id(theirs) != trial_id(config):
         raise UserError(
-            f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: asked, "
-            "there); give another --workdir"
+            f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: requested, "
+            "stored); give another --workdir"
         )
     trained = (folder / "checkpoints").exists() or not method_settings(config).trains
     if (folder / DELTA).exists() and not trained and not is_done(folder):
@@ -163,9 +163,9 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
 
 
 def claim(folder: epath.Path, config: ConfigDict) -> None:
-    """Writes the config into a new folder, once nothing the user asked for can be wrong any more.
+    """Writes the config into a new folder, after all checks of the user's input.
 
-    So a mistake leaves no folder behind that would refuse the corrected command.
+    A command with an error therefore does not claim a folder, and can be corrected and rerun.
     """
     file = folder / CONFIG
     if jax.process_index() == 0 and not file.exists():
@@ -176,11 +176,11 @@ def read_config(folder: epath.PathLike) -> ConfigDict:
     """The resolved config of a trial's folder.
 
     Raises:
-        UserError: no config.json, or not one of ours.
+        UserError: there is no config.json, or it is not a trial's config.
     """
     file = epath.Path(folder) / CONFIG
     if not file.exists():
-        raise UserError(f"{folder}: no trial there (it has no {CONFIG})")
+        raise UserError(f"{folder}: not a trial's folder (it has no {CONFIG})")
     try:
         tree = json.loads(file.read_text())
     except ValueError as error:
@@ -193,21 +193,21 @@ def read_config(folder: epath.PathLike) -> ConfigDict:
         raise UserError(f"{file}: {error}") from error
 
 
-def fit(
+def train_delta(
     prepared: Prepared, folder: epath.Path
 ) -> Generator[StepCall, StepResult, tuple[Tree, dict[str, Any], dict[str, Any]]]:
-    """Trains the delta, from the newest checkpoint where there is one.
+    """Trains the delta, from the newest checkpoint if there is one.
 
     Returns:
-        The selected delta without what only training needed, its metrics, and facts for the row:
-        steps, flops, peak_share, input_wait_share, trained parameters, seconds and memory of a
-        step, and the seconds that earlier processes spent.
+        The selected delta without parameters that only training needs, its metrics, and facts for
+        the row: steps, flops, peak_share, input_wait_share, trained parameters, seconds and memory
+        of a step, and the seconds of earlier processes.
     """
     config, session = prepared.config, prepared.session
     state = initial_state(prepared)
-    if not prepared.frozen:  # the weights are trained, and their first values were copied
+    if not prepared.frozen:  # the weights are trained, and were copied into the delta
         session.release(config)
-    parts = loop_parts(prepared, state, folder)
+    inputs = loop_inputs(prepared, state, folder)
     with open_sinks(
         folder,
         trial_name(config),
@@ -220,17 +220,17 @@ def fit(
             check = functools.partial(check_origin, prepared, folder)
             restored = loop.restore(manager, state, check=check, say=session.progress.say)
             if restored is not None:
-                session.progress.say(f"{trial_name(config)} goes on from step {restored.step}")
+                session.progress.say(f"{trial_name(config)} resumes from step {restored.step}")
             state = restored or state
             log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
-            state = yield from loop.train(loop_config(config), parts, state, log, manager)
+            state = yield from loop.train(loop_config(config), inputs, state, log, manager)
     chosen, scores, at = state.selected(config.eval.select)
-    facts = fit_facts(parts, state, session)
-    return parts.fold(chosen), {"validation": scores, "selected_step": at}, facts
+    facts = training_facts(inputs, state, session)
+    return inputs.fold(chosen), {"validation": scores, "selected_step": at}, facts
 
 
-def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loop.LoopInputs:
-    """What the loop works with."""
+def loop_inputs(prepared: Prepared, state: loop.State, folder: epath.Path) -> loop.LoopInputs:
+    """The inputs of the training loop."""
     config, session, mesh = prepared.config, prepared.session, prepared.mesh
     source, dropout = train_source(prepared), trial_dropout(prepared)
     multiple = mesh.shape["data"] * config.train.microbatches
@@ -259,14 +259,14 @@ def loop_parts(prepared: Prepared, state: loop.State, folder: epath.Path) -> loo
     )
 
 
-def fit_facts(parts: loop.LoopInputs, state: loop.State, session: Session) -> dict[str, Any]:
-    """The facts that `fit` returns."""
+def training_facts(inputs: loop.LoopInputs, state: loop.State, session: Session) -> dict[str, Any]:
+    """The facts that `train_delta` returns."""
     return {
         "steps": state.step,
-        "flops": state.step * parts.step_flops,
-        **{name: mean_share(parts.folder, name) for name in ("peak_share", "input_wait_share")},
-        "step_seconds": median_step(parts.folder),
-        "step_memory_bytes": parts.program.memory(),
+        "flops": state.step * inputs.step_flops,
+        **{name: mean_share(inputs.folder, name) for name in ("peak_share", "input_wait_share")},
+        "step_seconds": median_step(inputs.folder),
+        "step_memory_bytes": inputs.program.memory(),
         "members": session.members,
         "seconds": state.seconds,
         "trained": parameters(state.delta),
@@ -274,19 +274,19 @@ def fit_facts(parts: loop.LoopInputs, state: loop.State, session: Session) -> di
 
 
 def parameters(delta: Tree) -> int:
-    """How many numbers a delta holds."""
+    """The number of parameters of a delta."""
     return sum(leaf.size for leaf in jax.tree.leaves(delta))
 
 
 def mean_share(folder: epath.Path, name: str) -> float | None:
-    """A share, such as of the machine's peak, over all logged steps, evaluations left out."""
+    """The mean of a share, such as peak_share, over all logged steps; evaluations do not count."""
     lines = [line for line in read_log(folder) if name in line]
     seconds = sum(line["seconds"] for line in lines)
     return sum(line[name] * line["seconds"] for line in lines) / seconds if lines else None
 
 
 def loop_config(config: ConfigDict) -> loop.LoopConfig:
-    """The loop's half of a config."""
+    """The training loop's part of a config."""
     return loop.LoopConfig(
         steps=config.train.steps,
         log_every=config.log.every,
@@ -299,7 +299,7 @@ def loop_config(config: ConfigDict) -> loop.LoopConfig:
 
 
 def median_step(folder: epath.Path) -> float | None:
-    """The median over log lines of the seconds that a step took."""
+    """The median seconds of a step, over log lines."""
     lines = [line for line in read_log(folder) if "examples_per_second" in line]
     batch = read_config(folder).train.batch
     return (
@@ -308,14 +308,14 @@ def median_step(folder: epath.Path) -> float | None:
 
 
 def origin(prepared: Prepared) -> dict[str, Any]:
-    """What a checkpoint depends on besides the config: the weights and the data."""
+    """What a checkpoint depends on besides the config: weights and data."""
     return {"fingerprint": prepared.loaded.fingerprint, "data": prepared.data.digests}
 
 
 def check_origin(
     prepared: Prepared, folder: epath.Path, step: int, notes: Mapping[str, Any]
 ) -> None:
-    """Checks that a checkpoint is of these weights and this data.
+    """Checks that a checkpoint was made with these weights and this data.
 
     Raises:
         UserError: names what has changed.
@@ -330,7 +330,7 @@ def check_origin(
 
 
 def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
-    """What a delta file says of itself."""
+    """The metadata of a delta file."""
     return {
         "model": config.model.name,
         "fingerprint": loaded.fingerprint,

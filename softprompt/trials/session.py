@@ -1,4 +1,4 @@
-"""What the trials of one process share: loaded models, encoded data, compiled programs."""
+"""Caches that all trials of a process share: models, encoded data, compiled programs."""
 
 import dataclasses
 import functools
@@ -18,26 +18,25 @@ from softprompt.errors import UserError
 from softprompt.evaluation.perplexity import read_text, text_pieces
 from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.training.loop import Pauses
-from softprompt.training.memory import KEPT_SHARE, bytes_here, device_memory
+from softprompt.training.memory import CACHE_SHARE, bytes_here, device_memory
 from softprompt.training.optimizers import OptimizerConfig
 from softprompt.training.sharding import Gather, make_mesh, put_weight
 from softprompt.training.step import StepCall, StepConfig, StepResult
 from softprompt.trials.data import TaskData, TrialData, read_task
 from softprompt.trials.programs import Static, StepProgram, shapes_key
 
-KEPT_DATA = 8  # encoded tasks and mixtures that are kept for later trials
+CACHED_DATA = 8  # encoded tasks and mixtures in the cache
 
 
 @dataclasses.dataclass
 class Session:
-    """Caches for the trials of a process; each thing is made once.
+    """Caches for the trials of a process.
 
     Attributes:
-        progress: where waiting is reported.
-        programs: the training steps, by all that is static in them.
-        compile_seconds: spent on compiling them for the trial that has this session.
-        members: the most trials that took steps beside the trial that has this session, itself
-            included.
+        progress: the display.
+        programs: the training steps, by their static configuration and shapes.
+        compile_seconds: time spent on compiling them for the trial of this session.
+        members: the largest number of trials, including this session's, that took steps together.
         pauses: see `softprompt.training.loop.Pauses`.
     """
 
@@ -50,7 +49,7 @@ class Session:
     _data: "OrderedDict[str, Any]" = dataclasses.field(default_factory=OrderedDict)
 
     def beside_others(self, progress: Progress) -> "Session":
-        """The same caches for a trial that runs beside others, with a display of its own."""
+        """A session with the same caches and another display, for one of several trials."""
         return dataclasses.replace(self, progress=progress, compile_seconds=0.0, members=1)
 
     def program(
@@ -60,23 +59,23 @@ class Session:
         mesh: Mesh,
         arguments: tuple[Any, ...],
     ) -> StepProgram:
-        """The training step for arguments of these shapes; trials that agree in all share it."""
+        """The training step for arguments of these shapes; trials with equal keys share it."""
         static = Static(step, optimizer, mesh)
         return self.programs.setdefault((static, shapes_key(arguments)), StepProgram(static))
 
     @property
     def compiled(self) -> list[tuple[Any, int]]:
-        """The compiled training steps: what they are, and of how many trials (contract 10)."""
+        """The key of each compiled training step, and its number of trials (contract 10)."""
         return [(key, n) for key, program in self.programs.items() for n in program.compiled]
 
     def step(self, call: StepCall) -> StepResult:
-        """The training step of one trial by itself."""
+        """Runs the training step of one trial."""
         result: StepResult = call.program.step(call, self.compiling)
         return result
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Around a compilation for this trial."""
+        """Times a compilation for this trial."""
         self.progress.stage("compile the training step")
         began = time.monotonic()
         with self.pauses():
@@ -90,8 +89,8 @@ class Session:
     def model(self, config: ConfigDict) -> Loaded:
         """The frozen model of a resolved config, on its mesh.
 
-        Before another is loaded, those used longest ago are forgotten until the rest take no more
-        than `KEPT_SHARE` of a device's memory; a trial that still holds one keeps it there.
+        Before another is loaded, the least recently used models are dropped until the rest take
+        at most `CACHE_SHARE` of a device's memory. A trial's reference keeps a model in memory.
         """
         key = weights_key(config)
         if key not in self._models:
@@ -101,14 +100,14 @@ class Session:
         return self._models[key]
 
     def _make_room(self) -> None:
-        """Forgets models until the rest leave room for another."""
+        """Drops the least recently used models until the rest take at most `CACHE_SHARE`."""
         sizes = {name: bytes_here(one.weights) for name, one in self._models.items()}
         for name in list(sizes):
-            if sum(sizes.values()) > KEPT_SHARE * device_memory():
+            if sum(sizes.values()) > CACHE_SHARE * device_memory():
                 del self._models[name], sizes[name]
 
     def _load(self, config: ConfigDict) -> Loaded:
-        """Reads a model from where it lies."""
+        """Loads a model onto the config's mesh."""
         mesh, model = self.mesh(config), config.model
         self.progress.stage(f"load {model.name}")
         loaded = load_model(
@@ -124,7 +123,7 @@ class Session:
         return dataclasses.replace(loaded, model=loaded.model.clone(gather=Gather(mesh)))
 
     def release(self, config: ConfigDict) -> None:
-        """Drops a model's weights from memory; the next trial loads them anew."""
+        """Frees the memory of a model's weights; the next trial loads them again."""
         loaded = self._models.pop(weights_key(config), None)
         if loaded is not None:
             loaded.weights.clear()
@@ -137,12 +136,12 @@ class Session:
             bos: whether each text begins with the tokenizer's BOS.
         """
         key = ["data", *_tokenizer(config), to_dict(config.task), to_dict(config.data), bos]
-        return self._kept(
+        return self._cached(
             key, lambda: TrialData([self._task(one, bos=bos) for one in members(config)])
         )
 
     def _task(self, config: ConfigDict, *, bos: bool) -> TaskData:
-        """The encoded splits of one task, which mixtures share."""
+        """The encoded splits of one task, which several mixtures may share."""
 
         def read() -> TaskData:
             loaded = self.model(config)
@@ -150,13 +149,13 @@ class Session:
             return read_task(config, loaded, bos=bos, say=self.progress.say)
 
         key = ["task", *_tokenizer(config), to_dict(config.task), to_dict(config.data), bos]
-        return self._kept(key, read)
+        return self._cached(key, read)
 
     def text(self, config: ConfigDict, *, bos: bool) -> Encoded:
-        """The pieces of the config's text.
+        """The pieces of `eval.text`.
 
         Raises:
-            UserError: see `read_text` and `text_pieces`; an encoder-decoder.
+            UserError: see `read_text` and `text_pieces`; or the model is an encoder-decoder.
         """
         loaded, name, tokens = self.model(config), config.eval.text, config.eval.text_tokens
         if loaded.encoder_decoder:
@@ -168,25 +167,25 @@ class Session:
         def read() -> Encoded:
             return text_pieces(loaded.tokenizer, read_text(name), tokens=tokens, bos=bos)
 
-        return self._kept(["text", *_tokenizer(config), name, tokens, bos], read)
+        return self._cached(["text", *_tokenizer(config), name, tokens, bos], read)
 
-    def _kept(self, key: list[Any], make: Callable[[], Any]) -> Any:
-        """What `make` returned for this key (JSON), while it is among the last `KEPT_DATA` used."""
+    def _cached(self, key: list[Any], make: Callable[[], Any]) -> Any:
+        """Caches results of `make` for the `CACHED_DATA` most recently used keys (JSON)."""
         name = json.dumps(key, sort_keys=True)
         if name not in self._data:
             self._data[name] = make()
         self._data.move_to_end(name)
-        while len(self._data) > KEPT_DATA:
+        while len(self._data) > CACHED_DATA:
             self._data.popitem(last=False)
         return self._data[name]
 
 
 def _tokenizer(config: ConfigDict) -> list[str]:
-    """What tells one tokenizer from another."""
+    """A key that identifies a config's tokenizer."""
     return [config.model.name, config.model.revision, config.model.tokenizer]
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
-    """The static half of a config's optimizer."""
+    """The static part of a config's optimizer."""
     o, rule = config.optimizer, optimizer_settings(config)
     return OptimizerConfig(rule, o.weight_decay, o.clip, o.max_row_norm > 0, config.train.ema)

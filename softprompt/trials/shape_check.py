@@ -1,8 +1,8 @@
-"""Catalogued models at full size without their weights: a step's shapes, its shards, what fits.
+"""Checks the catalogue's models at full size without weights: shapes, shardings and memory.
 
-A training step of a frozen model and a prompt runs through `jax.eval_shape` with the model's real
-shapes; a scanned stack of layers is traced once, whatever its depth, so that XXL costs no more than
-small. Every leaf must have a sharding rule. Meshes are sizes only: no accelerator is needed.
+A prompt-tuning step is traced by `jax.eval_shape` with a model's real shapes. A scanned stack of
+layers is traced once, whatever its depth, so XXL takes no longer than small. Every leaf must have a
+sharding rule. Meshes are abstract, so no accelerator is needed.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ Sizes = DecoderConfig | T5Config
 PROMPT, ROWS, TOKENS, TARGETS = 100, 32, 512, 8
 DTYPE = jnp.dtype("bfloat16")
 OPTIMIZER = OptimizerConfig(Adafactor())
-ALLOWANCE = 0.25  # of a chip's memory: activations, gathered weights, the program, what XLA needs
+ALLOWANCE = 0.25  # of a chip's memory, for activations, gathered weights, the program and XLA
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A Cloud TPU slice: how many chips, and the bytes of memory of each."""
+    """A Cloud TPU slice: its number of chips, and the bytes of memory of each."""
 
     name: str
     chips: int
@@ -58,13 +58,13 @@ SLICES = (Slice("v5e-16", 16, 16 * GIB), Slice("v4-128", 64, 32 * GIB))
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a model's weights lie on a slice.
+    """The mesh and the sharding of a model's weights on a slice.
 
     Attributes:
         data: devices along "data".
         model: devices along "model".
         weights: as in `config.mesh.weights`.
-        weight_bytes: that a device holds.
+        weight_bytes: bytes of the weights on a device.
         fits: whether weights, delta and optimizer state leave the allowance free.
     """
 
@@ -77,7 +77,7 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step as shapes: what is static, and (delta, state, weights, batch, dropout)."""
+    """A training step's static configuration and the shapes of its arguments."""
 
     static: StepConfig
     arguments: tuple[Tree, ...]
@@ -89,15 +89,15 @@ class Step:
 
     @property
     def trained_bytes(self) -> int:
-        """Of delta and optimizer state, which every device holds."""
+        """Bytes of delta and optimizer state, which are replicated."""
         leaves = jax.tree.leaves(self.arguments[:2])
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def abstract_step(config: Sizes) -> Step:
-    """A prompt-tuning step of a model of these sizes, weights in bfloat16, nothing in memory.
+    """A prompt-tuning step of a model of these sizes, with weights in bfloat16, as shapes only.
 
-    T5 is prompted as in the paper: before the encoder's input, and seen by it.
+    T5's prompt is prepended to the encoder's input, as in the paper.
     """
     model: Model
     places: tuple[str, ...] = ()
@@ -119,8 +119,8 @@ def abstract_weights(config: Sizes) -> Tree:
     tree: dict[str, Any] = {}
     for path, shape in leaf_shapes(config).items():
         *folders, last = path.split("/")
-        place = functools.reduce(lambda at, folder: at.setdefault(folder, {}), folders, tree)
-        place[last] = jax.ShapeDtypeStruct(shape, leaf_dtype(path, DTYPE))
+        node = functools.reduce(lambda at, folder: at.setdefault(folder, {}), folders, tree)
+        node[last] = jax.ShapeDtypeStruct(shape, leaf_dtype(path, DTYPE))
     return tree
 
 
@@ -133,11 +133,11 @@ def abstract_batch(layout: RowLayout) -> TrainBatch:
 
 @functools.cache
 def check_shapes(config: Sizes) -> Step:
-    """The step of a model of these sizes, traced with its real shapes.
+    """Traces the step of a model of these sizes with its real shapes.
 
     Raises:
         UserError: a leaf of the weights has no sharding rule.
-        Exception: what Flax or JAX say of shapes that do not go together.
+        Exception: an error of Flax or JAX about incompatible shapes.
     """
     for path, shape in leaf_shapes(config).items():
         weight_spec(path, shape, AbstractMesh((1, 1), ("data", "model")))
@@ -153,19 +153,19 @@ def _alike(a: Any, b: Any) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def choose_placement(config: Sizes, where: Slice) -> Placement:
-    """The first way that fits: whole along "data" with 1, 2, ... chips along "model"; else split.
+def choose_placement(config: Sizes, slice_: Slice) -> Placement:
+    """The first placement that fits: 1, 2, 4, ... chips along "model", else sharded weights.
 
-    "model" goes up to a square mesh, since each doubling sends the activations of every layer to
-    more chips; then the weights are split over both axes of the square. Rows are one chip's at
-    least: no more chips along "data" than rows.
+    "model" is at most the side of a square mesh, since each doubling sends the activations of every
+    layer to more chips. After that, the weights are sharded over both axes of the square. There are
+    at most as many chips along "data" as rows.
     """
     trained = check_shapes(config).trained_bytes
-    side = math.isqrt(where.chips)
-    ways = [(where.chips // 2**n, 2**n, "replicated") for n in range(side.bit_length())]
+    side = math.isqrt(slice_.chips)
+    ways = [(slice_.chips // 2**n, 2**n, "replicated") for n in range(side.bit_length())]
     for data, model, weights in [*ways, (side, side, "sharded")]:
         size = device_bytes(config, data=data, model=model, weights=weights)
-        fits = data <= ROWS and size + trained <= (1 - ALLOWANCE) * where.memory
+        fits = data <= ROWS and size + trained <= (1 - ALLOWANCE) * slice_.memory
         if fits:
             break
     return Placement(data, model, weights, size, fits)
@@ -183,11 +183,11 @@ def device_bytes(config: Sizes, *, data: int, model: int, weights: str) -> int:
 
 
 def compiled(config: Sizes, mesh: Mesh, weights: str, *, remat: str = "layer") -> Any:
-    """The step compiled for a mesh of this machine, from shapes alone; a row a device at a time."""
+    """Compiles the step from shapes for a mesh of this machine; devices run a row at a time."""
     delta, state, frozen, batch, dropout = abstract_step(config).arguments
     shardings = weight_shardings(frozen, mesh, weights=weights)
     frozen = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         frozen,
         shardings,
     )
@@ -202,17 +202,17 @@ def compiled(config: Sizes, mesh: Mesh, weights: str, *, remat: str = "layer") -
 
 
 def report(entries: Sequence[Entry]) -> list[str]:
-    """Checks the entries and prints a line for each; returns what failed, one line each."""
+    """Checks the entries and prints a line for each; returns a line for each failure."""
     lines, failed = [], []
     for entry in entries:
         try:
             step = check_shapes(entry.config)
-        except Exception as error:  # whatever the model's code says, the others are still checked
+        except Exception as error:  # any error; the other models are still checked
             failed.append(f"{entry.name}: {' '.join(str(error).split())[:300]}")
             continue
-        places = [choose_placement(entry.config, where) for where in SLICES]
+        placements = [choose_placement(entry.config, slice_) for slice_ in SLICES]
         counts = (f"{entry.parameters:,}", f"{step.trained:,}")
-        lines.append((entry.name, *counts, *map(_describe, places)))
+        lines.append((entry.name, *counts, *map(_describe, placements)))
     slices = [f"{s.name} ({s.chips} x {s.memory // GIB} GiB)" for s in SLICES]
     print_columns(("NAME", "PARAMETERS", "TRAINED", *slices), lines)
     return failed
@@ -225,7 +225,7 @@ def _describe(placement: Placement) -> str:
 
 
 def report_memory(entries: Sequence[Entry]) -> None:
-    """Compiles the largest of each kind that fits the first slice, and prints what XLA says."""
+    """Compiles the largest model of each kind that fits the first slice; prints its memory."""
     slice_ = SLICES[0]
     mesh_of = functools.partial(make_mesh, devices=jax.devices()[: slice_.chips])
     for kind in dict.fromkeys(entry.kind for entry in entries):
@@ -233,27 +233,28 @@ def report_memory(entries: Sequence[Entry]) -> None:
         if not fitting:
             continue
         entry = max(fitting, key=lambda entry: entry.parameters)
-        where = choose_placement(entry.config, slice_)
-        memory = compiled(entry.config, mesh_of(where.data, where.model), where.weights)
-        sizes = memory.memory_analysis()
+        chosen = choose_placement(entry.config, slice_)
+        step = compiled(entry.config, mesh_of(chosen.data, chosen.model), chosen.weights)
+        sizes = step.memory_analysis()
         print(
-            f"{entry.name} compiled for {where.data}x{where.model} {where.weights}, a row a device "
-            f"at a time, remat=layer: {sizes.argument_size_in_bytes / GIB:.2f} GiB of arguments "
-            f"and {sizes.temp_size_in_bytes / GIB:.2f} GiB of temporaries a device, of "
+            f"{entry.name} compiled for {chosen.data}x{chosen.model} {chosen.weights}, a row a "
+            "device at a time, remat=layer: "
+            f"{sizes.argument_size_in_bytes / GIB:.2f} GiB of arguments and "
+            f"{sizes.temp_size_in_bytes / GIB:.2f} GiB of temporaries a device, of "
             f"{slice_.memory // GIB} (XLA for CPU devices)"
         )
 
 
 def virtual_devices() -> None:
-    """Lets JAX see as many CPU devices as the first slice has chips; before it looks at any."""
+    """Makes JAX use as many CPU devices as the first slice has chips; call before other use."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", SLICES[0].chips)
 
 
 def run(names: Sequence[str]) -> int:
-    """Checks the models of these names (see `select`), prints all of it, returns the exit code.
+    """Checks the models with these names (see `select`), prints the report, returns the exit code.
 
-    It needs no accelerator and asks for none: XLA compiles for virtual CPU devices.
+    It uses no accelerator: XLA compiles for virtual CPU devices.
 
     Raises:
         UserError: an unknown name.

@@ -1,11 +1,11 @@
-"""Trials scored side by side: deltas of equal shapes behind one model, on the same examples.
+"""Scores several trials side by side: deltas of equal shapes, one model, the same examples.
 
-The program is the scoring of one delta under `jax.vmap`; the weights are not batched, and of a
-method only what its rows share is. Rows are packed once. A batch has as many tokens in all as one
-of a single delta, so that it fits where that does.
+The program is `jax.vmap` of the scoring of one delta. It batches the method's variables and the
+context, not the weights. Rows are packed once. A batch has as many tokens in total as a batch of a
+single delta, so it needs about as much memory.
 
-Several contexts end to end (`Context.choices`) would do for prompts and prefixes alone, and a token
-would be scored against the keys of all N to see those of one.
+Concatenated contexts (`Context.choices`) would work for prompts and prefixes only, and each token
+would attend to the keys of all N contexts, of which it needs one.
 """
 
 import functools
@@ -28,10 +28,10 @@ from softprompt.trials.prepare import (
 
 
 class Scored(NamedTuple):
-    """A delta on a split.
+    """The scores of a delta on a split.
 
     Attributes:
-        metrics: as `over_tasks` has them.
+        metrics: joined by `over_tasks`.
         predictions: task -> example id -> {"label", "predicted", "scores": {label: score}}.
     """
 
@@ -40,11 +40,11 @@ class Scored(NamedTuple):
 
 
 def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> list[Scored]:
-    """Scores a split behind each of several deltas.
+    """Scores a split with each of several deltas.
 
     Args:
-        prepared: of any of their trials: they agree in their `program`.
-        shared: what `Prepared.shared` makes of each delta.
+        prepared: any of their trials, which have equal keys `program`.
+        shared: the result of `Prepared.shared` for each delta.
         split: train, validation or test.
     """
     session, mesh, step = prepared.session, prepared.mesh, prepared.step
@@ -61,12 +61,12 @@ def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> li
         at_once=scored_at_once(mesh),
         progress=functools.partial(session.progress.stage, f"score {split}"),
     )
-    found = [run(own) for own in batches]
+    scores = [run(task_batches) for task_batches in batches]
     results = []
     for n in range(len(shared)):
         ranks = [
             ranked(part, of_task[n], prepared.config.eval.score)
-            for part, of_task in zip(parts, found, strict=True)
+            for part, of_task in zip(parts, scores, strict=True)
         ]
         pairs = list(zip(parts, ranks, strict=True))
         metrics = over_tasks({part.task.name: one.metrics for part, one in pairs})
@@ -79,9 +79,9 @@ def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> li
 
 
 def program(prepared: Prepared) -> tuple[Any, ...]:
-    """What trials of a session have in common that can be scored side by side.
+    """A key: trials of a session with equal keys can be scored side by side.
 
-    They may differ in seed, initialiser, training and what follows from it.
+    They may differ in seed, initialiser and training.
     """
     step = prepared.step
     static = (step.model, step.method, step.method_config, prepared.layout, prepared.contexts)
@@ -95,19 +95,19 @@ def program(prepared: Prepared) -> tuple[Any, ...]:
 
 
 def chunks(prepared: Prepared, count: int, split: str) -> list[int]:
-    """How many of `count` deltas of one program are scored at a time: equal parts, the last short.
+    """How many of `count` deltas to score at a time: equal chunks, the last one may be smaller.
 
-    As many as leave each a row on every device within the tokens of a batch, and whose contexts fit
-    into memory beside the weights, by estimate. Weights that were trained are scored one by one,
-    and so are trials that are measured by more than ranking.
+    A chunk is as large as memory allows for its contexts, by estimate, and as the tokens of a batch
+    allow with a row per delta and device. Trained weights are scored one by one, and so are trials
+    with other evaluators than ranking.
     """
-    asked = {name for one in prepared.tasks for name in evaluators_of(one.task, prepared.config)}
-    if METHODS[prepared.step.method].Settings.trains_weights or asked != {"ranking"}:
+    used = {name for one in prepared.tasks for name in evaluators_of(one.task, prepared.config)}
+    if METHODS[prepared.step.method].Settings.trains_weights or used != {"ranking"}:
         return [1] * count
-    shape = prepared.data.eval_shape(  # of a row a device
+    shape = prepared.data.eval_shape(  # with one row per device
         split, mesh=prepared.mesh, layout=prepared.layout, deltas=scoring_budget()
     )
-    each = 2 * shared_bytes(prepared)  # they are copied into one
+    each = 2 * shared_bytes(prepared)  # they are copied when they are stacked
     weights = bytes_here(prepared.frozen)
     room = int((MEMORY_SHARE * device_memory() - weights) // each) if each else count
     tokens = shape.rows * (shape.tokens + shape.inputs)
@@ -118,7 +118,7 @@ def chunks(prepared: Prepared, count: int, split: str) -> list[int]:
 
 
 def shared_bytes(prepared: Prepared) -> int:
-    """Of the variables and the context of one delta."""
+    """Bytes of the variables and the context of one delta."""
     step = prepared.step
     fold = functools.partial(METHODS[step.method].fold, cfg=step.method_config)
     shapes = jax.eval_shape(fold, delta_shapes(prepared))

@@ -1,4 +1,4 @@
-"""Sweeps: an experiment's trials, run one after another or in groups; finished ones are skipped.
+"""Sweeps: run an experiment's trials, one after another or in groups; skip finished ones.
 
 An experiment is a Python file with `CAPTION`, `sweep(subset)`, `table(rows)` and `figure(rows)`,
 such as those in `experiments/`. `rows` are the result rows of finished trials.
@@ -51,7 +51,7 @@ def load_experiment(name: str) -> ModuleType:
         name: a path, or NAME for experiments/NAME.py in the working directory or the repository.
 
     Raises:
-        UserError: there is no such file (lists the known ones), or it is not an experiment.
+        UserError: there is no such file (lists the existing ones), or it is not an experiment.
     """
     file = find_file(name if name.endswith(".py") else f"experiments/{name}.py")
     if file is None:
@@ -62,7 +62,7 @@ def load_experiment(name: str) -> ModuleType:
         raise with_location(error, file) from error
     missing = [name for name in ("CAPTION", *_FUNCTIONS) if not hasattr(module, name)]
     if missing:
-        raise UserError(f"{file}: no experiment, it lacks {', '.join(missing)}")
+        raise UserError(f"{file}: not an experiment: it lacks {', '.join(missing)}")
     if not isinstance(module.CAPTION, str):
         raise UserError(f"{file}: CAPTION is {module.CAPTION!r}; allowed: a string")
     for function in _FUNCTIONS:
@@ -77,8 +77,8 @@ def call_experiment(
     """Returns what a function of an experiment returns; a tuple or generator as a list.
 
     Raises:
-        UserError: the function's own, a mistake in it (with file and line), or it returns something
-            of another type than `returns`.
+        UserError: the function raises an error (names file and line), or its result has another
+            type than `returns`.
     """
     file = Path(str(experiment.__file__))
     try:
@@ -94,13 +94,13 @@ def call_experiment(
 
 
 def _shortened(value: object) -> str:
-    """The beginning of a value's repr, and its type."""
+    """The start of a value's repr, and its type."""
     text = " ".join(repr(value).split())
     return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"
 
 
 def _experiment_configs(experiment: ModuleType, subset: str) -> list[ConfigDict]:
-    """What an experiment's `sweep` returns, checked to be configs."""
+    """Calls an experiment's `sweep`, and checks that it returns configs."""
     configs: list[ConfigDict] = call_experiment(experiment, "sweep", subset, returns=list)
     wrong = [config for config in configs if not isinstance(config, ConfigDict)]
     if wrong or not configs:
@@ -116,12 +116,11 @@ def make_trials(
 ) -> list[ConfigDict]:
     """Returns the resolved and validated configs of an experiment's trials.
 
-    A key that only some methods, initialisers or optimizers read is overridden in the trials that
-    read it. Which ones do is decided after the choice of method, initialiser and optimizer itself
-    was overridden.
+    A key that only some methods, initialisers or optimizers use is overridden in the trials that
+    use it. Overrides of the method, initialiser and optimizer are applied first.
 
     Raises:
-        UserError: a wrong subset, key or value, a key that no trial reads, or two equal trials.
+        UserError: a wrong subset, key or value, a key that no trial uses, or two equal trials.
     """
     configs = _experiment_configs(experiment, subset)
     for key, value in sorted(overrides, key=lambda pair: not chooses(pair[0])):
@@ -136,10 +135,10 @@ def make_trials(
 
 
 def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
-    """Checks that no two of a sweep's configs are the same trial.
+    """Checks that all of a sweep's configs are different trials.
 
     Raises:
-        UserError: two are; names their numbers.
+        UserError: two are the same trial; names their numbers.
     """
     seen: dict[str, int] = {}
     for number, config in enumerate(trials, 1):
@@ -152,10 +151,10 @@ def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Reads "2/4" as the second of four parts.
+    """Parses "2/4" as the second of four parts.
 
     Raises:
-        UserError: not of the form i/n with 1 <= i <= n.
+        UserError: the text is not i/n with 1 <= i <= n.
     """
     part, slash, parts = text.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
@@ -164,13 +163,13 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def take_shard(trials: Sequence[ConfigDict], shard: tuple[int, int]) -> list[ConfigDict]:
-    """Returns every n-th trial from the i-th (from 1) on: shards cost about the same."""
+    """Returns every n-th trial from the i-th on (from 1), so that shards have similar costs."""
     part, parts = shard
     return list(trials[part - 1 :: parts])
 
 
 def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
-    """Returns the folder of a trial: any in WORKDIR that ends in -ID, else WORKDIR/NAME-ID."""
+    """Returns a trial's folder: one in WORKDIR that ends in -ID, else WORKDIR/NAME-ID."""
     root = epath.Path(workdir)
     identity = trial_id(config)
     if root.is_dir():
@@ -189,21 +188,21 @@ def run_sweep(
     estimate: Estimate | None = None,
     session: "Session | None" = None,
 ) -> list[Row]:
-    """Runs the trials that are not done, one after another, or some of them together.
+    """Runs the trials that are not done, one after another or in concurrent groups.
 
-    A failed trial becomes a row with its error, and the sweep goes on; a rerun tries it again.
-    An interruption (KeyboardInterrupt, or SystemExit(75) after SIGTERM) ends the sweep.
+    A failed trial gets a row with its error, and the sweep continues; a rerun tries it again. An
+    interruption (KeyboardInterrupt, or SystemExit(75) after SIGTERM) ends the sweep.
 
     Args:
-        trials: resolved configs, no two the same trial.
-        workdir: where the trials' folders are.
-        run_trial: runs one config in its folder, writes its result and returns it.
-        progress: shows the state of the sweep.
-        estimate: returns the expected "seconds" of a config, for the time left.
-        session: of trials that may run at a time; None runs one after another.
+        trials: resolved configs of different trials.
+        workdir: has the trials' folders.
+        run_trial: runs one config in its folder, writes its row and returns it.
+        progress: the display.
+        estimate: returns the expected "seconds" of a config, to predict the remaining time.
+        session: for concurrent trials; None runs one after another.
 
     Returns:
-        The rows that failed.
+        The rows of failed trials.
     """
     check_writable(workdir)
     folders = [trial_folder(workdir, config) for config in trials]
@@ -212,14 +211,14 @@ def run_sweep(
     if finished:
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
-    groups: Iterable[tuple[list[int], int]] = [([place], 1) for place in range(len(todo))]
+    groups: Iterable[tuple[list[int], int]] = [([position], 1) for position in range(len(todo))]
     if session is not None:
         from softprompt.trials.groups import plan
 
         groups = plan(session, [trials[index] for index in todo])
     failed: list[Row] = []
-    for places, width in groups:
-        members = {(index := todo[place]): (trials[index], folders[index]) for place in places}
+    for positions, width in groups:
+        members = {(index := todo[n]): (trials[index], folders[index]) for n in positions}
         first = trials[next(iter(members))]
         forecast.estimate_model(first)
         more = f" and {len(members) - 1} more" if len(members) > 1 else ""
@@ -230,10 +229,10 @@ def run_sweep(
             seconds, began = time.monotonic() - began, time.monotonic()
             others = [other for other in members if other in forecast.todo and other != index]
             done = row["status"] == "done"
-            forecast.end(index, seconds, done=done, beside=others[: width - 1])
+            forecast.end(index, seconds, done=done, others=others[: width - 1])
             if done:
                 ended = len(trials) - len(forecast.todo)
-                left = forecast.left() if others else None  # else shown with the next trial
+                left = forecast.left() if others else None  # otherwise shown with the next trial
                 progress.finished(outcome(row), ended, len(trials), left)
             else:
                 failed.append(row)
@@ -243,7 +242,7 @@ def run_sweep(
 def run_trials(
     trials: Sequence[ConfigDict], workdir: epath.PathLike, session: "Session"
 ) -> list[Row]:
-    """Runs the trials that are not done, and returns the rows that failed; see `run_sweep`."""
+    """Runs the trials that are not done; returns the rows of failed trials. See `run_sweep`."""
     from softprompt.trials.estimate import estimate
     from softprompt.trials.run import run_trial
 
@@ -272,14 +271,14 @@ def _run_group(
     from softprompt.trials.groups import run_group
 
     indices, failed = list(members), functools.partial(_failed, progress)
-    for place, row in run_group(session, list(members.values()), width, failed):
-        yield indices[place], row
+    for position, row in run_group(session, list(members.values()), width, failed):
+        yield indices[position], row
 
 
 def _run_one(
     config: ConfigDict, folder: epath.Path, run_trial: RunTrial, progress: Progress
 ) -> Row:
-    """Runs a trial and returns its row; an error is recorded as a failed row."""
+    """Runs a trial and returns its row; an error becomes a failed row."""
     began = time.monotonic()
     try:
         return run_trial(config, folder)
@@ -290,7 +289,7 @@ def _run_one(
 def _failed(
     progress: Progress, config: ConfigDict, folder: epath.Path, error: Exception, seconds: float
 ) -> Row:
-    """Records a failed trial, says so, and returns its row."""
+    """Records and reports a failed trial, and returns its row."""
     row = record_failure(config, folder, error, seconds)
     progress.say(f"trial {row['name']} failed: {row['error']} (in {folder})")
     return row
@@ -299,11 +298,11 @@ def _failed(
 def record_failure(
     config: ConfigDict, folder: epath.PathLike, error: Exception, seconds: float
 ) -> Row:
-    """Writes and returns a failed trial's row; the traceback of any but a UserError goes beside it.
+    """Writes and returns a failed trial's row, with traceback.txt unless it is a UserError.
 
     Only process 0 writes.
     """
-    import jax  # here, since listing the trials of a sweep does not need it
+    import jax  # slow to import, and listing a sweep's trials does not need it
 
     if not isinstance(error, UserError) and jax.process_index() == 0:
         text = "".join(traceback.format_exception(error))
@@ -314,7 +313,7 @@ def record_failure(
 
 
 def _reason(error: Exception) -> str:
-    """The message of an error in one line."""
+    """The message of an error, in one line."""
     reason = " ".join(str(error).split())
     return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
 
@@ -322,13 +321,13 @@ def _reason(error: Exception) -> str:
 def dry_run(
     trials: Sequence[ConfigDict], workdir: epath.PathLike, estimate: Estimate
 ) -> "pd.DataFrame":
-    """Returns what a sweep would cost: a line for each trial, and the total.
+    """Returns the estimated cost of a sweep: a line for each trial, and the total.
 
-    "state" is "done", "to run", or "fails: ..." where the estimate raises an error.
+    "state" is "done", "to run", or "fails: ..." if the estimate raises an error.
 
     Args:
         trials: resolved configs.
-        workdir: the folder of finished trials.
+        workdir: has the trials' folders.
         estimate: returns "trainable", "flops", "memory_bytes" and "seconds" of a config.
     """
     import pandas as pd  # slow to import

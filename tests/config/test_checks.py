@@ -7,7 +7,7 @@ import pytest
 from softprompt.config import base_config, flatten, from_dict, reads, to_dict, trial_id
 from softprompt.config.checks import check_used, parts
 from softprompt.config.files import load_config
-from softprompt.config.schema import CHOOSERS, KEYS, LET_BE, METHOD_SETTINGS, SECTIONS
+from softprompt.config.schema import ALWAYS_ALLOWED, CHOOSERS, KEYS, METHOD_SETTINGS, SECTIONS
 from softprompt.errors import UserError
 from softprompt.methods import METHODS
 from softprompt.methods.base import Setup
@@ -157,7 +157,7 @@ def test_every_key_says_what_it_is():
         assert number == (key.low > -math.inf), name
     for chooser, options in CHOOSERS.items():
         assert set(options) <= set(KEYS[chooser].choices)
-    assert set(LET_BE) <= KEYS.keys()
+    assert set(ALWAYS_ALLOWED) <= KEYS.keys()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -164,14 +164,14 @@ def test_kills_change_nothing(place, stopped):
     not cut back."""
     assert stopped.code == 0, stopped.said[-1][-2000:]
     check_same(place / "w", place / "alone")
-    went_on = [said for said in stopped.said if "goes on from step" in said]
+    went_on = [said for said in stopped.said if "resumes from step" in said]
     assert len(went_on) >= len(stopped.said) - 2, "the later processes began from checkpoints"
 
 
 def test_a_kill_during_a_write_leaves_a_checkpoint_to_go_on_from(stopped):
     """Fails if a checkpoint is written in place: the next process would read half of one."""
     assert stopped.left
-    assert "goes on from step" in stopped.said[-2]
+    assert "resumes from step" in stopped.said[-2]
 
 
 def test_sigterm_saves_and_exits_with_75(stopped):
@@ -179,7 +179,7 @@ def test_sigterm_saves_and_exits_with_75(stopped):
     code, step, row = stopped.sigterm
     assert code == 75
     assert row is None
-    assert f"goes on from step {step}\n" in stopped.said[-1], "the step it was asked to stop after"
+    assert f"resumes from step {step}\n" in stopped.said[-1], "the step it was asked to stop after"
 
 
 def test_a_finished_trial_is_left_alone(place, stopped, tiny_folder, capsys):
@@ -380,6 +380,6 @@ def test_smollm2_killed(tmp_path):
     launcher = Launcher(commands[0], folders[0], tmp_path / "cache")
     assert launcher.stop(signal.SIGKILL, lambda: logged(folders[0]) >= 5) == -signal.SIGKILL
     assert launcher.finish() == 0
-    assert "goes on from step" in launcher.said[-1]
+    assert "resumes from step" in launcher.said[-1]
     subprocess.run(commands[1], cwd=REPOSITORY, check=True, stderr=subprocess.DEVNULL)
     check_same(*folders)

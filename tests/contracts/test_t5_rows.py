@@ -155,6 +155,6 @@ def test_a_prompt_on_a_stack_that_is_not_told_of_it_is_refused():
     config, delta, weights, layout = make("encoder")
     encoded = dataclasses.replace(examples())
     batch = train_batch(encoded, np.arange(6), np.zeros(6, int), RowShape(1, 90, 20, 6), layout)
-    with pytest.raises(AssertionError, match="a prompt that is not there"):
+    with pytest.raises(AssertionError, match="the delta has no prompt"):
         shared = shared_part(config._replace(method="none"), {}, weights)
         row_logits(config.model, weights, shared, batch.rows)

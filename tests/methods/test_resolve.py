@@ -111,7 +111,7 @@ def test_a_file_of_two_stacks_gives_the_one_that_is_trained(tmp_path):
     np.testing.assert_array_equal(prompt_rows(file, "encoder")[0], second_PD)
     for name in ("net", "task_cols"):
         save_delta(file, {"prompt": first_PD, name: {"a": first_PD}}, {})
-        with pytest.raises(UserError, match=f"none without what stands beside it, {name}; allowed"):
+        with pytest.raises(UserError, match=f"without its other tensors, {name}; allowed"):
             prompt_rows(file)
 
 

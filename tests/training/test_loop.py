@@ -305,7 +305,7 @@ def test_the_rate_and_what_is_finite_are_named(tmp_path, source):
     with pytest.raises(Diverged) as error:
         Overflow(tmp_path, source)()
     assert str(error.value) == (
-        "step 1: delta_norm inf: not finite at rate 0 (finite there: grad_norm 2, loss 1); "
+        "step 1: delta_norm inf: not finite at rate 0 (finite: grad_norm 2, loss 1); "
         "last finite metrics: none"
     )
 

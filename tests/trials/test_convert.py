@@ -210,7 +210,7 @@ def test_provenance_is_one_key(place, tmp_path, capsys):
 def test_conventions_are_said():
     """A Gemma's prompt enters after the embeddings' scaling. Mutation: say it of every model's."""
     said = {name: conventions(prompt.Settings(bos="none"), sizes(name)) for name in MODELS}
-    assert said["llama"] == ["the text behind the prompt has no BOS"]
+    assert said["llama"] == ["the text after the prompt has no BOS"]
     assert "after the embeddings' scaling by 2.82843, as in PEFT" in said["gemma2"][1]
     assert conventions(lora.Settings(), sizes("gemma2")) == []
 
@@ -258,7 +258,7 @@ def test_only_onto_the_weights_that_it_was_trained_on(place, tmp_path, capsys):
     other = ["import", to, *taking(place, "other"), "--workdir", work]
     line = run(capsys, *other, code=2)
     assert line.startswith(f"{to} was trained on weights ")
-    assert line.endswith("; --any-weights uses it nevertheless")
+    assert line.endswith("; --any-weights accepts it")
     assert not work.exists()
     run(capsys, *other, "--any-weights")
     trained = load_delta(work / "delta.safetensors")[1]["imported"]["trained_on"]
@@ -274,7 +274,7 @@ def test_a_trial_on_other_weights(place, tmp_path, capsys):
     config["model"]["name"] = str(place / "other")
     (moved / "config.json").write_text(json.dumps(config))
     line = run(capsys, "evaluate", "--run", moved, code=2)
-    assert "--any-weights uses it nevertheless" in line
+    assert "--any-weights accepts it" in line
     assert run(capsys, "evaluate", "--run", moved, "--any-weights")["examples"] == 20
     config["model"]["name"] = str(place / "wide")
     (moved / "config.json").write_text(json.dumps(config))
@@ -289,7 +289,7 @@ def test_bos_stands_where_the_file_says(place, tmp_path, capsys):
     config["method"]["bos"] = "none"
     (trial / "config.json").write_text(json.dumps(config))
     report = run(capsys, "export", "--run", trial, "--format", "peft", "--to", tmp_path / "a")
-    assert report["notes"][0] == "the text behind the prompt has no BOS"
+    assert report["notes"][0] == "the text after the prompt has no BOS"
     run(capsys, "import", tmp_path / "a", *taking(place), "--workdir", tmp_path / "b")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["method"]["bos"] == "none"
     asked = ["import", tmp_path / "a", *taking(place), "--config.method.bos=before"]
@@ -305,7 +305,7 @@ def test_mistakes(place, tmp_path, capsys):
     line = run(capsys, "export", "--run", trial, "--format", "peft", "--to", there, code=2)
     assert line == f"--to {there}: it exists; give a new path"
     line = run(capsys, "export", "--run", tmp_path, "--format", "npy", "--to", "x", code=2)
-    assert line.startswith(f"{tmp_path}: no trial there")
+    assert line.startswith(f"{tmp_path}: not a trial's folder")
     array, work = tmp_path / "p.npy", tmp_path / "w"
     np.save(array, np.ones((2, 48), np.float32))
     asked = ["import", array, *taking(place)]

@@ -17,7 +17,7 @@ def test_trials_side_by_side_are_not_taken_for_one_after_another(width):
     for index in range(8):
         first = index % width == 0  # of a round of 30 s, whose others end right behind
         beside = [other for other in todo if other in forecast.todo and other > index][: width - 1]
-        forecast.end(index, 30.0 if first else 0.0, done=True, beside=beside)
+        forecast.end(index, 30.0 if first else 0.0, done=True, others=beside)
         left.append(forecast.left())
     assert left == pytest.approx([30 * (7 - index) // width * 1.0 for index in range(8)], abs=30)
     assert left[width - 1] == pytest.approx(30 * (8 / width - 1))

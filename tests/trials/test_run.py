@@ -189,7 +189,7 @@ def test_another_config_is_refused(done, place, tiny_folder):
     with pytest.raises(UserError) as error:
         run_trial(other, folder, session=Session(Lines()))
     assert str(error.value) == (
-        f"{folder} holds another trial (method.length: 5, 3; seed: 3, 0: asked, there); "
+        f"{folder} holds another trial (method.length: 5, 3; seed: 3, 0: requested, stored); "
         "give another --workdir"
     )
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
@@ -340,7 +340,9 @@ def test_of_several_processes_the_first_claims(config, tmp_path, monkeypatch):
 
 
 def test_reading_a_config(tmp_path):
-    with pytest.raises(UserError, match=rf"{tmp_path}: no trial there \(it has no config.json\)"):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: not a trial's folder \(it has no config.json\)"
+    ):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config.json: not JSON \(Expecting value"):

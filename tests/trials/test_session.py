@@ -9,11 +9,11 @@ import pytest
 
 from softprompt.config import from_dict, to_dict
 from softprompt.models.dropout import Dropout
-from softprompt.training.memory import KEPT_SHARE, bytes_here, bytes_of
+from softprompt.training.memory import CACHE_SHARE, bytes_here, bytes_of
 from softprompt.training.sharding import make_mesh, put_weight
 from softprompt.trials import session as session_module
 from softprompt.trials.data import TaskData
-from softprompt.trials.session import KEPT_DATA, Session
+from softprompt.trials.session import CACHED_DATA, Session
 from tests.contracts.examples import trial_config, write_task
 from tests.own_task import Lines
 from tests.tiny import write_llama_folder
@@ -30,7 +30,7 @@ def configs(tmp_path_factory):
 def test_models_are_kept_while_there_is_room(configs, monkeypatch):
     """Room for one besides. Mutations: all are kept; none is; the last used goes first."""
     each = bytes_here(Session(Lines()).model(configs[0]).weights)
-    monkeypatch.setattr(session_module, "device_memory", lambda: 1.5 * each / KEPT_SHARE)
+    monkeypatch.setattr(session_module, "device_memory", lambda: 1.5 * each / CACHE_SHARE)
     shared = Session(Lines())
     first, second = shared.model(configs[0]), shared.model(configs[1])
     assert shared.model(configs[0]) is first, "it is the last used now"
@@ -93,11 +93,11 @@ def test_data_used_longest_ago_is_forgotten(configs, monkeypatch):
 
     monkeypatch.setattr(session_module, "read_task", no_data)
     shared, tree = Session(Lines()), to_dict(configs[0])
-    for cap in [*range(KEPT_DATA), KEPT_DATA - 1, 0]:
+    for cap in [*range(CACHED_DATA), CACHED_DATA - 1, 0]:
         tree["data"]["cap"] = cap
         shared.data(from_dict(tree), bos=True)
-    assert read == [*range(KEPT_DATA), 0]
-    assert len(shared._data) == KEPT_DATA
+    assert read == [*range(CACHED_DATA), 0]
+    assert len(shared._data) == CACHED_DATA
 
 
 def test_a_program_is_told_by_what_is_dropped(configs):

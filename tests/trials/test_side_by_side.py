@@ -217,7 +217,7 @@ def test_the_command(runs, capsys):
     assert cli.main(["evaluate", "--run", folders[1], "--split", "validation"]) == 0
     assert json.loads(capsys.readouterr().out) == found[1]
     assert cli.main(["evaluate", "--run", folders[0], "nowhere"]) == 2
-    assert "nowhere: no trial there" in capsys.readouterr().err
+    assert "nowhere: not a trial's folder" in capsys.readouterr().err
 
 
 def test_another_task_keeps_what_is_not_a_tasks_own():

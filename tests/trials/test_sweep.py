@@ -164,7 +164,9 @@ def test_mistakes_in_what_to_sweep(tmp_path, monkeypatch):
         sweep.make_trials(experiment, "full", [("method.lenght", "3")])
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("CAPTION = ''\n")
-    with pytest.raises(UserError, match="mine.py: no experiment, it lacks sweep, table, figure"):
+    with pytest.raises(
+        UserError, match="mine.py: not an experiment: it lacks sweep, table, figure"
+    ):
         sweep.load_experiment("mine.py")
     Path("mine.py").write_text("1/0\n")
     with pytest.raises(UserError, match="mine.py, line 1: ZeroDivisionError"):

@@ -34,7 +34,7 @@ def test_a_prompt_of_no_vectors_is_the_plain_model(place, tiny_folder, tmp_path,
     shutil.rmtree(tmp_path / "w" / "checkpoints" / str(row["steps"]))
     (tmp_path / "w" / "result.json").unlink()
     again = run_trial(config, tmp_path / "w", session=session)  # from the checkpoint before
-    assert any("goes on from step" in line for line in session.progress.said)
+    assert any("resumes from step" in line for line in session.progress.said)
     assert again["metrics"] == row["metrics"]
 
 

@@ -100,7 +100,7 @@ def _splash_checks(case: Case, device: Device | None) -> list[tuple[bool, str]]:
         (case.branches, "the row has branches"),
         (
             case.tokens is not None and case.tokens < BLOCK,
-            f"its blocks have {BLOCK} tokens, and the rows {case.tokens}",
+            f"its blocks are of {BLOCK} tokens, and rows have {case.tokens}",
         ),
     ]
 
