@@ -36,30 +36,19 @@ METHODS = {
     "ia3": {"method__name": "ia3"},
     "full": {"method__name": "full"},
 }
-PLACES = {"prompt": "both", "prefix": "all"}  # of a T5
+# On a T5, what differs there: two places, weights that only it has, and both trained as a whole.
+PAIRS = [*(("gpt2", name) for name in METHODS), *(("t5", n) for n in ("prompt", "lora", "full"))]
 COMMON = {"eval__select": "last", "train__steps": 4, "optimizer__rate": 0.02, "eval__every": 2}
 
 
 @pytest.fixture(scope="module")
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def place(family, tmp_path_factory):
-    """A model's folder and a task."""
-    folder = tmp_path_factory.mktemp(family)
-    if family == "t5":
-        write_complete_t5(folder / "model")
-    else:
-        write_family_folder(folder / "model", family)
-    return folder / "model", write_task(folder)
-
-
-@pytest.fixture(scope="module")
-def shared(place):
-    """One session for all trials on a model."""
-    return OneDevice(StopAt())
+def families(tmp_path_factory):
+    """Of each family a model's folder, a task, and one session for all trials on it."""
+    root = tmp_path_factory.mktemp("families")
+    write_complete_t5(root / "t5")
+    write_family_folder(root / "gpt2", "gpt2")
+    source = write_task(root)
+    return {name: (root / name, source, OneDevice(StopAt())) for name in ("gpt2", "t5")}
 
 
 def named(tree):
@@ -84,23 +73,19 @@ def delta_of(folder):
     return np.concatenate([found[name].ravel() for name in sorted(found)])
 
 
-# A method is written for either kind of model at once; a T5 is there for its places and its trees.
-CASES = [*(("gpt2", name) for name in METHODS), ("t5", "prompt"), ("t5", "lora"), ("t5", "full")]
-
-
-@pytest.mark.parametrize(("family", "name"), CASES, indirect=["family"])
-def test_among_others_alone_and_resumed(family, place, shared, tmp_path, name):
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_among_others_alone_and_resumed(families, tmp_path, family, name):
     """Mutations: the step moves a frozen weight; a checkpoint holds one, if only a norm's scale; a
     trial begins with the delta or the moments of the one before; a restored delta is the best one,
     not the last; the log is not cut back to the restored step; a delta of this method, as it was
     trained, is taken for one that does not fit.
     """
-    keys = COMMON | METHODS[name]
+    keys, (model, source, shared) = COMMON | METHODS[name], families[family]
     if name == "multitask":
-        keys["data__mixture"] = two_tasks(place[1])
-    if family == "t5":
-        keys |= {"method__place": PLACES[name]} if name in PLACES else {}
-    config, other = (trial_config(*place, seed=seed, **keys) for seed in (1, 2))
+        keys["data__mixture"] = two_tasks(source)
+    if (family, name) == ("t5", "prompt"):
+        keys["method__place"] = "both"
+    config, other = (trial_config(model, source, seed=seed, **keys) for seed in (1, 2))
     frozen = name != "full"
     before = {}
     if frozen:

@@ -18,9 +18,10 @@ def compiled(model: T5) -> Any:
     return jax.jit(lambda variables, *tokens: model.apply(variables, *tokens))
 
 
-def alone(model: T5, variables: Any, tokens_S: list[int], tokens_T: list[int]) -> np.ndarray:
-    """Logits [T, V] of one pair."""
-    return np.asarray(compiled(model)(variables, jnp.array(tokens_S), jnp.array(tokens_T)))
+def alone(model: T5, variables: Any, tokens_S: Any, tokens_T: Any) -> np.ndarray:
+    """Logits [T, V] of one pair; the targets are padded behind, so that shapes are few."""
+    padded_T = np.pad(tokens_T, (0, -len(tokens_T) % 8))
+    return np.asarray(compiled(model)(variables, jnp.array(tokens_S), padded_T))[: len(tokens_T)]
 
 
 @functools.cache
