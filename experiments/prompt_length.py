@@ -39,7 +39,6 @@ SEEDS = (0, 1, 2)
 STEPS = {"full": 240, "quickstart": 50}
 SHOTS = {"full": 16, "quickstart": 8}
 VALIDATION = {"full": 1000, "quickstart": 200}  # examples
-TEST = {"full": 0, "quickstart": 1000}  # examples; 0 is all
 
 CAPTION = (
     "Test accuracy with its 95 % interval over test examples and seeds. The prompt marked as "
@@ -51,8 +50,9 @@ CAPTION = (
 POINTS = {
     "full": list(itertools.product(LENGTHS, INITS, SEEDS)),
     "quickstart": [
+        (20, "vocabulary", 0),
         (20, "labels", 0),
-        (100, "labels", 0),
+        (100, "vocabulary", 0),
     ],
 }
 
@@ -75,7 +75,6 @@ def _trial(subset: str, method: str, seed: int) -> ConfigDict:
     if method == "fewshot":
         config.method.shots = SHOTS[subset]
     config.data.validation_examples = VALIDATION[subset]
-    config.data.test_examples = TEST[subset]
     return config
 
 

@@ -296,8 +296,7 @@ def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints the catalogue of models, or checks their training steps at full size."""
-    if arguments.check:
-        start_jax()
+    if arguments.check:  # on virtual devices, which are set up before JAX looks for others
         from softprompt.trials import shape_check
 
         return shape_check.run(arguments.names)

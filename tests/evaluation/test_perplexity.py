@@ -81,7 +81,7 @@ def test_a_piece_that_the_context_has_no_room_for(tiny_folder, tmp_path):
     """Mutation: positions that the model has not are taken for its last."""
     (tmp_path / "text.txt").write_text(TEXT)
     config = trial_config(tiny_folder, write_task(tmp_path), eval__text=str(tmp_path / "text.txt"))
-    message = "'eval.text' is '.*text.txt': .* take 516 positions, 5 before them.*allowed: 512, the"
+    message = "'eval.text' is '.*text.txt': .* 516 positions, including 5 before them.*allowed: 512"
     with session() as shared, pytest.raises(UserError, match=message):
         prepare(config, shared)
 

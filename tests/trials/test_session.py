@@ -77,6 +77,7 @@ def test_tokens_are_those_of_a_revision(configs, monkeypatch):
         return TaskData(None, *[SimpleNamespace(ids=[])] * 3)
 
     monkeypatch.setattr(session_module, "read_task", no_data)
+    monkeypatch.setattr(Session, "model", lambda self, config: None)
     shared, tree = Session(Lines()), to_dict(configs[0])
     for tree["model"]["revision"] in ("", "step1", "step1"):
         shared.data(from_dict(tree), bos=True)
