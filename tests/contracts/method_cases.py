@@ -96,10 +96,12 @@ def make(name, kind):
     """Step, fresh delta, frozen weights and layout."""
     config, layout = step_of(name, kind)
     model, weights, _ = base(kind)
-    delta = METHODS[config.method].init(KEY, model, weights, config.method_config)
+    init = functools.partial(METHODS[config.method].init, model=model, cfg=config.method_config)
+    delta = jax.jit(lambda weights: init(KEY, weights=weights))(weights)
     return config, delta, {} if config.method == "full" else weights, layout
 
 
+@jax.jit
 def moved(delta, *, seed=4, by=0.2):
     """The delta after a step in a random direction, `by` the size of the noise."""
     leaves, tree = jax.tree.flatten(delta)

@@ -11,7 +11,7 @@ from softprompt.inference.decode import generate
 from softprompt.inference.kv_cache import empty_cache, extend, prefill
 from softprompt.models.decoder import Cached
 from tests.contracts.examples import equations, prompted, snippets
-from tests.families import FAMILIES, SLIDING, family_decoder
+from tests.families import SLIDING, family_decoder
 from tests.models.t5_rows import compiled_row, packed
 from tests.tiny_t5 import tiny_t5
 
@@ -75,7 +75,7 @@ def decoder_whole(model):
     return whole
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ("gpt2", "neox", "opt", "mistral", "gemma2", "gemma3"))
 def test_decoders(x64, name):
     """Mutation: positions by slot, not by row; what is cached is seen beyond the row's length, or
     counts from before the context; windows cut only what can leave them within T tokens; a new
@@ -105,12 +105,12 @@ def t5_whole(model):
         slots = [model.prompt_to_input * len(delta[s]["prompt"]) if s in delta else 0 for s in BOTH]
         targets = [[model.config.start, *after_N[:-1]] for after_N in after_BN]
         encoder, decoder = (
-            packed(rows, segments, slots=count, length=80)[: 4 if count else 3]
+            packed(rows, segments, slots=count, length=80)
             for rows, count in zip((inputs, targets), slots, strict=True)
         )
         logits_TV = np.asarray(compiled_row(model)(collections, encoder, decoder))
         for segment in segments:
-            yield logits_TV[np.asarray(decoder[1]) == segment][-STEPS:]
+            yield logits_TV[np.asarray(decoder.segments) == segment][-STEPS:]
 
     return whole
 
@@ -209,20 +209,18 @@ def test_greedy_on_the_real_model_is_full_recomputation(smollm2, shared_data):
     """
     model, weights = smollm2.model, smollm2.weights
     _, delta = prompted(model, weights, 20)
-    inputs = snippets(shared_data, smollm2.tokenizer, 4).inputs
-    context = model.apply({"params": weights, "delta": delta}, method="prompt_context")
-    shared = delta, context
-    answers = generate(model, weights, shared, inputs, max_new=32, eos_id=None)
-    assert len(np.unique(answers)) > 20
-    longest = max(map(len, inputs)) + 32
-    run = jax.jit(
-        jax.vmap(lambda tokens_T: model.apply({"params": weights, "delta": delta}, tokens_T))
-    )
+    inputs = snippets(shared_data, smollm2.tokenizer, 3).inputs
+    variables = {"params": weights, "delta": delta}
+    shared = delta, model.apply(variables, method="prompt_context")
+    answers = generate(model, weights, shared, inputs, max_new=12, eos_id=None)
+    assert len(np.unique(answers)) > 8
+    longest = max(map(len, inputs)) + 12
+    run = jax.jit(jax.vmap(model.apply, in_axes=(None, 0)))
     whole = [[*tokens, *said] for tokens, said in zip(inputs, answers, strict=True)]
     rows_BT = np.array([row + [0] * (longest - len(row)) for row in whole])
-    best_BT = np.asarray(jnp.argmax(run(rows_BT), axis=-1))
+    best_BT = np.asarray(jnp.argmax(run(variables, rows_BT), axis=-1))
     for best_T, tokens, said in zip(best_BT, inputs, answers, strict=True):
-        assert best_T[len(tokens) - 1 :][:32].tolist() == said
+        assert best_T[len(tokens) - 1 :][:12].tolist() == said
 
 
 def test_windows_are_passed():

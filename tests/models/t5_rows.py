@@ -46,4 +46,4 @@ def packed(sequences: list[list[int]], segments: list[int], *, slots: int, lengt
         columns += [(t, segment, i, -1) for i, t in enumerate(tokens)]
     columns += [(3, 0, i, -1) for i in range(length - len(columns))]
     tokens, segments_T, positions, index = map(jnp.array, zip(*columns, strict=True))
-    return Rows(tokens, segments_T, positions, prompt_index=index)
+    return Rows(tokens, segments_T, positions, prompt_index=index if slots else None)
