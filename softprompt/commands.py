@@ -333,8 +333,9 @@ def _show(task: "Task", *, examples: int) -> None:
     """Prints a task's examples, label counts and overlaps of splits; reading prepares the data."""
     import json
 
+    from softprompt.data.splits import overlaps, read_split
     from softprompt.data.subsets import label_counts
-    from softprompt.data.tasks import SPLITS, overlaps, read_split, target_text
+    from softprompt.data.tasks import SPLITS, target_text
 
     splits = {}
     for split in SPLITS:

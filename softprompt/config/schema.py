@@ -21,15 +21,8 @@ from softprompt.training.optimizers import OPTIMIZERS, Optimizer
 SEEDS = 2**32 - 1
 
 # Metrics that can select a delta: larger is better.
-SELECTING = tuple(
-    dict.fromkeys(
-        metric
-        for metrics in (*LABEL_METRICS.values(), *ANSWER_METRICS.values())
-        for metric in metrics
-        if metric != "illegal"
-    )
-)
-
+_METRICS = (*LABEL_METRICS.values(), *ANSWER_METRICS.values())
+SELECTING = tuple(metric for names in _METRICS for metric in names if metric != "illegal")
 
 METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
     name: method.Settings for name, method in METHODS.items()

@@ -104,20 +104,19 @@ def encode(
     labels = np.array([index.get(record["label"], -1) for record in records], np.int32)
     around = prefix, _special(tokenizer.eos_id, "EOS", input_eos)
     inputs, truncated = _inputs(records, task, tokenizer, around, max_input)
-    nothing = np.zeros(0, np.int32)
-    targets = []
-    for record, label in zip(records, labels, strict=True):
+
+    def target(record: Record, label: int) -> np.ndarray:
         if record["label"] is None:
-            targets.append(nothing)
-        elif candidates:
-            targets.append(candidates[label])
-        else:
-            text, where = target_text(task, record["label"]), f"target of example {record['id']!r}"
-            targets.append(_target(tokenizer, text, suffix, max_target, where))
+            return np.zeros(0, np.int32)
+        if candidates:
+            return candidates[label]
+        text, where = target_text(task, record["label"]), f"target of example {record['id']!r}"
+        return _target(tokenizer, text, suffix, max_target, where)
+
     return Encoded(
         ids=[record["id"] for record in records],
         inputs=inputs,
-        targets=targets,
+        targets=[target(*pair) for pair in zip(records, labels, strict=True)],
         labels=labels,
         candidates=candidates,
         truncated=truncated,

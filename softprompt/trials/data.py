@@ -15,8 +15,9 @@ from softprompt.data.packing import Template
 from softprompt.data.pipeline import TrainSource, train_template
 from softprompt.data.rows import EvalBatch, RowLayout
 from softprompt.data.sources import Record
+from softprompt.data.splits import overlaps, read_split
 from softprompt.data.subsets import balanced_subset, seeded_sample
-from softprompt.data.tasks import SPLITS, Task, get_task, overlaps, read_split
+from softprompt.data.tasks import SPLITS, Task, get_task
 from softprompt.errors import UserError
 from softprompt.evaluation.evaluators import Split
 from softprompt.evaluation.ranking import scoring_budget

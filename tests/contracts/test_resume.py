@@ -303,22 +303,23 @@ def test_stopped_between_training_and_testing(place, whole, tiny_folder, session
     check_same(tmp_path / "w", whole)
 
 
-def test_sigterm_while_testing_exits_with_75(place, whole, tiny_folder, monkeypatch, tmp_path):
+def test_sigterm_while_testing_exits_with_75(place, whole, tiny_folder, tmp_path):
     """Fails if SIGTERM kills a process that is not training: the code would say that it failed."""
-
-    def stage(self, what, *rest):
-        if what == "score test":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    command = ["train", *words(place, tiny_folder, **SHORT), "--workdir", str(tmp_path / "w")]
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "stage", stage)
-        with pytest.raises(SystemExit) as stop:
-            cli.main(command)
-    assert stop.value.code == 75
-    assert read_result(tmp_path / "w") is None
-    assert cli.main(command) == 0
-    check_same(tmp_path / "w", whole)
+    folder = tmp_path / "w"
+    command = train_command(place, tiny_folder, folder, **SHORT)
+    started = subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    said = []
+    for line in started.stderr:
+        said.append(line)
+        if line.startswith("score test"):
+            started.send_signal(signal.SIGTERM)
+    assert started.wait(timeout=240) == 75, "".join(said)[-2000:]
+    assert said[-1] == "softprompt: interrupted; the same command resumes\n"
+    assert read_result(folder) is None
+    assert subprocess.run(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL).returncode == 0
+    check_same(folder, whole)
 
 
 def test_other_weights_are_not_gone_on_with(place, session, tmp_path):

@@ -9,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.config import base_config, from_dict
+from softprompt.data.splits import overlaps, read_split
 from softprompt.data.subsets import balanced_subset, label_counts, seeded_order, seeded_sample
 from softprompt.data.tasks import (
     SPLITS,
     TASKS,
     SplitRule,
     get_task,
-    overlaps,
     parse_template,
-    read_split,
     target_text,
 )
 from softprompt.errors import UserError

@@ -249,9 +249,9 @@ def test_members_have_one_program_and_one_model(compiled):
     """Mutation: a member's weights, or its program, are not looked at."""
     one, other = StepProgram(Static(None, None, None)), StepProgram(Static(None, None, None))
     first, second = calls(one, "a", {"w": 1}) + calls(one, "b", {"w": 2})
-    with pytest.raises(AssertionError, match="one model"):
+    with pytest.raises(AssertionError, match="and weights"):
         take(one, [first, second], [])
-    with pytest.raises(AssertionError, match="one program"):
+    with pytest.raises(AssertionError, match="share a program"):
         take(other, [first], [])
 
 
