@@ -94,12 +94,7 @@ def encode(
     """
     prefix = _special(tokenizer.bos_id, "BOS", bos)
     suffix = _special(tokenizer.eos_id, "EOS", eos)
-    candidates = tuple(
-        _target(tokenizer, target, suffix, max_target, f"verbalizer {target!r}")
-        for target in task.verbalizers.values()
-    )
-    if len({tuple(tokens) for tokens in candidates}) < len(candidates):
-        raise UserError(f"task {task.name!r}: two of its verbalizers have the same tokens")
+    candidates = _candidates(tokenizer, task, suffix, max_target)
     index = {label: number for number, label in enumerate(task.labels)}
     labels = np.array([index.get(record["label"], -1) for record in records], np.int32)
     around = prefix, _special(tokenizer.eos_id, "EOS", input_eos)
@@ -125,6 +120,19 @@ def encode(
         answers=() if candidates else tuple(record.get("answers", ()) for record in records),
         digest=records_digest(records, task.fields),
     )
+
+
+def _candidates(
+    tokenizer: Tokenizer, task: Task, suffix: list[int], max_target: int
+) -> tuple[np.ndarray, ...]:
+    """The token ids of each verbalizer."""
+    candidates = tuple(
+        _target(tokenizer, target, suffix, max_target, f"verbalizer {target!r}")
+        for target in task.verbalizers.values()
+    )
+    if len({tuple(tokens) for tokens in candidates}) < len(candidates):
+        raise UserError(f"task {task.name!r}: two of its verbalizers have the same tokens")
+    return candidates
 
 
 def _special(token: int | None, name: str, wanted: bool) -> list[int]:
