@@ -130,7 +130,7 @@ def test_which_are_scored_together(runs):
     said = [line for line in progress.said if "side by side" in line]
     assert said == [
         "3 trials like prompt-3-vocabulary-mine-s0 are scored side by side, 3 at a time",
-        "2 trials like prefix-3-noise-s0 are scored side by side, 2 at a time",
+        "2 trials like prefix-3-noise-mine-s0 are scored side by side, 2 at a time",
     ]
     assert not any("side by side" in line for line in progress.said if "full" in line)
 
@@ -213,7 +213,7 @@ def test_the_command(runs, capsys):
     written = capsys.readouterr()
     found = json.loads(written.out)
     assert [one.pop("run") for one in found] == folders
-    assert "2 trials like prompt-3-uniform-s1 are scored side by side, 2 at a time" in written.err
+    assert "2 trials like prompt-3-uniform-mine-s1 are scored side by side, 2 at a time" in written.err
     assert cli.main(["evaluate", "--run", folders[1], "--split", "validation"]) == 0
     assert json.loads(capsys.readouterr().out) == found[1]
     assert cli.main(["evaluate", "--run", folders[0], "nowhere"]) == 2
