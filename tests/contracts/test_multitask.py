@@ -187,5 +187,5 @@ def test_who_sees_which_prompt_has_to_be_said(kind):
     model, weights, _, _, encoded = base(kind)
     config, delta = make(kind)
     shared = shared_part(config, delta, weights)
-    with pytest.raises(AssertionError, match="say which"):
+    with pytest.raises(AssertionError, match="`which` is needed"):
         generate(model, weights, shared, encoded.inputs, max_new=1, eos_id=None)
