@@ -213,7 +213,8 @@ def test_the_command(runs, capsys):
     written = capsys.readouterr()
     found = json.loads(written.out)
     assert [one.pop("run") for one in found] == folders
-    assert "2 trials like prompt-3-uniform-mine-s1 are scored side by side, 2 at a time" in written.err
+    said = "2 trials like prompt-3-uniform-mine-s1 are scored side by side, 2 at a time"
+    assert said in written.err
     assert cli.main(["evaluate", "--run", folders[1], "--split", "validation"]) == 0
     assert json.loads(capsys.readouterr().out) == found[1]
     assert cli.main(["evaluate", "--run", folders[0], "nowhere"]) == 2
