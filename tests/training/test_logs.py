@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from softprompt.config import base_config
 from softprompt.errors import UserError
 from softprompt.training import logs
 from softprompt.training.logs import MetricsLog, open_sinks, read_line, read_log
@@ -90,18 +89,25 @@ def test_sinks_get_each_new_line(tmp_path):
     assert seen == [{"step": 2, "loss": 0.5}]
 
 
+CONFIG = {"train": {"steps": 4}}
+
+
+def opened(folder, *sinks):
+    """The named sinks, opened for a trial."""
+    wanted = {name: name in sinks for name in ("tensorboard", "wandb")}
+    return open_sinks(folder, "prompt-20", CONFIG, **wanted)
+
+
 def test_no_sinks_unless_they_are_asked_for(tmp_path):
-    with open_sinks(base_config(), tmp_path, "name") as sinks:
+    with opened(tmp_path) as sinks:
         assert sinks == []
 
 
 @pytest.mark.parametrize(("key", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_sink_without_its_package(tmp_path, monkeypatch, key, package):
     monkeypatch.setitem(sys.modules, package, None)
-    config = base_config()
-    config.log[key] = True
     wanted = rf"config.log.{key} is True; it needs {package}: pip"
-    with pytest.raises(UserError, match=wanted), open_sinks(config, tmp_path, "name"):
+    with pytest.raises(UserError, match=wanted), opened(tmp_path, key):
         pass
 
 
@@ -135,9 +141,7 @@ def test_tensorboard_gets_scalars_by_step(tmp_path, monkeypatch):
     module = type(sys)("tensorboardX")
     module.SummaryWriter = FakeWriter
     monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    config = base_config()
-    config.log.tensorboard = True
-    with open_sinks(config, tmp_path, "name") as sinks:
+    with opened(tmp_path, "tensorboard") as sinks:
         MetricsLog(tmp_path, step=None, sinks=sinks).write({"step": 4, "loss": 0.5})
         assert not FakeWriter.last.left
     assert FakeWriter.last.left
@@ -159,13 +163,11 @@ def test_wandb_gets_the_config_and_lines_by_step(tmp_path, monkeypatch):
     module = type(sys)("wandb")
     module.init = lambda **given: calls.append(given) or Run()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    config = base_config()
-    config.log.wandb = True
-    with open_sinks(config, tmp_path, "prompt-20") as (sink,):
+    with opened(tmp_path, "wandb") as (sink,):
         sink({"step": 4, "loss": 0.5})
         assert not runs[0].left
     assert runs[0].left
-    own = {"project": "softprompt", "name": "prompt-20", "config": config.to_dict()}
+    own = {"project": "softprompt", "name": "prompt-20", "config": CONFIG}
     assert calls == [own | {"reinit": "create_new"}, ({"loss": 0.5}, 4)]
 
 

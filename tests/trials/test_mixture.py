@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 
 from softprompt.analysis.flops import train_work
-from softprompt.config import trial_id
+from softprompt.config import trial_id, validate
 from softprompt.data.rows import RowLayout
 from softprompt.errors import UserError
 from softprompt.trials.estimate import estimate
-from softprompt.trials.prepare import (
-    prepare,
-    step_work,
-)
+from softprompt.trials.prepare import prepare, step_work
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, two_tasks, write_task
 from tests.tiny_t5 import write_complete_t5
@@ -46,8 +43,9 @@ def test_any_method_trains_on_a_mixture(tiny_folder, source, shared, tmp_path):
     prepared = prepare(config, shared)
     decode = prepared.loaded.tokenizer.decode
     texts = {name: [decode(ids) for ids in prepared.of(name).data.train.inputs] for name in names}
-    assert [decode(ids) for ids in prepared.train.inputs] == texts["own"] + texts["other"]
-    said = {(prepared.train.task(n), decode(ids)) for n, ids in enumerate(prepared.train.targets)}
+    assert [decode(ids) for ids in prepared.data.train.inputs] == texts["own"] + texts["other"]
+    train = prepared.data.train
+    said = {(train.task(n), decode(ids)) for n, ids in enumerate(train.targets)}
     assert said == {(0, " negative"), (0, " positive"), (1, " not at all"), (1, " yes")}
 
 
@@ -55,11 +53,11 @@ def test_a_cap_bounds_a_task(tiny_folder, source, shared):
     """Mutation: it bounds the mixture, or validation, or refuses a task that is smaller."""
     changes = {"data__mixture": two_tasks(source), "data__cap": 10}
     prepared = prepare(trial_config(tiny_folder, source, **changes), shared)
-    assert np.bincount(prepared.train.tasks).tolist() == [10, 10]
+    assert np.bincount(prepared.data.train.tasks).tolist() == [10, 10]
     assert [np.bincount(one.train.labels).tolist() for one in prepared.tasks] == [[5, 5]] * 2
     assert [len(one.validation.ids) for one in prepared.tasks] == [12, 12]
     wide = prepare(trial_config(tiny_folder, source, data__cap=1000), shared)
-    assert len(wide.train.ids) == 40
+    assert len(wide.data.train.ids) == 40
 
 
 def test_costs_count_every_tasks_context(tiny_folder, source, shared):
@@ -67,7 +65,7 @@ def test_costs_count_every_tasks_context(tiny_folder, source, shared):
     mixture = two_tasks(source)
     config = trial_config(tiny_folder, source, data__mixture=mixture, method__name="multitask")
     prepared = prepare(config, shared)
-    plain = train_work(prepared.train, RowLayout(), (0, 5), 8)
+    plain = train_work(prepared.data.train, RowLayout(), (0, 5), 8)
     assert step_work(prepared).tokens == plain.tokens + 5
     assert step_work(prepared).keys == plain.keys + 5 * 6 / 2
     assert estimate(config, shared)["trainable"] == 5 * 48 + 2 * 8 * (5 + 48)
@@ -82,10 +80,10 @@ def test_costs_count_every_tasks_context(tiny_folder, source, shared):
 def test_what_a_t5s_tasks_cannot_have(source, shared, tmp_path):
     """Mutation: a place or a form is passed over in silence."""
     write_complete_t5(tmp_path / "t5")
-    for keys, message in (
-        ({"method__place": "both"}, "'method.place' is 'both'; allowed for a multitask: encoder$"),
-        ({"method__prompt_to_input": False}, "'method.prompt_to_input' is False; allowed"),
-    ):
-        config = trial_config(tmp_path / "t5", source, method__name="multitask", **keys)
-        with pytest.raises(UserError, match=message):
-            prepare(config, shared)
+    config = trial_config(tmp_path / "t5", source, method__name="multitask")
+    config.method.prompt_to_input = False
+    with pytest.raises(UserError, match="'method.prompt_to_input' is False; allowed"):
+        prepare(config, shared)
+    config.method.place = "both"
+    with pytest.raises(UserError, match="'method.place' is 'both'; allowed: encoder$"):
+        validate(config)
