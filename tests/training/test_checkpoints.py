@@ -133,8 +133,8 @@ def spoil(folder, name):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-# Where one array cannot be read, orbax ends its event loop while TensorStore still reads the others,
-# whose ends Python then reports as exceptions that nobody could catch.
+# Where one array cannot be read, orbax closes its event loop while TensorStore still reads others;
+# Python then reports how these end as exceptions that nobody can catch.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "name", ["notes/metadata", "notes/", "state/manifest.ocdbt", "state/_METADATA", "state/"]
