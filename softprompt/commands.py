@@ -314,7 +314,7 @@ def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Lists the tasks, prepares one's data, or shows its examples."""
     from softprompt.config import members
     from softprompt.config.files import load_config
-    from softprompt.data.tasks import TASKS, get_task
+    from softprompt.data.builtin_tasks import TASKS, get_task
 
     if arguments.action == "list":
         lines = [(task.name, task.source, task.about) for task in TASKS.values()]
@@ -335,15 +335,15 @@ def _show(task: "Task", *, examples: int) -> None:
 
     from softprompt.data.splits import overlaps, read_split
     from softprompt.data.subsets import label_counts
-    from softprompt.data.tasks import SPLITS, target_text
+    from softprompt.data.tasks import target_text
 
     splits = {}
-    for split in SPLITS:
+    for split in task.splits:
         records = splits[split] = read_split(task, split)
         counts = label_counts(records).items()
         shares = ", ".join(f"{label} {count:,}" for label, count in counts)
         print(f"{task.name} {split}: {len(records):,} examples ({shares})")
-        for record in records[:examples] if split == "train" else ():
+        for record in records[:examples] if split == next(iter(task.splits)) else ():
             target = target_text(task, record["label"])
             print(f"  id      {record['id']}")
             print(f"  input   {json.dumps(task.template.format(**record), ensure_ascii=False)}")

@@ -16,7 +16,8 @@ import pytest
 
 from softprompt import cli
 from softprompt.config import base_config, flatten, set_key
-from softprompt.data.tasks import TASKS, Task
+from softprompt.data.builtin_tasks import TASKS
+from softprompt.data.tasks import Task
 from softprompt.methods import METHODS
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.trials.sweep import load_experiment

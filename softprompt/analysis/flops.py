@@ -64,12 +64,14 @@ def train_work(
 
 def scoring_work(encoded: Encoded, layout: RowLayout, contexts: tuple[int, int]) -> Work:
     """Work of scoring every candidate of a split once; see `train_work` for the arguments."""
-    count, lengths = len(encoded.inputs), [len(ids) for ids in encoded.candidates]
+    ranked = [encoded.ranked(example) for example in range(len(encoded.inputs))]
+    counts_N = np.array([len(candidates) for candidates in ranked], np.float64)
+    lengths_N = np.array([sum(map(len, candidates)) for candidates in ranked], np.float64)
     if layout.encoder:
-        own, heads = sum(lengths) + layout.target_slots * len(lengths), sum(lengths)
+        own_N, heads_N = lengths_N + layout.target_slots * counts_N, lengths_N
     else:
-        own, heads = sum(lengths) - len(lengths), 1 + sum(lengths) - len(lengths)
-    return _work(encoded, layout, contexts, np.full(count, float(own)), heads=float(count * heads))
+        own_N, heads_N = lengths_N - counts_N, 1 + lengths_N - counts_N
+    return _work(encoded, layout, contexts, own_N, heads=float(heads_N.sum()))
 
 
 def _work(

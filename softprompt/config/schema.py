@@ -10,7 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from softprompt.data.tasks import ANSWER_METRICS, LABEL_METRICS
+from softprompt.config.data_sections import SEEDS, Data, Task
+from softprompt.data.tasks import ANSWER_METRICS, LABEL_METRICS, generated
 from softprompt.errors import UserError
 from softprompt.methods import METHODS
 from softprompt.methods.base import MethodSettings
@@ -18,11 +19,8 @@ from softprompt.methods.initializers import INITIALIZERS
 from softprompt.settings import KINDS, Setting, Settings, keys, setting, summaries
 from softprompt.training.optimizers import OPTIMIZERS, Optimizer
 
-SEEDS = 2**32 - 1
-
 # Metrics that can select a delta: larger is better.
-_METRICS = (*LABEL_METRICS.values(), *ANSWER_METRICS.values())
-SELECTING = tuple(metric for names in _METRICS for metric in names if metric != "illegal")
+SELECTING = tuple(dict.fromkeys((*LABEL_METRICS, *generated(LABEL_METRICS), *ANSWER_METRICS)))
 
 METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
     name: method.Settings for name, method in METHODS.items()
@@ -75,85 +73,6 @@ class Method(Settings):
     name: str = setting(
         "prompt", f"what is trained: {summaries(METHOD_SETTINGS)}", choices=METHOD_SETTINGS
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Task(Settings):
-    """The task, and how its examples are turned into text."""
-
-    section = "task"
-
-    name: str = setting(
-        "movie_sentiment",
-        "a known task (`softprompt data`), or any name if `source` is set",
-    )
-    source: str = setting(
-        "",
-        "own data: tfds:NAME, or jsonl:, tsv: or csv:PATH; {split} in it stands for train, "
-        "validation or test; without it, a file is split 8:1:1 by a hash of each id, or each text",
-    )
-    template: str = setting(
-        "", 'input text with {field} placeholders; the target follows it; "" is the task\'s own'
-    )
-    verbalizers: dict[str, str] = setting(
-        {},
-        "label -> target text, with its leading space; {} is the task's own; for own data, {} is a "
-        "free-text task, whose targets are the answers",
-    )
-    label_field: str = setting(
-        "label",
-        "own data: the field that holds the label, or the answer (in JSON also a list of right "
-        'answers); "" means that examples have none',
-    )
-    id_field: str = setting(
-        "", 'own data: the field with an example\'s id; "" makes ids from numbers or hashes'
-    )
-    max_input: int = setting(
-        256,
-        "tokens of an input at most; longer ones lose the end of their longest field",
-        low=1,
-    )
-    max_target: int = setting(32, "tokens of a target at most; a longer one is an error", low=1)
-    eos: bool = setting(False, "end each target with EOS")
-
-    def check(self) -> None:
-        """Checks the source of own data, and that the template it needs is set."""
-        if not self.source:
-            return
-        if not self.source.startswith(("jsonl:", "tsv:", "csv:", "tfds:")):
-            raise UserError(
-                f"config key 'task.source' is {self.source!r}; "
-                "allowed: jsonl:PATH, tsv:PATH, csv:PATH or tfds:NAME"
-            )
-        if not self.template:
-            raise UserError(
-                f"config key 'task.template' is empty; task.source={self.source} needs it"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Data(Settings):
-    """The examples."""
-
-    section = "data"
-
-    mixture: str = setting(
-        "",
-        "tasks to train on together instead of task.name alone, separated by commas: known tasks, "
-        "and task.name for the one that `task` defines; or a JSON list, in which "
-        '{"name": ..., "source": ...} has the keys of `task` for one task. "" is one task. Tasks '
-        "are mixed in proportion to their examples and scored separately; their unweighted mean "
-        "selects the delta. The sizes below are per task",
-    )
-    cap: int = setting(
-        0, "a balanced subset of this many examples if a task has more; 0 is all", low=0
-    )
-    train_examples: int = setting(0, "a balanced subset of this many examples; 0 is all", low=0)
-    subset_seed: int = setting(
-        0, "seed of the subset (also of `cap`)", low=0, high=SEEDS, needs=("train_examples", "cap")
-    )
-    validation_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
-    test_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,10 +140,11 @@ class Eval(Settings):
     )
     metrics: str = setting(
         "",
-        "metrics, separated by commas: accuracy and macro_f1 rank a task's candidates; "
-        "generated_accuracy, generated_macro_f1 and illegal parse generated answers as labels; "
-        'exact_match and f1 compare generated answers of free-text tasks; "" is the first of these '
-        "kinds that the task has",
+        "metrics, separated by commas: accuracy and macro_f1, and where the task has them f1 (of "
+        "its positive label), group_match (groups that are right as a whole) and task_score (the "
+        "mean of the metrics that the paper reports), rank a task's candidates; the same after "
+        "generated_, and illegal, parse generated answers as labels; exact_match and f1 compare "
+        'generated answers of free-text tasks; "" is the first of these kinds that the task has',
     )
     metric: str = setting(
         "accuracy", "the metric that selects the delta", choices=SELECTING, for_training=True
@@ -316,9 +236,6 @@ CHOOSERS: dict[str, Mapping[str, type[Settings]]] = {
     "method.init": INITIALIZERS,
     "optimizer.name": OPTIMIZERS,
 }
-
-# Keys of the section `task` that apply only to the task it names, not to others of a mixture.
-TASK_KEYS = ("source", "template", "verbalizers", "label_field", "id_field")
 
 # Keys that may be set for a method that does not have them, since config files set them for prompts
 # and the command line may select another method.

@@ -14,12 +14,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from softprompt.config.checks import check_used, check_values
+from softprompt.config.data_sections import TASK_KEYS
 from softprompt.config.schema import (
     KEYS,
     METHOD_SETTINGS,
     OPEN_MAPPINGS,
     SECTIONS,
-    TASK_KEYS,
     base_config,
 )
 from softprompt.errors import UserError

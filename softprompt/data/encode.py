@@ -1,15 +1,15 @@
 """Encodes records as token ids: fills the template, and shortens the fields of long inputs."""
 
+import functools
 import hashlib
-import itertools
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from softprompt.data.digests import records_digest
 from softprompt.data.sources import Record
 from softprompt.data.tasks import Task, parse_template, target_text
 from softprompt.errors import UserError
@@ -27,7 +27,8 @@ class Encoded:
         inputs: int32 token ids of each input, with BOS where one was asked for.
         targets: int32 token ids of each target; empty for an unlabelled example.
         labels: int32 [N], index into the candidates; -1 for an unlabelled example, and for all
-            examples of a free-text task.
+            examples of a free-text task. Where answers may be wrong (`Task.correct_field`), 1 for a
+            right one, 0 for a wrong one and -1 where it is not known.
         candidates: int32 token ids of each verbalizer in the task's order; () for a free-text task.
         truncated: number of inputs that were shortened.
         label_names: the labels' names, in the candidates' order.
@@ -36,6 +37,11 @@ class Encoded:
         eos: whether targets and candidates end with EOS.
         answers: each example's right answers, the first of which is its target; an empty tuple for
             an example without one, and () for a classification task.
+        groups: the group of each example; () where there are none.
+        choices: the texts of each example's own candidates; () where all have the same or none.
+        choice_ids: int32 token ids of `choices`.
+        words: int32 token ids of what class-label initialisation begins with, for a task without
+            verbalizers.
         digest: the first 16 hex digits of a SHA-256 of the examples' ids, texts and labels or
             answers, in order; "" where the examples come from no records.
     """
@@ -50,11 +56,19 @@ class Encoded:
     tasks: np.ndarray | None = None
     eos: bool = False
     answers: tuple[tuple[str, ...], ...] = ()
+    groups: tuple[str, ...] = ()
+    choices: tuple[tuple[str, ...], ...] = ()
+    choice_ids: tuple[tuple[np.ndarray, ...], ...] = ()
+    words: tuple[np.ndarray, ...] = ()
     digest: str = ""
 
     def without_eos(self, tokens: np.ndarray) -> np.ndarray:
         """The token ids of a target's or a candidate's text alone, without the EOS after it."""
         return tokens[:-1] if self.eos else tokens
+
+    def ranked(self, example: int) -> tuple[np.ndarray, ...]:
+        """The token ids of the candidates that are ranked after an example's input."""
+        return self.choice_ids[example] if self.choice_ids else self.candidates
 
     def task(self, example: int) -> int:
         """The number of an example's task."""
@@ -95,18 +109,16 @@ def encode(
     prefix = _special(tokenizer.bos_id, "BOS", bos)
     suffix = _special(tokenizer.eos_id, "EOS", eos)
     candidates = _candidates(tokenizer, task, suffix, max_target)
-    index = {label: number for number, label in enumerate(task.labels)}
-    labels = np.array([index.get(record["label"], -1) for record in records], np.int32)
+    labels = _labels(records, task)
     around = prefix, _special(tokenizer.eos_id, "EOS", input_eos)
     inputs, truncated = _inputs(records, task, tokenizer, around, max_input)
+
+    answer = functools.partial(_answer, task, tokenizer, suffix=suffix, max_target=max_target)
 
     def target(record: Record, label: int) -> np.ndarray:
         if record["label"] is None:
             return np.zeros(0, np.int32)
-        if candidates:
-            return candidates[label]
-        text, where = target_text(task, record["label"]), f"target of example {record['id']!r}"
-        return _target(tokenizer, text, suffix, max_target, where)
+        return candidates[label] if candidates else answer(record, record["label"], "target")
 
     return Encoded(
         ids=[record["id"] for record in records],
@@ -117,9 +129,51 @@ def encode(
         truncated=truncated,
         label_names=task.labels,
         eos=eos,
-        answers=() if candidates else tuple(record.get("answers", ()) for record in records),
         digest=records_digest(records, task.fields),
+        **_own_parts(records, task, tokenizer, answer),
     )
+
+
+def _own_parts(
+    records: Sequence[Record], task: Task, tokenizer: Tokenizer, answer: Callable[..., np.ndarray]
+) -> dict[str, Any]:
+    """The fields of `Encoded` that only some tasks have."""
+    choices = tuple(record["candidates"] for record in records if "candidates" in record)
+    pairs = zip(records, choices, strict=False)
+    words = [tokenizer.encode_continuation(f" {word}") for word in task.words]
+    return {
+        "answers": () if task.verbalizers else tuple(one.get("answers", ()) for one in records),
+        "groups": tuple(record["group"] for record in records if "group" in record),
+        "choices": choices,
+        "choice_ids": tuple(
+            tuple(answer(record, text, "candidate") for text in texts) for record, texts in pairs
+        ),
+        "words": tuple(np.array(ids, np.int32) for ids in words),
+    }
+
+
+def _answer(
+    task: Task,
+    tokenizer: Tokenizer,
+    record: Record,
+    text: str,
+    name: str,
+    *,
+    suffix: list[int],
+    max_target: int,
+) -> np.ndarray:
+    """The token ids of an answer to a record of a free-text task."""
+    where = f"{name} of example {record['id']!r}"
+    return _target(tokenizer, target_text(task, text), suffix, max_target, where)
+
+
+def _labels(records: Sequence[Record], task: Task) -> np.ndarray:
+    """The index of each record's label, or whether its answer is right; see `Encoded.labels`."""
+    if task.correct_field:
+        right = {None: -1, False: 0, True: 1}
+        return np.array([right[record["correct"]] for record in records], np.int32)
+    index = {label: number for number, label in enumerate(task.labels)}
+    return np.array([index.get(record["label"], -1) for record in records], np.int32)
 
 
 def _candidates(
@@ -237,40 +291,6 @@ def _inside(offsets: list[tuple[int, int]], span: tuple[int, int], length: int) 
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def records_digest(records: Sequence[Record], fields: Sequence[str]) -> str:
-    """Returns 16 hex digits that depend on the records' ids, fields, labels and order.
-
-    Args:
-        records: of a split.
-        fields: the text fields that count.
-    """
-    digest = hashlib.sha256()
-    for record in records:
-        texts = [record[name] for name in fields]
-        line = [record["id"], texts, record["label"], record.get("answers", ())]
-        digest.update(json.dumps(line).encode())
-    return digest.hexdigest()[:16]
-
-
-def check_digests(now: Mapping[str, str], then: Mapping[str, str], *, made: str) -> None:
-    """Checks that data is what it was.
-
-    Args:
-        now: the digest of each split, by name.
-        then: the digests that were stored; splits without one (of older files) are not compared.
-        made: what was made with the stored data, such as a checkpoint's path.
-
-    Raises:
-        UserError: a split's digest differs.
-    """
-    for name, digest in now.items():
-        if then.get(name, digest) != digest:
-            raise UserError(
-                f"{made} was made with other data: the digest of {name} was {then[name]}, and now "
-                f"is {digest}; allowed: the same data, or a new folder"
-            )
-
-
 def mix(splits: Mapping[str, Encoded]) -> Encoded:
     """Joins the examples of several tasks, so that tasks are mixed in proportion to their sizes.
 
@@ -299,6 +319,7 @@ def mix(splits: Mapping[str, Encoded]) -> Encoded:
         tasks=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.ids) for part in parts]),
         eos=parts[0].eos,
         answers=tuple(one for part in parts for one in part.answers or [()] * len(part.ids)),
+        words=tuple(word for part in parts for word in part.words),
         digest=hashlib.sha256(digests.encode()).hexdigest()[:16],
     )
 
@@ -309,14 +330,19 @@ def check_ranking(encoded: Encoded, score: str) -> None:
     Raises:
         UserError: scores are sums of log-probabilities, and a candidate begins with another one.
     """
-    candidates = [tuple(tokens.tolist()) for tokens in encoded.candidates]
-    named = zip(encoded.label_names, candidates, strict=True)
-    for (name, one), (other, start) in itertools.permutations(named, 2):
-        if score == "sum" and one[: len(start)] == start:
-            raise UserError(
-                f"the verbalizer of {name!r} begins with that of {other!r}, and so is never the "
-                "likelier by config key 'eval.score'=sum; allowed: mean, or task.eos=True"
-            )
+    if score != "sum":
+        return
+    names = encoded.choices or (encoded.label_names,)
+    for texts, ids in zip(names, encoded.choice_ids or (encoded.candidates,), strict=True):
+        candidates = {tuple(tokens.tolist()): text for text, tokens in zip(texts, ids, strict=True)}
+        for one, text in candidates.items():
+            starts = [candidates.get(one[:end]) for end in range(1, len(one))]
+            if other := next(filter(None, starts), None):
+                raise UserError(
+                    f"the {'candidate' if encoded.choices else 'verbalizer of'} {text!r} begins "
+                    f"with that of {other!r}, and so is never the likelier by config key "
+                    "'eval.score'=sum; allowed: mean, or task.eos=True"
+                )
 
 
 def target_advice(encoded: Encoded, score: str) -> str:

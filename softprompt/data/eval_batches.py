@@ -155,7 +155,7 @@ def collect(
 
 def _scored(encoded: Encoded, example: int, score: Score) -> Sequence[np.ndarray]:
     """The token sequences whose probability is wanted after an example's input."""
-    return encoded.candidates if score == "candidates" else (encoded.targets[example],)
+    return encoded.ranked(example) if score == "candidates" else (encoded.targets[example],)
 
 
 def _sizes(encoded: Encoded, score: Score, layout: RowLayout) -> np.ndarray:

@@ -3,32 +3,58 @@
 A record, here and from TFDS (`softprompt.data.tfds_reader`), is a plain dict: "id" (unique in its
 split), the text fields that were asked for, and "label" (None where the row is unlabelled), all
 strings. A record of a free-text task also has "answers", a tuple of all right answers; its label is
-the first of them. Any mistake in a file is one line that names the file and the line.
+the first of them. Where a task has them, a record has its "group", its "candidates" (a tuple), and
+whether its label is "correct". Any mistake in a file is one line that names the file and the line.
 """
 
 import codecs
 import csv
+import gzip
 import io
 import json
-from collections.abc import Collection, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from softprompt.errors import UserError, nearest
 
 Record = dict[str, Any]
+Row = dict[str, Any]
 
-FORMATS = ("jsonl", "tsv", "csv")
+FORMATS = ("jsonl", "tsv", "csv", "mrqa")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which fields of a source's rows hold the parts of a record.
+
+    A field inside of others is named with dots, as in "answers.text".
+
+    Attributes:
+        texts: the text fields that every row must have; a list of texts is joined by ", ".
+        label: the field that holds the label or the answers; "" where no row has one.
+        id: the field that holds the id; "" numbers the rows.
+        group: the field that holds the group; "" where there are none.
+        candidates: the field that holds a list of candidates; "" where there are none.
+        correct: the field that says whether the label is correct, as "True" or "False"; "" where
+            all are.
+        labels: the labels that are allowed; None for free text.
+        form: changes each row before its fields are read.
+    """
+
+    texts: tuple[str, ...]
+    label: str = "label"
+    id: str = ""
+    group: str = ""
+    candidates: str = ""
+    correct: str = ""
+    labels: Collection[str] | None = None
+    form: Callable[[Row], Row] | None = None
 
 
 def read_file(
-    path: str,
-    file_format: str,
-    *,
-    fields: Sequence[str],
-    label_field: str = "label",
-    id_field: str = "",
-    labels: Collection[str] | None = None,
-    id_prefix: str = "",
+    path: str, file_format: str, columns: Columns, *, id_prefix: str = ""
 ) -> list[Record]:
     """Reads a file of labelled or answered text.
 
@@ -36,56 +62,82 @@ def read_file(
     0.5). TSV is split at tabs and nothing else (quotes are text); CSV follows RFC 4180; both begin
     with a line of column names. Blank lines are skipped. An unlabelled row has null (JSON) or
     nothing (TSV, CSV) as its label. Without `labels`, the label field holds an answer, or in JSON a
-    list of the right answers, which is empty for an unanswered row.
+    list of the right answers, which is empty for an unanswered row. "mrqa" are the JSON lines of
+    MRQA: a header, then passages, each with several questions. A name that ends in .gz is
+    decompressed.
 
     Args:
         path: a local path, or any that etils' epath opens, such as gs://.
-        file_format: "jsonl", "tsv" or "csv".
-        fields: the text fields that every row must have.
-        label_field: the field that holds the label or the answers; "" where no row has one.
-        id_field: the field that holds the id; "" numbers the rows.
-        labels: the labels that are allowed; None for free text.
+        file_format: "jsonl", "tsv", "csv" or "mrqa".
+        columns: the fields.
         id_prefix: a numbered row has the id "<id_prefix>-<index>", counted from 0.
 
     Raises:
         UserError: the file cannot be read, or a line is malformed, lacks a field, repeats an id or
             has a label that is not allowed.
     """
+    rows = ((f"{path}:{number}", row) for number, row in _rows(path, file_format))
+    return make_records(rows, columns, id_prefix=id_prefix)
+
+
+def make_records(
+    rows: Iterable[tuple[str, Row]], columns: Columns, *, id_prefix: str
+) -> list[Record]:
+    """Returns the records of rows.
+
+    Args:
+        rows: each with its place, for errors.
+        columns: the fields.
+        id_prefix: see `read_file`.
+
+    Raises:
+        UserError: see `read_file`.
+    """
     records: list[Record] = []
-    seen: dict[str, int] = {}
-    wanted = tuple(dict.fromkeys(fields))
-    for number, row in _rows(path, file_format):
-        where = f"{path}:{number}"
-        record = {name: _text(row, name, where) for name in wanted}
-        key = _text(row, id_field, where) if id_field else f"{id_prefix}-{len(records)}"
+    seen: dict[str, str] = {}
+    for where, row in rows:
+        row = columns.form(row) if columns.form else row
+        key = _text(row, columns.id, where) if columns.id else f"{id_prefix}-{len(records)}"
         if key in seen:
-            raise UserError(f"{where}: id {key!r} was already used in line {seen[key]}")
-        seen[key] = number
-        found = _answers(row, label_field, where, several=labels is None)
-        records.append({"id": key, **record, **solution(found, labels, where)})
+            raise UserError(f"{where}: id {key!r} was already used in {seen[key]}")
+        seen[key] = where
+        texts = {name: _text(row, name, where, join=True) for name in columns.texts}
+        records.append({"id": key, **texts, **_solution(row, columns, where)})
     return records
 
 
-def solution(answers: Sequence[str], labels: Collection[str] | None, where: str) -> Record:
-    """Returns what a record holds beside its fields: its label, and for free text its answers.
-
-    Args:
-        answers: the label or the right answers of an example; empty where there is none.
-        labels: the labels that have a verbalizer; None for free text.
-        where: names the example in an error.
+def _solution(row: Row, columns: Columns, where: str) -> Record:
+    """What a record holds beside its id and its fields.
 
     Raises:
-        UserError: the label has no verbalizer.
+        UserError: the label has no verbalizer, or no candidate is a right answer.
     """
+    labels, found = columns.labels, Record()
+    answers = _texts(row, columns.label, where, several=labels is None)
     label = answers[0] if answers else None
+    found["label"] = label
     if labels is None:
-        return {"label": label, "answers": tuple(answers)}
-    if label is not None and label not in labels:
+        found["answers"] = tuple(answers)
+    elif label is not None and label not in labels:
         raise UserError(
             f"{where}: label {label!r} has no verbalizer{nearest(label, labels)}; "
             f"known: {', '.join(labels)}"
         )
-    return {"label": label}
+    if columns.group:
+        found["group"] = _text(row, columns.group, where)
+    if columns.candidates:
+        candidates = dict.fromkeys(_texts(row, columns.candidates, where, several=True))
+        found["candidates"] = tuple(candidates)
+        ours = columns.form is not None  # a benchmark's own rows are scored as they are
+        if not ours and (len(candidates) < 2 or answers and candidates.keys().isdisjoint(answers)):
+            raise UserError(
+                f"{where}: field {columns.candidates!r} is {', '.join(candidates)!r}; allowed: two "
+                f"or more texts, of which one is a right answer ({', '.join(answers)})"
+            )
+    if columns.correct:
+        truth = _texts(row, columns.correct, where, several=False)
+        found["correct"] = truth == ["True"] if truth else None
+    return found
 
 
 def _rows(path: str, file_format: str) -> Iterator[tuple[int, Record]]:
@@ -96,6 +148,8 @@ def _rows(path: str, file_format: str) -> Iterator[tuple[int, Record]]:
         return _tsv_rows(path)
     if file_format == "csv":
         return _csv_rows(path)
+    if file_format == "mrqa":
+        return _mrqa_rows(path)
     raise UserError(f"unknown file format {file_format!r}; known: {', '.join(FORMATS)}")
 
 
@@ -113,9 +167,12 @@ def _content(path: str) -> bytes:
     from etils import epath
 
     try:
-        return epath.Path(path).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
+        content = epath.Path(path).expanduser().read_bytes()
+        if path.endswith(".gz"):
+            content = gzip.decompress(content)
+        return content.removeprefix(codecs.BOM_UTF8)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
@@ -139,6 +196,18 @@ def _json_rows(path: str) -> Iterator[tuple[int, Record]]:
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
         yield number, row
+
+
+def _mrqa_rows(path: str) -> Iterator[tuple[int, Record]]:
+    """The questions of a file of MRQA, each with the context of its line."""
+    for number, line in _json_rows(path):
+        if "header" in line:
+            continue
+        questions = line.get("qas")
+        if not isinstance(questions, list) or "context" not in line:
+            raise UserError(f"{path}:{number}: has no 'context' and 'qas', as lines of MRQA have")
+        for question in questions:
+            yield number, {"context": line["context"], **question}
 
 
 def _tsv_rows(path: str) -> Iterator[tuple[int, Record]]:
@@ -188,13 +257,35 @@ def _row_of(names: list[str], cells: list[str], where: str) -> Record:
     return dict(zip(names, cells, strict=True))
 
 
-def _text(row: Record, name: str, where: str) -> str:
-    """The text of a field; a UserError where the field is absent or holds no text."""
-    if name not in row:
-        raise UserError(
-            f"{where}: missing field {name!r}{nearest(name, row)}; the line has: {', '.join(row)}"
-        )
-    value = row[name]
+def _value(row: Row, name: str, where: str) -> Any:
+    """The value of a field, or of one inside of others; in a list of dicts, of each of them."""
+    value: Any = row
+    for part in [name] if name in row else name.split("."):
+        several = isinstance(value, list)
+        inside = value if several else [value]
+        if any(not isinstance(one, dict) or part not in one for one in inside):
+            raise UserError(
+                f"{where}: missing field {name!r}{nearest(name, row)}; the row has: "
+                f"{', '.join(row)}"
+            )
+        value = [one[part] for one in inside] if several else value[part]
+    return value
+
+
+def _text(row: Row, name: str, where: str, *, join: bool = False) -> str:
+    """The text of a field; a list of texts only with `join`.
+
+    Raises:
+        UserError: the field is absent or holds no text.
+    """
+    value = _value(row, name, where)
+    if join and isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ", ".join(value)
+    return _string(value, name, where)
+
+
+def _string(value: Any, name: str, where: str) -> str:
+    """A value of a field as text; a number as JSON spells it."""
     if value is None or isinstance(value, list | dict):
         raise UserError(f"{where}: field {name!r} is {json.dumps(value)[:40]}, expected text")
     text = value if isinstance(value, str) else json.dumps(value)
@@ -208,16 +299,17 @@ def _text(row: Record, name: str, where: str) -> str:
     return text
 
 
-def _answers(row: Record, name: str, where: str, *, several: bool) -> list[str]:
-    """The texts of a row's label field; none where it is null or empty. A list may hold several."""
-    value = row.get(name)
+def _texts(row: Row, name: str, where: str, *, several: bool) -> list[str]:
+    """The texts of a field; none where it is null or empty. A list may hold several."""
+    value = _value(row, name, where) if name else None
+    if value in (None, ""):
+        return []
     if not (several and isinstance(value, list)):
-        unlabelled = not name or (name in row and value in (None, ""))
-        return [] if unlabelled else [_text(row, name, where)]
-    answers = [_text({name: answer}, name, where) for answer in value]
-    if not all(answer.strip() for answer in answers):
+        return [_string(value, name, where)]
+    texts = [_string(one, name, where) for one in value]
+    if not all(text.strip() for text in texts):
         raise UserError(
             f"{where}: field {name!r} has an answer without text; allowed: texts, or an empty list "
             "where no answer is known"
         )
-    return answers
+    return texts

@@ -8,6 +8,7 @@ from itertools import combinations
 from softprompt.data.sources import Record, read_file
 from softprompt.data.subsets import content_hash, hash_fraction, seeded_order, shared_texts
 from softprompt.data.tasks import SPLITS, SplitRule, Task
+from softprompt.downloads import cache_dir, say
 from softprompt.errors import UserError, unknown
 
 
@@ -23,11 +24,14 @@ def read_split(task: Task, split: str) -> list[Record]:
             two splits are the same file, the split is empty, or a train or validation record has no
             label.
     """
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
+    rule = split_rule(task, split)
     _check_files_differ(task)
-    rule = task.splits[split]
-    records = _select(_read(task, rule), rule, task)
+    read = _read(task, rule)
+    if task.counts and len(read) != (count := task.counts[rule.split != "train"]):
+        say(f"warning: {_origin(task, rule)} has {len(read):,} rows; in the paper it has {count:,}")
+    records = _select(read, rule, task)
+    if split == "train" and task.train_form:
+        records = [one for record in records for one in task.train_form(record)]
     origin = _origin(task, rule)
     if not records:
         advice = "; allowed: more examples, or a file for each split" if rule.by_hash else ""
@@ -41,6 +45,22 @@ def read_split(task: Task, split: str) -> list[Record]:
                 "label"
             )
     return records
+
+
+def split_rule(task: Task, split: str) -> SplitRule:
+    """Returns the rule of a task's split.
+
+    Raises:
+        UserError: there is no such split, or the task is only for tests.
+    """
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    if split not in task.splits:
+        raise UserError(
+            f"task {task.name!r} has no {split} split; allowed: {', '.join(task.splits)} (train on "
+            "another task, and evaluate with --task)"
+        )
+    return task.splits[split]
 
 
 def _check_files_differ(task: Task) -> None:
@@ -61,47 +81,45 @@ def _check_files_differ(task: Task) -> None:
 def _origin(task: Task, rule: SplitRule) -> str:
     """The source of a split, for messages."""
     kind, _, path = task.source.partition(":")
-    return f"tfds:{path}, {rule.split}" if kind == "tfds" else path.replace("{split}", rule.split)
+    return f"tfds:{path}, {rule.split}" if kind == "tfds" else _path(path, rule)
+
+
+def _path(path: str, rule: SplitRule) -> str:
+    """The path of a split's file."""
+    return path.replace("{split}", rule.split).replace("{cache}", str(cache_dir()))
 
 
 def _read(task: Task, rule: SplitRule) -> list[Record]:
-    """All records of the source's own split."""
+    """All records of the source's own split.
+
+    Raises:
+        UserError: see `read_split`; or there is no file that the user has to download.
+    """
     kind, _, path = task.source.partition(":")
-    labels = task.labels or None
     if kind == "tfds":
         from softprompt.data.tfds_reader import read_tfds
 
-        return read_tfds(
-            path,
-            rule.split,
-            fields=task.fields,
-            label_field=task.label_field,
-            id_field=task.id_field,
-            labels=labels,
-        )
-    return read_file(
-        path.replace("{split}", rule.split),
-        kind,
-        fields=task.fields,
-        label_field=task.label_field,
-        id_field=task.id_field,
-        labels=labels,
-        id_prefix=rule.split,
-    )
+        return read_tfds(path, rule.split, task.columns)
+    file = _path(path, rule)
+    if task.url and not os.path.exists(file):
+        raise UserError(f"task {task.name!r} has no file {file}; download it from {task.url}")
+    return read_file(file, kind, task.columns, id_prefix=rule.split)
 
 
 def _select(records: list[Record], rule: SplitRule, task: Task) -> list[Record]:
-    """The rule's share of the records, in their own order."""
+    """The rule's share of the records, in their own order; groups are not divided."""
     if (rule.start, rule.stop) == (0, 1):
         return records
-    ids = [record["id"] for record in records]
+    keys = [str(record.get("group", record["id"])) for record in records]
     if not rule.by_hash:
-        first, last = (round(end * len(records)) for end in (rule.start, rule.stop))
-        return [records[index] for index in sorted(seeded_order(ids, 0)[first:last])]
-    keys, fields = ids, task.fields
+        groups = list(dict.fromkeys(keys))
+        first, last = (round(end * len(groups)) for end in (rule.start, rule.stop))
+        chosen = {groups[index] for index in seeded_order(groups, 0)[first:last]}
+        return [record for record, key in zip(records, keys, strict=True) if key in chosen]
     if not task.id_field:
-        keys = [content_hash(record, fields) for record in records]
-        records = _with_content_ids(records, keys)
+        hashes = [content_hash(record, task.fields) for record in records]
+        records = _with_content_ids(records, hashes)
+        keys = keys if task.group_field else hashes
     shares = [hash_fraction(key) for key in keys]
     return [
         record

@@ -18,12 +18,20 @@ def seeded_order(keys: Sequence[str], seed: int) -> list[int]:
 def seeded_sample(records: Sequence[Record], n: int) -> list[Record]:
     """Returns n of the records in their own order; all of them where n is 0 or too large.
 
-    Which ones depends on the ids alone.
+    Groups are whole, so the last one may make it a few more. Which ones depends on the names of
+    the groups, or else on the ids, alone.
     """
     if not 0 < n < len(records):
         return list(records)
-    order = seeded_order([record["id"] for record in records], 0)
-    return [records[index] for index in sorted(order[:n])]
+    keys = [str(record.get("group", record["id"])) for record in records]
+    sizes, chosen, total = Counter(keys), set(), 0
+    names = list(sizes)
+    for index in seeded_order(names, 0):
+        if total >= n:
+            break
+        chosen.add(names[index])
+        total += sizes[names[index]]
+    return [record for record, key in zip(records, keys, strict=True) if key in chosen]
 
 
 def balanced_subset(records: Sequence[Record], n: int, seed: int) -> list[Record]:

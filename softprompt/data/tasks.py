@@ -7,12 +7,12 @@ delta) and test (is reported).
 """
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from softprompt.data.sources import FORMATS
-from softprompt.errors import UserError, nearest, unknown
+from softprompt.data.sources import Columns, Record, Row
+from softprompt.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 
@@ -63,12 +63,18 @@ DEVELOPMENT = {
     "test": SplitRule("validation"),
 }
 
-# The metrics of either kind of task, by the evaluator that measures them.
-LABEL_METRICS = {
-    "ranking": ("accuracy", "macro_f1"),
-    "generation": ("generated_accuracy", "generated_macro_f1", "illegal"),
-}
-ANSWER_METRICS = {"generation": ("exact_match", "f1")}
+# Data that is only tested on: a prompt for another task is evaluated on it.
+TEST_ONLY = {"test": SplitRule("")}
+
+# Metrics of ranked candidates, which generated answers also have as `generated_NAME`; and those of
+# generated free text. Larger is better.
+LABEL_METRICS = ("accuracy", "macro_f1", "f1", "group_match", "task_score")
+ANSWER_METRICS = ("exact_match", "f1")
+
+
+def generated(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of metrics as they are called when generated answers are measured."""
+    return tuple(f"generated_{name}" for name in names)
 
 
 @dataclass(frozen=True)
@@ -77,16 +83,29 @@ class Task:
 
     Attributes:
         name: the task's name in results.
-        source: "tfds:NAME", "jsonl:PATH", "tsv:PATH" or "csv:PATH"; {split} in a PATH is replaced
-            by the split's name.
+        source: "tfds:NAME", or one of `FORMATS` and a path, as in "jsonl:PATH"; {split} in a path
+            is replaced by the split's name, and {cache} by the cache folder.
         template: the input's text, with {field} names.
         verbalizers: label to target text, in the order of the candidates; empty for a free-text
             task.
         splits: the rules for train, validation and test.
         label_field: the field that holds the label, or a free-text task's answers; "" where nothing
-            is labelled.
+            is labelled. Like the other fields, one inside of others is named as in "answers.text".
         id_field: the field that holds the id; "" where there is none.
+        group_field: the field that holds what examples are grouped by, such as their question; ""
+            where they are not. A group is never divided between splits.
+        candidates_field: the field that holds the example's own candidates; "" for none.
+        correct_field: the field that says whether the answer is the right one; "" where all are.
         about: one line for a list of tasks.
+        positive: the label whose F1 is a metric; "" for none.
+        reported: the metrics whose mean is `task_score`; () for none.
+        exact: whether a generated answer has to be the label itself, rather than to begin with it.
+        form: changes each row before its fields are read; None for none.
+        t5: what T5's form of the task replaces; None where it only has another template.
+        train_form: the training examples that a record becomes; None for itself.
+        words: what class-label initialisation begins with, for a task without verbalizers.
+        counts: rows of the source's train and development splits; () where they are not known.
+        url: where to download the source from, if it is a file.
     """
 
     name: str
@@ -96,7 +115,19 @@ class Task:
     splits: Mapping[str, SplitRule] = field(default_factory=lambda: dict(OWN_SPLITS))
     label_field: str = "label"
     id_field: str = ""
+    group_field: str = ""
+    candidates_field: str = ""
+    correct_field: str = ""
     about: str = ""
+    positive: str = ""
+    reported: tuple[str, ...] = ()
+    exact: bool = False
+    form: Callable[[Row], Row] | None = None
+    t5: Mapping[str, Any] = field(default_factory=dict)
+    train_form: Callable[[Record], list[Record]] | None = None
+    words: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    url: str = ""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -109,9 +140,42 @@ class Task:
         return tuple(dict.fromkeys(name for _, name in parse_template(self.template) if name))
 
     @property
+    def columns(self) -> Columns:
+        """Which fields of the source's rows hold the parts of a record."""
+        return Columns(
+            texts=self.fields,
+            label=self.label_field,
+            id=self.id_field,
+            group=self.group_field,
+            candidates=self.candidates_field,
+            correct=self.correct_field,
+            labels=self.labels or None,
+            form=self.form,
+        )
+
+    @property
     def metrics(self) -> Mapping[str, tuple[str, ...]]:
         """The names of the metrics that each evaluator measures on this task."""
-        return LABEL_METRICS if self.verbalizers else ANSWER_METRICS
+        more = ["group_match"] if self.group_field else []
+        score = ["task_score"] if self.reported else []
+        if self.verbalizers:
+            f1 = ["f1"] if self.positive else []
+            names = ("accuracy", "macro_f1", *f1, *more, *score)
+            return {"ranking": names, "generation": (*generated(names), "illegal")}
+        if self.correct_field:
+            return {"generation": generated(["accuracy", *score])}
+        answers = (*ANSWER_METRICS, *generated([*more, *score]))
+        if self.candidates_field:
+            return {"ranking": ("accuracy", *more), "generation": (*answers, "illegal")}
+        return {"generation": answers}
+
+    def in_t5_form(self) -> "Task":
+        """The same task with T5's text: `name: value` pairs and the bare label.
+
+        Source: arXiv 1910.10683, appendix D, without the leading name of the task.
+        """
+        pairs = " ".join(f"{name}: {{{name}}}" for name in self.fields)
+        return replace(self, **{"template": pairs, "exact": True, **self.t5})
 
 
 def parse_template(template: str) -> list[tuple[str, str]]:
@@ -141,186 +205,3 @@ def target_text(task: Task, label: str) -> str:
     if task.verbalizers:
         return task.verbalizers[label]
     return label if task.template[-1:].isspace() else f" {label}"
-
-
-def _snippets(config: str, name: str, about: str) -> Task:
-    """A sentiment task. All four share a template, so a prompt for one can be tried on another."""
-    return Task(
-        name=name,
-        source=f"tfds:snippet_sentiment/{config}:1.0.0",
-        template="Review: {text}\nSentiment:",
-        verbalizers={"negative": " negative", "positive": " positive"},
-        about=about,
-    )
-
-
-def _catalogue(name: str, dataset: str, template: str, labels: Sequence[str]) -> Task:
-    """A task of TFDS's catalogue, with the labels' names as verbalizers, as in the paper."""
-    return Task(
-        name=name,
-        source=f"tfds:{dataset}",
-        template=template,
-        verbalizers={label: f" {label}" for label in labels},
-        splits=HIDDEN_TEST,
-        about=f"TFDS {dataset}; test is its development set, validation a tenth of train",
-    )
-
-
-_PREMISE = "Premise: {premise}\nHypothesis: {hypothesis}\nRelation:"
-
-_TASKS = (
-    _snippets("movie", "movie_sentiment", "sentiment of movie snippets, 2 classes"),
-    _snippets("amazon", "amazon_sentiment", "sentiment of product review sentences, 2 classes"),
-    _snippets("tweets", "tweets_sentiment", "sentiment of tweets, 2 classes"),
-    _snippets("nyt", "nyt_sentiment", "sentiment of editorial sentences, 2 classes"),
-    Task(
-        name="sarcasm",
-        source="tfds:sarcastic_headlines:1.0.0",
-        template="Headline: {text}\nSarcastic:",
-        verbalizers={"serious": " no", "sarcastic": " yes"},
-        about="sarcastic or serious headlines, 2 classes",
-    ),
-    Task(
-        name="sms_spam",
-        source="tfds:sms_spam:1.0.0",
-        template="Message: {text}\nSpam:",
-        verbalizers={"ham": " no", "spam": " yes"},
-        about="spam among text messages, 2 classes, 13 % spam",
-    ),
-    Task(
-        name="question_type",
-        source="tfds:question_type:1.0.0",
-        template="Question: {text}\nAnswer type:",
-        verbalizers={
-            "abbreviation": " abbreviation",
-            "description": " description",
-            "entity": " entity",
-            "human": " person",
-            "location": " location",
-            "number": " number",
-        },
-        about="what kind of answer a question asks for, 6 classes",
-    ),
-    _catalogue(
-        "sst2", "glue/sst2:2.0.0", "Review: {sentence}\nSentiment:", ["negative", "positive"]
-    ),
-    _catalogue(
-        "mrpc",
-        "glue/mrpc:2.0.0",
-        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nRelation:",
-        ["equivalent", "not_equivalent"],
-    ),
-    _catalogue(
-        "glue_rte",
-        "glue/rte:2.0.0",
-        "Premise: {sentence1}\nHypothesis: {sentence2}\nRelation:",
-        ["entailment", "not_entailment"],
-    ),
-    _catalogue("rte", "super_glue/rte:1.0.2", _PREMISE, ["entailment", "not_entailment"]),
-    _catalogue("cb", "super_glue/cb:1.0.2", _PREMISE, ["entailment", "contradiction", "neutral"]),
-    _catalogue(
-        "boolq",
-        "super_glue/boolq:1.0.2",
-        "Passage: {passage}\nQuestion: {question}\nAnswer:",
-        ["False", "True"],
-    ),
-    _catalogue(
-        "copa",
-        "super_glue/copa:1.0.2",
-        "Premise: {premise}\nchoice1: {choice1}\nchoice2: {choice2}\n"
-        "Which is the {question} of the premise?",
-        ["choice1", "choice2"],
-    ),
-    _catalogue(
-        "wic",
-        "super_glue/wic:1.0.2",
-        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nThe word {word} means the same in both:",
-        ["False", "True"],
-    ),
-)
-
-
-def _with_development(task: Task) -> list[Task]:
-    """A task, and for catalogue data also "NAME_dev", which selects as the paper does."""
-    if task.splits is not HIDDEN_TEST:
-        return [task]
-    about = f"{task.name}, selected and reported on its development set as in the paper"
-    return [task, replace(task, name=f"{task.name}_dev", splits=DEVELOPMENT, about=about)]
-
-
-TASKS: dict[str, Task] = {task.name: task for first in _TASKS for task in _with_development(first)}
-
-
-def get_task(config: Mapping[str, Any]) -> Task:
-    """Returns the task that a config's `task` section describes.
-
-    With a `source` it is a task over the user's own data: a free-text task unless the config has
-    verbalizers. Otherwise it is the built-in task of that name; a template or verbalizers of the
-    config replace the task's.
-
-    Args:
-        config: has name, source, template, verbalizers, label_field and id_field.
-
-    Raises:
-        UserError: the name or source is unknown, or the template or verbalizers cannot be used.
-    """
-    verbalizers = dict(config["verbalizers"])
-    if config["source"]:
-        task = _own_task(config, verbalizers)
-    elif config["name"] not in TASKS:
-        raise unknown("task", config["name"], TASKS)
-    else:
-        task = TASKS[config["name"]]
-        for key, usual in (("label_field", Task.label_field), ("id_field", Task.id_field)):
-            if config[key] != usual:
-                raise UserError(
-                    f"config key 'task.{key}' is {config[key]!r}; allowed: {usual!r} without a "
-                    "task.source"
-                )
-        template = config["template"] or task.template
-        task = replace(task, template=template, verbalizers=verbalizers or task.verbalizers)
-    _check(task)
-    return task
-
-
-def _own_task(config: Mapping[str, Any], verbalizers: dict[str, str]) -> Task:
-    """The task over a user's own data."""
-    name, source = config["name"], config["source"]
-    if name in TASKS:
-        raise UserError(f"task.name {name!r} is a built-in task; give own data a name of its own")
-    kind, _, path = source.partition(":")
-    if kind not in (*FORMATS, "tfds") or not path:
-        allowed = ", ".join(f"{form}:PATH" for form in FORMATS)
-        raise UserError(
-            f"task.source {source!r}{nearest(kind, FORMATS)}; allowed: {allowed} or tfds:NAME"
-        )
-    return Task(
-        name=name,
-        source=source,
-        template=config["template"],
-        verbalizers=verbalizers,
-        splits=OWN_SPLITS if kind == "tfds" or "{split}" in path else ONE_FILE,
-        label_field=config["label_field"],
-        id_field=config["id_field"],
-    )
-
-
-def _check(task: Task) -> None:
-    """Checks what can be known of template and verbalizers without the data."""
-    if not task.fields:
-        raise UserError(f"template {task.template!r} of task {task.name!r} names no {{field}}")
-    for name in task.fields:
-        said = f"template {task.template!r} of task {task.name!r} names {{{name}}}"
-        if name == task.label_field:
-            raise UserError(f"{said}, which is the label; allowed: fields of the input")
-        reserved = ("id", "label") if task.verbalizers else ("id", "label", "answers")
-        if name in reserved and name != task.id_field:
-            raise UserError(f"{said}, as records call their own {name}; allowed: another name")
-    targets = list(task.verbalizers.values())
-    for label, target in task.verbalizers.items():
-        if not target.strip():
-            raise UserError(f"verbalizer of label {label!r} is {target!r}; expected some text")
-        if targets.count(target) > 1:
-            raise UserError(f"verbalizer {target!r} stands for more than one label")
-    if len(targets) == 1:
-        raise UserError(f"task {task.name!r} has one verbalizer, {targets[0]!r}; expected two")

@@ -7,42 +7,32 @@ import functools
 import io
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from softprompt.data.sources import Record, solution
+from softprompt.data.sources import Columns, Record, Row, make_records
 from softprompt.downloads import cache_dir, locked, say
 from softprompt.errors import UserError, nearest
 
-RETRIES = 2  # of a download
+RETRIES = 0  # of a download; without a network the first failure is the message
 TIMEOUT = (5, 60)  # seconds to wait for a connection, and for the next piece of a download
 
 
-def read_tfds(
-    name: str,
-    split: str,
-    *,
-    fields: Sequence[str],
-    label_field: str = "label",
-    id_field: str = "",
-    labels: Collection[str] | None = None,
-) -> list[Record]:
+def read_tfds(name: str, split: str, columns: Columns) -> list[Record]:
     """Reads a split of a TFDS dataset; prepares the dataset in the cache first if it is not there.
 
     Works without TensorFlow for our own datasets (`softprompt.data.builders`) and for TFDS's
-    catalogue. Reading a prepared dataset needs no network.
+    catalogue. Reading a prepared dataset needs no network. Sequences become lists, and dicts stay
+    dicts; numbers become text, classes their names, and a class of -1 (a hidden label) None.
 
     Args:
         name: the name in TFDS's spelling, such as "glue/sst2:2.0.0"; pin the version.
         split: a split or a slice of one, such as "train" or "train[:10%]".
-        fields: the features that records hold; numbers become text.
-        label_field: the feature that holds the label or, without `labels`, the answers. Classes
-            become their names; a class of -1 (a hidden label) becomes None.
-        id_field: the feature that holds the id; "" takes the dataset's own text "id", or numbers
-            the records where it has none.
-        labels: the labels that are allowed; None for free text.
+        columns: the features that records hold. An `id` of "" takes the dataset's own text "id", or
+            numbers the records where it has none.
 
     Returns:
         Records in the order of the prepared files; a numbered one has the id "<split>-<index>".
@@ -57,30 +47,47 @@ def read_tfds(
         builder = _prepared(name)
         source = _open_split(builder, name, split)
         features = builder.info.features
-        _check_fields(filter(None, (*fields, label_field, id_field)), name, features)
-        names = getattr(features[label_field], "names", None) if label_field else None
+        if columns.form is None:
+            _check_fields(columns, name, features)
         rows = [source[index] for index in range(len(source))]
-    if not id_field and "id" in features and isinstance(features["id"], tfds.features.Text):
-        id_field = "id"
-    records, seen = [], set[str]()
-    for index, row in enumerate(rows):
-        key = _string(row[id_field]) if id_field else f"{split}-{index}"
-        if key in seen:
-            raise UserError(f"tfds:{name}, {split}: id {key!r} of field {id_field!r} is used twice")
-        seen.add(key)
-        where = f"tfds:{name}, {split}, example {key!r}"
-        found = []
-        if label_field:
-            found = _answers(row[label_field], names, where, several=labels is None)
-        texts = {field: _string(row[field]) for field in fields}
-        records.append({"id": key, **texts, **solution(found, labels, where)})
-    return records
+    if not columns.id and "id" in features and isinstance(features["id"], tfds.features.Text):
+        columns = replace(columns, id="id")
+    classes = {field: names for field in features if (names := _names(features[field]))}
+    named = (
+        (f"tfds:{name}, {split}, example '{split}-{number}'", _plain_row(row, classes))
+        for number, row in enumerate(rows)
+    )
+    return make_records(named, columns, id_prefix=split)
 
 
-def _check_fields(fields: Iterable[str], name: str, features: Mapping[str, Any]) -> None:
-    """Checks that a dataset has these fields."""
-    for field in fields:
-        if field not in features:
+def _names(feature: Any) -> Sequence[str] | None:
+    """The names of a feature's classes; None for any other feature."""
+    names: Sequence[str] | None = getattr(feature, "names", None)
+    return names
+
+
+def _plain_row(row: Mapping[str, Any], classes: Mapping[str, Sequence[str]]) -> Row:
+    """A row of texts, lists and dicts, with the names of its classes."""
+    plain: Row = {key: _plain(value) for key, value in row.items()}
+    for key, names in classes.items():
+        plain[key] = names[int(row[key])] if int(row[key]) >= 0 else None
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """A value of TFDS as text, lists and dicts."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0:
+        return [_plain(one) for one in value]
+    return _string(value)
+
+
+def _check_fields(columns: Columns, name: str, features: Mapping[str, Any]) -> None:
+    """Checks that a dataset has the fields that are named."""
+    others = (columns.label, columns.id, columns.group, columns.candidates)
+    for field in filter(None, (*columns.texts, *others)):
+        if field not in features and field.split(".")[0] not in features:
             raise UserError(
                 f"tfds:{name} has no field {field!r}{nearest(field, features)}; "
                 f"known: {', '.join(features)}"
@@ -89,16 +96,6 @@ def _check_fields(fields: Iterable[str], name: str, features: Mapping[str, Any])
 
 def _string(value: Any) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _answers(value: Any, names: Sequence[str] | None, where: str, *, several: bool) -> list[str]:
-    """The texts of a label feature: a class, a text, or several texts; none for a class of -1."""
-    if names is not None:
-        return [names[int(value)]] if int(value) >= 0 else []
-    if isinstance(value, dict):
-        raise UserError(f"{where}: the label field holds {', '.join(value)}; allowed: text")
-    listed = isinstance(value, list) or getattr(value, "ndim", 0) > 0
-    return [_string(one) for one in value] if several and listed else [_string(value)]
 
 
 def _open_split(builder: Any, name: str, split: str) -> Any:

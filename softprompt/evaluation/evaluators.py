@@ -6,17 +6,18 @@ the examples of one task. `Task.metrics` lists a task's evaluators and the metri
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.data.encode import Encoded
 from softprompt.data.eval_batches import EvalBatch
 from softprompt.data.rows import RowLayout
-from softprompt.data.tasks import Task
+from softprompt.data.tasks import ANSWER_METRICS, LABEL_METRICS, Task
+from softprompt.evaluation import metrics as measures
 from softprompt.evaluation.generation import read_labels
-from softprompt.evaluation.metrics import classification, free_text
 from softprompt.evaluation.ranking import Scores, normalise, score_batches, scored_at_once
 from softprompt.inference.beam import beam_search
 from softprompt.inference.decode import Report, generate
@@ -98,20 +99,39 @@ def ranking(score: str = "sum") -> Evaluator:
 
 def ranked(split: Split, found: Scores, score: str) -> Result:
     """Computes the result of `ranking` from the candidates' scores."""
-    scores_NC, labels = normalise(*found, score), list(split.task.verbalizers)
+    task, encoded = split.task, split.encoded
+    names: Sequence[Sequence[str]] = encoded.choices or [task.labels] * len(encoded.ids)
+    scores_NC = np.where(found[1] > 0, normalise(*found, score), -np.inf)
     predicted_N = scores_NC.argmax(axis=1)
-    metrics = classification(predicted_N, split.encoded.labels, len(labels))
+    predicted = [own[index] for own, index in zip(names, predicted_N, strict=True)]
+    if encoded.choices:
+        metrics = measures.choice(predicted, encoded.answers, encoded.groups)
+        right: Sequence[Any] = [{"answers": list(answers)} for answers in encoded.answers]
+    else:
+        metrics = _label_metrics(split, predicted_N)
+        right = [{"label": _name(task.labels, label)} for label in encoded.labels]
     predictions = [
         {
-            "label": _name(labels, label),
-            "predicted": labels[predicted],
-            "scores": dict(zip(labels, row_C.round(5).tolist(), strict=True)),
+            **answer,
+            "predicted": text,
+            "scores": dict(zip(own, row_C[: len(own)].round(5).tolist(), strict=True)),
         }
-        for label, predicted, row_C in zip(
-            split.encoded.labels, predicted_N, scores_NC, strict=True
-        )
+        for answer, text, own, row_C in zip(right, predicted, names, scores_NC, strict=True)
     ]
     return Result(metrics, predictions)
+
+
+def _label_metrics(split: Split, predicted_N: np.ndarray) -> dict[str, float]:
+    """The metrics of predicted labels, by their names in `LABEL_METRICS`."""
+    task = split.task
+    found = measures.classification(
+        predicted_N,
+        split.encoded.labels,
+        len(task.labels),
+        positive=task.labels.index(task.positive) if task.positive in task.labels else None,
+        groups=split.encoded.groups,
+    )
+    return measures.task_score(found, task.reported)
 
 
 def generation(beams: int = 1, max_new: int = 32) -> Evaluator:
@@ -141,32 +161,57 @@ def generation(beams: int = 1, max_new: int = 32) -> Evaluator:
         ids = run(forward.model, forward.weights, shared, encoded.inputs, **options)
         if split.task.verbalizers:
             return generated_labels(split, ids, tokenizer)
-        answers = [tokenizer.decode(one).strip().split("\n")[0].strip() for one in ids]
-        predictions = [
-            {"answers": list(right), "predicted": answer}
-            for right, answer in zip(encoded.answers, answers, strict=True)
-        ]
-        return Result(free_text(answers, encoded.answers), predictions)
+        return generated_answers(split, [_first_line(tokenizer.decode(one)) for one in ids])
 
     return evaluate
 
 
+def _first_line(text: str) -> str:
+    """The first line of a generated answer."""
+    return text.strip().split("\n")[0].strip()
+
+
+def generated_answers(split: Split, predicted: Sequence[str]) -> Result:
+    """Computes the result of `generation` for a free-text task, from the answers."""
+    task, encoded = split.task, split.encoded
+    predictions: list[dict[str, Any]] = [
+        {"answers": list(right), "generated" if encoded.choices else "predicted": text}
+        for right, text in zip(encoded.answers, predicted, strict=True)
+    ]
+    if task.correct_field:
+        named = [right[0] for right in encoded.answers]
+        found = measures.referents(predicted, named, encoded.labels)
+    else:
+        found = measures.free_text(predicted, encoded.answers, encoded.groups)
+    found = measures.task_score(found, task.reported)
+    if encoded.choices:
+        found["illegal"] = measures.illegal_share(predicted, encoded.choices)
+    return Result(_renamed(found, keep=ANSWER_METRICS), predictions)
+
+
+def _renamed(found: Mapping[str, float], *, keep: Sequence[str] = ()) -> dict[str, float]:
+    """Metrics of generated answers by names that differ from those of ranked candidates."""
+    return {
+        f"generated_{name}" if name in LABEL_METRICS and name not in keep else name: value
+        for name, value in found.items()
+    }
+
+
 def generated_labels(split: Split, ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Result:
     """Computes the result of `generation` for a task with verbalizers."""
-    labels, texts = list(split.task.verbalizers), list(split.task.verbalizers.values())
-    predicted_N, illegal = read_labels(ids, texts, tokenizer)
-    metrics = classification(predicted_N, split.encoded.labels, len(labels))
-    names = {"accuracy": "generated_accuracy", "macro_f1": "generated_macro_f1"}
+    task, labels = split.task, split.encoded.labels
+    texts = list(task.verbalizers.values())
+    predicted_N, illegal = read_labels(ids, texts, tokenizer, exact=task.exact)
     predictions = [
         {
-            "label": _name(labels, label),
+            "label": _name(task.labels, label),
             "generated": tokenizer.decode(one),
-            "generated_label": _name(labels, predicted),
+            "generated_label": _name(task.labels, predicted),
         }
-        for label, predicted, one in zip(split.encoded.labels, predicted_N, ids, strict=True)
+        for label, predicted, one in zip(labels, predicted_N, ids, strict=True)
     ]
-    renamed = {names.get(name, name): value for name, value in metrics.items()}
-    return Result({**renamed, "illegal": illegal}, predictions)
+    found = _label_metrics(split, predicted_N)
+    return Result({**_renamed(found), "illegal": illegal}, predictions)
 
 
 def _name(labels: Sequence[str], index: int) -> str | None:

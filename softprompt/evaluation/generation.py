@@ -8,17 +8,22 @@ from softprompt.pretrained.tokenizer import Tokenizer
 
 
 def read_labels(
-    answers: Sequence[Sequence[int]], verbalizers: Sequence[str], tokenizer: Tokenizer
+    answers: Sequence[Sequence[int]],
+    verbalizers: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    exact: bool = False,
 ) -> tuple[np.ndarray, float]:
     """Parses generated answers as labels.
 
     An answer is the label whose verbalizer it starts with, followed by a word boundary. If several
-    match, the longest verbalizer counts.
+    match, the longest verbalizer counts. With `exact` it has to be the verbalizer, as T5 has it.
 
     Args:
         answers: generated ids of each example.
         verbalizers: target texts, in the order of the labels.
         tokenizer: the model's.
+        exact: see above.
 
     Returns:
         Label indices [N], -1 for an answer that is not a label; and the share of such answers.
@@ -30,7 +35,8 @@ def read_labels(
         matches = [
             word
             for word in words
-            if text.startswith(word) and not text[len(word) : len(word) + 1].isalnum()
+            if text == word
+            or (not exact and text.startswith(word) and not text[len(word)].isalnum())
         ]
         if matches:
             labels_N[example] = words.index(max(matches, key=len))

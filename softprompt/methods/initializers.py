@@ -175,7 +175,9 @@ class Vocabulary(Start):
 
     common_tokens: int = setting(5000, "sample from this many most common tokens", low=1)
     common_text: str = setting(
-        "train", "the text whose tokens are counted: train (the train split) or a text file's path"
+        "train",
+        "the text whose tokens are counted: train (the train split) or a text file's path; or "
+        "vocabulary, whose first tokens are taken as they are listed, as in the paper",
     )
 
     def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
@@ -185,8 +187,12 @@ class Vocabulary(Start):
     def common_ids(self, loaded: "Loaded", train: Encoded) -> list[int]:
         """The most common tokens of the train split's inputs, or of a file's lines.
 
-        BOS and EOS of the inputs are not counted.
+        BOS and EOS of the inputs are not counted. T5's vocabulary lists common tokens first: with
+        "vocabulary", its first ids are taken, as `from_sample_of_embeddings` of
+        google-research/prompt-tuning does.
         """
+        if self.common_text == "vocabulary":
+            return list(range(min(self.common_tokens, loaded.tokenizer.vocab_size)))
         added = {loaded.tokenizer.bos_id, loaded.tokenizer.eos_id}
         if self.common_text == "train":
             texts = ([i for i in ids.tolist() if i not in added] for ids in train.inputs)
@@ -196,21 +202,22 @@ class Vocabulary(Start):
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"config key 'method.common_text' is {self.common_text!r}: {error}; allowed: "
-                "train, or a text file"
+                "train, vocabulary, or a text file"
             ) from error
         return common_tokens(map(loaded.tokenizer.encode, lines), self.common_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels(Vocabulary):
-    """The verbalizers' mean embeddings, then embeddings of common tokens."""
+    """Mean embeddings of each label's verbalizer or words, then embeddings of common tokens."""
 
     def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
         """See `fixed`."""
-        if not train.candidates:
+        texts = [train.without_eos(ids).tolist() for ids in train.candidates]
+        texts += [ids.tolist() for ids in train.words]
+        if not texts:
             raise UserError("config key 'method.init' is 'labels'; this task has no verbalizers")
         rest = super().initializer(loaded, train, place=place)
-        texts = [train.without_eos(ids).tolist() for ids in train.candidates]
         return fixed(texts, rest)
 
 

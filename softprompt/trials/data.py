@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, method_settings
+from softprompt.data.builtin_tasks import get_task
 from softprompt.data.encode import Encoded, encode, mix, summary, target_advice
 from softprompt.data.eval_batches import EvalShape, eval_batches, eval_shape
 from softprompt.data.packing import Template
@@ -17,7 +18,7 @@ from softprompt.data.rows import EvalBatch, RowLayout
 from softprompt.data.sources import Record
 from softprompt.data.splits import overlaps, read_split
 from softprompt.data.subsets import balanced_subset, seeded_sample
-from softprompt.data.tasks import SPLITS, Task, get_task
+from softprompt.data.tasks import SPLITS, Task
 from softprompt.errors import UserError
 from softprompt.evaluation.evaluators import Split
 from softprompt.evaluation.ranking import scoring_budget
@@ -194,7 +195,7 @@ def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> Tas
     task, sizes = get_task(config.task), config.data
     read, splits = {}, {}
     for name in SPLITS:
-        records = read_split(task, name)
+        records = read_split(task, name) if name in task.splits else []
         if name == "train" and sizes.train_examples:
             records = balanced_subset(records, sizes.train_examples, sizes.subset_seed)
         if name == "train" and 0 < sizes.cap < len(records):
@@ -202,7 +203,8 @@ def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> Tas
         limit = {"validation": sizes.validation_examples, "test": sizes.test_examples}
         read[name] = records = seeded_sample(records, limit.get(name, 0))
         splits[name] = encode_records(config, loaded, task, records, bos=bos)
-        say(f"{task.name} {name}: {describe(splits[name])}")
+        if records:
+            say(f"{task.name} {name}: {describe(splits[name])}")
     shared_texts, warnings = overlaps(task, read)
     for line in warnings:
         say(line)

@@ -21,9 +21,11 @@ from softprompt.config import (
     weights_key,
 )
 from softprompt.console import Progress
-from softprompt.data.encode import Encoded, check_digests
+from softprompt.data.builtin_tasks import get_task
+from softprompt.data.digests import check_digests
+from softprompt.data.encode import Encoded
 from softprompt.data.eval_batches import coarse_shape, eval_batches
-from softprompt.data.tasks import SPLITS, get_task
+from softprompt.data.tasks import SPLITS
 from softprompt.errors import UserError, unknown
 from softprompt.evaluation.evaluators import Split, generation
 from softprompt.evaluation.metrics import over_tasks

@@ -13,6 +13,7 @@ from softprompt.config import ConfigDict, method_settings, start_settings
 from softprompt.data.encode import check_ranking
 from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import RowLayout, TrainBatch
+from softprompt.data.splits import split_rule
 from softprompt.errors import UserError
 from softprompt.evaluation.perplexity import check_room
 from softprompt.methods import METHODS
@@ -58,10 +59,12 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
     """Loads the model and data of a config, for training and testing.
 
     Raises:
-        UserError: see `load_model`, the task's source, and the method's settings.
+        UserError: see `load_model`, the task's source, and the method's settings; or a task is only
+            for tests.
     """
     data = session.data(config, bos=text_bos(config, session.model(config)))
     for one in data.tasks:
+        split_rule(one.task, "train")
         if "ranking" in evaluators_of(one.task, config):
             check_ranking(one.train, config.eval.score)
 

@@ -21,7 +21,7 @@ from softprompt.config import (
     trial_id,
     trial_name,
 )
-from softprompt.data.encode import check_digests
+from softprompt.data.digests import check_digests
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_text

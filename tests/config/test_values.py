@@ -10,7 +10,7 @@ import pytest
 from softprompt.config import base_config, from_dict, resolve, schema, scientific, to_dict, trial_id
 from softprompt.config import values as configs
 from softprompt.config.files import list_modules, load_config, parse_arg
-from softprompt.data.tasks import get_task
+from softprompt.data.builtin_tasks import get_task
 from softprompt.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from softprompt.config import base_config
+from softprompt.data.builtin_tasks import get_task
 from softprompt.data.encode import Encoded, encode
 from softprompt.data.pipeline import TrainSource, train_template
 from softprompt.data.splits import read_split
-from softprompt.data.tasks import get_task
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.decoder import Decoder, DecoderConfig
 from softprompt.pretrained import gguf

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from softprompt.data import builders
 from softprompt.data.builders import deduplicate, split_documents
+from softprompt.data.sources import Columns
 from softprompt.data.tfds_reader import read_tfds
 from softprompt.downloads import cache_dir
 from softprompt.errors import UserError
@@ -104,7 +105,7 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read_all(name: str) -> set[tuple[str, str, str]]:
-    records = [r for s in SPLITS for r in read_tfds(f"{name}:1.0.0", s, fields=["text"])]
+    records = [r for s in SPLITS for r in read_tfds(f"{name}:1.0.0", s, Columns(("text",)))]
     assert len({r["id"] for r in records}) == len(records)
     return {(r["id"], r["text"], r["label"]) for r in records}
 
@@ -165,7 +166,7 @@ def test_real_datasets_have_the_documented_sizes(
     rows = [row for row in table if len(row) == 5]
     assert len(rows) == 7
     for name, *sizes, classes in rows:
-        splits = [read_tfds(f"{name}:1.0.0", split, fields=["text"]) for split in SPLITS]
+        splits = [read_tfds(f"{name}:1.0.0", split, Columns(("text",))) for split in SPLITS]
         assert [f"{len(records):,}" for records in splits] == sizes, name
         assert {len({r["label"] for r in records}) for records in splits} == {int(classes)}, name
         texts = [" ".join(r["text"].split()).casefold() for records in splits for r in records]

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from softprompt.data.builtin_tasks import TASKS
+from softprompt.data.digests import check_digests, records_digest
 from softprompt.data.encode import (
-    check_digests,
     check_ranking,
     encode,
     mix,
-    records_digest,
     summary,
     target_advice,
 )
-from softprompt.data.tasks import TASKS, Task
+from softprompt.data.tasks import Task
 from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer
 

@@ -1,4 +1,3 @@
-import functools
 import json
 import sys
 import time
@@ -12,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softprompt.data.sources import read_file
-from softprompt.data.tfds_reader import TIMEOUT, _adapted_tfds, _answers, read_tfds
+from softprompt.data.sources import Columns, make_records, read_file
+from softprompt.data.tfds_reader import TIMEOUT, _adapted_tfds, _plain_row, read_tfds
 from softprompt.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t"), min_size=1).filter(
@@ -27,8 +26,8 @@ def write(path: Path, content: str | bytes) -> str:
 
 
 def read(path: str, **options: Any) -> list[dict[str, Any]]:
-    defaults = {"fields": ("text",), "labels": ("neg", "pos"), "id_prefix": "test"}
-    return read_file(path, path.rsplit(".", 1)[1], **(defaults | options))
+    columns = Columns(**{"texts": ("text",), "labels": ("neg", "pos"), **options})
+    return read_file(path, path.rsplit(".", 1)[1], columns, id_prefix="test")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -67,14 +66,14 @@ def test_unlabelled_rows_have_no_label(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", "text\tlabel\na\t\nb\tpos\n")
     assert [record["label"] for record in read(path)] == [None, "pos"]
     path = write(tmp_path / "b.tsv", "text\na\n")
-    assert read(path, label_field="") == [{"id": "test-0", "text": "a", "label": None}]
+    assert read(path, label="") == [{"id": "test-0", "text": "a", "label": None}]
 
 
 def test_free_text_has_one_or_several_right_answers(tmp_path: Path) -> None:
     """Breaks when a list of answers is refused, loses one, or an empty one is an answer."""
     lines = [{"a": "Paris"}, {"a": ["Rome", "Roma"]}, {"a": 7}, {"a": []}, {"a": None}]
     rows = [json.dumps({"text": "t", **line}) for line in lines]
-    records = read(write(tmp_path / "a.jsonl", "\n".join(rows)), labels=None, label_field="a")
+    records = read(write(tmp_path / "a.jsonl", "\n".join(rows)), labels=None, label="a")
     assert [(record["label"], record["answers"]) for record in records] == [
         ("Paris", ("Paris",)),
         ("Rome", ("Rome", "Roma")),
@@ -83,12 +82,12 @@ def test_free_text_has_one_or_several_right_answers(tmp_path: Path) -> None:
         (None, ()),
     ]
     path = write(tmp_path / "a.tsv", "text\ta\nt\tParis\nt\t\n")
-    answers = [record["answers"] for record in read(path, labels=None, label_field="a")]
+    answers = [record["answers"] for record in read(path, labels=None, label="a")]
     assert answers == [("Paris",), ()]
     for value, reason in (([" "], "without text"), ([["a"]], "expected text"), ({}, "expected")):
         path = write(tmp_path / "b.jsonl", json.dumps({"text": "t", "a": value}))
         with pytest.raises(UserError, match=rf"^{path}:1: field 'a' .*{reason}"):
-            read(path, labels=None, label_field="a")
+            read(path, labels=None, label="a")
 
 
 def test_values_of_json_count_as_they_are_spelled(tmp_path: Path) -> None:
@@ -102,7 +101,7 @@ def test_values_of_json_count_as_they_are_spelled(tmp_path: Path) -> None:
 
 def test_ids_are_the_files_own_where_they_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", "\ufeffkey\ttext\tlabel\nx9\ta\tpos\n\nx7\tb\tneg\n")
-    assert [record["id"] for record in read(path, id_field="key")] == ["x9", "x7"]
+    assert [record["id"] for record in read(path, id="key")] == ["x9", "x7"]
 
 
 GOOD = '{"text": "a", "label": "pos"}\n' * 6
@@ -149,8 +148,8 @@ def test_bad_line_7_is_reported_with_file_line_and_reason(name: str, tmp_path: P
 
 def test_repeated_ids_and_columns_are_errors(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", "id\ttext\tlabel\nx\ta\tpos\ny\tb\tpos\nx\tc\tneg\n")
-    with pytest.raises(UserError, match=rf"^{path}:4: id 'x' was already used in line 2"):
-        read(path, id_field="id")
+    with pytest.raises(UserError, match=rf"^{path}:4: id 'x' was already used in {path}:2"):
+        read(path, id="id")
     path = write(tmp_path / "a.csv", "text,text,label\n")
     with pytest.raises(UserError, match=rf"^{path}:1: column 'text' appears twice"):
         read(path)
@@ -163,7 +162,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read .*folder.tsv: Is a directory"):
         read(str(tmp_path / "folder.tsv"))
     with pytest.raises(UserError, match="unknown file format 'xml'.*jsonl, tsv, csv"):
-        read_file(str(tmp_path), "xml", fields=())
+        read_file(str(tmp_path), "xml", Columns(()))
 
 
 @pytest.fixture
@@ -206,39 +205,71 @@ BOOLQ = "super_glue/boolq:1.0.2"
 
 def test_catalogue_dataset_is_read_under_its_own_name(boolq: Path) -> None:
     """Breaks when super_glue is not registered first or labels stay numbers."""
-    records = read_tfds(BOOLQ, "train", fields=["question", "passage", "idx"])
+    records = read_tfds(
+        BOOLQ,
+        "train",
+        Columns(
+            (
+                "question",
+                "passage",
+                "idx",
+            )
+        ),
+    )
     assert [record["id"] for record in records] == [f"train-{n}" for n in range(5)]
     assert {(r["question"], r["passage"], r["idx"], r["label"]) for r in records} == {
         (f"q\xe9{n}", f"p{n}", str(n), str(n % 2 == 1)) for n in range(5)
     }
-    assert len(read_tfds(BOOLQ, "train[:40%]", fields=["question"])) == 2
-    named = read_tfds(BOOLQ, "train", fields=["idx"], id_field="idx")
+    assert len(read_tfds(BOOLQ, "train[:40%]", Columns(("question",)))) == 2
+    named = read_tfds(BOOLQ, "train", Columns(("idx",), id="idx"))
     assert [record["id"] for record in named] == [record["idx"] for record in records]
     assert "tensorflow" not in sys.modules
 
 
-def test_a_text_or_several_of_a_catalogue_dataset_are_answers() -> None:
-    """Breaks when a list's or a struct's spelling in Python becomes the answer."""
-    several = functools.partial(_answers, names=None, where="here", several=True)
-    assert several(np.array([b"Rome", "Roma"], object)) == ["Rome", "Roma"]
-    assert several(b"Rome") == several(["Rome"]) == ["Rome"]
-    with pytest.raises(UserError, match="here: the label field holds text, answer_start; allowed"):
-        several({"text": [b"Rome"], "answer_start": [1]})
+def test_sequences_and_dicts_of_a_catalogue_dataset_are_what_they_are() -> None:
+    """Breaks when a list's or a dict's spelling in Python becomes a text or an answer."""
+    row = {
+        "names": np.array([b"Rome", "Roma"], object),
+        "answers": {"text": [b"Rome"], "answer_start": np.array([1])},
+        "label": np.int64(-1),
+        "n": np.int32(7),
+    }
+    plain = _plain_row(row, {"label": ["no", "yes"]})
+    answers = {"text": ["Rome"], "answer_start": ["1"]}
+    assert plain == {"names": ["Rome", "Roma"], "answers": answers, "label": None, "n": "7"}
+
+    def made(**columns: Any) -> dict[str, Any]:
+        return make_records([("here", plain)], Columns(**columns), id_prefix="a")[0]
+
+    found = made(texts=("names", "n"), label="answers.text", group="n")
+    assert found == {
+        "id": "a-0",
+        "names": "Rome, Roma",
+        "n": "7",
+        "label": "Rome",
+        "answers": ("Rome",),
+        "group": "7",
+    }
+    for label, reason in (("answers", "field 'answers' is .*text"), ("answers.txt", "missing fi")):
+        with pytest.raises(UserError, match=f"^here: {reason}"):
+            made(texts=("n",), label=label)
+    with pytest.raises(UserError, match="^here: field 'answers' is .*expected text"):
+        made(texts=("answers",), label="")
 
 
 def test_hidden_label_is_none(boolq: Path) -> None:
     """Breaks when -1 indexes the class names: every hidden label would read "True"."""
-    assert {r["label"] for r in read_tfds(BOOLQ, "test", fields=["question"])} == {None}
+    assert {r["label"] for r in read_tfds(BOOLQ, "test", Columns(("question",)))} == {None}
 
 
 @pytest.mark.parametrize(
     ("name", "split", "options", "reason"),
     [
         (BOOLQ, "dev", {}, "has no split 'dev'; known: test, train|train, test"),
-        (BOOLQ, "train", {"fields": ["pasage"]}, r"no field 'pasage' \(did you mean 'passage'\?\)"),
-        (BOOLQ, "train", {"label_field": "y"}, "no field 'y'"),
-        (BOOLQ, "train", {"id_field": "i"}, "no field 'i'"),
-        (BOOLQ, "train", {"id_field": "label"}, "train: id '[01]' of field 'label' is used twice"),
+        (BOOLQ, "train", {"texts": ("pasage",)}, r"no field 'pasage' \(did you mean 'passage'\?\)"),
+        (BOOLQ, "train", {"label": "y"}, "no field 'y'"),
+        (BOOLQ, "train", {"id": "i"}, "no field 'i'"),
+        (BOOLQ, "train", {"id": "label"}, "id 'False|True' was already used in .*train-"),
         (BOOLQ, "train", {"labels": ["True"]}, "train, example 'train-.*label 'False' has no verb"),
         ("super_glu/boolq", "train", {}, r"'super_glu/boolq' \(did you mean 'super_glue'\?\)"),
         ("super_glue/bolq:1.0.2", "train", {}, "BuilderConfig bolq not found"),
@@ -250,7 +281,7 @@ def test_unknown_names_are_one_line(
     boolq: Path, name: str, split: str, options: Any, reason: str
 ) -> None:
     with pytest.raises(UserError, match=reason) as caught:
-        read_tfds(name, split, **({"fields": ["question"]} | options))
+        read_tfds(name, split, Columns(**{"texts": ("question",), **options}))
     assert "\n" not in str(caught.value)
 
 
@@ -277,7 +308,9 @@ def test_catalogue_builder_prepares_adapted_tfds(local_boolq: Path) -> None:
     import tensorflow_datasets.text.super_glue as module
 
     before = vars(module)["tf"]
-    splits = {s: read_tfds(BOOLQ, s, fields=["question"]) for s in ("train", "validation", "test")}
+    splits = {
+        s: read_tfds(BOOLQ, s, Columns(("question",))) for s in ("train", "validation", "test")
+    }
     assert {name: len(records) for name, records in splits.items()} == {
         "train": 4,
         "validation": 3,
@@ -310,7 +343,7 @@ def test_a_download_without_a_network_fails_at_once(
     monkeypatch.setattr(requests.Session, "get", spied)
     started = time.monotonic()
     with pytest.raises(UserError, match=f"super_glue/boolq.*127.0.0.1.*copy.* to {tmp_path}"):
-        read_tfds(BOOLQ, "train", fields=["question"])
+        read_tfds(BOOLQ, "train", Columns(("question",)))
     assert time.monotonic() - started < 10
     assert timeouts == [TIMEOUT]
 
@@ -320,6 +353,6 @@ def test_failed_preparation_is_one_line_and_leaves_nothing(local_boolq: Path) ->
     with pytest.raises(
         UserError, match="could not prepare TFDS dataset super_glue/boolq"
     ) as caught:
-        read_tfds(BOOLQ, "train", fields=["question"])
+        read_tfds(BOOLQ, "train", Columns(("question",)))
     assert "\n" not in str(caught.value)
     assert not list((local_boolq.parent / "cache").rglob("dataset_info.json"))

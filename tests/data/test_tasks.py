@@ -9,19 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.config import base_config, from_dict
+from softprompt.data.builtin_tasks import TASKS, get_task
 from softprompt.data.splits import overlaps, read_split
 from softprompt.data.subsets import balanced_subset, label_counts, seeded_order, seeded_sample
 from softprompt.data.tasks import (
     SPLITS,
-    TASKS,
     SplitRule,
-    get_task,
     parse_template,
     target_text,
 )
 from softprompt.errors import UserError
 
-CATALOGUE = [name for name, task in TASKS.items() if "glue/" in task.source]
+CATALOGUE = [name for name, task in TASKS.items() if "glue/" in task.source and task.verbalizers]
 
 
 def records(*labels: str) -> list[dict[str, str]]:
@@ -52,7 +51,8 @@ def test_default_config_names_a_task() -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_can_be_used(name: str) -> None:
     task = get_task(config(name=name))
-    assert task.fields and task.about and set(task.splits) == set(SPLITS)
+    assert task.fields and task.about and "test" in task.splits
+    assert task.name.startswith("mrqa") or set(task.splits) == set(SPLITS)
     assert not task.template[-1].isspace()
     assert all(target[0] == " " and target[1] != " " for target in task.verbalizers.values())
 

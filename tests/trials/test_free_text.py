@@ -7,7 +7,7 @@ import pytest
 
 from softprompt import cli
 from softprompt.config import base_config
-from softprompt.data.tasks import TASKS
+from softprompt.data.builtin_tasks import TASKS
 from softprompt.errors import UserError
 from softprompt.evaluation.metrics import free_text
 from softprompt.results import read_result

@@ -10,7 +10,7 @@ from etils import epath
 
 from softprompt import cli
 from softprompt.console import Progress
-from softprompt.data.tasks import TASKS, get_task
+from softprompt.data.builtin_tasks import TASKS, get_task
 from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.trials import side_by_side as many
 from softprompt.trials.evaluate import evaluate_runs, for_task, trained_delta
