@@ -259,8 +259,10 @@ def _row_of(names: list[str], cells: list[str], where: str) -> Record:
 
 def _value(row: Row, name: str, where: str) -> Any:
     """The value of a field, or of one inside of others; in a list of dicts, of each of them."""
+    if name in row:
+        return row[name]
     value: Any = row
-    for part in [name] if name in row else name.split("."):
+    for part in name.split("."):
         several = isinstance(value, list)
         inside = value if several else [value]
         if any(not isinstance(one, dict) or part not in one for one in inside):

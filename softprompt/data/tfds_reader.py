@@ -76,7 +76,9 @@ def _plain_row(row: Mapping[str, Any], classes: Mapping[str, Sequence[str]]) -> 
 
 def _plain(value: Any) -> Any:
     """A value of TFDS as text, lists and dicts."""
-    if isinstance(value, Mapping):
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0:
         return [_plain(one) for one in value]

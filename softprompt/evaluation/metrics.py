@@ -188,8 +188,8 @@ def referents(
     Returns:
         accuracy, and examples (how many are known). If none is known, only examples.
     """
-    known = np.flatnonzero(correct_N >= 0)
-    if not len(known):
+    known = np.flatnonzero(correct_N >= 0).tolist()
+    if not known:
         return {"examples": 0}
     right = [names_referent(predicted[n], named[n]) == bool(correct_N[n]) for n in known]
     return {"accuracy": float(np.mean(right)), "examples": len(known)}
