@@ -118,3 +118,77 @@ def test_which_evaluators_a_config_asks_for():
         evaluators_of(labels, config)
     config.eval.metrics, config.method.name = "", "none"
     assert evaluators_of(free, config) == ["generation"], "nothing is selected"
+
+
+OPTIONS = ("the city", "the story", "it is old", "a film")
+
+
+@pytest.fixture(scope="module")
+def choices(keys, tmp_path_factory):
+    """Config words of a trial whose examples have candidates of their own, in groups of three."""
+    file = tmp_path_factory.mktemp("mc") / "mc.jsonl"
+    lines = []
+    for number in range(60):
+        options = list(OPTIONS[: 2 + number % 3])
+        answer = options[number // 3 % len(options)]
+        right = [answer, options[0]] if number % 2 else answer
+        row = {"q": {"text": f"{number} rome ?"}, "topic": number // 3}
+        lines.append(json.dumps({**row, "options": options, "answer": right}) + "\n")
+    file.write_text("".join(lines))
+    changed = {
+        "task.source": f"jsonl:{file}",
+        "task.template": "Q: {topic} {options}\nA:",
+        "task.group_field": "topic",
+        "task.candidates_field": "options",
+        "train.steps": 2,
+        "eval.every": 0,
+        "eval.metric": "accuracy",
+        "eval.metrics": "accuracy,f1",
+    }
+    kept = [key for key in keys if key.partition("=")[0].removeprefix("--config.") not in changed]
+    return [*kept, *(f"--config.{key}={value}" for key, value in changed.items())]
+
+
+def test_own_candidates_are_ranked_and_generated_answers_compared(
+    choices, tmp_path, capsys, monkeypatch
+):
+    """Breaks when examples with two candidates are given a third, one right answer of several is
+    wrong, a group is divided, or the evaluators' predictions overwrite each other."""
+    assert cli.main(["data", "show", *choices]) == 0
+    assert "Q: 0 the city, the story" in capsys.readouterr().out.replace("\\n", " ")
+    assert cli.main(["train", *choices, "--workdir", str(tmp_path / "w")]) == 0
+    lines, found = predictions(tmp_path / "w"), read_result(tmp_path / "w")["metrics"]["test"]
+    for line in lines:
+        assert set(line["scores"]) == set(OPTIONS[: len(line["scores"])])
+        assert line["predicted"] == max(line["scores"], key=line["scores"].get)
+    right = [line["predicted"] in line["answers"] for line in lines]
+    assert found["accuracy"] == pytest.approx(sum(right) / len(lines))
+    generated = free_text([line["generated"] for line in lines], [one["answers"] for one in lines])
+    assert found["f1"] == pytest.approx(generated["f1"])
+    assert {"group_match", "generated_group_match", "illegal"} <= found.keys()
+    assert len({len(line["scores"]) for line in lines}) == 3 and len(lines) % 3 == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--run", str(tmp_path / "w")]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(found["accuracy"])
+    give(monkeypatch, "3\tthe city, a film\n")
+    assert cli.main(["predict", "--run", str(tmp_path / "w"), "--format", "json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out)["answer"], str)
+
+
+def test_candidates_that_cannot_be_ranked_are_one_line(choices, tmp_path, capsys):
+    """Breaks when an answer that can never win, or one candidate, is trained on."""
+    rows = {
+        "options": {"topic": "1", "options": ["a", "b"], "answer": "c"},
+        "one": {"topic": "1", "options": ["a"], "answer": "a"},
+        "text": {"topic": "1", "options": [["a"], "b"], "answer": "b"},
+    }
+    for name, row in rows.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        words = [*choices, f"--config.task.source=jsonl:{file}", "--config.task.template={topic}"]
+        assert cli.main(["train", *words, "--workdir", str(tmp_path / "x")]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"{file}:1: field 'options' is" in said, name
+    words = [*choices, '--config.task.verbalizers={"a": " a", "b": " b"}']
+    assert cli.main(["train", *words, "--workdir", str(tmp_path / "x")]) == 2
+    assert "'task.candidates_field' is 'options'; allowed: ''" in capsys.readouterr().err
