@@ -284,3 +284,38 @@ def test_real_reviews_keep_their_template(shared_data: Path) -> None:
     assert encoded.truncated > 100
     for tokens_T in encoded.inputs:
         assert len(tokens_T) <= 40 and PLAIN.decode(tokens_T).endswith("\nSentiment:")
+
+
+def test_what_only_some_tasks_have() -> None:
+    """Breaks when groups, own candidates or whether an answer is right are lost, or a digest does
+    not tell them apart."""
+    one = {"id": "a", "text": "x", "label": "no", "answers": ("no", "yes")}
+    records = [one | {"group": "g", "candidates": ("no", "maybe yes")}]
+    task = replace(FREE, candidates_field="c", group_field="g", words=("common", "sense"))
+    found = run(records, task, eos=True, max_target=16)
+    assert (found.groups, found.choices) == (("g",), (("no", "maybe yes"),))
+    assert [PLAIN.decode(ids[:-1]) for ids in found.ranked(0)] == [" no", " maybe yes"]
+    assert [ids[-1] for ids in found.ranked(0)] == [1, 1]
+    assert [PLAIN.decode(ids) for ids in found.words] == [" common", " sense"]
+    plain = run([one], FREE)
+    assert plain.groups == plain.choices == plain.choice_ids == plain.words == ()
+    judged = [one | {"id": f"{value}", "correct": value} for value in (True, False, None)]
+    assert run(judged, replace(FREE, correct_field="c")).labels.tolist() == [1, 0, -1]
+    digests = {
+        records_digest([changed], ["text"])
+        for changed in (one, *records, one | {"group": "h"}, *judged)
+    }
+    assert len(digests) == 6
+
+
+def test_own_candidates_that_can_never_win_are_refused() -> None:
+    """Breaks when only a task's verbalizers are compared."""
+    records = [
+        {"id": "a", "text": "x", "label": "no", "answers": ("no",), "candidates": given}
+        for given in (("no", "yes"), ("no", "no more"))
+    ]
+    task = replace(FREE, candidates_field="c")
+    with pytest.raises(UserError, match="candidate 'no more' begins with that of 'no'"):
+        check_ranking(run(records, task, max_target=16), "sum")
+    check_ranking(run(records, task, max_target=16), "mean")
+    check_ranking(run(records, task, max_target=16, eos=True), "sum")

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt.config import base_config, from_dict
+from softprompt.config.schema import SELECTING
 from softprompt.data.builtin_tasks import TASKS, get_task
 from softprompt.data.splits import overlaps, read_split
 from softprompt.data.subsets import balanced_subset, label_counts, seeded_order, seeded_sample
 from softprompt.data.tasks import (
     SPLITS,
     SplitRule,
+    generated,
     parse_template,
     target_text,
 )
@@ -120,6 +122,19 @@ def test_equal_texts_share_a_split_and_have_ids_of_their_own(tmp_path: Path) -> 
     assert overlaps(get_task(own("jsonl:x")), splits) == (0, [])
 
 
+def test_a_group_is_in_one_split_and_sampled_whole(tmp_path: Path) -> None:
+    """Breaks when the hash is of a text, or a sample takes some of a question's answers."""
+    rows = [{**row, "group": n // 4} for n, row in enumerate(ROWS)]
+    for id_field in ("", "key"):
+        splits = one_file(tmp_path / "a.jsonl", rows, id_field=id_field, group_field="group")
+        groups = [{record["group"] for record in splits[split]} for split in SPLITS]
+        assert sum(map(len, groups)) == len(set.union(*groups)) == 100
+        assert sum(map(len, splits.values())) == 400
+    sample = seeded_sample(splits["train"], 10)
+    assert len(sample) == 12 and len({record["group"] for record in sample}) == 3
+    assert sample == [record for record in splits["train"] if record in sample]
+
+
 def test_texts_in_two_splits_are_counted(tmp_path: Path) -> None:
     """Breaks when a leak goes unsaid, or the development set that selects is called one."""
     task = get_task(own(f"jsonl:{tmp_path}/{{split}}.jsonl"))
@@ -182,6 +197,35 @@ def test_own_data_without_verbalizers_is_a_free_text_task(tmp_path: Path) -> Non
     assert "accuracy" in TASKS["rte"].metrics["ranking"]
 
 
+def test_metrics_of_the_papers_sets() -> None:
+    """Breaks when a set lacks a metric that the paper reports, or has one that it cannot have."""
+    reported = {
+        "boolq": ("accuracy",),
+        "cb": ("macro_f1", "accuracy"),
+        "multirc": ("f1", "group_match"),
+        "record": ("exact_match", "f1"),
+        "wsc": ("accuracy",),
+        "mrpc": ("f1", "accuracy"),
+        "qqp": ("f1", "accuracy"),
+        "sst2": ("accuracy",),
+        "squad": ("exact_match", "f1"),
+        "mrqa_race": ("exact_match", "f1"),
+    }
+    for name, metrics in reported.items():
+        task = TASKS[name]
+        assert task.reported == metrics and "generated_task_score" in task.metrics["generation"]
+        free = not task.verbalizers and name != "wsc"
+        named = metrics if free else generated(metrics)
+        assert set(named) <= set(task.metrics["generation"]), name
+        assert set(task.metrics["generation"]) - {"illegal"} <= set(SELECTING)
+    assert {name for name, task in TASKS.items() if "ranking" not in task.metrics} == {
+        *("wsc", "wsc_dev", "squad", "squad_dev"),
+        *(name for name in TASKS if name.startswith("mrqa_")),
+    }
+    assert "illegal" in TASKS["record"].metrics["generation"]
+    assert "task_score" not in TASKS["sms_spam"].metrics["ranking"]
+
+
 def test_label_outside_the_verbalizers_names_file_and_line(tmp_path: Path) -> None:
     path = write(tmp_path / "all.jsonl", 9)
     task = get_task(own(f"jsonl:{path}", verbalizers={"n": " no", "N": " never"}))
@@ -208,6 +252,12 @@ def test_label_outside_the_verbalizers_names_file_and_line(tmp_path: Path) -> No
         ),
         ({"source": "tsv:", "name": "m"}, "task.source 'tsv:'"),
         ({"label_field": "y"}, "'task.label_field' is 'y'; allowed: 'label' without a task.source"),
+        ({"group_field": "g"}, "'task.group_field' is 'g'; allowed: '' without a task.source"),
+        ({"candidates_field": "c"}, "'task.candidates_field' is 'c'; allowed: '' without a task"),
+        (
+            {"source": "tsv:x", "name": "m", "template": "{candidates}", "candidates_field": "c"},
+            "names {candidates}, as records call their own candidates",
+        ),
         ({"id_field": "key"}, "'task.id_field' is 'key'; allowed: '' without a task.source"),
         ({"template": "{text} {label}"}, "names {label}, which is the label"),
         ({"template": "{text} {id}"}, "names {id}, as records call their own id"),

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from softprompt.data.eval_batches import eval_batches, eval_shape
+from softprompt.data.tasks import Task
+from softprompt.evaluation.evaluators import Split, ranked
 from softprompt.evaluation.ranking import (
     normalise,
     one_program,
@@ -30,7 +32,7 @@ reference = jax.jit(concatenated.batch_logits, static_argnames="config")
 
 def brute_force(prompt_PD, weights, config, encoded):
     """Sums of log-probabilities [N, C], each candidate after each input, padded on the right."""
-    pairs = [(tokens, c) for tokens in encoded.inputs for c in encoded.candidates]
+    pairs = [(tokens, c) for n, tokens in enumerate(encoded.inputs) for c in encoded.ranked(n)]
     longest = max(len(tokens) + len(c) for tokens, c in pairs)
     padded = np.stack(
         [np.pad(np.concatenate(pair), (0, longest - sum(map(len, pair)))) for pair in pairs]
@@ -41,7 +43,7 @@ def brute_force(prompt_PD, weights, config, encoded):
         log_TV[len(tokens) - 1 + np.arange(len(c)), c].sum()
         for (tokens, c), log_TV in zip(pairs, log_BTV, strict=True)
     ]
-    return np.reshape(sums, (len(encoded.inputs), -1))
+    return np.reshape(sums, (len(encoded.inputs), -1)) if encoded.candidates else np.array(sums)
 
 
 def scores(model, weights, shared, encoded, mesh, **options):
@@ -72,6 +74,33 @@ def test_scores_are_brute_force_log_probabilities(given):
     np.testing.assert_allclose(sums_NC, wanted_NC, rtol=1e-9)
     assert lengths_NC.tolist() == [[1, 3, 2]] * 6
     assert len(told) > 1 and told == [(n + 1, len(told)) for n in range(len(told))]
+
+
+def test_each_example_may_have_candidates_of_its_own(tiny):
+    """Breaks when an example is given another one's candidates, or a missing one can win."""
+    model, weights = tiny
+    config, delta = prompted(model, weights, 5)
+    encoded = random_examples()
+    own = tuple(encoded.candidates[: 1 + n % 3] for n in range(len(encoded.ids)))
+    names = tuple(("one", "two", "three")[: len(ids)] for ids in own)
+    answers = tuple(names[n][:1] for n in range(len(own)))
+    encoded = dataclasses.replace(
+        encoded, candidates=(), choices=names, choice_ids=own, answers=answers
+    )
+    shared = shared_function(config, one_device())(delta, weights)
+    found = scores(model, weights, shared, encoded, one_device())
+    there_NC = found[1] > 0
+    assert there_NC.sum(axis=1).tolist() == [len(ids) for ids in own]
+    wanted = brute_force(delta["prompt"], weights, model.config, encoded)
+    np.testing.assert_allclose(found[0][there_NC], wanted, rtol=1e-9)
+    task = Task("t", "jsonl:x", "{text}", {}, candidates_field="options")
+    result = ranked(Split(task, encoded, list), found, "sum")
+    best = [row_C[: len(ids)].argmax() for row_C, ids in zip(found[0], own, strict=True)]
+    assert [one["predicted"] for one in result.predictions] == [
+        own[index] for own, index in zip(names, best, strict=True)
+    ]
+    assert [list(one["scores"]) for one in result.predictions] == [list(one) for one in names]
+    assert result.metrics["accuracy"] == pytest.approx(np.mean(np.array(best) == 0))
 
 
 def test_batches_in_threads_are_those_in_turns():

@@ -1,9 +1,13 @@
 """Where a prompt starts."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
+from softprompt.data.encode import Encoded
 from softprompt.errors import UserError
 from softprompt.methods import initializers
 from softprompt.methods.initializers import (
@@ -106,3 +110,38 @@ def test_common_tokens_are_counted():
     assert common_tokens(texts, 100) == [40, 9, 2, 5, 30]
     with pytest.raises(UserError, match="common_text"):
         initializers.common_tokens([[], []], 3)
+
+
+def started(common_text, train, cls=initializers.Vocabulary, **loaded):
+    """An initialiser for a model of 50 tokens, of which 0 and 1 are BOS and EOS."""
+    tokenizer = SimpleNamespace(bos_id=0, eos_id=1, vocab_size=50, **loaded)
+    settings = cls(common_tokens=6, common_text=common_text)
+    return settings.initializer(SimpleNamespace(tokenizer=tokenizer), train, place="encoder")
+
+
+def encoded(**parts):
+    """A split of two inputs."""
+    inputs = [np.array([40, 41, 42, 1]), np.array([43, 44, 45, 1])]
+    return Encoded(["a", "b"], inputs, [], np.array([-1, -1]), (), 0, **parts)
+
+
+def test_the_most_common_tokens_may_be_the_first_of_the_vocabulary():
+    """Breaks when T5's first ids, which the paper samples from, are counted in the inputs."""
+    train = encoded()
+    assert sorted(where(started("train", train)(KEY, EMBEDDING, 6))) == [40, 41, 42, 43, 44, 45]
+    assert sorted(where(started("vocabulary", train)(KEY, EMBEDDING, 6))) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_label_starts_as_its_words_alone():
+    """Breaks when EOS is averaged into a label's row, or ReCoRD's and WSC's words are not used."""
+    candidates = (np.array([7, 8, 1]), np.array([9, 1]))
+    train = dataclasses.replace(encoded(eos=True), candidates=candidates)
+    rows = started("vocabulary", train, initializers.Labels)(KEY, EMBEDDING, 4)
+    np.testing.assert_allclose(rows[:2], [EMBEDDING[[7, 8]].mean(axis=0), EMBEDDING[9]], rtol=1e-6)
+    assert set(where(rows[2:])) <= set(range(6))
+    words = (np.array([20]), np.array([21, 22]))
+    rows = started("train", encoded(words=words), initializers.Labels)(KEY, EMBEDDING, 3)
+    np.testing.assert_allclose(rows[:2], [EMBEDDING[20], EMBEDDING[21:23].mean(axis=0)], rtol=1e-6)
+    assert set(where(rows[2:])) <= {40, 41, 42, 43, 44, 45}
+    with pytest.raises(UserError, match="'method.init' is 'labels'; this task has no verbalizers"):
+        started("train", encoded(), initializers.Labels)
