@@ -50,6 +50,10 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
         [
             ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "default: base config"}),
             ("--workdir", {**FOLDER, "help": "the trial's folder"}),
+            (
+                "--dry-run",
+                {"action": "store_true", "help": "only trace it at full size, and print its cost"},
+            ),
             DISTRIBUTED,
         ],
     ),

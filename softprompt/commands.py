@@ -73,6 +73,11 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
     config = load_config(arguments.config, overrides)  # its errors come before JAX is imported
     start_jax(arguments.distributed)
+    if arguments.dry_run:
+        from softprompt.trials.full_size import report
+
+        print("\n".join(report(config)))
+        return 0
     from softprompt.console import Progress
     from softprompt.results import cautions
     from softprompt.training.loop import Diverged

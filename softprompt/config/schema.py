@@ -239,7 +239,7 @@ CHOOSERS: dict[str, Mapping[str, type[Settings]]] = {
 
 # Keys that may be set for a method that does not have them, since config files set them for prompts
 # and the command line may select another method.
-ALWAYS_ALLOWED = ("method.length", "method.init")
+ALWAYS_ALLOWED = ("method.length", "method.init", "method.common_text")
 
 
 @dataclasses.dataclass(frozen=True)

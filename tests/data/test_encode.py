@@ -319,3 +319,22 @@ def test_own_candidates_that_can_never_win_are_refused() -> None:
         check_ranking(run(records, task, max_target=16), "sum")
     check_ranking(run(records, task, max_target=16), "mean")
     check_ranking(run(records, task, max_target=16, eos=True), "sum")
+
+
+def test_a_target_of_t5_is_the_bare_label_and_eos() -> None:
+    """Breaks when the space that sets a decoder's target off becomes a token of T5's."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581True", "\u2581False", "\u2581", "True", "False"]
+    backend = Backend(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(  # as T5's tokenizer.json
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always"),
+        ]
+    )
+    t5 = Tokenizer(backend=backend, bos_id=None, eos_id=1, add_bos=False, add_eos=True)
+    task = TASKS["boolq"].in_t5_form()
+    records = [{"id": "a", "passage": "p", "question": "q", "label": "True"}]
+    encoded = run(records, task, t5, eos=True, input_eos=True)
+    assert [ids.tolist() for ids in encoded.candidates] == [[4, 1], [3, 1]]
+    assert encoded.targets[0].tolist() == [*t5.encode("True"), 1] == [3, 1]
+    assert encoded.inputs[0][-1] == 1
