@@ -60,8 +60,10 @@ def _catalogue(
 
 
 _ANSWER = "{context}\nQuestion: {question}\nAnswer:"
-_SPACED = row_forms.each_text(row_forms.space_punctuation, "question", "context", "answers")
-_T5_ANSWER = {"template": "question: {question} context: {context}", "form": _SPACED}
+_T5_ANSWER = {
+    "template": "question: {question} context: {context}",
+    "clean": row_forms.space_punctuation,
+}
 _MRQA = "https://s3.us-east-2.amazonaws.com/mrqa/release/v2/dev"
 
 
@@ -195,7 +197,7 @@ _TASKS = (
         "super_glue/multirc:1.0.2",
         "Paragraph: {paragraph}\nQuestion: {question}\nAnswer: {answer}\nIs the answer right?",
         ["False", "True"],
-        form=row_forms.each_text(row_forms.without_markup, "paragraph", "question", "answer"),
+        clean=row_forms.without_markup,
         group_field="idx.question",
         positive="True",
         reported=("f1", "group_match"),
@@ -206,7 +208,7 @@ _TASKS = (
         "record",
         "super_glue/record:1.0.2",
         "Passage: {passage}\nEntities: {entities}\nQuery: {query}\n@placeholder is",
-        form=row_forms.each_text(row_forms.join_highlights, "passage"),
+        clean=row_forms.join_highlights,
         label_field="answers",
         candidates_field="entities",
         reported=("exact_match", "f1"),

@@ -171,7 +171,7 @@ def _labels(records: Sequence[Record], task: Task) -> np.ndarray:
     """The index of each record's label, or whether its answer is right; see `Encoded.labels`."""
     if task.correct_field:
         right = {None: -1, False: 0, True: 1}
-        return np.array([right[record["correct"]] for record in records], np.int32)
+        return np.array([right[record.get("correct")] for record in records], np.int32)
     index = {label: number for number, label in enumerate(task.labels)}
     return np.array([index.get(record["label"], -1) for record in records], np.int32)
 
@@ -304,7 +304,7 @@ def mix(splits: Mapping[str, Encoded]) -> Encoded:
     candidates = {tuple(ids): ids for part in parts for ids in part.candidates}
     index = {tokens: number for number, tokens in enumerate(candidates)}
     labels = [
-        index[tuple(part.candidates[label])] if label >= 0 else -1
+        index[tuple(part.candidates[label])] if part.candidates and label >= 0 else -1
         for part in parts
         for label in part.labels.tolist()
     ]

@@ -1,34 +1,13 @@
 """How rows of the paper's data sets become the texts that T5 reads, and records become examples.
 
-A row is a dict of plain Python values: texts, numbers, lists and dicts.
-
 Source: preprocessors.py of google-research/text-to-text-transfer-transformer (glue, record,
 wsc_simple, squad), which google-research/prompt-tuning uses without the leading task word.
 """
 
 import re
-from collections.abc import Callable
-from typing import Any
 
+from softprompt.data.sources import Record, Row
 from softprompt.errors import UserError
-
-Row = dict[str, Any]
-RowForm = Callable[[Row], Row]
-
-
-def each_text(change: Callable[[str], str], *names: str) -> RowForm:
-    """Returns a row form that changes every text in the fields `names`, also inside of lists."""
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, str):
-            return change(value)
-        if isinstance(value, list):
-            return [changed(one) for one in value]
-        if isinstance(value, dict):
-            return {key: changed(one) for key, one in value.items()}
-        return value
-
-    return lambda row: row | {name: changed(row[name]) for name in names}
 
 
 def without_markup(text: str) -> str:
@@ -45,9 +24,11 @@ def join_highlights(passage: str) -> str:
 def space_punctuation(text: str) -> str:
     """Returns a text with a space on both sides of everything but ASCII letters, digits and "_".
 
-    As in T5's pattern language, accented letters are not letters.
+    As in T5's pattern language, accented letters are not letters. Spaces at the ends, which T5's
+    tokenizer drops, are left out.
     """
-    return " ".join(re.sub(r"(\W)", r" \1 ", text, flags=re.ASCII).split())
+    spaced = re.sub(r"(\W)", r" \1 ", text, flags=re.ASCII)
+    return re.sub(r"\s+", " ", spaced, flags=re.ASCII).strip(" ")
 
 
 def mark_pronoun(row: Row) -> Row:
@@ -71,7 +52,7 @@ def mark_pronoun(row: Row) -> Row:
     raise UserError(f"word {index} of {row['text']!r} is not {pronoun!r}, its span2_text")
 
 
-def one_per_answer(record: Row) -> list[Row]:
+def one_per_answer(record: Record) -> list[Record]:
     """Returns a record of a free-text task once for each of its answers, which is its label."""
     key, answers = record["id"], record["answers"]
     return [
@@ -80,6 +61,6 @@ def one_per_answer(record: Row) -> list[Row]:
     ]
 
 
-def only_correct(record: Row) -> list[Row]:
+def only_correct(record: Record) -> list[Record]:
     """Returns the record if its answer is the right one."""
     return [record] if record["correct"] else []

@@ -40,6 +40,7 @@ class Columns:
         correct: the field that says whether the label is correct, as "True" or "False"; "" where
             all are.
         labels: the labels that are allowed; None for free text.
+        clean: changes each text, answer and candidate.
         form: changes each row before its fields are read.
     """
 
@@ -50,6 +51,7 @@ class Columns:
     candidates: str = ""
     correct: str = ""
     labels: Collection[str] | None = None
+    clean: Callable[[str], str] | None = None
     form: Callable[[Row], Row] | None = None
 
 
@@ -102,6 +104,8 @@ def make_records(
             raise UserError(f"{where}: id {key!r} was already used in {seen[key]}")
         seen[key] = where
         texts = {name: _text(row, name, where, join=True) for name in columns.texts}
+        if columns.clean:
+            texts = {name: columns.clean(text) for name, text in texts.items()}
         records.append({"id": key, **texts, **_solution(row, columns, where)})
     return records
 
@@ -112,8 +116,10 @@ def _solution(row: Row, columns: Columns, where: str) -> Record:
     Raises:
         UserError: the label has no verbalizer, or no candidate is a right answer.
     """
-    labels, found = columns.labels, Record()
+    labels, found, clean = columns.labels, Record(), columns.clean or str
     answers = _texts(row, columns.label, where, several=labels is None)
+    if labels is None:
+        answers = [clean(answer) for answer in answers]
     label = answers[0] if answers else None
     found["label"] = label
     if labels is None:
@@ -126,9 +132,10 @@ def _solution(row: Row, columns: Columns, where: str) -> Record:
     if columns.group:
         found["group"] = _text(row, columns.group, where)
     if columns.candidates:
-        candidates = dict.fromkeys(_texts(row, columns.candidates, where, several=True))
+        options = _texts(row, columns.candidates, where, several=True)
+        candidates = dict.fromkeys(clean(one) for one in options)
         found["candidates"] = tuple(candidates)
-        ours = columns.form is not None  # a benchmark's own rows are scored as they are
+        ours = columns.clean is not None  # a benchmark's own rows are scored as they are
         if not ours and (len(candidates) < 2 or answers and candidates.keys().isdisjoint(answers)):
             raise UserError(
                 f"{where}: field {columns.candidates!r} is {', '.join(candidates)!r}; allowed: two "

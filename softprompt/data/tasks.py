@@ -100,6 +100,7 @@ class Task:
         positive: the label whose F1 is a metric; "" for none.
         reported: the metrics whose mean is `task_score`; () for none.
         exact: whether a generated answer has to be the label itself, rather than to begin with it.
+        clean: changes each text of an example; None for none.
         form: changes each row before its fields are read; None for none.
         t5: what T5's form of the task replaces; None where it only has another template.
         train_form: the training examples that a record becomes; None for itself.
@@ -122,6 +123,7 @@ class Task:
     positive: str = ""
     reported: tuple[str, ...] = ()
     exact: bool = False
+    clean: Callable[[str], str] | None = None
     form: Callable[[Row], Row] | None = None
     t5: Mapping[str, Any] = field(default_factory=dict)
     train_form: Callable[[Record], list[Record]] | None = None
@@ -150,6 +152,7 @@ class Task:
             candidates=self.candidates_field,
             correct=self.correct_field,
             labels=self.labels or None,
+            clean=self.clean,
             form=self.form,
         )
 

@@ -319,6 +319,7 @@ class Answering:
                 f"line {number} has {len(texts)} tab-separated fields; "
                 f"the task takes {len(fields)}: {', '.join(fields)}"
             )
+        texts = [self.task.clean(text) for text in texts] if self.task.clean else texts
         return {"id": f"line {number}", "label": None, **dict(zip(fields, texts, strict=True))}
 
 

@@ -260,6 +260,11 @@ def test_a_mixture_has_each_tasks_examples() -> None:
     for n, (label, target) in enumerate(zip(mixed.labels, mixed.targets, strict=True)):
         assert mixed.candidates[label].tolist() == target.tolist()
         assert target.tolist() == [*one.targets, *other.targets][n].tolist()
+    judged = [*movie("he", label="Ann"), *movie("she", label="Bo")]
+    judged = [{**record, "answers": ("a",), "correct": True} for record in judged]
+    third = run(judged, replace(FREE, correct_field="c", words=("pronoun",)))
+    mixed = mix({"one": one, "third": third})
+    assert mixed.labels.tolist() == [1, 0, -1, -1] and len(mixed.words) == 1
 
 
 def test_summary_counts() -> None:

@@ -254,6 +254,7 @@ def test_text_rules_by_hand() -> None:
     assert join_highlights("A\n@highlight\nB.\n@highlight\nC'\n@highlight\n") == "A. B. C' "
     assert space_punctuation(" a_b-c  ü9.\n") == "a_b - c ü 9 ."
     assert space_punctuation("") == ""
+    assert space_punctuation("a\u00a0b\tc") == "a \u00a0 b c"
     row = {"span1_text": "S", "label": "True", "text": 'Good for him," he said. '}
     assert mark_pronoun(row | {"span2_text": "him", "span2_index": "2"})["text"] == (
         'Good for *him* ," he said.'
