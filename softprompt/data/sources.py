@@ -274,7 +274,7 @@ def _value(row: Row, name: str, where: str) -> Any:
         inside = value if several else [value]
         if any(not isinstance(one, dict) or part not in one for one in inside):
             raise UserError(
-                f"{where}: missing field {name!r}{nearest(name, row)}; the row has: "
+                f"{where}: missing field {name!r}{nearest(name, row)}; the line has: "
                 f"{', '.join(row)}"
             )
         value = [one[part] for one in inside] if several else value[part]

@@ -49,6 +49,11 @@ class TaskData:
         """Returns a split by name: train, validation or test."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
+    @property
+    def ranked(self) -> bool:
+        """Whether the task has candidates."""
+        return "ranking" in self.task.metrics
+
     def each(self, change: Callable[[Encoded], Encoded]) -> "TaskData":
         """Returns the task with `change` applied to each split."""
         train, validation, test = (change(self.split(name)) for name in SPLITS)
@@ -97,12 +102,17 @@ class TrialData:
     ) -> list[list[EvalBatch]]:
         """Packs a split of each task for ranking; validation and test share a shape.
 
+        Tasks without candidates have no batches.
+
         To score several `deltas` side by side, a batch has fewer rows by this factor.
         """
         shape = self.eval_shape(split, mesh=mesh, layout=layout, deltas=deltas)
         return self._once(
             (split, layout, shape),
-            lambda: [eval_batches(one.split(split), shape, layout=layout) for one in self.tasks],
+            lambda: [
+                eval_batches(one.split(split), shape, layout=layout) if one.ranked else []
+                for one in self.tasks
+            ],
         )
 
     def eval_shape(
@@ -114,7 +124,12 @@ class TrialData:
         return self._once(
             ("shape", tuple(sorted(names)), rows, budget, layout),
             lambda: eval_shape(
-                *(one.split(name) for one in self.tasks for name in SPLITS if name in names),
+                *(
+                    one.split(name)
+                    for one in self.tasks
+                    for name in SPLITS
+                    if one.ranked and name in names
+                ),
                 budget=budget,
                 row_multiple=rows,
                 layout=layout,

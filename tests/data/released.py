@@ -29,21 +29,23 @@ def texts(task: Task, split: str = "test") -> list[tuple[str, str]]:
 
 @pytest.fixture
 def mock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Gives lines of the released files to TFDS's own builders, and what they make of them, through
-    their feature specs, to whoever reads."""
+    """Gives a released file's text (or one by a set's name) to TFDS's own builders, and what they
+    make of it, through their feature specs, to whoever reads."""
     import tensorflow_datasets as tfds
 
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path))
-    given: list[str] = []
+    given: list[Any] = []
 
     def rows(builder: Any, split: str) -> Iterator[tuple[Any, Lines]]:
         file = tmp_path / "lines"
-        file.write_text(given[0])
+        name = builder.builder_config.name
+        text = given[0] if isinstance(given[0], str) else given[0][name]
+        file.write_text(text)
         if builder.name == "squad":
             yield from builder._generate_examples(file)
-        elif builder.builder_config.name == "mrpc":
-            file.write_text(f"\ufeff{given[0]}")  # one file, and the ids of its development rows
-            pairs = [line.split("\t")[1:3] for line in given[0].split("\n") if line]
+        elif name == "mrpc":
+            file.write_text(f"\ufeff{text}")  # one file, and the ids of its development rows
+            pairs = [line.split("\t")[1:3] for line in text.split("\n") if line]
             (tmp_path / "ids").write_text(tsv(*pairs))
             files = {"dev_ids": tmp_path / "ids", "train": file}
             yield from builder._generate_examples(None, split="dev", mrpc_files=files)
