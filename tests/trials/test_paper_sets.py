@@ -63,7 +63,6 @@ def test_three_sets_are_trained_and_reported_as_the_paper_does(mock, tmp_path, c
         "optimizer.rate": 0.3,
         "train.steps": 2,
         "train.batch": 8,
-        "mesh.data": 1,
         "eval.metric": "generated_task_score",
     }
     words = [f"--config.{key}={value}" for key, value in keys.items()]
