@@ -19,7 +19,8 @@ Interval = tuple[float, float]
 LEVEL = 0.95
 
 # Metrics that are a mean over examples of a number from 0 to 1: Wilson's interval covers them.
-# Macro F1 is none: it counts rare classes as much as frequent ones.
+# Macro F1 is not. Its interval needs how often each label was taken for each other one, which a row
+# does not have.
 MEANS_OF_EXAMPLES = ("accuracy", "exact_match", "f1")
 
 # Keys in which the trials of one group may differ: the seed, and what else is measured.
@@ -184,10 +185,12 @@ def _scores(rows: Sequence[Row], split: str, metric: str) -> list[dict[str, Any]
 
 
 def _tasks(scores: Mapping[str, Any], metric: str) -> list[tuple[float, int]]:
-    """A metric and the number of examples, of each task of a mixture that has some."""
+    """A metric and the number of examples of each task that has some; [] if one lacks the metric."""
     names = [name.removesuffix("examples") for name in scores if name.endswith("/examples")]
     counts = {name: scores.get(f"{name}examples") for name in names or [""]}
-    return [(scores[f"{name}{metric}"], count) for name, count in counts.items() if count]
+    found = [(scores.get(f"{name}{metric}"), count) for name, count in counts.items() if count]
+    known = [(share, count) for share, count in found if share is not None]
+    return known if len(known) == len(found) else []
 
 
 def mean(values: Sequence[float | None]) -> float | None:

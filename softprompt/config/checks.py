@@ -6,7 +6,14 @@ Every error is one line that names the key, the value and what is allowed.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from softprompt.config.schema import ALWAYS_ALLOWED, CHOOSERS, KEYS, METHOD_SETTINGS, SECTIONS
+from softprompt.config.schema import (
+    ALWAYS_ALLOWED,
+    CHOOSERS,
+    KEYS,
+    METHOD_SETTINGS,
+    OFF_UNTRAINED,
+    SECTIONS,
+)
 from softprompt.errors import UserError
 from softprompt.settings import Setting, Settings, check_value, keys
 
@@ -98,6 +105,11 @@ def check_used(values: Mapping[str, Any]) -> None:
             raise UserError(
                 f"config key {name!r} is {values[name]!r}; allowed: {key.default!r} without "
                 f"{' or '.join(own[name].needs)}"
+            )
+        if name in OFF_UNTRAINED and not METHOD_SETTINGS[values["method.name"]].trains:
+            raise UserError(
+                f"config key {name!r} is {values[name]!r}; allowed: {key.default!r} with "
+                f"method.name={values['method.name']}, which trains nothing"
             )
 
 

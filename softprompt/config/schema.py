@@ -324,6 +324,10 @@ TASK_KEYS = ("source", "template", "verbalizers", "label_field", "id_field")
 # and the command line may select another method.
 ALWAYS_ALLOWED = ("method.length", "method.init")
 
+# Keys that change what training computes, and must be off for a method that trains nothing. Others
+# of training, such as the number of steps, may be set, since config files set them for all methods.
+OFF_UNTRAINED = ("train.ema", "train.dropout", "optimizer.max_row_norm")
+
 
 @dataclasses.dataclass(frozen=True)
 class Key(Setting):
