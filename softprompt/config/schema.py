@@ -227,7 +227,10 @@ class Eval(Settings):
         "kinds that the task has",
     )
     metric: str = setting(
-        "accuracy", "the metric that selects the delta", choices=SELECTING, for_training=True
+        "accuracy",
+        "the metric that selects the delta; for free-text tasks the default stands for exact_match",
+        choices=SELECTING,
+        for_training=True,
     )
     beams: int = setting(1, "beam width of generated answers; 1 is greedy decoding", low=1)
     select: str = setting(

@@ -86,13 +86,17 @@ def test_evaluated_and_answered(trained, capsys, monkeypatch):
 
 
 def test_beams_have_a_caller(keys, trained, tmp_path, capsys):
-    """Breaks when `eval.beams` is not handed on: the search of one beam is greedy decoding."""
-    some = [key for key in keys if "train.steps" not in key and "eval.every" not in key]
+    """Breaks when `eval.beams` is not handed on: the search of one beam is greedy decoding. Without
+    `eval.metric` it breaks when the default is refused, or is not the task's first metric.
+    """
+    left_out = ("train.steps", "eval.every", "eval.metric")
+    some = [key for key in keys if not any(name in key for name in left_out)]
     scores = {}
     for beams in (1, 3):
         words = [*some, "--config.train.steps=0", f"--config.eval.beams={beams}"]
         assert cli.main(["train", *words, "--workdir", str(tmp_path / str(beams))]) == 0
         scores[beams] = [line["predicted"] for line in predictions(tmp_path / str(beams))]
+    assert read_result(tmp_path / "3")["config"]["eval"]["metric"] == "exact_match"
     assert len(scores[1]) == len(scores[3])
     assert scores[1] != scores[3]
 
