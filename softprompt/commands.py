@@ -287,8 +287,12 @@ def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
             raise unknown("config key", pattern, {*keys, *sections})
         for name in names:
             key = keys[name]
-            readers = [f"{by}={' or '.join(who)}" for by, who in key.owners.items()]
-            facts = "; ".join([allowed(key), *(f"with {one}" for one in readers)])
+            readers = [
+                f"with {by}={', '.join(who)}"
+                for by, who in key.owners.items()
+                if set(who) != set(keys[by].choices)
+            ]
+            facts = "; ".join([allowed(key), *readers])
             print(f"{name} = {json.dumps(key.default)}  ({facts})")
             print(textwrap.indent(textwrap.fill(key.help, 92), "    "))
     return 0

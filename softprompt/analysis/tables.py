@@ -185,7 +185,7 @@ def _scores(rows: Sequence[Row], split: str, metric: str) -> list[dict[str, Any]
 
 
 def _tasks(scores: Mapping[str, Any], metric: str) -> list[tuple[float, int]]:
-    """A metric and the number of examples of each task that has some; [] if one lacks the metric."""
+    """The metric and number of examples of each task that has some; [] if one lacks the metric."""
     names = [name.removesuffix("examples") for name in scores if name.endswith("/examples")]
     counts = {name: scores.get(f"{name}examples") for name in names or [""]}
     found = [(scores.get(f"{name}{metric}"), count) for name, count in counts.items() if count]

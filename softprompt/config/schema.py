@@ -60,8 +60,8 @@ class Model(Settings):
     tokenizer: str = setting("", 'hub name or folder of another tokenizer; "" is the model\'s own')
     dtype: str = setting(
         "auto",
-        "of weights and activations; auto is bfloat16 on an accelerator, and from jax 0.12 on also "
-        "on a CPU with bfloat16 instructions (AVX-512 BF16, AMX); float32 elsewhere",
+        "type of weights and activations; auto is bfloat16 on an accelerator, and from jax 0.12 on "
+        "also on a CPU with bfloat16 instructions (AVX-512 BF16, AMX); float32 elsewhere",
         choices=("auto", "float32", "bfloat16"),
     )
 
@@ -106,14 +106,14 @@ class Task(Settings):
         'answers); "" means that examples have none',
     )
     id_field: str = setting(
-        "", 'own data: the field with an example\'s id; "" makes ids from numbers or hashes'
+        "", 'own data: the field with an example\'s id; "" makes ids from line numbers or hashes'
     )
     max_input: int = setting(
         256,
-        "tokens of an input at most; longer ones lose the end of their longest field",
+        "most tokens of an input; a longer input loses the end of its longest field",
         low=1,
     )
-    max_target: int = setting(32, "tokens of a target at most; a longer one is an error", low=1)
+    max_target: int = setting(32, "most tokens of a target; a longer one is an error", low=1)
     eos: bool = setting(False, "end each target with EOS")
 
     def check(self) -> None:
@@ -146,14 +146,26 @@ class Data(Settings):
         "selects the delta. The sizes below are per task",
     )
     cap: int = setting(
-        0, "a balanced subset of this many examples if a task has more; 0 is all", low=0
+        0,
+        "most training examples of a task; a larger task gives a balanced subset; 0 is all",
+        low=0,
     )
-    train_examples: int = setting(0, "a balanced subset of this many examples; 0 is all", low=0)
+    train_examples: int = setting(
+        0, "train on a balanced subset of this many examples; 0 is all", low=0
+    )
     subset_seed: int = setting(
-        0, "seed of the subset (also of `cap`)", low=0, high=SEEDS, needs=("train_examples", "cap")
+        0,
+        "seed of the subsets of train_examples and cap",
+        low=0,
+        high=SEEDS,
+        needs=("train_examples", "cap"),
     )
-    validation_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
-    test_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
+    validation_examples: int = setting(
+        0, "validate on a seeded sample of this many examples; 0 is all", low=0
+    )
+    test_examples: int = setting(
+        0, "test on a seeded sample of this many examples; 0 is all", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +178,7 @@ class Train(Settings):
     steps: int = setting(100, "optimizer steps", low=0)
     batch: int = setting(32, "examples per step, over all devices", low=1)
     microbatches: int = setting(
-        1, "parts of a step's rows whose gradients are summed; must divide `batch`", low=1
+        1, "parts into which a step's rows are split to save memory; must divide `batch`", low=1
     )
     z_loss: float = setting(
         0.0, "weight of the squared log-normaliser in the loss; 0 is off", low=0
@@ -216,7 +228,7 @@ class Eval(Settings):
     )
     score: str = setting(
         "sum",
-        "score of a verbalizer: sum or mean of its tokens' log-probabilities",
+        "how candidates are scored: by the sum or the mean of their tokens' log-probabilities",
         choices=("sum", "mean"),
     )
     metrics: str = setting(
@@ -235,7 +247,7 @@ class Eval(Settings):
     beams: int = setting(1, "beam width of generated answers; 1 is greedy decoding", low=1)
     select: str = setting(
         "best",
-        "the delta to test: the best on validation, or the last",
+        "which delta is tested: the best on validation, or the last",
         choices=("best", "last"),
         for_training=True,
     )
@@ -245,7 +257,7 @@ class Eval(Settings):
         'the Union addresses, from the package index); "" is none',
     )
     text_tokens: int = setting(
-        65536, "tokens of the text to use, at most", low=512, needs=("text",)
+        65536, "most tokens of the text that are used", low=512, needs=("text",)
     )
     latency: bool = setting(
         False, "measure the latency of prefill and decoding with the delta, against the base model"
@@ -277,8 +289,8 @@ class Mesh(Settings):
     model: int = setting(1, "devices along the model axis", low=1)
     remat: str = setting(
         "none",
-        "what the backward pass recomputes to save memory: none (only cheap operations) or layer "
-        "(everything except the layers' inputs)",
+        "what the backward pass recomputes to save memory: none (cheap operations alone) or layer "
+        "(everything but the inputs of layers)",
         choices=("none", "layer"),
     )
     attention: str = setting(
@@ -289,15 +301,16 @@ class Mesh(Settings):
     )
     weights: str = setting(
         "replicated",
-        "weights over the data axis: replicated, or sharded (each layer is gathered when it is "
-        "computed; for models that do not fit otherwise)",
+        "how the data axis holds the weights: replicated, or sharded (each layer is gathered when "
+        "it is computed; for models that do not fit otherwise)",
         choices=("replicated", "sharded"),
     )
     population: int = setting(
         0,
-        "largest number of concurrent trials of a sweep, if their training steps share a program "
-        "and memory suffices; 1 runs one after another; 0 is 2 on a CPU, where they run side by "
-        "side, and 16 on an accelerator, where one vmapped program takes their steps",
+        "most trials of a sweep that run at the same time. Their training steps must share a "
+        "program, and memory must suffice. 1 runs one after another. 0 is 2 on a CPU, where trials "
+        "take their steps in turns, and 16 on an accelerator, where one vmapped program takes the "
+        "steps of all",
         low=0,
     )
 

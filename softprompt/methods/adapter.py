@@ -30,7 +30,8 @@ class Settings(MethodSettings):
     bottleneck: int = setting(64, "width of the hidden layer", low=1)
     placement: str = setting(
         "houlsby",
-        "houlsby (after attention and after the feed-forward) or pfeiffer (only the latter)",
+        "where networks are added: houlsby (after attention and after the feed-forward) or "
+        "pfeiffer (after the feed-forward)",
         choices=("houlsby", "pfeiffer"),
     )
 

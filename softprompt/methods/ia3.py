@@ -26,7 +26,7 @@ class Settings(MethodSettings):
     name = "ia3"
     may_leave_out = True
 
-    targets: str = setting("", 'names of projections; "" is k,v,down')
+    targets: str = setting("", 'projections to change; "" is k,v,down')
 
 
 PEFT = {"peft_type": "IA3"}

@@ -47,7 +47,7 @@ class Settings(MethodSettings):
     rslora: bool = setting(False, "scale the change by alpha / sqrt(rank) instead")
     targets: str = setting(
         "",
-        "names of projections, such as q,v or q,k,v,o,gate,up,down; qkv has one A for all three; "
+        "projections to change, such as q,v or q,k,v,o,gate,up,down; qkv has one A for all three; "
         '"" is q,v',
     )
 

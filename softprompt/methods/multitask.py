@@ -30,7 +30,9 @@ class Settings(TrainedContextSettings):
     is_prompt = True
     per_task = True
 
-    place: str = setting("encoder", "before the encoder's input", choices=("encoder",))
+    place: str = setting(
+        "encoder", "encoder-decoders: before the encoder's input", choices=("encoder",)
+    )
     rank: int = setting(8, "Z, the rank of a task's factor", low=1)
 
 

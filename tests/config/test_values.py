@@ -363,7 +363,10 @@ def test_reading_a_config_asks_for_no_devices():
         ({}, "accuracy"),
         ({"task__name": "qa", "task__source": "jsonl:qa.jsonl"}, "exact_match"),
         ({"task__name": "qa", "task__source": "jsonl:qa.jsonl", "eval__metric": "f1"}, "f1"),
-        ({"task__name": "qa", "task__source": "csv:a", "task__verbalizers": {"a": "b"}}, "accuracy"),
+        (
+            {"task__name": "qa", "task__source": "csv:a", "task__verbalizers": {"a": "b"}},
+            "accuracy",
+        ),
         ({"task__name": "no_such_task"}, "accuracy"),
         ({"data__mixture": "sms_spam, sarcasm"}, "accuracy"),
         ({"data__mixture": "qa", "task__name": "qa", "task__source": "csv:a"}, "exact_match"),

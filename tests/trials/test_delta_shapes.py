@@ -55,7 +55,7 @@ def check(config, model, leaves):
     ],
 )
 def test_what_is_half_there(model, name, keys, missing, message):
-    """Breaks when missing leaves are not looked for, or a magnitude is apart from shared factors."""
+    """Breaks when missing leaves pass, or a magnitude is apart from the factors of `qkv`."""
     config = config_of(name, **keys)
     leaves = leaves_of(config, model)
     check(config, model, leaves)
