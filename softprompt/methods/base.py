@@ -189,6 +189,20 @@ class TrainedContextSettings(MethodSettings):
             )
 
 
+def no_configuration(settings: MethodSettings, setup: Setup) -> None:
+    """The `resolve` of a method that needs no static configuration."""
+
+
+def as_stored(delta: Any, weights: Any, cfg: Any, task_ids: Any) -> Any:
+    """The `variables` of a method whose delta has the paths at which modules read it."""
+    return delta
+
+
+def unchanged(delta: Any, cfg: Any) -> Any:
+    """The `fold` of a method that stores what it trains."""
+    return delta
+
+
 def wants_bos(bos: str, tokenizer: Tokenizer) -> bool:
     """Whether a text, or the context before it, begins with BOS.
 

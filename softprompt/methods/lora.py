@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.errors import UserError
-from softprompt.methods.base import MethodSettings, Setup
+from softprompt.methods.base import MethodSettings, Setup, unchanged
 from softprompt.methods.sites import delta_dtype, keys_by_path, names, targeted
 from softprompt.models import Model
 from softprompt.models.quantize import VALUES
@@ -25,6 +25,8 @@ from softprompt.settings import setting
 
 SHARED = "qkv"  # the target whose A is shared
 PEFT = {"peft_type": "LORA", "use_dora": False}
+
+fold = unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +143,6 @@ def factors(delta: dict[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
         elif scope.endswith(f"/{SHARED}") and name != "lora_a":
             found[f"{scope.removesuffix(SHARED)}{name}"] = leaves[f"{scope}/lora_a"], leaf
     return found
-
-
-def fold(delta: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
-    """Returns the delta unchanged: the factors are what is stored."""
-    return delta
 
 
 def merge(delta: dict[str, Any], weights: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
