@@ -42,13 +42,10 @@ def wilson_interval(share: float, examples: int, level: float = LEVEL) -> Interv
 def mean_interval(tasks: Sequence[tuple[float, int]], level: float = LEVEL) -> Interval:
     """Returns an interval of the unweighted mean over tasks of a share of examples.
 
-    For one task it is Wilson's. For several, the distances from each share to its own limits are
-    combined as independent errors are.
+    A task is its share and its number of examples, at least 1. For one task it is Wilson's
+    interval. For several, the distances from each share to its own limits are combined as
+    independent errors are.
     Source: Zou and Donner 2008, "Construction of confidence limits about effect measures".
-
-    Args:
-        tasks: the share and the number of examples (at least 1) of each task.
-        level: of confidence.
     """
     shares = np.array([share for share, _ in tasks])
     limits = np.array([wilson_interval(share, examples, level) for share, examples in tasks])
@@ -131,11 +128,7 @@ def without_empty(table: pd.DataFrame, *names: str) -> pd.DataFrame:
 def by_differences(
     rows: Sequence[Row], *, ignored: Collection[str] = IGNORED
 ) -> dict[str, list[Row]]:
-    """Groups rows by the scientific config keys in which they differ.
-
-    Args:
-        rows: result rows.
-        ignored: config keys that are not looked at.
+    """Groups rows by the scientific config keys in which they differ, except `ignored` ones.
 
     Returns:
         The rows by their values of these keys, such as "train.steps=100"; "" where none differs.

@@ -109,18 +109,10 @@ def search(
     beams: int,
     new: int,
 ) -> jax.Array:
-    """The best sequence [B, new] of each input.
+    """The best sequence [B, new] of each input; `real_B` is true where a row has an example.
 
-    Args:
-        model: a decoder or a T5.
-        weights: its frozen weights.
-        shared: the method's variables and the context.
-        memory: from `prefill`; the same for all beams of an input.
-        logits_BV: of the first new token.
-        real_B: true where a row has an example.
-        rules: see `Rules`.
-        beams: C.
-        new: N, the most new tokens.
+    The other arguments are as for `decode`. The memory of an input is the same for all of its
+    beams.
     """
 
     def step_beams(old: Beams, logits_BCV: jax.Array, count: Any) -> tuple[Beams, jax.Array]:

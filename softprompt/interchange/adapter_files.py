@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from softprompt.errors import UserError
-from softprompt.files import write_bytes, write_text
+from softprompt.files import read_json, write_bytes, write_text
 from softprompt.methods.delta_file import KEY
-from softprompt.pretrained.hf import read_json
 from softprompt.pretrained.tensor_files import ALL, open_file
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -6,7 +6,7 @@ read by the code that reads downloaded folders, so that a name and its download 
 Source: `config.json` of each repository on the hub.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from softprompt.pretrained.families.keys import Raw
@@ -22,10 +22,12 @@ class Published(NamedTuple):
     licence: str
 
 
-def _raw(architecture: str, model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:
+def _raw(architecture: str, model_type: str, sizes: Sequence[int], /, **more: Any) -> Raw:
     """A config.json; `sizes` are width, layers, heads, and perhaps ffn and key-value heads."""
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    keys += ("intermediate_size", "num_key_value_heads")
+    keys = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads"),
+        *("intermediate_size", "num_key_value_heads"),
+    )
     named = {"architectures": [f"{architecture}ForCausalLM"], "model_type": model_type}
     return {**named, **dict(zip(keys, sizes, strict=False)), **more}
 
@@ -48,7 +50,9 @@ _PYTHIA = {
 def _pythia() -> Iterator[Published]:
     for size, (width, layers, heads, vocab) in _PYTHIA.items():
         raw = _raw(
-            *("GPTNeoX", "gpt_neox", width, layers, heads, 4 * width),
+            "GPTNeoX",
+            "gpt_neox",
+            (width, layers, heads, 4 * width),
             vocab_size=vocab,
             max_position_embeddings=2048,
             rotary_pct=0.25,
@@ -104,7 +108,9 @@ def _opt() -> Iterator[Published]:
     for size, (width, layers, heads) in _OPT.items():
         odd = size == "350m"  # narrow embeddings, and norms after what they normalise elsewhere
         raw = _raw(
-            *("OPT", "opt", width, layers, heads),
+            "OPT",
+            "opt",
+            (width, layers, heads),
             vocab_size=50272,
             ffn_dim=4 * width,
             word_embed_proj_dim=512 if odd else width,
@@ -126,7 +132,9 @@ _SMOLLM2 = {
 def _smollm2() -> Iterator[Published]:
     for size, (width, layers, heads, kv_heads, ffn, base) in _SMOLLM2.items():
         raw = _raw(
-            *("Llama", "llama", width, layers, heads, ffn, kv_heads),
+            "Llama",
+            "llama",
+            (width, layers, heads, ffn, kv_heads),
             vocab_size=49152,
             max_position_embeddings=8192,
             rope_theta=base,
@@ -151,7 +159,9 @@ _LLAMA3 = {
 def _llama3() -> Iterator[Published]:
     for size, (width, layers, heads, ffn, factor, suffixes) in _LLAMA3.items():
         raw = _raw(
-            *("Llama", "llama", width, layers, heads, ffn, 8),
+            "Llama",
+            "llama",
+            (width, layers, heads, ffn, 8),
             vocab_size=128256,
             max_position_embeddings=131072,
             rope_theta=500000.0,
@@ -188,7 +198,9 @@ def _qwen25() -> Iterator[Published]:
         width, layers, heads, kv_heads, ffn, vocab, *of_base = row
         for suffix, (context, epsilon) in {"": of_base, "-Instruct": (32768, 1e-6)}.items():
             raw = _raw(
-                *("Qwen2", "qwen2", width, layers, heads, ffn, kv_heads),
+                "Qwen2",
+                "qwen2",
+                (width, layers, heads, ffn, kv_heads),
                 vocab_size=vocab,
                 max_position_embeddings=context,
                 use_sliding_window=False,
@@ -214,7 +226,9 @@ def _qwen3() -> Iterator[Published]:
     for size, (width, layers, heads, ffn) in _QWEN3.items():
         for suffix, context in {"-Base": 32768, "": 40960}.items():
             raw = _raw(
-                *("Qwen3", "qwen3", width, layers, heads, ffn, 8),
+                "Qwen3",
+                "qwen3",
+                (width, layers, heads, ffn, 8),
                 vocab_size=151936,
                 head_dim=128,
                 max_position_embeddings=context,
@@ -264,11 +278,14 @@ _GEMMA_GENERATIONS = {
 def _gemma() -> Iterator[Published]:
     for name, (generation, width, layers, heads, kv, head_size, ffn, rest) in _GEMMA.items():
         raw = _raw(
-            *(f"Gemma{generation}", f"gemma{generation}", width, layers, heads, ffn, kv),
+            f"Gemma{generation}",
+            f"gemma{generation}",
+            (width, layers, heads, ffn, kv),
             head_dim=head_size,
             rms_norm_eps=1e-6,
+            **_GEMMA_GENERATIONS[generation],
+            **rest,
         )
-        raw |= {**_GEMMA_GENERATIONS[generation], **rest}
         base = "-pt" if name == "gemma-3-1b" else ""
         for suffix in (base, "-it"):
             yield Published(f"google/{name}{suffix}", raw, "Gemma terms")
@@ -286,17 +303,18 @@ def _gemma3_with_images() -> Iterator[Published]:
     """Only the text part is described."""
     for size, (width, layers, heads, kv, head_size, ffn, rest) in _GEMMA3_WITH_IMAGES.items():
         text = _raw(
-            *("Gemma3", "gemma3_text", width, layers, heads, ffn, kv),
+            "Gemma3",
+            "gemma3_text",
+            (width, layers, heads, ffn, kv),
             head_dim=head_size,
             rope_scaling={"factor": 8.0, "rope_type": "linear"},
             sliding_window=1024,
             **rest,
         )
-        del text["architectures"]  # of the whole model
         raw = {
             "architectures": ["Gemma3ForConditionalGeneration"],
             "model_type": "gemma3",
-            "text_config": text,
+            "text_config": {key: text[key] for key in text if key != "architectures"},
         }
         for suffix in ("-pt", "-it"):
             yield Published(f"google/gemma-3-{size}{suffix}", raw, "Gemma terms")

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from softprompt.errors import UserError
+from softprompt.files import read_json
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.quantize import VALUES
 from softprompt.models.t5_layers import T5Config
@@ -90,10 +91,8 @@ def _describe(
         found, table, _ = hf.open_folder(original)
         if found != config:
             raise UserError(f"{original}: its config.json is not that of the model to be saved")
-        raw = hf.read_json(Path(original) / "config.json")
-        if (
-            "text_config" not in raw
-        ):  # otherwise only its text part is saved, as a model without images
+        raw = read_json(Path(original) / "config.json")
+        if "text_config" not in raw:  # otherwise only its text part, without images, is saved
             return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}, table
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     architecture, family = find_family(config)

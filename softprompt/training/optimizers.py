@@ -29,12 +29,7 @@ class UpdateRule(Settings):
     for_training = True
 
     def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
-        """The transformations that turn a gradient into an update, in order.
-
-        Args:
-            rate: multiplies by the negative learning rate.
-            weight_decay: `optimizer.weight_decay`.
-        """
+        """The transformations that turn a gradient into an update, in order; `rate` negates it."""
         raise NotImplementedError
 
 

@@ -43,11 +43,7 @@ class Feed:
         self._thread.shutdown(cancel_futures=True)
 
     def take(self, running: Any) -> TrainBatch:
-        """The next batch.
-
-        Args:
-            running: outputs of the latest step, or some of them; None or an empty tree if the
-                devices are idle.
+        """The next batch; `running` are outputs of the latest step, None if the devices are idle.
 
         Raises:
             StopIteration: there are no more batches.

@@ -262,13 +262,8 @@ def with_method(
 ) -> ConfigDict:
     """Returns a resolved config with the method section of an imported file.
 
-    `method.bos` is that of the file's metadata, or else that of the config.
-
-    Args:
-        config: any config.
-        method: keys of the method section.
-        metadata: the file's metadata.
-        file: named in errors.
+    `method.bos` is that of the file's metadata, or else that of the config. `file` is named in
+    errors.
 
     Raises:
         UserError: the config's `method.bos` contradicts the file or puts BOS before a prompt, or

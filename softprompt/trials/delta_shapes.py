@@ -24,14 +24,8 @@ def check_fit(
 
     If the method may leave out modules, the delta must have all leaves of each module that it has.
 
-    Args:
-        delta: read from a file.
-        config: the trial's.
-        sizes: the model's.
-        file: named in errors.
-
     Raises:
-        UserError: names the first leaf that is unknown, has another shape, or is missing.
+        UserError: names the file, and the first leaf that is unknown, misshapen or missing.
     """
     shapes, found = folded_shapes(config, sizes), flatten_dict(delta, sep="/")
     for path, leaf in found.items():

@@ -129,12 +129,7 @@ class Session:
             loaded.weights.clear()
 
     def data(self, config: ConfigDict, *, bos: bool) -> TrialData:
-        """The encoded data of a resolved config's task or mixture.
-
-        Args:
-            config: a resolved config.
-            bos: whether each text begins with the tokenizer's BOS.
-        """
+        """The encoded data of a config's task or mixture; with `bos` each text begins with BOS."""
         key = ["data", *_tokenizer(config), to_dict(config.task), to_dict(config.data), bos]
         return self._cached(
             key, lambda: TrialData([self._task(one, bos=bos) for one in members(config)])

@@ -88,10 +88,7 @@ def read(values: Raw) -> dict[str, Any]:
 def read_section(raw: Raw, where: str, *, kinds: Collection[str] = tuple(KINDS)) -> dict[str, Any]:
     """The values of a section on rotary positions; a key that is null counts as absent.
 
-    Args:
-        raw: the section.
-        where: its name in errors.
-        kinds: the allowed kinds of scaling.
+    `where` names the section in errors; `kinds` are the allowed kinds of scaling.
 
     Raises:
         UserError: an unknown kind, or a key that the kind does not have.
