@@ -142,6 +142,8 @@ def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
         for answer in predict_lines(arguments.run, _lines(sys.stdin.buffer), progress, **options):
             if arguments.format == "json":
                 print(json.dumps(answer, ensure_ascii=False), flush=True)
+            elif "answer" in answer:  # to a free-text task
+                print(answer["answer"], flush=True)
             else:
                 shares = [f"{name}={share:.4f}" for name, share in answer["probabilities"].items()]
                 print("\t".join([answer["label"], *shares]), flush=True)

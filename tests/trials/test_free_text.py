@@ -74,7 +74,8 @@ def test_trained_selected_and_tested_by_generation(trained):
 
 
 def test_evaluated_and_answered(trained, capsys, monkeypatch):
-    """Breaks when `evaluate` ranks a task without candidates, or `predict` wants labels."""
+    """Breaks when `evaluate` ranks a task without candidates, or `predict` wants labels in either
+    format."""
     assert cli.main(["evaluate", "--run", str(trained)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["f1"] == pytest.approx(read_result(trained)["metrics"]["test"]["f1"])
@@ -83,6 +84,9 @@ def test_evaluated_and_answered(trained, capsys, monkeypatch):
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["text"] for one in answers] == ["3 rome ?", "7 film ?"]
     assert all(isinstance(one["answer"], str) for one in answers)
+    give(monkeypatch, "3 rome ?\n7 film ?\n")
+    assert cli.main(["predict", "--run", str(trained)]) == 0
+    assert capsys.readouterr().out.splitlines() == [one["answer"] for one in answers]
 
 
 def test_beams_have_a_caller(keys, trained, tmp_path, capsys):
