@@ -85,10 +85,7 @@ def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]], level: float = 
 
 
 def summarise(
-    rows: Sequence[Row],
-    by: Mapping[str, Callable[[Row], object]],
-    *,
-    metric: str = "accuracy",
+    rows: Sequence[Row], by: Mapping[str, Callable[[Row], object]], *, metric: str = "accuracy"
 ) -> pd.DataFrame:
     """Returns one line a group of trials that differ in their seed only.
 
@@ -303,14 +300,8 @@ def to_latex(table: pd.DataFrame, caption: str = "") -> str:
     """Returns a LaTeX table (it needs booktabs), every special character escaped."""
     texts = table.map(_cell)
     aligned = "".join("r" if _is_numeric(table[name]) else "l" for name in table.columns)
-    return texts.to_latex(
-        index=False, escape=True, column_format=aligned, caption=_escape(caption) or None
-    )
-
-
-def _escape(text: str) -> str:
-    """The caption with LaTeX's special characters escaped."""
-    return "".join(f"\\{sign}" if sign in "%&#_$" else sign for sign in text)
+    caption = "".join(f"\\{sign}" if sign in "%&#_$" else sign for sign in caption)
+    return texts.to_latex(index=False, escape=True, column_format=aligned, caption=caption or None)
 
 
 def _cell(value: object) -> str:

@@ -226,10 +226,7 @@ def check_config(config: Mapping[str, Any], *, encoder_decoder: bool, file: str)
     if start not in _LORA_STARTS:
         allowed = ", ".join(map(repr, _LORA_STARTS))
         raise refuse(
-            file,
-            "init_lora_weights",
-            start,
-            f"{allowed} (others change the base model's weights)",
+            file, "init_lora_weights", start, f"{allowed} (others change the base model's weights)"
         )
     return _method({**fields, **config}, file)
 

@@ -41,10 +41,7 @@ class Settings(MethodSettings):
     rank: int = setting(8, "Z, the rank of a projection's change", low=1)
     alpha: float = setting(16.0, "the change is scaled by alpha / rank", low=0)
     dropout: float = setting(
-        0.0,
-        "dropout rate of the input of A (PEFT's lora_dropout); 0 is off",
-        low=0,
-        high=0.999999,
+        0.0, "dropout rate of the input of A (PEFT's lora_dropout); 0 is off", low=0, high=0.999999
     )
     rslora: bool = setting(False, "scale the change by alpha / sqrt(rank) instead")
     targets: str = setting(

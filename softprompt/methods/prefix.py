@@ -152,12 +152,7 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig) -> dict[
 
 
 def _initial(
-    key: jax.Array,
-    model: Model,
-    weights: Any,
-    cfg: PrefixConfig,
-    dtype: jnp.dtype,
-    stack: str = "",
+    key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig, dtype: jnp.dtype, stack: str = ""
 ) -> dict[str, jax.Array]:
     shape = _shape(model, cfg.length, stack)
     if cfg.start == "rows":

@@ -22,7 +22,7 @@ from softprompt.models.quantize import VALUES
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained import hf
 from softprompt.pretrained.families import find_family
-from softprompt.pretrained.name_tables import Table, TensorRule, tensor_names
+from softprompt.pretrained.name_tables import Table, tensor_names
 from softprompt.pretrained.tokenizer import Tokenizer
 
 Config = DecoderConfig | T5Config
@@ -155,15 +155,11 @@ def _tensor(
     first = table[pieces[0][0]]
     tensor = np.empty(first.source, leaves[pieces[0][0]].dtype)
     for path, layer in pieces:
-        leaf = leaves[path] if layer is None else leaves[path][layer]
-        _write(tensor, table[path], np.asarray(jax.device_get(leaf)))
+        leaf, rule = leaves[path] if layer is None else leaves[path][layer], table[path]
+        values, view = np.asarray(jax.device_get(leaf)), rule.convert(tensor)
+        assert np.may_share_memory(view, tensor), f"{rule.name}: convert gives a copy"
+        view[...] = values - values.dtype.type(rule.offset) if rule.offset else values
     return tensor
-
-
-def _write(tensor: np.ndarray, rule: TensorRule, values: np.ndarray) -> None:
-    view = rule.convert(tensor)
-    assert np.may_share_memory(view, tensor), f"{rule.name}: convert gives a copy"
-    view[...] = values - values.dtype.type(rule.offset) if rule.offset else values
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

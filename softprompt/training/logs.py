@@ -78,12 +78,7 @@ def read_log(folder: epath.PathLike) -> list[Line]:
 
 @contextmanager
 def open_sinks(
-    folder: epath.PathLike,
-    name: str,
-    config: Mapping[str, Any],
-    *,
-    tensorboard: bool,
-    wandb: bool,
+    folder: epath.PathLike, name: str, config: Mapping[str, Any], *, tensorboard: bool, wandb: bool
 ) -> Iterator[list[Sink]]:
     """Opens a trial's sinks for the duration of the block; only process 0 has any.
 

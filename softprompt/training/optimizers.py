@@ -89,10 +89,7 @@ class AdafactorT5X(Adafactor):
     """
 
     start_step: int = setting(
-        1_100_000,
-        "step at which the decay of the second moment starts to count",
-        low=0,
-        high=2**30,
+        1_100_000, "step at which the decay of the second moment starts to count", low=0, high=2**30
     )
 
     def second_moment(self, start_step: int) -> optax.GradientTransformation:
@@ -132,11 +129,7 @@ class Optimizer(Settings):
     section = "optimizer"
     for_training = True
 
-    name: str = setting(
-        "adamw",
-        f"the optimizer: {summaries(OPTIMIZERS)}",
-        choices=OPTIMIZERS,
-    )
+    name: str = setting("adamw", f"the optimizer: {summaries(OPTIMIZERS)}", choices=OPTIMIZERS)
     rate: float = setting(0.01, "peak learning rate, in `rate_unit`", low=0)
     rate_unit: str = setting(
         "absolute",

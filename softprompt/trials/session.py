@@ -53,11 +53,7 @@ class Session:
         return dataclasses.replace(self, progress=progress, compile_seconds=0.0, members=1)
 
     def program(
-        self,
-        step: StepConfig,
-        optimizer: OptimizerConfig,
-        mesh: Mesh,
-        arguments: tuple[Any, ...],
+        self, step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
     ) -> StepProgram:
         """The training step for arguments of these shapes; trials with equal keys share it."""
         static = Static(step, optimizer, mesh)
