@@ -32,8 +32,6 @@ from softprompt.models.kernels.choice import REFERENCE, Case, Device, Kernel, ch
 from softprompt.models.kernels.cudnn import fused, join
 from softprompt.models.kernels.splash import merged
 
-__all__ = ["REFERENCE", "Case", "Device", "Kernel", "attend", "choose", "device_of"]
-
 
 def attend(
     q_THK: jax.Array,
