@@ -195,6 +195,6 @@ def beam_search(
         real_B = batch.example_B >= 0
         return search_function(model)(weights, shared, memory, logits_BV, real_B, rules, **sizes)
 
-    sizes = {"max_new": max_new, "batch": batch}
-    outputs = over_batches(model, weights, shared, inputs, run, **sizes, **options)
+    given = model, weights, shared, inputs, run
+    outputs = over_batches(*given, max_new=max_new, batch=batch, **options)
     return [cut(out_N, max_new, rules.eos_id) for out_N in outputs]
