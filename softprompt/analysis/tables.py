@@ -16,7 +16,7 @@ from softprompt.results import Row, cautions
 
 Interval = tuple[float, float]
 
-LEVEL = 0.95
+LEVEL = 0.95  # of confidence
 
 # Metrics that are a mean over examples of a number from 0 to 1: Wilson's interval covers them.
 # Macro F1 is not. Its interval needs how often each label was taken for each other one, which a row
@@ -27,19 +27,19 @@ MEANS_OF_EXAMPLES = ("accuracy", "exact_match", "f1")
 IGNORED = {"seed", "eval.latency", "eval.text", "eval.text_tokens"}
 
 
-def wilson_interval(share: float, examples: int, level: float = LEVEL) -> Interval:
+def wilson_interval(share: float, examples: int) -> Interval:
     """Returns Wilson's score interval for a share of examples.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = float(stats.norm.ppf((1 + LEVEL) / 2))
     scale = 1 + z**2 / examples
     middle = (share + z**2 / (2 * examples)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / examples + z**2 / (4 * examples**2))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def mean_interval(tasks: Sequence[tuple[float, int]], level: float = LEVEL) -> Interval:
+def mean_interval(tasks: Sequence[tuple[float, int]]) -> Interval:
     """Returns an interval of the unweighted mean over tasks of a share of examples.
 
     A task is its share and its number of examples, at least 1. For one task it is Wilson's
@@ -48,12 +48,12 @@ def mean_interval(tasks: Sequence[tuple[float, int]], level: float = LEVEL) -> I
     Source: Zou and Donner 2008, "Construction of confidence limits about effect measures".
     """
     shares = np.array([share for share, _ in tasks])
-    limits = np.array([wilson_interval(share, examples, level) for share, examples in tasks])
+    limits = np.array([wilson_interval(share, examples) for share, examples in tasks])
     below, above = np.linalg.norm(limits - shares[:, None], axis=0) / len(tasks)
     return float(shares.mean() - below), float(shares.mean() + above)
 
 
-def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]], level: float = LEVEL) -> Interval:
+def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]]) -> Interval:
     """Returns an interval in [0, 1] of the mean over seeds, all tested on the same examples.
 
     Two variances are added: that of the sample of test examples, which more seeds do not reduce,
@@ -65,21 +65,20 @@ def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]], level: float = 
 
     Args:
         seeds: the `tasks` of `mean_interval` for each seed, in the same order.
-        level: of confidence.
     """
     pooled = [
         (float(np.mean([share for share, _ in task])), min(examples for _, examples in task))
         for task in zip(*seeds, strict=True)
     ]
     means = [float(np.mean([share for share, _ in seed])) for seed in seeds]
-    mean, z = float(np.mean(means)), float(stats.norm.ppf((1 + level) / 2))
-    below, above = (abs(limit - mean) / z for limit in mean_interval(pooled, level))
+    mean, z = float(np.mean(means)), float(stats.norm.ppf((1 + LEVEL) / 2))
+    below, above = (abs(limit - mean) / z for limit in mean_interval(pooled))
     between = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     freedom = math.inf
     if between:
         whole = math.hypot((below + above) / 2, between)
         freedom = (len(means) - 1) * (whole / between) ** 4
-    t = float(stats.t.ppf((1 + level) / 2, freedom))
+    t = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
     low, high = mean - t * math.hypot(below, between), mean + t * math.hypot(above, between)
     return max(0.0, low), min(1.0, high)
 

@@ -29,7 +29,10 @@ class UpdateRule(Settings):
     for_training = True
 
     def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
-        """The transformations that turn a gradient into an update, in order; `rate` negates it."""
+        """The transformations that turn a gradient into an update, in order.
+
+        `rate` is one of them, which multiplies by the negative learning rate.
+        """
         raise NotImplementedError
 
 
