@@ -193,7 +193,7 @@ def _size(file: SplitFile) -> int:
 
 @contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
-    """Holds a lock between processes; says what it waits for where another one holds it."""
+    """Holds a lock between processes; who waits says that another process is `doing` this."""
     import filelock
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -74,8 +74,8 @@ def extend(
 ) -> tuple[jax.Array, Cache]:
     """Runs one new token of every row, or of every beam of every row.
 
-    The first arguments are as for `prefill`, which made `memory`. `cache` has the tokens generated
-    before; `nth` is their number, and so the slot of `tokens`, [B], or [B, C] for beams.
+    The first arguments are as for `prefill`, which made `memory`. `cache` holds the `nth` tokens
+    that were generated before. `tokens` is [B], or [B, C] for beams.
 
     Returns:
         Logits [B, V] or [B, C, V] of the next token, and the cache with these tokens.
