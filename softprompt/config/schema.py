@@ -228,7 +228,7 @@ class Eval(Settings):
     )
     metric: str = setting(
         "accuracy",
-        "the metric that selects the delta; the default stands for the first one of a free-text task",
+        "metric that selects the delta; the default stands for the first one of a free-text task",
         choices=SELECTING,
         for_training=True,
     )
