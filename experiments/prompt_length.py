@@ -37,8 +37,10 @@ LENGTHS = (1, 5, 20, 100)
 INITS = ("uniform", "vocabulary", "labels")
 SEEDS = (0, 1, 2)
 STEPS = {"full": 240, "quickstart": 50}
+BATCH = {"full": 16, "quickstart": 8}
 SHOTS = {"full": 16, "quickstart": 8}
-VALIDATION = {"full": 1000, "quickstart": 200}  # examples
+VALIDATION = {"full": 1000, "quickstart": 100}  # examples
+TEST = {"full": 0, "quickstart": 1000}  # examples, 0 for all
 
 CAPTION = (
     "Test accuracy with its 95 % interval over test examples and seeds. The prompt marked as "
@@ -50,9 +52,8 @@ CAPTION = (
 POINTS = {
     "full": list(itertools.product(LENGTHS, INITS, SEEDS)),
     "quickstart": [
-        (20, "vocabulary", 0),
         (20, "labels", 0),
-        (100, "vocabulary", 0),
+        (100, "labels", 0),
     ],
 }
 
@@ -75,13 +76,14 @@ def _trial(subset: str, method: str, seed: int) -> ConfigDict:
     if method == "fewshot":
         config.method.shots = SHOTS[subset]
     config.data.validation_examples = VALIDATION[subset]
+    config.data.test_examples = TEST[subset]
     return config
 
 
 def _prompt(subset: str, length: int, init: str, seed: int) -> ConfigDict:
     config = _trial(subset, "prompt", seed)
     config.method.length, config.method.init = length, init
-    config.train.steps, config.train.batch = STEPS[subset], 16
+    config.train.steps, config.train.batch = STEPS[subset], BATCH[subset]
     config.optimizer.warmup = STEPS[subset] // 10
     config.eval.every = STEPS[subset] // 2
     return config

@@ -42,7 +42,7 @@ TRIAL = {
     "optimizer__rate": 0.05,
     "eval__select": "last",
 }
-MESHES = [(1, 2), (8, 1), (4, 2), (2, 4)]  # (2, 2) over two processes is below
+MESHES = [(1, 2), (8, 1), (2, 4)]  # (4, 2) and (2, 2) over two processes are below
 
 
 class MeshSession(Session):
@@ -160,7 +160,7 @@ def test_other_methods_on_a_mesh(place, tmp_path, method):
             assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 8}
 
 
-@pytest.mark.parametrize("family", ("t5", "gemma3", "neox"))
+@pytest.mark.parametrize("family", ("t5", "gemma3"))
 def test_other_families_on_a_mesh(tmp_path, family):
     """As above, where 3 heads divide by nothing; T5 with prompts on both stacks."""
     write_task(tmp_path)

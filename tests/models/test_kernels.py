@@ -110,11 +110,10 @@ def check(ours, theirs, *, within=1e-5):
     ("kernel", "rows", "softcap"),
     [
         (SPLASH, Rows(tokens=264), 0.0),  # three blocks of 128, the last of them filled up
-        (SPLASH, Rows(context=0), 0.7),
-        (SPLASH, Rows(rows=2, groups=1), 0.7),
+        (SPLASH, Rows(rows=2, groups=1, context=0), 0.7),
         (CUDNN, Rows(), 0.0),
     ],
-    ids=["blocks", "no context", "softcap", "cudnn"],
+    ids=["blocks", "no context, softcap", "cudnn"],
 )
 def test_values_and_gradients_are_the_reference_s(kernel, rows, softcap):
     arrays = rows.arrays()

@@ -141,8 +141,12 @@ def test_who_stops_early_leaves(tiny_folder, tmp_path):
     assert [row["steps"] for row in rows_of(trials, workdir)] == [2, 2, 2, 6]
 
 
-@BOTH
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("in_turns_on", "number"),
+    [((), signal.SIGTERM), (("cpu",), signal.SIGINT)],
+    indirect=["in_turns_on"],
+    ids=["stacked", "in turns"],
+)
 def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypatch, number):
     """Contract 9. Mutation: the members after the first that leaves are not driven to their end."""
     some = [{**FIRST, "seed": seed} for seed in range(3)]
