@@ -22,7 +22,7 @@ from softprompt.config.schema import (
     SECTIONS,
     base_config,
 )
-from softprompt.data.tasks import get_task
+from softprompt.data.builtin_tasks import get_task
 from softprompt.errors import UserError
 from softprompt.methods.base import MethodSettings
 from softprompt.methods.initializers import INITIALIZERS, Start
