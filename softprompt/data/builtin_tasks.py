@@ -234,6 +234,7 @@ _TASKS = (
         "squad/v1.1:3.0.0",
         _ANSWER,
         label_field="answers.text",
+        id_field="id",
         reported=("exact_match", "f1"),
         t5=_T5_ANSWER,
         counts=(87_599, 10_570),

@@ -178,6 +178,28 @@ def test_input_and_target_are_t5s(name: str, mock: Callable[..., None]) -> None:
     ]
 
 
+def test_own_data_may_be_any_set_of_tfds(mock: Callable[..., None]) -> None:
+    """Breaks when a sequence or a dict of a set becomes its spelling in Python, or a set without a
+    label, which is for tests alone, cannot be read."""
+    own = {"name": "mine", "source": "tfds:super_glue/record:1.0.2", "template": "{entities}|"}
+    own |= {"label_field": "answers", "group_field": "idx.passage"}
+    mock(jsonl(RECORD))
+    (record,) = read_split(get_task({**base_config().task.to_dict(), **own}), "test")
+    assert (record["entities"], record["answers"]) == ("Ann, Bo", ("Ann", "Bo"))
+    assert (record["label"], record["group"]) == ("Ann", "3")
+    own |= {"label_field": "", "group_field": ""}
+    (record,) = read_split(get_task({**base_config().task.to_dict(), **own}), "test")
+    assert (record["label"], record["answers"]) == (None, ())
+    mock(json.dumps(SQUAD))
+    own |= {"source": "tfds:squad/v1.1:3.0.0", "template": "{title}", "label_field": "answers.text"}
+    (record,) = read_split(get_task({**base_config().task.to_dict(), **own}), "test")
+    assert (record["id"], record["answers"]) == ("test-0", ("U.S.-made", "bridge"))
+    assert read_split(TASKS["squad"], "test")[0]["id"] == "5a-b"
+    own["label_field"] = "answers"
+    with pytest.raises(UserError, match="example 'test-0': field 'answers' is .*expected text"):
+        read_split(get_task({**base_config().task.to_dict(), **own}), "test")
+
+
 def test_training_examples_of_record_and_wsc(mock: Callable[..., None]) -> None:
     """Breaks when ReCoRD trains on one answer, or WSC on wrong referents."""
     mock(jsonl(RECORD))
