@@ -32,7 +32,10 @@ from softprompt.pretrained.loading import Loaded
 
 Say = Callable[[str], None]
 
-LEAST = 1  # tokens of an opening
+# Tokens of an opening, at least. A method without a prompt runs the layers once more for them:
+# with 32 examples a step, LoRA's on two CPU cores took 1.03 of the time with an opening of 2 tokens
+# in the context, 0.88 with 5 and 0.75 with 8 (SmolLM2-135M in bfloat16).
+LEAST = 4
 
 
 @dataclasses.dataclass(frozen=True)
