@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from softprompt.console import Progress
 from softprompt.data.encode import common_opening
 from softprompt.data.eval_batches import eval_batches, eval_shape
 from softprompt.data.packing import RowShape
@@ -196,9 +195,9 @@ RULE = "the number of people in the city is not known to the author " * 3
 SEAMS = {  # template, the words that may be the opening, records, and whether all words are in it
     "whole": (TEMPLATE, INSTRUCTION + "Review:", [{"text": "the plot"}, {"text": LONG}], True),
     "merges": (
-        INSTRUCTION + "Review: the pl{text}\nSentiment:",
-        INSTRUCTION + "Review: the pl",
-        [{"text": "ot is thin"}, {"text": "ay"}, {"text": "ot"}],
+        INSTRUCTION + "Review: the fi{text}\nSentiment:",
+        INSTRUCTION + "Review: the fi",
+        [{"text": "lm is thin"}, {"text": "ne"}, {"text": "lm"}],
         False,
     ),
     "truncated": (
@@ -288,6 +287,7 @@ def test_a_trial(tmp_path, monkeypatch):
         "eval__metrics": "accuracy,generated_accuracy",
         "eval__text": str(tmp_path / "text.txt"),
         "eval__text_tokens": 600,
+        "train__batch": 40,  # all examples, so that a step has the same ones however long they are
     }
     rows, states, said = [], [], []
     for least in (trial_data.LEAST, 10**6):
@@ -308,11 +308,12 @@ def test_a_trial(tmp_path, monkeypatch):
         assert ours.pop("scores") == pytest.approx(theirs.pop("scores"), abs=1e-4)
         assert ours == theirs
     answered = []
-    for least in (4, 10**6):
+    for least in (8, 10**6):
         monkeypatch.setattr(trial_data, "LEAST", least)
-        answering = Answering(folder, Progress())
-        found = list(answering.predict(["a film", "very dull", ""]))
-        answered.append((found, answering.generate(["the plot", "and"], max_new=4)))
+        with session() as shared:
+            answering = Answering(folder, shared.progress)
+            found = list(answering.predict(["a film", "very dull", ""]))
+            answered.append((found, answering.generate(["the plot", "and"], max_new=4)))
     for ours, theirs in zip(answered[0][0], answered[1][0], strict=True):
         assert ours.pop("probabilities") == pytest.approx(theirs.pop("probabilities"), abs=1e-5)
     assert answered[0] == answered[1]
