@@ -134,9 +134,11 @@ def test_a_step_costs_less_than_a_third(sizes, movies, monkeypatch):
 INSTRUCTION = "Read this short review of a movie, and decide if its author liked it or not. " * 20
 
 
-def test_an_instruction_costs_less_than_a_third(sizes, movies, tokenizer, monkeypatch):
+def test_an_instruction_costs_less_than_a_third(sizes, movies, tokenizer):
     """200 tokens before every snippet, at the default batch and prompt length. Breaks when they are
     computed with every example, or the formula counts them so.
+
+    The formula is checked with one layer: cost analysis counts the body of a loop once.
     """
     config = base_config()
     length, examples = config.method.length, config.train.batch
@@ -145,19 +147,19 @@ def test_an_instruction_costs_less_than_a_third(sizes, movies, tokenizer, monkey
     opening = tuple(common_opening(instructed.inputs).tolist())
     assert 200 <= len(opening) <= 205
     rest = instructed.without_opening(len(opening))
-    counted, formula, scored = [], [], []
+    one, counts = dataclasses.replace(sizes, layers=1), []
     for part, start in ((movies, ()), (rest, opening)):
         batch = TrainSource(part, train_template(part, examples=examples), seed=0)[0]
-        count = functools.partial(once, batch=batch, length=length, opening=start)
-        counted.append(all_layers(count, sizes, monkeypatch))
         contexts = Contexts(decoder=length + len(start), opening=len(start))
         work = train_work(part, DECODER_LAYOUT, contexts, examples)
-        formula.append(train_flops(sizes, work))
-        scored.append(forward_flops(sizes, scoring_work(part, DECODER_LAYOUT, contexts)))
-    ratios = [new / old for old, new in (counted, formula, scored)]
-    print(f"operations with an instruction: {ratios} of a step, by the formula, and of scoring")
-    assert ratios[0] <= 1.3 and ratios[2] <= 1.3
-    assert ratios[1] == pytest.approx(ratios[0], rel=0.05)
+        scored = forward_flops(sizes, scoring_work(part, DECODER_LAYOUT, contexts))
+        compiled = once(sizes, batch, length=length, opening=start)
+        counts.append((train_flops(sizes, work), scored, train_flops(one, work), compiled))
+    step, scoring, predicted, compiled = (new / old for old, new in zip(*counts, strict=True))
+    print(f"an instruction: {step:.3f} of a step's operations, {scoring:.3f} of scoring's; ")
+    print(f"of a step with one layer {predicted:.3f}, and by XLA {compiled:.3f}")
+    assert step <= 1.3 and scoring <= 1.3
+    assert compiled == pytest.approx(predicted, rel=0.05)
 
 
 @pytest.mark.parametrize("examples", [16, 32])
