@@ -280,7 +280,10 @@ def test_a_trial(tmp_path, monkeypatch):
     """Breaks when the opening is missing from what rows see, in training, scoring, generation or
     prediction; or when a plain text is scored after it.
     """
-    model, source = write_llama_folder(tmp_path / "llama", context=1024), write_task(tmp_path)
+    model, source = (
+        write_llama_folder(tmp_path / "llama", layers=2, context=1024),
+        write_task(tmp_path),
+    )
     (tmp_path / "text.txt").write_text(LONG * 30)
     changes = {
         "task__template": TEMPLATE,
