@@ -223,7 +223,7 @@ def describe(point: Point, prepared: Prepared) -> Row:
         "layers": config.layers,
         "seconds": [],
         "flops": point.members * flops,
-        "tokens": round(work.tokens - prepared.contexts[1]),
+        "tokens": round(work.tokens - prepared.contexts.decoder),
         "model": prepared.config.model.name,
         "dtype": prepared.config.model.dtype,
         "commit": commit(),

@@ -166,7 +166,7 @@ def product_rate(prepared: Prepared, tokens: int) -> float:
     """
     config, method = prepared.loaded.config, prepared.step.method
     assert isinstance(config, DecoderConfig)
-    lengths = [tokens, prepared.contexts[1] if method == "prompt" else 0]
+    lengths = [tokens, prepared.contexts.decoder]
     kinds = ["mk,kn->mn", "mn,kn->mk", *(["mk,mn->kn"] if method == "full" else [])]
     flops = taken = 0.0
     for (k, n), times in Counter(projections(config)).items():

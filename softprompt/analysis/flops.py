@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,23 @@ from softprompt.data.encode import Encoded
 from softprompt.data.rows import RowLayout
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
+
+
+class Contexts(NamedTuple):
+    """The contexts of a pass.
+
+    Attributes:
+        encoder: length of the encoder's context (0 for a decoder).
+        decoder: length of the decoder's context, including the opening.
+        runs: the number of contexts that are computed: 1, one for each task, or 0 if keys and
+            values are given (a prefix).
+        opening: tokens at the end of the decoder's context, which are run in any case.
+    """
+
+    encoder: int = 0
+    decoder: int = 0
+    runs: int = 1
+    opening: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,35 +52,31 @@ class Work:
     input_keys: float = 0.0
     cross_keys: float = 0.0
 
+    def __add__(self, other: "Work") -> "Work":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Work(*(a + b for a, b in pairs))
 
-def train_work(
-    encoded: Encoded,
-    layout: RowLayout,
-    contexts: tuple[int, int],
-    examples: int,
-    *,
-    runs: int = 1,
-) -> Work:
+    def times(self, factor: float) -> "Work":
+        """The work of `factor` such passes."""
+        return Work(*(factor * count for count in dataclasses.astuple(self)))
+
+
+def train_work(encoded: Encoded, layout: RowLayout, contexts: Contexts, examples: int) -> Work:
     """Work of an average training step.
 
     Args:
-        encoded: the training split.
+        encoded: the training split, without the opening.
         layout: how an example is laid out in rows.
-        contexts: lengths of the encoder's context (0 for a decoder) and of the decoder's.
+        contexts: of the step.
         examples: in a step.
-        runs: the number of contexts that a step computes: 1, one for each task, or 0 (a prefix).
     """
     targets_N = np.array([len(target) for target in encoded.targets], np.float64)
     own_N = targets_N + layout.target_slots if layout.encoder else targets_N - 1
-    total = _work(encoded, layout, contexts, own_N, heads=float(targets_N.sum()))
-    share = examples / len(targets_N)
-    once = _work(_without_examples(encoded), layout, contexts, np.zeros(0), heads=0.0)
-    fields = [field.name for field in dataclasses.fields(Work)]
-    rest = {f: (getattr(total, f) - getattr(once, f)) * share for f in fields}
-    return Work(**{f: rest[f] + runs * getattr(once, f) for f in fields})
+    total = _rows_work(encoded, layout, contexts, own_N, heads=float(targets_N.sum()))
+    return total.times(examples / len(targets_N)) + _context_work(contexts)
 
 
-def scoring_work(encoded: Encoded, layout: RowLayout, contexts: tuple[int, int]) -> Work:
+def scoring_work(encoded: Encoded, layout: RowLayout, contexts: Contexts) -> Work:
     """Work of scoring every candidate of a split once; see `train_work` for the arguments."""
     ranked = [encoded.ranked(example) for example in range(len(encoded.inputs))]
     counts_N = np.array([len(candidates) for candidates in ranked], np.float64)
@@ -71,37 +85,43 @@ def scoring_work(encoded: Encoded, layout: RowLayout, contexts: tuple[int, int])
         own_N, heads_N = lengths_N + layout.target_slots * counts_N, lengths_N
     else:
         own_N, heads_N = lengths_N - counts_N, 1 + lengths_N - counts_N
-    return _work(encoded, layout, contexts, own_N, heads=float(heads_N.sum()))
+    rows = _rows_work(encoded, layout, contexts, own_N, heads=float(heads_N.sum()))
+    return rows + _context_work(contexts)
 
 
-def _work(
+def _context_work(contexts: Contexts) -> Work:
+    """Work of the contexts that are computed."""
+    before, context, own = contexts.encoder, contexts.decoder, contexts.opening
+    if not contexts.runs:
+        return Work(own, own * (context - own) + own * (own + 1) / 2, 0)
+    one = Work(context, context * (context + 1) / 2, 0, before, before**2, context * before)
+    return one.times(contexts.runs)
+
+
+def _rows_work(
     encoded: Encoded,
     layout: RowLayout,
-    contexts: tuple[int, int],
+    contexts: Contexts,
     own_N: np.ndarray,
     *,
     heads: float,
 ) -> Work:
-    """Work of all examples, with `own_N` target tokens in the decoder, and of contexts once."""
+    """Work of all examples after the contexts, with `own_N` target tokens in the decoder."""
     inputs_N = np.array([len(ids) for ids in encoded.inputs], np.float64)
-    before, context = contexts
+    before, context = contexts.encoder, contexts.decoder
     if not layout.encoder:
         inputs_N = inputs_N + own_N
         keys = (inputs_N * (inputs_N + 1) / 2 + inputs_N * context).sum()
-        return Work(inputs_N.sum() + context, keys + context * (context + 1) / 2, heads)
+        return Work(inputs_N.sum(), keys, heads)
     inputs_N = inputs_N + layout.input_slots
     return Work(
-        tokens=own_N.sum() + context,
-        keys=(own_N * (own_N + 1) / 2 + own_N * context).sum() + context * (context + 1) / 2,
+        tokens=own_N.sum(),
+        keys=(own_N * (own_N + 1) / 2 + own_N * context).sum(),
         targets=heads,
-        inputs=inputs_N.sum() + before,
-        input_keys=(inputs_N * (inputs_N + before)).sum() + before**2,
-        cross_keys=(own_N * (inputs_N + before)).sum() + context * before,
+        inputs=inputs_N.sum(),
+        input_keys=(inputs_N * (inputs_N + before)).sum(),
+        cross_keys=(own_N * (inputs_N + before)).sum(),
     )
-
-
-def _without_examples(encoded: Encoded) -> Encoded:
-    return dataclasses.replace(encoded, inputs=[], targets=[])
 
 
 def forward_flops(config: DecoderConfig | T5Config, work: Work) -> float:

@@ -3,8 +3,8 @@
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,27 @@ class Encoded:
     def task(self, example: int) -> int:
         """The number of an example's task."""
         return 0 if self.tasks is None else int(self.tasks[example])
+
+    def without_opening(self, count: int) -> "Encoded":
+        """The same without the first `count` tokens of every input."""
+        return replace(self, inputs=[tokens[count:] for tokens in self.inputs])
+
+
+def common_opening(inputs: Iterable[np.ndarray]) -> np.ndarray:
+    """The tokens that all inputs begin with; each input has at least one more token.
+
+    Tokens are compared, not text. What a tokenizer merges across the end of a template's first
+    words in some input is therefore not in the opening.
+    """
+    rest = iter(inputs)
+    opening = next(rest)[:-1]
+    for tokens in rest:
+        start = tokens[: min(len(opening), len(tokens) - 1)]
+        same = opening[: len(start)] == start
+        opening = start if same.all() else start[: int(same.argmin())]
+        if not len(opening):
+            break
+    return opening
 
 
 def encode(

@@ -165,22 +165,30 @@ class Decoder(nn.Module):
         none = jnp.zeros((c.layers, 0, c.kv_heads, c.head_size), self.dtype)
         return Context(none, none)
 
-    def prompt_context(self, dropout: Dropout | None = None) -> Context:
-        """The delta's context: its prefix, or its prompt [P, D] run through the layers, or empty.
+    def prompt_context(
+        self, dropout: Dropout | None = None, opening_P: jax.Array | None = None
+    ) -> Context:
+        """The context of all rows: the delta's prefix or prompt, then the opening of all texts.
 
-        Several prompts [N, P, D] make N contexts, concatenated.
+        A prompt [P, D] is run through the layers; several prompts [N, P, D] make N contexts,
+        concatenated. The tokens of the opening are run after the prompt, or after the prefix.
         """
-        if (prefix := self.prefix()) is not None:
-            return Context(*prefix)
-        prompt = read_delta(self, "prompt")
+        prefix, prompt = self.prefix(), read_delta(self, "prompt")
+        before = self.empty_context() if prefix is None else Context(*prefix)
+        if prompt is None and opening_P is None:
+            return before
         if prompt is None:
-            return self.empty_context()
-        prompt = prompt.astype(self.dtype)
-        return self._context_of(prompt if prompt.ndim == 3 else prompt[None], dropout)
+            prompt = jnp.zeros((0, self.config.prompt_width))
+        x_NPD = prompt.astype(self.dtype) if prompt.ndim == 3 else prompt.astype(self.dtype)[None]
+        if opening_P is not None:
+            x_PD = self.embed(opening_P)
+            repeated_NPD = jnp.broadcast_to(x_PD, (len(x_NPD), *x_PD.shape))
+            x_NPD = jnp.concatenate([x_NPD, repeated_NPD], axis=1)
+        return self._context_of(x_NPD, before, dropout)
 
     def text_context(self, tokens_P: jax.Array) -> Context:
         """The context of a text, such as a hard prompt or few-shot examples."""
-        return self._context_of(self.embed(tokens_P)[None], None)
+        return self._context_of(self.embed(tokens_P)[None], self.empty_context(), None)
 
     def hidden(self, context: Context, row: Rows, dropout: Dropout | None = None) -> jax.Array:
         """Runs one row after a context.
@@ -299,18 +307,22 @@ class Decoder(nn.Module):
         row = Rows(tokens_T, jnp.ones_like(tokens_T), jnp.arange(tokens_T.shape[0]))
         return self.logits(self.hidden(self.prompt_context(), row))
 
-    def _context_of(self, x_NPD: jax.Array, dropout: Dropout | None) -> Context:
-        """The keys and values of N causal sequences of vectors, run as one packed row."""
+    def _context_of(self, x_NPD: jax.Array, before: Context, dropout: Dropout | None) -> Context:
+        """The context `before`, then N causal sequences of vectors, run as one packed row."""
         choices, length, width = x_NPD.shape
         index = jnp.arange(choices * length)
         mask = index[:, None] >= index
         if choices > 1:
             which = jnp.repeat(jnp.arange(choices), length)
             mask &= which[:, None] == which
-        positions = jnp.tile(jnp.arange(length), choices)
+        positions = before.length + jnp.tile(jnp.arange(length), choices)
         x_PD = x_NPD.reshape(choices * length, width)
         drop = context_dropout(dropout, choices * length)
-        _, (k_LPGK, v_LPGK) = self._run(x_PD, self.empty_context(), mask, positions, drop=drop)
+        _, (k_LPGK, v_LPGK) = self._run(x_PD, before, mask, positions, drop=drop)
+        if before.length:
+            assert choices == 1, "a prefix is followed by one sequence"
+            k_LPGK = jnp.concatenate([before.k_LPGK, k_LPGK], axis=1)
+            v_LPGK = jnp.concatenate([before.v_LPGK, v_LPGK], axis=1)
         return Context(k_LPGK, v_LPGK, choices)
 
     def _run(

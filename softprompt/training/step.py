@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from softprompt.data.rows import TrainBatch
@@ -38,6 +39,8 @@ class StepConfig(NamedTuple):
         method_config: the static part of the method's configuration.
         z_loss: weight of the squared log-normaliser. Source: arXiv 2204.02311, section 5.
         microbatches: number of sequential parts that a step's rows are split into.
+        opening: the tokens that the texts of all examples begin with. A decoder's context ends with
+            them, and they are not in the rows. () if there are none.
     """
 
     model: Model
@@ -45,6 +48,7 @@ class StepConfig(NamedTuple):
     method_config: Any
     z_loss: float = 0.0
     microbatches: int = 1
+    opening: tuple[int, ...] = ()
 
 
 def shared_part(
@@ -58,7 +62,9 @@ def shared_part(
             delta = dropped(delta, cfg, in_prompt.key, in_prompt.prompt)
     variables = METHODS[config.method].variables(delta, weights, cfg, None)
     apply = functools.partial(config.model.apply, collections(weights, variables))
-    return variables, apply(in_context, method="prompt_context", rngs=streams(in_context))
+    opening = (np.array(config.opening, np.int32),) if config.opening else ()
+    context = apply(in_context, *opening, method="prompt_context", rngs=streams(in_context))
+    return variables, context
 
 
 def row_logits(

@@ -58,7 +58,8 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
     once = {split: scoring(split) for split in SPLITS[1:]}
     flops, memory, trainable, seconds = once["validation"] + once["test"], float(weights), 0, 0.0
     if config.eval.text:
-        flops += forward_flops(sizes, text_work(config.eval.text_tokens, prepared.contexts[1]))
+        context = prepared.with_opening(()).contexts.decoder
+        flops += forward_flops(sizes, text_work(config.eval.text_tokens, context))
     if (method := method_settings(config)).trains:
         every, steps = config.eval.every, config.train.steps
         source = train_source(prepared)
@@ -99,7 +100,7 @@ def step_memory(prepared: Prepared, shape: RowShape) -> float:
     """
     widths = train_widths(shape, prepared.layout)
     rows = -(-shape.rows // prepared.config.train.microbatches)
-    sizes, (before, context) = prepared.loaded.config, prepared.contexts
+    sizes, (before, context, *_) = prepared.loaded.config, prepared.contexts
     context *= max(1, prepared.layout.prompts)
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
     per_token = (7 * sizes.width + 2 * sizes.ffn) * size

@@ -25,7 +25,7 @@ from softprompt.data.builtin_tasks import get_task
 from softprompt.data.digests import check_digests
 from softprompt.data.encode import Encoded
 from softprompt.data.eval_batches import coarse_shape, eval_batches
-from softprompt.data.tasks import SPLITS
+from softprompt.data.tasks import SPLITS, parse_template
 from softprompt.errors import UserError, unknown
 from softprompt.evaluation.evaluators import Split, generation
 from softprompt.evaluation.metrics import over_tasks
@@ -34,7 +34,7 @@ from softprompt.inference.decode import generate
 from softprompt.methods.delta_file import load_delta
 from softprompt.training.sharding import nearest_sizes, put
 from softprompt.trials import side_by_side
-from softprompt.trials.data import encode_records
+from softprompt.trials.data import encode_records, long_opening
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.forward import ForwardPass, prepare_forward, text_bos
 from softprompt.trials.measure import measure, measure_one
@@ -242,10 +242,11 @@ class Answering:
             bos = text_bos(config, session.model(config))
             train = session.data(config, bos=bos).train
         self.trial = prepare_forward(config, session, train=train)
-        self.shared = self.trial.shared(trained_delta(folder, self.trial, any_weights=any_weights))
+        self.delta = trained_delta(folder, self.trial, any_weights=any_weights)
         self.number = known.index(task or known[0])
         self.config = members(config)[self.number]
         self.task = get_task(self.config.task)
+        self._openings: dict[tuple[int, ...], tuple[ForwardPass, Any]] = {}
 
     def predict(self, lines: Sequence[str], *, first: int = 1) -> Iterator[dict[str, Any]]:
         """Answers lines in a batch; `first` is the number of the first line, for errors.
@@ -264,16 +265,22 @@ class Answering:
             self.config, self.trial.loaded, self.task, records, bos=self.trial.bos
         )
         tasks_N = np.full(len(lines), self.number, np.int32)
-        encoded = dataclasses.replace(encoded, tasks=tasks_N)
+        opening = self._opening(encoded)
+        encoded = dataclasses.replace(encoded, tasks=tasks_N).without_opening(len(opening))
+        trial, shared = self._after(opening)
         if not self.task.verbalizers:
-            yield from self._generated(lines, encoded)
+            evaluator = generation(self.config.eval.beams, max_new=self.config.task.max_target)
+            part = Split(self.task, encoded, lambda: [])
+            result = evaluator(trial.forward, shared, part, lambda done, total: None)
+            for line, prediction in zip(lines, result.predictions, strict=True):
+                yield {"text": line, "answer": prediction["predicted"]}
             return
         rows = 8 if len(lines) > 1 else 1
-        multiple, layout = self.trial.mesh.shape["data"], self.trial.layout
+        multiple, layout = trial.mesh.shape["data"], trial.layout
         shape = coarse_shape(encoded, rows=-(-rows // multiple) * multiple, layout=layout)
         batches = eval_batches(encoded, shape, layout=layout)
-        model, weights = self.trial.step.model, self.trial.frozen
-        found = score_batches(model, weights, self.shared, batches, mesh=self.trial.mesh)
+        model, weights = trial.step.model, trial.frozen
+        found = score_batches(model, weights, shared, batches, mesh=trial.mesh)
         shares_NC = probabilities(normalise(*found, self.config.eval.score))
         labels = list(self.task.verbalizers)
         for line, share_C in zip(lines, shares_NC, strict=True):
@@ -293,7 +300,7 @@ class Answering:
         ids = generate(
             self.trial.step.model,
             self.trial.frozen,
-            self.shared,
+            self._after(())[1],
             [[*start, *loaded.tokenizer.encode(text)] for text in texts],
             max_new=max_new,
             eos_id=loaded.tokenizer.eos_id,
@@ -302,13 +309,24 @@ class Answering:
         )
         return [loaded.tokenizer.decode(one) for one in ids]
 
-    def _generated(self, lines: Sequence[str], encoded: Encoded) -> Iterator[dict[str, Any]]:
-        """Generates free-text answers."""
-        evaluator = generation(self.config.eval.beams, max_new=self.config.task.max_target)
-        part = Split(self.task, encoded, lambda: [])
-        result = evaluator(self.trial.forward, self.shared, part, lambda done, total: None)
-        for line, prediction in zip(lines, result.predictions, strict=True):
-            yield {"text": line, "answer": prediction["predicted"]}
+    def _opening(self, encoded: Encoded) -> tuple[int, ...]:
+        """The tokens of the template's first words that all inputs begin with.
+
+        What lines have in common by chance is left to the rows: it would be another program.
+        """
+        loaded = self.trial.loaded
+        if loaded.encoder_decoder:
+            return ()
+        start = [loaded.tokenizer.bos_id] if self.trial.bos else []
+        words = loaded.tokenizer.encode(parse_template(self.task.template)[0][0])
+        return long_opening([np.array([*start, *words, -1]), *encoded.inputs])
+
+    def _after(self, opening: tuple[int, ...]) -> tuple[ForwardPass, Any]:
+        """The trial, and what all rows share, for texts that begin with these tokens."""
+        if opening not in self._openings:
+            trial = self.trial.with_opening(opening)
+            self._openings[opening] = trial, trial.shared(self.delta)
+        return self._openings[opening]
 
     def _record(self, number: int, line: str) -> dict[str, str | None]:
         """The record of a line."""

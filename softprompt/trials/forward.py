@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 
+from softprompt.analysis.flops import Contexts
 from softprompt.config import ConfigDict, members, method_settings
 from softprompt.data.encode import Encoded
 from softprompt.data.rows import RowLayout
@@ -38,8 +39,7 @@ class ForwardPass:
         step: the static configuration; `step.model` is the model configured for the method.
         bos: texts begin with the tokenizer's BOS.
         layout: how an example is laid out in a row.
-        contexts: lengths of the encoder's (0 for a decoder) and the decoder's context, including a
-            BOS before a prompt.
+        contexts: their lengths, including a BOS before a prompt.
     """
 
     config: ConfigDict
@@ -49,12 +49,22 @@ class ForwardPass:
     step: StepConfig
     bos: bool
     layout: RowLayout
-    contexts: tuple[int, int]
+    contexts: Contexts
 
     def shared(self, delta: Tree) -> Shared:
         """Computes what all rows of a forward pass share: the variables and the context."""
         shared: Shared = shared_function(self.step, self.mesh)(delta, self.frozen)
         return shared
+
+    def with_opening(self, opening: tuple[int, ...]) -> Self:
+        """The same for texts that all begin with these tokens, which are left out of the rows."""
+        more = len(opening) - len(self.step.opening)
+        contexts = self.contexts._replace(
+            decoder=self.contexts.decoder + more, opening=len(opening)
+        )
+        return dataclasses.replace(
+            self, step=self.step._replace(opening=opening), contexts=contexts
+        )
 
     @property
     def forward(self) -> Forward:
@@ -70,6 +80,7 @@ def prepare_forward(
     train: Encoded | None = None,
     start: Start | None = None,
     row_tokens: Callable[[RowLayout], int] | None = None,
+    opening: tuple[int, ...] = (),
 ) -> ForwardPass:
     """Loads a config's model and sets up its method.
 
@@ -79,6 +90,7 @@ def prepare_forward(
         train: the training examples, for few-shot methods and for prompt initialisers.
         start: the prompt's initialiser; None if the delta exists already.
         row_tokens: layout -> length of training rows; None without training.
+        opening: tokens that all texts begin with, and that are left out of the rows.
 
     Raises:
         UserError: see `load_model`, and the method's settings.
@@ -98,7 +110,8 @@ def prepare_forward(
     model, layout, contexts = arrange(config, loaded, cfg)
     named = config.mesh.attention not in ("auto", "reference") and settings.trains
     tokens = row_tokens(layout) if row_tokens is not None and named else None
-    model = with_kernel(config, model, mesh, context=contexts[1], tokens=tokens)
+    context = contexts.decoder + len(opening)
+    model = with_kernel(config, model, mesh, context=context, tokens=tokens)
     return ForwardPass(
         config=config,
         loaded=loaded,
@@ -108,7 +121,7 @@ def prepare_forward(
         bos=text_bos(config, loaded),
         layout=layout,
         contexts=contexts,
-    )
+    ).with_opening(opening)
 
 
 def text_bos(config: ConfigDict, loaded: Loaded) -> bool:
@@ -135,24 +148,25 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
     return room
 
 
-def arrange(
-    config: ConfigDict, loaded: Loaded, cfg: Any
-) -> tuple[Model, RowLayout, tuple[int, int]]:
-    """The model configured for the method, the layout of its rows, and its contexts' lengths.
+def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, RowLayout, Contexts]:
+    """The model configured for the method, the layout of its rows, and its contexts.
 
     `cfg` is the static configuration of the method.
     """
     method, settings = METHODS[config.method.name], method_settings(config)
     context = method.context(cfg) if settings.is_context else Context()
     length, places, prompts = context.length, context.places, context.prompts
-    model = loaded.model.clone(remat=config.mesh.remat)
+    model, runs = loaded.model.clone(remat=config.mesh.remat), 0
+    if settings.is_prompt:
+        runs = max(1, prompts)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
-        return model, RowLayout(prompts=prompts), (0, length)
+        return model, RowLayout(prompts=prompts), Contexts(0, length, runs)
     encoder, decoder = (length if stack in places else 0 for stack in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
     if settings.is_prompt and config.method.prompt_to_input:
-        return model, RowLayout(loaded.config.start, encoder, decoder, prompts), (0, 0)
-    return model, RowLayout(loaded.config.start), (encoder, decoder)
+        layout = RowLayout(loaded.config.start, encoder, decoder, prompts)
+        return model, layout, Contexts(runs=runs)
+    return model, RowLayout(loaded.config.start), Contexts(encoder, decoder, runs)
 
 
 def with_kernel(

@@ -16,7 +16,6 @@ from softprompt.evaluation.perplexity import perplexity
 from softprompt.evaluation.ranking import shared_function
 from softprompt.files import write_text
 from softprompt.methods import METHODS
-from softprompt.training.step import StepConfig
 from softprompt.trials.data import evaluators_of
 from softprompt.trials.prepare import (
     Prepared,
@@ -92,7 +91,8 @@ def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[s
     if prepared.config.eval.text:
         pieces = prepared.session.text(prepared.config, bos=prepared.bos)
         report = functools.partial(prepared.session.progress.stage, "score text")
-        metrics["text"] = perplexity(prepared.forward, prepared.shared(delta), pieces, report)
+        shared = prepared.with_opening(()).shared(delta)
+        metrics["text"] = perplexity(prepared.forward, shared, pieces, report)
     if prepared.config.eval.latency:
         metrics["latency"] = latency_metrics(prepared, delta)
     return metrics
@@ -106,7 +106,7 @@ def latency_metrics(prepared: Prepared, delta: Tree) -> dict[str, Any]:
     session, mesh, step = prepared.session, prepared.mesh, prepared.step
     session.progress.stage("time prefill and decoding")
     weights = session.model(prepared.config).weights  # loaded again if training freed them
-    plain = shared_function(StepConfig(step.model, "none", None), mesh)
+    plain = shared_function(step._replace(method="none", method_config=None), mesh)
     inputs = prepared.tasks[0].test.inputs
     base = latency.Served(weights, plain({}, weights), inputs)
     if METHODS[step.method].Settings.trains_weights:

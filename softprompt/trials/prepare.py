@@ -39,7 +39,8 @@ class Prepared(ForwardPass):
 
     Attributes:
         session: the process's.
-        data: the config's task, or those of its mixture, encoded for the model.
+        data: the config's task, or those of its mixture, encoded for the model, without the
+            opening `step.opening` of all inputs.
     """
 
     session: Session
@@ -63,28 +64,48 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
             for tests.
     """
     data = session.data(config, bos=text_bos(config, session.model(config)))
+    opening = opening_of(config, session, data)
+    rest = data.without_opening(len(opening), session.progress.say)
     for one in data.tasks:
         split_rule(one.task, "train")
         if "ranking" in evaluators_of(one.task, config):
             check_ranking(one.train, config.eval.score)
 
     def row_tokens(layout: RowLayout) -> int:
-        return data.template(config.train.batch, layout, session.progress.say).shape.tokens
+        return rest.template(config.train.batch, layout, session.progress.say).shape.tokens
 
     made = prepare_forward(
-        config, session, train=data.train, start=start_settings(config), row_tokens=row_tokens
+        config,
+        session,
+        train=data.train,
+        start=start_settings(config),
+        row_tokens=row_tokens,
+        opening=opening,
     )
     if config.eval.text:  # read before training, since it may not exist
         text = session.text(config, bos=made.bos)
-        check_room(text, made.loaded, name=config.eval.text, context=made.contexts[1])
-    return Prepared(**vars(made), session=session, data=data)
+        context = made.with_opening(()).contexts.decoder
+        check_room(text, made.loaded, name=config.eval.text, context=context)
+    return Prepared(**vars(made), session=session, data=rest)
 
 
 def prepare_scoring(config: ConfigDict, session: Session) -> Prepared:
     """Loads the model and data of a config, for scoring a trained delta."""
     data = session.data(config, bos=text_bos(config, session.model(config)))
-    made = prepare_forward(config, session, train=data.train)
-    return Prepared(**vars(made), session=session, data=data)
+    opening = opening_of(config, session, data)
+    made = prepare_forward(config, session, train=data.train, opening=opening)
+    rest = data.without_opening(len(opening), session.progress.say)
+    return Prepared(**vars(made), session=session, data=rest)
+
+
+def opening_of(config: ConfigDict, session: Session, data: TrialData) -> tuple[int, ...]:
+    """The tokens that all inputs of a trial begin with and that its contexts therefore hold.
+
+    An encoder-decoder has none: its encoder reads an input's first tokens with the others. Nor has
+    a trial with dropout in the model, where examples have separate masks.
+    """
+    drops = keep_probabilities(config).keys() - {"prompt"}
+    return () if session.model(config).encoder_decoder or drops else data.opening
 
 
 def train_source(prepared: Prepared) -> TrainSource:
@@ -230,9 +251,8 @@ def seen_rms(loaded: Loaded) -> float:
 
 def step_work(prepared: Prepared) -> Work:
     """The work of an average step, without padding, and with each context once."""
-    batch, layout = prepared.config.train.batch, prepared.layout
-    runs = max(1, layout.prompts) if METHODS[prepared.step.method].Settings.is_prompt else 0
-    return train_work(prepared.data.train, layout, prepared.contexts, batch, runs=runs)
+    batch = prepared.config.train.batch
+    return train_work(prepared.data.train, prepared.layout, prepared.contexts, batch)
 
 
 def step_flops(prepared: Prepared) -> float:

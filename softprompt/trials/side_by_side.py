@@ -84,7 +84,10 @@ def program(prepared: Prepared) -> tuple[Any, ...]:
     They may differ in seed, initialiser and training.
     """
     step = prepared.step
-    static = (step.model, step.method, step.method_config, prepared.layout, prepared.contexts)
+    static = (
+        *(step.model, step.method, step.method_config, step.opening),
+        *(prepared.layout, prepared.contexts),
+    )
     return (
         static,
         prepared.data,

@@ -8,15 +8,24 @@ import numpy as np
 import optax
 import pytest
 
+from softprompt.analysis.flops import (
+    Contexts,
+    forward_flops,
+    scoring_work,
+    train_flops,
+    train_work,
+)
 from softprompt.config import base_config
 from softprompt.data.builtin_tasks import get_task
-from softprompt.data.encode import Encoded, encode
+from softprompt.data.encode import Encoded, common_opening, encode
 from softprompt.data.pipeline import TrainSource, train_template
+from softprompt.data.rows import DECODER_LAYOUT
 from softprompt.data.splits import read_split
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models.decoder import Decoder, DecoderConfig
 from softprompt.pretrained import gguf
 from softprompt.pretrained.loading import find
+from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer
 from softprompt.training.step import StepConfig, train_step
 from tests.contracts import concatenated
@@ -32,11 +41,21 @@ def sizes() -> DecoderConfig:
 
 
 @pytest.fixture(scope="module")
-def movies() -> Encoded:
-    text = gguf.read_tokenizer(gguf.File(find("smollm2-135m-instruct-q4")))
+def tokenizer() -> Tokenizer:
+    return gguf.read_tokenizer(gguf.File(find("smollm2-135m-instruct-q4")))
+
+
+def encoded(tokenizer, instruction=""):
+    """Movie snippets behind an instruction."""
     task = get_task(base_config().task)
-    records = read_split(task, "train")
-    return encode(records, task, text, max_input=256, max_target=32, bos=text.add_bos, eos=False)
+    task = dataclasses.replace(task, template=instruction + task.template)
+    sizes = {"max_input": 512, "max_target": 32, "bos": tokenizer.add_bos, "eos": False}
+    return encode(read_split(task, "train"), task, tokenizer, **sizes)
+
+
+@pytest.fixture(scope="module")
+def movies(tokenizer) -> Encoded:
+    return encoded(tokenizer)
 
 
 def shapes_of(model):
@@ -68,12 +87,12 @@ def all_layers(count, config, monkeypatch):
     return two + (config.layers - 2) * (three - two)
 
 
-def once(config, batch):
+def once(config, batch, *, length=LENGTH, opening=()):
     """Operations of the training step."""
     model = Decoder(config)
-    step = StepConfig(model, "prompt", PromptConfig(LENGTH))
+    step = StepConfig(model, "prompt", PromptConfig(length), opening=opening)
     tx = make_optimizer(OptimizerConfig())
-    delta = {"prompt": jax.ShapeDtypeStruct((LENGTH, config.width), np.float32)}
+    delta = {"prompt": jax.ShapeDtypeStruct((length, config.width), np.float32)}
     function = functools.partial(train_step, config=step, tx=tx)
     state = jax.eval_shape(tx.init, delta)
     return flops(function, delta, state, shapes_of(model), batch, None)
@@ -110,6 +129,37 @@ def test_a_step_costs_less_than_a_third(sizes, movies, monkeypatch):
         f"{min(longest)} to {max(longest)}"
     )
     assert ours / theirs <= 0.3
+
+
+INSTRUCTION = "Read this short review of a movie, and decide if its author liked it or not. " * 20
+
+
+def test_an_instruction_costs_less_than_a_third(sizes, movies, tokenizer):
+    """200 tokens before every snippet, at the default batch and prompt length. Breaks when they are
+    computed with every example, or the formula counts them so.
+
+    The formula is checked with one layer: cost analysis counts the body of a loop once.
+    """
+    config = base_config()
+    length, examples = config.method.length, config.train.batch
+    words = tokenizer.backend.decode(tokenizer.encode(INSTRUCTION)[:200])
+    instructed = encoded(tokenizer, f"{words}\n")
+    opening = tuple(common_opening(instructed.inputs).tolist())
+    assert 200 <= len(opening) <= 205
+    rest = instructed.without_opening(len(opening))
+    one, counts = dataclasses.replace(sizes, layers=1), []
+    for part, start in ((movies, ()), (rest, opening)):
+        batch = TrainSource(part, train_template(part, examples=examples), seed=0)[0]
+        contexts = Contexts(decoder=length + len(start), opening=len(start))
+        work = train_work(part, DECODER_LAYOUT, contexts, examples)
+        scored = forward_flops(sizes, scoring_work(part, DECODER_LAYOUT, contexts))
+        compiled = once(sizes, batch, length=length, opening=start)
+        counts.append((train_flops(sizes, work), scored, train_flops(one, work), compiled))
+    step, scoring, predicted, compiled = (new / old for old, new in zip(*counts, strict=True))
+    print(f"an instruction: {step:.3f} of a step's operations, {scoring:.3f} of scoring's; ")
+    print(f"of a step with one layer {predicted:.3f}, and by XLA {compiled:.3f}")
+    assert step <= 1.3 and scoring <= 1.3
+    assert compiled == pytest.approx(predicted, rel=0.05)
 
 
 @pytest.mark.parametrize("examples", [16, 32])

@@ -205,7 +205,7 @@ def test_bos_stands_where_the_config_says(tiny_folder, tmp_path, loaded, monkeyp
             prepared = prepare(trial_config(tiny_folder, source, **keys), shared)
             starts = {tokens[0] == 0 for tokens in prepared.data.train.inputs}
             before = getattr(prepared.step.method_config, "bos_before", None)
-            found[bos, method] = starts, before, prepared.contexts[1]
+            found[bos, method] = starts, before, prepared.contexts.decoder
     assert found == {
         ("after", "prompt"): ({True}, None, 5),
         ("before", "prompt"): ({False}, 0, 6),

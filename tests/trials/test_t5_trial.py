@@ -85,7 +85,7 @@ def test_prompts_of_every_form_learn(place, shared, tmp_path, where, inline):
     assert row["metrics"]["test"]["examples"] == 12
     expected = prepare(config, shared)
     assert expected.layout.input_slots == (5 if inline and "encoder" in stacks else 0)
-    assert expected.contexts == ((0, 0) if inline else (5 * ("encoder" in stacks), 5))
+    assert expected.contexts[:2] == ((0, 0) if inline else (5 * ("encoder" in stacks), 5))
 
 
 def test_inputs_end_with_eos_and_are_cut_before_it(place, shared):
