@@ -304,7 +304,11 @@ def activate(name: str, x_TF: jax.Array, up_TF: jax.Array | None = None) -> jax.
         y = ACTIVATIONS[name](x.astype(acc))
         return (y * up[0].astype(acc) if up else y).astype(x.dtype)
 
-    return recomputed(product)(x_TF, *(() if up_TF is None else (up_TF,)))
+    inputs = x_TF, *(() if up_TF is None else (up_TF,))
+    if jax.default_backend() == "cpu":
+        # Else XLA's CPU compiler recomputes the gradient inside a transposing copy, very slowly.
+        inputs = jax.lax.optimization_barrier(inputs)
+    return recomputed(product)(*inputs)
 
 
 class Embed(nn.Module):

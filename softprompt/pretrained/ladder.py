@@ -21,9 +21,7 @@ HEAD_SIZE = 32
 def _decoder(layers: int, width: int, ffn: int) -> DecoderConfig:
     heads = width // HEAD_SIZE
     sizes = {"heads": heads, "kv_heads": heads, "head_size": HEAD_SIZE, "ffn": ffn}
-    return DecoderConfig(
-        vocab=VOCABULARY, width=width, layers=layers, context_length=512, **sizes
-    )
+    return DecoderConfig(vocab=VOCABULARY, width=width, layers=layers, context_length=512, **sizes)
 
 
 def _t5(layers: int, width: int, ffn: int) -> T5Config:

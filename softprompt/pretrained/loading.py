@@ -65,9 +65,9 @@ def load_model(
     """Loads a frozen model, and downloads it first if the cache does not hold it.
 
     Args:
-        name: a name of the catalogue or of the ladder, a local Hugging Face folder, a local .gguf file, a T5X
-            checkpoint (a local folder or gs:// address that holds the file `checkpoint`), or the
-            name of a hub repository such as "HuggingFaceTB/SmolLM2-360M".
+        name: a name of the catalogue or of the ladder, a local Hugging Face folder, a local .gguf
+            file, a T5X checkpoint (a local folder or gs:// address that holds the file
+            `checkpoint`), or the name of a hub repository such as "HuggingFaceTB/SmolLM2-360M".
         dtype: dtype of weights and compute, "float32" or "bfloat16"; norms and biases are float32.
         quantize: "none", "int8" or "int4". Quantised matrices are dequantised where they are used.
         put: called with the path of each leaf, such as "layers/attn/q/kernel", and its array as

@@ -144,7 +144,7 @@ def corrupt(
 def span_corruption(
     piece: Piece, rng: np.random.Generator, *, sentinels: Sequence[int], eos: int, start: int
 ) -> TrainBatch:
-    """A row of one corrupted piece. Source: Raffel et al. 2020 (arXiv 1910.10683), section 3.1.4."""
+    """A row of one corrupted piece. Source: arXiv 1910.10683, section 3.1.4."""
     inputs, targets = corrupt(piece[0], spans_of(len(piece[0]), rng), sentinels, eos)
     return _pair([inputs], [targets], start)
 

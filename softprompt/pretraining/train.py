@@ -193,7 +193,7 @@ def first_weights(recipe: Recipe) -> dict[str, Any]:
 
 
 def _scale(config: Any, path: str, shape: tuple[int, ...]) -> np.float32:
-    """The standard deviation of a leaf's first values; 0 for biases, and for scales, which are 1."""
+    """The standard deviation of a leaf's first values; 0 for biases, and for scales (1)."""
     t5 = isinstance(config, T5Config)
     if path.endswith(("/bias", "/scale")):
         return np.float32(0)
@@ -219,9 +219,10 @@ def train(recipe: Recipe, work: Path, session: Session) -> dict[str, Any]:
     text = read_text(recipe, session)
     steps = recipe.steps(text.train.tokens(0))
     mesh = make_mesh()
-    step = StepConfig(
-        make_model(recipe.config, recipe.dtype), "full", None, loss_chunk=recipe.chunk
+    model = make_model(recipe.config, recipe.dtype).clone(
+        unroll=mesh.devices.flat[0].platform == "cpu"
     )
+    step = StepConfig(model, "full", None, loss_chunk=recipe.chunk)
     optimizer = OptimizerConfig(AdamW(b2=recipe.b2), recipe.weight_decay, recipe.clip)
     weights = first_weights(recipe)
     shardings = weight_shardings(weights, mesh)
@@ -305,10 +306,8 @@ def run_loop(
 def evaluator(
     step: StepConfig, test: Pieces, mesh: jax.sharding.Mesh
 ) -> Callable[[Tree], dict[str, float]]:
-    """delta -> the loss on the test pieces in nats per target, and a score that is its negative."""
-    batches = [
-        put_batch(mesh, pad_rows(test[n], mesh.shape["data"])) for n in range(test.steps)
-    ]
+    """Delta -> the loss on the test pieces in nats per target, and a score that is its negative."""
+    batches = [put_batch(mesh, pad_rows(test[n], mesh.shape["data"])) for n in range(test.steps)]
     one = jax.jit(lambda delta, batch: loss_fn(delta, {}, batch, None, config=step)[1]["loss"])
 
     def evaluate(delta: Tree) -> dict[str, float]:
@@ -321,9 +320,7 @@ def evaluator(
 def step_flops(recipe: Recipe, source: Pieces) -> float:
     """Useful FLOPs of an average step."""
     taken = range(min(8, source.steps))
-    flops = [
-        train_flops(recipe.config, objectives.work(source[n]), weights=True) for n in taken
-    ]
+    flops = [train_flops(recipe.config, objectives.work(source[n]), weights=True) for n in taken]
     return sum(flops) / len(flops)
 
 
@@ -361,5 +358,3 @@ def publish(recipe: Recipe, work: Path, facts: dict[str, Any]) -> None:
             shutil.rmtree(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging, place)
-
-

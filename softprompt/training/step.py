@@ -74,9 +74,9 @@ def row_states(
     apply: Callable[..., Any] = functools.partial(
         model.apply, collections(weights, variables), rngs=streams(in_rows)
     )
-    states: jax.Array = jax.vmap(
-        lambda row: apply(context, row, in_rows, method="target_states")
-    )(rows)
+    states: jax.Array = jax.vmap(lambda row: apply(context, row, in_rows, method="target_states"))(
+        rows
+    )
     return states
 
 
