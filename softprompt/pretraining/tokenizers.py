@@ -66,7 +66,7 @@ def train_unigram(documents: list[str], *, vocab: int) -> Tokenizer:
         counts = _most(_segmented(words, counts), letters, max(size, int(SHRINK * len(counts))))
         if len(counts) <= size:
             break
-    backend = _unigram(_segmented(words, counts) | letters | counts)
+    backend = _unigram(_segmented(words, counts))
     backend.add_special_tokens(
         [*T5_SPECIAL, *(f"<extra_id_{n}>" for n in reversed(range(SENTINELS)))]
     )
@@ -105,7 +105,7 @@ def _substrings(words: Mapping[str, int]) -> Counter[str]:
 def _segmented(words: Mapping[str, int], counts: Mapping[str, int]) -> Counter[str]:
     """How often each piece is used in the most probable segmentation of the words."""
     model = _unigram(counts).model
-    used: Counter[str] = Counter()
+    used = Counter(dict.fromkeys(counts, 0))  # a piece that is not used may stay, as the last
     for word, count in words.items():
         for token in model.tokenize(word):
             used[token.value] += count
