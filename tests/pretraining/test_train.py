@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -18,8 +20,10 @@ from softprompt.pretrained.ladder import PROVENANCE, RUNGS, ladder_dir, model_fo
 from softprompt.pretrained.loading import load_model
 from softprompt.pretraining import recipe as recipes
 from softprompt.pretraining import train
+from softprompt.pretraining.ladder import import_archive
 from softprompt.pretraining.recipe import Recipe, load_recipe, recipe_of
 from softprompt.training.logs import TIMING, read_log
+from softprompt.training.sharding import make_mesh
 from softprompt.trials.session import Session
 from tests.own_task import REPOSITORY
 from tests.tiny import tiny_config
@@ -28,11 +32,27 @@ from tests.tiny_t5 import tiny_t5_config
 KEPT = ("", "@1of2", "@1of4", "@1of8")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cache with the models of the tiny recipe."""
+    cache = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        plainly(patch, cache)
+        run(tiny_recipe())
+    return cache
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache of its own for every test."""
-    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    plainly(monkeypatch, tmp_path / "cache")
+
+
+def plainly(patch, cache):
+    """Runs use this cache and one device, and do not measure the machine."""
+    patch.setenv("SOFTPROMPT_CACHE", str(cache))
+    patch.setattr(train, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
+    patch.setattr(train, "machine_flops", lambda dtype: 1e11)
 
 
 def corpus():
@@ -90,6 +110,7 @@ def check_same(one, other):
 RECIPE = """
 from softprompt.models.decoder import DecoderConfig
 from softprompt.pretraining import train
+from softprompt.pretraining.ladder import import_archive
 from softprompt.pretraining.recipe import Recipe
 train.CHECKPOINT_EVERY, train.LOG_EVERY = 10, 1
 RECIPE = Recipe(
@@ -118,12 +139,14 @@ class Launcher:
         lines = read_log(found[0].parent) if found else []
         return max([line["step"] for line in lines], default=-1)
 
+    def start(self):
+        command = [sys.executable, "-m", "softprompt", "pretrain", str(self.file)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=REPOSITORY, env=self.env, stderr=pipe, text=True)
+
     def stop(self, number=None, *, after=0):
         """Sends a signal after some more logged steps; returns the exit code and what it said."""
-        command = [sys.executable, "-m", "softprompt", "pretrain", str(self.file)]
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=self.env, stderr=subprocess.PIPE, text=True
-        )
+        process = self.start()
         try:
             target = self.step() + after
             while number and process.poll() is None and self.step() < target:
@@ -141,27 +164,29 @@ def test_a_run_that_is_stopped_is_as_if_it_never_was(tmp_path):
     rows, the tokenizer, the rate, the log. A half-done run is no model.
     """
     stopped, alone = Launcher(tmp_path / "stopped"), Launcher(tmp_path / "alone")
-    for number, code in (
-        (signal.SIGKILL, -signal.SIGKILL),
-        (signal.SIGTERM, 75),
-        (signal.SIGKILL, -signal.SIGKILL),
-        (signal.SIGINT, 130),
-    ):
-        assert stopped.stop(number, after=23)[0] == code
-        assert not list(stopped.cache.glob(f"ladder/tiny*/{PROVENANCE}"))
-    code, said = stopped.stop()
-    assert code == 0, said
-    assert "resumes from step" in said
-    assert alone.stop()[0] == 0
+    process = alone.start()
+    try:
+        for number, code in (
+            (signal.SIGKILL, -signal.SIGKILL),
+            (signal.SIGTERM, 75),
+            (signal.SIGKILL, -signal.SIGKILL),
+        ):
+            assert stopped.stop(number, after=23)[0] == code
+            assert not list(stopped.cache.glob(f"ladder/tiny*/{PROVENANCE}"))
+        code, said = stopped.stop()
+        assert code == 0, said
+        assert "resumes from step" in said
+        process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0
     check_same(stopped.cache, alone.cache)
 
 
-def test_the_same_recipe_twice_gives_the_same_bits(tmp_path, monkeypatch, capsys):
+def test_the_same_recipe_twice_gives_the_same_bits(made, tmp_path, capsys):
     """Breaks when a run depends on a seed of the process, on time, or on where it is."""
-    for name in ("a", "b"):
-        monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / name))
-        folder = run(tiny_recipe())
-    check_same(tmp_path / "a", tmp_path / "b")
+    folder = run(tiny_recipe())
+    check_same(made, tmp_path / "cache")
     facts = json.loads((folder / PROVENANCE).read_text())
     assert facts["recipe_hash"] == tiny_recipe().hash
     assert facts["loss"] < facts["first_loss"] < np.log(400) + 1
@@ -249,11 +274,11 @@ def test_objectives_fit_their_models():
         tiny_t5(objective="causal")
 
 
-def test_an_archive_moves_models_and_refuses_a_wrong_byte(tmp_path, monkeypatch, capsys):
+def test_an_archive_moves_models_and_refuses_a_wrong_byte(made, tmp_path, monkeypatch, capsys):
     """Breaks when a byte of the archive is not covered by its digest, or an import changes what is
     there before all is checked.
     """
-    run(tiny_recipe())
+    shutil.copytree(made, tmp_path / "cache")
     file, again = tmp_path / "ladder.tar", tmp_path / "again.tar"
     for target in (file, again):
         assert cli.main(["ladder", "pack", str(target)]) == 0
@@ -281,6 +306,4 @@ def test_an_archive_moves_models_and_refuses_a_wrong_byte(tmp_path, monkeypatch,
     model = model_folder("ladder/tiny") / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="other weights"):
-        from softprompt.pretraining.ladder import import_archive
-
         import_archive(str(file))
