@@ -12,6 +12,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("commands", "api"),
+    ("pretraining",),
     ("trials",),
     ("analysis",),
     ("results",),

@@ -132,6 +132,7 @@ class Decoder(nn.Module):
         dtype: dtype of the computation. Norms, biases, softmax and logits are at least float32.
         remat: what the backward pass recomputes, see `stack`.
         gather: see `stack`; None if weights need no gathering.
+        unroll: see `stack`.
         attention: the kernel of `hidden` for the cases it supports; others use the reference.
     """
 
@@ -139,6 +140,7 @@ class Decoder(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
     gather: Gather | None = None
+    unroll: bool = False
     attention: Kernel = REFERENCE
 
     def setup(self) -> None:
@@ -151,7 +153,8 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             rows = c.context_length + c.position_offset
             self.positions = Embed(rows, c.width, self.dtype)
-        layers = stack(Block, length=c.layers, remat=self.remat, gather=self.gather)
+        options = {"remat": self.remat, "gather": self.gather, "unroll": self.unroll}
+        layers = stack(Block, length=c.layers, **options)
         self.layers = layers(c, self.dtype)
         self.prefix = Prefix(self.dtype)
         if c.final_norm:

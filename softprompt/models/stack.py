@@ -18,6 +18,7 @@ def stack(
     remat: str = "none",
     gather: Gather | None = None,
     path: str = "layers",
+    unroll: bool = False,
 ) -> type[nn.Module]:
     """The block's class, scanned over `length` layers.
 
@@ -31,6 +32,8 @@ def stack(
             computed, and again in its backward pass, so that gathered weights are not stored.
             It must return the result of `jax.lax.with_sharding_constraint`.
         path: of the stack in the tree of the weights.
+        unroll: compile each layer separately. A scan writes each layer's residuals to memory and
+            reads them back, which costs small layers on a CPU a fifth of their time.
     """
     if gather is not None:
         block = _with_gather(block, gather, path)
@@ -42,6 +45,7 @@ def stack(
         split_rngs={"params": True, STREAM: True},
         in_axes=(0, nn.broadcast),
         length=length,
+        unroll=length if unroll else 1,
     )
 
 

@@ -87,6 +87,7 @@ class T5(nn.Module):
         prompt_to_input: whether a prompt sees the input; see the module's docstring.
         remat: what the backward pass recomputes, see `stack`.
         gather: see `stack`; None if weights need no gathering.
+        unroll: see `stack`.
     """
 
     config: T5Config
@@ -94,12 +95,13 @@ class T5(nn.Module):
     prompt_to_input: bool = True
     remat: str = "none"
     gather: Gather | None = None
+    unroll: bool = False
 
     def setup(self) -> None:
         """Declares the embeddings, the two stacks, and the head unless it is tied."""
         c = self.config
         self.embed = Embed(c.vocab, c.width, self.dtype)
-        options = self.remat, self.gather
+        options = self.remat, self.gather, self.unroll
         self.encoder = Stack(c, c.encoder_layers, False, self.dtype, *options)
         self.decoder = Stack(c, c.decoder_layers, True, self.dtype, *options)
         if not c.tied:

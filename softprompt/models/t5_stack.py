@@ -32,6 +32,7 @@ class Stack(nn.Module):
     dtype: jnp.dtype
     remat: str
     gather: Gather | None
+    unroll: bool
 
     def setup(self) -> None:
         """Declares the modules; the layers are one scanned block with stacked weights [L, ...]."""
@@ -43,6 +44,7 @@ class Stack(nn.Module):
             remat=self.remat,
             gather=self.gather,
             path="/".join([*self.path, "layers"]),
+            unroll=self.unroll,
         )
         self.layers = layers(self.config, self.dtype)
         self.final_norm = RMSNorm(self.config.norm_eps, self.dtype)
