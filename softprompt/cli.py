@@ -153,6 +153,22 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
             ),
         ],
     ),
+    "pretrain": (
+        "pretrain a model on text; the same command resumes it, and does nothing once it is done",
+        "softprompt pretrain ladder/d1",
+        [
+            ("recipe", {"metavar": "NAME|FILE", "help": "a name of the ladder, or a .py file"}),
+            DISTRIBUTED,
+        ],
+    ),
+    "ladder": (
+        "list the pretrained models, or move them between machines in one archive",
+        "softprompt ladder pack ladder.tar",
+        [
+            ("action", {"nargs": "?", "default": "list", "choices": ("list", "pack", "import")}),
+            ("file", {"nargs": "?", "default": "", "metavar": "FILE", "help": "the archive"}),
+        ],
+    ),
     "config": (
         "list the config keys: defaults, what is allowed, what reads them, and what they mean",
         "softprompt config method 'train.*'",

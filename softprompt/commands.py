@@ -267,6 +267,37 @@ def _write_outputs(experiment: "ModuleType", folder: str) -> None:
     print(f"wrote {', '.join(files)} in {folder}", file=sys.stderr)
 
 
+def pretrain(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Pretrains a model, and prints its folder."""
+    from softprompt.pretraining.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe)
+    start_jax(arguments.distributed)
+    from softprompt.console import Progress
+    from softprompt.pretraining.train import pretrain as run
+    from softprompt.trials.session import Session
+
+    with Progress() as progress:
+        folder = run(recipe, Session(progress))
+    print(folder)
+    return 0
+
+
+def ladder(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Lists the pretrained models, or packs or imports them."""
+    from softprompt.pretraining import ladder as models
+
+    if arguments.action != "list" and not arguments.file:
+        raise UserError(f"ladder {arguments.action} needs FILE, the archive")
+    if arguments.action == "list":
+        print_columns(*models.listing())
+    elif arguments.action == "pack":
+        print("\n".join(models.pack(arguments.file)))
+    else:
+        print("\n".join(models.import_archive(arguments.file)))
+    return 0
+
+
 def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints config keys: default, what is allowed, what reads them, and what they mean."""
     import json
@@ -366,6 +397,8 @@ RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {
     "import": import_,
     "sweep": sweep,
     "table": table,
+    "pretrain": pretrain,
+    "ladder": ladder,
     "config": config,
     "models": models,
     "data": data,

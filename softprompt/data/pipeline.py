@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from typing import Protocol
 
 import grain
 import jax
@@ -118,6 +119,22 @@ def pad_rows(batch: TrainBatch, multiple: int) -> TrainBatch:
     return padded
 
 
+class BatchSource(Protocol):
+    """The batch of any global step, a pure function of the step."""
+
+    @property
+    def examples(self) -> int:
+        """Examples of a step."""
+
+    def __getitem__(self, step: int) -> TrainBatch: ...
+
+    def tokens(self, step: int) -> int:
+        """Positions of a step's rows that are not padding."""
+
+    def fill(self, step: int) -> float:
+        """The share of a step's positions that hold a token."""
+
+
 class TrainSource:
     """The batch of any global step, a pure function of (split, template, seed, step).
 
@@ -142,6 +159,11 @@ class TrainSource:
         self.ids = ids
         self.lengths_N, _ = train_lengths(encoded, layout)
         self._plan = functools.lru_cache(maxsize=2)(functools.partial(template.epoch, seed))
+
+    @property
+    def examples(self) -> int:
+        """Examples of a step."""
+        return self.template.examples
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The example and the row of each place of a step, both [B]."""
@@ -176,7 +198,7 @@ class TrainSource:
 
 
 def train_batches(
-    source: TrainSource, *, start: int, stop: int, row_multiple: int = 1
+    source: BatchSource, *, start: int, stop: int, row_multiple: int = 1
 ) -> grain.IterDataset[TrainBatch]:
     """The batches of steps start to stop, one thread ahead of whoever iterates.
 

@@ -17,6 +17,8 @@ from softprompt.models.attention import accumulate
 from softprompt.models.dropout import RowDropout, lora_dropped
 from softprompt.models.quantize import PARTS, dequantize
 
+HEAD = ("embed", "project_out", "head")  # the modules of a model that its unembedding may read
+
 _normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=-1)
 
 
@@ -39,6 +41,12 @@ def collections(weights: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
     """
     delta = {name: tree for name, tree in variables.items() if name != "params"}
     return {"params": {**weights, **variables.get("params", {})}, "delta": delta}
+
+
+def head_weights(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The collections without the weights that no unembedding reads."""
+    weights = {name: variables["params"][name] for name in HEAD if name in variables["params"]}
+    return {**variables, "params": weights}
 
 
 class Linear(nn.Module):

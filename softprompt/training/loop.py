@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from softprompt import interrupts
-from softprompt.data.pipeline import TrainSource, train_batches
+from softprompt.data.pipeline import BatchSource, train_batches
 from softprompt.errors import UserError
 from softprompt.methods.delta_file import save_delta
 from softprompt.models.dropout import Dropout, at_step
@@ -158,7 +158,7 @@ class LoopInputs:
 
     program: Any
     weights: Tree
-    source: TrainSource
+    source: BatchSource
     rates: np.ndarray
     dropout: Dropout | None
     mesh: jax.sharding.Mesh
@@ -337,7 +337,7 @@ class Clock:
         return {
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "examples_per_second": len(steps) * inputs.source.template.examples / seconds,
+            "examples_per_second": len(steps) * inputs.source.examples / seconds,
             "peak_share": len(steps) * inputs.step_flops / seconds / inputs.machine_flops,
             "input_wait_share": input_wait / seconds,
         }

@@ -17,8 +17,9 @@ from softprompt.methods import METHODS
 from softprompt.methods.prompt import dropped
 from softprompt.models import Model
 from softprompt.models.dropout import Dropout, split, streams
-from softprompt.models.layers import collections
+from softprompt.models.layers import collections, head_weights
 from softprompt.models.rows import Rows
+from softprompt.training.chunked_loss import chunked
 from softprompt.training.optimizers import row_norms
 
 Tree = Any
@@ -38,6 +39,8 @@ class StepConfig(NamedTuple):
         method_config: the static part of the method's configuration.
         z_loss: weight of the squared log-normaliser. Source: arXiv 2204.02311, section 5.
         microbatches: number of sequential parts that a step's rows are split into.
+        loss_chunk: the positions of a row whose logits exist at a time, see
+            `softprompt.training.chunked_loss`; 0 for all.
     """
 
     model: Model
@@ -45,6 +48,7 @@ class StepConfig(NamedTuple):
     method_config: Any
     z_loss: float = 0.0
     microbatches: int = 1
+    loss_chunk: int = 0
 
 
 def shared_part(
@@ -61,19 +65,36 @@ def shared_part(
     return variables, apply(in_context, method="prompt_context", rngs=streams(in_context))
 
 
-def row_logits(
+def row_states(
     model: Model, weights: Tree, shared: Shared, rows: Rows, dropout: Dropout | None = None
 ) -> jax.Array:
-    """Logits [R, M, V] at the positions `rows.index` [R, M]."""
+    """The head's inputs [R, M, D] at the positions `rows.index` [R, M]."""
     variables, context = shared
     in_rows = None if dropout is None else split(dropout)[-1]
     apply: Callable[..., Any] = functools.partial(
         model.apply, collections(weights, variables), rngs=streams(in_rows)
     )
-    x_RMD = jax.vmap(lambda row: apply(context, row, in_rows, method="target_states"))(rows)
-    # The unembedding runs once over all rows, so that its gradient is computed once.
-    logits = apply(x_RMD.reshape(-1, x_RMD.shape[-1]), method="unembed")
+    states: jax.Array = jax.vmap(
+        lambda row: apply(context, row, in_rows, method="target_states")
+    )(rows)
+    return states
+
+
+def unembed(model: Model, variables: Tree, x_RMD: jax.Array) -> jax.Array:
+    """Logits [R, M, V] of the head's inputs, from Flax's collections.
+
+    The unembedding runs once over all rows, so that its gradient is computed once.
+    """
+    logits = model.apply(variables, x_RMD.reshape(-1, x_RMD.shape[-1]), method="unembed")
     return logits.reshape(*x_RMD.shape[:2], -1)
+
+
+def row_logits(
+    model: Model, weights: Tree, shared: Shared, rows: Rows, dropout: Dropout | None = None
+) -> jax.Array:
+    """Logits [R, M, V] at the positions `rows.index` [R, M]."""
+    x_RMD = row_states(model, weights, shared, rows, dropout)
+    return unembed(model, collections(weights, shared[0]), x_RMD)
 
 
 def rows_loss(
@@ -88,9 +109,27 @@ def rows_loss(
     The loss is therefore a plain sum over rows: packing, padding rows, microbatches and devices do
     not change its value.
     """
-    logits_RMV = row_logits(config.model, weights, shared, batch.rows, dropout)
+    x_RMD = row_states(config.model, weights, shared, batch.rows, dropout)
+    head, targets = collections(weights, shared[0]), (batch.targets, batch.loss_weights)
+    loss = functools.partial(head_loss, config)
+    if config.loss_chunk:
+        return chunked(loss, head_weights(head), x_RMD, targets, config.loss_chunk)
+    return loss(head, x_RMD, targets)
+
+
+def head_loss(
+    config: StepConfig, variables: Tree, x_RMD: jax.Array, targets: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, Metrics]:
+    """The loss and metrics of `rows_loss`, from the head's inputs.
+
+    Args:
+        config: of the step.
+        variables: Flax's collections, with the head's weights at least.
+        x_RMD: the head's inputs.
+        targets: the targets and their weights, both [R, M].
+    """
+    logits_RMV, (target_RM, weight_RM) = unembed(config.model, variables, x_RMD), targets
     norm_RM = jax.nn.logsumexp(logits_RMV, axis=-1)
-    target_RM, weight_RM = batch.targets, batch.loss_weights
     right_RM = jnp.take_along_axis(logits_RMV, target_RM[..., None], axis=-1)[..., 0]
     cross_entropy = jnp.sum(weight_RM * (norm_RM - right_RM))
     loss = cross_entropy + config.z_loss * jnp.sum(weight_RM * norm_RM**2)
