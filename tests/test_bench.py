@@ -47,10 +47,9 @@ def workdir(tmp_path_factory, tiny_folder):
         text = " ".join(random.choice(words, random.integers(4, 12)))
         lines.append(json.dumps({"passage": text, "label": ("no", "yes")[n % 2]}) + "\n")
     (root / "passages.jsonl").write_text("".join(lines))
-    config = cells.text_config(root, "passage") | {"train.batch": 16}
-    examples = cells.examples_file(root, "tiny", "passage")
+    config, examples = cells.cell_config(root, TINY), cells.examples_file(root, TINY)
     job = {"model": "tiny", "folders": cells.folders(root, "tiny")}
-    job |= {"texts": [{"config": config, "examples": examples}]}
+    job |= {"texts": [{"config": config, "length": 1, "examples": examples}]}
     inputs.write(job | {"passages": str(root / "passages.jsonl")})
     return root
 

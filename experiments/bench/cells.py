@@ -204,9 +204,13 @@ def folders(workdir: Path, model: str) -> dict[str, str]:
     return {dtype: str(workdir / "models" / f"{model}-{dtype}") for dtype in DTYPES}
 
 
-def examples_file(workdir: Path, model: str, text: str) -> str:
-    """Where the examples of all steps are."""
-    return str(workdir / "examples" / f"{model}-{text}.npz")
+def examples_file(workdir: Path, cell: Cell) -> str:
+    """Where the examples of all steps are.
+
+    A prompt before a T5's input takes room in the rows, and so decides which examples share a step.
+    """
+    own = f"-{cell.method}-{cell.length}".replace(", ", "-") if cell.model.startswith("t5") else ""
+    return str(workdir / "examples" / f"{cell.model}-{cell.text}{own}.npz")
 
 
 def text_config(workdir: Path, text: str) -> dict[str, Any]:
@@ -223,6 +227,12 @@ def text_config(workdir: Path, text: str) -> dict[str, Any]:
     }
 
 
+def cell_config(workdir: Path, cell: Cell) -> dict[str, Any]:
+    """Config keys of a cell, but for its model and length."""
+    own = OWN_CONFIG.get(cell.method, {"method.name": cell.method})
+    return text_config(workdir, cell.text) | {"train.batch": EXAMPLES} | own
+
+
 def job(task: Task, workdir: Path, *, best_threads: Mapping[str, int]) -> dict[str, Any]:
     """What a process is told.
 
@@ -232,7 +242,6 @@ def job(task: Task, workdir: Path, *, best_threads: Mapping[str, int]) -> dict[s
         best_threads: PEFT's, by dtype.
     """
     cell, dtype = task.cell, task.system.dtype
-    own = OWN_CONFIG.get(cell.method, {"method.name": cell.method})
     tried = sorted({1, cores()})
     best = best_threads.get(dtype, cores())
     return task.key | {
@@ -240,9 +249,9 @@ def job(task: Task, workdir: Path, *, best_threads: Mapping[str, int]) -> dict[s
         "start": task.process * SPAN,
         "limit": LIMIT,
         "rate": 1e-5 if cell.method == "full" else 1e-3,
-        "config": text_config(workdir, cell.text) | {"train.batch": EXAMPLES} | own,
+        "config": cell_config(workdir, cell),
         "folders": folders(workdir, cell.model),
-        "examples": examples_file(workdir, cell.model, cell.text),
+        "examples": examples_file(workdir, cell),
         "cache": str(workdir / "compiled"),
         "threads": tried if task.purpose == "threads" else [best],
     }

@@ -44,7 +44,7 @@ def write(job: Job) -> dict[str, Any]:
     """Writes what is not there yet: a folder a dtype, and each text's examples.
 
     A job has a "model" of the catalogue, its "folders" by dtype, the "texts" (each with its
-    "config" and the file of its "examples"), and the file of the "passages".
+    "config", prompt "length" and the file of its "examples"), and the file of the "passages".
     """
     for dtype, folder in job["folders"].items():
         if not Path(folder).exists():
@@ -55,7 +55,7 @@ def write(job: Job) -> dict[str, Any]:
     session = Session(Progress())
     for text in job["texts"]:
         if not Path(text["examples"]).exists():
-            method = {"method": "prompt", "length": 1, "folders": job["folders"]}
+            method = {"method": "prompt", "folders": job["folders"]}
             save_examples(text["examples"], settings(method | text), session)
     return {}
 
