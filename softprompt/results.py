@@ -89,12 +89,6 @@ def make_row(
     }
 
 
-@functools.cache
-def commit() -> str:
-    """Returns the result of `commit_now` at the first call in the process."""
-    return commit_now()
-
-
 def commit_now() -> str:
     """Returns the repository's commit, plus "-dirty" if files differ; "unknown" outside git."""
     root = Path(__file__).resolve().parents[1]
@@ -105,6 +99,9 @@ def commit_now() -> str:
         return _git(root, "rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+commit = functools.cache(commit_now)  # as it was at the first call in the process
 
 
 def _git(root: Path, *command: str) -> str:

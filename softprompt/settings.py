@@ -97,11 +97,7 @@ def summaries(options: Mapping[str, type[Settings]]) -> str:
 def check_value(key: str, value: Any, setting: Setting, *, where: str = "") -> None:
     """Checks a value of the key's type against its choices and its range.
 
-    Args:
-        key: as in "method.length".
-        value: of the key.
-        setting: of the key.
-        where: the configs that the check applies to, as in "for method.name=lora"; "" for all.
+    `where` are the configs that the check applies to, as in "for method.name=lora"; "" for all.
 
     Raises:
         UserError: names the key, the value and what is allowed.

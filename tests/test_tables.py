@@ -86,6 +86,9 @@ def test_a_mixture_is_as_uncertain_as_its_smallest_task():
     assert (table["low"][0], table["high"][0]) == pytest.approx((low, high))
     without = tables.summarise([mixed], {"name": len}, metric="macro_f1")
     assert without["low"].tolist() == [None], "no mean over examples"
+    del mixed["metrics"]["test"]["small/accuracy"]
+    table = tables.summarise([mixed], {"name": len})
+    assert (table["test accuracy"][0], table["low"][0]) == (0.7, None), "a task lacks the metric"
 
 
 def test_summary_groups_seeds():

@@ -30,15 +30,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Point:
-    """A mean over seeds.
-
-    Args:
-        x: its position.
-        mean: of `values`.
-        low: the lower end of its interval.
-        high: the upper end.
-        values: one for each seed.
-    """
+    """A mean over seeds at `x`, with the ends of its interval and the value of each seed."""
 
     x: float
     mean: float
@@ -57,13 +49,8 @@ def length_plot(
 ) -> Figure:
     """Draws scores against prompt length: a line for each series, a band for each baseline.
 
-    Args:
-        lines: series name -> points, drawn with their intervals, and small marks for seeds. An
-            empty series is not drawn but keeps its colour.
-        bands: baseline name -> its point, whose x is not used.
-        xlabel: label of the logarithmic axis.
-        ylabel: label of the vertical axis.
-        title: above the plot.
+    Points are drawn with their intervals, and with small marks for seeds. An empty series is not
+    drawn but keeps its colour. The x of a baseline's point is not used.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0))
@@ -96,12 +83,9 @@ def category_plot(
 ) -> Figure:
     """Draws scores by category, with a dot and its interval for each series, side by side.
 
-    Args:
-        series: series name -> category -> its point, whose x is not used; small marks are seeds.
-            Categories are drawn in the order of their first appearance.
-        bands: baseline name -> its point, drawn as a horizontal band.
-        ylabel: label of the vertical axis.
-        title: above the plot.
+    `series` maps a series and a category to a point, whose x is not used, `bands` a baseline to the
+    point of a horizontal band. Categories are in the order of their first appearance. Small marks
+    are seeds.
     """
     categories = list(dict.fromkeys(name for points in series.values() for name in points))
     width = 0.6 / max(1, len(series))  # of a series; categories are 1 apart
@@ -133,14 +117,7 @@ def named_points(
     ylabel: str,
     title: str = "",
 ) -> Figure:
-    """Draws points with their names beside them, joined in the order of x.
-
-    Args:
-        series: series name -> (x, y, the point's name).
-        xlabel: label of the logarithmic axis.
-        ylabel: label of the vertical axis.
-        title: above the plot.
-    """
+    """Draws points (x, y, name) with their names beside them, joined in the order of x."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0))
         axes = figure.subplots()

@@ -16,46 +16,44 @@ from softprompt.results import Row, cautions
 
 Interval = tuple[float, float]
 
-LEVEL = 0.95
+LEVEL = 0.95  # of confidence
 
 # Metrics that are a mean over examples of a number from 0 to 1: Wilson's interval covers them.
-# Macro F1 is none: it counts rare classes as much as frequent ones.
+# Macro F1 is not. Its interval needs how often each label was taken for each other one, which a row
+# does not have.
 MEANS_OF_EXAMPLES = ("accuracy", "exact_match", "f1")
 
 # Keys in which the trials of one group may differ: the seed, and what else is measured.
 IGNORED = {"seed", "eval.latency", "eval.text", "eval.text_tokens"}
 
 
-def wilson_interval(share: float, examples: int, level: float = LEVEL) -> Interval:
+def wilson_interval(share: float, examples: int) -> Interval:
     """Returns Wilson's score interval for a share of examples.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = float(stats.norm.ppf((1 + LEVEL) / 2))
     scale = 1 + z**2 / examples
     middle = (share + z**2 / (2 * examples)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / examples + z**2 / (4 * examples**2))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def mean_interval(tasks: Sequence[tuple[float, int]], level: float = LEVEL) -> Interval:
+def mean_interval(tasks: Sequence[tuple[float, int]]) -> Interval:
     """Returns an interval of the unweighted mean over tasks of a share of examples.
 
-    For one task it is Wilson's. For several, the distances from each share to its own limits are
-    combined as independent errors are.
+    A task is its share and its number of examples, at least 1. For one task it is Wilson's
+    interval. For several, the distances from each share to its own limits are combined as
+    independent errors are.
     Source: Zou and Donner 2008, "Construction of confidence limits about effect measures".
-
-    Args:
-        tasks: the share and the number of examples (at least 1) of each task.
-        level: of confidence.
     """
     shares = np.array([share for share, _ in tasks])
-    limits = np.array([wilson_interval(share, examples, level) for share, examples in tasks])
+    limits = np.array([wilson_interval(share, examples) for share, examples in tasks])
     below, above = np.linalg.norm(limits - shares[:, None], axis=0) / len(tasks)
     return float(shares.mean() - below), float(shares.mean() + above)
 
 
-def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]], level: float = LEVEL) -> Interval:
+def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]]) -> Interval:
     """Returns an interval in [0, 1] of the mean over seeds, all tested on the same examples.
 
     Two variances are added: that of the sample of test examples, which more seeds do not reduce,
@@ -67,30 +65,26 @@ def seeds_interval(seeds: Sequence[Sequence[tuple[float, int]]], level: float = 
 
     Args:
         seeds: the `tasks` of `mean_interval` for each seed, in the same order.
-        level: of confidence.
     """
     pooled = [
         (float(np.mean([share for share, _ in task])), min(examples for _, examples in task))
         for task in zip(*seeds, strict=True)
     ]
     means = [float(np.mean([share for share, _ in seed])) for seed in seeds]
-    mean, z = float(np.mean(means)), float(stats.norm.ppf((1 + level) / 2))
-    below, above = (abs(limit - mean) / z for limit in mean_interval(pooled, level))
+    mean, z = float(np.mean(means)), float(stats.norm.ppf((1 + LEVEL) / 2))
+    below, above = (abs(limit - mean) / z for limit in mean_interval(pooled))
     between = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     freedom = math.inf
     if between:
         whole = math.hypot((below + above) / 2, between)
         freedom = (len(means) - 1) * (whole / between) ** 4
-    t = float(stats.t.ppf((1 + level) / 2, freedom))
+    t = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
     low, high = mean - t * math.hypot(below, between), mean + t * math.hypot(above, between)
     return max(0.0, low), min(1.0, high)
 
 
 def summarise(
-    rows: Sequence[Row],
-    by: Mapping[str, Callable[[Row], object]],
-    *,
-    metric: str = "accuracy",
+    rows: Sequence[Row], by: Mapping[str, Callable[[Row], object]], *, metric: str = "accuracy"
 ) -> pd.DataFrame:
     """Returns one line a group of trials that differ in their seed only.
 
@@ -130,11 +124,7 @@ def without_empty(table: pd.DataFrame, *names: str) -> pd.DataFrame:
 def by_differences(
     rows: Sequence[Row], *, ignored: Collection[str] = IGNORED
 ) -> dict[str, list[Row]]:
-    """Groups rows by the scientific config keys in which they differ.
-
-    Args:
-        rows: result rows.
-        ignored: config keys that are not looked at.
+    """Groups rows by the scientific config keys in which they differ, except `ignored` ones.
 
     Returns:
         The rows by their values of these keys, such as "train.steps=100"; "" where none differs.
@@ -184,10 +174,12 @@ def _scores(rows: Sequence[Row], split: str, metric: str) -> list[dict[str, Any]
 
 
 def _tasks(scores: Mapping[str, Any], metric: str) -> list[tuple[float, int]]:
-    """A metric and the number of examples, of each task of a mixture that has some."""
+    """The metric and number of examples of each task that has some; [] if one lacks the metric."""
     names = [name.removesuffix("examples") for name in scores if name.endswith("/examples")]
     counts = {name: scores.get(f"{name}examples") for name in names or [""]}
-    return [(scores[f"{name}{metric}"], count) for name, count in counts.items() if count]
+    found = [(scores.get(f"{name}{metric}"), count) for name, count in counts.items() if count]
+    known = [(share, count) for share, count in found if share is not None]
+    return known if len(known) == len(found) else []
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -307,14 +299,8 @@ def to_latex(table: pd.DataFrame, caption: str = "") -> str:
     """Returns a LaTeX table (it needs booktabs), every special character escaped."""
     texts = table.map(_cell)
     aligned = "".join("r" if _is_numeric(table[name]) else "l" for name in table.columns)
-    return texts.to_latex(
-        index=False, escape=True, column_format=aligned, caption=_escape(caption) or None
-    )
-
-
-def _escape(text: str) -> str:
-    """The caption with LaTeX's special characters escaped."""
-    return "".join(f"\\{sign}" if sign in "%&#_$" else sign for sign in text)
+    caption = "".join(f"\\{sign}" if sign in "%&#_$" else sign for sign in caption)
+    return texts.to_latex(index=False, escape=True, column_format=aligned, caption=caption or None)
 
 
 def _cell(value: object) -> str:

@@ -24,31 +24,3 @@ from softprompt.config.values import (
     weights_key,
 )
 from softprompt.settings import coerce
-
-__all__ = [
-    "ConfigDict",
-    "Key",
-    "base_config",
-    "chooses",
-    "coerce",
-    "describe",
-    "differences",
-    "flatten",
-    "from_dict",
-    "members",
-    "method_settings",
-    "of_task",
-    "optimizer_settings",
-    "reads",
-    "resolve",
-    "scientific",
-    "set_key",
-    "start_settings",
-    "task_names",
-    "to_dict",
-    "trial_id",
-    "trial_name",
-    "unknown_key",
-    "validate",
-    "weights_key",
-]

@@ -10,6 +10,10 @@ from softprompt.config.schema import ALWAYS_ALLOWED, CHOOSERS, KEYS, METHOD_SETT
 from softprompt.errors import UserError
 from softprompt.settings import Setting, Settings, check_value, keys
 
+# Keys that change what training computes, and must be off for a method that trains nothing. Others
+# of training, such as the number of steps, may be set, since config files set them for all methods.
+OFF_UNTRAINED = ("train.ema", "train.dropout", "optimizer.max_row_norm")
+
 
 def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, type[Settings]]]:
     """The settings classes of a config, each with the choice that adds it.
@@ -98,6 +102,11 @@ def check_used(values: Mapping[str, Any]) -> None:
             raise UserError(
                 f"config key {name!r} is {values[name]!r}; allowed: {key.default!r} without "
                 f"{' or '.join(own[name].needs)}"
+            )
+        if name in OFF_UNTRAINED and not METHOD_SETTINGS[values["method.name"]].trains:
+            raise UserError(
+                f"config key {name!r} is {values[name]!r}; allowed: {key.default!r} with "
+                f"method.name={values['method.name']}, which trains nothing"
             )
 
 

@@ -22,9 +22,7 @@ from softprompt.errors import UserError, nearest
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     """Parses a config file's argument, "length=5,small", into the types of `defaults`.
 
-    Args:
-        arg: comma-separated key=value pairs; a key without a value is True.
-        **defaults: all allowed keys, with their defaults.
+    These are all allowed keys. A key without a value is True.
 
     Returns:
         A locked ConfigDict with all keys.

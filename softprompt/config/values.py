@@ -22,6 +22,7 @@ from softprompt.config.schema import (
     TASK_KEYS,
     base_config,
 )
+from softprompt.data.tasks import get_task
 from softprompt.errors import UserError
 from softprompt.methods.base import MethodSettings
 from softprompt.methods.initializers import INITIALIZERS, Start
@@ -214,7 +215,8 @@ def resolve(
     """Returns a copy in which no scientific key is "auto", as a trial stores it.
 
     The dtype becomes the one that trains faster: bfloat16 on an accelerator and, from jax 0.12 on,
-    on a CPU with bfloat16 instructions; float32 elsewhere.
+    on a CPU with bfloat16 instructions; float32 elsewhere. The default of `eval.metric`, accuracy,
+    becomes the first metric of tasks that do not have it, such as free-text tasks.
 
     Args:
         config: a config, resolved or not.
@@ -230,7 +232,19 @@ def resolve(
         major, minor = (int(part) for part in (jax_version or jax.__version__).split(".")[:2])
         on_cpu = (major, minor) >= (0, 12) and multiplies_bfloat16(cpu_flags or read_cpu_flags())
         resolved.model.dtype = "bfloat16" if backend != "cpu" or on_cpu else "float32"
+    if resolved.eval.metric == "accuracy":
+        metrics = [_metrics(one) for one in members(resolved)]
+        if not any("accuracy" in names for names in metrics):
+            resolved.eval.metric = metrics[0][0]
     return resolved
+
+
+def _metrics(config: ConfigDict) -> list[str]:
+    """The names of a task's metrics, its first evaluator's first."""
+    try:
+        return [name for names in get_task(config.task).metrics.values() for name in names]
+    except UserError:  # raised again when the task is read
+        return ["accuracy"]
 
 
 def multiplies_bfloat16(cpu_flags: str) -> bool:

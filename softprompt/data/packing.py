@@ -153,9 +153,7 @@ def choose_rows(sizes_SB: np.ndarray, *, used: float, multiple: int) -> tuple[in
 def best_fit(sizes: Iterable[int], capacity: int) -> list[int]:
     """Puts each item, in the order given, into the fullest row that still has room for it.
 
-    Args:
-        sizes: the items' sizes, none above `capacity`; descending order packs best.
-        capacity: the size of a row.
+    Descending sizes, none above `capacity`, pack best.
 
     Returns:
         The row of each item; rows are numbered in the order in which they are opened.

@@ -179,10 +179,6 @@ class TrainSource:
         rows = replace(batch.rows, examples=row_examples(*places, shape))
         return replace(batch, rows=rows)
 
-    def example_ids(self, step: int) -> list[str]:
-        """The ids of a step's examples, in the order of its places."""
-        return [self.encoded.ids[example] for example in self.places(step)[0]]
-
     def tokens(self, step: int) -> int:
         """Positions of a step's rows (an encoder-decoder's encoder's) that are not padding."""
         return int(self.lengths_N[self.places(step)[0]].sum())

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MULTIPLE = 64  # of the tokens in a row, so that few shapes are compiled
+
 
 @dataclass(frozen=True)
 class InputBatch:
@@ -21,22 +23,14 @@ class InputBatch:
     example_B: np.ndarray
 
 
-def input_batches(
-    inputs: Sequence[Sequence[int] | np.ndarray], *, batch: int, multiple: int = 64
-) -> list[InputBatch]:
-    """Batches inputs of similar length.
-
-    Args:
-        inputs: token ids of each example.
-        batch: B, examples in a batch; empty rows fill the last batch.
-        multiple: T is a multiple of this, so that few shapes are compiled.
-    """
+def input_batches(inputs: Sequence[Sequence[int] | np.ndarray], *, batch: int) -> list[InputBatch]:
+    """Batches inputs of similar length, `batch` at a time; empty rows fill the last batch."""
     lengths_N = np.array([len(tokens) for tokens in inputs])
     order = np.argsort(lengths_N, kind="stable")
     batches = []
     for first in range(0, len(order), batch):
         members = order[first : first + batch]
-        longest = -(-int(lengths_N[members].max()) // multiple) * multiple
+        longest = -(-int(lengths_N[members].max()) // MULTIPLE) * MULTIPLE
         tokens_BT = np.zeros((batch, longest), np.int32)
         for row, example in enumerate(members.tolist()):
             tokens_BT[row, : lengths_N[example]] = inputs[example]

@@ -4,16 +4,15 @@ Source: the rules are those of `generate(num_beams=..., early_stopping=False)` o
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from softprompt.errors import UserError
 from softprompt.inference.batches import InputBatch, slots_for
-from softprompt.inference.decode import NO_TOKEN, Inputs, Report, cut, over_batches
+from softprompt.inference.decode import NO_TOKEN, Inputs, cut, over_batches
 from softprompt.inference.kv_cache import Cache, Tree, empty_cache, extend
 from softprompt.models import Model
 
@@ -109,18 +108,10 @@ def search(
     beams: int,
     new: int,
 ) -> jax.Array:
-    """The best sequence [B, new] of each input.
+    """The best sequence [B, new] of each input; `real_B` is true where a row has an example.
 
-    Args:
-        model: a decoder or a T5.
-        weights: its frozen weights.
-        shared: the method's variables and the context.
-        memory: from `prefill`; the same for all beams of an input.
-        logits_BV: of the first new token.
-        real_B: true where a row has an example.
-        rules: see `Rules`.
-        beams: C.
-        new: N, the most new tokens.
+    The other arguments are as for `decode`. The memory of an input is the same for all of its
+    beams.
     """
 
     def step_beams(old: Beams, logits_BCV: jax.Array, count: Any) -> tuple[Beams, jax.Array]:
@@ -172,10 +163,7 @@ def beam_search(
     eos_id: int | None,
     length_penalty: float = 1.0,
     batch: int = 8,
-    room: int = 0,
-    mesh: Mesh | None = None,
-    which: Sequence[int] | None = None,
-    progress: Report = lambda done, total: None,
+    **options: Any,
 ) -> list[list[int]]:
     """Continues each input with the best sequence of a beam search.
 
@@ -190,10 +178,7 @@ def beam_search(
         length_penalty: sequences are ranked by log-probability / length ** penalty, where the
             length includes EOS; a value above 0 favours long ones.
         batch: examples in a batch.
-        room: as for `generate`.
-        mesh: as for `generate`.
-        which: as for `generate`.
-        progress: as for `generate`.
+        **options: room, mesh, which and progress, as for `generate`.
 
     Returns:
         Generated ids of each example.
@@ -210,7 +195,6 @@ def beam_search(
         real_B = batch.example_B >= 0
         return search_function(model)(weights, shared, memory, logits_BV, real_B, rules, **sizes)
 
-    options: dict[str, Any] = {"max_new": max_new, "batch": batch, "room": room, "mesh": mesh}
-    options |= {"which": which, "progress": progress}
-    outputs = over_batches(model, weights, shared, inputs, run, **options)
+    given = model, weights, shared, inputs, run
+    outputs = over_batches(*given, max_new=max_new, batch=batch, **options)
     return [cut(out_N, max_new, rules.eos_id) for out_N in outputs]

@@ -181,8 +181,8 @@ def over_batches(
     *,
     max_new: int,
     batch: int,
-    room: int,
-    mesh: Mesh | None,
+    room: int = 0,
+    mesh: Mesh | None = None,
     which: Sequence[int] | None = None,
     progress: Report = lambda done, total: None,
 ) -> list[np.ndarray]:

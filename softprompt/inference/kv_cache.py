@@ -74,14 +74,8 @@ def extend(
 ) -> tuple[jax.Array, Cache]:
     """Runs one new token of every row, or of every beam of every row.
 
-    Args:
-        model: as for `prefill`.
-        weights: as for `prefill`.
-        shared: as for `prefill`.
-        memory: from `prefill`.
-        cache: of the tokens generated before.
-        tokens: [B], or [B, C] for beams.
-        nth: the number of tokens generated before, which is the slot of these.
+    The first arguments are as for `prefill`, which made `memory`. `cache` holds the `nth` tokens
+    that were generated before. `tokens` is [B], or [B, C] for beams.
 
     Returns:
         Logits [B, V] or [B, C, V] of the next token, and the cache with these tokens.

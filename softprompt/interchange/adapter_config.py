@@ -14,29 +14,23 @@ from softprompt.methods import METHODS
 VERSION = "0.21.2"  # of peft, whose format this is
 
 _COMMON: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
+    **dict.fromkeys(
+        "auto_mapping base_model_name_or_path modules_to_save revision task_type".split()
+    ),
     "inference_mode": True,
-    "modules_to_save": None,
     "peft_version": VERSION,
-    "revision": None,
-    "task_type": None,
 }
-_PROMPT: dict[str, Any] = {
-    **_COMMON,
-    "num_attention_heads": None,
-    "num_layers": None,
-    "num_transformer_submodules": None,
-    "num_virtual_tokens": None,
-    "token_dim": None,
-}
-_TUNED: dict[str, Any] = {
+_PROMPT = _COMMON | dict.fromkeys(
+    "num_attention_heads num_layers num_transformer_submodules num_virtual_tokens token_dim".split()
+)
+_TUNED = {
     **_PROMPT,
     "prompt_tuning_init": "RANDOM",
     "prompt_tuning_init_text": None,
     "tokenizer_kwargs": None,
     "tokenizer_name_or_path": None,
 }
+# PEFT's type -> the fields of its config and their defaults.
 FIELDS: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": _TUNED,
     "P_TUNING": {
@@ -61,39 +55,26 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "LORA": {
         **_COMMON,
-        "alora_invocation_tokens": None,
+        **dict.fromkeys(
+            "alora_invocation_tokens arrow_config corda_config eva_config exclude_modules"
+            " kasa_config layer_replication layers_pattern layers_to_transform lora_ga_config"
+            " megatron_config monteclora_config target_modules target_parameters"
+            " trainable_token_indices use_bdlora velora_config".split()
+        ),
+        **dict.fromkeys(
+            "ensure_weight_tying fan_in_fan_out lora_bias use_dora use_qalora use_rslora".split(),
+            False,
+        ),
         "alpha_pattern": {},
-        "arrow_config": None,
         "bias": "none",
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "kasa_config": None,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
         "loftq_config": {},
         "lora_alpha": 8,
-        "lora_bias": False,
         "lora_dropout": 0.0,
-        "lora_ga_config": None,
-        "megatron_config": None,
         "megatron_core": "megatron.core",
-        "monteclora_config": None,
         "qalora_group_size": 16,
         "r": 8,
         "rank_pattern": {},
-        "target_modules": None,
-        "target_parameters": None,
-        "trainable_token_indices": None,
-        "use_bdlora": None,
-        "use_dora": False,
-        "use_qalora": False,
-        "use_rslora": False,
-        "velora_config": None,
     },
     "IA3": {
         **_COMMON,
@@ -107,30 +88,15 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 # Fields that change what the tensors mean or add others: read only at the default.
 _ONLY_DEFAULT = (
-    "modules_to_save",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "megatron_config",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
+    "modules_to_save alora_invocation_tokens arrow_config kasa_config layer_replication lora_bias"
+    " megatron_config monteclora_config target_parameters trainable_token_indices use_bdlora"
+    " use_qalora velora_config"
+).split()
 
 # Fields that select or scale modules. What we write says that itself, so that an imported adapter's
 # are not written again.
 _SELECTING = (
-    "alpha_pattern",
-    "bias",
-    "exclude_modules",
-    "layers_pattern",
-    "layers_to_transform",
-    "rank_pattern",
+    "alpha_pattern bias exclude_modules layers_pattern layers_to_transform rank_pattern".split()
 )
 
 # Starts of a LoRA that leave the base model's weights as they are.
@@ -226,10 +192,7 @@ def check_config(config: Mapping[str, Any], *, encoder_decoder: bool, file: str)
     if start not in _LORA_STARTS:
         allowed = ", ".join(map(repr, _LORA_STARTS))
         raise refuse(
-            file,
-            "init_lora_weights",
-            start,
-            f"{allowed} (others change the base model's weights)",
+            file, "init_lora_weights", start, f"{allowed} (others change the base model's weights)"
         )
     return _method({**fields, **config}, file)
 

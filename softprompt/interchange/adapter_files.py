@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from softprompt.errors import UserError
-from softprompt.files import write_bytes, write_text
+from softprompt.files import read_json, write_bytes, write_text
 from softprompt.methods.delta_file import KEY
-from softprompt.pretrained.hf import read_json
 from softprompt.pretrained.tensor_files import ALL, open_file
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -56,16 +55,11 @@ def tensors_bytes(tensors: Mapping[str, np.ndarray], provenance: Mapping[str, An
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def config_text(config: Mapping[str, Any]) -> str:
-    """The text of adapter_config.json."""
-    return json.dumps(config, indent=2, sort_keys=True)
-
-
 def write_adapter(folder: epath.PathLike, adapter: Adapter) -> None:
     """Writes the two files into a folder, local or gs://; the config last."""
     folder = epath.Path(folder)
     write_bytes(folder / TENSORS, tensors_bytes(adapter.tensors, adapter.provenance))
-    write_text(folder / CONFIG, config_text(adapter.config))
+    write_text(folder / CONFIG, json.dumps(adapter.config, indent=2, sort_keys=True))
 
 
 def read_adapter(folder: Path) -> Adapter:

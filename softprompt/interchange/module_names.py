@@ -98,10 +98,7 @@ def _projections(config: ModelConfig) -> Iterable[tuple[str, LinearModule]]:
             inputs = kernels[kernel][: -len(part.leaf)]
             name, (outputs,) = part.name.removesuffix(".bias"), part.source
             path = path.removesuffix("/bias")
-            yield (
-                path,
-                LinearModule(name, config.layers, inputs, outputs, {path: part.convert}),
-            )
+            yield (path, LinearModule(name, config.layers, inputs, outputs, {path: part.convert}))
 
 
 def _own_module(path: str, part: TensorRule) -> LinearModule:

@@ -112,11 +112,7 @@ def _vectors(name: str) -> dict[str, Mapping[str, str]]:
 
 
 def check_context(
-    leaves: Mapping[str, np.ndarray],
-    model: ModelConfig,
-    method: Mapping[str, Any],
-    *,
-    reader: str,
+    leaves: Mapping[str, np.ndarray], model: ModelConfig, method: Mapping[str, Any], *, reader: str
 ) -> None:
     """Refuses a prompt or prefix that another program would put elsewhere; passes anything else.
 

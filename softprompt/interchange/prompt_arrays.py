@@ -33,12 +33,7 @@ def is_array(file: Path) -> bool:
 
 
 def to_npy(delta: Mapping[str, Any], model: ModelConfig, method: Mapping[str, Any]) -> bytes:
-    """The bytes of a prompt's .npy file, float32.
-
-    Args:
-        delta: a tree of dicts, folded.
-        model: the config of the model that it was trained on.
-        method: the method section of the config that trained it.
+    """The bytes of a prompt's .npy file, float32; the arguments are as for `to_peft`.
 
     Raises:
         UserError: the delta is not one prompt, or it would be read as another.

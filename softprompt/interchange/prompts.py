@@ -16,6 +16,7 @@ from softprompt.interchange.adapter_files import Adapter
 from softprompt.interchange.module_names import ModelConfig
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
+from softprompt.pretrained.name_tables import mismatches
 
 Leaves = dict[str, np.ndarray]
 ROWS, COLS, TASK_ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
@@ -150,17 +151,8 @@ def check_tensors(adapter: Adapter, wanted: Mapping[str, tuple[int, ...]]) -> No
         UserError: lists the missing, unexpected and misshapen tensors.
     """
     found = {name: tensor.shape for name, tensor in adapter.tensors.items()}
-    kinds = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys()),
-        "misshapen": [
-            f"{name} {list(found[name])} (expected {list(shape)})"
-            for name, shape in sorted(wanted.items())
-            if name in found and found[name] != shape
-        ],
-    }
-    problems = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
-    if problems:
+    kinds = mismatches(found, wanted).items()
+    if problems := [f"{kind}: {some(names)}" for kind, names in kinds]:
         raise UserError(
             f"{adapter.file}: tensors do not match its config and the model; {'; '.join(problems)}"
         )

@@ -23,17 +23,5 @@ from softprompt.methods import (
 
 METHODS: dict[str, ModuleType] = {
     module.Settings.name: module
-    for module in (
-        prompt,
-        multitask,
-        prefix,
-        lora,
-        dora,
-        adapter,
-        bitfit,
-        ia3,
-        full,
-        none,
-        fewshot,
-    )
+    for module in (prompt, multitask, prefix, lora, dora, adapter, bitfit, ia3, full, none, fewshot)
 }

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from softprompt.methods.base import MethodSettings, Setup
+from softprompt.methods.base import MethodSettings, Setup, as_stored, unchanged
 from softprompt.methods.sites import delta_dtype, keys_by_path, projections
 from softprompt.models import Model
 from softprompt.settings import setting
 
 STDDEV = 0.01  # of the initial "down" (arXiv 1902.00751, section 3.6)
+
+variables, fold = as_stored, unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Settings(MethodSettings):
     bottleneck: int = setting(64, "width of the hidden layer", low=1)
     placement: str = setting(
         "houlsby",
-        "houlsby (after attention and after the feed-forward) or pfeiffer (only the latter)",
+        "where networks are added: houlsby (after attention and after the feed-forward) or "
+        "pfeiffer (after the feed-forward)",
         choices=("houlsby", "pfeiffer"),
     )
 
@@ -69,15 +72,3 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: AdapterConfig) -> dict
             f"{path}_adapter/up_bias": jnp.zeros((layers, width), dtype),
         }
     return unflatten_dict(leaves, sep="/")
-
-
-def variables(
-    delta: dict[str, Any], weights: Any, cfg: AdapterConfig, task_ids: jax.Array | None
-) -> dict[str, Any]:
-    """The adapters, at the paths where the layers read them."""
-    return delta
-
-
-def fold(delta: dict[str, Any], cfg: AdapterConfig) -> dict[str, Any]:
-    """Returns the delta unchanged."""
-    return delta

@@ -26,8 +26,8 @@ def bos_setting(*choices: str) -> Any:
     """The key `method.bos` with the values that a method allows."""
     return setting(
         "after",
-        "after (BOS begins the text, after the prompt, if the tokenizer adds one; as in PEFT), "
-        "before (BOS always comes first, before a prompt if there is one) or none",
+        "where BOS is: after (it begins the text, which follows the prompt, if the tokenizer adds "
+        "one; as in PEFT), before (always, and before the prompt) or none",
         choices=choices,
     )
 
@@ -136,19 +136,19 @@ class TrainedContextSettings(MethodSettings):
 
     is_context = True
 
-    length: int = setting(20, "length P, in vectors; 0 is the model without a prompt", low=0)
+    length: int = setting(20, "number of vectors; 0 is the model without a prompt", low=0)
     init: str = setting(
         "vocabulary",
-        f"initialisation: {summaries(initializers.INITIALIZERS)}",
+        f"initial values: {summaries(initializers.INITIALIZERS)}",
         choices=initializers.INITIALIZERS,
     )
     place: str = setting(
         "encoder",
-        "encoder-decoders: before the encoder's input, the decoder's, or both",
+        "encoder-decoders: whose input the prompt comes before: the encoder's, the decoder's, both",
         choices=("encoder", "decoder", "both"),
     )
     prompt_to_input: bool = setting(
-        True, "encoder-decoders: prompt and input attend to each other, as in the paper"
+        True, "encoder-decoders: whether the prompt attends to the input, as in the paper"
     )
 
     def label(self) -> str:
@@ -187,6 +187,20 @@ class TrainedContextSettings(MethodSettings):
                 f"model's context of {setup.sizes.context_length} less task.max_input and "
                 f"task.max_target{more})"
             )
+
+
+def no_configuration(settings: MethodSettings, setup: Setup) -> None:
+    """The `resolve` of a method that needs no static configuration."""
+
+
+def as_stored(delta: Any, weights: Any, cfg: Any, task_ids: Any) -> Any:
+    """The `variables` of a method whose delta has the paths at which modules read it."""
+    return delta
+
+
+def unchanged(delta: Any, cfg: Any) -> Any:
+    """The `fold` of a method that stores what it trains."""
+    return delta
 
 
 def wants_bos(bos: str, tokenizer: Tokenizer) -> bool:

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from softprompt.methods.base import MethodSettings, Setup
+from softprompt.methods.base import MethodSettings, as_stored, no_configuration, unchanged
 from softprompt.methods.sites import delta_dtype, norms, projections
 from softprompt.models import Model
+
+resolve, variables, fold = no_configuration, as_stored, unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +26,6 @@ class Settings(MethodSettings):
     """Every bias, and nothing else."""
 
     name = "bitfit"
-
-
-def resolve(settings: Settings, setup: Setup) -> None:
-    """Returns None: BitFit has no configuration."""
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any]:
@@ -38,13 +36,3 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any
     return unflatten_dict(
         {f"{path}/bias": jnp.zeros(shape, dtype) for path, shape in shapes.items()}, sep="/"
     )
-
-
-def variables(delta: dict[str, Any], weights: Any, cfg: None, task_ids: Any) -> dict[str, Any]:
-    """The biases, at the paths where projections and norms read them."""
-    return delta
-
-
-def fold(delta: dict[str, Any], cfg: None) -> dict[str, Any]:
-    """Returns the delta unchanged."""
-    return delta

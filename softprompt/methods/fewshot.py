@@ -12,13 +12,22 @@ import numpy as np
 
 from softprompt.data.encode import Encoded
 from softprompt.errors import UserError
-from softprompt.methods.base import Context, MethodSettings, Setup, bos_setting, wants_bos
+from softprompt.methods.base import (
+    Context,
+    MethodSettings,
+    Setup,
+    bos_setting,
+    unchanged,
+    wants_bos,
+)
 from softprompt.models import Model
 from softprompt.models.quantize import embedding
 from softprompt.settings import setting
 
 if TYPE_CHECKING:  # this import loads the readers of all model formats
     from softprompt.pretrained.loading import Loaded
+
+fold = unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +99,6 @@ def variables(delta: Any, weights: Any, cfg: FewshotConfig, task_ids: Any) -> di
     rows_PD = embedding({name: leaf[tokens_P] for name, leaf in weights["embed"].items()})
     prompt = {"prompt": rows_PD * jnp.asarray(cfg.embed_scale, rows_PD.dtype)}
     return {place: prompt for place in cfg.places} if cfg.places else prompt
-
-
-def fold(delta: Any, cfg: FewshotConfig) -> Any:
-    """Returns the delta unchanged."""
-    return delta
 
 
 def few_shot_tokens(

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.errors import UserError
-from softprompt.methods.base import MethodSettings, Setup
+from softprompt.methods.base import MethodSettings, no_configuration, unchanged
 from softprompt.models import Model
+
+resolve, fold = no_configuration, unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +23,6 @@ class Settings(MethodSettings):
 
     name = "full"
     trains_weights = True
-
-
-def resolve(settings: Settings, setup: Setup) -> None:
-    """Returns None: full fine-tuning has no configuration."""
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any]:
@@ -46,11 +44,6 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, Any
 def variables(delta: dict[str, Any], weights: Any, cfg: None, task_ids: Any) -> dict[str, Any]:
     """The trained weights, which replace the frozen weights of the same names."""
     return {"params": delta}
-
-
-def fold(delta: dict[str, Any], cfg: None) -> dict[str, Any]:
-    """Returns the delta unchanged."""
-    return delta
 
 
 def merge(delta: dict[str, Any], weights: dict[str, Any], cfg: None) -> dict[str, Any]:

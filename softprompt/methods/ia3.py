@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from softprompt.methods.base import MethodSettings, Setup
+from softprompt.methods.base import MethodSettings, Setup, as_stored, unchanged
 from softprompt.methods.sites import delta_dtype, names, targeted
 from softprompt.models import Model
 from softprompt.settings import setting
+
+variables, fold = as_stored, unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Settings(MethodSettings):
     name = "ia3"
     may_leave_out = True
 
-    targets: str = setting("", 'names of projections; "" is k,v,down')
+    targets: str = setting("", 'projections to change; "" is k,v,down')
 
 
 PEFT = {"peft_type": "IA3"}
@@ -57,15 +59,3 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: Ia3Config) -> dict[str
     return unflatten_dict(
         {path: jnp.ones(shape, delta_dtype(weights)) for path, shape in shapes.items()}, sep="/"
     )
-
-
-def variables(
-    delta: dict[str, Any], weights: Any, cfg: Ia3Config, task_ids: jax.Array | None
-) -> dict[str, Any]:
-    """The factors, at the paths where the projections read them."""
-    return delta
-
-
-def fold(delta: dict[str, Any], cfg: Ia3Config) -> dict[str, Any]:
-    """Returns the delta unchanged."""
-    return delta

@@ -173,7 +173,7 @@ class UniformPaper(Uniform):
 class Vocabulary(Start):
     """Embeddings of common tokens."""
 
-    common_tokens: int = setting(5000, "sample from this many most common tokens", low=1)
+    common_tokens: int = setting(5000, "how many of the most common tokens are sampled from", low=1)
     common_text: str = setting(
         "train", "the text whose tokens are counted: train (the train split) or a text file's path"
     )
@@ -237,11 +237,9 @@ class Text(Start):
 class File(Vocabulary):
     """The vectors of a trained prompt, then embeddings of common tokens."""
 
-    init_file: str = setting(
-        "", "a delta.safetensors; its prompt is truncated or extended to `length`"
-    )
+    init_file: str = setting("", "a delta.safetensors, whose prompt is cut or extended to `length`")
     init_any_weights: bool = setting(
-        False, "also start from a prompt that was trained on other weights", scientific=False
+        False, "accept a prompt that was trained on other weights", scientific=False
     )
 
     def check(self) -> None:

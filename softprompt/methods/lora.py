@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.errors import UserError
-from softprompt.methods.base import MethodSettings, Setup
+from softprompt.methods.base import MethodSettings, Setup, unchanged
 from softprompt.methods.sites import delta_dtype, keys_by_path, names, targeted
 from softprompt.models import Model
 from softprompt.models.quantize import VALUES
@@ -25,6 +25,8 @@ from softprompt.settings import setting
 
 SHARED = "qkv"  # the target whose A is shared
 PEFT = {"peft_type": "LORA", "use_dora": False}
+
+fold = unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +41,12 @@ class Settings(MethodSettings):
     rank: int = setting(8, "Z, the rank of a projection's change", low=1)
     alpha: float = setting(16.0, "the change is scaled by alpha / rank", low=0)
     dropout: float = setting(
-        0.0,
-        "dropout rate of the input of A (PEFT's lora_dropout); 0 is off",
-        low=0,
-        high=0.999999,
+        0.0, "dropout rate of the input of A (PEFT's lora_dropout); 0 is off", low=0, high=0.999999
     )
     rslora: bool = setting(False, "scale the change by alpha / sqrt(rank) instead")
     targets: str = setting(
         "",
-        "names of projections, such as q,v or q,k,v,o,gate,up,down; qkv has one A for all three; "
+        "projections to change, such as q,v or q,k,v,o,gate,up,down; qkv has one A for all three; "
         '"" is q,v',
     )
 
@@ -141,11 +140,6 @@ def factors(delta: dict[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
         elif scope.endswith(f"/{SHARED}") and name != "lora_a":
             found[f"{scope.removesuffix(SHARED)}{name}"] = leaves[f"{scope}/lora_a"], leaf
     return found
-
-
-def fold(delta: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:
-    """Returns the delta unchanged: the factors are what is stored."""
-    return delta
 
 
 def merge(delta: dict[str, Any], weights: dict[str, Any], cfg: LoraConfig) -> dict[str, Any]:

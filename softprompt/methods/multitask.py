@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 from softprompt.errors import UserError
 from softprompt.methods import prompt
-from softprompt.methods.base import Context, Setup, TrainedContextSettings
+from softprompt.methods.base import Context, Setup, TrainedContextSettings, unchanged
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models import Model
 from softprompt.settings import setting
+
+fold = unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Settings(TrainedContextSettings):
     is_prompt = True
     per_task = True
 
-    place: str = setting("encoder", "before the encoder's input", choices=("encoder",))
+    place: str = setting(
+        "encoder", "encoder-decoders: before the encoder's input", choices=("encoder",)
+    )
     rank: int = setting(8, "Z, the rank of a task's factor", low=1)
 
 
@@ -114,8 +118,3 @@ def _prompts(part: dict[str, jax.Array], task_ids: jax.Array | None) -> dict[str
     if task_ids is not None:
         cols_NPZ, rows_NZD = cols_NPZ[task_ids], rows_NZD[task_ids]
     return {"prompt": part["prompt"] * jnp.einsum("npz,nzd->npd", cols_NPZ, rows_NZD)}
-
-
-def fold(delta: dict[str, Any], cfg: MultitaskConfig) -> dict[str, Any]:
-    """Returns the delta unchanged: the factors are what is stored."""
-    return delta

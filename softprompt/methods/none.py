@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 
-from softprompt.methods.base import MethodSettings, Setup, bos_setting
+from softprompt.methods.base import MethodSettings, bos_setting, no_configuration, unchanged
 from softprompt.models import Model
+
+resolve, fold = no_configuration, unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +25,6 @@ class Settings(MethodSettings):
         return "zero-shot"
 
 
-def resolve(settings: Settings, setup: Setup) -> None:
-    """Returns None: there is no configuration."""
-
-
 def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, jax.Array]:
     """Returns an empty delta."""
     return {}
@@ -35,8 +33,3 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: None) -> dict[str, jax
 def variables(delta: Any, weights: Any, cfg: None, task_ids: jax.Array | None) -> Any:
     """Returns no variables."""
     return {}
-
-
-def fold(delta: Any, cfg: None) -> Any:
-    """Returns the delta unchanged."""
-    return delta

@@ -44,21 +44,22 @@ class Settings(TrainedContextSettings):
 
     init: str = setting(
         "vocabulary",
-        "initialisation: the model's keys and values of a prompt with this initialiser, noise or "
+        "initial values: the model's keys and values of a prompt with this initialiser; noise; or "
         "zeros",
         choices=(*INITIALIZERS, "noise", "zeros"),
     )
     place: str = setting(
         "encoder",
-        "encoder-decoders: in the encoder, the decoder, or both; in cross-attention, or everywhere",
+        "encoder-decoders: which attention has a prefix; both is encoder and decoder, cross is "
+        "cross-attention",
         choices=("encoder", "decoder", "cross", "both", "all"),
     )
     reparam: str = setting(
         "none",
-        "network that computes it during training: none or mlp",
+        "a network that computes the prefix during training: none or mlp",
         choices=("none", "mlp"),
     )
-    bottleneck: int = setting(64, "width of reparam's hidden layer", low=1, needs=("reparam",))
+    bottleneck: int = setting(64, "width of reparam's hidden layers", low=1, needs=("reparam",))
 
     @property
     def from_prompt(self) -> bool:
@@ -151,12 +152,7 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig) -> dict[
 
 
 def _initial(
-    key: jax.Array,
-    model: Model,
-    weights: Any,
-    cfg: PrefixConfig,
-    dtype: jnp.dtype,
-    stack: str = "",
+    key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig, dtype: jnp.dtype, stack: str = ""
 ) -> dict[str, jax.Array]:
     shape = _shape(model, cfg.length, stack)
     if cfg.start == "rows":

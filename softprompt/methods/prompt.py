@@ -32,7 +32,7 @@ class Settings(TrainedContextSettings):
     bos: str = bos_setting("after", "before", "none")
     reparam: str = setting(
         "none",
-        "network that computes the prompt during training: none, residual (one network), "
+        "a network that computes the prompt during training: none, residual (one network), "
         "residual_rows (one for each vector) or mlp (P-tuning)",
         choices=("none", "residual", "residual_rows", "mlp"),
     )

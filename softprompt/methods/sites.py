@@ -64,12 +64,9 @@ def delta_dtype(weights: Any) -> jnp.dtype:
 
 
 def targeted(model: Model, names: Sequence[str], *, more: Iterable[str] = ()) -> list[Site]:
-    """The projections with these names in all layers' attention and feed-forward.
+    """The projections with these names, such as "q" and "down", in all layers.
 
-    Args:
-        model: a decoder or a T5.
-        names: such as "q" and "down".
-        more: names that are allowed besides those of projections.
+    `more` are names that are allowed besides those of projections.
 
     Raises:
         UserError: the model lacks a name.

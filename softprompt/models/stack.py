@@ -58,12 +58,8 @@ def _with_gather(block: type[nn.Module], gather: Gather, path: str) -> type[nn.M
     return nn.map_variables(block, "params", gather_tree)
 
 
-def _saveable(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The checkpoint policy that stores everything except gathered weights."""
-    return primitive.name != "sharding_constraint"
-
-
+# The checkpoint policies. "none" stores everything except gathered weights.
 POLICIES: dict[str, Any] = {
-    "none": _saveable,
+    "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
     "layer": None,
 }

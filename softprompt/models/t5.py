@@ -116,11 +116,6 @@ class T5(nn.Module):
         decoder, _ = self.decoder.prompt_context(dropout)
         return Contexts(encoder, states_PD, decoder, cross)
 
-    def text_context(self, tokens_P: jax.Array, *, place: str) -> Context:
-        """The context of a text in the stack `place`, "encoder" or "decoder", run by itself."""
-        stack: Stack = getattr(self, place)
-        return stack.context_of(self.embed(tokens_P), None)[0]
-
     def encode(self, contexts: Contexts, row: Rows, drop: RowDropout | None = None) -> jax.Array:
         """Runs one row of the encoder.
 
@@ -178,13 +173,7 @@ class T5(nn.Module):
     def target_states(
         self, contexts: Contexts, row: Rows, dropout: Dropout | None = None
     ) -> jax.Array:
-        """The head's inputs [M, D] at the decoder's positions `row.index`.
-
-        Args:
-            contexts: keys and values that every segment sees.
-            row: the decoder's, with the encoder's in it.
-            dropout: with the key of the rows.
-        """
+        """The head's inputs [M, D] at the decoder's positions `row.index`."""
         assert row.encoder is not None, "the decoder's row needs the encoder's in `row.encoder`"
         drop = row_dropout(dropout, row.examples, row.segments)
         encoder_drop = row_dropout(dropout, row.examples, row.encoder.segments)

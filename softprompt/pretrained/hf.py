@@ -1,7 +1,6 @@
 """Hugging Face folders, local or from the hub: config.json, and weights in one file or shards."""
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from softprompt.downloads import cache_dir
 from softprompt.errors import UserError
+from softprompt.files import read_json
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.families import Family, read_family
@@ -203,20 +203,3 @@ def _check_copy(original: tuple[Path, TensorFile, str], copy: tuple[Path, Tensor
             f"{file}: {other} differs from {name}, but config.json ties them; "
             "set tie_word_embeddings to false there if it is a head of its own"
         )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: no such file, or no JSON object in it.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{file}: no such file") from e
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file}: not readable as JSON ({e})") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return value

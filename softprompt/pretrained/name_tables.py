@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
@@ -140,9 +141,9 @@ def read_weights(
         stored = storage(path, rule.leaf, leaf_dtype(path, dtype), quantize)
         leaves = _fill(source, tensors[path], rule, stored, digests)
         for name in stored:
-            _insert(weights, name, put(name, leaves.pop(name)))  # popped, so that memory is freed
+            weights[name] = put(name, leaves.pop(name))  # popped, so that memory is freed
     fingerprint = hashlib.sha256("\n".join(sorted(digests.values())).encode()).hexdigest()[:16]
-    return weights, fingerprint
+    return unflatten_dict(weights, sep="/"), fingerprint
 
 
 def _fill(
@@ -172,27 +173,32 @@ def tensor_names(rule: TensorRule) -> list[str]:
 
 def _check(source: Source, wanted: dict[str, tuple[int, ...]]) -> None:
     """Raises one error that lists every difference between source and table."""
-    found = source.tensors
-    missing = sorted(set(wanted) - set(found))
-    extra = sorted(n for n in set(found) - set(wanted) if not source.harmless(n))
-    misshapen = [
-        f"{name} {list(found[name][1])} (expected {list(shape)})"
-        for name, shape in sorted(wanted.items())
-        if name in found and found[name][1] != shape
-    ]
-    kinds = {"missing": missing, "unexpected": extra, "misshapen": misshapen}
-    problems = [f"{kind}: {', '.join(items)}" for kind, items in kinds.items() if items]
-    if problems:
+    found = {
+        name: shape
+        for name, (_, shape) in source.tensors.items()
+        if name in wanted or not source.harmless(name)
+    }
+    kinds = mismatches(found, wanted).items()
+    if problems := [f"{kind}: {', '.join(names)}" for kind, names in kinds]:
         raise UserError(f"{source.file}: tensors do not match the config; {'; '.join(problems)}")
+
+
+def mismatches(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[str]]:
+    """The names of "missing", "unexpected" and "misshapen" tensors, for the kinds with any."""
+    kinds = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "misshapen": [
+            f"{name} {list(found[name])} (expected {list(shape)})"
+            for name, shape in sorted(wanted.items())
+            if name in found and found[name] != shape
+        ],
+    }
+    return {kind: names for kind, names in kinds.items() if names}
 
 
 def _digest(name: str, stored: tuple[str, tuple[int, ...]], raw: np.ndarray) -> str:
     data = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)
     return f"{name} {stored[0]} {list(stored[1])} {hashlib.sha256(data).hexdigest()}"
-
-
-def _insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    *folders, last = path.split("/")
-    for folder in folders:
-        tree = tree.setdefault(folder, {})
-    tree[last] = leaf

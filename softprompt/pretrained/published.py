@@ -6,8 +6,8 @@ read by the code that reads downloaded folders, so that a name and its download 
 Source: `config.json` of each repository on the hub.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from softprompt.pretrained.families.keys import Raw
 
@@ -20,6 +20,16 @@ class Published(NamedTuple):
     repo: str
     raw: Raw
     licence: str
+
+
+def _raw(architecture: str, model_type: str, sizes: Sequence[int], /, **more: Any) -> Raw:
+    """A config.json; `sizes` are width, layers, heads, and perhaps ffn and key-value heads."""
+    keys = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads"),
+        *("intermediate_size", "num_key_value_heads"),
+    )
+    named = {"architectures": [f"{architecture}ForCausalLM"], "model_type": model_type}
+    return {**named, **dict(zip(keys, sizes, strict=False)), **more}
 
 
 # size: width, layers, heads, vocabulary
@@ -39,22 +49,19 @@ _PYTHIA = {
 
 def _pythia() -> Iterator[Published]:
     for size, (width, layers, heads, vocab) in _PYTHIA.items():
-        raw = {
-            "architectures": ["GPTNeoXForCausalLM"],
-            "model_type": "gpt_neox",
-            "vocab_size": vocab,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * width,
-            "max_position_embeddings": 2048,
-            "rotary_pct": 0.25,
-            "rotary_emb_base": 10000,
-            "use_parallel_residual": True,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
-        }
+        raw = _raw(
+            "GPTNeoX",
+            "gpt_neox",
+            (width, layers, heads, 4 * width),
+            vocab_size=vocab,
+            max_position_embeddings=2048,
+            rotary_pct=0.25,
+            rotary_emb_base=10000,
+            use_parallel_residual=True,
+            hidden_act="gelu",
+            layer_norm_eps=1e-5,
+            tie_word_embeddings=False,
+        )
         for suffix in ("", "-deduped"):
             yield Published(f"EleutherAI/pythia-{size}{suffix}", raw, APACHE)
 
@@ -100,19 +107,17 @@ _OPT = {
 def _opt() -> Iterator[Published]:
     for size, (width, layers, heads) in _OPT.items():
         odd = size == "350m"  # narrow embeddings, and norms after what they normalise elsewhere
-        raw = {
-            "architectures": ["OPTForCausalLM"],
-            "model_type": "opt",
-            "vocab_size": 50272,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "ffn_dim": 4 * width,
-            "word_embed_proj_dim": 512 if odd else width,
-            "do_layer_norm_before": not odd,
-            "max_position_embeddings": 2048,
-            "activation_function": "relu",
-        }
+        raw = _raw(
+            "OPT",
+            "opt",
+            (width, layers, heads),
+            vocab_size=50272,
+            ffn_dim=4 * width,
+            word_embed_proj_dim=512 if odd else width,
+            do_layer_norm_before=not odd,
+            max_position_embeddings=2048,
+            activation_function="relu",
+        )
         yield Published(f"facebook/opt-{size}", raw, "OPT-175B")
 
 
@@ -126,20 +131,16 @@ _SMOLLM2 = {
 
 def _smollm2() -> Iterator[Published]:
     for size, (width, layers, heads, kv_heads, ffn, base) in _SMOLLM2.items():
-        raw = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": 49152,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": ffn,
-            "max_position_embeddings": 8192,
-            "rope_theta": base,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-        }
+        raw = _raw(
+            "Llama",
+            "llama",
+            (width, layers, heads, ffn, kv_heads),
+            vocab_size=49152,
+            max_position_embeddings=8192,
+            rope_theta=base,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+        )
         for suffix in ("", "-Instruct"):
             yield Published(f"HuggingFaceTB/SmolLM2-{size}{suffix}", raw, APACHE)
 
@@ -157,27 +158,23 @@ _LLAMA3 = {
 
 def _llama3() -> Iterator[Published]:
     for size, (width, layers, heads, ffn, factor, suffixes) in _LLAMA3.items():
-        raw = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": 128256,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 8,
-            "intermediate_size": ffn,
-            "max_position_embeddings": 131072,
-            "rope_theta": 500000.0,
-            "rope_scaling": {
+        raw = _raw(
+            "Llama",
+            "llama",
+            (width, layers, heads, ffn, 8),
+            vocab_size=128256,
+            max_position_embeddings=131072,
+            rope_theta=500000.0,
+            rope_scaling={
                 "rope_type": "llama3",
                 "factor": factor,
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
             },
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": size.startswith("3.2"),
-        }
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=size.startswith("3.2"),
+        )
         for suffix in suffixes:
             repo = f"meta-llama/Llama-{size}{suffix}"
             yield Published(repo, raw, f"Llama {size[:3]} Community")
@@ -200,21 +197,17 @@ def _qwen25() -> Iterator[Published]:
     for size, row in _QWEN25.items():
         width, layers, heads, kv_heads, ffn, vocab, *of_base = row
         for suffix, (context, epsilon) in {"": of_base, "-Instruct": (32768, 1e-6)}.items():
-            raw = {
-                "architectures": ["Qwen2ForCausalLM"],
-                "model_type": "qwen2",
-                "vocab_size": vocab,
-                "hidden_size": width,
-                "num_hidden_layers": layers,
-                "num_attention_heads": heads,
-                "num_key_value_heads": kv_heads,
-                "intermediate_size": ffn,
-                "max_position_embeddings": context,
-                "use_sliding_window": False,
-                "rope_theta": 1000000.0,
-                "rms_norm_eps": epsilon,
-                "tie_word_embeddings": size in ("0.5B", "1.5B", "3B"),
-            }
+            raw = _raw(
+                "Qwen2",
+                "qwen2",
+                (width, layers, heads, ffn, kv_heads),
+                vocab_size=vocab,
+                max_position_embeddings=context,
+                use_sliding_window=False,
+                rope_theta=1000000.0,
+                rms_norm_eps=epsilon,
+                tie_word_embeddings=size in ("0.5B", "1.5B", "3B"),
+            )
             yield Published(f"Qwen/Qwen2.5-{size}{suffix}", raw, licences.get(size, APACHE))
 
 
@@ -232,22 +225,18 @@ _QWEN3 = {
 def _qwen3() -> Iterator[Published]:
     for size, (width, layers, heads, ffn) in _QWEN3.items():
         for suffix, context in {"-Base": 32768, "": 40960}.items():
-            raw = {
-                "architectures": ["Qwen3ForCausalLM"],
-                "model_type": "qwen3",
-                "vocab_size": 151936,
-                "hidden_size": width,
-                "num_hidden_layers": layers,
-                "num_attention_heads": heads,
-                "num_key_value_heads": 8,
-                "head_dim": 128,
-                "intermediate_size": ffn,
-                "max_position_embeddings": context,
-                "use_sliding_window": False,
-                "rope_theta": 1000000.0,
-                "rms_norm_eps": 1e-6,
-                "tie_word_embeddings": size in ("0.6B", "1.7B", "4B"),
-            }
+            raw = _raw(
+                "Qwen3",
+                "qwen3",
+                (width, layers, heads, ffn, 8),
+                vocab_size=151936,
+                head_dim=128,
+                max_position_embeddings=context,
+                use_sliding_window=False,
+                rope_theta=1000000.0,
+                rms_norm_eps=1e-6,
+                tie_word_embeddings=size in ("0.6B", "1.7B", "4B"),
+            )
             if (size, suffix) != ("32B", "-Base"):
                 yield Published(f"Qwen/Qwen3-{size}{suffix}", raw, APACHE)
 
@@ -288,19 +277,15 @@ _GEMMA_GENERATIONS = {
 
 def _gemma() -> Iterator[Published]:
     for name, (generation, width, layers, heads, kv, head_size, ffn, rest) in _GEMMA.items():
-        raw = {
-            "architectures": [f"Gemma{generation}ForCausalLM"],
-            "model_type": f"gemma{generation}",
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv,
-            "head_dim": head_size,
-            "intermediate_size": ffn,
-            "rms_norm_eps": 1e-6,
+        raw = _raw(
+            f"Gemma{generation}",
+            f"gemma{generation}",
+            (width, layers, heads, ffn, kv),
+            head_dim=head_size,
+            rms_norm_eps=1e-6,
             **_GEMMA_GENERATIONS[generation],
             **rest,
-        }
+        )
         base = "-pt" if name == "gemma-3-1b" else ""
         for suffix in (base, "-it"):
             yield Published(f"google/{name}{suffix}", raw, "Gemma terms")
@@ -317,22 +302,19 @@ _GEMMA3_WITH_IMAGES = {
 def _gemma3_with_images() -> Iterator[Published]:
     """Only the text part is described."""
     for size, (width, layers, heads, kv, head_size, ffn, rest) in _GEMMA3_WITH_IMAGES.items():
-        text = {
-            "model_type": "gemma3_text",
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv,
-            "head_dim": head_size,
-            "intermediate_size": ffn,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-            "sliding_window": 1024,
+        text = _raw(
+            "Gemma3",
+            "gemma3_text",
+            (width, layers, heads, ffn, kv),
+            head_dim=head_size,
+            rope_scaling={"factor": 8.0, "rope_type": "linear"},
+            sliding_window=1024,
             **rest,
-        }
+        )
         raw = {
             "architectures": ["Gemma3ForConditionalGeneration"],
             "model_type": "gemma3",
-            "text_config": text,
+            "text_config": {key: text[key] for key in text if key != "architectures"},
         }
         for suffix in ("-pt", "-it"):
             yield Published(f"google/gemma-3-{size}{suffix}", raw, "Gemma terms")

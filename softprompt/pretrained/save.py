@@ -16,12 +16,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from softprompt.errors import UserError
+from softprompt.files import read_json
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.quantize import VALUES
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained import hf
 from softprompt.pretrained.families import find_family
-from softprompt.pretrained.name_tables import Table, TensorRule, tensor_names
+from softprompt.pretrained.name_tables import Table, tensor_names
 from softprompt.pretrained.tokenizer import Tokenizer
 
 Config = DecoderConfig | T5Config
@@ -90,10 +91,8 @@ def _describe(
         found, table, _ = hf.open_folder(original)
         if found != config:
             raise UserError(f"{original}: its config.json is not that of the model to be saved")
-        raw = hf.read_json(Path(original) / "config.json")
-        if (
-            "text_config" not in raw
-        ):  # otherwise only its text part is saved, as a model without images
+        raw = read_json(Path(original) / "config.json")
+        if "text_config" not in raw:  # otherwise only its text part, without images, is saved
             return {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}, table
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     architecture, family = find_family(config)
@@ -156,15 +155,11 @@ def _tensor(
     first = table[pieces[0][0]]
     tensor = np.empty(first.source, leaves[pieces[0][0]].dtype)
     for path, layer in pieces:
-        leaf = leaves[path] if layer is None else leaves[path][layer]
-        _write(tensor, table[path], np.asarray(jax.device_get(leaf)))
+        leaf, rule = leaves[path] if layer is None else leaves[path][layer], table[path]
+        values, view = np.asarray(jax.device_get(leaf)), rule.convert(tensor)
+        assert np.may_share_memory(view, tensor), f"{rule.name}: convert gives a copy"
+        view[...] = values - values.dtype.type(rule.offset) if rule.offset else values
     return tensor
-
-
-def _write(tensor: np.ndarray, rule: TensorRule, values: np.ndarray) -> None:
-    view = rule.convert(tensor)
-    assert np.may_share_memory(view, tensor), f"{rule.name}: convert gives a copy"
-    view[...] = values - values.dtype.type(rule.offset) if rule.offset else values
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -18,16 +18,10 @@ import numpy as np
 import tensorstore as ts
 from flax.serialization import msgpack_restore
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, one_line
 from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained.name_tables import (
-    Source,
-    Table,
-    TensorRule,
-    input_major,
-    torch_rule,
-)
+from softprompt.pretrained.name_tables import Source, Table, TensorRule, input_major, torch_rule
 
 # Stack -> its attentions and their norms, in the order of `ATTENTIONS`.
 MODULES = {
@@ -129,7 +123,7 @@ def open_source(folder: str) -> Source:
         index = ts.KvStore.open(store).result().read("checkpoint").result()
         content = msgpack_restore(index.value) if index.state == "value" else None
     except Exception as e:  # tensorstore's and msgpack's errors are of any type
-        raise UserError(f"{folder}: no readable T5X checkpoint ({_reason(e)})") from e
+        raise UserError(f"{folder}: no readable T5X checkpoint ({one_line(e)})") from e
     if content is None:
         raise UserError(
             f"{folder}: no file named checkpoint; name the folder of one step, "
@@ -194,7 +188,7 @@ def _read(folder: str, name: str, array: _Array) -> np.ndarray:
         opened = ts.open({"driver": "zarr", "kvstore": array.store}, open=True).result()
         values = opened.read().result()
     except Exception as e:  # tensorstore raises ValueError and OSError of many kinds
-        raise UserError(f"{folder}: array {name} is not readable ({_reason(e)})") from e
+        raise UserError(f"{folder}: array {name} is not readable ({one_line(e)})") from e
     if values.shape != array.shape:
         raise UserError(f"{folder}: array {name} is {values.shape}, in the index {array.shape}")
     return values
@@ -203,7 +197,3 @@ def _read(folder: str, name: str, array: _Array) -> np.ndarray:
 def _layers(source: Source, stack: str) -> int:
     found = (re.match(rf"{stack}/layers_(\d+)/", name) for name in source.tensors)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

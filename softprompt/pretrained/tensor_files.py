@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, one_line
 
 # PyTorch's types -> their names in safetensors.
 TYPES = {
@@ -111,10 +111,8 @@ def _load(torch: Any, file: Path) -> Any:
                     raise
                 return torch.load(file, **options)  # the format before PyTorch 1.6 cannot be mapped
     except UnpicklingError as e:
-        found = " ".join(str(e).split())
         raise UserError(
-            f"{file}: refused: it holds more than tensors, which may be code ({found[:200]})"
+            f"{file}: refused: it holds more than tensors, which may be code ({one_line(e)})"
         ) from e
     except Exception as e:  # a broken zip or pickle raises errors of many types
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"{file}: not a complete PyTorch file ({reason[:200]})") from e
+        raise UserError(f"{file}: not a complete PyTorch file ({one_line(e)})") from e

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +43,6 @@ class Tokenizer:
         """
         before, both = self.encode("\n"), self.encode(f"\n{text}")
         return both[len(before) :] if both[: len(before)] == before else self.encode(text)
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and for each the span [start, end) of characters that it covers.
-
-        A span includes the space that its token begins with. Tokens that are bytes of the same
-        character share the span of that character.
-        """
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -105,8 +96,7 @@ def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as e:  # a broken folder raises errors of any type
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"{path}: no readable tokenizer ({reason[:200]})") from e
+        raise UserError(f"{path}: no readable tokenizer ({one_line(e)})") from e
     backend = getattr(fast, "backend_tokenizer", None)
     if type(fast).__name__ == "ByT5Tokenizer":
         backend = byte_backend(sentinels=len(fast) - 259)
@@ -115,7 +105,7 @@ def from_folder(path: str | os.PathLike[str]) -> Tokenizer:
     ids = fast("a")["input_ids"]
     add_bos = fast.bos_token_id is not None and ids[:1] == [fast.bos_token_id]
     add_eos = fast.eos_token_id is not None and ids[-1:] == [fast.eos_token_id]
-    backend.post_processor = None  # it adds special tokens, and trims spaces off offsets
+    backend.post_processor = None  # it adds special tokens
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(backend, fast.bos_token_id, fast.eos_token_id, add_bos, add_eos)

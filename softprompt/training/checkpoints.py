@@ -32,12 +32,12 @@ _one_call = threading.Lock()
 
 
 @contextlib.contextmanager
-def checkpoint_manager(folder: epath.PathLike, *, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
+def checkpoint_manager(folder: epath.PathLike) -> Iterator[ocp.CheckpointManager]:
     """A checkpoint manager for `folder` that finishes its writes before the block ends.
 
     If the block raises an exception, the manager waits at most `LEAVING_SECONDS` for a write.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     manager = ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
     _open.append(manager)
     try:

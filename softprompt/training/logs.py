@@ -16,10 +16,6 @@ Line = dict[str, Any]
 Sink = Callable[[Line], None]
 
 FILE = "metrics.jsonl"
-TIMING = (
-    *("seconds", "tokens_per_second", "examples_per_second"),
-    *("peak_share", "input_wait_share"),
-)
 
 
 class MetricsLog:
@@ -82,21 +78,11 @@ def read_log(folder: epath.PathLike) -> list[Line]:
 
 @contextmanager
 def open_sinks(
-    folder: epath.PathLike,
-    name: str,
-    config: Mapping[str, Any],
-    *,
-    tensorboard: bool,
-    wandb: bool,
+    folder: epath.PathLike, name: str, config: Mapping[str, Any], *, tensorboard: bool, wandb: bool
 ) -> Iterator[list[Sink]]:
     """Opens a trial's sinks for the duration of the block; only process 0 has any.
 
-    Args:
-        folder: the trial's; TensorBoard events are written there.
-        name: of the run in Weights & Biases.
-        config: shown with the run in Weights & Biases.
-        tensorboard: whether to write TensorBoard events.
-        wandb: whether to send lines to Weights & Biases.
+    TensorBoard's events are written into `folder`; Weights & Biases shows `name` and `config`.
 
     Raises:
         UserError: a sink's package is not installed.

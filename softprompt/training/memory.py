@@ -28,9 +28,6 @@ def container_limits(root: Path = Path("/")) -> list[int]:
     container are skipped.
 
     Source: cgroups(7), and the kernel's cgroup-v2.rst and cgroup-v1/memory.rst.
-
-    Args:
-        root: of the file system.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -31,9 +31,7 @@ class UpdateRule(Settings):
     def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
         """The transformations that turn a gradient into an update, in order.
 
-        Args:
-            rate: multiplies by the negative learning rate.
-            weight_decay: `optimizer.weight_decay`.
+        `rate` is one of them, which multiplies by the negative learning rate.
         """
         raise NotImplementedError
 
@@ -54,14 +52,14 @@ class AdamW(UpdateRule):
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(UpdateRule):
-    """arXiv 1804.04235 without scaling by the parameters' RMS."""
+    """Adafactor, arXiv 1804.04235, without scaling by the parameters' RMS."""
 
     factored: bool = setting(
-        True, "factor a second moment where its two longest sides reach factored_min"
+        True, "factor the second moment of arrays whose two longest sides are at least factored_min"
     )
     factored_min: int = setting(
         128,
-        "both sides' least length: 150 vectors are factored, 100 are not",
+        "smallest size of a side that is factored: prompts of 150 vectors are, of 100 are not",
         low=1,
         needs=("factored",),
     )
@@ -94,10 +92,7 @@ class AdafactorT5X(Adafactor):
     """
 
     start_step: int = setting(
-        1_100_000,
-        "the step that its second moment's decay counts from, over an empty moment",
-        low=0,
-        high=2**30,
+        1_100_000, "step at which the decay of the second moment starts to count", low=0, high=2**30
     )
 
     def second_moment(self, start_step: int) -> optax.GradientTransformation:
@@ -111,7 +106,7 @@ class Sgd(UpdateRule):
 
     momentum: float = setting(
         0.0,
-        "m = momentum * m + gradient, weight decay included; 0 is plain",
+        "momentum m = momentum * m + gradient, where the gradient includes weight decay; 0 is off",
         low=0,
         high=0.999999,
     )
@@ -137,32 +132,31 @@ class Optimizer(Settings):
     section = "optimizer"
     for_training = True
 
-    name: str = setting(
-        "adamw",
-        f"what makes an update of a gradient: {summaries(OPTIMIZERS)}",
-        choices=OPTIMIZERS,
-    )
+    name: str = setting("adamw", f"the optimizer: {summaries(OPTIMIZERS)}", choices=OPTIMIZERS)
     rate: float = setting(0.01, "peak learning rate, in `rate_unit`", low=0)
     rate_unit: str = setting(
         "absolute",
-        "absolute, or embedding_rms (multiples of the RMS of the embeddings, scaled where the "
-        "model scales them)",
+        "unit of the rate: absolute, or embedding_rms (the RMS of the embeddings, as the model "
+        "scales them)",
         choices=("absolute", "embedding_rms"),
     )
     schedule: str = setting(
         "cosine",
-        "after the warm-up: cosine or linear to zero, constant, or inverse_sqrt (of the step)",
+        "rate after the warm-up: cosine or linear to zero, constant, or inverse_sqrt of the step",
         choices=("cosine", "constant", "linear", "inverse_sqrt"),
     )
-    warmup: int = setting(0, "steps from zero to the peak", low=0)
+    warmup: int = setting(0, "steps in which the rate rises from zero to its peak", low=0)
     weight_decay: float = setting(
-        0.0, "per step, times the rate; adafactor and adafactor_t5x: per step", low=0
+        0.0,
+        "share of the delta that a step takes away, times the rate; with adafactor and "
+        "adafactor_t5x not times the rate",
+        low=0,
     )
     clip: float = setting(0.0, "largest global gradient norm; 0 is off", low=0)
     max_row_norm: float = setting(
         0.0,
-        "longest row of a prompt, a norm, or with rate_unit=embedding_rms in multiples of an "
-        "embedding's (their RMS times the root of the width); longer ones are shortened; 0 is off",
+        "largest norm of a prompt's row; longer rows are shortened. With rate_unit=embedding_rms "
+        "its unit is the norm of an embedding (their RMS times the root of the width). 0 is off",
         low=0,
     )
 

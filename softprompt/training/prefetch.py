@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -34,20 +33,11 @@ class Feed:
     def __enter__(self) -> "Feed":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._thread.shutdown(cancel_futures=True)
 
     def take(self, running: Any) -> TrainBatch:
-        """The next batch.
-
-        Args:
-            running: outputs of the latest step, or some of them; None or an empty tree if the
-                devices are idle.
+        """The next batch; `running` are outputs of the latest step, None if the devices are idle.
 
         Raises:
             StopIteration: there are no more batches.

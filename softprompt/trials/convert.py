@@ -29,7 +29,7 @@ from softprompt.methods import METHODS
 from softprompt.methods.base import MethodSettings
 from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.pretrained.catalog import CATALOG
-from softprompt.pretrained.loading import Loaded, find_folder, load_model, read_model_config
+from softprompt.pretrained.loading import find_folder, load_model, read_model_config
 from softprompt.results import commit, read_result
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.merged_model import export_merged
@@ -192,7 +192,12 @@ def import_run(
         delta, method = peft.from_peft(adapter, model)
     config = with_method(config, method, metadata, file=str(file))
     check_tasks(config, delta, file=str(file))
-    loaded = load_without_weights(config)
+    loaded = load_model(
+        config.model.name,
+        revision=config.model.revision or None,
+        tokenizer_name=config.model.tokenizer,
+        put=lambda path, leaf: None,  # only the fingerprint is needed
+    )
     trained = metadata.get("fingerprint", loaded.fingerprint)
     if trained != loaded.fingerprint and not any_weights:
         raise UserError(
@@ -227,16 +232,6 @@ def check_tasks(config: ConfigDict, delta: Mapping[str, Any], *, file: str) -> N
         )
 
 
-def load_without_weights(config: ConfigDict) -> Loaded:
-    """Loads a config's model with its fingerprint, but keeps no weights in memory."""
-    return load_model(
-        config.model.name,
-        revision=config.model.revision or None,
-        tokenizer_name=config.model.tokenizer,
-        put=lambda path, leaf: None,
-    )
-
-
 def open_source(file: Path) -> Adapter | None:
     """Reads the PEFT adapter at a path; None for a .npy file.
 
@@ -262,13 +257,8 @@ def with_method(
 ) -> ConfigDict:
     """Returns a resolved config with the method section of an imported file.
 
-    `method.bos` is that of the file's metadata, or else that of the config.
-
-    Args:
-        config: any config.
-        method: keys of the method section.
-        metadata: the file's metadata.
-        file: named in errors.
+    `method.bos` is that of the file's metadata, or else that of the config. `file` is named in
+    errors.
 
     Raises:
         UserError: the config's `method.bos` contradicts the file or puts BOS before a prompt, or

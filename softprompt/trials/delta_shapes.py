@@ -1,6 +1,7 @@
 """Checks that a stored delta has the leaves and shapes that its method has for a model."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -24,14 +25,8 @@ def check_fit(
 
     If the method may leave out modules, the delta must have all leaves of each module that it has.
 
-    Args:
-        delta: read from a file.
-        config: the trial's.
-        sizes: the model's.
-        file: named in errors.
-
     Raises:
-        UserError: names the first leaf that is unknown, has another shape, or is missing.
+        UserError: names the file, and the first leaf that is unknown, misshapen or missing.
     """
     shapes, found = folded_shapes(config, sizes), flatten_dict(delta, sep="/")
     for path, leaf in found.items():
@@ -42,10 +37,11 @@ def check_fit(
                 f"{file}: {path} {list(leaf.shape)} does not fit this model; allowed: {allowed}"
             )
     some = found and method_settings(config).may_leave_out
-    needed = {_module(path) for path in (found if some else shapes)}
+    modules = _modules(shapes)
+    needed = {modules[path] for path in (found if some else shapes)}
     for path in shapes:
-        if _module(path) in needed and path not in found:
-            together = [one for one in shapes if _module(one) == _module(path)]
+        if modules[path] in needed and path not in found:
+            together = [one for one in shapes if modules[one] == modules[path]]
             raise UserError(f"{file}: {path} is missing; allowed: {', '.join(together)}, together")
 
 
@@ -72,6 +68,15 @@ def folded_shapes(
     return {path: leaf.shape for path, leaf in flatten_dict(delta, sep="/").items()}
 
 
-def _module(path: str) -> str:
-    """The module that reads a leaf."""
-    return path.rpartition("/")[0]
+def _modules(paths: Iterable[str]) -> dict[str, str]:
+    """The module of each leaf.
+
+    A leaf may be named after another module: attn/qkv/q is the part of attn/q in factors that
+    queries, keys and values share. Then the leaves of attn/q belong to attn/qkv too.
+    """
+    modules = {path: path.rpartition("/")[0] for path in paths}
+    shared = {
+        f"{module.rpartition('/')[0]}/{path.rpartition('/')[2]}": module
+        for path, module in modules.items()
+    }
+    return {path: shared.get(module, module) for path, module in modules.items()}

@@ -117,11 +117,7 @@ def run_group(
 ) -> Iterator[tuple[int, Row]]:
     """Runs a group's trials, `width` at a time; when one ends the next starts.
 
-    Args:
-        session: the process's.
-        jobs: configs and their folders.
-        width: number of concurrent trials.
-        failed: makes the row of a failed trial from its error and its seconds.
+    `failed` makes the row of a failed trial from its error and its seconds.
 
     Yields:
         The index in `jobs` and the row of each trial, when it ends.

@@ -13,12 +13,7 @@ from softprompt.trials.delta_shapes import check_fit
 
 
 def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> list[str]:
-    """Writes a model with the delta merged into its weights, in float32.
-
-    Args:
-        config: the trial's.
-        delta_file: the trial's delta.
-        to: a new local folder.
+    """Writes a model with the delta merged into its weights, in float32, to a new local folder.
 
     Returns:
         The paths of its files.

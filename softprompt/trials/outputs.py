@@ -27,12 +27,7 @@ def write_outputs(
 ) -> list[str]:
     """Writes table.md, .csv and .tex and figure.png and .pdf, each atomically.
 
-    Args:
-        experiment: has the functions `table` and `figure`.
-        rows: their argument.
-        folder: where to write the files.
-        prefix: of the files' names.
-        notes: sentences added to the experiment's caption.
+    `prefix` is of the files' names; `notes` are sentences added to the experiment's caption.
 
     Returns:
         The files' names.

@@ -96,7 +96,10 @@ class StepProgram:
         if width not in self.compiled:
             with compiling():
                 self.compiled[width] = compile_population(*self.static, first[1:], width)
-        padded = [_member(call) for call in (*calls, *[first] * (width - len(calls)))]
+        padded = [
+            Member(call.delta, call.opt_state, call.batch, call.dropout)
+            for call in (*calls, *[first] * (width - len(calls)))
+        ]
         results: list[StepResult] = self.compiled[width](padded, first.weights)
         return results[: len(calls)]
 
@@ -121,10 +124,6 @@ class Member(NamedTuple):
     dropout: Any
 
 
-def _member(call: StepCall) -> Member:
-    return Member(call.delta, call.opt_state, call.batch, call.dropout)
-
-
 def compile_step(
     step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
 ) -> TrainStep:
@@ -146,11 +145,7 @@ def compile_step(
 
 
 def compile_population(
-    step: StepConfig,
-    optimizer: OptimizerConfig,
-    mesh: Mesh,
-    arguments: tuple[Any, ...],
-    width: int,
+    step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...], width: int
 ) -> Any:
     """Compiles `population_step` for `width` trials, each with arguments like these.
 

@@ -24,7 +24,7 @@ from softprompt.config import (
 from softprompt.data.encode import check_digests
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
-from softprompt.files import check_writable, write_text
+from softprompt.files import check_writable, read_json, write_text
 from softprompt.methods import METHODS
 from softprompt.methods.delta_file import save_delta
 from softprompt.pretrained.loading import Loaded
@@ -66,9 +66,6 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
             checkpoints, delta.safetensors (the selected delta), predictions.jsonl and, written
             last, result.json.
         session: the caches that all trials of the process share.
-
-    Returns:
-        The result row.
 
     Raises:
         UserError: any error that the user can fix, such as a folder with another config.
@@ -181,12 +178,7 @@ def read_config(folder: epath.PathLike) -> ConfigDict:
     file = epath.Path(folder) / CONFIG
     if not file.exists():
         raise UserError(f"{folder}: not a trial's folder (it has no {CONFIG})")
-    try:
-        tree = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{file}: not a trial's config; allowed: a JSON object")
+    tree = read_json(file)
     try:
         return from_dict(tree)
     except UserError as error:

@@ -53,11 +53,7 @@ class Session:
         return dataclasses.replace(self, progress=progress, compile_seconds=0.0, members=1)
 
     def program(
-        self,
-        step: StepConfig,
-        optimizer: OptimizerConfig,
-        mesh: Mesh,
-        arguments: tuple[Any, ...],
+        self, step: StepConfig, optimizer: OptimizerConfig, mesh: Mesh, arguments: tuple[Any, ...]
     ) -> StepProgram:
         """The training step for arguments of these shapes; trials with equal keys share it."""
         static = Static(step, optimizer, mesh)
@@ -129,12 +125,7 @@ class Session:
             loaded.weights.clear()
 
     def data(self, config: ConfigDict, *, bos: bool) -> TrialData:
-        """The encoded data of a resolved config's task or mixture.
-
-        Args:
-            config: a resolved config.
-            bos: whether each text begins with the tokenizer's BOS.
-        """
+        """The encoded data of a config's task or mixture; with `bos` each text begins with BOS."""
         key = ["data", *_tokenizer(config), to_dict(config.task), to_dict(config.data), bos]
         return self._cached(
             key, lambda: TrialData([self._task(one, bos=bos) for one in members(config)])

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from softprompt.console import print_columns
@@ -116,12 +117,11 @@ def abstract_step(config: Sizes) -> Step:
 
 def abstract_weights(config: Sizes) -> Tree:
     """The tree of the frozen weights' shapes and dtypes."""
-    tree: dict[str, Any] = {}
-    for path, shape in leaf_shapes(config).items():
-        *folders, last = path.split("/")
-        node = functools.reduce(lambda at, folder: at.setdefault(folder, {}), folders, tree)
-        node[last] = jax.ShapeDtypeStruct(shape, leaf_dtype(path, DTYPE))
-    return tree
+    leaves = {
+        path: jax.ShapeDtypeStruct(shape, leaf_dtype(path, DTYPE))
+        for path, shape in leaf_shapes(config).items()
+    }
+    return unflatten_dict(leaves, sep="/")
 
 
 def abstract_batch(layout: RowLayout) -> TrainBatch:

@@ -323,12 +323,8 @@ def dry_run(
 ) -> "pd.DataFrame":
     """Returns the estimated cost of a sweep: a line for each trial, and the total.
 
-    "state" is "done", "to run", or "fails: ..." if the estimate raises an error.
-
-    Args:
-        trials: resolved configs.
-        workdir: has the trials' folders.
-        estimate: returns "trainable", "flops", "memory_bytes" and "seconds" of a config.
+    "state" is "done", "to run", or "fails: ..." if the estimate raises an error. `estimate` returns
+    "trainable", "flops", "memory_bytes" and "seconds" of a config.
     """
     import pandas as pd  # slow to import
 

@@ -35,6 +35,18 @@ from tests.tiny import tiny_config
             ("'optimizer.b1' is 0.5", "its keys: optimizer.momentum"),
         ),
         (
+            {"method.name": "none", "train.ema": "0.9"},
+            ("'train.ema' is 0.9; allowed: 0.0 with method.name=none, which trains nothing",),
+        ),
+        (
+            {"method.name": "fewshot", "train.dropout": "0.1"},
+            ("'train.dropout' is 0.1; allowed: 0.0 with method.name=fewshot",),
+        ),
+        (
+            {"method.name": "none", "optimizer.max_row_norm": "3"},
+            ("'optimizer.max_row_norm' is 3.0; allowed: 0.0 with method.name=none",),
+        ),
+        (
             {"method.name": "fewshot", "data.mixture": "sms_spam,sarcasm"},
             ("'data.mixture' is 'sms_spam,sarcasm'; allowed: '' with method.name=fewshot",),
         ),
@@ -117,7 +129,7 @@ def test_a_key_that_nothing_would_read_is_a_mistake(keys, words):
         {"optimizer.name": "adafactor", "optimizer.factored_min": "64"},
         {"optimizer.b1": "0.5", "optimizer.b2": "0.9", "optimizer.eps": "1e-6"},
         {"train.ema": "0.9", "optimizer.max_row_norm": "3"},
-        {"method.name": "none", "train.ema": "0.9", "train.dropout": "0.1", "eval.every": "5"},
+        {"method.name": "none", "train.steps": "50", "optimizer.rate": "0.1", "eval.every": "5"},
         {"eval.patience": "2", "eval.every": "10"},
         {"data.subset_seed": "2", "data.cap": "100"},
         {"eval.text": "sotu", "eval.text_tokens": "600"},

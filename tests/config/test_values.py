@@ -355,3 +355,28 @@ def test_reading_a_config_asks_for_no_devices():
     )
     environment = os.environ | {"JAX_PLATFORMS": "nowhere"}  # which fails once it is asked for
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("keys", "metric"),
+    [
+        ({}, "accuracy"),
+        ({"task__name": "qa", "task__source": "jsonl:qa.jsonl"}, "exact_match"),
+        ({"task__name": "qa", "task__source": "jsonl:qa.jsonl", "eval__metric": "f1"}, "f1"),
+        (
+            {"task__name": "qa", "task__source": "csv:a", "task__verbalizers": {"a": "b"}},
+            "accuracy",
+        ),
+        ({"task__name": "no_such_task"}, "accuracy"),
+        ({"data__mixture": "sms_spam, sarcasm"}, "accuracy"),
+        ({"data__mixture": "qa", "task__name": "qa", "task__source": "csv:a"}, "exact_match"),
+        ({"data__mixture": "qa,cb", "task__name": "qa", "task__source": "csv:a"}, "accuracy"),
+    ],
+)
+def test_the_default_metric_of_free_text_is_its_first(keys, metric):
+    """Breaks when a free-text task has to name a metric, or the id of another task's trial changes.
+    The last one's tasks have no common metric: measuring names the task that lacks it.
+    """
+    if keys.get("task__source"):
+        keys = {**keys, "task__template": "{text}"}
+    assert resolve(resolved(**keys)).eval.metric == metric

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from softprompt.console import Progress
 from softprompt.results import read_result
-from softprompt.training.logs import TIMING, read_log
+from softprompt.training.logs import read_log
 from softprompt.trials.run import run_trial
 from softprompt.trials.sweep import run_sweep
 from tests.contracts.examples import (
@@ -79,6 +79,9 @@ def stored(folder):
         leaves, _ = jax.tree_util.tree_flatten_with_path(metadata)
         found |= {f"{step.parent.name}{jax.tree_util.keystr(p)}": leaf.shape for p, leaf in leaves}
     return found
+
+
+TIMING = ("seconds", "tokens_per_second", "examples_per_second", "peak_share", "input_wait_share")
 
 
 def scientific(folder):

@@ -87,7 +87,6 @@ def compare(mine, reference, texts: Iterable[str] = TEXTS):
         assert mine.decode(expected.ids) == reference.decode(
             expected.ids, skip_special_tokens=False
         )
-        assert mine.encode_with_offsets(text)[1] == expected.offsets
 
 
 @pytest.mark.parametrize("pre", CUTS)

@@ -47,13 +47,15 @@ def check(config, model, leaves):
         ("t5", "prefix", {"place": "all"}, "decoder/cross_prefix/k", "decoder/cross_prefix/k, "),
         ("llama", "lora", {}, "layers/attn/q/lora_b", "layers/attn/q/lora_a, layers/attn/q/lora_b"),
         ("llama", "lora", {"targets": "qkv"}, "layers/attn/qkv/k", "layers/attn/qkv/k, "),
+        ("llama", "dora", {"targets": "qkv"}, "layers/attn/q/magnitude", ".*attn/qkv/lora_a, "),
+        ("llama", "dora", {"targets": "q"}, "layers/attn/q/magnitude", ".*attn/q/lora_a, "),
         ("llama", "adapter", {}, "layers/mlp_adapter/up_bias", "layers/mlp_adapter/down, "),
         ("llama", "bitfit", {}, "layers/attn/q/bias", "layers/attn/q/bias, together"),
         ("t5", "full", {}, "embed/embedding", "embed/embedding, together"),
     ],
 )
 def test_what_is_half_there(model, name, keys, missing, message):
-    """Mutation: leaves that are missing are not looked for."""
+    """Breaks when missing leaves pass, or a magnitude is apart from the factors of `qkv`."""
     config = config_of(name, **keys)
     leaves = leaves_of(config, model)
     check(config, model, leaves)

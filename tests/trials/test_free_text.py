@@ -74,7 +74,8 @@ def test_trained_selected_and_tested_by_generation(trained):
 
 
 def test_evaluated_and_answered(trained, capsys, monkeypatch):
-    """Breaks when `evaluate` ranks a task without candidates, or `predict` wants labels."""
+    """Breaks when `evaluate` ranks a task without candidates, or `predict` wants labels in either
+    format."""
     assert cli.main(["evaluate", "--run", str(trained)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["f1"] == pytest.approx(read_result(trained)["metrics"]["test"]["f1"])
@@ -83,16 +84,23 @@ def test_evaluated_and_answered(trained, capsys, monkeypatch):
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["text"] for one in answers] == ["3 rome ?", "7 film ?"]
     assert all(isinstance(one["answer"], str) for one in answers)
+    give(monkeypatch, "3 rome ?\n7 film ?\n")
+    assert cli.main(["predict", "--run", str(trained)]) == 0
+    assert capsys.readouterr().out.splitlines() == [one["answer"] for one in answers]
 
 
 def test_beams_have_a_caller(keys, trained, tmp_path, capsys):
-    """Breaks when `eval.beams` is not handed on: the search of one beam is greedy decoding."""
-    some = [key for key in keys if "train.steps" not in key and "eval.every" not in key]
+    """Breaks when `eval.beams` is not handed on: the search of one beam is greedy decoding. Without
+    `eval.metric` it breaks when the default is refused, or is not the task's first metric.
+    """
+    left_out = ("train.steps", "eval.every", "eval.metric")
+    some = [key for key in keys if not any(name in key for name in left_out)]
     scores = {}
     for beams in (1, 3):
         words = [*some, "--config.train.steps=0", f"--config.eval.beams={beams}"]
         assert cli.main(["train", *words, "--workdir", str(tmp_path / str(beams))]) == 0
         scores[beams] = [line["predicted"] for line in predictions(tmp_path / str(beams))]
+    assert read_result(tmp_path / "3")["config"]["eval"]["metric"] == "exact_match"
     assert len(scores[1]) == len(scores[3])
     assert scores[1] != scores[3]
 

@@ -345,14 +345,14 @@ def test_reading_a_config(tmp_path):
     ):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"seed": ')
-    with pytest.raises(UserError, match=r"config.json: not JSON \(Expecting value"):
+    with pytest.raises(UserError, match=r"config.json: not readable as JSON \(Expecting"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"method": {"lenght": 3}}')
     message = r"config.json: unknown config key 'method.lenght' \(did you mean"
     with pytest.raises(UserError, match=message):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config.json: not a trial's config; allowed: a JSON obj"):
+    with pytest.raises(UserError, match=r"config.json: expected a JSON object"):
         read_config(tmp_path)
 
 

@@ -32,8 +32,6 @@ from softprompt.models.kernels.choice import REFERENCE, Case, Device, Kernel, ch
 from softprompt.models.kernels.cudnn import fused, join
 from softprompt.models.kernels.splash import merged
 
-__all__ = ["REFERENCE", "Case", "Device", "Kernel", "attend", "choose", "device_of"]
-
 
 def attend(
     q_THK: jax.Array,
@@ -45,15 +43,7 @@ def attend(
 ) -> jax.Array:
     """`attention.attend` by a kernel that supports the case.
 
-    Args:
-        q_THK: queries, already rotated.
-        parts: keys and values; the row's own are last, for splash with `segments_T`.
-        scale: factor of the queries.
-        softcap: c in c tanh(score / c); 0 for none.
-        kernel: see `Kernel`.
-
-    Returns:
-        [T, H, K].
+    The row's own keys and values are the last part, for splash with `segments_T`.
     """
     if kernel.name == "reference":
         return attention.attend(q_THK, parts, scale=scale, softcap=softcap)

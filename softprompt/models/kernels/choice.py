@@ -74,10 +74,7 @@ def device_of(mesh: Mesh) -> Device:
 def refusal(name: str, case: Case, device: Device | None = None) -> str:
     """Why a kernel does not support a case; "" if it does.
 
-    Args:
-        name: of the kernel.
-        case: of attention.
-        device: where the kernel would run. None: the device has been checked already.
+    `device` is where the kernel would run; None: the device has been checked already.
     """
     checks = {"splash": _splash_checks, "cudnn": _cudnn_checks, "reference": lambda *_: []}
     return next((reason for refused, reason in checks[name](case, device) if refused), "")

@@ -80,11 +80,7 @@ def raw_fields(config: Any, keys: Mapping[str, Key]) -> dict[str, Any]:
 
 
 def windows(values: Raw, slides: Callable[[int], bool]) -> tuple[int, ...]:
-    """The decoder's `windows`.
-
-    Args:
-        values: of `sliding_window`, `num_hidden_layers` and `layer_types`.
-        slides: index of a layer -> whether it has the window, if `layer_types` is null.
+    """The decoder's `windows`; `slides` says which layers have the window if `layer_types` is null.
 
     Raises:
         UserError: an unknown type of layer, or another number of types than layers.

@@ -59,13 +59,10 @@ KINDS: dict[str, dict[str, Key]] = {
 }
 
 
-def fields(values: Raw, *, base: float = 10000.0) -> dict[str, Any]:
+def fields(values: Raw) -> dict[str, Any]:
     """The decoder's `rope_base` and `rope_scaling`.
 
-    Args:
-        values: of `KEYS` and `max_position_embeddings`. `rope_scaling` replaces
-            `rope_parameters`, as in transformers.
-        base: the default of `rope_theta`.
+    As in transformers, the key `rope_scaling` replaces `rope_parameters`.
 
     Raises:
         UserError: an unknown kind of scaling, or a key that the kind does not have.
@@ -74,7 +71,7 @@ def fields(values: Raw, *, base: float = 10000.0) -> dict[str, Any]:
     if found["partial_rotary_factor"] not in (1.0, None):
         raise refuse("partial_rotary_factor", found["partial_rotary_factor"], 1.0)
     return {
-        "rope_base": float(found["rope_theta"] or values["rope_theta"] or base),
+        "rope_base": float(found["rope_theta"] or values["rope_theta"] or 1e4),
         "rope_scaling": scaling(found, values),
     }
 
@@ -88,10 +85,7 @@ def read(values: Raw) -> dict[str, Any]:
 def read_section(raw: Raw, where: str, *, kinds: Collection[str] = tuple(KINDS)) -> dict[str, Any]:
     """The values of a section on rotary positions; a key that is null counts as absent.
 
-    Args:
-        raw: the section.
-        where: its name in errors.
-        kinds: the allowed kinds of scaling.
+    `where` names the section in errors; `kinds` are the allowed kinds of scaling.
 
     Raises:
         UserError: an unknown kind, or a key that the kind does not have.

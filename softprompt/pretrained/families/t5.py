@@ -105,11 +105,6 @@ def _t5(values: Raw) -> T5Config:
     return _config(values, tied=tied)
 
 
-def _mt5(values: Raw) -> T5Config:
-    """An mT5, whose head is never tied: transformers does not scale its input."""
-    return _config(values, tied=False)
-
-
 def _umt5(values: Raw) -> T5Config:
     """A UMT5, whose head is untied if the config says so, as it was trained.
 
@@ -149,7 +144,7 @@ T5: Family = Family(
 )
 MT5: Family = Family(
     _keys("mt5", **SMALL),
-    _mt5,
+    lambda values: _config(values, tied=False),  # transformers does not scale the head's input
     t5_table,
     lambda config: _raw(config, MT5.keys),
     harmless=re.escape(UNUSED),

@@ -8,8 +8,6 @@ from softprompt.pretrained.gguf.file import File
 from softprompt.pretrained.gguf.text import read_tokenizer
 from softprompt.pretrained.name_tables import Source, Table
 
-__all__ = ["Config", "File", "open_model", "read_config", "read_tokenizer"]
-
 
 def read_config(file: File) -> Config:
     """The config of the model in a file, from its metadata.

@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, one_line
 
 VERSIONS = (2, 3)
 KINDS = (
@@ -66,7 +66,7 @@ class File:
             infos = [_info(cursor) for _ in range(tensors)]
             self.tensors = self._index(infos, cursor.at)
         except (ValueError, OSError, OverflowError, RecursionError, struct.error) as e:
-            raise UserError(f"{self.path}: not a complete GGUF file ({_reason(e)})") from e
+            raise UserError(f"{self.path}: not a complete GGUF file ({one_line(e)})") from e
 
     @property
     def architecture(self) -> str:
@@ -97,13 +97,11 @@ class File:
         Raises:
             UserError: no such key and no default, or another value.
         """
-        key = f"{self.architecture}.{key}"
-        if default is not None and key not in self.metadata:
-            return default
-        value = self.need(key, int)
+        value = self._of_architecture(key, default, int)
         if value < 1:
+            key = f"{self.architecture}.{key}"
             raise UserError(f"{self.path}: metadata {key} is {value}, expected at least 1")
-        return value
+        return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number: the metadata value of "ARCHITECTURE.key".
@@ -111,10 +109,12 @@ class File:
         Raises:
             UserError: no such key and no default, or another value.
         """
+        return float(self._of_architecture(key, default, float, int))
+
+    def _of_architecture(self, key: str, default: float | None, *kinds: type) -> Any:
         key = f"{self.architecture}.{key}"
-        if default is not None and key not in self.metadata:
-            return default
-        return float(self.need(key, float, int))
+        absent = default is not None and key not in self.metadata
+        return default if absent else self.need(key, *kinds)
 
     def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The values of a tensor in float32, and its stored bytes."""
@@ -232,8 +232,3 @@ def _bytes(kind: str, shape: tuple[int, ...]) -> int:
     if shape[-1] % block:
         raise ValueError(f"a row of {shape[-1]} values is no whole number of {kind} blocks")
     return math.prod(shape) // block * size
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line; its type if it has no message."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

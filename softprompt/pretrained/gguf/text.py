@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, one_line
 from softprompt.pretrained.gguf.file import File
 from softprompt.pretrained.tokenizer import Tokenizer, byte_letters
 
@@ -182,7 +182,7 @@ def _build(file: File, make: Callable[[], Any]) -> Backend:
     try:
         return Backend(make())
     except Exception as e:  # tokenizers raises plain Exception
-        reason = " ".join(str(e).split())
+        reason = one_line(e)
         raise UserError(f"{file.path}: tokenizer.ggml fields do not fit together ({reason})") from e
 
 
