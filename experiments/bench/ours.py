@@ -55,7 +55,7 @@ class Compiled(NamedTuple):
 def settings(job: Job, dtype: str = "auto") -> ConfigDict:
     """The resolved config of a job, whose model is the folder that PEFT reads too."""
     config = base_config()
-    keys = {"model.dtype": dtype, "method.name": job["method"], "method.length": job["length"]}
+    keys = {"model.dtype": dtype, "method.length": job["length"]}
     keys["method.init"] = "noise" if job["method"] == "prefix" else "uniform"
     for key, value in (keys | job["config"]).items():
         set_key(config, key, value)
@@ -72,7 +72,7 @@ def measure(job: Job) -> dict[str, Any]:
         "seconds" of the timed steps; "losses" of all; "load" and "first" seconds (loading, and the
         first step with its compilation) and whether the program was "cached"; bytes of the
         "memory"; "flops" of a step, the "rate" of the machine at its products (None with a saving
-        off), rows and tokens of its first "shape"; "dtype", "device", "versions".
+        off, and for a T5), rows and tokens of its first "shape"; "dtype", "device", "versions".
     """
     jax.monitoring.register_event_listener(note)
     jax.config.update("jax_compilation_cache_dir", job["cache"])
@@ -87,6 +87,8 @@ def measure(job: Job) -> dict[str, Any]:
     compiled, run = stepper(prepared, batches, off=job["off"], rate=job["rate"])
     seconds, losses = timed(run, warmup=job["warmup"], steps=job["steps"], limit=job["limit"])
     shape = batches[0].rows.tokens.shape
+    is_decoder = isinstance(prepared.loaded.config, DecoderConfig)
+    rate = product_rate(prepared, int(np.prod(shape))) if is_decoder and not job["off"] else None
     stats = device.memory_stats()
     memory = stats["peak_bytes_in_use"] if stats else peak_resident() - before
     return {
@@ -97,7 +99,7 @@ def measure(job: Job) -> dict[str, Any]:
         "cached": compiled.cached,
         "memory": memory,
         "flops": step_flops(prepared),
-        "rate": None if job["off"] else product_rate(prepared, int(np.prod(shape))),
+        "rate": rate,
         "shape": list(shape),
         "actual_dtype": config.model.dtype,
         "device": f"{device.device_kind} ({cores()} cores)",
@@ -154,8 +156,9 @@ def check_examples(source: TrainSource, file: str, steps: range) -> None:
     for step in steps:
         ours_B = source.places(step)[0]
         assert (examples_SB[step] == ours_B).all(), f"step {step} has other examples in {file}"
-        same = lengths_SB[step] == source.lengths_N[ours_B] + 1  # the last target token is no place
-        assert same.all(), f"step {step} has examples of other lengths in {file}"
+        encoded = source.encoded
+        sizes = [len(encoded.inputs[n]) + len(encoded.targets[n]) for n in ours_B]
+        assert lengths_SB[step].tolist() == sizes, f"step {step}: other lengths in {file}"
 
 
 def product_rate(prepared: Prepared, tokens: int) -> float:

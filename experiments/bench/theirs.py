@@ -34,7 +34,7 @@ def measure(job: Job) -> dict[str, Any]:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, job["rate"], weight_decay=0.0)
-    batches = read_batches(job)
+    batches = read_batches(job, encoder_decoder=model.config.is_encoder_decoder)
     load = time.perf_counter() - began
 
     def step(n: int) -> float:
@@ -74,14 +74,22 @@ def build(job: Job) -> Any:
     """The model, and what trains it around it."""
     import peft
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    folder, method = job["folders"][job["dtype"]], job["method"]
+    if AutoConfig.from_pretrained(folder).is_encoder_decoder:
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=getattr(torch, job["dtype"]))
+        config = peft.PromptTuningConfig(
+            task_type=peft.TaskType.SEQ_2_SEQ_LM,
+            num_virtual_tokens=job["length"],
+            num_transformer_submodules=1,  # before the encoder's input only
+            prompt_tuning_init="RANDOM",
+        )
+        return peft.get_peft_model(model, config)
     model = AutoModelForCausalLM.from_pretrained(
-        job["folders"][job["dtype"]],
-        dtype=getattr(torch, job["dtype"]),
-        attn_implementation="sdpa",
+        folder, dtype=getattr(torch, job["dtype"]), attn_implementation="sdpa"
     )
-    method, task = job["method"], peft.TaskType.CAUSAL_LM
+    task = peft.TaskType.CAUSAL_LM
     model.config.use_cache = method == "prefix"  # which is one
     configs: dict[str, Any] = {
         "prompt": lambda: peft.PromptTuningConfig(
@@ -95,27 +103,34 @@ def build(job: Job) -> Any:
     return model if method == "full" else peft.get_peft_model(model, configs[method]())
 
 
-def read_batches(job: Job) -> list[dict[str, np.ndarray]]:
-    """The arguments of the model at each step of the job."""
+def read_batches(job: Job, *, encoder_decoder: bool = False) -> list[dict[str, np.ndarray]]:
+    """The arguments of the model at each step of the job.
+
+    A decoder reads input and target in one row; an encoder-decoder reads the input.
+    """
     with np.load(job["examples"]) as saved:
         tokens, lengths_SB, inputs_SB = (saved[n] for n in ("tokens", "lengths", "inputs"))
     ends = np.cumsum(lengths_SB).reshape(lengths_SB.shape)
     count, start = job["warmup"] + job["steps"], job["start"]
     batches = []
     for step in range(start, start + count):
-        shape = len(ends[step]), int(lengths_SB[step].max())
+        whole_B, inputs_B = lengths_SB[step], inputs_SB[step]
+        read_B = inputs_B if encoder_decoder else whole_B
+        targets_B = whole_B - inputs_B if encoder_decoder else whole_B
+        shape = len(whole_B), int(read_B.max())
         batch = {
             "input_ids": np.zeros(shape, np.int64),
             "attention_mask": np.zeros(shape, np.int64),
-            "labels": np.full(shape, -100, np.int64),
+            "labels": np.full((len(whole_B), int(targets_B.max())), -100, np.int64),
         }
         for row, (end, length, inputs) in enumerate(
             zip(ends[step], lengths_SB[step], inputs_SB[step], strict=True)
         ):
-            own = tokens[end - length : end]
-            batch["input_ids"][row, :length] = own
-            batch["attention_mask"][row, :length] = 1
-            batch["labels"][row, inputs:length] = own[inputs:]
+            own, read = tokens[end - length : end], int(read_B[row])
+            batch["input_ids"][row, :read] = own[:read]
+            batch["attention_mask"][row, :read] = 1
+            first = 0 if encoder_decoder else inputs
+            batch["labels"][row, first : first + length - inputs] = own[inputs:]
         batches.append(batch)
     return batches
 

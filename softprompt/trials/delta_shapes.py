@@ -1,5 +1,6 @@
 """Checks that a stored delta has the leaves and shapes that its method has for a model."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,6 +43,11 @@ def check_fit(
         if modules[path] in needed and path not in found:
             together = [one for one in shapes if modules[one] == modules[path]]
             raise UserError(f"{file}: {path} is missing; allowed: {', '.join(together)}, together")
+
+
+def trained_count(config: ConfigDict, sizes: DecoderConfig | T5Config) -> int:
+    """The number of values in a config's folded delta, for a model of these sizes."""
+    return sum(math.prod(shape) for shape in folded_shapes(config, sizes).values())
 
 
 def folded_shapes(

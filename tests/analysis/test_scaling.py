@@ -1,0 +1,56 @@
+"""Fits of scaling laws, on data whose law is known."""
+
+import numpy as np
+import pytest
+
+from softprompt.analysis.scaling import fit, fit_with_interval
+from softprompt.errors import UserError
+
+SIZES = np.array([1.1e5, 3.3e5, 9.5e5, 2.4e6, 7.4e6, 1.06e8])
+
+
+@pytest.mark.parametrize(
+    ("floor", "scale", "exponent"), [(1.7, 40.0, 0.3), (0.2, 8.0, 0.12), (0.5, 900.0, 0.6)]
+)
+def test_the_law_is_found(floor, scale, exponent):
+    """Breaks when the search ends in another minimum, or an axis of another unit moves it."""
+    losses = floor + scale * SIZES**-exponent
+    law = fit(SIZES, losses)
+    np.testing.assert_allclose(
+        [law.floor, law.scale, law.exponent], [floor, scale, exponent], rtol=1e-3
+    )
+    np.testing.assert_allclose(law(SIZES), losses, rtol=1e-6)
+
+
+def test_one_wrong_loss_does_not_decide():
+    """Breaks when residuals are squared however large they are."""
+    losses = 1.7 + 40.0 * SIZES**-0.3
+    losses[2] *= 1.5
+    repeated = np.tile(1.7 + 40.0 * SIZES**-0.3, 3)
+    law = fit(np.tile(SIZES, 4), [*repeated, *losses])
+    assert law.exponent == pytest.approx(0.3, rel=0.02)
+
+
+def test_the_interval_covers_the_exponent():
+    """Breaks when trials of one cluster are drawn one by one: then it is too narrow."""
+    random, covered, runs = np.random.default_rng(0), 0, 24
+    for run in range(runs):
+        sizes, losses, clusters = [], [], []
+        for cluster in range(9):
+            level = random.normal(0, 0.05)  # common to a task and seed, at every size
+            for size in SIZES:
+                loss = (1.0 + 30.0 * size**-0.25) * np.exp(level + random.normal(0, 0.01))
+                sizes.append(size), losses.append(loss), clusters.append(cluster)
+        law = fit_with_interval(sizes, losses, clusters, draws=40, seed=run)
+        covered += law.low <= 0.25 <= law.high
+    assert covered >= 20  # 95 % by its name, of 24
+
+
+def test_refusals():
+    """Breaks when an exponent comes from too few sizes, or of numbers that have no logarithm."""
+    with pytest.raises(UserError, match="4 different sizes at least; there are 3"):
+        fit([1, 2, 3, 3], [3, 2, 1, 1])
+    with pytest.raises(UserError, match="a loss is -1; allowed: positive"):
+        fit([1, 2, 3, 4], [3, 2, 1, -1])
+    with pytest.raises(UserError, match="two clusters"):
+        fit_with_interval([1, 2, 3, 4], [4, 3, 2, 1], [0, 0, 0, 0])
