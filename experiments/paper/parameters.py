@@ -35,7 +35,7 @@ from softprompt.trials.outputs import write_outputs
 
 SIZES = ("small", "base", "large", "xl", "xxl")
 LENGTHS = (1, 20, 50, 100, 150)
-METHODS = {
+METHODS: dict[str, dict[str, object]] = {
     "full fine-tuning": {"name": "full"},
     "prefix, P = 100": {"name": "prefix", "length": 100, "place": "both"},
     "LoRA, rank 8": {"name": "lora"},

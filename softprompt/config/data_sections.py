@@ -49,7 +49,7 @@ class Task(Settings):
         'answers); "" means that examples have none',
     )
     id_field: str = setting(
-        "", 'own data: the field with an example\'s id; "" makes ids from numbers or hashes'
+        "", 'own data: the field with an example\'s id; "" makes ids from line numbers or hashes'
     )
     group_field: str = setting(
         "",
@@ -63,10 +63,10 @@ class Task(Settings):
     )
     max_input: int = setting(
         256,
-        "tokens of an input at most; longer ones lose the end of their longest field",
+        "most tokens of an input; a longer input loses the end of its longest field",
         low=1,
     )
-    max_target: int = setting(32, "tokens of a target at most; a longer one is an error", low=1)
+    max_target: int = setting(32, "most tokens of a target; a longer one is an error", low=1)
     eos: bool = setting(False, "end each target with EOS")
 
     def check(self) -> None:
@@ -99,11 +99,23 @@ class Data(Settings):
         "selects the delta. The sizes below are per task",
     )
     cap: int = setting(
-        0, "a balanced subset of this many examples if a task has more; 0 is all", low=0
+        0,
+        "most training examples of a task; a larger task gives a balanced subset; 0 is all",
+        low=0,
     )
-    train_examples: int = setting(0, "a balanced subset of this many examples; 0 is all", low=0)
+    train_examples: int = setting(
+        0, "train on a balanced subset of this many examples; 0 is all", low=0
+    )
     subset_seed: int = setting(
-        0, "seed of the subset (also of `cap`)", low=0, high=SEEDS, needs=("train_examples", "cap")
+        0,
+        "seed of the subsets of train_examples and cap",
+        low=0,
+        high=SEEDS,
+        needs=("train_examples", "cap"),
     )
-    validation_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
-    test_examples: int = setting(0, "a seeded sample of this many examples; 0 is all", low=0)
+    validation_examples: int = setting(
+        0, "validate on a seeded sample of this many examples; 0 is all", low=0
+    )
+    test_examples: int = setting(
+        0, "test on a seeded sample of this many examples; 0 is all", low=0
+    )

