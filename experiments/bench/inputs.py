@@ -30,10 +30,7 @@ from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.pretraining.recipe import Recipe
 from softprompt.pretraining.tokenizers import train_unigram
 from softprompt.pretraining.train import first_weights
-from softprompt.trials.prepare import (
-    prepare,
-    train_source,
-)
+from softprompt.trials.prepare import prepare, train_source
 from softprompt.trials.session import Session
 
 PIECES, SPEECHES = 4096, 4000  # of a random model's tokenizer: tokens, and lines it is trained on
