@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained.catalog import CATALOG, Entry
+from softprompt.pretrained.catalog import CATALOG, Entry, Pretraining
+from softprompt.pretrained.families import find_family
 from softprompt.pretrained.families.t5 import COPIES
 from softprompt.pretrained.published import DECODERS
 from tests.tiny_t5 import hf_t5_config
@@ -18,6 +19,13 @@ RAW = {repo: raw for repo, raw, _ in DECODERS}
 ENTRIES = list({entry.config: entry for entry in CATALOG.values()}.values())
 
 
+def find_raw(entry: Entry) -> dict[str, Any]:
+    """The config.json of a decoder: that of its repository, or of a model made here, ours."""
+    if isinstance(entry.source, Pretraining):
+        return find_family(entry.config)[1].raw(entry.config)
+    return next(raw for repo, raw in RAW.items() if CATALOG[repo].config == entry.config)
+
+
 def theirs(entry: Entry) -> Any:
     """The model that transformers makes of the same config.json."""
     from transformers import AutoConfig, AutoModelForCausalLM, T5ForConditionalGeneration
@@ -25,8 +33,7 @@ def theirs(entry: Entry) -> Any:
     if isinstance(entry.config, T5Config):
         raw, make = hf_t5_config(entry.config), T5ForConditionalGeneration._from_config
     else:
-        name = next(r for r in RAW if CATALOG[r].config == entry.config)
-        raw, make = RAW[name], AutoModelForCausalLM.from_config
+        raw, make = find_raw(entry), AutoModelForCausalLM.from_config
         raw = raw.get("text_config", raw)
     config = AutoConfig.for_model(**raw)
     with torch.device("meta"):

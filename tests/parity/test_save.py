@@ -1,5 +1,6 @@
 """What is saved is read by transformers, and computes what the folder it came from does."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from softprompt.pretrained.loading import load_model
 from softprompt.pretrained.save import save_folder
 from tests.families import VARIANTS, VOCAB, write_family_folder
 from tests.pretrained.ggufs import write_gguf
+from tests.pretraining.test_train import plainly, run, tiny_recipe, tiny_t5
 from tests.tiny_t5 import VARIANTS as T5_VARIANTS
 from tests.tiny_t5 import write_complete_t5
 
@@ -63,3 +65,28 @@ def test_a_gguf_file_and_its_tokenizer(tmp_path):
     text = "Review: a film,  that\n\nnever 1234"
     assert theirs(text)["input_ids"] == [ours.bos_id, *ours.encode(text)]
     assert logits(folder, "AutoModelForCausalLM").shape == (2, 23, 320)
+
+
+@pytest.mark.parametrize("kind", ["causal", "span_corruption"])
+def test_a_pretrained_model(tmp_path, monkeypatch, kind):
+    """Breaks if: a model of the ladder is saved in a form that transformers computes otherwise, or
+    its tokenizer is another one there.
+    """
+    from transformers import AutoTokenizer
+
+    plainly(monkeypatch, tmp_path / "cache")
+    folder = run(tiny_recipe() if kind == "causal" else tiny_t5())
+    loaded, ids = load_model(str(folder)), np.array(IDS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "A prompt is trained; the model is frozen."
+    own = loaded.tokenizer.encode(text)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == own
+    assert tokenizer(text)["input_ids"] == [*own, *([1] if loaded.tokenizer.add_eos else [])]
+    apply = functools.partial(loaded.model.apply, {"params": loaded.weights})
+    if kind == "causal":
+        ours, theirs = [apply(row) for row in ids], logits(folder, "AutoModelForCausalLM")
+    else:
+        ours = [apply(row, row[:9]) for row in ids]
+        decoder = torch.tensor(IDS)[:, :9]
+        theirs = logits(folder, "T5ForConditionalGeneration", decoder_input_ids=decoder)
+    np.testing.assert_allclose(np.stack(ours), theirs, atol=1e-4)

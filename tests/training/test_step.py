@@ -127,3 +127,51 @@ def test_norms_are_those_of_the_rows_that_are_read(given):
     new, _, metrics = step(delta, tx.init(delta), weights, batch, None)  # at a rate of zero
     rows_P = np.linalg.norm(reparametrize.apply(new["prompt"], net), axis=1)
     np.testing.assert_allclose(metrics["row_norm_max"], rows_P.max(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_a_loss_in_chunks_is_the_loss(given, chunk):
+    """Mutation: leave out the last chunk; scale the head's gradient only; let padded positions
+    count; drop the z-loss in the chunks.
+    """
+    config, delta, weights, _, batch = given
+    config = config._replace(method="full", method_config=None, z_loss=0.2)
+    config = config._replace(model=config.model.clone(unroll=True))
+
+    def scaled(weights, config):
+        loss, metrics = loss_fn(weights, {}, batch, None, config=config)
+        return 3 * loss, metrics
+
+    gradient = functools.partial(jax.value_and_grad(scaled, has_aux=True), weights)
+    whole = jax.jit(functools.partial(gradient, config))()
+    parts = jax.jit(functools.partial(gradient, config._replace(loss_chunk=chunk)))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), whole, parts)
+    assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(parts[1]))
+
+
+def test_the_logits_of_all_positions_never_exist_at_once(given):
+    """Mutation: compute the chunks without a scan; store each chunk's logits for the backward
+    pass.
+    """
+    config, _, weights, _, batch = given
+    config = config._replace(method="full", method_config=None)
+    rows, positions = batch.targets.shape
+    vocabulary = config.model.config.vocab
+
+    def largest(chunk):
+        loss = functools.partial(loss_fn, config=config._replace(loss_chunk=chunk))
+        function = jax.grad(lambda w: loss(w, {}, batch, None)[0])
+        sizes = [0]
+
+        def visit(jaxpr):
+            for equation in jaxpr.eqns:
+                shapes = [getattr(v.aval, "shape", ()) for v in equation.outvars]
+                sizes.extend(np.prod(s) for s in shapes if s and s[-1] == vocabulary)
+                for inner in jax.core.jaxprs_in_params(equation.params):
+                    visit(inner)
+
+        visit(jax.make_jaxpr(function)(weights).jaxpr)
+        return max(sizes)
+
+    assert largest(0) >= rows * positions * vocabulary
+    assert largest(1) <= rows * vocabulary
