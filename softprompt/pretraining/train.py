@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.analysis.flops import machine_flops, train_flops
+from softprompt.console import Progress
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
 from softprompt.files import write_text
@@ -92,6 +93,12 @@ def pretrain(recipe: Recipe, session: Session) -> Path:
             shutil.rmtree(work / "checkpoints")
             shutil.rmtree(work / "snapshots")
     return last_folder(recipe)
+
+
+def run_alone(recipe: Recipe) -> Path:
+    """`pretrain` in a session of its own, with progress on standard error."""
+    with Progress() as progress:
+        return pretrain(recipe, Session(progress))
 
 
 def last_folder(recipe: Recipe) -> Path:
