@@ -151,14 +151,21 @@ def sources(recipe: Recipe, text_X: np.ndarray, tokenizer: Tokenizer) -> tuple[P
     Raises:
         UserError: the corpus is too short for a step of either.
     """
-    config, row, eos, each = recipe.config, recipe.row, tokenizer.eos_id, 1
+    config: Any = recipe.config
+    row, eos, each = recipe.row, tokenizer.eos_id, 1
+    assert eos is not None
+    make: objectives.Make
     if recipe.objective == "causal":
         pieces_NL = cut(text_X, row, overlap=1)
         make, text = functools.partial(objectives.causal, eos=eos), row
     elif recipe.objective == "span_corruption":
         text = piece_length(row)
         pieces_NL = cut(text_X, text)
-        ids = {"sentinels": sentinel_ids(config.vocab), "eos": eos, "start": config.start}
+        ids: dict[str, Any] = {
+            "sentinels": sentinel_ids(config.vocab),
+            "eos": eos,
+            "start": config.start,
+        }
         make = functools.partial(objectives.span_corruption, **ids)
     else:
         text, each = row, 2
@@ -187,7 +194,8 @@ def first_weights(recipe: Recipe) -> dict[str, Any]:
     if recipe.start:
         folder = str(model_folder(recipe.start))
         return load_model(folder, put=lambda path, array: array.copy()).weights
-    config, weights = recipe.config, {}
+    config = recipe.config
+    weights: dict[str, Any] = {}
     for number, (path, shape) in enumerate(leaf_shapes(config).items()):
         rng = np.random.default_rng([recipe.seed, number])
         values = rng.standard_normal(shape, np.float32) * _scale(config, path, shape)
@@ -239,7 +247,7 @@ def train(recipe: Recipe, work: Path, session: Session) -> dict[str, Any]:
     opt_state = jax.jit(tx.init, out_shardings=placed)(delta)
     state = loop.State(delta, opt_state, best=jax.tree.map(jnp.copy, delta))
     batch = put_batch(mesh, pad_rows(text.train[0], mesh.shape["data"]))
-    arguments = (delta, set_rate(opt_state, np.float32(0)), {}, batch, None)
+    arguments: tuple[Any, ...] = (delta, set_rate(opt_state, np.float32(0)), {}, batch, None)
     inputs = loop.LoopInputs(
         program=session.program(step, optimizer, mesh, arguments),
         weights={},
