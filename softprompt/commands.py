@@ -236,28 +236,23 @@ def pretrain(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
     recipe = load_recipe(arguments.recipe)
     start_jax(arguments.distributed)
-    from softprompt.console import Progress
-    from softprompt.pretraining.train import pretrain as run
-    from softprompt.trials.session import Session
+    from softprompt.pretraining.train import run_alone
 
-    with Progress() as progress:
-        folder = run(recipe, Session(progress))
-    print(folder)
+    print(run_alone(recipe))
     return 0
 
 
 def ladder(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Lists the pretrained models, or packs or imports them."""
-    from softprompt.pretraining import ladder as models
+    from softprompt.pretraining.ladder import import_archive, listing, pack
 
-    if arguments.action != "list" and not arguments.file:
-        raise UserError(f"ladder {arguments.action} needs FILE, the archive")
     if arguments.action == "list":
-        print_columns(*models.listing())
-    elif arguments.action == "pack":
-        print("\n".join(models.pack(arguments.file)))
+        print_columns(*listing())
+    elif not arguments.file:
+        raise UserError(f"ladder {arguments.action} needs FILE, the archive")
     else:
-        print("\n".join(models.import_archive(arguments.file)))
+        move = pack if arguments.action == "pack" else import_archive
+        print("\n".join(move(arguments.file)))
     return 0
 
 

@@ -153,7 +153,11 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             rows = c.context_length + c.position_offset
             self.positions = Embed(rows, c.width, self.dtype)
-        options = {"remat": self.remat, "gather": self.gather, "unroll": self.unroll}
+        options: dict[str, Any] = {
+            "remat": self.remat,
+            "gather": self.gather,
+            "unroll": self.unroll,
+        }
         layers = stack(Block, length=c.layers, **options)
         self.layers = layers(c, self.dtype)
         self.prefix = Prefix(self.dtype)

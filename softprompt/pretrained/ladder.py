@@ -6,6 +6,7 @@ A model is a Hugging Face folder in the cache, with a file `provenance.json` bes
 """
 
 from pathlib import Path
+from typing import Any
 
 from softprompt.downloads import cache_dir
 from softprompt.errors import UserError
@@ -20,7 +21,7 @@ HEAD_SIZE = 32
 
 def _decoder(layers: int, width: int, ffn: int) -> DecoderConfig:
     heads = width // HEAD_SIZE
-    sizes = {"heads": heads, "kv_heads": heads, "head_size": HEAD_SIZE, "ffn": ffn}
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": heads, "head_size": HEAD_SIZE, "ffn": ffn}
     return DecoderConfig(vocab=VOCABULARY, width=width, layers=layers, context_length=512, **sizes)
 
 

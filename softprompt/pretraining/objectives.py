@@ -118,7 +118,7 @@ def spans_of(length: int, rng: np.random.Generator) -> list[tuple[int, int]]:
         return np.diff([0, *cuts, total])
 
     lengths = np.stack([parts(length - corrupted), parts(corrupted)], axis=1).ravel()
-    return np.cumsum(lengths).reshape(-1, 2).tolist()
+    return [(int(a), int(b)) for a, b in np.cumsum(lengths).reshape(-1, 2)]
 
 
 def corrupt(
@@ -168,8 +168,8 @@ def _pair(inputs: list[np.ndarray], targets: list[np.ndarray], start: int) -> Tr
         numbers = np.repeat(np.arange(len(parts)) + 1, [len(part) for part in parts])
         return _row(np.concatenate(parts), numbers)
 
-    rows, target_M = replace(packed(shifted), encoder=packed(inputs)), np.concatenate(targets)
-    rows = replace(rows, encoder=replace(rows.encoder, index=None))
+    rows = replace(packed(shifted), encoder=replace(packed(inputs), index=None))
+    target_M = np.concatenate(targets)
     return TrainBatch(rows, target_M, np.ones(len(target_M)))
 
 

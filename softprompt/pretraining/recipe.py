@@ -7,6 +7,7 @@ import math
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 from softprompt.errors import UserError, nearest
 from softprompt.models.decoder import DecoderConfig
@@ -110,7 +111,7 @@ def _ladder() -> dict[str, Recipe]:
             made[name] = Recipe(name, config, rate=rate)
             continue
         made[name] = Recipe(name, config, "span_corruption", rate=rate)
-        adapted = {"tokens": EPOCH // 2, "keep": dict(ADAPTED), "start": name}
+        adapted: dict[str, Any] = {"tokens": EPOCH // 2, "keep": dict(ADAPTED), "start": name}
         made[f"{name}@lm"] = Recipe(f"{name}@lm", config, "prefix_lm", rate=rate / 2, **adapted)
     return made
 

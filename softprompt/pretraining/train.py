@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.analysis.flops import machine_flops, train_flops
+from softprompt.console import Progress
 from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
 from softprompt.files import write_text
@@ -94,6 +95,12 @@ def pretrain(recipe: Recipe, session: Session) -> Path:
     return last_folder(recipe)
 
 
+def run_alone(recipe: Recipe) -> Path:
+    """`pretrain` in a session of its own, with progress on standard error."""
+    with Progress() as progress:
+        return pretrain(recipe, Session(progress))
+
+
 def last_folder(recipe: Recipe) -> Path:
     """The folder of the model that has all of the recipe's tokens."""
     suffix = next(suffix for suffix, share in recipe.keep.items() if share == 1)
@@ -144,14 +151,21 @@ def sources(recipe: Recipe, text_X: np.ndarray, tokenizer: Tokenizer) -> tuple[P
     Raises:
         UserError: the corpus is too short for a step of either.
     """
-    config, row, eos, each = recipe.config, recipe.row, tokenizer.eos_id, 1
+    config: Any = recipe.config
+    row, eos, each = recipe.row, tokenizer.eos_id, 1
+    assert eos is not None
+    make: objectives.Make
     if recipe.objective == "causal":
         pieces_NL = cut(text_X, row, overlap=1)
         make, text = functools.partial(objectives.causal, eos=eos), row
     elif recipe.objective == "span_corruption":
         text = piece_length(row)
         pieces_NL = cut(text_X, text)
-        ids = {"sentinels": sentinel_ids(config.vocab), "eos": eos, "start": config.start}
+        ids: dict[str, Any] = {
+            "sentinels": sentinel_ids(config.vocab),
+            "eos": eos,
+            "start": config.start,
+        }
         make = functools.partial(objectives.span_corruption, **ids)
     else:
         text, each = row, 2
@@ -180,7 +194,8 @@ def first_weights(recipe: Recipe) -> dict[str, Any]:
     if recipe.start:
         folder = str(model_folder(recipe.start))
         return load_model(folder, put=lambda path, array: array.copy()).weights
-    config, weights = recipe.config, {}
+    config = recipe.config
+    weights: dict[str, Any] = {}
     for number, (path, shape) in enumerate(leaf_shapes(config).items()):
         rng = np.random.default_rng([recipe.seed, number])
         values = rng.standard_normal(shape, np.float32) * _scale(config, path, shape)
@@ -232,7 +247,7 @@ def train(recipe: Recipe, work: Path, session: Session) -> dict[str, Any]:
     opt_state = jax.jit(tx.init, out_shardings=placed)(delta)
     state = loop.State(delta, opt_state, best=jax.tree.map(jnp.copy, delta))
     batch = put_batch(mesh, pad_rows(text.train[0], mesh.shape["data"]))
-    arguments = (delta, set_rate(opt_state, np.float32(0)), {}, batch, None)
+    arguments: tuple[Any, ...] = (delta, set_rate(opt_state, np.float32(0)), {}, batch, None)
     inputs = loop.LoopInputs(
         program=session.program(step, optimizer, mesh, arguments),
         weights={},

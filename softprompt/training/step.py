@@ -91,7 +91,7 @@ def unembed(model: Model, variables: Tree, x_RMD: jax.Array) -> jax.Array:
 
     The unembedding runs once over all rows, so that its gradient is computed once.
     """
-    logits = model.apply(variables, x_RMD.reshape(-1, x_RMD.shape[-1]), method="unembed")
+    logits: Any = model.apply(variables, x_RMD.reshape(-1, x_RMD.shape[-1]), method="unembed")
     return logits.reshape(*x_RMD.shape[:2], -1)
 
 

@@ -76,7 +76,7 @@ def test_a_pretrained_model(tmp_path, monkeypatch, kind):
 
     plainly(monkeypatch, tmp_path / "cache")
     folder = run(tiny_recipe() if kind == "causal" else tiny_t5())
-    loaded, ids = load_model(str(folder)), np.array(IDS)
+    loaded, ids = load_model(str(folder)), np.array(IDS, np.int32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "A prompt is trained; the model is frozen."
     own = loaded.tokenizer.encode(text)

@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from softprompt import cli
-from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.pretrained.ladder import PROVENANCE, RUNGS, ladder_dir, model_folder
 from softprompt.pretrained.loading import load_model
@@ -24,7 +23,6 @@ from softprompt.pretraining.ladder import import_archive
 from softprompt.pretraining.recipe import Recipe, load_recipe, recipe_of
 from softprompt.training.logs import TIMING, read_log
 from softprompt.training.sharding import make_mesh
-from softprompt.trials.session import Session
 from tests.own_task import REPOSITORY
 from tests.tiny import tiny_config
 from tests.tiny_t5 import tiny_t5_config
@@ -82,9 +80,7 @@ def tiny_t5(**changes):
     )
 
 
-def run(recipe):
-    with Progress() as progress:
-        return train.pretrain(recipe, Session(progress))
+run = train.run_alone
 
 
 def weights(name, root=None):

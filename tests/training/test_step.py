@@ -21,6 +21,7 @@ from tests.contracts.examples import (
     prompted,
     random_examples,
 )
+from tests.models.test_t5 import shapes_under_vmap
 
 KEY = jax.random.key(0)
 ROWS = [[0, 1], [2, 3], [4], [5]]
@@ -161,17 +162,8 @@ def test_the_logits_of_all_positions_never_exist_at_once(given):
     def largest(chunk):
         loss = functools.partial(loss_fn, config=config._replace(loss_chunk=chunk))
         function = jax.grad(lambda w: loss(w, {}, batch, None)[0])
-        sizes = [0]
-
-        def visit(jaxpr):
-            for equation in jaxpr.eqns:
-                shapes = [getattr(v.aval, "shape", ()) for v in equation.outvars]
-                sizes.extend(np.prod(s) for s in shapes if s and s[-1] == vocabulary)
-                for inner in jax.core.jaxprs_in_params(equation.params):
-                    visit(inner)
-
-        visit(jax.make_jaxpr(function)(weights).jaxpr)
-        return max(sizes)
+        shapes = shapes_under_vmap(jax.make_jaxpr(function)(weights).jaxpr)
+        return max(np.prod(shape) for shape in shapes if shape and shape[-1] == vocabulary)
 
     assert largest(0) >= rows * positions * vocabulary
     assert largest(1) <= rows * vocabulary
