@@ -153,12 +153,9 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             rows = c.context_length + c.position_offset
             self.positions = Embed(rows, c.width, self.dtype)
-        options: dict[str, Any] = {
-            "remat": self.remat,
-            "gather": self.gather,
-            "unroll": self.unroll,
-        }
-        layers = stack(Block, length=c.layers, **options)
+        layers = stack(
+            Block, length=c.layers, remat=self.remat, gather=self.gather, unroll=self.unroll
+        )
         self.layers = layers(c, self.dtype)
         self.prefix = Prefix(self.dtype)
         if c.final_norm:
