@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softprompt.data.builtin_tasks import TASKS
 from softprompt.data.splits import read_split
-from softprompt.data.tasks import TASKS
 from softprompt.errors import UserError
 from softprompt.pretraining import corpus, objectives
 from softprompt.pretraining.objectives import (

@@ -21,8 +21,9 @@ from softprompt.pretraining import recipe as recipes
 from softprompt.pretraining import train
 from softprompt.pretraining.ladder import import_archive
 from softprompt.pretraining.recipe import Recipe, load_recipe, recipe_of
-from softprompt.training.logs import TIMING, read_log
+from softprompt.training.logs import read_log
 from softprompt.training.sharding import make_mesh
+from tests.contracts.trials import scientific
 from tests.own_task import REPOSITORY
 from tests.tiny import tiny_config
 from tests.tiny_t5 import tiny_t5_config
@@ -98,8 +99,7 @@ def check_same(one, other):
     logs = []
     for cache in (one, other):
         (folder,) = (cache / "ladder" / ".work").iterdir()
-        lines = read_log(folder)
-        logs.append([{k: v for k, v in line.items() if k not in TIMING} for line in lines])
+        logs.append(scientific(folder))
     assert logs[0] == logs[1]
 
 
