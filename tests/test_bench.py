@@ -287,11 +287,12 @@ def test_peft_needs_nothing_of_ours():
 def test_peft_reads_the_same_examples(workdir):
     """Mutation: an input's token is a label; padding is attended to; another example's tokens."""
     job = cells.job(cells.Task(TINY, System("peft"), steps=1), workdir, best_threads={})
-    session = Session(Progress())
-    source = train_source(prepare(ours.settings(job, "float32"), session))
+    prepared = prepare(ours.settings(job, "float32"), Session(Progress()))
+    source = train_source(prepared)
     for step, batch in enumerate(theirs.read_batches(job)):
         for row, example in enumerate(source.places(step)[0]):
-            tokens, target = source.encoded.inputs[example], source.encoded.targets[example]
+            tokens = [*prepared.step.opening, *source.encoded.inputs[example]]
+            target = source.encoded.targets[example]
             seen = batch["attention_mask"][row].astype(bool)
             assert (batch["input_ids"][row][seen] == [*tokens, *target]).all()
             assert (batch["labels"][row][batch["labels"][row] >= 0] == target).all()

@@ -98,11 +98,13 @@ def save_examples(file: str, config: ConfigDict, session: Session) -> None:
     "tokens" has them one after another, input and target; "lengths" [S, B] how many each has, and
     "inputs" [S, B] how many of those are input; "examples" [S, B] their numbers.
     """
-    source = train_source(prepare(config, session))
+    prepared = prepare(config, session)
+    source, opening = train_source(prepared), np.array(prepared.step.opening, np.int32)
     encoded = source.encoded
     examples_SB = np.stack([source.places(step)[0] for step in range(SPAN * PROCESSES * TWICE)])
-    whole = [np.concatenate([encoded.inputs[n], encoded.targets[n]]) for n in examples_SB.flat]
-    inputs = [len(encoded.inputs[n]) for n in examples_SB.flat]
+    parts = [(opening, encoded.inputs[n], encoded.targets[n]) for n in examples_SB.flat]
+    whole = [np.concatenate(part) for part in parts]
+    inputs = [len(opening) + len(part[1]) for part in parts]
     content = io.BytesIO()
     np.savez(
         content,

@@ -81,7 +81,7 @@ def measure(job: Job) -> dict[str, Any]:
     prepared = prepare(config, Session(Progress()))
     source = train_source(prepared)
     count = job["warmup"] + job["steps"]
-    check_examples(source, job["examples"], range(job["start"], job["start"] + count))
+    check_examples(prepared, source, job["examples"], range(job["start"], job["start"] + count))
     batches = [make_batch(source, job["start"] + n, job["off"]) for n in range(count)]
     load = time.perf_counter() - began
     compiled, run = stepper(prepared, batches, off=job["off"], rate=job["rate"])
@@ -149,15 +149,15 @@ def stepper(
     return compiled[0], run
 
 
-def check_examples(source: TrainSource, file: str, steps: range) -> None:
+def check_examples(prepared: Prepared, source: TrainSource, file: str, steps: range) -> None:
     """Checks that steps have the examples that PEFT is given."""
     with np.load(file) as saved:
         examples_SB, lengths_SB = saved["examples"], saved["lengths"]
     for step in steps:
         ours_B = source.places(step)[0]
         assert (examples_SB[step] == ours_B).all(), f"step {step} has other examples in {file}"
-        encoded = source.encoded
-        sizes = [len(encoded.inputs[n]) + len(encoded.targets[n]) for n in ours_B]
+        encoded, opening = source.encoded, len(prepared.step.opening)
+        sizes = [opening + len(encoded.inputs[n]) + len(encoded.targets[n]) for n in ours_B]
         assert lengths_SB[step].tolist() == sizes, f"step {step}: other lengths in {file}"
 
 
