@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
     Many tests compile one program again: in a session of its own, or in another module. Small ones
     are compiled sooner than they are read. `--cache-clear` and `make clean` remove the folder.
     """
+    # A shell starts what runs in its background with SIGINT ignored; tests send it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "cache"):  # with -p no:cacheprovider
         return
     folder = config.cache.mkdir("programs")
