@@ -42,9 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     Many tests compile one program again: in a session of its own, or in another module. Small ones
     are compiled sooner than they are read. `--cache-clear` and `make clean` remove the folder.
     """
-    # A shell starts what runs in its background with SIGINT ignored; tests send it.
+    # A shell's background ignores SIGINT, and nohup SIGHUP; so would the processes that tests start
+    # and send these to. A handler is not inherited.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     if not hasattr(config, "cache"):  # with -p no:cacheprovider
         return
     folder = config.cache.mkdir("programs")
