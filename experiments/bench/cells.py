@@ -11,9 +11,11 @@ from typing import Any
 from experiments.bench.measure import FEWEST, cores
 from softprompt.errors import UserError, unknown
 
-MODELS = {"smollm2": "smollm2-135m-instruct-q4", "gemma3": "gemma3-270m-q4"}
-# T5 1.1 of the small size with random weights, since no package carries trained ones.
-MODELS |= {"t5-small": "random google/t5-v1_1-small"}
+MODELS = {
+    "smollm2": "smollm2-135m-instruct-q4",
+    "gemma3": "gemma3-270m-q4",
+    "t5-small": "random google/t5-v1_1-small",  # no package carries trained weights
+}
 LENGTHS = (1, 20, 100, 500)
 METHODS = ("prompt", "prefix", "lora", "full")
 # A T5's prompt that does not attend to the input: keys and values that all examples share.

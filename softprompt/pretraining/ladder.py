@@ -6,6 +6,7 @@ An archive is a tar file with the models' folders, followed by the SHA-256 of al
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -65,15 +66,8 @@ def _inner(config: Any) -> str:
     if config is None:
         return ""
     shapes = leaf_shapes(config).items()
-    count = sum(_product(shape) for path, shape in shapes if "layers/" in path)
+    count = sum(math.prod(shape) for path, shape in shapes if "layers/" in path)
     return f"{count:,}"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for one in shape:
-        size *= one
-    return size
 
 
 def read_provenance(name: str) -> dict[str, Any]:

@@ -18,10 +18,9 @@ from softprompt.data.builtin_tasks import get_task
 from softprompt.data.encode import Encoded
 from softprompt.data.tasks import Task
 from softprompt.errors import UserError, nearest
-from softprompt.models import T5, Decoder, Model
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.catalog import CATALOG
-from softprompt.pretrained.loading import Loaded
+from softprompt.pretrained.loading import Loaded, make_model
 from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.training.optimizers import make_optimizer
 from softprompt.training.step import train_step
@@ -30,7 +29,6 @@ from softprompt.trials.estimate import estimate, step_memory, trained
 from softprompt.trials.prepare import delta_shapes, prepare, train_source, trial_dropout
 from softprompt.trials.session import Session, optimizer_config
 from softprompt.trials.shape_check import (
-    DTYPE,
     GIB,
     SLICES,
     abstract_weights,
@@ -62,10 +60,11 @@ class ShapeSession(Session):
             )
         sizes = CATALOG[name].config
         encoder_decoder = isinstance(sizes, T5Config)
-        model: Model = T5(sizes, DTYPE) if isinstance(sizes, T5Config) else Decoder(sizes, DTYPE)
         words = Backend(backends.WordLevel({str(n): n for n in range(sizes.vocab)}))
         tokenizer = Tokenizer(words, 0, 1, add_bos=False, add_eos=encoder_decoder)
-        return Loaded(model, abstract_weights(sizes), tokenizer, "", name, sizes)
+        return Loaded(
+            make_model(sizes, "bfloat16"), abstract_weights(sizes), tokenizer, "", name, sizes
+        )
 
     def data(self, config: ConfigDict, *, bos: bool) -> TrialData:
         """Examples of the longest inputs and targets of a config's task."""
