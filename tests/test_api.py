@@ -66,6 +66,7 @@ def test_a_trial_is_looked_at_and_used(trial):
         sp.load_trial(trial.folder / "none")
 
 
+@pytest.mark.matrix
 def test_a_sweep_and_its_plots(keys, trial, tmp_path):
     """Breaks when rows of unequal lengths are one point, or a trial is trained twice."""
     configs = [sp.make_config(keys, method__length=n, seed=s) for n in (1, 4) for s in (0, 1)]

@@ -64,6 +64,7 @@ def first_losses(prepared, off):
     return [run(0) for _ in range(3)]
 
 
+@pytest.mark.matrix
 def test_losses_without_a_saving(prepared):
     """Mutation: a row's context is another row's; a target's weight is lost, or its position; an
     example stands in no row. ("context" has the rows of "packing".)"""
@@ -92,6 +93,7 @@ def test_what_is_off_is_computed(prepared):
     assert flops[1] > 1.2 * flops[0]
 
 
+@pytest.mark.matrix
 def test_a_process_and_its_resumption(workdir, monkeypatch):
     """Mutation: the warm-up is counted; a share of another shape's rate; a done row is run again; a
     failed one is not."""

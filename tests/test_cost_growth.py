@@ -62,6 +62,7 @@ def test_a_shorter_model_is_the_first_layers(tiny_folder):
     assert np.abs(logits - whole).max() > 0.1
 
 
+@pytest.mark.matrix
 def test_rows(rows):
     """Mutation: operations of one trial for all; those of all layers for one; a backward pass where
     nothing is trained; the prompt's tokens among the examples'; the first round is timed."""
@@ -78,6 +79,7 @@ def test_rows(rows):
     assert {row["tokens"] for row in (plain, long, two, one)} == {base["tokens"]}
 
 
+@pytest.mark.matrix
 def test_the_prediction_is_the_base_at_the_base(rows):
     """Mutation: the mean of seconds; every panel is set equal at its first point."""
     rows = [{**row, "seconds": [6.0, 1.0, 2.0]} for row in rows]
@@ -97,6 +99,7 @@ def test_the_prediction_is_the_base_at_the_base(rows):
     assert cost_growth.table(rows[1:])["predicted s"].isna().all(), "the base is missing"
 
 
+@pytest.mark.matrix
 def test_outputs(rows, tmp_path):
     """Mutation: a panel is left out, or has another's points; what is missing is an error."""
     drawn = cost_growth.figure(rows)

@@ -153,6 +153,7 @@ def tiny_task(folder: Path, task: Task) -> Task:
 RUN = [block for block in ALL if block.language in ("sh", "python") and not block.reason]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("page", dict.fromkeys(block.page for block in RUN))
 def test_blocks_run(page, desk, monkeypatch):
     """Breaks when a command or Python of the docs no longer does what its page says."""

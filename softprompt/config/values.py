@@ -78,19 +78,18 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
     Raises:
         UserError: the key is unknown (lists near matches) or the value has another type.
     """
-    flat = flatten(config)
     for mapping in OPEN_MAPPINGS:
         if key.startswith(f"{mapping}.") and len(key) > len(mapping) + 1:
-            merged = {**flat[mapping], key[len(mapping) + 1 :]: value}
+            merged = {**flatten(config)[mapping], key[len(mapping) + 1 :]: value}
             set_key(config, mapping, merged)
             return
-    if key not in flat:
-        raise UserError(unknown_key(key, flat))
+    if key not in KEYS:
+        raise UserError(unknown_key(key, flatten(config)))
     *sections, leaf = key.split(".")
     node = config
     for section in sections:
         node = node[section]
-    coerced = coerce(key, value, flat[key])
+    coerced = coerce(key, value, KEYS[key].default)
     node[leaf] = _tree(coerced) if isinstance(coerced, dict) else coerced
 
 

@@ -12,6 +12,7 @@ from softprompt.inference.kv_cache import empty_cache, extend, prefill
 from softprompt.models.decoder import Cached
 from tests.contracts.examples import equations, prompted, snippets
 from tests.families import SLIDING, family_decoder
+from tests.matrix import matrix
 from tests.models.t5_rows import compiled_row, packed
 from tests.tiny_t5 import tiny_t5
 
@@ -75,7 +76,9 @@ def decoder_whole(model):
     return whole
 
 
-@pytest.mark.parametrize("name", ("gpt2", "neox", "opt", "mistral", "gemma2", "gemma3"))
+@pytest.mark.parametrize(
+    "name", matrix(("gpt2", "neox", "opt", "mistral", "gemma2", "gemma3"), keep=("gemma3",))
+)
 def test_decoders(x64, name):
     """Mutation: positions by slot, not by row; what is cached is seen beyond the row's length, or
     counts from before the context; windows cut only what can leave them within T tokens; a new
@@ -118,8 +121,8 @@ def t5_whole(model):
 @pytest.mark.parametrize(
     ("inline", "stacks", "sizes"),
     [
-        (True, [], {"start": 5}),
-        (True, BOTH, {}),
+        pytest.param(True, [], {"start": 5}, marks=pytest.mark.matrix),
+        pytest.param(True, BOTH, {}, marks=pytest.mark.matrix),
         (False, BOTH, {"bias_per_layer": True}),
     ],
 )
@@ -154,7 +157,7 @@ def extended(model, variables, input_T, pieces):
     return jnp.concatenate(outputs)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "t5"])
+@pytest.mark.parametrize("name", matrix(("gemma3", "t5"), keep=("gemma3",)))
 def test_several_tokens_at_once(x64, name):
     """Mutation: new tokens see those after them; positions of all of them are the first's."""
     pieces = [TEXT_BT[0, 11:14], TEXT_BT[0, 14:20]]
@@ -200,6 +203,7 @@ def test_layers_read_the_cache_and_never_copy_it(x64, name):
     assert not any(shape[-1] == size and max(shape) > new for shape in joined)
 
 
+@pytest.mark.matrix
 @pytest.mark.real
 @pytest.mark.usefixtures("quick")
 def test_greedy_on_the_real_model_is_full_recomputation(smollm2, shared_data):

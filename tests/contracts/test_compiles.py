@@ -10,6 +10,7 @@ from softprompt.trials import groups
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.contracts.trials import alone, apart, configs, outcome, run
+from tests.matrix import matrix
 
 TRIALS = (
     {"seed": 0},
@@ -84,6 +85,7 @@ def test_trials_share_one_step(tiny_folder, tmp_path, programs):
         assert programs() == each(2, "train_step", *SCORING)
 
 
+@pytest.mark.matrix
 def test_averaged_and_capped_trials_share_one_step(tiny_folder, tmp_path, programs):
     """Mutation: the largest norm of a row is static."""
     source = write_task(tmp_path)
@@ -95,7 +97,7 @@ def test_averaged_and_capped_trials_share_one_step(tiny_folder, tmp_path, progra
     assert programs(STEPS) == each(1, "train_step")
 
 
-@pytest.mark.parametrize("method", ["prompt", "lora"])
+@pytest.mark.parametrize("method", matrix(("prompt", "lora"), keep=("prompt",)))
 def test_trials_of_unlike_dropout_share_one_step(tiny_folder, tmp_path, programs, method):
     """And the second is what it is alone, at its own rates. Mutations: what is kept is static; it
     is that of the session's first trial.
@@ -112,8 +114,8 @@ def test_trials_of_unlike_dropout_share_one_step(tiny_folder, tmp_path, programs
 
 @pytest.mark.parametrize(
     ("population", "in_turns"),
-    [(1, ("cpu",)), (4, ("cpu",)), (2, ()), (4, ())],
-    ids=["alone", "four in turns", "two together", "four together"],
+    matrix([(1, ("cpu",)), (4, ("cpu",)), (4, ())], keep=[(4, ())]),
+    ids=["alone", "four in turns", "four together"],
 )
 def test_a_whole_sweep_traces_a_program_a_length(
     tiny_folder, tmp_path, programs, monkeypatch, population, in_turns

@@ -134,6 +134,7 @@ def test_a_step_costs_less_than_a_third(sizes, movies, monkeypatch):
 INSTRUCTION = "Read this short review of a movie, and decide if its author liked it or not. " * 20
 
 
+@pytest.mark.matrix
 def test_an_instruction_costs_less_than_a_third(sizes, movies, tokenizer):
     """200 tokens before every snippet, at the default batch and prompt length. Breaks when they are
     computed with every example, or the formula counts them so.

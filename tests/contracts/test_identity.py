@@ -20,6 +20,7 @@ from tests.contracts.examples import (
     random_examples,
     snippets,
 )
+from tests.matrix import matrix
 
 BOS = 0
 KEY = jax.random.key(0)
@@ -106,7 +107,7 @@ def test_a_fresh_prompt_in_the_model_call_is_the_text(tiny):
 
 @pytest.mark.real
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("bos", ["none", "before", "after"])
+@pytest.mark.parametrize("bos", matrix(("none", "before", "after"), keep=("none",)))
 def test_real_text_prompts(smollm2, shared_data, bos):
     """Mutation: positions of a row do not continue after the context."""
     model, weights, tokenizer = smollm2.model, smollm2.weights, smollm2.tokenizer

@@ -19,6 +19,7 @@ from softprompt.training.step import train_step
 from softprompt.trials.programs import Member, population_step
 from tests.contracts.examples import packed, prompted, snippets
 from tests.contracts.method_cases import base, moved, step_of
+from tests.matrix import matrix
 
 STEPS, RATES = 3, np.array([0.005, 0.01], np.float32)
 # GPT-2's loss does not depend on a key's bias: its gradient is rounding, of which Adam would make
@@ -60,8 +61,7 @@ def apart(one, other):
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
-@pytest.mark.newest
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), matrix(CASES, keep=[("prompt", "gpt2")]))
 def test_members_step_as_alone(name, kind):
     """Mutations: every member has the first one's batch, or its rate; one gets another's result."""
     config, layout = step_of(name, kind, "float32")

@@ -27,6 +27,7 @@ from softprompt.models.decoder import Decoder
 from softprompt.training.step import StepConfig, loss_fn, shared_part
 from tests.contracts.examples import by_example, double, logits, one_device, random_examples
 from tests.contracts.method_cases import alone, moved, plain
+from tests.matrix import matrix
 from tests.tiny import tiny_decoder
 from tests.tiny_t5 import tiny_t5
 
@@ -37,7 +38,7 @@ EXACT = {"atol": 1e-9, "rtol": 1e-9}
 KINDS = ("decoder", "t5")
 PLACED = ("windows", "t5")  # of windows some end inside a prompt
 
-pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("x64")]
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @functools.cache
@@ -95,7 +96,7 @@ def packed(encoded, rows, layout):
     return double(train_batch(encoded, order, rows_B, RowShape(3, 70, 12, 8), layout))
 
 
-@pytest.mark.parametrize("kind", PLACED)
+@pytest.mark.parametrize("kind", matrix(PLACED, keep=("windows",)))
 def test_many_tasks_are_as_many_prompts(kind):
     """Contracts 4 and 5. Mutations: a token sees the prompts of all tasks, or of the row's first
     example; a second task's positions run on behind the first's, or it sees it; keys of windows
@@ -113,7 +114,7 @@ def test_many_tasks_are_as_many_prompts(kind):
     assert max(np.abs(a - b).max() for a, b in zip(wanted, others, strict=True)) > 0.1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", matrix(KINDS, keep=("t5",)))
 def test_gradients_are_those_of_the_separate_prompts(kind):
     """Mutations: `stop_gradient` on a factor; a task's gradient reaches another's factors."""
     _, weights, _, layout, encoded = base(kind)
@@ -139,7 +140,7 @@ def test_gradients_are_those_of_the_separate_prompts(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **EXACT), found, wanted)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", matrix(KINDS, keep=("t5",)))
 def test_fresh_tasks_have_the_shared_prompt(kind):
     """Contract 2. Mutation: both factors begin as noise, as PEFT's do."""
     model, weights, where, _, _ = base(kind)
@@ -151,7 +152,8 @@ def test_fresh_tasks_have_the_shared_prompt(kind):
         np.testing.assert_array_equal(one, np.stack([other] * 3))
 
 
-@pytest.mark.parametrize("kind", PLACED)
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", matrix(PLACED, keep=("windows",)))
 def test_scores_and_answers(kind):
     """Contract 4 in scoring and decoding, by rows of several tasks. Mutations: `which` is not
     passed on to the memory; prefill sees all prompts; rows take another row's task.
@@ -181,7 +183,7 @@ def test_scores_and_answers(kind):
         assert [best[n] for n in mine] == searched
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", matrix(KINDS, keep=("t5",)))
 def test_who_sees_which_prompt_has_to_be_said(kind):
     """Mutation: an input that says nothing has the first task's prompt, or sees all of them."""
     model, weights, _, _, encoded = base(kind)

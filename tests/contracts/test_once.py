@@ -10,6 +10,7 @@ import pytest
 from softprompt.training.step import accumulated, loss_fn
 from tests.contracts import concatenated
 from tests.contracts.examples import double, packed, prompted, random_examples, snippets
+from tests.matrix import matrix
 from tests.tiny import tiny_decoder
 
 ROWS = [[3], [1, 4], [2, 0], [5]]
@@ -47,7 +48,9 @@ def check(ours, theirs, *, loss=1e-9, gradient=1e-9):
     np.testing.assert_allclose(ours[1] / scale, theirs[1] / scale, atol=gradient, rtol=0)
 
 
-@pytest.mark.parametrize("bos_before", [None, 0], ids=["no bos", "bos before"])
+@pytest.mark.parametrize(
+    "bos_before", matrix((None, 0), keep=(None,)), ids=["no bos", "bos before"]
+)
 def test_loss_and_gradient(tiny, bos_before):
     """Mutation: `stop_gradient` on the context's keys; positions that ignore the context;
     microbatches of which only the last one's cotangent is pulled back, or averaged losses.
@@ -75,6 +78,7 @@ def test_microbatches_sum_in_float32():
     assert len(sums) >= 4 and set(sums) == {jnp.dtype("float32")}
 
 
+@pytest.mark.matrix
 def test_an_untied_model_with_one_key_head(x64):
     """Mutation: the untied head is read as the embedding."""
     model, weights = tiny_decoder(tied=False, heads=3, kv_heads=1, layers=2)
@@ -84,6 +88,7 @@ def test_an_untied_model_with_one_key_head(x64):
     check(ours, repeated(config, delta, weights, encoded))
 
 
+@pytest.mark.matrix
 @pytest.mark.real
 @pytest.mark.usefixtures("quick")
 def test_real_loss_and_gradient(smollm2, shared_data):

@@ -36,6 +36,7 @@ from tests.contracts.examples import (
 from tests.contracts.method_cases import CASES, KEY, SOURCE, base, moved
 from tests.contracts.trials import ended
 from tests.families import family_decoder
+from tests.matrix import matrix
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 
@@ -91,11 +92,14 @@ def trained_on(step, delta, weights, encoded, layout, *, exact=True):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [
-        *((name, "decoder") for name in ("prompt", "lora, everywhere", "full")),
-        *((name, "windows") for name in ("multitask", "prefix")),
-        *(("prompt", kind) for kind in ("gpt2", "gemma3")),
-    ],
+    matrix(
+        [
+            *((name, "decoder") for name in ("prompt", "lora, everywhere")),
+            *((name, "windows") for name in ("multitask", "prefix")),
+            ("prompt", "gpt2"),
+        ],
+        keep=[("prompt", "decoder"), ("prefix", "windows")],
+    ),
 )
 @pytest.mark.usefixtures("x64")
 def test_loss_and_gradient(name, kind):
@@ -114,6 +118,7 @@ def test_loss_and_gradient(name, kind):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **EXACT), found, wanted)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ("int8", "int4"))
 def test_quantised_weights(tmp_path, kind):
     """Breaks when the opening's embeddings are not those of the rows."""
@@ -144,7 +149,10 @@ def answers(step, delta, weights, encoded, layout):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("lora, everywhere", "decoder"), ("prefix", "windows"), ("multitask", "windows")],
+    matrix(
+        [("lora, everywhere", "decoder"), ("prefix", "windows"), ("multitask", "windows")],
+        keep=("prefix",),
+    ),
 )
 @pytest.mark.usefixtures("x64")
 def test_scores_and_answers(name, kind):
@@ -276,6 +284,7 @@ def test_a_steps_work(tiny_folder, tmp_path, method):
     assert work.keys == keys
 
 
+@pytest.mark.matrix
 def test_a_trial(tmp_path, monkeypatch):
     """Breaks when the opening is missing from what rows see, in training, scoring, generation or
     prediction; or when a plain text is scored after it.

@@ -22,6 +22,7 @@ def check_trials(model, tmp_path, numbers, **changes):
         assert min(apart(together[0], together[n])) > 1e-4  # they are different trials
 
 
+@pytest.mark.matrix
 def test_float32_trials(tiny_folder, tmp_path):
     """Mutation: a trial begins with the optimizer's state of the one before, or with its prompt; a
     trial's batches are those of the first seed; the optimizer is not in the compiled step's key.
@@ -29,6 +30,7 @@ def test_float32_trials(tiny_folder, tmp_path):
     check_trials(tiny_folder, tmp_path, (1, 2, 3))  # the first one was alone when it ran
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", ("t5", "gemma3"))
 def test_other_families(tmp_path, family):
     """Mutation: as above."""
@@ -47,6 +49,7 @@ class Backwards(prepare.TrainSource):
         return jax.tree.map(lambda array: array[::-1], super().__getitem__(step))
 
 
+@pytest.mark.matrix
 def test_bfloat16_trials(tiny_folder, tmp_path, monkeypatch):
     """Mutation: as in float32. The noise is what the order of rows does to the same trial."""
     some = configs(tiny_folder, tmp_path, TRIALS[:2], model__dtype="bfloat16")

@@ -143,6 +143,7 @@ def test_remat_changes_nothing_but_memory(folders):
     assert found["layer"][2] < 0.6 * found["none"][2]
 
 
+@pytest.mark.matrix
 def test_a_quantised_model_on_a_mesh(folders):
     """Mutation: no rule covers the integers, scales or minima; an axis of one scale is split."""
     mesh = make_mesh(2, 4)
@@ -185,6 +186,7 @@ def test_a_quantised_model_decodes_as_its_rounded_weights_do(folders):
     assert len(set(sum(said, []))) > 3
 
 
+@pytest.mark.matrix
 @pytest.mark.real
 def test_a_file_in_4_bits_keeps_its_values():
     """Mutation: groups of 24, across the file's blocks; a minimum in bfloat16.

@@ -14,6 +14,7 @@ from softprompt.methods.ia3 import Ia3Config
 from softprompt.methods.lora import LoraConfig
 from softprompt.training.step import StepConfig
 from tests.contracts.examples import by_example, cut, logits, packed, snippets
+from tests.matrix import matrix
 
 REAL = 3e-4
 ROW, SHAPE = (2, 0, 1), RowShape(1, 64, 12)
@@ -63,7 +64,7 @@ def apart(some, others):
     return max(np.abs(some[n] - others[n]).max() for n in some)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", matrix(CASES, keep=("lora",)))
 def test_real_fresh_and_packed(smollm2, examples, base, name):
     """Mutations: LoRA's B begins as noise, or an adapter's "up"; a new bias begins at one, a factor
     of IA3 at zero; `full` begins with other weights; no segments in the mask.

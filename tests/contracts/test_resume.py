@@ -117,7 +117,7 @@ class Launcher:
 
 @pytest.fixture(scope="module")
 def stopped(place, tiny_folder):
-    """A trial killed three times at random steps, once in a write, then asked to stop at several
+    """A trial killed twice at random steps and once in a write, then asked to stop at several
     moments, then ended. A signal ends the command with its code and one line, without a traceback.
 
     Beside it, the same trial left alone.
@@ -127,7 +127,7 @@ def stopped(place, tiny_folder):
     launcher = Launcher(command[0], place / "w", place / "cache")
     folder, random = place / "w", np.random.default_rng(9)
     try:
-        for _ in range(3):
+        for _ in range(2):
             target = logged(folder) + int(random.integers(15, 75))
             code = launcher.stop(signal.SIGKILL, lambda at=target: logged(folder) >= at)
             assert code == -signal.SIGKILL, launcher.said[-1][-2000:]
@@ -137,12 +137,10 @@ def stopped(place, tiny_folder):
             if half_written(folder):
                 break
         left = half_written(folder)
-        # While JAX is imported, while the model loads, in a step, in a write.
-        enough = logged(folder) + 15
+        # While JAX is imported, while the model loads, in a write.
         for number, moment in (
             (signal.SIGINT, after(0.7)),
             (signal.SIGHUP, after(3.0)),
-            (signal.SIGINT, lambda at=enough: logged(folder) >= at),
             (signal.SIGINT, in_a_write(folder)),
         ):
             code = launcher.stop(number, moment)
@@ -231,13 +229,7 @@ def whole(place, tiny_folder, session):
 
 @pytest.mark.parametrize(
     ("number", "steps"),
-    [
-        (signal.SIGINT, [2]),
-        (signal.SIGINT, [4, 8, 13]),
-        (signal.SIGINT, [11, 20, 22]),
-        (signal.SIGTERM, [4, 8, 13]),
-        (signal.SIGTERM, [11, 20, 22]),
-    ],
+    [(signal.SIGINT, [2, 8, 13]), (signal.SIGTERM, [4, 11, 22])],
 )
 def test_interrupted_in_process(place, whole, tiny_folder, session, tmp_path, number, steps):
     """As above, at steps with and without a checkpoint, an evaluation or a snapshot."""
@@ -255,12 +247,11 @@ AVERAGED = {"train__ema": 0.8, "optimizer__name": "adafactor_t5x", "optimizer__m
 DROPPED = {"train__dropout": 0.3, "method__dropout": 0.2}
 
 
-@pytest.mark.parametrize("more", [AVERAGED, DROPPED], ids=["average", "dropout"])
-def test_more_is_gone_on_with(place, tiny_folder, session, tmp_path, more):
+def test_more_is_gone_on_with(place, tiny_folder, session, tmp_path):
     """Fails if a checkpoint lacks the average, or the cap of rows, or holds the delta for it; if
     dropout's keys count from where a process began.
     """
-    config = make_config(place, tiny_folder, **(SHORT | more))
+    config = make_config(place, tiny_folder, **SHORT, **AVERAGED, **DROPPED)
     run_trial(config, tmp_path / "alone", session=session)
     for step, number in ((6, signal.SIGTERM), (13, signal.SIGINT)):
         interrupt(config, tmp_path / "w", session, step=step, number=number)
@@ -328,8 +319,6 @@ def test_sigterm_while_testing_exits_with_75(place, tiny_folder, tmp_path):
     assert done.returncode == 75, done.stderr[-2000:]
     assert done.stderr.endswith("softprompt: interrupted; the same command resumes\n")
     assert read_result(folder) is None
-    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True).returncode == 0
-    assert read_result(folder)["status"] == "done"
 
 
 def test_other_weights_are_not_gone_on_with(place, session, tmp_path):

@@ -13,6 +13,7 @@ from softprompt.training.step import train_step
 from softprompt.trials import shape_check as full_size
 from softprompt.trials.programs import Member, compile_population
 from tests.contracts.examples import packed, prompted, random_examples
+from tests.matrix import matrix
 from tests.tiny import tiny_config, tiny_decoder
 from tests.tiny_t5 import tiny_t5_config
 
@@ -67,6 +68,7 @@ def test_over_data_the_deltas_gradient_alone_is_summed(small, data, model):
         assert found <= {delta, ""}
 
 
+@pytest.mark.matrix
 def test_a_device_takes_whole_trials(small, monkeypatch):
     """Mutation: the axis of members is left whole, so that every device takes rows of all trials,
     and computes the contexts of all.
@@ -81,7 +83,7 @@ def test_a_device_takes_whole_trials(small, monkeypatch):
     assert flops[12] > 0.95 * 12 * flops[1]
 
 
-@pytest.mark.parametrize("members", [2, 3])
+@pytest.mark.parametrize("members", matrix((2, 3), keep=(3,)))
 def test_members_over_devices_step_as_alone(members):
     """Two lie whole on a device each, three by their rows. Mutation: the mean over devices is taken
     for the sum, in steps that are vmapped.
@@ -111,6 +113,7 @@ def test_members_over_devices_step_as_alone(members):
                 np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("config", "remat"), [(DECODER, "none"), (T5, "layer")], ids=["decoder", "T5"]
 )

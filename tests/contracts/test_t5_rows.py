@@ -21,6 +21,7 @@ from softprompt.methods.initializers import vocabulary
 from softprompt.methods.prompt import PromptConfig, init
 from softprompt.training.step import StepConfig, loss_fn, row_logits, shared_part
 from tests.contracts.examples import by_example, double, one_device, random_examples
+from tests.matrix import matrix
 from tests.tiny_t5 import tiny_t5
 
 P = 4
@@ -33,7 +34,7 @@ FORMS = {
 }
 ROWS = ([[0, 1, 2, 3, 4, 5]], [[4, 2], [5, 3, 0], [1]], [[], [2], [], [5, 4, 3, 2, 1, 0]])
 
-pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("x64")]
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def make(form):
@@ -69,7 +70,7 @@ def logits_and_loss(config, delta, weights, batch):
     return logits_RMV, loss_fn(delta, weights, batch, None, config=config)[0]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", matrix(FORMS, keep=("both", "contexts")))
 def test_packed_pairs(form):
     """Mutation: cross-attention sees other segments; an inline prompt only before the row's first
     segment; positions that do not start again with each segment; the start token left out; a bias
@@ -98,7 +99,7 @@ def test_packed_pairs(form):
         np.testing.assert_allclose(loss, sum(losses[n] for n in order) / count, rtol=1e-9)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", matrix(FORMS, keep=("both", "contexts")))
 def test_candidate_scores(form):
     """Mutation: candidates share a start token (its distance to the second one is wrong then); a
     candidate sees its neighbours; the decoder's slots are not counted in the row's width."""

@@ -204,6 +204,7 @@ def test_failed_fetch_stays_one_user_error(fetched: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.network
+@pytest.mark.matrix
 def test_real_datasets_have_the_documented_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

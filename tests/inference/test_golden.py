@@ -43,6 +43,7 @@ def test_greedy(tmp_path, name):
     assert generate(*arguments, max_new=NEW, eos_id=None) == GOLDEN["greedy"][name]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ENDING)
 def test_beams(tmp_path, name):
     """Mutation: EOS is not counted in the length; the search goes on until no beam can win; an end

@@ -28,6 +28,7 @@ def test_a_prefix_of_words_is_those_words(x64, family):
     np.testing.assert_allclose(ours, whole[5:], atol=1e-9)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("place", ["encoder", "decoder"])
 def test_a_prefix_of_words_in_t5(x64, place):
     """Where the words do not see the input. Mutation: the encoder's keys go to the decoder."""

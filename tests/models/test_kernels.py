@@ -232,6 +232,7 @@ def step_gradients(model, weights, batch, delta, config):
 
 
 # Mutation: in `on_shards` "data" is split once more, or the mesh is taken as if it were whole.
+@pytest.mark.matrix
 def test_in_a_step_of_each_device():
     mesh = mesh_of_four()
     model, weights = tiny_decoder(dtype="float32", layers=2)

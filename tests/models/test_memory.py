@@ -11,6 +11,7 @@ from tests.models.memory import SLACK, SMOLLM2, measure, write_smollm2
 
 
 # Mutation: read_weights collects its finished leaves and puts them at the end.
+@pytest.mark.matrix
 @pytest.mark.real
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])

@@ -33,6 +33,7 @@ def compare(path):
         assert values.dtype == np.float32
 
 
+@pytest.mark.matrix
 @pytest.mark.real
 def test_the_real_file():
     compare(find("smollm2-135m-instruct-q4"))

@@ -155,6 +155,7 @@ class Launcher:
         return process.returncode, said
 
 
+@pytest.mark.matrix
 def test_a_run_that_is_stopped_is_as_if_it_never_was(tmp_path):
     """Breaks when anything but the checkpoint decides what the rest of a run does: the order of the
     rows, the tokenizer, the rate, the log. A half-done run is no model.
@@ -195,6 +196,7 @@ def test_the_same_recipe_twice_gives_the_same_bits(made, tmp_path, capsys):
         run(tiny_recipe(rate=1e-3))
 
 
+@pytest.mark.matrix
 def test_adaptation_starts_from_the_corrupted_spans(monkeypatch):
     """Breaks when the adaptation has first weights or a tokenizer of its own, or its shares are
     those of the first run.

@@ -19,12 +19,11 @@ from softprompt.trials import convert
 from softprompt.trials.convert import base_model, conventions
 from softprompt.trials.run import check_folder, read_config
 from tests.interchange.cases import MODELS, sizes
+from tests.matrix import matrix
 from tests.mistakes import run
 from tests.own_task import give, words, write_task
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
-
-pytestmark = pytest.mark.newest
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +104,13 @@ METHODS = {
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [
-        *[("llama", method) for method in METHODS],
-        *[("t5", method) for method in ("lora", "multitask")],
-    ],
+    matrix(
+        [
+            *[("llama", method) for method in METHODS],
+            *[("t5", method) for method in ("lora", "multitask")],
+        ],
+        keep=[("llama", "lora")],
+    ),
 )
 def test_every_method_there_and_back(place, tmp_path, capsys, model, method):
     """Mutation: a key of the method's config, such as rslora or dropout, is not set on import."""
@@ -134,6 +136,7 @@ def test_every_method_there_and_back(place, tmp_path, capsys, model, method):
     assert len({tuple(config["method"][key] for key in keys) for config in configs}) == 1
 
 
+@pytest.mark.matrix
 def test_a_prompt_for_tasks_knows_them_by_number(place, tmp_path, capsys, monkeypatch):
     """Mutations: the report does not name the numbers; another number of tasks is accepted; a
     line is answered with the first task's prompt, or its words.

@@ -157,6 +157,7 @@ def choices(keys, tmp_path_factory):
     return [*kept, *(f"--config.{key}={value}" for key, value in changed.items())]
 
 
+@pytest.mark.matrix
 def test_own_candidates_are_ranked_and_generated_answers_compared(
     choices, tmp_path, capsys, monkeypatch
 ):

@@ -18,6 +18,7 @@ from softprompt.trials.programs import Static, StepProgram
 from softprompt.trials.sweep import trial_folder
 from tests.contracts.examples import session
 from tests.contracts.trials import OTHER, TRIALS, alone, apart, configs, ended, run
+from tests.matrix import matrix
 from tests.tiny import write_llama_folder
 
 FIRST, ANY = TRIALS[0], {"mesh__population": 4}
@@ -71,6 +72,7 @@ def test_in_turns_to_the_bit(tiny_folder, tmp_path):
         assert apart(ours, alone(config, tmp_path / f"alone{n}")) == (0, 0)
 
 
+@pytest.mark.matrix
 def test_in_bfloat16(tiny_folder, tmp_path):
     """Contract 6: no further from a trial alone than three times what rounding makes of that, by
     its distance from float32. (The order of rows is no measure: it changes no row's roundings.)
@@ -129,6 +131,7 @@ def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_pat
     assert max(apart(ours, alone(trials[4], tmp_path / "alone"))) <= 1e-5
 
 
+@pytest.mark.matrix
 def test_who_stops_early_leaves(tiny_folder, tmp_path):
     """Three stop after two validations, one goes on. Mutations: those that are over are waited for,
     or keep their places, so that there is one program and not two."""
@@ -143,7 +146,7 @@ def test_who_stops_early_leaves(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("in_turns_on", "number"),
-    [((), signal.SIGTERM), (("cpu",), signal.SIGINT)],
+    matrix([((), signal.SIGTERM), (("cpu",), signal.SIGINT)], keep=[((), signal.SIGTERM)]),
     indirect=["in_turns_on"],
     ids=["stacked", "in turns"],
 )
@@ -296,6 +299,7 @@ def test_pauses_of_one_trial_are_no_time_of_another(monkeypatch):
     assert pauses.seconds == 5.0
 
 
+@pytest.mark.matrix
 @BOTH
 def test_what_a_row_says_of_its_steps(tiny_folder, tmp_path, monkeypatch):
     """Mutation: a step of several takes as long as their compilation."""

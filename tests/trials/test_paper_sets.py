@@ -44,6 +44,7 @@ def wsc(number):
     return row | {"label": number % 3 > 0}
 
 
+@pytest.mark.matrix
 def test_three_sets_are_trained_and_reported_as_the_paper_does(mock, tmp_path, capsys, monkeypatch):
     """Breaks when a set's words do not start the prompt, a metric is of ranked candidates, or
     another mean than SuperGLUE's selects."""

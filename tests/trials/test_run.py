@@ -105,6 +105,7 @@ def test_the_memory_of_a_program():
     )
 
 
+@pytest.mark.matrix
 def test_the_memory_of_a_step(done, place, tiny_folder, session, tmp_path):
     """Mutation: it is that of the process, or without what is trained. The delta, two moments and
     the gradient are as large as the weights."""
@@ -276,6 +277,7 @@ def test_rows_stay_within_the_cap(place, tiny_folder, session, tmp_path, unit):
     assert max(line["row_norm_max"] for line in lines) == pytest.approx(cap, rel=1e-5)
 
 
+@pytest.mark.matrix
 def test_microbatches_change_nothing(place, done, tiny_folder, session, tmp_path):
     """Mutation: pad the rows to the mesh alone, so that they do not divide."""
     batch = {"train__batch": 6, "mesh__model": 8}

@@ -85,6 +85,7 @@ def test_shapes_that_disagree_fail_the_check(monkeypatch, capsys, forgetful):
     assert "129" in failed
 
 
+@pytest.mark.matrix
 def test_the_command_needs_no_accelerator():
     """Mutation: ask for devices before there are sixteen; print nothing of the compiled step."""
     command = [sys.executable, "-m", "softprompt", "models", "--check", "*pythia-14m", "*405B"]

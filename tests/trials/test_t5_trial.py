@@ -22,6 +22,7 @@ from softprompt.trials.prepare import (
 )
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
+from tests.matrix import matrix
 from tests.models.t5_rows import alone
 from tests.tiny_t5 import write_complete_t5
 
@@ -68,7 +69,8 @@ def losses(folder):
 
 
 @pytest.mark.parametrize(
-    ("where", "inline"), [("encoder", True), ("both", True), ("decoder", False), ("both", False)]
+    ("where", "inline"),
+    matrix([("encoder", True), ("decoder", False), ("both", False)], keep=[("both", False)]),
 )
 def test_prompts_of_every_form_learn(place, shared, tmp_path, where, inline):
     """Mutation: the prompt of one stack is never read; `prompt_to_input` is not passed on."""
@@ -98,6 +100,7 @@ def test_inputs_end_with_eos_and_are_cut_before_it(place, shared):
     assert {int(tokens[-1]) for tokens in data.train.inputs} == {eos}
 
 
+@pytest.mark.matrix
 def test_few_shot_examples_stand_before_each_input(place, shared, tmp_path):
     """As if they were written there. Breaks when they are left out or run as a context, their EOS
     stays in the middle, or `predict` forgets them.
@@ -146,6 +149,7 @@ def test_operations_of_a_step(place, shared):
     assert costs["memory_bytes"] > 0
 
 
+@pytest.mark.matrix
 def test_the_command_line_takes_a_t5(place, shared, tmp_path, capsys, monkeypatch):
     """Mutation: `load_model` takes every folder for a decoder's; `evaluate` scores without the
     prompt, or writes without it; it lets the model write that was loaded, not the one that the

@@ -38,6 +38,7 @@ def test_a_prompt_of_no_vectors_is_the_plain_model(place, tiny_folder, tmp_path,
     assert again["metrics"] == row["metrics"]
 
 
+@pytest.mark.matrix
 def test_a_snapshot_is_what_the_delta_of_that_step_would_be(place, tiny_folder, tmp_path):
     """Mutation: its rows are saved without the network that they run through."""
     keys = {"method__reparam": "mlp", "eval__select": "last", "log__snapshots": 4}
