@@ -236,20 +236,25 @@ def read_rows(folder: epath.PathLike) -> list[Row]:
     Raises:
         UserError: the folder does not exist, or a result is unreadable.
     """
+    return [row for _, row in read_trials(folder)]
+
+
+def read_trials(folder: epath.PathLike) -> list[tuple[epath.Path, Row]]:
+    """The same with the folder of each trial."""
     root = epath.Path(folder)
     if not root.is_dir():
         raise UserError(f"no folder {os.fspath(root)!r}; give one that a sweep or a trial wrote")
-    return list(_rows(root))
+    return list(_trials(root))
 
 
-def _rows(folder: epath.Path) -> Iterator[Row]:
-    """The rows of a folder and of all folders below it, depth first."""
+def _trials(folder: epath.Path) -> Iterator[tuple[epath.Path, Row]]:
+    """A folder and all folders below it that have a row, depth first."""
     row = read_result(folder)
     if row is not None:
-        yield row
+        yield folder, row
     for child in sorted(folder.iterdir()):
         if child.is_dir() and child.name not in _NOT_TRIALS and not child.name.startswith("."):
-            yield from _rows(child)
+            yield from _trials(child)
 
 
 def to_frame(rows: Sequence[Row]) -> "pd.DataFrame":

@@ -1,6 +1,7 @@
 """Config files: Python files whose `get_config(arg="")` modifies `base_config()`."""
 
 import inspect
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,26 +110,35 @@ def _reason(error: Exception) -> str:
 
 def find_file(path: str) -> Path | None:
     """Finds a file in the working directory or the repository; None if neither has it."""
-    for root in (Path.cwd(), Path(__file__).parents[2]):
+    for root in _roots():
         if (root / path).is_file():
             return (root / path).resolve()
     return None
 
 
+def _roots() -> tuple[Path, Path]:
+    """Where files are looked for: the working directory and the repository."""
+    return Path.cwd(), Path(__file__).parents[2]
+
+
 def list_modules(folder: str) -> list[str]:
     """Returns the Python files in a folder of the working directory and of the repository."""
-    roots = (Path.cwd(), Path(__file__).parents[2])
-    names = {f"{folder}/{file.name}" for root in roots for file in (root / folder).glob("*.py")}
+    names = {f"{folder}/{file.name}" for root in _roots() for file in (root / folder).glob("*.py")}
     return sorted(name for name in names if not name.endswith("__init__.py"))
 
 
 def load_module(file: Path) -> ModuleType:
     """Executes a Python file as a new module; exceptions propagate.
 
-    It is compiled from source each time, since a bytecode cache does not notice an edit of the same
-    size within a second.
+    It may import modules of the working directory and of the repository. It is compiled from source
+    each time, since a bytecode cache does not notice an edit of the same size within a second.
     """
     module = ModuleType(file.stem)
     module.__file__ = str(file)
-    exec(compile(file.read_bytes(), file, "exec"), module.__dict__)
+    before = sys.path.copy()
+    sys.path += map(str, _roots())
+    try:
+        exec(compile(file.read_bytes(), file, "exec"), module.__dict__)
+    finally:
+        sys.path[:] = before
     return module

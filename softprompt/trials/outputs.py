@@ -10,7 +10,8 @@ from etils import epath
 
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_bytes, write_text
-from softprompt.results import Row, read_rows
+from softprompt.results import Row
+from softprompt.trials.records import collect
 from softprompt.trials.sweep import call_experiment
 
 OWNER = "sweep.json"
@@ -60,7 +61,8 @@ def write_outputs(
 def write_trial_outputs(experiment: ModuleType, folder: epath.PathLike) -> list[str]:
     """Writes the table and the figure of all finished trials below a folder.
 
-    The caption names models, tasks and failed trials. The first experiment that was swept into the
+    The rows have their answers (see `records.collect`). The caption names models, tasks and failed
+    trials. The first experiment that was swept into the
     folder has table.md and so on; others have NAME-table.md and so on.
 
     Returns:
@@ -71,7 +73,7 @@ def write_trial_outputs(experiment: ModuleType, folder: epath.PathLike) -> list[
     """
     from softprompt.analysis import tables  # pandas is slow to import
 
-    rows = read_rows(folder)
+    rows = collect(folder)
     done = [row for row in rows if row["status"] == "done"]
     failed = [row for row in rows if row["status"] != "done"]
     failures = _failures(failed, len(rows)) if failed else ""

@@ -97,7 +97,8 @@ def test_averaged_and_capped_trials_share_one_step(tiny_folder, tmp_path, progra
     assert programs(STEPS) == each(1, "train_step")
 
 
-@pytest.mark.parametrize("method", matrix(("prompt", "lora"), keep=("prompt",)))
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", ("prompt", "lora"))
 def test_trials_of_unlike_dropout_share_one_step(tiny_folder, tmp_path, programs, method):
     """And the second is what it is alone, at its own rates. Mutations: what is kept is static; it
     is that of the session's first trial.

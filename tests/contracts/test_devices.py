@@ -106,7 +106,8 @@ def alone(place):
     return place / "alone"
 
 
-@pytest.mark.parametrize("shape", [pytest.param(MESHES[0], marks=pytest.mark.matrix), MESHES[1]])
+@pytest.mark.matrix
+@pytest.mark.parametrize("shape", MESHES)
 def test_any_mesh_trains_the_same(place, alone, tmp_path, shape):
     """Fails if rows are dropped instead of padded, or if a loss is a mean over a device's rows."""
     run_trial(config_of(place), tmp_path / "w", session=session_on(shape))

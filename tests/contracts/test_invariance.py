@@ -105,6 +105,7 @@ def test_candidates_do_not_see_each_other(tiny):
             np.testing.assert_allclose(score_C[0], together[name][place], **EXACT)
 
 
+@pytest.mark.matrix
 @pytest.mark.real
 @pytest.mark.usefixtures("quick")
 def test_real_logits_and_scores(smollm2, shared_data):

@@ -73,7 +73,7 @@ def test_packed_rows_and_gradients(name, kind):
     assert not unmoved
 
 
-@pytest.mark.parametrize(("name", "kind"), FRESH_IS_BASE)
+@pytest.mark.parametrize(("name", "kind"), matrix(FRESH_IS_BASE, keep=KEPT))
 def test_a_fresh_delta_changes_nothing(name, kind):
     """Contract 2. Mutations: LoRA's B begins as noise; an adapter's "up" does; IA3 begins at zero;
     a new bias begins at one; `full` begins with fresh weights.
@@ -86,7 +86,8 @@ def test_a_fresh_delta_changes_nothing(name, kind):
         np.testing.assert_allclose(some_MV, others_MV, **EXACT)
 
 
-@pytest.mark.parametrize("kind", matrix(("decoder", "t5"), keep=("decoder",)))
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ("decoder", "t5"))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_folded_delta_is_the_trained_one(name, kind):
     """Layers are given the same, and a gradient reaches every leaf. Mutations: `fold` leaves the

@@ -98,7 +98,7 @@ def trained_on(step, delta, weights, encoded, layout, *, exact=True):
             *((name, "windows") for name in ("multitask", "prefix")),
             ("prompt", "gpt2"),
         ],
-        keep=[("prompt", "decoder"), ("prefix", "windows")],
+        keep=[("prompt", "decoder")],
     ),
 )
 @pytest.mark.usefixtures("x64")

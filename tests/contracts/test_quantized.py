@@ -24,6 +24,7 @@ from tests.contracts.examples import (
     write_task,
 )
 from tests.families import write_family_folder
+from tests.matrix import matrix
 from tests.models.memory import SMOLLM2
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
@@ -70,7 +71,7 @@ def whole(weights):
     return tree
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), matrix(CASES, keep=[("llama", "int4")]))
 def test_the_model_is_that_of_the_rounded_weights(folders, name, kind):
     """Mutation: a scale read by the wrong axis; an embedding scaled twice; a head forgotten."""
     loaded = load_model(str(folders / name), quantize=kind)

@@ -310,6 +310,7 @@ entry()
 """
 
 
+@pytest.mark.matrix
 def test_sigterm_while_testing_exits_with_75(place, tiny_folder, tmp_path):
     """Fails if SIGTERM kills a process that is not training: the code would say that it failed."""
     folder = tmp_path / "w"
@@ -350,6 +351,7 @@ def test_other_data_is_not_gone_on_with(tiny_folder, session, tmp_path):
     assert [line for line in lines.said if "digest of test was" in line]
 
 
+@pytest.mark.matrix
 def test_early_stopping_counts_on(place, tiny_folder, session, tmp_path):
     """Fails if the evaluations waited for, or the best score, are not restored."""
     more = {**SHORT, "eval__every": 2, "eval__patience": 4, "train__steps": 60}

@@ -16,7 +16,6 @@ from softprompt.trials.prepare import (
 )
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, two_tasks, write_task
-from tests.matrix import matrix
 from tests.tiny_t5 import write_complete_t5
 
 INPUTS = [np.arange(2, 2 + n, dtype=np.int32) for n in (5, 9, 3)]
@@ -86,7 +85,8 @@ def test_the_interval_holds_the_median_often_enough(count):
     assert covered(low) >= 0.95 > covered(low + 1)
 
 
-@pytest.mark.parametrize("method", matrix(("prompt", "multitask", "full"), keep=("multitask",)))
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", ("prompt", "multitask", "full"))
 def test_a_trial_measures_it(tiny_folder, tmp_path, method, monkeypatch):
     """What is timed answers as the trained model and the base do. Mutation: both are timed with the
     delta; with all weights trained, the base's are timed twice; of tasks none is named."""

@@ -46,7 +46,7 @@ def check_merged(model, weights, cfg, *tokens, tolerance, method=lora):
     ("name", "family"),
     [("everywhere", "llama"), ("everywhere", "gpt2"), ("default", "gemma3")],
 )
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", matrix(("lora", "dora"), keep=("dora",)))
 def test_merged_decoders(x64, method, name, family):
     """Mutation: the scale is left out of `merge`; B is laid out as [outputs, rank]; the scale of a
     column multiplies its bias."""
@@ -55,7 +55,8 @@ def test_merged_decoders(x64, method, name, family):
     check_merged(model, weights, CASES[name], tokens_T, tolerance=1e-9, method=method)
 
 
-@pytest.mark.parametrize("method", matrix(("lora", "dora"), keep=("dora",)))
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", ("lora", "dora"))
 def test_a_merged_t5(x64, method):
     """Mutation: cross-attention is left out of `merge`."""
     model, weights = tiny_t5()

@@ -1,0 +1,129 @@
+"""Figure 1: does the gap between full fine-tuning and prompt tuning close with model size?
+
+Question: on models from 0.4M to 135M parameters, by how many points is full fine-tuning ahead of a
+prompt of 20 vectors, with equally many steps, and rates from a search of equal effort?
+
+Prediction, from the paper's Figure 1: the gap shrinks with size, from at least 15 points at the
+smallest model to at most 5 at the largest. It is refuted if the slope of the gap over the logarithm
+of the size is not negative.
+
+Command:
+    softprompt sweep paper/figure1 --subset pilot --workdir runs/paper
+
+Cost: 18 trials of 100 steps of 16 examples ("pilot": d1, d3 and SmolLM2, two methods, three seeds),
+25 minutes on two x86 cores; 30 trials ("full": d0 to d3 and SmolLM2). The ladder's models must be
+there (`softprompt pretrain`, or `softprompt ladder import`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.paper import study
+from softprompt.analysis.comparisons import Estimate, at_least, at_most, slope
+from softprompt.analysis.plots import Point, length_plot
+from softprompt.config import ConfigDict
+from softprompt.errors import unknown
+from softprompt.results import Row
+
+MODELS = {
+    "pilot": ("ladder/d1", "ladder/d3", study.SMOLLM2),
+    "full": ("ladder/d0", "ladder/d1", "ladder/d2", "ladder/d3", study.SMOLLM2),
+}
+METHODS = ("prompt", "full")
+
+CAPTION = (
+    "Score: (accuracy - majority) / (1 - majority) on the test examples, in points, 0 for the most "
+    "frequent label. Gap: full fine-tuning minus prompt, paired by seed and example, with its 95 % "
+    "interval over seeds and examples."
+)
+
+
+def sweep(subset: str = "full") -> list[ConfigDict]:
+    """Returns the configs of "pilot" or "full", the cheapest models first.
+
+    Raises:
+        UserError: another subset.
+    """
+    if subset not in MODELS:
+        raise unknown("subset", subset, MODELS)
+    return [
+        study.trial(model, method, seed)
+        for model in MODELS[subset]
+        for seed in study.SEEDS
+        for method in METHODS
+    ]
+
+
+def gaps(rows: Sequence[Row]) -> dict[str, Estimate]:
+    """Model -> points by which full fine-tuning is ahead, of models that have both, by size."""
+    names = sorted({study.value(row, "model.name") for row in rows}, key=study.size)
+    full, prompt = (
+        {model: study.scores(rows, model__name=model, method__name=method) for model in names}
+        for method in ("full", "prompt")
+    )
+    found = {model: study.difference(full[model], prompt[model]) for model in names}
+    return {model: gap for model, gap in found.items() if gap}
+
+
+def findings(rows: Sequence[Row]) -> list[study.Finding]:
+    """The predictions, and what was found."""
+    found = gaps(rows)
+    sizes = [math.log10(study.size(model)) for model in found]
+    change = slope(sizes, list(found.values())) if len(found) > 1 else None
+    return [
+        study.Finding(
+            "the gap shrinks with size (points a tenfold)",
+            "3.0 points at Small, 10.6 at Base, 6.8 at Large, 3.9 at XL, 1.1 at XXL",
+            change,
+            at_most(0),
+        ),
+        study.Finding(
+            "the gap is at least 15 points at the smallest model",
+            "10.6 points at Base, where it is largest",
+            found.get("ladder/d0"),
+            at_least(15),
+        ),
+        study.Finding(
+            "the gap is at most 5 points at the largest model",
+            "1.1 points at XXL",
+            found.get(study.SMOLLM2),
+            at_most(5),
+        ),
+    ]
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line for each model."""
+    found, lines = gaps(rows), []
+    for model in sorted({study.value(row, "model.name") for row in rows}, key=study.size):
+        line: dict[str, object] = {"model": model, "parameters": study.size(model)}
+        for method in METHODS:
+            trials = study.select(rows, model__name=model, method__name=method)
+            score = study.mean(study.scores(rows, model__name=model, method__name=method))
+            line |= {
+                f"{method}, seeds": len(trials),
+                f"{method}, accuracy": study.accuracy(trials),
+                f"{method}, score": study.shown(score),
+            }
+        lines.append(line | {"gap": study.shown(found.get(model))})
+    return pd.DataFrame(lines)
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns scores by the size of the model, a line for each method."""
+    series: dict[str, list[Point]] = {}
+    for method in METHODS:
+        for model in {study.value(row, "model.name") for row in rows}:
+            found = study.scores(rows, model__name=model, method__name=method)
+            score = study.mean(found)
+            if score:
+                values = tuple(100 * np.mean([s.mean(1) for s in found.values()], axis=0))
+                point = Point(study.size(model), score.value, score.low, score.high, values)
+                series.setdefault(method, []).append(point)
+    return length_plot(
+        series, {}, xlabel="Parameters", ylabel="Score (points)", title="Figure 1: size"
+    )

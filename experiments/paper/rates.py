@@ -1,0 +1,77 @@
+"""Which learning rate for which model and method? The search behind every other artefact.
+
+Question: of three rates, a factor of three apart, which gives the best validation accuracy on each
+rung of the ladder? Prompts and full fine-tuning get equally many rates, steps and seeds.
+
+Prediction, from the paper's Table 6 and from the ratio of a prompt's rate to the embeddings' RMS:
+0.1 of that RMS suits prompts at every size, and the best rate of full fine-tuning falls with size.
+
+Command:
+    softprompt sweep paper/rates --workdir runs/paper_rates
+
+Cost: 24 trials of 100 steps of 16 examples on d0 to d3. The ladder's models must be there.
+
+The chosen rates are `study.RATES`; experiments/LOG.md has the accuracies.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.paper import study
+from softprompt.analysis.plots import named_points
+from softprompt.config import ConfigDict
+from softprompt.errors import unknown
+from softprompt.results import Row
+
+MODELS = ("ladder/d0", "ladder/d1", "ladder/d2", "ladder/d3")
+
+CAPTION = (
+    "Best validation accuracy over the training, seed 0. The lower one of two rates with equal "
+    "accuracies is chosen."
+)
+
+
+def sweep(subset: str = "full") -> list[ConfigDict]:
+    """Returns the configs of "full".
+
+    Raises:
+        UserError: another subset.
+    """
+    if subset != "full":
+        raise unknown("subset", subset, ("full",))
+    return [
+        study.trial(model, method, optimizer__rate=rate, data__test_examples=100)
+        for model in MODELS
+        for method, rates in study.SEARCHED.items()
+        for rate in rates
+    ]
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line for each model, method and rate."""
+    lines = [
+        {
+            "model": study.value(row, "model.name"),
+            "method": study.value(row, "method.name"),
+            "rate": study.value(row, "optimizer.rate"),
+            "validation accuracy": row["metrics"]["validation"]["accuracy"],
+        }
+        for row in rows
+    ]
+    frame = pd.DataFrame(lines).sort_values(["model", "method", "rate"], ignore_index=True)
+    best = frame.groupby(["model", "method"])["validation accuracy"].idxmax()
+    frame["chosen"] = ["yes" if line in set(best) else "" for line in frame.index]
+    return frame
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns validation accuracy by rate, a line for each model and method."""
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for line in table(rows).to_dict("records"):
+        point = (line["rate"], 100 * line["validation accuracy"], line["chosen"] and "chosen")
+        series.setdefault(f"{line['method']}, {line['model']}", []).append(point)
+    return named_points(
+        series, xlabel="Peak learning rate", ylabel="Validation accuracy (%)", title=CAPTION[:0]
+    )

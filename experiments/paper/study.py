@@ -1,0 +1,164 @@
+"""What the artefacts of the study share: models, tasks, rates, trials, and findings.
+
+The study asks the paper's questions on models that a laptop can train: the ladder of
+`softprompt pretrain`, and SmolLM2. A score is the mean over tasks of (accuracy - majority) /
+(1 - majority), so that 0 is the most frequent label and 1 is perfect.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from softprompt.analysis.comparisons import (
+    Estimate,
+    Prediction,
+    Scores,
+    mean_score,
+    paired_difference,
+    verdict,
+)
+from softprompt.config import ConfigDict, base_config, set_key
+from softprompt.models.shapes import parameter_count
+from softprompt.pretrained.catalog import CATALOG
+from softprompt.pretrained.ladder import RUNGS
+from softprompt.results import Row
+from softprompt.trials.records import example_scores
+
+SMOLLM2 = "smollm2-135m-instruct-q4"
+TASK = "movie_sentiment"
+SEEDS = (0, 1, 2)
+LENGTH = 20
+STEPS, BATCH = 100, 16
+
+# Peak learning rates, of prompts in embedding RMS: the best validation accuracy of three that
+# "search" tries for each model and method. SmolLM2's are those of `method_comparison`'s search.
+RATES: dict[tuple[str, str], float] = {
+    (SMOLLM2, "prompt"): 0.08,
+    (SMOLLM2, "full"): 5e-5,
+}
+SEARCHED = {"prompt": (0.03, 0.1, 0.3), "full": (3e-4, 1e-3, 3e-3)}
+
+
+def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
+    """A trial of the study.
+
+    Args:
+        model: a name of the catalogue or the ladder.
+        method: such as "prompt" or "full".
+        seed: of the trial.
+        **changes: other keys, as `section__key=value`.
+    """
+    config = base_config()
+    rate = RATES.get((model, method), SEARCHED.get(method, (0.01,))[0])
+    keys: dict[str, Any] = {
+        "model.name": model,
+        "method.name": method,
+        "seed": seed,
+        "task.name": TASK,
+        "data.validation_examples": 200,
+        "data.test_examples": 1000,
+    }
+    if method not in ("none", "fewshot"):
+        keys |= {
+            "optimizer.rate": rate,
+            "optimizer.warmup": STEPS // 10,
+            "train.steps": STEPS,
+            "train.batch": BATCH,
+            "eval.every": STEPS // 4,
+        }
+    if method == "prompt":
+        keys |= {
+            "method.length": LENGTH,
+            "method.init": "labels",
+            "optimizer.rate_unit": "embedding_rms",
+        }
+    keys |= {name.replace("__", "."): value for name, value in changes.items()}
+    for key, value in keys.items():
+        set_key(config, key, value)
+    return config
+
+
+def size(model: str) -> int:
+    """The parameters of a model."""
+    config = RUNGS.get(model.partition("@")[0])
+    return parameter_count(config or CATALOG[model].config)
+
+
+def value(record: Row, key: str) -> Any:
+    """The value of a key in a record's config."""
+    section, _, name = key.rpartition(".")
+    return record["config"][section][name] if section else record["config"][name]
+
+
+def select(records: Sequence[Row], **wanted: Any) -> list[Row]:
+    """The finished trials with these values, as `section__key=value`, in the order of seeds."""
+    keys = {name.replace("__", "."): value for name, value in wanted.items()}
+    found = [
+        row
+        for row in records
+        if row["status"] == "done" and all(value(row, key) == v for key, v in keys.items())
+    ]
+    return sorted(found, key=lambda row: value(row, "seed"))
+
+
+def scores(records: Sequence[Row], **wanted: Any) -> dict[str, Scores]:
+    """Task -> scores [seeds, examples] of the trials with these values; {} if there are none."""
+    found = select(records, **wanted)
+    tasks = dict.fromkeys(value(row, "task.name") for row in found)
+    return {
+        task: example_scores([row for row in found if value(row, "task.name") == task], task)
+        for task in tasks
+    }
+
+
+def difference(ours: Mapping[str, Scores], theirs: Mapping[str, Scores]) -> Estimate | None:
+    """Ours minus theirs over the seeds that both have, in points; None if there are none."""
+    tasks = [task for task in ours if task in theirs]
+    if not tasks:
+        return None
+    seeds = {task: min(len(ours[task]), len(theirs[task])) for task in tasks}
+    one, other = ({task: s[task][: seeds[task]] for task in tasks} for s in (ours, theirs))
+    return points(paired_difference(one, other))
+
+
+def mean(found: Mapping[str, Scores]) -> Estimate | None:
+    """The mean score, in points; None if there are no trials."""
+    return points(mean_score(found)) if found else None
+
+
+def accuracy(trials: Sequence[Row]) -> float | None:
+    """The mean test accuracy of trials."""
+    found = [row["metrics"]["test"]["accuracy"] for row in trials]
+    return sum(found) / len(found) if found else None
+
+
+def shown(found: Estimate | None) -> str:
+    """An estimate with its interval, as text."""
+    return f"{found.value:.1f} ({found.low:.1f} to {found.high:.1f})" if found else ""
+
+
+def points(found: Estimate) -> Estimate:
+    """The same times 100."""
+    return Estimate(100 * found.value, 100 * found.low, 100 * found.high, 100 * found.draws)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A prediction and what was found.
+
+    Attributes:
+        claim: the prediction, as a sentence.
+        paper: the paper's number or sentence.
+        found: our number, with its interval; None if trials are missing.
+        prediction: the ranges in which it holds and is refuted.
+    """
+
+    claim: str
+    paper: str
+    found: Estimate | None
+    prediction: Prediction
+
+    @property
+    def verdict(self) -> str:
+        """One of `comparisons.VERDICTS`: "holds", "refuted", "undecided" or "not run"."""
+        return verdict(self.found, self.prediction)

@@ -1,0 +1,58 @@
+"""Figure 1's verdicts on simulated trials: true effects hold, false ones do not."""
+
+import pytest
+
+from experiments.paper import figure1, rates, study
+from softprompt.config import resolve, trial_id
+from tests.paper.simulated import seeds
+
+SMALL, MIDDLE, LARGE = "ladder/d0", "ladder/d3", study.SMOLLM2
+PROMPT = {SMALL: (0.58, 0.60, 0.59), MIDDLE: (0.69, 0.70, 0.71), LARGE: (0.858, 0.860, 0.862)}
+FULL = {SMALL: (0.76, 0.77, 0.75), MIDDLE: (0.77, 0.78, 0.76), LARGE: (0.866, 0.864, 0.865)}
+
+
+def simulated(prompt=PROMPT, full=FULL):
+    """Trials of both methods on three models."""
+    pairs = [(model, "prompt", prompt[model]) for model in prompt]
+    pairs += [(model, "full", full[model]) for model in full]
+    return [row for pair in pairs for row in seeds(*pair)]
+
+
+def verdicts(rows):
+    return [finding.verdict for finding in figure1.findings(rows)]
+
+
+def test_a_gap_that_closes():
+    """Breaks when the gap is the prompt's lead, scores are not paired, or a share is no point."""
+    rows = simulated()
+    found = figure1.gaps(rows)
+    assert list(found) == [SMALL, MIDDLE, LARGE]
+    assert [gap.value for gap in found.values()] == pytest.approx([34, 14, 1], abs=0.5)
+    assert verdicts(rows) == ["holds"] * 3
+    lines = figure1.table(rows).to_dict("records")
+    assert [line["prompt, seeds"] for line in lines] == [3, 3, 3]
+    assert lines[0]["prompt, score"].startswith("18.0 (")
+    assert figure1.figure(rows).axes[0].get_xscale() == "log"
+
+
+def test_false_results_change_the_verdicts():
+    """A swapped label, a shrunken effect, a seed alone, and trials that did not run."""
+    assert verdicts(simulated(prompt=FULL, full=PROMPT)) == ["refuted", "refuted", "holds"]
+    widest = dict(PROMPT) | {LARGE: (0.60, 0.61, 0.59)}
+    assert verdicts(simulated(prompt=widest))[::2] == ["refuted", "refuted"]
+    shrunken = dict(PROMPT) | {SMALL: (0.70, 0.66, 0.72)}
+    assert verdicts(simulated(prompt=shrunken))[1] == "undecided"
+    noisy = dict(PROMPT) | {LARGE: (0.84, 0.80, 0.86)}
+    assert verdicts(simulated(prompt=noisy))[2] == "undecided"
+    assert verdicts([row for row in simulated() if "d0" not in row["name"]])[1] == "not run"
+    assert verdicts(simulated()[:3]) == ["not run"] * 3
+
+
+def test_trials_are_distinct_and_searched_alike():
+    """Breaks when a method has more rates to choose from, or two trials are one."""
+    for configs in (figure1.sweep("full"), rates.sweep()):
+        for config in configs:
+            config.model.dtype = "float32"
+        assert len({trial_id(resolve(config)) for config in configs}) == len(configs)
+    counts = [len(rates) for rates in study.SEARCHED.values()]
+    assert min(counts) == max(counts)

@@ -1,0 +1,64 @@
+"""Records: what is kept of a study's trials, and read without their folders."""
+
+import json
+
+import numpy as np
+import pytest
+
+from softprompt.config import resolve, to_dict
+from softprompt.errors import UserError
+from softprompt.trials.records import collect, example_scores, read_records, write_records
+from tests.own_task import make_config
+
+LABELS = ["good", "bad", "good", "good", "bad", "good", "good", "good", "bad"]
+
+
+def write_trial(folder, predicted, ids=None, status="done"):
+    """A finished trial's folder, as far as records read it."""
+    folder.mkdir(parents=True)
+    config = to_dict(resolve(make_config(folder, "model", task__name="own")))
+    row = {"trial": folder.name, "status": status, "config": config, "metrics": {}}
+    (folder / "result.json").write_text(json.dumps(row))
+    lines = [
+        {"id": name, "label": label, "predicted": answer}
+        for name, label, answer in zip(ids or range(len(LABELS)), LABELS, predicted, strict=True)
+    ]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_there_and_back(tmp_path):
+    """Breaks when an example's bit is another's, padding bits are read as examples, or the majority
+    is not that of the labels."""
+    write_trial(tmp_path / "w" / "a", ["good"] * 9)
+    write_trial(tmp_path / "w" / "b", LABELS)
+    write_trial(tmp_path / "w" / "c", LABELS, status="failed")
+    found = collect(tmp_path / "w")
+    write_records(tmp_path / "records.jsonl", found[::-1])
+    records = read_records(tmp_path / "records.jsonl")
+    assert [row["trial"] for row in records] == ["a", "b", "c"]
+    assert records == json.loads(json.dumps(found))
+    assert "answers" not in records[2]
+    scores = example_scores(records[:2], "own")
+    assert scores.mean(axis=1) == pytest.approx([0, 1])
+    right = [label == "good" for label in LABELS]
+    np.testing.assert_allclose(scores[0], (np.array(right) - 6 / 9) / (1 - 6 / 9))
+
+
+def test_only_equal_examples_are_compared(tmp_path):
+    """Breaks when the order or the choice of the test examples is not looked at."""
+    write_trial(tmp_path / "w" / "a", LABELS)
+    write_trial(tmp_path / "w" / "b", LABELS, ids=[*range(1, len(LABELS)), 0])
+    records = collect(tmp_path / "w")
+    with pytest.raises(UserError, match="task 'own': trials were tested on different examples"):
+        example_scores(records, "own")
+    with pytest.raises(UserError, match=r"no answers to 'other'"):
+        example_scores(records, "other")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"trial": "a"}'])
+def test_a_line_that_is_no_record(tmp_path, text):
+    (tmp_path / "r.jsonl").write_text(f"{text}\n")
+    with pytest.raises(UserError, match=r"r\.jsonl: line 1 is not a record of a trial"):
+        read_records(tmp_path / "r.jsonl")
+    with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
+        read_records(tmp_path / "none.jsonl")
