@@ -137,6 +137,14 @@ COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
                 },
             ),
             (
+                "--minutes",
+                {
+                    "default": "",
+                    "metavar": "N",
+                    "help": "start no trial after N minutes; the same command goes on later",
+                },
+            ),
+            (
                 "--dry-run",
                 {"action": "store_true", "help": "only print what the trials would cost"},
             ),

@@ -165,6 +165,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
     experiment = sweeps.load_experiment(arguments.experiment)
     shard = sweeps.parse_shard(arguments.shard)
+    minutes = sweeps.parse_minutes(arguments.minutes)
     start_jax(arguments.distributed)  # before a config is resolved, which needs the devices
     trials = sweeps.make_trials(experiment, arguments.subset, overrides)
     trials = sweeps.take_shard(trials, shard)
@@ -186,7 +187,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             return int(any(str(state).startswith("fails") for state in costs["state"]))
         if jax.process_index() == 0:
             claim_outputs(experiment, arguments.workdir)
-        failed = sweeps.run_trials(trials, arguments.workdir, session)
+        failed = sweeps.run_trials(trials, arguments.workdir, session, minutes)
         if session.compiled:
             progress.say(f"{len(session.compiled)} training programs compiled")
     for row in failed:

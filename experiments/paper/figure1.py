@@ -10,7 +10,7 @@ of the size is not negative.
 Command:
     softprompt sweep paper/figure1 --subset pilot --workdir runs/paper
 
-Cost: 18 trials of 100 steps of 16 examples ("pilot": d1, d3 and SmolLM2, two methods, three seeds),
+Cost: 18 trials ("pilot": d1, d3 and SmolLM2, two methods, three seeds),
 25 minutes on two x86 cores; 30 trials ("full": d0 to d3 and SmolLM2). The ladder's models must be
 there (`softprompt pretrain`, or `softprompt ladder import`).
 """
@@ -18,13 +18,12 @@ there (`softprompt pretrain`, or `softprompt ladder import`).
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import study
 from softprompt.analysis.comparisons import Estimate, at_least, at_most, slope
-from softprompt.analysis.plots import Point, length_plot
+from softprompt.analysis.plots import length_plot
 from softprompt.config import ConfigDict
 from softprompt.errors import unknown
 from softprompt.results import Row
@@ -115,15 +114,16 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Returns scores by the size of the model, a line for each method."""
-    series: dict[str, list[Point]] = {}
-    for method in METHODS:
-        for model in {study.value(row, "model.name") for row in rows}:
-            found = study.scores(rows, model__name=model, method__name=method)
-            score = study.mean(found)
-            if score:
-                values = tuple(100 * np.mean([s.mean(1) for s in found.values()], axis=0))
-                point = Point(study.size(model), score.value, score.low, score.high, values)
-                series.setdefault(method, []).append(point)
+    models = {study.value(row, "model.name") for row in rows}
+    series = {
+        method: [
+            study.point(study.size(model), found)
+            for model, found in study.by_value(
+                rows, "model.name", sorted(models, key=study.size), method__name=method
+            ).items()
+        ]
+        for method in METHODS
+    }
     return length_plot(
         series, {}, xlabel="Parameters", ylabel="Score (points)", title="Figure 1: size"
     )

@@ -8,8 +8,9 @@ Prediction, from the paper's Table 6 and from the ratio of a prompt's rate to th
 
 Command:
     softprompt sweep paper/rates --workdir runs/paper_rates
+    softprompt sweep paper/rates --subset d1 --workdir runs/paper_rates
 
-Cost: 24 trials of 100 steps of 16 examples on d0 to d3. The ladder's models must be there.
+Cost: 24 trials on d0 to d3. The ladder's models must be there.
 
 The chosen rates are `study.RATES`; experiments/LOG.md has the accuracies.
 """
@@ -34,16 +35,17 @@ CAPTION = (
 
 
 def sweep(subset: str = "full") -> list[ConfigDict]:
-    """Returns the configs of "full".
+    """Returns the configs of "full", or of one rung, such as "d1".
 
     Raises:
         UserError: another subset.
     """
-    if subset != "full":
-        raise unknown("subset", subset, ("full",))
+    rungs = {"full": MODELS} | {model.removeprefix("ladder/"): (model,) for model in MODELS}
+    if subset not in rungs:
+        raise unknown("subset", subset, rungs)
     return [
         study.trial(model, method, optimizer__rate=rate, data__test_examples=100)
-        for model in MODELS
+        for model in rungs[subset]
         for method, rates in study.SEARCHED.items()
         for rate in rates
     ]
@@ -73,5 +75,8 @@ def figure(rows: Sequence[Row]) -> Figure:
         point = (line["rate"], 100 * line["validation accuracy"], line["chosen"] and "chosen")
         series.setdefault(f"{line['method']}, {line['model']}", []).append(point)
     return named_points(
-        series, xlabel="Peak learning rate", ylabel="Validation accuracy (%)", title=CAPTION[:0]
+        series,
+        xlabel="Peak learning rate (prompts: in embedding RMS)",
+        ylabel="Validation accuracy (%)",
+        title="Rates",
     )

@@ -9,6 +9,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from softprompt.analysis.comparisons import (
     Estimate,
     Prediction,
@@ -17,6 +20,7 @@ from softprompt.analysis.comparisons import (
     paired_difference,
     verdict,
 )
+from softprompt.analysis.plots import Point
 from softprompt.config import ConfigDict, base_config, set_key
 from softprompt.models.shapes import parameter_count
 from softprompt.pretrained.catalog import CATALOG
@@ -28,7 +32,10 @@ SMOLLM2 = "smollm2-135m-instruct-q4"
 TASK = "movie_sentiment"
 SEEDS = (0, 1, 2)
 LENGTH = 20
-STEPS, BATCH = 100, 16
+
+# Steps, and examples a step. A model of the ladder sees 12,800 snippets, which full fine-tuning
+# needs there; SmolLM2 sees 800, since a step of it takes as long as fifty of the smallest rung's.
+LADDER_STEPS, SMOLLM2_STEPS = (400, 32), (50, 16)
 
 # Peak learning rates, of prompts in embedding RMS: the best validation accuracy of three that
 # "search" tries for each model and method. SmolLM2's are those of `method_comparison`'s search.
@@ -36,7 +43,7 @@ RATES: dict[tuple[str, str], float] = {
     (SMOLLM2, "prompt"): 0.08,
     (SMOLLM2, "full"): 5e-5,
 }
-SEARCHED = {"prompt": (0.03, 0.1, 0.3), "full": (3e-4, 1e-3, 3e-3)}
+SEARCHED = {"prompt": (0.1, 0.5, 2.0), "full": (3e-4, 1e-3, 3e-3)}
 
 
 def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
@@ -50,6 +57,7 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
     """
     config = base_config()
     rate = RATES.get((model, method), SEARCHED.get(method, (0.01,))[0])
+    steps, batch = SMOLLM2_STEPS if model == SMOLLM2 else LADDER_STEPS
     keys: dict[str, Any] = {
         "model.name": model,
         "method.name": method,
@@ -61,10 +69,10 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
     if method not in ("none", "fewshot"):
         keys |= {
             "optimizer.rate": rate,
-            "optimizer.warmup": STEPS // 10,
-            "train.steps": STEPS,
-            "train.batch": BATCH,
-            "eval.every": STEPS // 4,
+            "optimizer.warmup": steps // 10,
+            "train.steps": steps,
+            "train.batch": batch,
+            "eval.every": steps // 4,
         }
     if method == "prompt":
         keys |= {
@@ -140,6 +148,33 @@ def shown(found: Estimate | None) -> str:
 def points(found: Estimate) -> Estimate:
     """The same times 100."""
     return Estimate(100 * found.value, 100 * found.low, 100 * found.high, 100 * found.draws)
+
+
+def by_value(
+    records: Sequence[Row], key: str, values: Sequence[Any], **fixed: Any
+) -> dict[Any, dict[str, Scores]]:
+    """The `scores` of each value of a key that has trials; `fixed` are values of other keys."""
+    name = key.replace(".", "__")
+    found = {one: scores(records, **{name: one}, **fixed) for one in values}
+    return {one: tasks for one, tasks in found.items() if tasks}
+
+
+def score_table(column: str, found: Mapping[Any, Mapping[str, Scores]]) -> pd.DataFrame:
+    """A line for each value: its seeds and its score with an interval."""
+    lines = [
+        {column: one, "seeds": min(map(len, tasks.values())), "score": shown(mean(tasks))}
+        for one, tasks in found.items()
+    ]
+    return pd.DataFrame(lines, columns=[column, "seeds", "score"])
+
+
+def point(x: float, tasks: Mapping[str, Scores]) -> Point:
+    """A score with its interval and its seeds, for a figure."""
+    score = mean(tasks)
+    assert score is not None
+    seeds = min(map(len, tasks.values()))
+    values = 100 * np.mean([some[:seeds].mean(1) for some in tasks.values()], axis=0)
+    return Point(x, score.value, score.low, score.high, tuple(values.tolist()))
 
 
 @dataclasses.dataclass(frozen=True)

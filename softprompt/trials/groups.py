@@ -113,9 +113,13 @@ def room(prepared: Prepared) -> int:
 
 
 def run_group(
-    session: Session, jobs: Sequence[Job], width: int, failed: Failed
+    session: Session,
+    jobs: Sequence[Job],
+    width: int,
+    failed: Failed,
+    late: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Row]]:
-    """Runs a group's trials, `width` at a time; when one ends the next starts.
+    """Runs a group's trials, `width` at a time; when one ends the next starts, unless it is late.
 
     `failed` makes the row of a failed trial from its error and its seconds.
 
@@ -130,8 +134,8 @@ def run_group(
     waiting, running = deque(enumerate(jobs)), list[_Running]()
     stopped: BaseException | None = None
     try:
-        while running or (waiting and stopped is None):
-            while waiting and len(running) < width and stopped is None:
+        while running or (waiting and stopped is None and not late()):
+            while waiting and len(running) < width and stopped is None and not late():
                 running.append(_Running(*waiting.popleft(), session, failed))
                 running[-1].begin()
                 stopped = running[-1].stopped

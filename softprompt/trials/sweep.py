@@ -5,6 +5,7 @@ such as those in `experiments/`. `rows` are the result rows of finished trials.
 """
 
 import functools
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -150,6 +151,21 @@ def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
             )
 
 
+def parse_minutes(text: str) -> float:
+    """Parses a time budget in minutes; "" is none.
+
+    Raises:
+        UserError: not a number above zero.
+    """
+    try:
+        minutes = float(text or "inf")
+    except ValueError:
+        minutes = 0.0
+    if not minutes > 0:
+        raise UserError(f"--minutes is {text!r}; allowed: a number above 0")
+    return minutes
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """Parses "2/4" as the second of four parts.
 
@@ -187,6 +203,7 @@ def run_sweep(
     progress: Progress,
     estimate: Estimate | None = None,
     session: "Session | None" = None,
+    minutes: float = math.inf,
 ) -> list[Row]:
     """Runs the trials that are not done, one after another or in concurrent groups.
 
@@ -200,10 +217,16 @@ def run_sweep(
         progress: the display.
         estimate: returns the expected "seconds" of a config, to predict the remaining time.
         session: for concurrent trials; None runs one after another.
+        minutes: no trial starts when they have passed; those that run go on.
 
     Returns:
         The rows of failed trials.
     """
+    end = time.monotonic() + 60 * minutes
+
+    def late() -> bool:
+        return time.monotonic() >= end
+
     check_writable(workdir)
     folders = [trial_folder(workdir, config) for config in trials]
     todo = [index for index, folder in enumerate(folders) if not is_done(folder)]
@@ -218,6 +241,8 @@ def run_sweep(
         groups = plan(session, [trials[index] for index in todo])
     failed: list[Row] = []
     for positions, width in groups:
+        if late():
+            break
         members = {(index := todo[n]): (trials[index], folders[index]) for n in positions}
         first = trials[next(iter(members))]
         forecast.estimate_model(first)
@@ -225,7 +250,7 @@ def run_sweep(
         ended = len(trials) - len(forecast.todo)
         progress.trial(trial_name(first) + more, ended, len(trials), forecast.left())
         began = time.monotonic()
-        for index, row in _run_group(members, width, run_trial, progress, session):
+        for index, row in _run_group(members, width, run_trial, progress, session, late):
             seconds, began = time.monotonic() - began, time.monotonic()
             others = [other for other in members if other in forecast.todo and other != index]
             done = row["status"] == "done"
@@ -236,11 +261,19 @@ def run_sweep(
                 progress.finished(outcome(row), ended, len(trials), left)
             else:
                 failed.append(row)
+    if late() and forecast.todo:
+        progress.say(
+            f"the {minutes:g} minutes are over: {len(forecast.todo)} of {len(trials)} trials are "
+            "not started; the same command goes on with them"
+        )
     return failed
 
 
 def run_trials(
-    trials: Sequence[ConfigDict], workdir: epath.PathLike, session: "Session"
+    trials: Sequence[ConfigDict],
+    workdir: epath.PathLike,
+    session: "Session",
+    minutes: float = math.inf,
 ) -> list[Row]:
     """Runs the trials that are not done; returns the rows of failed trials. See `run_sweep`."""
     from softprompt.trials.estimate import estimate
@@ -253,6 +286,7 @@ def run_trials(
         progress=session.progress,
         estimate=lambda config: estimate(config, session),
         session=session,
+        minutes=minutes,
     )
 
 
@@ -262,16 +296,22 @@ def _run_group(
     run_trial: RunTrial,
     progress: Progress,
     session: "Session | None",
+    late: Callable[[], bool],
 ) -> Iterator[tuple[int, Row]]:
-    """Runs a group; yields the index and the row of each trial when it ends."""
+    """Runs a group; yields the index and the row of each trial when it ends.
+
+    No trial starts when it is late.
+    """
     if session is None or width == 1:
         for index, job in members.items():
+            if late():
+                return
             yield index, _run_one(*job, run_trial, progress)
         return
     from softprompt.trials.groups import run_group
 
     indices, failed = list(members), functools.partial(_failed, progress)
-    for position, row in run_group(session, list(members.values()), width, failed):
+    for position, row in run_group(session, list(members.values()), width, failed, late):
         yield indices[position], row
 
 

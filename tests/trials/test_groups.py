@@ -132,6 +132,19 @@ def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_pat
 
 
 @pytest.mark.matrix
+def test_no_place_is_taken_when_the_time_is_over(tiny_folder, tmp_path, monkeypatch):
+    """Mutation: a member that is running is stopped; a free place is taken late."""
+    trials = configs(tiny_folder, tmp_path, [{**FIRST, "seed": n} for n in range(3)], **ANY)
+    jobs = [(config, tmp_path / "sweep" / str(n)) for n, config in enumerate(trials)]
+    asked = []
+    with session() as shared:
+        late = lambda: asked.append(1) or len(asked) > 3  # noqa: E731
+        ended = [index for index, _ in groups.run_group(shared, jobs, 2, None, late)]
+    assert sorted(ended) == [0, 1]
+    assert not (tmp_path / "sweep" / "2").exists()
+
+
+@pytest.mark.matrix
 def test_who_stops_early_leaves(tiny_folder, tmp_path):
     """Three stop after two validations, one goes on. Mutations: those that are over are waited for,
     or keep their places, so that there is one program and not two."""

@@ -1,4 +1,6 @@
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +22,29 @@ def test_trials_run_in_order_and_a_rerun_runs_none(tmp_path):
     assert runner.ran == [1, 5, 20]
     assert run([*trials, config(100)], tmp_path, runner) == []
     assert runner.ran == [1, 5, 20, 100]
+
+
+def test_no_trial_starts_when_the_time_is_over(tmp_path, monkeypatch, capsys):
+    """Breaks when a trial that began in time is cut off, or the next one begins."""
+    now = [0.0]
+
+    class Slow(Runner):
+        def __call__(self, made, folder):
+            now[0] += 50
+            return super().__call__(made, folder)
+
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    trials, slow = [config(length) for length in (1, 5, 20)], Slow()
+    with Progress() as progress:
+        assert sweep.run_sweep(trials, tmp_path, slow, progress=progress, minutes=1) == []
+    assert slow.ran == [1, 5]
+    assert "the 1 minutes are over: 1 of 3 trials are not started" in capsys.readouterr().err
+    run(trials, tmp_path, slow)
+    assert slow.ran == [1, 5, 20]
+    assert (sweep.parse_minutes(""), sweep.parse_minutes("1.5")) == (math.inf, 1.5)
+    for text in ("0", "-1", "nan", "an hour"):
+        with pytest.raises(UserError, match="--minutes is"):
+            sweep.parse_minutes(text)
 
 
 def test_a_failed_trial_is_a_row_and_is_tried_again(tmp_path, capsys):

@@ -1,0 +1,87 @@
+"""Figure 3a: how long must a prompt be?
+
+Question: on a rung of the ladder, how does the score depend on the number of prompt vectors?
+
+Prediction, from the paper's Figure 3a: one vector is worse than 20, and 100 gain little over 20. It
+is refuted if one is ahead, or if 100 are ahead by more than 2 points.
+
+Command:
+    softprompt sweep paper/figure3_length --workdir runs/paper
+
+Cost: 15 trials on d1.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.paper import study
+from softprompt.analysis.comparisons import Prediction, at_least
+from softprompt.analysis.plots import length_plot
+from softprompt.config import ConfigDict
+from softprompt.errors import unknown
+from softprompt.results import Row
+
+MODEL = "ladder/d1"
+LENGTHS = (1, 5, 20, 100, 150)
+KEY = "method.length"
+FIXED = {"model__name": MODEL, "method__name": "prompt", "method__init": "labels"}
+
+CAPTION = (
+    "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
+    "examples. Prompts start from label tokens."
+)
+
+
+def sweep(subset: str = "full") -> list[ConfigDict]:
+    """Returns the configs of "full".
+
+    Raises:
+        UserError: another subset.
+    """
+    if subset != "full":
+        raise unknown("subset", subset, ("full",))
+    return [
+        study.trial(MODEL, "prompt", seed, method__length=length)
+        for seed in study.SEEDS
+        for length in LENGTHS
+    ]
+
+
+def findings(rows: Sequence[Row]) -> list[study.Finding]:
+    """The predictions, and what was found."""
+    found = study.by_value(rows, KEY, LENGTHS, **FIXED)
+    one, usual, long = (found.get(length, {}) for length in (1, 20, 100))
+    return [
+        study.Finding(
+            "20 vectors are better than one",
+            "more than one matters, except at XXL",
+            study.difference(usual, one),
+            at_least(0),
+        ),
+        study.Finding(
+            "100 vectors gain at most 2 points over 20",
+            "beyond 20 little is gained",
+            study.difference(long, usual),
+            Prediction((-float("inf"), 2), (2, float("inf"))),
+        ),
+    ]
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line for each length."""
+    return study.score_table("length", study.by_value(rows, KEY, LENGTHS, **FIXED))
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns the score by length."""
+    found = study.by_value(rows, KEY, LENGTHS, **FIXED)
+    line = [study.point(length, tasks) for length, tasks in found.items()]
+    return length_plot(
+        {"prompt": line},
+        {},
+        xlabel="Prompt length (vectors)",
+        ylabel="Score (points)",
+        title="Figure 3a: prompt length",
+    )

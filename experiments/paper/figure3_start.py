@@ -1,0 +1,91 @@
+"""Figure 3b: how should a prompt start?
+
+Question: on the small rungs of the ladder, how does the score depend on the initialisation?
+
+Prediction, from the paper's Figure 3b: at small sizes label tokens are at least as good as sampled
+vocabulary, and that is at least as good as random uniform. It is refuted if an order is reversed.
+
+Command:
+    softprompt sweep paper/figure3_start --workdir runs/paper
+
+Cost: 18 trials on d0 and d1.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.paper import study
+from softprompt.analysis.comparisons import at_least
+from softprompt.analysis.plots import category_plot
+from softprompt.config import ConfigDict
+from softprompt.errors import unknown
+from softprompt.results import Row
+
+MODELS = ("ladder/d0", "ladder/d1")
+STARTS = ("uniform", "vocabulary", "labels")
+KEY = "method.init"
+FIXED = {"method__name": "prompt", "method__length": study.LENGTH}
+
+CAPTION = (
+    "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
+    "examples. Prompts of 20 vectors."
+)
+
+
+def sweep(subset: str = "full") -> list[ConfigDict]:
+    """Returns the configs of "full".
+
+    Raises:
+        UserError: another subset.
+    """
+    if subset != "full":
+        raise unknown("subset", subset, ("full",))
+    return [
+        study.trial(model, "prompt", seed, method__init=start)
+        for model in MODELS
+        for seed in study.SEEDS
+        for start in STARTS
+    ]
+
+
+def findings(rows: Sequence[Row]) -> list[study.Finding]:
+    """The predictions, and what was found, at each model."""
+    made = []
+    for model in MODELS:
+        found = study.by_value(rows, KEY, STARTS, model__name=model, **FIXED)
+        for better, worse in (("labels", "vocabulary"), ("vocabulary", "uniform")):
+            made.append(
+                study.Finding(
+                    f"{model}: {better} are at least as good as {worse}",
+                    "class labels are best at small sizes; no difference at XXL",
+                    study.difference(found.get(better, {}), found.get(worse, {})),
+                    at_least(0),
+                )
+            )
+    return made
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line for each model and start."""
+    parts = []
+    for model in MODELS:
+        found = study.by_value(rows, KEY, STARTS, model__name=model, **FIXED)
+        part = study.score_table("start", found)
+        part.insert(0, "model", model)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns the score by model, a dot for each start."""
+    series = {
+        start: {
+            model: study.point(0, found[start])
+            for model in MODELS
+            if start in (found := study.by_value(rows, KEY, STARTS, model__name=model, **FIXED))
+        }
+        for start in STARTS
+    }
+    return category_plot(series, {}, ylabel="Score (points)", title="Figure 3b: initialisation")

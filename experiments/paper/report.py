@@ -1,0 +1,187 @@
+"""The report of the study: every artefact with its question, figure, table and verdicts.
+
+Command:
+    python -m experiments.paper.report                             (the committed records)
+    python -m experiments.paper.report --workdir runs/paper        (the trials below a folder)
+    python -m experiments.paper.report --workdir runs/paper --keep (the same, and commit them)
+
+Writes report.md with figures beside it, and report.html, one file without outside assets. Both
+follow from the records alone.
+"""
+
+import argparse
+import html
+import io
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib
+import pandas as pd
+
+from experiments.paper import figure1, figure3_length, figure3_start, parameters, study
+from softprompt.analysis.comparisons import VERDICTS
+from softprompt.analysis.tables import to_markdown
+from softprompt.console import duration
+from softprompt.errors import UserError
+from softprompt.files import write_text
+from softprompt.results import Row
+from softprompt.trials.records import collect, read_records, write_records
+
+ARTEFACTS: tuple[ModuleType, ...] = (figure1, figure3_length, figure3_start, parameters)
+RECORDS = Path(__file__).parent / "results" / "records.jsonl"
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ccc; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #181818; --line: #444; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 52rem; margin: auto; padding: 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; }
+th { cursor: pointer; }
+svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+code { font-size: 0.9em; }
+"""
+SORT = """
+for (const th of document.querySelectorAll("th")) th.onclick = () => {
+  const rows = [...th.closest("table").tBodies[0].rows], n = th.cellIndex;
+  const key = row => row.cells[n].textContent.replaceAll(",", "");
+  const up = th.dataset.up !== "1"; th.dataset.up = up ? "1" : "";
+  rows.sort((a, b) => key(a).localeCompare(key(b), "en", {numeric: true}) * (up ? 1 : -1));
+  th.closest("table").tBodies[0].append(...rows);
+};
+"""
+
+
+def section(artefact: ModuleType, name: str) -> str:
+    """A paragraph of an artefact's docstring, such as its "Question", on one line; "" for none."""
+    found = re.search(rf"^{name}[^:\n]*: (.*?)(?:\n\n|\Z)", artefact.__doc__ or "", re.M | re.S)
+    return " ".join(found[1].split()) if found else ""
+
+
+def title(artefact: ModuleType) -> str:
+    """The first line of its docstring."""
+    return (artefact.__doc__ or "").splitlines()[0]
+
+
+def name(artefact: ModuleType) -> str:
+    """The name of its file."""
+    return artefact.__name__.rpartition(".")[2]
+
+
+def findings(artefact: ModuleType, records: Sequence[Row]) -> list[study.Finding]:
+    """Its findings; [] for one that makes no prediction about trials."""
+    return artefact.findings(records) if hasattr(artefact, "findings") else []
+
+
+def finding_table(found: Sequence[study.Finding]) -> pd.DataFrame:
+    """A line a prediction: what the paper found, what was found here, and the verdict."""
+    return pd.DataFrame(
+        {
+            "prediction": [one.claim for one in found],
+            "in the paper": [one.paper for one in found],
+            "here (95 %)": [study.shown(one.found) for one in found],
+            "verdict": [one.verdict for one in found],
+        }
+    )
+
+
+def summary(records: Sequence[Row]) -> str:
+    """How many trials there are, what they took, and what the verdicts are."""
+    done = [row for row in records if row["status"] == "done"]
+    spent = sum(row.get("seconds") or 0 for row in done)
+    verdicts = [one.verdict for artefact in ARTEFACTS for one in findings(artefact, records)]
+    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS)
+    versions = sorted({f"jax {row['versions']['jax']}" for row in done if "versions" in row})
+    kinds = sorted({f"{d['count']} {d['kind']}" for row in done if (d := row.get("devices"))})
+    return (
+        f"{len(done)} trials, {duration(spent)} in all; {', '.join((*versions, *kinds))}. "
+        f"Predictions: {counts}."
+    )
+
+
+def svg(artefact: ModuleType, records: Sequence[Row]) -> str:
+    """Its figure; equal records give equal text."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name(artefact), "svg.fonttype": "path"}):
+        figure = artefact.figure(records)
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def contents(
+    artefact: ModuleType, records: Sequence[Row]
+) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Its findings' table, its table and its figure, empty without trials."""
+    found = finding_table(findings(artefact, records))
+    try:
+        table = artefact.table(records)
+    except (ValueError, KeyError):
+        table = pd.DataFrame()
+    drawn = svg(artefact, records) if len(table) else ""
+    return found, table, drawn
+
+
+def part(artefact: ModuleType, records: Sequence[Row], folder: Path) -> tuple[str, str]:
+    """An artefact's part of the report as Markdown, with its figure in a file, and as HTML."""
+    found, table, drawn = contents(artefact, records)
+    told = [(word, section(artefact, word)) for word in ("Question", "Prediction")]
+    lines = [f"## {title(artefact)}", *(f"**{word}.** {text}" for word, text in told if text)]
+    page = [f"<h2>{html.escape(title(artefact))}</h2>"]
+    page += [f"<p><b>{word}.</b> {html.escape(text)}</p>" for word, text in told if text]
+    for frame in (found, table):
+        if len(frame):
+            lines.append(to_markdown(frame).rstrip())
+            page.append(f'<div class="wide">{frame.to_html(index=False, border=0)}</div>')
+    caption = artefact.CAPTION if drawn else "Not run."
+    if drawn:
+        file = f"figures/{name(artefact)}.svg"
+        write_text(folder / file, drawn)
+        lines.append(f"![{title(artefact)}]({file})")
+        page.append(drawn)
+    lines.append(caption)
+    page.append(f"<p>{html.escape(caption)}</p>")
+    return "\n\n".join(lines), "\n".join(page)
+
+
+def write(records: Sequence[Row], folder: Path) -> None:
+    """Writes report.md, its figures, and report.html."""
+    heading = "Prompt tuning at the scale of a laptop"
+    made = [part(artefact, records, folder) for artefact in ARTEFACTS]
+    markdown = [f"# {heading}", summary(records), *(text for text, _ in made)]
+    write_text(folder / "report.md", "\n\n".join(markdown) + "\n")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    pages = [f"<h1>{heading}</h1><p>{html.escape(summary(records))}</p>", *(p for _, p in made)]
+    write_text(
+        folder / "report.html",
+        f"<!doctype html><html lang=en><head>{head}<title>softprompt: report</title>"
+        f"<style>{STYLE}</style></head><body>{chr(10).join(pages)}"
+        f"<script>{SORT}</script></body></html>\n",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the report."""
+    parser = argparse.ArgumentParser(prog="experiments.paper.report")
+    parser.add_argument("--workdir", help="the trials' folder; without it the committed records")
+    parser.add_argument("--keep", action="store_true", help="keep the records in the repository")
+    parser.add_argument("--to", type=Path, default=Path("runs/report"))
+    given = parser.parse_args(arguments)
+    try:
+        records = collect(given.workdir) if given.workdir else read_records(RECORDS)
+        if given.keep:
+            write_records(RECORDS, records)
+        write(records, given.to)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {given.to}/report.md and {given.to}/report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The report: it follows from records alone, and says what was not run."""
+
+import re
+
+import pytest
+
+from experiments.paper import figure3_length, figure3_start, report
+from tests.paper.simulated import seeds
+from tests.paper.test_figure1 import simulated
+
+
+def lengths(scores):
+    """Trials of Figure 3a with these accuracies by length."""
+    return [
+        row
+        for length, accuracies in scores.items()
+        for row in seeds("ladder/d1", "prompt", accuracies, method__length=length)
+    ]
+
+
+LONGER = {1: (0.6, 0.61, 0.6), 20: (0.70, 0.705, 0.70), 100: (0.68, 0.685, 0.68)}
+
+
+def test_length():
+    """Breaks when the shorter prompt's lead counts for the longer one."""
+    assert [one.verdict for one in figure3_length.findings(lengths(LONGER))] == ["holds"] * 2
+    turned = {1: LONGER[20], 20: LONGER[1], 100: LONGER[100]}
+    assert [one.verdict for one in figure3_length.findings(lengths(turned))] == ["refuted"] * 2
+    assert figure3_length.table(lengths(LONGER))["seeds"].tolist() == [3, 3, 3]
+
+
+def test_start():
+    """Breaks when an order is turned round, or one rung's trials count for another."""
+    rows = [
+        row
+        for start, accuracy in {"uniform": 0.60, "vocabulary": 0.66, "labels": 0.72}.items()
+        for row in seeds("ladder/d0", "prompt", [accuracy] * 3, method__init=start)
+    ]
+    found = [one.verdict for one in figure3_start.findings(rows)]
+    assert found == ["holds", "holds", "not run", "not run"]
+    assert figure3_start.table(rows)["start"].tolist() == ["uniform", "vocabulary", "labels"]
+
+
+def test_the_report_is_a_function_of_the_records(tmp_path):
+    """Breaks when a date, a random id or an outside asset is in it, or a part is left out."""
+    records = [*simulated(), *lengths(LONGER)]
+    for name in ("a", "b"):
+        report.write(records if name == "a" else records[::-1], tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert [str(file) for file in files] == [
+        "figures/figure1.svg",
+        "figures/figure3_length.svg",
+        "figures/figure3_start.svg",
+        "figures/parameters.svg",
+        "report.html",
+        "report.md",
+    ]
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert not re.search(r'(src|href)="?(https?:|//)', page.replace('xlink:href="#', ""))
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "5 holds, 0 refuted, 0 undecided, 4 not run" in text
+    for artefact in report.ARTEFACTS:
+        assert f"## {report.title(artefact)}" in text
+        assert report.section(artefact, "Question"), artefact
+    assert "How should a prompt start?\n\n**Question.**" in text.replace("Figure 3b: h", "H")
+
+
+def test_without_trials(tmp_path, capsys):
+    """Breaks when a study that has not begun is an error, or a missing folder none."""
+    report.write([], tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "0 trials" in text and text.count("\n\nNot run.") == 3
+    assert report.main(["--workdir", str(tmp_path / "none"), "--to", str(tmp_path)]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("artefact", report.ARTEFACTS, ids=report.name)
+def test_an_artefact_says_what_it_asks(artefact):
+    """Breaks when its docstring lacks a part that the report and the reader look for."""
+    for word in ("Question", "Prediction"):
+        assert report.section(artefact, word).endswith((".", "?"))
