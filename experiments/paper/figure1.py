@@ -59,6 +59,7 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
 
 def gaps(rows: Sequence[Row]) -> dict[str, Estimate]:
     """Model -> points by which full fine-tuning is ahead, of models that have both, by size."""
+    rows = study.own(rows, sweep())
     names = sorted({study.value(row, "model.name") for row in rows}, key=study.size)
     full, prompt = (
         {model: study.scores(rows, model__name=model, method__name=method) for model in names}
@@ -97,7 +98,8 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each model."""
-    found, lines = gaps(rows), []
+    rows, lines = study.own(rows, sweep()), []
+    found = gaps(rows)
     for model in sorted({study.value(row, "model.name") for row in rows}, key=study.size):
         line: dict[str, object] = {"model": model, "parameters": study.size(model)}
         for method in METHODS:
@@ -114,6 +116,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Returns scores by the size of the model, a line for each method."""
+    rows = study.own(rows, sweep())
     models = {study.value(row, "model.name") for row in rows}
     series = {
         method: [

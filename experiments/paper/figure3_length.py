@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import study
-from softprompt.analysis.comparisons import Prediction, at_least
+from softprompt.analysis.comparisons import Prediction, Scores, at_least
 from softprompt.analysis.plots import length_plot
 from softprompt.config import ConfigDict
 from softprompt.errors import unknown
@@ -25,8 +25,6 @@ from softprompt.results import Row
 
 MODEL = "ladder/d1"
 LENGTHS = (1, 5, 20, 100, 150)
-KEY = "method.length"
-FIXED = {"model__name": MODEL, "method__name": "prompt", "method__init": "labels"}
 
 CAPTION = (
     "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
@@ -49,9 +47,14 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     ]
 
 
+def by_length(rows: Sequence[Row]) -> dict[int, dict[str, Scores]]:
+    """Length -> task -> scores [seeds, examples]."""
+    return study.by_value(study.own(rows, sweep()), "method.length", LENGTHS)
+
+
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found."""
-    found = study.by_value(rows, KEY, LENGTHS, **FIXED)
+    found = by_length(rows)
     one, usual, long = (found.get(length, {}) for length in (1, 20, 100))
     return [
         study.Finding(
@@ -71,12 +74,12 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each length."""
-    return study.score_table("length", study.by_value(rows, KEY, LENGTHS, **FIXED))
+    return study.score_table("length", by_length(rows))
 
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Returns the score by length."""
-    found = study.by_value(rows, KEY, LENGTHS, **FIXED)
+    found = by_length(rows)
     line = [study.point(length, tasks) for length, tasks in found.items()]
     return length_plot(
         {"prompt": line},

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import study
-from softprompt.analysis.comparisons import at_least
+from softprompt.analysis.comparisons import Scores, at_least
 from softprompt.analysis.plots import category_plot
 from softprompt.config import ConfigDict
 from softprompt.errors import unknown
@@ -25,8 +25,6 @@ from softprompt.results import Row
 
 MODELS = ("ladder/d0", "ladder/d1")
 STARTS = ("uniform", "vocabulary", "labels")
-KEY = "method.init"
-FIXED = {"method__name": "prompt", "method__length": study.LENGTH}
 
 CAPTION = (
     "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
@@ -50,11 +48,16 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     ]
 
 
+def by_start(rows: Sequence[Row], model: str) -> dict[str, dict[str, Scores]]:
+    """Start -> task -> scores [seeds, examples] of a model."""
+    return study.by_value(study.own(rows, sweep()), "method.init", STARTS, model__name=model)
+
+
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found, at each model."""
     made = []
     for model in MODELS:
-        found = study.by_value(rows, KEY, STARTS, model__name=model, **FIXED)
+        found = by_start(rows, model)
         for better, worse in (("labels", "vocabulary"), ("vocabulary", "uniform")):
             made.append(
                 study.Finding(
@@ -71,7 +74,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each model and start."""
     parts = []
     for model in MODELS:
-        found = study.by_value(rows, KEY, STARTS, model__name=model, **FIXED)
+        found = by_start(rows, model)
         part = study.score_table("start", found)
         part.insert(0, "model", model)
         parts.append(part)
@@ -84,7 +87,7 @@ def figure(rows: Sequence[Row]) -> Figure:
         start: {
             model: study.point(0, found[start])
             for model in MODELS
-            if start in (found := study.by_value(rows, KEY, STARTS, model__name=model, **FIXED))
+            if start in (found := by_start(rows, model))
         }
         for start in STARTS
     }

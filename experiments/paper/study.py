@@ -6,6 +6,8 @@ The study asks the paper's questions on models that a laptop can train: the ladd
 """
 
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ from softprompt.analysis.comparisons import (
     verdict,
 )
 from softprompt.analysis.plots import Point
-from softprompt.config import ConfigDict, base_config, set_key
+from softprompt.config import ConfigDict, base_config, from_dict, set_key, to_dict, trial_id
 from softprompt.models.shapes import parameter_count
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.ladder import RUNGS
@@ -90,6 +92,23 @@ def size(model: str) -> int:
     """The parameters of a model."""
     config = RUNGS.get(model.partition("@")[0])
     return parameter_count(config or CATALOG[model].config)
+
+
+def own(records: Sequence[Row], configs: Sequence[ConfigDict]) -> list[Row]:
+    """The records that are trials of these configs, in whatever dtype.
+
+    One folder has the trials of all artefacts, and of others.
+    """
+    wanted = {_identity(json.dumps(to_dict(config))) for config in configs}
+    return [row for row in records if _identity(json.dumps(row["config"])) in wanted]
+
+
+@functools.cache
+def _identity(tree: str) -> str:
+    """The id in float32 of the trial with this config."""
+    config = from_dict(json.loads(tree))
+    config.model.dtype = "float32"
+    return trial_id(config)
 
 
 def value(record: Row, key: str) -> Any:
