@@ -54,7 +54,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format parity docs bench bench-full lock version clean
+.PHONY: help quickstart paper report test lint format parity docs bench bench-full lock version clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 - /p' Makefile
@@ -64,6 +64,13 @@ quickstart: $(VENV)/.base  ## train a few soft prompts on a real model, into run
 
 test: $(VENV)/.test  ## run the tests (ARGS="..." goes to pytest)
 	@$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
+
+paper: $(VENV)/.base  ## run the study on the ladder, 90 minutes at a time, into runs/paper
+	@$(VENV)/bin/softprompt sweep paper/everything --workdir runs/paper --minutes 90 $(ARGS)
+	@$(VENV)/bin/python -m experiments.paper.report --workdir runs/paper
+
+report: $(VENV)/.base  ## write the study's report from the committed records, into runs/report
+	@$(VENV)/bin/python -m experiments.paper.report
 
 lint: $(VENV)/.test  ## check style, format and types
 	@$(VENV)/bin/ruff check .

@@ -77,18 +77,6 @@ def findings(artefact: ModuleType, records: Sequence[Row]) -> list[study.Finding
     return artefact.findings(records) if hasattr(artefact, "findings") else []
 
 
-def finding_table(found: Sequence[study.Finding]) -> pd.DataFrame:
-    """A line a prediction: what the paper found, what was found here, and the verdict."""
-    return pd.DataFrame(
-        {
-            "prediction": [one.claim for one in found],
-            "in the paper": [one.paper for one in found],
-            "here (95 %)": [study.shown(one.found) for one in found],
-            "verdict": [one.verdict for one in found],
-        }
-    )
-
-
 def summary(records: Sequence[Row]) -> str:
     """How many trials there are, what they took, and what the verdicts are."""
     done = [row for row in records if row["status"] == "done"]
@@ -117,7 +105,7 @@ def contents(
     artefact: ModuleType, records: Sequence[Row]
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Its findings' table, its table and its figure, empty without trials."""
-    found = finding_table(findings(artefact, records))
+    found = study.finding_table(findings(artefact, records))
     try:
         table = artefact.table(records)
     except (ValueError, KeyError):

@@ -39,11 +39,14 @@ LENGTH = 20
 # needs there; SmolLM2 sees 800, since a step of it takes as long as fifty of the smallest rung's.
 LADDER_STEPS, SMOLLM2_STEPS = (400, 32), (50, 16)
 
-# Peak learning rates, of prompts in embedding RMS: the best validation accuracy of three that
-# "search" tries for each model and method. SmolLM2's are those of `method_comparison`'s search.
+# Peak learning rates, of prompts in embedding RMS: the best validation accuracy of the three in
+# `SEARCHED` for d1 (`rates`). Other rungs take d1's until their own search has run. SmolLM2's are
+# those of `method_comparison`'s search.
 RATES: dict[tuple[str, str], float] = {
     (SMOLLM2, "prompt"): 0.08,
     (SMOLLM2, "full"): 5e-5,
+    ("ladder/d1", "prompt"): 0.5,
+    ("ladder/d1", "full"): 1e-3,
 }
 SEARCHED = {"prompt": (0.1, 0.5, 2.0), "full": (3e-4, 1e-3, 3e-3)}
 
@@ -58,7 +61,7 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
         **changes: other keys, as `section__key=value`.
     """
     config = base_config()
-    rate = RATES.get((model, method), SEARCHED.get(method, (0.01,))[0])
+    rate = RATES.get((model, method)) or RATES.get(("ladder/d1", method), 0.01)
     steps, batch = SMOLLM2_STEPS if model == SMOLLM2 else LADDER_STEPS
     keys: dict[str, Any] = {
         "model.name": model,
@@ -216,3 +219,15 @@ class Finding:
     def verdict(self) -> str:
         """One of `comparisons.VERDICTS`: "holds", "refuted", "undecided" or "not run"."""
         return verdict(self.found, self.prediction)
+
+
+def finding_table(found: Sequence[Finding]) -> pd.DataFrame:
+    """A line a prediction: what the paper found, what was found here, and the verdict."""
+    return pd.DataFrame(
+        {
+            "prediction": [one.claim for one in found],
+            "in the paper": [one.paper for one in found],
+            "here (95 %)": [shown(one.found) for one in found],
+            "verdict": [one.verdict for one in found],
+        }
+    )

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from experiments.paper import figure3_length, figure3_start, report
+from experiments.paper import everything, figure3_length, figure3_start, report
+from softprompt.config import trial_id
 from tests.paper.simulated import seeds
 from tests.paper.test_figure1 import simulated
 
@@ -82,3 +83,23 @@ def test_an_artefact_says_what_it_asks(artefact):
     """Breaks when its docstring lacks a part that the report and the reader look for."""
     for word in ("Question", "Prediction"):
         assert report.section(artefact, word).endswith((".", "?"))
+
+
+def test_every_trial_of_an_artefact_is_swept_once():
+    """Breaks when an artefact's trials are left out, or a shared trial runs twice."""
+    found = []
+    for config in everything.sweep():
+        config.model.dtype = "float32"
+        found.append(trial_id(config))
+    assert len(set(found)) == len(found)
+    for artefact in everything.SWEPT:
+        for config in artefact.sweep():
+            config.model.dtype = "float32"
+            assert trial_id(config) in found
+    table = everything.table([*simulated(), *lengths(LONGER)])
+    assert table["verdict"].tolist() == ["holds"] * 5 + ["not run"] * 4
+    assert table["artefact"].iloc[[0, 3, 5]].tolist() == [
+        "figure1",
+        "figure3_length",
+        "figure3_start",
+    ]

@@ -1,0 +1,57 @@
+"""The whole study: the trials of every artefact, each run once, and all verdicts in one table.
+
+Question: which of the paper's findings hold on models that a laptop can train?
+
+Prediction: see the artefacts, which are the other files of this folder.
+
+Command:
+    softprompt sweep paper/everything --workdir runs/paper --minutes 90   (make paper)
+    python -m experiments.paper.report --workdir runs/paper
+
+Cost: the trials of all artefacts, the most telling first; --minutes stops the sweep in time, and
+the same command goes on. The ladder's models must be there (`softprompt ladder`).
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.paper import figure1, figure3_length, figure3_start
+from experiments.paper.study import finding_table
+from softprompt.config import ConfigDict, resolve, trial_id
+from softprompt.errors import unknown
+from softprompt.results import Row
+
+SWEPT = (figure1, figure3_length, figure3_start)
+
+CAPTION = (
+    "Predictions and what was found, with 95 % intervals over seeds and test examples. A "
+    "prediction holds, or is refuted, if its whole interval lies in the range that says so."
+)
+
+
+def sweep(subset: str = "full") -> list[ConfigDict]:
+    """Returns the configs of all artefacts, each trial once.
+
+    Raises:
+        UserError: another subset.
+    """
+    if subset != "full":
+        raise unknown("subset", subset, ("full",))
+    configs = [config for artefact in SWEPT for config in artefact.sweep()]
+    return list({trial_id(resolve(config)): config for config in configs}.values())
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line for each prediction."""
+    tables = {
+        artefact.__name__.rpartition(".")[2]: finding_table(artefact.findings(rows))
+        for artefact in SWEPT
+    }
+    return pd.concat(tables, names=["artefact", None]).reset_index(level=0).reset_index(drop=True)
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns Figure 1."""
+    return figure1.figure(rows)
