@@ -161,14 +161,15 @@ def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Runs an experiment's trials, or prints what they would cost."""
+    from softprompt.trials import shards
     from softprompt.trials import sweep as sweeps
 
     experiment = sweeps.load_experiment(arguments.experiment)
-    shard = sweeps.parse_shard(arguments.shard)
-    minutes = sweeps.parse_minutes(arguments.minutes)
+    shard = shards.parse_shard(arguments.shard)
+    minutes = shards.parse_minutes(arguments.minutes)
     start_jax(arguments.distributed)  # before a config is resolved, which needs the devices
     trials = sweeps.make_trials(experiment, arguments.subset, overrides)
-    trials = sweeps.take_shard(trials, shard)
+    trials = shards.take_shard(trials, shard)
     import jax
 
     from softprompt.console import Progress

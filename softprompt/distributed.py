@@ -47,3 +47,14 @@ def _join(distributed: str) -> None:
             jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed {distributed}: {error}") from error
+
+
+def agreed(value: bool) -> bool:
+    """What the first of several processes says, for all of them."""
+    import jax
+
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(value))

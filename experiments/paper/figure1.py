@@ -1,7 +1,7 @@
 """Figure 1: does the gap between full fine-tuning and prompt tuning close with model size?
 
 Question: on models from 0.4M to 135M parameters, by how many points is full fine-tuning ahead of a
-prompt of 20 vectors, with equally many steps, and rates from a search of equal effort?
+prompt of 20 vectors, with equally many steps at each size, and rates from a search of equal effort?
 
 Prediction, from the paper's Figure 1: the gap shrinks with size, from at least 15 points at the
 smallest model to at most 5 at the largest. It is refuted if the slope of the gap over the logarithm
@@ -57,15 +57,17 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     ]
 
 
+def trials(rows: Sequence[Row], method: str) -> dict[str, list[Row]]:
+    """Model -> trials of a method, by the model's size."""
+    found = study.own(rows, sweep())
+    models = sorted({study.value(row, "model.name") for row in found}, key=study.size)
+    return study.by_value(found, "model.name", models, method__name=method)
+
+
 def gaps(rows: Sequence[Row]) -> dict[str, Estimate]:
     """Model -> points by which full fine-tuning is ahead, of models that have both, by size."""
-    rows = study.own(rows, sweep())
-    names = sorted({study.value(row, "model.name") for row in rows}, key=study.size)
-    full, prompt = (
-        {model: study.scores(rows, model__name=model, method__name=method) for model in names}
-        for method in ("full", "prompt")
-    )
-    found = {model: study.difference(full[model], prompt[model]) for model in names}
+    full, prompt = trials(rows, "full"), trials(rows, "prompt")
+    found = {model: study.difference(some, prompt.get(model, [])) for model, some in full.items()}
     return {model: gap for model, gap in found.items() if gap}
 
 
@@ -98,32 +100,27 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each model."""
-    rows, lines = study.own(rows, sweep()), []
-    found = gaps(rows)
-    for model in sorted({study.value(row, "model.name") for row in rows}, key=study.size):
+    found = {method: trials(rows, method) for method in METHODS}
+    models = sorted({model for some in found.values() for model in some}, key=study.size)
+    gap, lines = gaps(rows), []
+    for model in models:
         line: dict[str, object] = {"model": model, "parameters": study.size(model)}
         for method in METHODS:
-            trials = study.select(rows, model__name=model, method__name=method)
-            score = study.mean(study.scores(rows, model__name=model, method__name=method))
+            some = found[method].get(model, [])
             line |= {
-                f"{method}, seeds": len(trials),
-                f"{method}, accuracy": study.accuracy(trials),
-                f"{method}, score": study.shown(score),
+                f"{method}, seeds": study.seeds(some),
+                f"{method}, accuracy": study.accuracy(some),
+                f"{method}, score": study.shown(study.mean(some)),
             }
-        lines.append(line | {"gap": study.shown(found.get(model))})
+        lines.append(line | {"gap": study.shown(gap.get(model))})
     return pd.DataFrame(lines)
 
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Returns scores by the size of the model, a line for each method."""
-    rows = study.own(rows, sweep())
-    models = {study.value(row, "model.name") for row in rows}
     series = {
         method: [
-            study.point(study.size(model), found)
-            for model, found in study.by_value(
-                rows, "model.name", sorted(models, key=study.size), method__name=method
-            ).items()
+            study.point(study.size(model), some) for model, some in trials(rows, method).items()
         ]
         for method in METHODS
     }

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import study
-from softprompt.analysis.comparisons import Prediction, Scores, at_least
+from softprompt.analysis.comparisons import Prediction, at_least
 from softprompt.analysis.plots import length_plot
 from softprompt.config import ConfigDict
 from softprompt.errors import unknown
@@ -47,15 +47,15 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     ]
 
 
-def by_length(rows: Sequence[Row]) -> dict[int, dict[str, Scores]]:
-    """Length -> task -> scores [seeds, examples]."""
+def by_length(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """Length -> trials."""
     return study.by_value(study.own(rows, sweep()), "method.length", LENGTHS)
 
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found."""
     found = by_length(rows)
-    one, usual, long = (found.get(length, {}) for length in (1, 20, 100))
+    one, usual, long = (found.get(length, []) for length in (1, 20, 100))
     return [
         study.Finding(
             "20 vectors are better than one",
@@ -80,7 +80,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 def figure(rows: Sequence[Row]) -> Figure:
     """Returns the score by length."""
     found = by_length(rows)
-    line = [study.point(length, tasks) for length, tasks in found.items()]
+    line = [study.point(length, trials) for length, trials in found.items()]
     return length_plot(
         {"prompt": line},
         {},

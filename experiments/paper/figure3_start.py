@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import study
-from softprompt.analysis.comparisons import Scores, at_least
+from softprompt.analysis.comparisons import at_least
 from softprompt.analysis.plots import category_plot
 from softprompt.config import ConfigDict
 from softprompt.errors import unknown
@@ -48,8 +48,8 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     ]
 
 
-def by_start(rows: Sequence[Row], model: str) -> dict[str, dict[str, Scores]]:
-    """Start -> task -> scores [seeds, examples] of a model."""
+def by_start(rows: Sequence[Row], model: str) -> dict[str, list[Row]]:
+    """Start -> trials of a model."""
     return study.by_value(study.own(rows, sweep()), "method.init", STARTS, model__name=model)
 
 
@@ -63,7 +63,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
                 study.Finding(
                     f"{model}: {better} are at least as good as {worse}",
                     "class labels are best at small sizes; no difference at XXL",
-                    study.difference(found.get(better, {}), found.get(worse, {})),
+                    study.difference(found.get(better, []), found.get(worse, [])),
                     at_least(0),
                 )
             )

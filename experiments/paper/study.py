@@ -131,29 +131,40 @@ def select(records: Sequence[Row], **wanted: Any) -> list[Row]:
     return sorted(found, key=lambda row: value(row, "seed"))
 
 
-def scores(records: Sequence[Row], **wanted: Any) -> dict[str, Scores]:
-    """Task -> scores [seeds, examples] of the trials with these values; {} if there are none."""
-    found = select(records, **wanted)
-    tasks = dict.fromkeys(value(row, "task.name") for row in found)
-    return {
-        task: example_scores([row for row in found if value(row, "task.name") == task], task)
-        for task in tasks
-    }
+def by_value(
+    records: Sequence[Row], key: str, values: Sequence[Any], **fixed: Any
+) -> dict[Any, list[Row]]:
+    """The finished trials of each value of a key that has some; `fixed` are other keys' values."""
+    name = key.replace(".", "__")
+    found = {one: select(records, **{name: one}, **fixed) for one in values}
+    return {one: trials for one, trials in found.items() if trials}
 
 
-def difference(ours: Mapping[str, Scores], theirs: Mapping[str, Scores]) -> Estimate | None:
-    """Ours minus theirs over the seeds that both have, in points; None if there are none."""
-    tasks = [task for task in ours if task in theirs]
-    if not tasks:
+def scores(trials: Sequence[Row]) -> dict[str, Scores]:
+    """Task -> scores [seeds, examples] of trials."""
+    tasks: dict[str, list[Row]] = {}
+    for row in trials:
+        tasks.setdefault(value(row, "task.name"), []).append(row)
+    return {task: example_scores(tasks[task], task) for task in sorted(tasks)}
+
+
+def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate | None:
+    """Our trials minus theirs of the same task and seed, in points; None if there are none."""
+
+    def keyed(trials: Sequence[Row]) -> dict[tuple[str, int], Row]:
+        return {(value(row, "task.name"), value(row, "seed")): row for row in trials}
+
+    one, other = keyed(ours), keyed(theirs)
+    both = sorted(one.keys() & other.keys())
+    if not both:
         return None
-    seeds = {task: min(len(ours[task]), len(theirs[task])) for task in tasks}
-    one, other = ({task: s[task][: seeds[task]] for task in tasks} for s in (ours, theirs))
-    return points(paired_difference(one, other))
+    pairs = (scores([found[key] for key in both]) for found in (one, other))
+    return points(paired_difference(*pairs))
 
 
-def mean(found: Mapping[str, Scores]) -> Estimate | None:
+def mean(trials: Sequence[Row]) -> Estimate | None:
     """The mean score, in points; None if there are no trials."""
-    return points(mean_score(found)) if found else None
+    return points(mean_score(scores(trials))) if trials else None
 
 
 def accuracy(trials: Sequence[Row]) -> float | None:
@@ -172,31 +183,27 @@ def points(found: Estimate) -> Estimate:
     return Estimate(100 * found.value, 100 * found.low, 100 * found.high, 100 * found.draws)
 
 
-def by_value(
-    records: Sequence[Row], key: str, values: Sequence[Any], **fixed: Any
-) -> dict[Any, dict[str, Scores]]:
-    """The `scores` of each value of a key that has trials; `fixed` are values of other keys."""
-    name = key.replace(".", "__")
-    found = {one: scores(records, **{name: one}, **fixed) for one in values}
-    return {one: tasks for one, tasks in found.items() if tasks}
-
-
-def score_table(column: str, found: Mapping[Any, Mapping[str, Scores]]) -> pd.DataFrame:
+def score_table(column: str, found: Mapping[Any, Sequence[Row]]) -> pd.DataFrame:
     """A line for each value: its seeds and its score with an interval."""
     lines = [
-        {column: one, "seeds": min(map(len, tasks.values())), "score": shown(mean(tasks))}
-        for one, tasks in found.items()
+        {column: one, "seeds": seeds(trials), "score": shown(mean(trials))}
+        for one, trials in found.items()
     ]
     return pd.DataFrame(lines, columns=[column, "seeds", "score"])
 
 
-def point(x: float, tasks: Mapping[str, Scores]) -> Point:
-    """A score with its interval and its seeds, for a figure."""
-    score = mean(tasks)
+def seeds(trials: Sequence[Row]) -> int:
+    """The number of different seeds."""
+    return len({value(row, "seed") for row in trials})
+
+
+def point(x: float, trials: Sequence[Row]) -> Point:
+    """The score of at least one trial, with its interval and that of each seed, for a figure."""
+    score = mean(trials)
     assert score is not None
-    seeds = min(map(len, tasks.values()))
-    values = 100 * np.mean([some[:seeds].mean(1) for some in tasks.values()], axis=0)
-    return Point(x, score.value, score.low, score.high, tuple(values.tolist()))
+    by_seed = by_value(trials, "seed", sorted({value(row, "seed") for row in trials}))
+    each = [np.mean([s.mean() for s in scores(some).values()]) for some in by_seed.values()]
+    return Point(x, score.value, score.low, score.high, tuple(100 * float(one) for one in each))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from softprompt.config import (
 )
 from softprompt.config.files import find_file, list_modules, load_module, with_location
 from softprompt.console import Progress, duration
+from softprompt.distributed import agreed
 from softprompt.errors import UserError, unknown
 from softprompt.files import check_writable, write_text
 from softprompt.results import Row, is_done, make_row, outcome, write_result
@@ -151,39 +152,6 @@ def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
             )
 
 
-def parse_minutes(text: str) -> float:
-    """Parses a time budget in minutes; "" is none.
-
-    Raises:
-        UserError: not a number above zero.
-    """
-    try:
-        minutes = float(text or "inf")
-    except ValueError:
-        minutes = 0.0
-    if not minutes > 0:
-        raise UserError(f"--minutes is {text!r}; allowed: a number above 0")
-    return minutes
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """Parses "2/4" as the second of four parts.
-
-    Raises:
-        UserError: the text is not i/n with 1 <= i <= n.
-    """
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise UserError(f"--shard is {text!r}; allowed: i/n with i from 1 to n, such as 1/4")
-    return int(part), int(parts)
-
-
-def take_shard(trials: Sequence[ConfigDict], shard: tuple[int, int]) -> list[ConfigDict]:
-    """Returns every n-th trial from the i-th on (from 1), so that shards have similar costs."""
-    part, parts = shard
-    return list(trials[part - 1 :: parts])
-
-
 def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
     """Returns a trial's folder: one in WORKDIR that ends in -ID, else WORKDIR/NAME-ID."""
     root = epath.Path(workdir)
@@ -222,25 +190,15 @@ def run_sweep(
     Returns:
         The rows of failed trials.
     """
-    end = time.monotonic() + 60 * minutes
-
-    def late() -> bool:
-        return time.monotonic() >= end
-
+    late = _clock(minutes)
     check_writable(workdir)
     folders = [trial_folder(workdir, config) for config in trials]
     todo = [index for index, folder in enumerate(folders) if not is_done(folder)]
-    finished = len(trials) - len(todo)
-    if finished:
+    if finished := len(trials) - len(todo):
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
-    groups: Iterable[tuple[list[int], int]] = [([position], 1) for position in range(len(todo))]
-    if session is not None:
-        from softprompt.trials.groups import plan
-
-        groups = plan(session, [trials[index] for index in todo])
     failed: list[Row] = []
-    for positions, width in groups:
+    for positions, width in _groups(session, [trials[index] for index in todo]):
         if late():
             break
         members = {(index := todo[n]): (trials[index], folders[index]) for n in positions}
@@ -262,11 +220,26 @@ def run_sweep(
             else:
                 failed.append(row)
     if late() and forecast.todo:
-        progress.say(
-            f"the {minutes:g} minutes are over: {len(forecast.todo)} of {len(trials)} trials are "
-            "not started; the same command goes on with them"
-        )
+        left_over = f"{len(forecast.todo)} of {len(trials)} trials are not started"
+        progress.say(f"{minutes:g} minutes are over: {left_over}; the same command goes on")
     return failed
+
+
+def _clock(minutes: float) -> Callable[[], bool]:
+    """A function that says whether so many minutes have passed since now."""
+    end = time.monotonic() + 60 * minutes
+    return lambda: agreed(time.monotonic() >= end)
+
+
+def _groups(
+    session: "Session | None", trials: Sequence[ConfigDict]
+) -> Iterable[tuple[list[int], int]]:
+    """Groups of trials and their widths; without a session each trial is its own."""
+    if session is None:
+        return [([position], 1) for position in range(len(trials))]
+    from softprompt.trials.groups import plan
+
+    return plan(session, trials)
 
 
 def run_trials(

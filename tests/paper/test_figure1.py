@@ -48,6 +48,13 @@ def test_false_results_change_the_verdicts():
     assert verdicts(simulated()[:3]) == ["not run"] * 3
 
 
+def test_pairs_have_one_seed():
+    """Breaks when a missing seed pairs the others with their neighbours."""
+    prompt, full = seeds(SMALL, "prompt", (0.6, 0.7)), seeds(SMALL, "full", (0.9, 0.8))
+    assert figure1.gaps([*prompt, full[1]])[SMALL].value == pytest.approx(20, abs=0.5)
+    assert figure1.gaps([prompt[0], full[1]]) == {}
+
+
 def test_trials_are_distinct_and_searched_alike():
     """Breaks when a method has more rates to choose from, or two trials are one."""
     for configs in (figure1.sweep("full"), rates.sweep()):

@@ -8,7 +8,7 @@ from softprompt import results
 from softprompt.config import trial_id, trial_name
 from softprompt.console import Progress
 from softprompt.errors import UserError
-from softprompt.trials import sweep
+from softprompt.trials import shards, sweep
 from softprompt.trials.outputs import write_outputs
 from tests.trials.rows import Runner, config, done_row, experiment_rows, run
 
@@ -38,13 +38,13 @@ def test_no_trial_starts_when_the_time_is_over(tmp_path, monkeypatch, capsys):
     with Progress() as progress:
         assert sweep.run_sweep(trials, tmp_path, slow, progress=progress, minutes=1) == []
     assert slow.ran == [1, 5]
-    assert "the 1 minutes are over: 1 of 3 trials are not started" in capsys.readouterr().err
+    assert "1 minutes are over: 1 of 3 trials are not started" in capsys.readouterr().err
     run(trials, tmp_path, slow)
     assert slow.ran == [1, 5, 20]
-    assert (sweep.parse_minutes(""), sweep.parse_minutes("1.5")) == (math.inf, 1.5)
+    assert (shards.parse_minutes(""), shards.parse_minutes("1.5")) == (math.inf, 1.5)
     for text in ("0", "-1", "nan", "an hour"):
         with pytest.raises(UserError, match="--minutes is"):
-            sweep.parse_minutes(text)
+            shards.parse_minutes(text)
 
 
 def test_a_failed_trial_is_a_row_and_is_tried_again(tmp_path, capsys):
@@ -127,12 +127,12 @@ def test_a_trials_folder_is_found_by_its_id(tmp_path):
 
 def test_shards_are_disjoint_and_complete():
     trials = [config(length) for length in range(1, 8)]
-    parts = [sweep.take_shard(trials, (part, 3)) for part in (1, 2, 3)]
+    parts = [shards.take_shard(trials, (part, 3)) for part in (1, 2, 3)]
     assert sorted(made.method.length for part in parts for made in part) == list(range(1, 8))
-    assert sweep.parse_shard("2/3") == (2, 3)
+    assert shards.parse_shard("2/3") == (2, 3)
     for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2"):
         with pytest.raises(UserError, match="--shard is"):
-            sweep.parse_shard(text)
+            shards.parse_shard(text)
 
 
 def test_the_same_trial_twice_is_an_error():
