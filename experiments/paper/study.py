@@ -65,6 +65,8 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
     steps, batch = SMOLLM2_STEPS if model == SMOLLM2 else LADDER_STEPS
     keys: dict[str, Any] = {
         "model.name": model,
+        # At the ladder's widths float32 is the quicker dtype, also where bfloat16 products are.
+        "model.dtype": "auto" if model == SMOLLM2 else "float32",
         "method.name": method,
         "seed": seed,
         "task.name": TASK,
