@@ -255,3 +255,14 @@ def test_the_subject_of_rows():
     assert tables.subject([*rows, mixed]).startswith("3 tasks, ")
     assert tables.subject([mixed]).startswith("boolq+sarcasm, ")
     assert tables.subject([{"config": {}}]) == ", ", "an older version's"
+
+
+def test_html_has_the_cells_of_markdown():
+    """Breaks when a cell is not escaped, a missing number is shown, or a column is turned round."""
+    table = pd.DataFrame({"name": ["a < b", "c"], "score": [0.5, None], "count": [1234, 5]})
+    assert tables.to_html(table) == (
+        '<table><thead><tr><th>name</th><th class="number">score</th><th class="number">count</th>'
+        '</tr></thead>\n<tbody><tr><td>a &lt; b</td><td class="number">0.500</td>'
+        '<td class="number">1,234</td></tr>\n<tr><td>c</td><td class="number"></td>'
+        '<td class="number">5</td></tr></tbody></table>'
+    )

@@ -23,7 +23,7 @@ import pandas as pd
 
 from experiments.paper import figure1, figure3_length, figure3_start, parameters, study
 from softprompt.analysis.comparisons import VERDICTS
-from softprompt.analysis.tables import to_markdown
+from softprompt.analysis.tables import to_html, to_markdown
 from softprompt.console import duration
 from softprompt.errors import UserError
 from softprompt.files import write_text
@@ -38,10 +38,11 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #181818; --line: #444; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 52rem; margin: auto; padding: 1rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; }
 th { cursor: pointer; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 code { font-size: 0.9em; }
 """
@@ -59,7 +60,8 @@ for (const th of document.querySelectorAll("th")) th.onclick = () => {
 def section(artefact: ModuleType, name: str) -> str:
     """A paragraph of an artefact's docstring, such as its "Question", on one line; "" for none."""
     found = re.search(rf"^{name}[^:\n]*: (.*?)(?:\n\n|\Z)", artefact.__doc__ or "", re.M | re.S)
-    return " ".join(found[1].split()) if found else ""
+    text = " ".join(found[1].split()) if found else ""
+    return text[:1].upper() + text[1:]
 
 
 def title(artefact: ModuleType) -> str:
@@ -124,7 +126,7 @@ def part(artefact: ModuleType, records: Sequence[Row], folder: Path) -> tuple[st
     for frame in (found, table):
         if len(frame):
             lines.append(to_markdown(frame).rstrip())
-            page.append(f'<div class="wide">{frame.to_html(index=False, border=0)}</div>')
+            page.append(f'<div class="wide">{to_html(frame)}</div>')
     caption = artefact.CAPTION if drawn else "Not run."
     if drawn:
         file = f"figures/{name(artefact)}.svg"

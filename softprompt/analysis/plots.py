@@ -167,8 +167,13 @@ def _scale(axes: Axes, lengths: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     if lengths:
-        axes.set_xticks(list(lengths), [f"{length:g}" for length in lengths])
+        axes.set_xticks(list(lengths), [short(length) for length in lengths])
         axes.set_xlim(min(lengths) / 1.3, max(lengths) * 1.3)
+
+
+def short(number: float) -> str:
+    """A number for an axis: 20, 0.726M, 135M."""
+    return f"{number / 1e6:.3g}M" if number >= 1e5 else f"{number:g}"
 
 
 def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:

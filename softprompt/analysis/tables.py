@@ -1,5 +1,6 @@
 """Intervals for few seeds and small test sets, and tables as Markdown, CSV and LaTeX."""
 
+import html
 import math
 import textwrap
 from collections import Counter
@@ -288,6 +289,20 @@ def to_markdown(table: pd.DataFrame, caption: str = "") -> str:
     ]
     body = [line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])]
     return "\n".join(body) + "\n" + (f"\n{caption}\n" if caption else "")
+
+
+def to_html(table: pd.DataFrame) -> str:
+    """Returns an HTML table; cells of numbers have the class "number"."""
+    kinds = [' class="number"' if _is_numeric(table[name]) else "" for name in table.columns]
+
+    def line(tag: str, row: Sequence[object]) -> str:
+        texts = [html.escape(_cell(value)) for value in row]
+        cells = (f"<{tag}{kind}>{text}</{tag}>" for kind, text in zip(kinds, texts, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    body = "\n".join(line("td", row) for row in table.itertuples(index=False))
+    head = line("th", [str(name) for name in table.columns])
+    return f"<table><thead>{head}</thead>\n<tbody>{body}</tbody></table>"
 
 
 def to_csv(table: pd.DataFrame) -> str:
