@@ -64,35 +64,46 @@ def trials(rows: Sequence[Row], method: str) -> dict[str, list[Row]]:
     return study.by_value(found, "model.name", models, method__name=method)
 
 
-def gaps(rows: Sequence[Row]) -> dict[str, Estimate]:
-    """Model -> points by which full fine-tuning is ahead, of models that have both, by size."""
+def pairs(rows: Sequence[Row]) -> dict[str, list[tuple[Row, Row]]]:
+    """Model -> pairs of full fine-tuning and a prompt, of models that have some, by size."""
     full, prompt = trials(rows, "full"), trials(rows, "prompt")
-    found = {model: study.difference(some, prompt.get(model, [])) for model, some in full.items()}
+    found = {model: study.pairs(some, prompt.get(model, [])) for model, some in full.items()}
+    return {model: paired for model, paired in found.items() if paired}
+
+
+def gaps(rows: Sequence[Row]) -> dict[str, Estimate]:
+    """Model -> points by which full fine-tuning is ahead, by size."""
+    found = {model: study.difference(paired) for model, paired in pairs(rows).items()}
     return {model: gap for model, gap in found.items() if gap}
 
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found."""
-    found = gaps(rows)
+    found, full, prompt = gaps(rows), trials(rows, "full"), trials(rows, "prompt")
     sizes = [math.log10(study.size(model)) for model in found]
     change = slope(sizes, list(found.values())) if len(found) > 1 else None
+
+    def at(model: str) -> tuple[list[Row], list[Row]]:
+        return full.get(model, []), prompt.get(model, [])
+
     return [
         study.Finding(
             "the gap shrinks with size (points a tenfold)",
             "3.0 points at Small, 10.6 at Base, 6.8 at Large, 3.9 at XL, 1.1 at XXL",
             change,
             at_most(0),
+            min(map(len, pairs(rows).values()), default=0),
         ),
-        study.Finding(
+        study.compared(
             "the gap is at least 15 points at the smallest model",
             "10.6 points at Base, where it is largest",
-            found.get("ladder/d0"),
+            *at("ladder/d0"),
             at_least(15),
         ),
-        study.Finding(
+        study.compared(
             "the gap is at most 5 points at the largest model",
             "1.1 points at XXL",
-            found.get(study.SMOLLM2),
+            *at(study.SMOLLM2),
             at_most(5),
         ),
     ]

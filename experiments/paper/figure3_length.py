@@ -57,16 +57,18 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
     found = by_length(rows)
     one, usual, long = (found.get(length, []) for length in (1, 20, 100))
     return [
-        study.Finding(
+        study.compared(
             "20 vectors are better than one",
             "more than one matters, except at XXL",
-            study.difference(usual, one),
+            usual,
+            one,
             at_least(0),
         ),
-        study.Finding(
+        study.compared(
             "100 vectors gain at most 2 points over 20",
             "beyond 20 little is gained",
-            study.difference(long, usual),
+            long,
+            usual,
             Prediction((-float("inf"), 2), (2, float("inf"))),
         ),
     ]

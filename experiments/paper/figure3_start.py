@@ -60,10 +60,11 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
         found = by_start(rows, model)
         for better, worse in (("labels", "vocabulary"), ("vocabulary", "uniform")):
             made.append(
-                study.Finding(
+                study.compared(
                     f"{model}: {better} are at least as good as {worse}",
                     "class labels are best at small sizes; no difference at XXL",
-                    study.difference(found.get(better, []), found.get(worse, [])),
+                    found.get(better, []),
+                    found.get(worse, []),
                     at_least(0),
                 )
             )

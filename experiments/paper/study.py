@@ -150,18 +150,22 @@ def scores(trials: Sequence[Row]) -> dict[str, Scores]:
     return {task: example_scores(tasks[task], task) for task in sorted(tasks)}
 
 
-def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate | None:
-    """Our trials minus theirs of the same task and seed, in points; None if there are none."""
+def pairs(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The trials of both that have the same task and seed."""
 
     def keyed(trials: Sequence[Row]) -> dict[tuple[str, int], Row]:
         return {(value(row, "task.name"), value(row, "seed")): row for row in trials}
 
     one, other = keyed(ours), keyed(theirs)
-    both = sorted(one.keys() & other.keys())
-    if not both:
+    return [(one[key], other[key]) for key in sorted(one.keys() & other.keys())]
+
+
+def difference(paired: Sequence[tuple[Row, Row]]) -> Estimate | None:
+    """The first minus the second of pairs, in points; None if there are none."""
+    if not paired:
         return None
-    pairs = (scores([found[key] for key in both]) for found in (one, other))
-    return points(paired_difference(*pairs))
+    ours, theirs = (scores(trials) for trials in zip(*paired, strict=True))
+    return points(paired_difference(ours, theirs))
 
 
 def mean(trials: Sequence[Row]) -> Estimate | None:
@@ -217,17 +221,33 @@ class Finding:
         paper: the paper's number or sentence.
         found: our number, with its interval; None if trials are missing.
         prediction: the ranges in which it holds and is refuted.
+        seeds: the fewest seeds of any number in it.
     """
 
     claim: str
     paper: str
     found: Estimate | None
     prediction: Prediction
+    seeds: int
 
     @property
     def verdict(self) -> str:
-        """One of `comparisons.VERDICTS`: "holds", "refuted", "undecided" or "not run"."""
-        return verdict(self.found, self.prediction)
+        """One of `comparisons.VERDICTS`: "holds", "refuted", "undecided" or "not run".
+
+        One seed decides nothing: its interval is that of the test examples alone.
+        """
+        return (
+            "undecided" if self.found and self.seeds < 2 else verdict(self.found, self.prediction)
+        )
+
+
+def compared(
+    claim: str, paper: str, ours: Sequence[Row], theirs: Sequence[Row], prediction: Prediction
+) -> Finding:
+    """A finding about our trials minus theirs."""
+    paired = pairs(ours, theirs)
+    count = seeds([one for one, _ in paired])
+    return Finding(claim, paper, difference(paired), prediction, count)
 
 
 def finding_table(found: Sequence[Finding]) -> pd.DataFrame:
@@ -237,6 +257,7 @@ def finding_table(found: Sequence[Finding]) -> pd.DataFrame:
             "prediction": [one.claim for one in found],
             "in the paper": [one.paper for one in found],
             "here (95 %)": [shown(one.found) for one in found],
+            "seeds": pd.Series([one.seeds if one.found else None for one in found], dtype=object),
             "verdict": [one.verdict for one in found],
         }
     )

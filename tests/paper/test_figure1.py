@@ -44,6 +44,8 @@ def test_false_results_change_the_verdicts():
     assert verdicts(simulated(prompt=shrunken))[1] == "undecided"
     noisy = dict(PROMPT) | {LARGE: (0.84, 0.80, 0.86)}
     assert verdicts(simulated(prompt=noisy))[2] == "undecided"
+    alone = [row for row in simulated() if "smollm2-135m-instruct-q4-full-s" not in row["name"]]
+    assert verdicts(alone + seeds(LARGE, "full", FULL[LARGE][:1]))[::2] == ["undecided"] * 2
     assert verdicts([row for row in simulated() if "d0" not in row["name"]])[1] == "not run"
     assert verdicts(simulated()[:3]) == ["not run"] * 3
 
