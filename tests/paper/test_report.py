@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from experiments.paper import everything, figure3_length, figure3_start, report
+from experiments.paper import everything, figure1, figure3_length, figure3_start, report
 from softprompt.config import trial_id
+from softprompt.trials.records import read_records
+from tests.own_task import REPOSITORY
 from tests.paper.simulated import seeds
 from tests.paper.test_figure1 import simulated
 
@@ -67,6 +69,18 @@ def test_the_report_is_a_function_of_the_records(tmp_path):
         assert f"## {report.title(artefact)}" in text
         assert report.section(artefact, "Question"), artefact
     assert "How should a prompt start?\n\n**Question.**" in text.replace("Figure 3b: h", "H")
+
+
+def test_the_docs_have_the_committed_numbers():
+    """Breaks when records are replaced and the page of the study is not, or they are large."""
+    assert report.RECORDS.stat().st_size < 3e6
+    records = read_records(report.RECORDS)
+    page = " ".join((REPOSITORY / "docs/study.md").read_text().split())
+    for line in figure1.table(records).to_dict("records"):
+        for number in (line["gap"], line["prompt, score"], line["full, score"]):
+            assert number in page
+    (slope, *_) = figure1.findings(records)
+    assert f"*{slope.verdict}*" in page and f"{-slope.found.value:.0f} points a tenfold" in page
 
 
 def test_without_trials(tmp_path, capsys):
