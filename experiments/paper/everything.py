@@ -18,10 +18,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import figure1, figure3_length, figure3_start
-from experiments.paper.study import finding_table
+from experiments.paper.study import check_full, finding_table
 from softprompt.config import ConfigDict, resolve, trial_id
-from softprompt.errors import unknown
 from softprompt.results import Row
+from softprompt.trials.outputs import experiment_name
 
 SWEPT = (figure1, figure3_length, figure3_start)
 
@@ -37,8 +37,7 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     Raises:
         UserError: another subset.
     """
-    if subset != "full":
-        raise unknown("subset", subset, ("full",))
+    check_full(subset)
     configs = [config for artefact in SWEPT for config in artefact.sweep()]
     return list({trial_id(resolve(config)): config for config in configs}.values())
 
@@ -46,8 +45,7 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each prediction."""
     tables = {
-        artefact.__name__.rpartition(".")[2]: finding_table(artefact.findings(rows))
-        for artefact in SWEPT
+        experiment_name(artefact): finding_table(artefact.findings(rows)) for artefact in SWEPT
     }
     return pd.concat(tables, names=["artefact", None]).reset_index(level=0).reset_index(drop=True)
 

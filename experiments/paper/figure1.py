@@ -10,9 +10,9 @@ of the size is not negative.
 Command:
     softprompt sweep paper/figure1 --subset pilot --workdir runs/paper
 
-Cost: 18 trials ("pilot": d1, d3 and SmolLM2, two methods, three seeds),
-25 minutes on two x86 cores; 30 trials ("full": d0 to d3 and SmolLM2). The ladder's models must be
-there (`softprompt pretrain`, or `softprompt ladder import`).
+Cost: 18 trials ("pilot": d1, d3 and SmolLM2, two methods, three seeds), of which 16 took 37 minutes
+on two x86 cores with other work beside them; 30 trials ("full": d0 to d3 and SmolLM2). The ladder's
+models must be there (`softprompt pretrain`, or `softprompt ladder import`).
 """
 
 import math

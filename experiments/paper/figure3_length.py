@@ -20,7 +20,6 @@ from experiments.paper import study
 from softprompt.analysis.comparisons import Prediction, at_least
 from softprompt.analysis.plots import length_plot
 from softprompt.config import ConfigDict
-from softprompt.errors import unknown
 from softprompt.results import Row
 
 MODEL = "ladder/d1"
@@ -38,8 +37,7 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     Raises:
         UserError: another subset.
     """
-    if subset != "full":
-        raise unknown("subset", subset, ("full",))
+    study.check_full(subset)
     return [
         study.trial(MODEL, "prompt", seed, method__length=length)
         for seed in study.SEEDS

@@ -20,7 +20,6 @@ from experiments.paper import study
 from softprompt.analysis.comparisons import at_least
 from softprompt.analysis.plots import category_plot
 from softprompt.config import ConfigDict
-from softprompt.errors import unknown
 from softprompt.results import Row
 
 MODELS = ("ladder/d0", "ladder/d1")
@@ -38,8 +37,7 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     Raises:
         UserError: another subset.
     """
-    if subset != "full":
-        raise unknown("subset", subset, ("full",))
+    study.check_full(subset)
     return [
         study.trial(model, "prompt", seed, method__init=start)
         for model in MODELS

@@ -28,6 +28,7 @@ from softprompt.console import duration
 from softprompt.errors import UserError
 from softprompt.files import write_text
 from softprompt.results import Row
+from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import collect, read_records, write_records
 
 ARTEFACTS: tuple[ModuleType, ...] = (figure1, figure3_length, figure3_start, parameters)
@@ -69,11 +70,6 @@ def title(artefact: ModuleType) -> str:
     return (artefact.__doc__ or "").splitlines()[0]
 
 
-def name(artefact: ModuleType) -> str:
-    """The name of its file."""
-    return artefact.__name__.rpartition(".")[2]
-
-
 def findings(artefact: ModuleType, records: Sequence[Row]) -> list[study.Finding]:
     """Its findings; [] for one that makes no prediction about trials."""
     return artefact.findings(records) if hasattr(artefact, "findings") else []
@@ -96,7 +92,7 @@ def summary(records: Sequence[Row]) -> str:
 def svg(artefact: ModuleType, records: Sequence[Row]) -> str:
     """Its figure; equal records give equal text."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name(artefact), "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"svg.hashsalt": experiment_name(artefact), "svg.fonttype": "path"}):
         figure = artefact.figure(records)
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
@@ -108,10 +104,7 @@ def contents(
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Its findings' table, its table and its figure, empty without trials."""
     found = study.finding_table(findings(artefact, records))
-    try:
-        table = artefact.table(records)
-    except (ValueError, KeyError):
-        table = pd.DataFrame()
+    table = artefact.table(records)
     drawn = svg(artefact, records) if len(table) else ""
     return found, table, drawn
 
@@ -129,7 +122,7 @@ def part(artefact: ModuleType, records: Sequence[Row], folder: Path) -> tuple[st
             page.append(f'<div class="wide">{to_html(frame)}</div>')
     caption = artefact.CAPTION if drawn else "Not run."
     if drawn:
-        file = f"figures/{name(artefact)}.svg"
+        file = f"figures/{experiment_name(artefact)}.svg"
         write_text(folder / file, drawn)
         lines.append(f"![{title(artefact)}]({file})")
         page.append(drawn)

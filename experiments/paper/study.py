@@ -24,6 +24,7 @@ from softprompt.analysis.comparisons import (
 )
 from softprompt.analysis.plots import Point
 from softprompt.config import ConfigDict, base_config, from_dict, set_key, to_dict, trial_id
+from softprompt.errors import unknown
 from softprompt.models.shapes import parameter_count
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.ladder import RUNGS
@@ -36,12 +37,12 @@ SEEDS = (0, 1, 2)
 LENGTH = 20
 
 # Steps, and examples a step. A model of the ladder sees 12,800 snippets, which full fine-tuning
-# needs there; SmolLM2 sees 800, since a step of it takes as long as fifty of the smallest rung's.
+# needs there; SmolLM2 sees 800, since its steps are long.
 LADDER_STEPS, SMOLLM2_STEPS = (400, 32), (50, 16)
 
 # Peak learning rates, of prompts in embedding RMS: the best validation accuracy of the three in
-# `SEARCHED` for d1 (`rates`). Other rungs take d1's until their own search has run. SmolLM2's are
-# those of `method_comparison`'s search.
+# `SEARCHED` for d1 (`rates`, in bfloat16). Other rungs take d1's until their own search has run.
+# SmolLM2's are those of `method_comparison`'s search.
 RATES: dict[tuple[str, str], float] = {
     (SMOLLM2, "prompt"): 0.08,
     (SMOLLM2, "full"): 5e-5,
@@ -91,6 +92,16 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
     for key, value in keys.items():
         set_key(config, key, value)
     return config
+
+
+def check_full(subset: str) -> None:
+    """Checks the subset of a sweep that has no parts.
+
+    Raises:
+        UserError: it is not "full".
+    """
+    if subset != "full":
+        raise unknown("subset", subset, ("full",))
 
 
 def size(model: str) -> int:

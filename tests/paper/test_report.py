@@ -6,6 +6,7 @@ import pytest
 
 from experiments.paper import everything, figure1, figure3_length, figure3_start, report
 from softprompt.config import trial_id
+from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import read_records
 from tests.own_task import REPOSITORY
 from tests.paper.simulated import seeds
@@ -92,7 +93,7 @@ def test_without_trials(tmp_path, capsys):
     assert "no folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("artefact", report.ARTEFACTS, ids=report.name)
+@pytest.mark.parametrize("artefact", report.ARTEFACTS, ids=experiment_name)
 def test_an_artefact_says_what_it_asks(artefact):
     """Breaks when its docstring lacks a part that the report and the reader look for."""
     for word in ("Question", "Prediction"):
