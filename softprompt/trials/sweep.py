@@ -273,12 +273,10 @@ def _run_group(
 ) -> Iterator[tuple[int, Row]]:
     """Runs a group; yields the index and the row of each trial when it ends.
 
-    No trial starts when it is late.
+    No other trial of it starts when it is late.
     """
     if session is None or width == 1:
         for index, job in members.items():
-            if late():
-                return
             yield index, _run_one(*job, run_trial, progress)
         return
     from softprompt.trials.groups import run_group
