@@ -119,19 +119,25 @@ class Pauses:
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._open = 0
+        self._closed, self._open, self._began = 0.0, 0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All seconds so far, those of a block that is still open included."""
+        return self._closed + (time.monotonic() - self._began if self._open else 0.0)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Adds the block's seconds; nested blocks count once."""
-        began, self._open = time.monotonic(), self._open + 1
+        if not self._open:
+            self._began = time.monotonic()
+        self._open += 1
         try:
             yield
         finally:
             self._open -= 1
             if not self._open:
-                self.seconds += time.monotonic() - began
+                self._closed += time.monotonic() - self._began
 
 
 @dataclasses.dataclass(frozen=True)

@@ -300,7 +300,8 @@ def test_places_are_kept_while_trials_are_waiting(compiled):
 
 
 def test_pauses_of_one_trial_are_no_time_of_another(monkeypatch):
-    """Mutations: a pause inside another counts twice; the time after one counts."""
+    """Mutations: a pause inside another counts twice; the time after one counts; one that is still
+    open, in which a trial's clock starts, counts at its end alone."""
     now = [0.0]
     monkeypatch.setattr("softprompt.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
     pauses = Pauses()
@@ -308,6 +309,7 @@ def test_pauses_of_one_trial_are_no_time_of_another(monkeypatch):
         now[0] = 2.0
         with pauses():
             now[0] = 5.0
+            assert pauses.seconds == 5.0
     now[0] = 9.0
     assert pauses.seconds == 5.0
 
