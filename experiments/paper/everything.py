@@ -13,17 +13,42 @@ the same command goes on. The ladder's models must be there (`softprompt ladder`
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.paper import figure1, figure3_length, figure3_start
+from experiments.paper import (
+    data_size,
+    figure1,
+    figure3_length,
+    figure3_pretraining,
+    figure3_start,
+    section7,
+    steps,
+    table1,
+    table3,
+    table5,
+)
 from experiments.paper.study import check_full, finding_table
 from softprompt.config import ConfigDict, resolve, trial_id
 from softprompt.results import Row
 from softprompt.trials.outputs import experiment_name
 
-SWEPT = (figure1, figure3_length, figure3_start)
+# In the order in which their trials run; the artefacts without a sweep read the others' trials.
+ARTEFACTS: tuple[ModuleType, ...] = (
+    figure1,
+    table1,
+    section7,
+    steps,
+    figure3_length,
+    table5,
+    table3,
+    figure3_start,
+    figure3_pretraining,
+    data_size,
+)
+SWEPT = [artefact for artefact in ARTEFACTS if hasattr(artefact, "sweep")]
 
 CAPTION = (
     "Predictions and what was found, with 95 % intervals over seeds and test examples. A "
@@ -45,7 +70,7 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each prediction."""
     tables = {
-        experiment_name(artefact): finding_table(artefact.findings(rows)) for artefact in SWEPT
+        experiment_name(artefact): finding_table(artefact.findings(rows)) for artefact in ARTEFACTS
     }
     return pd.concat(tables, names=["artefact", None]).reset_index(level=0).reset_index(drop=True)
 

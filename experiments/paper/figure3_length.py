@@ -1,6 +1,6 @@
 """Figure 3a: how long must a prompt be?
 
-Question: on a rung of the ladder, how does the score depend on the number of prompt vectors?
+Question: on SmolLM2, how does the score depend on the number of prompt vectors?
 
 Prediction, from the paper's Figure 3a: one vector is worse than 20, and 100 gain little over 20. It
 is refuted if one is ahead, or if 100 are ahead by more than 2 points.
@@ -8,7 +8,7 @@ is refuted if one is ahead, or if 100 are ahead by more than 2 points.
 Command:
     softprompt sweep paper/figure3_length --workdir runs/paper
 
-Cost: 15 trials on d1.
+Cost: 15 trials on SmolLM2, of which three are Figure 1's. On the ladder prompts stay at chance.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from softprompt.analysis.plots import length_plot
 from softprompt.config import ConfigDict
 from softprompt.results import Row
 
-MODEL = "ladder/d1"
+MODEL = study.SMOLLM2
 LENGTHS = (1, 5, 20, 100, 150)
 
 CAPTION = (

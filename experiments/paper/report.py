@@ -21,18 +21,21 @@ from types import ModuleType
 import matplotlib
 import pandas as pd
 
-from experiments.paper import figure1, figure3_length, figure3_start, parameters, study
+from experiments.paper import everything, parameters, section7, study
 from softprompt.analysis.comparisons import VERDICTS
 from softprompt.analysis.tables import to_html, to_markdown
-from softprompt.console import duration
+from softprompt.console import Progress, duration
 from softprompt.errors import UserError
 from softprompt.files import write_text
-from softprompt.results import Row
+from softprompt.results import Row, read_trials
 from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import collect, read_records, write_records
+from softprompt.trials.run import DELTA
+from softprompt.trials.session import Session
 
-ARTEFACTS: tuple[ModuleType, ...] = (figure1, figure3_length, figure3_start, parameters)
-RECORDS = Path(__file__).parent / "results" / "records.jsonl"
+ARTEFACTS: tuple[ModuleType, ...] = (*everything.ARTEFACTS, parameters)
+RESULTS = Path(__file__).parent / "results"
+RECORDS, PROMPTS = RESULTS / "records.jsonl", RESULTS / "prompts"
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ccc; }
@@ -147,6 +150,33 @@ def write(records: Sequence[Row], folder: Path) -> None:
     )
 
 
+def measured(workdir: str) -> list[Row]:
+    """The records of a folder's trials; those of Section 7 with their prompts' geometry."""
+    records = collect(workdir)
+    wanted = {row["trial"] for row in section7.prompts(records)}
+    with Progress() as progress:
+        session = Session(progress)
+        found = {
+            row["trial"]: section7.measure(place, session)
+            for place, row in read_trials(workdir)
+            if row["trial"] in wanted
+        }
+    return [
+        row | ({"geometry": found[row["trial"]]} if row["trial"] in found else {})
+        for row in records
+    ]
+
+
+def keep(records: Sequence[Row], workdir: str) -> None:
+    """Keeps records, and the prompts of Section 7, in the repository."""
+    write_records(RECORDS, records)
+    wanted = {row["trial"] for row in section7.trials(records)}
+    PROMPTS.mkdir(exist_ok=True)
+    for place, row in read_trials(workdir):
+        if row["trial"] in wanted:
+            (PROMPTS / f"{row['name']}.safetensors").write_bytes((place / DELTA).read_bytes())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the report."""
     parser = argparse.ArgumentParser(prog="experiments.paper.report")
@@ -155,9 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=Path("runs/report"))
     given = parser.parse_args(arguments)
     try:
-        records = collect(given.workdir) if given.workdir else read_records(RECORDS)
-        if given.keep:
-            write_records(RECORDS, records)
+        records = measured(given.workdir) if given.workdir else read_records(RECORDS)
+        if given.keep and given.workdir:
+            keep(records, given.workdir)
         write(records, given.to)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,6 +33,8 @@ from softprompt.trials.records import example_scores
 
 SMOLLM2 = "smollm2-135m-instruct-q4"
 TASK = "movie_sentiment"
+# Other domains, on which the trials of Figure 1 are also tested, for Table 1.
+SHIFTED = ("amazon_sentiment", "tweets_sentiment", "nyt_sentiment")
 SEEDS = (0, 1, 2)
 LENGTH = 20
 
@@ -59,7 +61,8 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
         model: a name of the catalogue or the ladder.
         method: such as "prompt" or "full".
         seed: of the trial.
-        **changes: other keys, as `section__key=value`.
+        **changes: other keys, as `section__key=value`. A trial without any is one of Figure 1's,
+            and tested on `SHIFTED` too.
     """
     config = base_config()
     rate = RATES.get((model, method)) or RATES.get(("ladder/d1", method), 0.01)
@@ -88,8 +91,10 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
             "method.init": "labels",
             "optimizer.rate_unit": "embedding_rms",
         }
-    keys |= {name.replace("__", "."): value for name, value in changes.items()}
-    for key, value in keys.items():
+    changed = keys | {name.replace("__", "."): value for name, value in changes.items()}
+    if method in ("prompt", "full") and seed in SEEDS and changed == keys:
+        changed["eval.transfer"] = ",".join(SHIFTED)
+    for key, value in changed.items():
         set_key(config, key, value)
     return config
 
@@ -113,17 +118,20 @@ def size(model: str) -> int:
 def own(records: Sequence[Row], configs: Sequence[ConfigDict]) -> list[Row]:
     """The records that are trials of these configs, in whatever dtype.
 
-    One folder has the trials of all artefacts, and of others.
+    One folder has the trials of all artefacts, and of others. Of two that differ in the dtype or in
+    what else they were tested on, the one that was tested on more counts.
     """
-    wanted = {_identity(json.dumps(to_dict(config))) for config in configs}
-    return [row for row in records if _identity(json.dumps(row["config"])) in wanted]
+    wanted, found = {_identity(json.dumps(to_dict(config))) for config in configs}, {}
+    for row in sorted(records, key=lambda row: len(row.get("answers", {}))):
+        found[_identity(json.dumps(row["config"]))] = row
+    return [row for identity, row in found.items() if identity in wanted]
 
 
 @functools.cache
 def _identity(tree: str) -> str:
-    """The id in float32 of the trial with this config."""
+    """The id in float32 of the trial with this config, without tests on other tasks."""
     config = from_dict(json.loads(tree))
-    config.model.dtype = "float32"
+    config.model.dtype, config.eval.transfer = "float32", ""
     return trial_id(config)
 
 
@@ -153,12 +161,12 @@ def by_value(
     return {one: trials for one, trials in found.items() if trials}
 
 
-def scores(trials: Sequence[Row]) -> dict[str, Scores]:
-    """Task -> scores [seeds, examples] of trials."""
+def scores(trials: Sequence[Row], task: str = "") -> dict[str, Scores]:
+    """Task -> scores [seeds, examples] of trials, on their own tasks, or all on another one."""
     tasks: dict[str, list[Row]] = {}
     for row in trials:
-        tasks.setdefault(value(row, "task.name"), []).append(row)
-    return {task: example_scores(tasks[task], task) for task in sorted(tasks)}
+        tasks.setdefault(task or value(row, "task.name"), []).append(row)
+    return {name: example_scores(tasks[name], name) for name in sorted(tasks)}
 
 
 def pairs(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -171,17 +179,17 @@ def pairs(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
     return [(one[key], other[key]) for key in sorted(one.keys() & other.keys())]
 
 
-def difference(paired: Sequence[tuple[Row, Row]]) -> Estimate | None:
-    """The first minus the second of pairs, in points; None if there are none."""
+def difference(paired: Sequence[tuple[Row, Row]], task: str = "") -> Estimate | None:
+    """The first minus the second of pairs, in points, on their tasks or another; None for none."""
     if not paired:
         return None
-    ours, theirs = (scores(trials) for trials in zip(*paired, strict=True))
+    ours, theirs = (scores(trials, task) for trials in zip(*paired, strict=True))
     return points(paired_difference(ours, theirs))
 
 
-def mean(trials: Sequence[Row]) -> Estimate | None:
-    """The mean score, in points; None if there are no trials."""
-    return points(mean_score(scores(trials))) if trials else None
+def mean(trials: Sequence[Row], task: str = "") -> Estimate | None:
+    """The mean score, in points, on their tasks or another; None if there are no trials."""
+    return points(mean_score(scores(trials, task))) if trials else None
 
 
 def accuracy(trials: Sequence[Row]) -> float | None:

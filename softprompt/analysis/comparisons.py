@@ -100,13 +100,20 @@ def slope(x: Sequence[float], groups: Sequence[Estimate], *, level: float = LEVE
     if len(set(x)) < 2:
         raise UserError(f"a slope needs two different sizes at least; there are: {sorted(set(x))}")
     centred = np.asarray(x, float) - np.mean(x)
-    weights = centred / (centred**2).sum()
+    return weighted_sum(list(centred / (centred**2).sum()), groups, level=level)
+
+
+def weighted_sum(
+    weights: Sequence[float], estimates: Sequence[Estimate], *, level: float = LEVEL
+) -> Estimate:
+    """Returns a weighted sum of estimates that are independent of one another."""
+    pairs = list(zip(weights, estimates, strict=True))
     # Independent: each estimate's draws are in an order of its own.
     draws = sum(
-        weight * np.random.default_rng([n, 7]).permutation(group.draws)
-        for n, (weight, group) in enumerate(zip(weights, groups, strict=True))
+        weight * np.random.default_rng([n, 7]).permutation(one.draws)
+        for n, (weight, one) in enumerate(pairs)
     )
-    value = sum(weight * group.value for weight, group in zip(weights, groups, strict=True))
+    value = sum(weight * one.value for weight, one in pairs)
     return _estimate(float(value), np.asarray(draws), level)
 
 

@@ -17,9 +17,10 @@ from softprompt.analysis.comparisons import Scores
 from softprompt.errors import UserError
 from softprompt.files import write_text
 from softprompt.results import Row, read_trials
+from softprompt.training.logs import FILE, read_log
 from softprompt.trials.measure import PREDICTIONS, read_predictions
 
-ANSWERS = "answers"
+ANSWERS, CURVE = "answers", "curve"
 
 
 def collect(folder: epath.PathLike) -> list[Row]:
@@ -27,12 +28,14 @@ def collect(folder: epath.PathLike) -> list[Row]:
 
     `row["answers"]` has for each task: "examples", their number; "majority", the share of the most
     frequent label; "ids", a digest of the examples' ids in order; "right", a bit an example, 1 for
-    a right label, in hex.
+    a right label, in hex; "predicted", a letter an example, "a" for the first of the sorted labels.
+    `row["curve"]` has [step, seconds of training until then, value] for each validation of the
+    metric that selects.
 
     Raises:
         UserError: the folder does not exist, or a row is unreadable.
     """
-    return [row | _answers(place, row) for place, row in read_trials(folder)]
+    return [row | _answers(place, row) | _curve(place, row) for place, row in read_trials(folder)]
 
 
 def write_records(file: epath.PathLike, records: Sequence[Row]) -> None:
@@ -84,6 +87,23 @@ def example_scores(records: Sequence[Row], task: str) -> Scores:
     return (np.array(rows, float) - majority) / (1 - majority)
 
 
+def vote(records: Sequence[Row], task: str) -> Scores:
+    """The score of each test example by majority vote of trials, [1, examples].
+
+    Of labels with equally many votes, the one wins that the earliest trial voted for: sort the
+    trials by validation, the best first.
+
+    Raises:
+        UserError: see `example_scores`.
+    """
+    scores_ME = example_scores(records, task)
+    chosen = []
+    for votes in zip(*(one[ANSWERS][task]["predicted"] for one in records), strict=True):
+        counts = Counter(votes)  # in the order of their first appearance, which `max` keeps
+        chosen.append(votes.index(max(counts, key=lambda label: counts[label])))
+    return scores_ME[chosen, np.arange(len(chosen))][None]
+
+
 def _answers(folder: epath.Path, row: Row) -> dict[str, Any]:
     """The entry "answers" of a finished trial; {} without labels."""
     if row["status"] != "done" or not (folder / PREDICTIONS).exists():
@@ -95,7 +115,23 @@ def _answers(folder: epath.Path, row: Row) -> dict[str, Any]:
     return {ANSWERS: {task: _packed(lines) for task, lines in by_task.items()}}
 
 
+def _curve(folder: epath.Path, row: Row) -> dict[str, Any]:
+    """The entry "curve" of a finished trial that was trained."""
+    if row["status"] != "done" or not (folder / FILE).exists():
+        return {}
+    seconds, curve = 0.0, []
+    metric = f"validation/{row['config']['eval']['metric']}"
+    for line in read_log(folder):
+        seconds += line.get("seconds", 0.0)
+        if metric in line:
+            curve.append([line["step"], round(seconds, 2), line[metric]])
+    return {CURVE: curve}
+
+
 def _packed(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    true, predicted = ({line[key] for line in lines} for key in ("label", "predicted"))
+    labels = [*sorted(true), *sorted(predicted - true)]
+    letters = {label: chr(ord("a") + n) for n, label in enumerate(labels)}
     ids = "\n".join(str(line["id"]) for line in lines)
     right = np.array([line["label"] == line["predicted"] for line in lines])
     return {
@@ -103,4 +139,5 @@ def _packed(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "majority": max(Counter(line["label"] for line in lines).values()) / len(lines),
         "ids": hashlib.sha256(ids.encode()).hexdigest()[:16],
         "right": np.packbits(right).tobytes().hex(),
+        "predicted": "".join(letters[line["predicted"]] for line in lines),
     }

@@ -1,48 +1,17 @@
 """The report: it follows from records alone, and says what was not run."""
 
+import json
 import re
 
 import pytest
 
-from experiments.paper import everything, figure1, figure3_length, figure3_start, report
+from experiments.paper import everything, figure1, report, study
 from softprompt.config import trial_id
 from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import read_records
 from tests.own_task import REPOSITORY
-from tests.paper.simulated import seeds
+from tests.paper.test_artefacts import LONGER, lengths
 from tests.paper.test_figure1 import simulated
-
-
-def lengths(scores):
-    """Trials of Figure 3a with these accuracies by length."""
-    return [
-        row
-        for length, accuracies in scores.items()
-        for row in seeds("ladder/d1", "prompt", accuracies, method__length=length)
-    ]
-
-
-LONGER = {1: (0.6, 0.61, 0.6), 20: (0.70, 0.705, 0.70), 100: (0.68, 0.685, 0.68)}
-
-
-def test_length():
-    """Breaks when the shorter prompt's lead counts for the longer one."""
-    assert [one.verdict for one in figure3_length.findings(lengths(LONGER))] == ["holds"] * 2
-    turned = {1: LONGER[20], 20: LONGER[1], 100: LONGER[100]}
-    assert [one.verdict for one in figure3_length.findings(lengths(turned))] == ["refuted"] * 2
-    assert figure3_length.table(lengths(LONGER))["seeds"].tolist() == [3, 3, 3]
-
-
-def test_start():
-    """Breaks when an order is turned round, or one rung's trials count for another."""
-    rows = [
-        row
-        for start, accuracy in {"uniform": 0.60, "vocabulary": 0.66, "labels": 0.72}.items()
-        for row in seeds("ladder/d0", "prompt", [accuracy] * 3, method__init=start)
-    ]
-    found = [one.verdict for one in figure3_start.findings(rows)]
-    assert found == ["holds", "holds", "not run", "not run"]
-    assert figure3_start.table(rows)["start"].tolist() == ["uniform", "vocabulary", "labels"]
 
 
 def test_the_report_is_a_function_of_the_records(tmp_path):
@@ -51,21 +20,19 @@ def test_the_report_is_a_function_of_the_records(tmp_path):
     for name in ("a", "b"):
         report.write(records if name == "a" else records[::-1], tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    drawn = ("figure1", "figure3_length", "figure3_start", "parameters", "table1", "table5")
     assert [str(file) for file in files] == [
-        "figures/figure1.svg",
-        "figures/figure3_length.svg",
-        "figures/figure3_start.svg",
-        "figures/parameters.svg",
+        *(f"figures/{name}.svg" for name in drawn),
         "report.html",
         "report.md",
     ]
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     page = (tmp_path / "a" / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == len(drawn)
     assert not re.search(r'(src|href)="?(https?:|//)', page.replace('xlink:href="#', ""))
     text = (tmp_path / "a" / "report.md").read_text()
-    assert "5 holds, 0 refuted, 0 undecided, 4 not run" in text
+    assert re.search(r"6 holds, 0 refuted, 1 undecided, \d+ not run", text)
     for artefact in report.ARTEFACTS:
         assert f"## {report.title(artefact)}" in text
         assert report.section(artefact, "Question"), artefact
@@ -88,7 +55,7 @@ def test_without_trials(tmp_path, capsys):
     """Breaks when a study that has not begun is an error, or a missing folder none."""
     report.write([], tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "0 trials" in text and text.count("\n\nNot run.") == 3
+    assert "0 trials" in text and text.count("\n\nNot run.") == len(everything.ARTEFACTS)
     assert report.main(["--workdir", str(tmp_path / "none"), "--to", str(tmp_path)]) == 2
     assert "no folder" in capsys.readouterr().err
 
@@ -112,9 +79,18 @@ def test_every_trial_of_an_artefact_is_swept_once():
             config.model.dtype = "float32"
             assert trial_id(config) in found
     table = everything.table([*simulated(), *lengths(LONGER)])
-    assert table["verdict"].tolist() == ["holds"] * 5 + ["not run"] * 4
-    assert table["artefact"].iloc[[0, 3, 5]].tolist() == [
-        "figure1",
-        "figure3_length",
-        "figure3_start",
-    ]
+    verdicts = table.groupby("artefact", sort=False)["verdict"].agg(list)
+    assert list(verdicts.index) == [experiment_name(one) for one in everything.ARTEFACTS]
+    assert verdicts[["figure1", "figure3_length"]].tolist() == [["holds"] * 3, ["holds"] * 2]
+    assert verdicts["steps"] == ["not run"]
+
+
+def test_equal_trials_count_once():
+    """Breaks when a trial in two dtypes, or with and without other tests, is two seeds."""
+    rows = simulated()
+    again = [json.loads(json.dumps(row)) for row in rows]
+    for row in again:
+        row["config"]["model"]["dtype"] = "bfloat16"
+        row["config"]["eval"]["transfer"] = ""
+        row["answers"] = {}
+    assert study.own([*rows, *again], figure1.sweep()) == study.own(rows, figure1.sweep())

@@ -7,13 +7,19 @@ import pytest
 
 from softprompt.config import resolve, to_dict
 from softprompt.errors import UserError
-from softprompt.trials.records import collect, example_scores, read_records, write_records
+from softprompt.trials.records import (
+    collect,
+    example_scores,
+    read_records,
+    vote,
+    write_records,
+)
 from tests.own_task import make_config
 
 LABELS = ["good", "bad", "good", "good", "bad", "good", "good", "good", "bad"]
 
 
-def write_trial(folder, predicted, ids=None, status="done"):
+def write_trial(folder, predicted, ids=None, status="done", labels=LABELS):
     """A finished trial's folder, as far as records read it."""
     folder.mkdir(parents=True)
     config = to_dict(resolve(make_config(folder, "model", task__name="own")))
@@ -21,7 +27,7 @@ def write_trial(folder, predicted, ids=None, status="done"):
     (folder / "result.json").write_text(json.dumps(row))
     lines = [
         {"id": name, "label": label, "predicted": answer}
-        for name, label, answer in zip(ids or range(len(LABELS)), LABELS, predicted, strict=True)
+        for name, label, answer in zip(ids or range(len(labels)), labels, predicted, strict=True)
     ]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -62,3 +68,16 @@ def test_a_line_that_is_no_record(tmp_path, text):
         read_records(tmp_path / "r.jsonl")
     with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
         read_records(tmp_path / "none.jsonl")
+
+
+def test_a_vote_with_ties(tmp_path):
+    """Breaks when a tie goes to the first label, to the last trial, or counts as wrong."""
+    answers = {"a": "bbbb", "b": "bbgg", "c": "gggg", "d": "ggxg"}
+    labels = ["good", "bad", "good", "bad"]
+    names = {"b": "bad", "g": "good", "x": "extra"}
+    for folder, letters in answers.items():
+        write_trial(tmp_path / "w" / folder, [names[one] for one in letters], labels=labels)
+    records = collect(tmp_path / "w")
+    assert records[3]["answers"]["own"]["predicted"] == "bbcb"  # sorted: bad, good, then others
+    # 2:2 goes to the first trial's "bad"; then 2 of 4 for "good", and 3 of 4 for it.
+    np.testing.assert_allclose(vote(records, "own"), [[-1, 1, 1, -1]])

@@ -1,0 +1,88 @@
+"""Data size: with how many examples does full fine-tuning overtake a prompt?
+
+Question: trained on 30, 300 and 3,000 movie snippets, which of the two scores higher?
+
+Prediction: with 30 a prompt is at least as good, by 300 full fine-tuning is, and at 3,000 it is
+ahead. It is refuted if full fine-tuning leads at 30, or the prompt at 3,000.
+
+Command:
+    softprompt sweep paper/data_size --workdir runs/paper
+
+Cost: 18 trials on SmolLM2, the dearest of the study: the last to run.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.paper import study
+from softprompt.analysis.comparisons import at_least
+from softprompt.analysis.plots import length_plot
+from softprompt.config import ConfigDict
+from softprompt.results import Row
+
+MODEL = study.SMOLLM2
+SIZES = (30, 300, 3000)
+METHODS = ("prompt", "full")
+
+CAPTION = (
+    "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
+    "examples, by the number of training snippets. Equally many steps at each."
+)
+
+
+def sweep(subset: str = "full") -> list[ConfigDict]:
+    """Returns the configs of "full".
+
+    Raises:
+        UserError: another subset.
+    """
+    study.check_full(subset)
+    return [
+        study.trial(MODEL, method, seed, data__train_examples=count)
+        for count in SIZES
+        for seed in study.SEEDS
+        for method in METHODS
+    ]
+
+
+def by_size(rows: Sequence[Row], method: str) -> dict[int, list[Row]]:
+    """Training examples -> trials of a method."""
+    found = study.own(rows, sweep())
+    return study.by_value(found, "data.train_examples", SIZES, method__name=method)
+
+
+def findings(rows: Sequence[Row]) -> list[study.Finding]:
+    """The predictions, and what was found."""
+    prompt, full = (by_size(rows, method) for method in METHODS)
+    claims = (
+        ("with 30 examples a prompt is at least as good as full fine-tuning", 30, prompt, full),
+        ("with 300 full fine-tuning is at least as good as a prompt", 300, full, prompt),
+        ("with 3,000 full fine-tuning is at least as good as a prompt", 3000, full, prompt),
+    )
+    return [
+        study.compared(claim, "", one.get(count, []), other.get(count, []), at_least(0))
+        for claim, count, one, other in claims
+    ]
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line for each method and number of examples."""
+    parts = []
+    for method in METHODS:
+        part = study.score_table("examples", by_size(rows, method))
+        part.insert(0, "method", method)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns the score by the number of examples, a line for each method."""
+    series = {
+        method: [study.point(count, some) for count, some in by_size(rows, method).items()]
+        for method in METHODS
+    }
+    return length_plot(
+        series, {}, xlabel="Training examples", ylabel="Score (points)", title="Data size"
+    )

@@ -1,0 +1,117 @@
+"""Figures 3c and 3d: does LM adaptation make a T5 easier to prompt?
+
+Question: how does the score of a prompt on a small T5 depend on its pretraining: span corruption,
+the same with a sentinel before every target, or LM adaptation for 10, 50 and 100 % of its steps?
+
+Prediction, from the paper's Figures 3c and 3d: LM adaptation is ahead of span corruption by at
+least 4 points, a sentinel recovers less than half of that, and longer adaptation is better. It is
+refuted if LM adaptation is behind, the sentinel recovers more than half, or the order is reversed.
+
+Command:
+    softprompt sweep paper/figure3_pretraining --workdir runs/paper
+
+Cost: 15 trials on t0.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.paper import study
+from softprompt.analysis.comparisons import Estimate, Prediction, at_least, weighted_sum
+from softprompt.analysis.plots import category_plot
+from softprompt.config import ConfigDict
+from softprompt.results import Row
+
+SENTINEL = "<extra_id_0>"
+VERBALIZERS = {label: f"{SENTINEL} {label}" for label in ("negative", "positive")}
+# Name -> keys of its trials.
+STATES: dict[str, dict[str, object]] = {
+    "span corruption": {"model": "ladder/t0@lm0"},
+    "with sentinel": {"model": "ladder/t0@lm0", "task__verbalizers": VERBALIZERS},
+    "LM 10 %": {"model": "ladder/t0@lm10"},
+    "LM 50 %": {"model": "ladder/t0@lm50"},
+    "LM 100 %": {"model": "ladder/t0@lm100"},
+}
+
+CAPTION = (
+    "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
+    "examples. Prompts of 20 vectors from the vocabulary, in the encoder's input."
+)
+
+
+def configs(state: str) -> list[ConfigDict]:
+    """The trials of a state of pretraining."""
+    keys = dict(STATES[state])
+    model = str(keys.pop("model"))
+    keys["method__init"] = "vocabulary"  # labels would differ, since a sentinel is part of them
+    return [study.trial(model, "prompt", seed, **keys) for seed in study.SEEDS]
+
+
+def sweep(subset: str = "full") -> list[ConfigDict]:
+    """Returns the configs of "full".
+
+    Raises:
+        UserError: another subset.
+    """
+    study.check_full(subset)
+    return [config for state in STATES for config in configs(state)]
+
+
+def by_state(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """State of pretraining -> trials, of those that have some."""
+    found = {state: study.select(study.own(rows, configs(state))) for state in STATES}
+    return {state: trials for state, trials in found.items() if trials}
+
+
+def recovered(lead: Estimate | None, sentinel: Estimate | None) -> Estimate | None:
+    """The sentinel's gain minus half of LM adaptation's lead."""
+    return weighted_sum([1.0, -0.5], [sentinel, lead]) if lead and sentinel else None
+
+
+def findings(rows: Sequence[Row]) -> list[study.Finding]:
+    """The predictions, and what was found."""
+    found = by_state(rows)
+
+    def paired(ours: str, theirs: str) -> list[tuple[Row, Row]]:
+        return study.pairs(found.get(ours, []), found.get(theirs, []))
+
+    lead, sentinel = (paired(state, "span corruption") for state in ("LM 100 %", "with sentinel"))
+    longer = paired("LM 100 %", "LM 10 %")
+    return [
+        study.Finding(
+            "LM adaptation is at least 4 points ahead of span corruption",
+            "span corruption scores 0 on some tasks at Base, Large and XL",
+            study.difference(lead),
+            at_least(4, refuted_below=0),
+            len(lead),
+        ),
+        study.Finding(
+            "a sentinel's gain is below half of that (points above the half)",
+            "the sentinel barely helps",
+            recovered(study.difference(lead), study.difference(sentinel)),
+            Prediction((-float("inf"), 0), (0, float("inf"))),
+            min(len(lead), len(sentinel)),
+        ),
+        study.Finding(
+            "100 % of the adaptation is at least as good as 10 %",
+            "longer is better",
+            study.difference(longer),
+            at_least(0),
+            len(longer),
+        ),
+    ]
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line for each state of pretraining."""
+    return study.score_table("pretraining", by_state(rows))
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns the score for each state of pretraining."""
+    series = {"t0": {state: study.point(0, trials) for state, trials in by_state(rows).items()}}
+    return category_plot(
+        series, {}, ylabel="Score (points)", title="Figures 3c and 3d: pretraining of a small T5"
+    )

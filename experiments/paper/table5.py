@@ -1,0 +1,90 @@
+"""Table 5: do longer prompts take longer to converge?
+
+Question: after how many seconds of training is a prompt within 1 point of validation accuracy of
+the best that it reaches, by its length?
+
+Prediction, from the paper's Table 5: the time grows with the length. It is refuted if 100 vectors
+need less time than one.
+
+Command:
+    softprompt sweep paper/figure3_length --workdir runs/paper
+
+Cost: none of its own. The trials are those of Figure 3a. Validation comes a quarter of the
+steps apart, and a time is exact to that.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.paper import figure3_length, study
+from softprompt.analysis.comparisons import at_least, mean_score, paired_difference
+from softprompt.analysis.plots import Point, length_plot
+from softprompt.results import Row
+
+WITHIN = 0.01  # of validation accuracy
+
+CAPTION = (
+    "Seconds of training (without validation and compilation) until validation accuracy is within "
+    "1 point of a trial's best, the mean over seeds, with small marks for seeds."
+)
+
+
+def seconds(row: Row) -> float:
+    """The seconds until a trial is within `WITHIN` of its best."""
+    curve = row["curve"]
+    best = max(value for _, _, value in curve)
+    return float(next(spent for _, spent, value in curve if value >= best - WITHIN))
+
+
+def by_length(rows: Sequence[Row]) -> dict[int, np.ndarray]:
+    """Length -> seconds of each seed, [seeds, 1]."""
+    found = figure3_length.by_length(rows)
+    return {
+        length: np.array([[seconds(row)] for row in trials]) for length, trials in found.items()
+    }
+
+
+def findings(rows: Sequence[Row]) -> list[study.Finding]:
+    """The prediction, and what was found."""
+    found, more = by_length(rows), None
+    one, long = (found.get(length, np.zeros((0, 1))) for length in (1, 100))
+    count = min(len(one), len(long))
+    if count:
+        more = paired_difference({"": long[:count]}, {"": one[:count]})
+    return [
+        study.Finding(
+            "100 vectors take longer than one to come within 1 point of their best (seconds)",
+            "BoolQ at XXL: 21 minutes with one vector, 3 hours 51 minutes with 100",
+            more,
+            at_least(0),
+            count,
+        )
+    ]
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line for each length."""
+    return pd.DataFrame(
+        [
+            {"length": length, "seeds": len(some), "seconds": study.shown(mean_score({"": some}))}
+            for length, some in by_length(rows).items()
+        ]
+    )
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns the seconds by length."""
+    line = []
+    for length, some in by_length(rows).items():
+        one = mean_score({"": some})
+        line.append(Point(length, one.value, one.low, one.high, tuple(some[:, 0])))
+    return length_plot(
+        {"prompt": line},
+        {},
+        xlabel="Prompt length (vectors)",
+        ylabel="Seconds",
+        title="Table 5: time to 1 point below the best",
+    )

@@ -1,0 +1,159 @@
+"""Verdicts of the artefacts on simulated trials: true effects hold, false ones are refuted."""
+
+import numpy as np
+import pytest
+
+from experiments.paper import (
+    data_size,
+    figure3_length,
+    figure3_pretraining,
+    figure3_start,
+    section7,
+    steps,
+    study,
+    table1,
+    table3,
+    table5,
+)
+from softprompt.trials.records import vote
+from tests.paper.simulated import record, seeds
+from tests.paper.test_figure1 import PROMPT
+
+LARGE = study.SMOLLM2
+LONGER = {1: (0.75, 0.76, 0.75), 20: PROMPT[LARGE], 100: (0.835, 0.84, 0.835)}
+
+
+def verdicts(artefact, rows):
+    return [finding.verdict for finding in artefact.findings(rows)]
+
+
+def lengths(scores, **more):
+    """Trials of Figure 3a with these accuracies by length."""
+    return [
+        row
+        for length, accuracies in scores.items()
+        for row in seeds(LARGE, "prompt", accuracies, method__length=length, **more)
+    ]
+
+
+def test_length():
+    """Breaks when the shorter prompt's lead counts for the longer one."""
+    assert verdicts(figure3_length, lengths(LONGER)) == ["holds"] * 2
+    turned = {1: LONGER[20], 20: LONGER[1], 100: LONGER[100]}
+    assert verdicts(figure3_length, lengths(turned)) == ["refuted"] * 2
+    assert figure3_length.table(lengths(LONGER))["seeds"].tolist() == [3, 3, 3]
+
+
+def test_start():
+    """Breaks when an order is turned round."""
+    scores = {"uniform": 0.60, "vocabulary": 0.66, "labels": 0.72}
+
+    def trials(names):
+        return [
+            row
+            for start, accuracy in zip(names, scores.values(), strict=True)
+            for row in seeds(LARGE, "prompt", [accuracy] * 3, method__init=start)
+        ]
+
+    assert verdicts(figure3_start, trials(scores)) == ["holds"] * 2
+    assert verdicts(figure3_start, trials(list(scores)[::-1])) == ["refuted"] * 2
+    assert figure3_start.table(trials(scores))["start"].tolist() == list(scores)
+
+
+def test_another_domain():
+    """Breaks when the score there counts without the one at home, or methods change places."""
+
+    def trials(prompt, full):
+        rows = seeds(LARGE, "prompt", (0.86, 0.85, 0.86), shifted=prompt)
+        return rows + seeds(LARGE, "full", (0.90, 0.91, 0.90), shifted=full)
+
+    assert verdicts(table1, trials(0.80, 0.75)) == ["holds"]
+    assert verdicts(table1, trials(0.80, 0.89)) == ["refuted"]
+    assert verdicts(table1, trials(0.80, 0.845)) == ["undecided"]  # both lose about as much
+    found = table1.table(trials(0.80, 0.75)).to_dict("records")
+    assert [line["tested on"] for line in found] == list(table1.TASKS)
+    assert found[1]["prompt - full"].startswith("10.0 (")
+    assert verdicts(table1, trials(0.8, 0.7)[:3]) == ["not run"]
+
+
+def test_a_vote():
+    """Breaks when the vote is one member's answers, or a majority that is wrong counts."""
+    members = [record(LARGE, "prompt", n, 0.85) for n in range(5)]
+    assert verdicts(table3, members) == ["holds"]
+    assert verdicts(table3, members[:4]) == ["not run"]
+    lead = table3.findings(members)[0].found.value
+    scores = [study.mean([row]).value for row in members]
+    voted = 100 * vote(members, study.TASK).mean()
+    assert lead == pytest.approx(voted - np.mean(scores))
+    bad = [record(LARGE, "prompt", n, 0.95) for n in range(5)]
+    for row in bad[:3]:  # three equal prompts, wrong on half of the examples, outvote two
+        row["answers"] = record(LARGE, "prompt", 9, 0.5)["answers"]
+    assert table3.findings(bad)[0].found.value < -30
+    assert table3.table(members)["five prompts"].tolist() == ["mean", "best by validation", "vote"]
+
+
+def test_time():
+    """Breaks when the time of the best counts, or validation before it is not looked at."""
+    slow = lengths({100: LONGER[100]}, seconds=60)
+    quick = lengths({1: LONGER[1], 20: LONGER[20]})
+    for n, row in enumerate(slow):
+        row["curve"][1][1] += n
+    assert [table5.seconds(row) for row in slow] == [60, 61, 62]
+    assert verdicts(table5, quick + slow) == ["holds"]
+    back = lengths({1: LONGER[1]}, seconds=90) + slow
+    assert verdicts(table5, back) == ["refuted"]
+    assert table5.table(quick + slow)["length"].tolist() == [1, 20, 100]
+
+
+def test_pretraining():
+    """Breaks when states of pretraining are mixed up, or the sentinel's whole gain is compared."""
+
+    def trials(scores):
+        names = zip(figure3_pretraining.STATES, scores, strict=True)
+        rows = []
+        for name, accuracy in names:
+            keys = dict(figure3_pretraining.STATES[name]) | {"method__init": "vocabulary"}
+            rows += seeds(keys.pop("model"), "prompt", [accuracy] * 3, **keys)
+        return rows
+
+    paper = trials((0.60, 0.61, 0.66, 0.68, 0.72))
+    assert verdicts(figure3_pretraining, paper) == ["holds"] * 3
+    other = trials((0.72, 0.80, 0.66, 0.66, 0.60))
+    assert verdicts(figure3_pretraining, other) == ["refuted"] * 3
+    assert figure3_pretraining.table(paper)["pretraining"].tolist() == [*figure3_pretraining.STATES]
+
+
+def test_steps():
+    more = {"train__steps": 1600, "optimizer__warmup": 160, "eval__every": 400}
+    usual = seeds(steps.MODEL, "prompt", (0.60, 0.61, 0.60))
+    for gain, verdict in ((-0.05, "holds"), (0.1, "refuted")):
+        long = [0.60 + gain] * 3
+        rows = usual + seeds(steps.MODEL, "prompt", long, **more)
+        assert verdicts(steps, rows) == [verdict]
+    assert steps.table(rows)["steps"].tolist() == [400, 1600]
+
+
+def test_data_size():
+    """Breaks when a size's trials count for another."""
+    accuracies = {"prompt": (0.80, 0.81, 0.82), "full": (0.70, 0.85, 0.90)}
+    rows = [
+        row
+        for method, scores in accuracies.items()
+        for count, accuracy in zip(data_size.SIZES, scores, strict=True)
+        for row in seeds(LARGE, method, [accuracy] * 3, data__train_examples=count)
+    ]
+    assert verdicts(data_size, rows) == ["holds"] * 3
+    assert len(data_size.table(rows)) == 6
+
+
+def test_geometry():
+    rows = seeds(LARGE, "prompt", (0.86, 0.85, 0.86))
+    assert verdicts(section7, rows) == ["not run"]
+    numbers = dict.fromkeys(section7.SHARES, 1.0) | {"norm": 1.0, "displacement": 0.1}
+    for row in rows:
+        row["geometry"] = numbers | {"nearest": [[" positive", " good"], [" negative"]]}
+    assert verdicts(section7, rows) == ["holds"]
+    for row in rows:
+        row["geometry"] = row["geometry"] | {section7.SHARES[0]: 0.0}
+    assert verdicts(section7, rows) == ["refuted"]
+    assert section7.table(rows)["nearest to the first two"][0] == "positive; good | negative"
