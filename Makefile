@@ -54,7 +54,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart paper report test lint format parity docs bench bench-full lock version clean
+.PHONY: help quickstart paper report test notebooks lint format parity docs bench bench-full lock version clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 - /p' Makefile
@@ -71,6 +71,9 @@ paper: $(VENV)/.base  ## run the study on the ladder, 90 minutes at a time, into
 
 report: $(VENV)/.base  ## write the study's report from the committed records, into runs/report
 	@$(VENV)/bin/python -m experiments.paper.report
+
+notebooks: $(VENV)/.notebooks  ## execute the notebooks and write each .ipynb (ARGS="scaling_laws")
+	@$(VENV)/bin/python -m notebooks.render $(ARGS)
 
 lint: $(VENV)/.test  ## check style, format and types
 	@$(VENV)/bin/ruff check .
@@ -123,6 +126,9 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.test: pyproject.toml constraints.txt
 	$(call install,$(INTERPRETER),$(VENV),-e '.[test]',a minute)
+
+$(VENV)/.notebooks: pyproject.toml constraints.txt
+	$(call install,$(INTERPRETER),$(VENV),-e '.[notebooks]',a minute)
 
 $(VENV)/.docs: pyproject.toml constraints.txt
 	$(call install,$(INTERPRETER),$(VENV),-e '.[docs]',a minute)

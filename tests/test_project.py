@@ -17,7 +17,7 @@ from softprompt.methods import METHODS
 REPOSITORY = Path(__file__).resolve().parent.parent
 PYTHON_FILES = [
     path
-    for folder in ("softprompt", "experiments", "configs", "tests")
+    for folder in ("softprompt", "experiments", "configs", "notebooks", "tests")
     for path in sorted((REPOSITORY / folder).rglob("*.py"))
 ]
 
