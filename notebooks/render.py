@@ -22,7 +22,7 @@ from nbformat import NotebookNode, v4, write
 from traitlets.config import Config
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("results_explorer", "scaling_laws")
+NAMES = ("first_prompt", "results_explorer", "prompt_geometry", "scaling_laws")
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -95,9 +95,9 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", choices=[[], *NAMES], metavar="NAME")
     for name in parser.parse_args().names or NAMES:
-        with tempfile.TemporaryDirectory() as folder:  # of trials, so that none is an earlier run's
-            trials = {"FOLDER": folder} if name == "first_prompt" else {}
-            write(execute(name, trials), FOLDER / f"{name}.ipynb")
+        with tempfile.TemporaryDirectory() as empty:  # so that no trial is an earlier run's
+            cwd = Path(empty) if name == "first_prompt" else FOLDER.parent
+            write(execute(name, cwd=cwd), FOLDER / f"{name}.ipynb")
         print(f"wrote notebooks/{name}.ipynb")
 
 
