@@ -146,6 +146,8 @@ for model in models:
         line = {"model": model, "pairs": len(paired), f"{OURS} minus {THEIRS}": study.shown(gap)}
         line |= {"width": f"{gap.high - gap.low:.1f}", "width, unpaired": unpaired(ours, theirs)}
         lines.append(line)
+if not lines:
+    print(f"No trial of {OURS} has the model, task and seed of one of {THEIRS}.")
 pd.DataFrame(lines)
 
 # %% [markdown]
@@ -212,7 +214,8 @@ study.finding_table(figure1.findings(records))
 # %% [markdown]
 # ## Next
 #
-# * Your own trials: set `SOURCE` to the folder of a sweep, and `OURS` and `THEIRS` to its methods.
+# * Your own trials: set `SOURCE` to the folder of a sweep, `EXPERIMENT` to its name or to "", and
+#   `OURS` and `THEIRS` to two of its methods.
 # * `python -m experiments.paper.report` writes all figures and verdicts of the study.
 # * `softprompt.trials.records.write_records(file, records)` keeps a folder's results without its
 #   arrays.
