@@ -21,8 +21,9 @@ LARGEST = 1_500_000  # bytes of all renderings
 
 
 @pytest.fixture(autouse=True)
-def programs(monkeypatch, pytestconfig):
-    """Kernels share the compiled programs of the tests' processes, and compile as they do."""
+def kernels(monkeypatch, pytestconfig):
+    """Kernels import this repository, and share and compile programs as the tests do."""
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(pytestconfig.cache.mkdir("programs")))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
