@@ -161,7 +161,7 @@ pd.DataFrame(lines)
 def curve(record: Row) -> list[tuple[int, float]]:
     """The steps and validation scores of a trial; [] if they were not kept."""
     if record.get("curve"):
-        return [(step, value) for step, value in record["curve"]]
+        return [(step, value) for step, _, value in record["curve"]]
     if record["trial"] not in folders:
         return []
     name = f"validation/{record['config']['eval']['metric']}"

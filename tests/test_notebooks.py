@@ -59,7 +59,7 @@ def test_results_explorer(tmp_path):
     rows = [
         row for name, some in accuracies.items() for row in simulated.seeds("ladder/d0", name, some)
     ]
-    rows = [row | {"curve": [[0, 0.5], [10, 0.7]]} for row in rows]
+    rows = [row | {"curve": [[0, 0.0, 0.5], [10, 3.0, 0.7]]} for row in rows]
     write_records(tmp_path / "records.jsonl", rows)
     parameters = {"SOURCE": str(tmp_path / "records.jsonl")}
     text = shown(execute("results_explorer", parameters, cwd=FOLDER))

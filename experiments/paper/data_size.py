@@ -55,15 +55,18 @@ def by_size(rows: Sequence[Row], method: str) -> dict[int, list[Row]]:
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found."""
-    prompt, full = (by_size(rows, method) for method in METHODS)
-    claims = (
-        ("with 30 examples a prompt is at least as good as full fine-tuning", 30, prompt, full),
-        ("with 300 full fine-tuning is at least as good as a prompt", 300, full, prompt),
-        ("with 3,000 full fine-tuning is at least as good as a prompt", 3000, full, prompt),
-    )
+    found = {method: by_size(rows, method) for method in METHODS}
+    few, some, many = SIZES
+    orders = ((few, "prompt", "full"), (some, "full", "prompt"), (many, "full", "prompt"))
     return [
-        study.compared(claim, "", one.get(count, []), other.get(count, []), at_least(0))
-        for claim, count, one, other in claims
+        study.compared(
+            f"with {count:,} examples {one} is at least as good as {other}",
+            "",
+            found[one].get(count, []),
+            found[other].get(count, []),
+            at_least(0),
+        )
+        for count, one, other in orders
     ]
 
 

@@ -12,11 +12,14 @@ follow from the records alone.
 import argparse
 import html
 import io
+import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -27,6 +30,7 @@ from softprompt.analysis.tables import to_html, to_markdown
 from softprompt.console import Progress, duration
 from softprompt.errors import UserError
 from softprompt.files import write_text
+from softprompt.pretraining import ladder
 from softprompt.results import Row, read_trials
 from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import collect, read_records, write_records
@@ -35,7 +39,17 @@ from softprompt.trials.session import Session
 
 ARTEFACTS: tuple[ModuleType, ...] = (*everything.ARTEFACTS, parameters)
 RESULTS = Path(__file__).parent / "results"
-RECORDS, PROMPTS = RESULTS / "records.jsonl", RESULTS / "prompts"
+RECORDS, PROMPTS, RUNGS = RESULTS / "records.jsonl", RESULTS / "prompts", RESULTS / "ladder.json"
+
+DEVIATIONS = (
+    "Models: decoders that are pretrained here and SmolLM2-135M, and a small T5 for Figures 3c and "
+    "3d; in the paper T5 1.1 from 77M to 11,135M parameters, LM-adapted.",
+    "Tasks: the sentiment of movie snippets, and of other domains; in the paper SuperGLUE.",
+    "Prompts: 20 vectors, 400 steps of 32 examples on the ladder and 50 of 16 on SmolLM2, AdamW; "
+    "in the paper 100 vectors, 30,000 steps of 32, Adafactor.",
+    "Selection: on a validation split, tested on another; in the paper both on one.",
+    "Answers: the candidate with the largest probability; in the paper generated.",
+)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ccc; }
@@ -48,7 +62,9 @@ th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-alig
 th { cursor: pointer; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-code { font-size: 0.9em; }
+pre { overflow-x: auto; background: color-mix(in srgb, var(--line) 30%, transparent);
+  padding: 0.5rem; border-radius: 6px; }
+pre, code { font-size: 0.9em; }
 """
 SORT = """
 for (const th of document.querySelectorAll("th")) th.onclick = () => {
@@ -66,6 +82,12 @@ def section(artefact: ModuleType, name: str) -> str:
     found = re.search(rf"^{name}[^:\n]*: (.*?)(?:\n\n|\Z)", artefact.__doc__ or "", re.M | re.S)
     text = " ".join(found[1].split()) if found else ""
     return text[:1].upper() + text[1:]
+
+
+def command(artefact: ModuleType) -> str:
+    """The commands of an artefact's docstring, a line each."""
+    found = re.search(r"^Command:\n((?: {4}.+\n)+)", artefact.__doc__ or "", re.M)
+    return textwrap.dedent(found[1]).rstrip() if found else ""
 
 
 def title(artefact: ModuleType) -> str:
@@ -117,8 +139,10 @@ def part(artefact: ModuleType, records: Sequence[Row], folder: Path) -> tuple[st
     found, table, drawn = contents(artefact, records)
     told = [(word, section(artefact, word)) for word in ("Question", "Prediction")]
     lines = [f"## {title(artefact)}", *(f"**{word}.** {text}" for word, text in told if text)]
+    lines.append(f"```sh\n{command(artefact)}\n```")
     page = [f"<h2>{html.escape(title(artefact))}</h2>"]
     page += [f"<p><b>{word}.</b> {html.escape(text)}</p>" for word, text in told if text]
+    page.append(f"<pre>{html.escape(command(artefact))}</pre>")
     for frame in (found, table):
         if len(frame):
             lines.append(to_markdown(frame).rstrip())
@@ -134,10 +158,39 @@ def part(artefact: ModuleType, records: Sequence[Row], folder: Path) -> tuple[st
     return "\n\n".join(lines), "\n".join(page)
 
 
-def write(records: Sequence[Row], folder: Path) -> None:
+def models(rungs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """A line for each pretrained model: its provenance."""
+    lines = [
+        {
+            "model": one["name"],
+            "parameters of the layers": f"{one['parameters']:,}",
+            "tokens": f"{one['tokens']:,}",
+            "held-out loss (nats)": f"{one['loss']:.3f}",
+            "recipe": one["recipe"],
+            "corpus": one["corpus"],
+        }
+        for one in rungs
+        if one["parameters"]
+    ]
+    return pd.DataFrame(lines)
+
+
+def ending(rungs: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """What differs from the paper, and the models, as Markdown and as HTML."""
+    table = models(rungs)
+    lines = ["## What differs from the paper", "\n".join(f"* {one}" for one in DEVIATIONS)]
+    items = "".join(f"<li>{html.escape(one)}</li>" for one in DEVIATIONS)
+    page = [f"<h2>What differs from the paper</h2><ul>{items}</ul>"]
+    if len(table):
+        lines += ["## Pretrained models", to_markdown(table).rstrip()]
+        page.append(f'<h2>Pretrained models</h2><div class="wide">{to_html(table)}</div>')
+    return "\n\n".join(lines), "\n".join(page)
+
+
+def write(records: Sequence[Row], folder: Path, rungs: Sequence[dict[str, Any]] = ()) -> None:
     """Writes report.md, its figures, and report.html."""
     heading = "Prompt tuning at the scale of a laptop"
-    made = [part(artefact, records, folder) for artefact in ARTEFACTS]
+    made = [part(artefact, records, folder) for artefact in ARTEFACTS] + [ending(rungs)]
     markdown = [f"# {heading}", summary(records), *(text for text, _ in made)]
     write_text(folder / "report.md", "\n\n".join(markdown) + "\n")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -167,9 +220,16 @@ def measured(workdir: str) -> list[Row]:
     ]
 
 
-def keep(records: Sequence[Row], workdir: str) -> None:
-    """Keeps records, and the prompts of Section 7, in the repository."""
+def read_rungs() -> list[dict[str, Any]]:
+    """The committed facts of the pretrained models."""
+    found: list[dict[str, Any]] = json.loads(RUNGS.read_text()) if RUNGS.exists() else []
+    return found
+
+
+def keep(records: Sequence[Row], rungs: Sequence[dict[str, Any]], workdir: str) -> None:
+    """Keeps records, models' facts, and the prompts of Section 7, in the repository."""
     write_records(RECORDS, records)
+    write_text(RUNGS, json.dumps(list(rungs), indent=1) + "\n")
     wanted = {row["trial"] for row in section7.trials(records)}
     PROMPTS.mkdir(exist_ok=True)
     for place, row in read_trials(workdir):
@@ -186,9 +246,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         records = measured(given.workdir) if given.workdir else read_records(RECORDS)
+        rungs = (
+            [ladder.summary(name) for name in ladder.made_models()]
+            if given.workdir
+            else read_rungs()
+        )
         if given.keep and given.workdir:
-            keep(records, given.workdir)
-        write(records, given.to)
+            keep(records, rungs, given.workdir)
+        write(records, given.to, rungs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

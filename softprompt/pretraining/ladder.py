@@ -45,29 +45,53 @@ def listing() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def _line(name: str) -> tuple[str, ...]:
-    """A row of the table; parameters are those outside of embeddings and head."""
+    """A row of the table."""
+    inner = inner_parameters(name)
+    parameters = "" if inner is None else f"{inner:,}"
     if not is_made(name):
-        return (name, _inner(RUNGS[name]), "", "", "", "", f"softprompt pretrain {name}")
-    facts = read_provenance(name)
-    share = facts["peak_share"]
+        return (name, parameters, "", "", "", "", f"softprompt pretrain {name}")
+    facts = summary(name)
+    share = facts["share"]
     return (
         name,
-        _inner(RUNGS.get(name.partition("@")[0])),
-        f"{facts['trained_tokens']:,}",
+        parameters,
+        f"{facts['tokens']:,}",
         f"{facts['loss']:.4f}",
         "" if share is None else f"{share:.2f}",
-        f"{facts['seconds'] / 60:.1f}",
+        f"{facts['minutes']:.1f}",
         str(model_folder(name)),
     )
 
 
-def _inner(config: Any) -> str:
-    """The parameters of the layers, as text; "" for a model that is not on the ladder."""
+def inner_parameters(name: str) -> int | None:
+    """The parameters outside of embeddings and head; None for a model that is not on the ladder."""
+    config = RUNGS.get(name.partition("@")[0])
     if config is None:
-        return ""
+        return None
     shapes = leaf_shapes(config).items()
-    count = sum(math.prod(shape) for path, shape in shapes if "layers/" in path)
-    return f"{count:,}"
+    return sum(math.prod(shape) for path, shape in shapes if "layers/" in path)
+
+
+def summary(name: str) -> dict[str, Any]:
+    """The facts of a model in the cache that a study quotes.
+
+    Returns:
+        name, parameters (see `inner_parameters`), tokens that it was trained on, loss in nats on
+        held-out text, share of the machine's peak, minutes, and the recipe's hash, the corpus'
+        digest and the commit.
+    """
+    facts = read_provenance(name)
+    return {
+        "name": name,
+        "parameters": inner_parameters(name),
+        "tokens": facts["trained_tokens"],
+        "loss": facts["loss"],
+        "share": facts["peak_share"],
+        "minutes": facts["seconds"] / 60,
+        "recipe": facts["recipe_hash"],
+        "corpus": facts["corpus"]["digest"],
+        "commit": facts["commit"],
+    }
 
 
 def read_provenance(name: str) -> dict[str, Any]:

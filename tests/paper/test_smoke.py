@@ -1,0 +1,69 @@
+"""The whole study on tiny models and texts: every artefact trains, is measured and is drawn."""
+
+import re
+
+import jax
+import pytest
+
+from experiments.paper import data_size, everything, report, steps, study
+from softprompt import cli
+from softprompt.data.builtin_tasks import TASKS
+from softprompt.pretrained.catalog import CATALOG
+from softprompt.pretrained.ladder import PROVENANCE, RUNGS
+from softprompt.results import read_rows
+from tests.test_docs import tiny_task
+from tests.tiny import write_llama_folder
+from tests.tiny_t5 import write_complete_t5
+
+MODEL = study.SMOLLM2
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder in which the study's models and tasks are tiny, with two seeds and few steps."""
+    sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "context": 1024}
+    write_llama_folder(tmp_path / MODEL, **sizes)
+    for name in (*RUNGS, *(f"ladder/t0@lm{share}" for share in (10, 50, 100))):
+        write = write_complete_t5 if "/t" in name else write_llama_folder
+        folder = write(tmp_path / "cache" / name, **({} if "/t" in name else sizes))
+        (folder / PROVENANCE).write_text("{}")
+    device = jax.devices()[:1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(jax, "devices", lambda: device)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for name in (study.TASK, *study.SHIFTED):
+        monkeypatch.setitem(TASKS, name, tiny_task(tmp_path / "data", TASKS[name]))
+    monkeypatch.setattr(study, "SEEDS", (0, 1))
+    monkeypatch.setattr(study, "LADDER_STEPS", (4, 2))
+    monkeypatch.setattr(study, "SMOLLM2_STEPS", (4, 2))
+    monkeypatch.setattr(steps, "USUAL", 4)
+    monkeypatch.setattr(steps, "MORE", 8)
+    monkeypatch.setattr(data_size, "SIZES", (4, 8, 12))
+    return tmp_path
+
+
+@pytest.mark.long
+def test_the_study(place, monkeypatch, capsys):
+    """Breaks when an artefact cannot train, finds none of its trials, or trains them again."""
+    entry, size = CATALOG[MODEL], study.size
+    monkeypatch.setattr(study, "size", lambda model: 1e8 if model == MODEL else size(model))
+    command = ["sweep", "paper/everything", "--workdir", "runs"]
+    with monkeypatch.context() as patch:
+        patch.delitem(CATALOG, MODEL)  # so that the name is the folder's
+        assert cli.main([*command, "--minutes", "0.001"]) == 0
+        some = len(read_rows("runs"))
+        assert cli.main(command) == 0
+        rows = read_rows("runs")
+        assert some < len(rows) == len(everything.sweep())
+        assert {row["status"] for row in rows} == {"done"}
+        times = {path: path.stat().st_mtime_ns for path in place.glob("runs/*/result.json")}
+        assert cli.main(command) == 0
+        assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+        records = report.measured("runs")
+    assert CATALOG[MODEL] is entry
+    report.write(records, place / "report")
+    text = (place / "report/report.md").read_text()
+    assert f"{len(rows)} trials" in text
+    assert re.findall(r"[^\n]*not run[^\n]*", text, re.IGNORECASE) == [report.summary(records)]
+    assert ", 0 not run." in text
