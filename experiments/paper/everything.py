@@ -27,6 +27,7 @@ from experiments.paper import (
     section7,
     steps,
     table1,
+    table2,
     table3,
     table5,
 )
@@ -46,6 +47,7 @@ ARTEFACTS: tuple[ModuleType, ...] = (
     table3,
     figure3_start,
     figure3_pretraining,
+    table2,
     data_size,
 )
 SWEPT = [artefact for artefact in ARTEFACTS if hasattr(artefact, "sweep")]

@@ -31,7 +31,7 @@ def record(model, method, seed, accuracy, *, shifted=None, seconds=10.0, **chang
     config.model.dtype = "float32"
     config = resolve(config)
     found = {config.task.name: answers(seed, accuracy)}
-    for task in study.SHIFTED if config.eval.transfer else ():
+    for task in filter(None, config.eval.transfer.split(",")):
         found[task] = answers(seed, accuracy if shifted is None else shifted)
     return {
         "trial": trial_id(config),

@@ -12,6 +12,7 @@ from experiments.paper import (
     steps,
     study,
     table1,
+    table2,
     table3,
     table5,
 )
@@ -74,6 +75,33 @@ def test_another_domain():
     assert [line["tested on"] for line in found] == list(table1.TASKS)
     assert found[1]["prompt - full"].startswith("10.0 (")
     assert verdicts(table1, trials(0.8, 0.7)[:3]) == ["not run"]
+
+
+def test_verses():
+    """Breaks when the score at home counts, or a threshold is the other domain's."""
+    for accuracy, verdict in ((0.75, "holds"), (1.0, "refuted")):
+        rows = [
+            row
+            for task, (other, _) in table2.OTHER.items()
+            for method in table2.METHODS
+            for row in seeds(
+                table2.MODEL,
+                method,
+                (0.6, 0.6, 0.6),
+                shifted=accuracy,
+                task__name=task,
+                eval__transfer=other,
+                data__test_examples=0,
+            )
+        ]
+        assert verdicts(table2, rows) == [verdict] * 4
+    assert table2.table(rows)["threshold"].tolist() == ["92.0", "92.0", "93.7", "93.7"]
+
+
+def test_thresholds_on_overlap():
+    """Breaks when the verses change, or the threshold is chosen where it is tested."""
+    for task, (other, score) in table2.OTHER.items():
+        assert table2.floor(task, other) == pytest.approx(score, abs=0.05)
 
 
 def test_a_vote():

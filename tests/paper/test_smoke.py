@@ -1,16 +1,19 @@
 """The whole study on tiny models and texts: every artefact trains, is measured and is drawn."""
 
+import dataclasses
+import json
 import re
 
 import jax
 import pytest
 
-from experiments.paper import data_size, everything, report, steps, study
+from experiments.paper import data_size, everything, report, steps, study, table2
 from softprompt import cli
 from softprompt.data.builtin_tasks import TASKS
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.ladder import PROVENANCE, RUNGS
 from softprompt.results import read_rows
+from tests.own_task import BAD, GOOD
 from tests.test_docs import tiny_task
 from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
@@ -34,6 +37,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     for name in (study.TASK, *study.SHIFTED):
         monkeypatch.setitem(TASKS, name, tiny_task(tmp_path / "data", TASKS[name]))
+    for name in table2.OTHER:
+        monkeypatch.setitem(TASKS, name, tiny_verses(tmp_path / "data", TASKS[name]))
     monkeypatch.setattr(study, "SEEDS", (0, 1))
     monkeypatch.setattr(study, "LADDER_STEPS", (4, 2))
     monkeypatch.setattr(study, "SMOLLM2_STEPS", (4, 2))
@@ -41,6 +46,18 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "MORE", 8)
     monkeypatch.setattr(data_size, "SIZES", (4, 8, 12))
     return tmp_path
+
+
+def tiny_verses(folder, task):
+    """The same task over a few pairs of lines."""
+    lines = [
+        {"id": n, "sentence1": f"a {GOOD[n % 6]} film", "sentence2": BAD[n % 5], "label": label}
+        for n, label in enumerate(("same", "different") * 10)
+    ]
+    for split in ("train", "validation", "test"):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{task.name}-{split}.jsonl").write_text(text)
+    return dataclasses.replace(task, source=f"jsonl:{folder}/{task.name}-{{split}}.jsonl")
 
 
 @pytest.mark.long
