@@ -2,7 +2,7 @@
 
 Arguments: its devices, the trial's folder, and those of `softprompt train`. Prints the files below
 the trial's folder that the process opened to write, moved or removed, checkpoints left out (orbax
-lets every process write its shards).
+lets every process write its shards), and what the processes agree on where only the first says yes.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from softprompt import cli
+from softprompt.distributed import agreed
 
 FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir")
 
@@ -41,7 +42,8 @@ def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     written = watch_writes(folder)
     code = cli.main(["train", "--workdir", folder, *arguments])
-    print(json.dumps(sorted(written - {"checkpoints"})))
+    first = agreed(jax.process_index() == 0)
+    print(json.dumps({"written": sorted(written - {"checkpoints"}), "agreed": first}))
     sys.exit(code)
 
 

@@ -231,14 +231,16 @@ def finish(processes):
 
 
 def test_two_processes_train_the_same_and_the_first_writes(place, alone, tmp_path):
-    """Fails if a process feeds its neighbour's rows, or if MetricsLog writes in every process."""
+    """Fails if a process feeds its neighbour's rows, or if MetricsLog writes in every process, or
+    if `agreed` is what each process says."""
     overrides = words(place, place / "model", **TRIAL, mesh__model=2)
-    written = finish(start_processes(tmp_path / "w", overrides))
+    ended = finish(start_processes(tmp_path / "w", overrides))
     check_same(tmp_path / "w", alone)
     row = read_result(tmp_path / "w")
     assert (row["devices"]["count"], row["devices"]["processes"]) == (4, 2)
-    assert "metrics.jsonl" in written[0]
-    assert written[1] == []
+    assert "metrics.jsonl" in ended[0]["written"]
+    assert ended[1]["written"] == []
+    assert [one["agreed"] for one in ended] == [True, True]
 
 
 @pytest.mark.matrix
