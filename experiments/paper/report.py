@@ -40,6 +40,7 @@ from softprompt.trials.session import Session
 ARTEFACTS: tuple[ModuleType, ...] = (*everything.ARTEFACTS, parameters)
 RESULTS = Path(__file__).parent / "results"
 RECORDS, PROMPTS, RUNGS = RESULTS / "records.jsonl", RESULTS / "prompts", RESULTS / "ladder.json"
+DOCS = Path(__file__).parents[2] / "docs" / "study"
 
 DEVIATIONS = (
     "Models: decoders that are pretrained here and SmolLM2-135M, and a small T5 for Figures 3c and "
@@ -139,7 +140,7 @@ def part(artefact: ModuleType, records: Sequence[Row], folder: Path) -> tuple[st
     found, table, drawn = contents(artefact, records)
     told = [(word, section(artefact, word)) for word in ("Question", "Prediction")]
     lines = [f"## {title(artefact)}", *(f"**{word}.** {text}" for word, text in told if text)]
-    lines.append(f"```sh\n{command(artefact)}\n```")
+    lines.append(f"**Command.** {'; '.join(f'`{one}`' for one in command(artefact).splitlines())}")
     page = [f"<h2>{html.escape(title(artefact))}</h2>"]
     page += [f"<p><b>{word}.</b> {html.escape(text)}</p>" for word, text in told if text]
     page.append(f"<pre>{html.escape(command(artefact))}</pre>")
@@ -187,12 +188,16 @@ def ending(rungs: Sequence[dict[str, Any]]) -> tuple[str, str]:
     return "\n\n".join(lines), "\n".join(page)
 
 
-def write(records: Sequence[Row], folder: Path, rungs: Sequence[dict[str, Any]] = ()) -> None:
-    """Writes report.md, its figures, and report.html."""
+def write(
+    records: Sequence[Row], folder: Path, rungs: Sequence[dict[str, Any]] = (), *, page: bool = True
+) -> None:
+    """Writes report.md, its figures and, as a `page`, report.html."""
     heading = "Prompt tuning at the scale of a laptop"
     made = [part(artefact, records, folder) for artefact in ARTEFACTS] + [ending(rungs)]
     markdown = [f"# {heading}", summary(records), *(text for text, _ in made)]
     write_text(folder / "report.md", "\n\n".join(markdown) + "\n")
+    if not page:
+        return
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     pages = [f"<h1>{heading}</h1><p>{html.escape(summary(records))}</p>", *(p for _, p in made)]
     write_text(
@@ -227,10 +232,11 @@ def read_rungs() -> list[dict[str, Any]]:
 
 
 def keep(records: Sequence[Row], rungs: Sequence[dict[str, Any]], workdir: str) -> None:
-    """Keeps records, models' facts, and the prompts of Section 7, in the repository."""
+    """Keeps records, models' facts, the prompts of Section 7 and report.md in the repository."""
     write_records(RECORDS, records)
     write_text(RUNGS, json.dumps(list(rungs), indent=1) + "\n")
     wanted = {row["trial"] for row in section7.trials(records)}
+    write(records, DOCS, rungs, page=False)
     PROMPTS.mkdir(exist_ok=True)
     for place, row in read_trials(workdir):
         if row["trial"] in wanted:
