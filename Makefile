@@ -67,6 +67,7 @@ test: $(VENV)/.test  ## run the tests (ARGS="..." goes to pytest)
 
 paper: $(VENV)/.base  ## run the study on the ladder, 90 minutes at a time, into runs/paper
 	@$(VENV)/bin/softprompt sweep paper/everything --workdir runs/paper --minutes 90 $(ARGS)
+	@$(VENV)/bin/python -m experiments.paper.continual --workdir runs/paper
 	@$(VENV)/bin/python -m experiments.paper.report --workdir runs/paper
 
 report: $(VENV)/.base  ## write the study's report from the committed records, into runs/report

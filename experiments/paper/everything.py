@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import (
+    continual,
     data_size,
     figure1,
     figure3_length,
@@ -48,6 +49,7 @@ ARTEFACTS: tuple[ModuleType, ...] = (
     figure3_start,
     figure3_pretraining,
     table2,
+    continual,
     data_size,
 )
 SWEPT = [artefact for artefact in ARTEFACTS if hasattr(artefact, "sweep")]

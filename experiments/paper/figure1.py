@@ -8,7 +8,7 @@ smallest model to at most 5 at the largest. It is refuted if the slope of the ga
 of the size is not negative.
 
 Command:
-    softprompt sweep paper/figure1 --subset pilot --workdir runs/paper
+    softprompt sweep paper/figure1 --workdir runs/paper
 
 Cost: 18 trials ("pilot": d1, d3 and SmolLM2, two methods, three seeds), of which 16 took 37 minutes
 on two x86 cores with other work beside them; 30 trials ("full": d0 to d3 and SmolLM2). The ladder's

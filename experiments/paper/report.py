@@ -60,7 +60,9 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; }
+th, td { min-width: 3.5rem; }
 th { cursor: pointer; }
+td:not(.number) { min-width: 6.5rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 pre { overflow-x: auto; background: color-mix(in srgb, var(--line) 30%, transparent);
@@ -105,8 +107,8 @@ def summary(records: Sequence[Row]) -> str:
     """How many trials there are, what they took, and what the verdicts are."""
     done = [row for row in records if row["status"] == "done"]
     spent = sum(row.get("seconds") or 0 for row in done)
-    verdicts = [one.verdict for artefact in ARTEFACTS for one in findings(artefact, records)]
-    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS)
+    found = [one.verdict for artefact in ARTEFACTS for one in findings(artefact, records)]
+    counts = ", ".join(f"{found.count(word)} {word}" for word in VERDICTS)
     versions = sorted({f"jax {row['versions']['jax']}" for row in done if "versions" in row})
     kinds = sorted({f"{d['count']} {d['kind']}" for row in done if (d := row.get("devices"))})
     return (
@@ -159,6 +161,17 @@ def part(artefact: ModuleType, records: Sequence[Row], folder: Path) -> tuple[st
     return "\n\n".join(lines), "\n".join(page)
 
 
+def verdicts(records: Sequence[Row]) -> tuple[str, str]:
+    """All predictions with their verdicts, as Markdown and as HTML."""
+    table = everything.table(records)[["artefact", "prediction", "here (95 %)", "verdict"]]
+    note = (
+        "A prediction holds, or is refuted, if the whole 95 % interval lies in the range that says "
+        "so; otherwise, and with one seed, it is undecided."
+    )
+    page = f'<h2>Verdicts</h2><div class="wide">{to_html(table)}</div><p>{note}</p>'
+    return f"## Verdicts\n\n{to_markdown(table)}\n{note}", page
+
+
 def models(rungs: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A line for each pretrained model: its provenance."""
     lines = [
@@ -193,7 +206,7 @@ def write(
 ) -> None:
     """Writes report.md, its figures and, as a `page`, report.html."""
     heading = "Prompt tuning at the scale of a laptop"
-    made = [part(artefact, records, folder) for artefact in ARTEFACTS] + [ending(rungs)]
+    made = [verdicts(records), *(part(one, records, folder) for one in ARTEFACTS), ending(rungs)]
     markdown = [f"# {heading}", summary(records), *(text for text, _ in made)]
     write_text(folder / "report.md", "\n\n".join(markdown) + "\n")
     if not page:

@@ -222,12 +222,12 @@ def seeds(trials: Sequence[Row]) -> int:
     return len({value(row, "seed") for row in trials})
 
 
-def point(x: float, trials: Sequence[Row]) -> Point:
+def point(x: float, trials: Sequence[Row], task: str = "") -> Point:
     """The score of at least one trial, with its interval and that of each seed, for a figure."""
-    score = mean(trials)
+    score = mean(trials, task)
     assert score is not None
     by_seed = by_value(trials, "seed", sorted({value(row, "seed") for row in trials}))
-    each = [np.mean([s.mean() for s in scores(some).values()]) for some in by_seed.values()]
+    each = [np.mean([s.mean() for s in scores(some, task).values()]) for some in by_seed.values()]
     return Point(x, score.value, score.low, score.high, tuple(100 * float(one) for one in each))
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.paper import (
+    continual,
     data_size,
     figure3_length,
     figure3_pretraining,
@@ -102,6 +103,27 @@ def test_thresholds_on_overlap():
     """Breaks when the verses change, or the threshold is chosen where it is tested."""
     for task, (other, score) in table2.OTHER.items():
         assert table2.floor(task, other) == pytest.approx(score, abs=0.05)
+
+
+def test_tasks_in_turn():
+    """Breaks when the score on the last task counts, or a seed's trials are another's."""
+    first = seeds(continual.MODEL, "full", (0.75, 0.76, 0.75))
+    for accuracy, verdict in ((0.55, "holds"), (0.74, "refuted")):
+        later = [
+            record(
+                f"runs/continual/s{seed}/question_type/start",
+                "full",
+                seed,
+                0.9,
+                shifted=accuracy,
+                task__name="question_type",
+                eval__transfer=study.TASK,
+            )
+            for seed in range(3)
+        ]
+        assert verdicts(continual, [*first, *later]) == [verdict]
+    assert continual.table([*first, *later])["seeds"].tolist() == [3, 3]
+    assert verdicts(continual, first) == ["not run"]
 
 
 def test_a_vote():

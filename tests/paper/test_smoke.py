@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 
-from experiments.paper import data_size, everything, report, steps, study, table2
+from experiments.paper import continual, data_size, everything, report, steps, study, table2
 from softprompt import cli
 from softprompt.data.builtin_tasks import TASKS
 from softprompt.pretrained.catalog import CATALOG
@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(jax, "devices", lambda: device)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    for name in (study.TASK, *study.SHIFTED):
+    for name in (study.TASK, *study.SHIFTED, *continual.LATER):
         monkeypatch.setitem(TASKS, name, tiny_task(tmp_path / "data", TASKS[name]))
     for name in table2.OTHER:
         monkeypatch.setitem(TASKS, name, tiny_verses(tmp_path / "data", TASKS[name]))
@@ -77,6 +77,8 @@ def test_the_study(place, monkeypatch, capsys):
         times = {path: path.stat().st_mtime_ns for path in place.glob("runs/*/result.json")}
         assert cli.main(command) == 0
         assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+        assert continual.main(["--workdir", "runs"]) == 0
+        rows = read_rows("runs")
         records = report.measured("runs")
     assert CATALOG[MODEL] is entry
     report.write(records, place / "report")

@@ -1,0 +1,125 @@
+"""Learning tasks in turn: what does full fine-tuning forget, which prompts of their own keep?
+
+Question: a model of the ladder is fine-tuned on movie snippets, then on headlines, then on
+questions. How many points does it lose on movie snippets?
+
+Prediction: at least 10. It is refuted if it loses less. With a prompt for each task nothing can be
+lost: the weights are frozen, and a test holds the first prompt's predictions equal to the bit.
+
+Command:
+    python -m experiments.paper.continual --workdir runs/paper
+
+Cost: 6 trials on d1, and three of Figure 1's. Each begins with the merged weights of the last.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import pandas as pd
+from etils import epath
+from matplotlib.figure import Figure
+
+import softprompt as sp
+from experiments.paper import figure1, study
+from softprompt.analysis.comparisons import at_least
+from softprompt.analysis.plots import category_plot
+from softprompt.config import resolve
+from softprompt.errors import UserError
+from softprompt.results import Row
+from softprompt.trials.merged_model import export_merged
+from softprompt.trials.run import DELTA
+from softprompt.trials.sweep import trial_folder
+
+MODEL = "ladder/d1"
+LATER = ("sarcasm", "question_type")
+FOLDER = "continual"
+
+CAPTION = (
+    f"{MODEL}: score on movie snippets in points, 0 for the most frequent label, after full "
+    "fine-tuning on them, and after two more tasks, with its 95 % interval over seeds and examples."
+)
+
+
+def run(workdir: epath.PathLike, seed: int) -> None:
+    """Trains on the tasks in turn; what is done already is not done again."""
+    config = resolve(study.trial(MODEL, "full", seed))
+    trial = sp.train(config, trial_folder(workdir, config))
+    for task in LATER:
+        place = epath.Path(workdir) / FOLDER / f"s{seed}" / task
+        start = place / "start"
+        if not start.exists():
+            export_merged(trial.config, trial.folder / DELTA, start)
+        other = study.TASK if task == LATER[-1] else ""
+        config = study.trial(str(start), "full", seed, task__name=task, eval__transfer=other)
+        trial = sp.train(config, place / "trial")
+
+
+def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """For each seed the trial on the first task, and that on the last, which began from it."""
+    first = {study.value(row, "seed"): row for row in figure1.trials(rows, "full").get(MODEL, [])}
+    last = {
+        study.value(row, "seed"): row
+        for row in study.select(rows, method__name="full", task__name=LATER[-1])
+        if f"/{FOLDER}/" in study.value(row, "model.name") and study.TASK in row["answers"]
+    }
+    return [(first[seed], last[seed]) for seed in sorted(first.keys() & last.keys())]
+
+
+def findings(rows: Sequence[Row]) -> list[study.Finding]:
+    """The prediction, and what was found."""
+    found = pairs(rows)
+    return [
+        study.Finding(
+            "full fine-tuning on two more tasks loses at least 10 points on the first",
+            "",
+            study.difference(found, study.TASK),
+            at_least(10),
+            len(found),
+        )
+    ]
+
+
+def stages(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """What was learnt -> trials; {} without any."""
+    found = pairs(rows)
+    names = ("movie snippets", f"then {' and '.join(LATER)}")
+    return {name: [pair[n] for pair in found] for n, name in enumerate(names) if found}
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns one line for each state."""
+    return pd.DataFrame(
+        [
+            {
+                "learnt": name,
+                "seeds": study.seeds(trials),
+                "score on movie snippets": study.shown(study.mean(trials, study.TASK)),
+            }
+            for name, trials in stages(rows).items()
+        ]
+    )
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Returns the score on the first task, before and after."""
+    points = {name: study.point(0, trials, study.TASK) for name, trials in stages(rows).items()}
+    return category_plot({MODEL: points}, {}, ylabel="Score (points)", title="Tasks in turn")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains on the tasks in turn, for each seed."""
+    parser = argparse.ArgumentParser(prog="experiments.paper.continual")
+    parser.add_argument("--workdir", required=True, help="the folder of the study's trials")
+    given = parser.parse_args(arguments)
+    try:
+        for seed in study.SEEDS:
+            run(given.workdir, seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
