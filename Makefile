@@ -65,10 +65,11 @@ quickstart: $(VENV)/.base  ## train a few soft prompts on a real model, into run
 test: $(VENV)/.test  ## run the tests (ARGS="..." goes to pytest)
 	@$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
-paper: $(VENV)/.base  ## run the study on the ladder, 90 minutes at a time, into runs/paper
-	@$(VENV)/bin/softprompt sweep paper/everything --workdir runs/paper --minutes 90 $(ARGS)
-	@$(VENV)/bin/python -m experiments.paper.continual --workdir runs/paper
-	@$(VENV)/bin/python -m experiments.paper.report --workdir runs/paper
+paper: $(VENV)/.base  ## run the study, some 90 minutes at a time, into runs/paper
+	@$(VENV)/bin/softprompt sweep paper/everything --workdir runs/paper --minutes 80 $(ARGS); \
+		swept=$$?; \
+		$(VENV)/bin/python -m experiments.paper.continual --workdir runs/paper || swept=$$?; \
+		$(VENV)/bin/python -m experiments.paper.report --workdir runs/paper && exit $$swept
 
 report: $(VENV)/.base  ## write the study's report from the committed records, into runs/report
 	@$(VENV)/bin/python -m experiments.paper.report

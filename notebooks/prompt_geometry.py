@@ -192,26 +192,21 @@ plt.show()
 # %% [markdown]
 # ## Each prompt in numbers
 #
-# * **nearest, tightness**: means over the vectors, as in the figure.
-# * **labels kept**: of the vectors that started from a label, the share that has it near.
+# * **cosine to the nearest, tightness**: means over the vectors, as in the figure.
+# * **label persistence**: of the vectors that started from a label, the share that has it near.
 # * **duplicates**: the share whose nearest token is also that of an earlier vector.
-# * **norm ratio**: the mean length of the vectors over that of the vocabulary's.
+# * **norm**: the mean length of the vectors over that of the vocabulary's.
 # * **displacement**: how far vectors moved, over their length at the start. A prompt that hardly
 #   moved keeps its labels for that reason alone.
 
 # %%
-lines = []
+rows = []
 for kind, some in found.items():
     for prompt, near in zip(prompts, some, strict=True):
         vectors_PD = KINDS[kind](prompt)
-        line = {"vectors": kind, "prompt": prompt.name, "nearest": near.similarity[:, 0].mean()}
-        line |= {"tightness": near.tightness.mean()}
-        line |= {"labels kept": geometry.label_persistence(near, prompt.labels)}
-        line |= {"duplicates": geometry.duplicate_rate(near)}
-        line |= {"norm ratio": geometry.norm_ratio(vectors_PD, vocabulary_VD)}
-        line |= {"displacement": geometry.displacement(vectors_PD, prompt.start_PD)}
-        lines.append(line)
-pd.DataFrame(lines).set_index(["vectors", "prompt"]).round(3)
+        numbers = geometry.measures(near, vectors_PD, prompt.start_PD, vocabulary_VD, prompt.labels)
+        rows.append({"vectors": kind, "prompt": prompt.name} | numbers)
+pd.DataFrame(rows).set_index(["vectors", "prompt"]).round(3)
 
 # %% [markdown]
 # ## Similar prompts
@@ -224,7 +219,7 @@ pd.DataFrame(lines).set_index(["vectors", "prompt"]).round(3)
 kinds = [kind for kind in KINDS if kind != "random"]
 lines = []
 for one, other in itertools.combinations(prompts, 2):
-    line = {"tasks": "same" if one.task == other.task else "different"}
+    line: dict[str, object] = {"tasks": "same" if one.task == other.task else "different"}
     for kind in kinds:
         pair = KINDS[kind](one), KINDS[kind](other)
         line[kind] = geometry.prompt_similarity(*pair)

@@ -59,6 +59,8 @@ records = collect(source) if source.is_dir() else read_records(source)
 folders = {row["trial"]: place for place, row in read_trials(source)} if source.is_dir() else {}
 if EXPERIMENT:
     records = study.own(records, load_experiment(EXPERIMENT).sweep("full"))
+if not any(row["status"] == "done" for row in records):
+    raise ValueError(f"no finished trial of {EXPERIMENT or 'any experiment'} in {source}")
 frame = to_frame(records).rename(
     columns=lambda name: name.removeprefix("config.").removesuffix(".name")
 )
@@ -109,8 +111,8 @@ lines = []
 for model in models:
     for method in (OURS, THEIRS):
         if found := trials(model, method):
-            one_seed = study.points(mean_score(study.scores(found[:1])))
-            line = {"model": model, "method": method, "seeds": study.seeds(found)}
+            one_seed = study.in_points(mean_score(study.scores(found[:1])))
+            line = {"model": model, "method": method, "seeds": study.seed_count(found)}
             line |= {"first seed": study.shown(one_seed), "score": study.shown(study.mean(found))}
             lines.append(line)
 pd.DataFrame(lines)
@@ -142,7 +144,7 @@ lines = []
 for model in models:
     if paired := study.pairs(trials(model, OURS), trials(model, THEIRS)):
         ours, theirs = zip(*paired, strict=True)
-        gap = study.points(paired_difference(study.scores(ours), study.scores(theirs)))
+        gap = study.in_points(paired_difference(study.scores(ours), study.scores(theirs)))
         line = {"model": model, "pairs": len(paired), f"{OURS} minus {THEIRS}": study.shown(gap)}
         line |= {"width": f"{gap.high - gap.low:.1f}", "width, unpaired": unpaired(ours, theirs)}
         lines.append(line)
@@ -195,7 +197,7 @@ if curves:
             axes.plot(mean.index, mean, color=colour, linewidth=2, label=method)
         axes.set_title(model, loc="left", fontsize=10)
         axes.set_xlabel("Step")
-    panels[0, 0].set_ylabel("Validation score")
+    panels[0, 0].set_ylabel("Validation accuracy")
     panels[0, -1].legend(frameon=False)
     plt.show()
 

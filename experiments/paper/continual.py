@@ -1,4 +1,4 @@
-"""Learning tasks in turn: what does full fine-tuning forget, which prompts of their own keep?
+"""Tasks in turn: how much of the first task does full fine-tuning forget?
 
 Question: a model of the ladder is fine-tuned on movie snippets, then on headlines, then on
 questions. How many points does it lose on movie snippets?
@@ -9,12 +9,15 @@ lost: the weights are frozen, and a test holds the first prompt's predictions eq
 Command:
     python -m experiments.paper.continual --workdir runs/paper
 
-Cost: 6 trials on d1, and three of Figure 1's. Each begins with the merged weights of the last.
+Cost: 6 trials on d1, and three of Figure 1's. Each starts from the merged weights of the
+one before.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 from etils import epath
@@ -24,7 +27,7 @@ import softprompt as sp
 from experiments.paper import figure1, study
 from softprompt.analysis.comparisons import at_least
 from softprompt.analysis.plots import category_plot
-from softprompt.config import resolve
+from softprompt.config import ConfigDict, resolve
 from softprompt.errors import UserError
 from softprompt.results import Row
 from softprompt.trials.merged_model import export_merged
@@ -42,27 +45,39 @@ CAPTION = (
 
 
 def run(workdir: epath.PathLike, seed: int) -> None:
-    """Trains on the tasks in turn; what is done already is not done again."""
+    """Trains on the tasks in turn; what is done already is not done again.
+
+    A folder below the working directory is named relative to it, since the path of the weights is a
+    part of a trial's id.
+    """
     config = resolve(study.trial(MODEL, "full", seed))
     trial = sp.train(config, trial_folder(workdir, config))
     for task in LATER:
-        place = epath.Path(workdir) / FOLDER / f"s{seed}" / task
-        start = place / "start"
-        if not start.exists():
-            export_merged(trial.config, trial.folder / DELTA, start)
-        other = study.TASK if task == LATER[-1] else ""
-        config = study.trial(str(start), "full", seed, task__name=task, eval__transfer=other)
-        trial = sp.train(config, place / "trial")
+        place = Path(os.path.relpath(workdir)) / FOLDER / f"s{seed}" / task
+        if not (place / "start").exists():
+            export_merged(trial.config, trial.folder / DELTA, epath.Path(place / "start"))
+        trial = sp.train(later(str(place / "start"), seed, task), place / "trial")
+
+
+def later(model: str, seed: int, task: str) -> ConfigDict:
+    """The trial on a later task; the last one is tested on the first task too."""
+    other = study.TASK if task == LATER[-1] else ""
+    return study.trial(model, "full", seed, task__name=task, eval__transfer=other)
 
 
 def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """For each seed the trial on the first task, and that on the last, which began from it."""
+    """For each seed the trial on the first task, and that on the last."""
+    ends = {f"{FOLDER}/s{seed}/{LATER[-1]}/start": seed for seed in study.SEEDS}
+    models = {str(study.value(row, "model.name")) for row in rows}
+    configs = [
+        later(model, seed, LATER[-1])
+        for model in sorted(models)
+        for end, seed in ends.items()
+        if model.endswith(end)
+    ]
+    last = {study.value(row, "seed"): row for row in study.own(rows, configs)}
+    last = {seed: row for seed, row in last.items() if study.TASK in row["answers"]}
     first = {study.value(row, "seed"): row for row in figure1.trials(rows, "full").get(MODEL, [])}
-    last = {
-        study.value(row, "seed"): row
-        for row in study.select(rows, method__name="full", task__name=LATER[-1])
-        if f"/{FOLDER}/" in study.value(row, "model.name") and study.TASK in row["answers"]
-    }
     return [(first[seed], last[seed]) for seed in sorted(first.keys() & last.keys())]
 
 
@@ -93,7 +108,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
         [
             {
                 "learnt": name,
-                "seeds": study.seeds(trials),
+                "seeds": study.seed_count(trials),
                 "score on movie snippets": study.shown(study.mean(trials, study.TASK)),
             }
             for name, trials in stages(rows).items()

@@ -2,8 +2,8 @@
 
 Question: trained on 30, 300 and 3,000 movie snippets, which of the two scores higher?
 
-Prediction: with 30 a prompt is at least as good, by 300 full fine-tuning is, and at 3,000 it is
-ahead. It is refuted if full fine-tuning leads at 30, or the prompt at 3,000.
+Prediction: with 30 a prompt is at least as good; with 300 and with 3,000 full fine-tuning is. Each
+is refuted if the other method is ahead.
 
 Command:
     softprompt sweep paper/data_size --workdir runs/paper
@@ -26,10 +26,7 @@ MODEL = study.SMOLLM2
 SIZES = (30, 300, 3000)
 METHODS = ("prompt", "full")
 
-CAPTION = (
-    "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
-    "examples, by the number of training snippets. Equally many steps at each."
-)
+CAPTION = f"{study.SCORE_CAPTION} Each seed trains on other examples, for equally many steps."
 
 
 def sweep(subset: str = "full") -> list[ConfigDict]:
@@ -40,7 +37,7 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     """
     study.check_full(subset)
     return [
-        study.trial(MODEL, method, seed, data__train_examples=count)
+        study.trial(MODEL, method, seed, data__train_examples=count, data__subset_seed=seed)
         for count in SIZES
         for seed in study.SEEDS
         for method in METHODS

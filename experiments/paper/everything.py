@@ -5,14 +5,16 @@ Question: which of the paper's findings hold on models that a laptop can train?
 Prediction: see the artefacts, which are the other files of this folder.
 
 Command:
-    softprompt sweep paper/everything --workdir runs/paper --minutes 90   (make paper)
+    softprompt sweep paper/everything --workdir runs/paper --minutes 80
+    python -m experiments.paper.continual --workdir runs/paper
     python -m experiments.paper.report --workdir runs/paper
 
 Cost: the trials of all artefacts, the most telling first; --minutes stops the sweep in time, and
-the same command goes on. The ladder's models must be there (`softprompt ladder`).
+the same command goes on. `make paper` runs all three commands. The ladder's models must be there
+(`softprompt ladder`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import pandas as pd
@@ -27,12 +29,12 @@ from experiments.paper import (
     figure3_start,
     section7,
     steps,
+    study,
     table1,
     table2,
     table3,
     table5,
 )
-from experiments.paper.study import check_full, finding_table
 from softprompt.config import ConfigDict, resolve, trial_id
 from softprompt.results import Row
 from softprompt.trials.outputs import experiment_name
@@ -54,10 +56,7 @@ ARTEFACTS: tuple[ModuleType, ...] = (
 )
 SWEPT = [artefact for artefact in ARTEFACTS if hasattr(artefact, "sweep")]
 
-CAPTION = (
-    "Predictions and what was found, with 95 % intervals over seeds and test examples. A "
-    "prediction holds, or is refuted, if its whole interval lies in the range that says so."
-)
+CAPTION = study.VERDICT_CAPTION
 
 
 def sweep(subset: str = "full") -> list[ConfigDict]:
@@ -66,16 +65,19 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     Raises:
         UserError: another subset.
     """
-    check_full(subset)
+    study.check_full(subset)
     configs = [config for artefact in SWEPT for config in artefact.sweep()]
     return list({trial_id(resolve(config)): config for config in configs}.values())
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each prediction."""
-    tables = {
-        experiment_name(artefact): finding_table(artefact.findings(rows)) for artefact in ARTEFACTS
-    }
+    return verdict_table({one: one.findings(rows) for one in ARTEFACTS})
+
+
+def verdict_table(found: Mapping[ModuleType, Sequence[study.Finding]]) -> pd.DataFrame:
+    """A line for each finding of the artefacts."""
+    tables = {experiment_name(one): study.finding_table(some) for one, some in found.items()}
     return pd.concat(tables, names=["artefact", None]).reset_index(level=0).reset_index(drop=True)
 
 

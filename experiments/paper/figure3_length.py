@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import study
-from softprompt.analysis.comparisons import Prediction, at_least
+from softprompt.analysis.comparisons import at_least, at_most
 from softprompt.analysis.plots import length_plot
 from softprompt.config import ConfigDict
 from softprompt.results import Row
@@ -25,10 +25,7 @@ from softprompt.results import Row
 MODEL = study.SMOLLM2
 LENGTHS = (1, 5, 20, 100, 150)
 
-CAPTION = (
-    "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
-    "examples. Prompts start from label tokens."
-)
+CAPTION = f"{study.SCORE_CAPTION} Prompts start from label tokens."
 
 
 def sweep(subset: str = "full") -> list[ConfigDict]:
@@ -67,7 +64,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
             "beyond 20 little is gained",
             long,
             usual,
-            Prediction((-float("inf"), 2), (2, float("inf"))),
+            at_most(2),
         ),
     ]
 

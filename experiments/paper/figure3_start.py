@@ -25,10 +25,7 @@ from softprompt.results import Row
 MODELS = (study.SMOLLM2,)
 STARTS = ("uniform", "vocabulary", "labels")
 
-CAPTION = (
-    "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
-    "examples. Prompts of 20 vectors."
-)
+CAPTION = f"{study.SCORE_CAPTION} Prompts of 20 vectors."
 
 
 def sweep(subset: str = "full") -> list[ConfigDict]:

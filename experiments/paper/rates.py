@@ -65,9 +65,12 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
             "rate": study.value(row, "optimizer.rate"),
             "validation accuracy": row["metrics"]["validation"]["accuracy"],
         }
-        for row in rows
+        for row in study.own(rows, sweep())
     ]
-    frame = pd.DataFrame(lines).sort_values(["model", "method", "rate"], ignore_index=True)
+    columns = ["model", "method", "rate", "validation accuracy"]
+    frame = pd.DataFrame(lines, columns=columns).sort_values(
+        ["model", "method", "rate"], ignore_index=True
+    )
     best = frame.groupby(["model", "method"])["validation accuracy"].idxmax()
     frame["chosen"] = ["yes" if line in set(best) else "" for line in frame.index]
     return frame

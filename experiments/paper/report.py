@@ -6,7 +6,7 @@ Command:
     python -m experiments.paper.report --workdir runs/paper --keep (the same, and commit them)
 
 Writes report.md with figures beside it, and report.html, one file without outside assets. Both
-follow from the records alone.
+follow from the records alone; with --workdir, prompts are measured for them, which loads the model.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,7 +39,7 @@ from softprompt.trials.session import Session
 
 ARTEFACTS: tuple[ModuleType, ...] = (*everything.ARTEFACTS, parameters)
 RESULTS = Path(__file__).parent / "results"
-RECORDS, PROMPTS, RUNGS = RESULTS / "records.jsonl", RESULTS / "prompts", RESULTS / "ladder.json"
+RECORDS, PROMPTS, LADDER = RESULTS / "records.jsonl", RESULTS / "prompts", RESULTS / "ladder.json"
 DOCS = Path(__file__).parents[2] / "docs" / "study"
 
 DEVIATIONS = (
@@ -80,6 +80,9 @@ for (const th of document.querySelectorAll("th")) th.onclick = () => {
 """
 
 
+Findings = Mapping[ModuleType, Sequence[study.Finding]]
+
+
 def section(artefact: ModuleType, name: str) -> str:
     """A paragraph of an artefact's docstring, such as its "Question", on one line; "" for none."""
     found = re.search(rf"^{name}[^:\n]*: (.*?)(?:\n\n|\Z)", artefact.__doc__ or "", re.M | re.S)
@@ -103,12 +106,12 @@ def findings(artefact: ModuleType, records: Sequence[Row]) -> list[study.Finding
     return artefact.findings(records) if hasattr(artefact, "findings") else []
 
 
-def summary(records: Sequence[Row]) -> str:
+def summary(records: Sequence[Row], found: Findings) -> str:
     """How many trials there are, what they took, and what the verdicts are."""
     done = [row for row in records if row["status"] == "done"]
     spent = sum(row.get("seconds") or 0 for row in done)
-    found = [one.verdict for artefact in ARTEFACTS for one in findings(artefact, records)]
-    counts = ", ".join(f"{found.count(word)} {word}" for word in VERDICTS)
+    each = [one.verdict for some in found.values() for one in some]
+    counts = ", ".join(f"{each.count(word)} {word}" for word in VERDICTS)
     versions = sorted({f"jax {row['versions']['jax']}" for row in done if "versions" in row})
     kinds = sorted({f"{d['count']} {d['kind']}" for row in done if (d := row.get("devices"))})
     return (
@@ -127,26 +130,19 @@ def svg(artefact: ModuleType, records: Sequence[Row]) -> str:
     return text[text.index("<svg") :]
 
 
-def contents(
-    artefact: ModuleType, records: Sequence[Row]
-) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Its findings' table, its table and its figure, empty without trials."""
-    found = study.finding_table(findings(artefact, records))
+def part(
+    artefact: ModuleType, found: Sequence[study.Finding], records: Sequence[Row], folder: Path
+) -> tuple[str, str]:
+    """An artefact's part of the report as Markdown, with its figure in a file, and as HTML."""
     table = artefact.table(records)
     drawn = svg(artefact, records) if len(table) else ""
-    return found, table, drawn
-
-
-def part(artefact: ModuleType, records: Sequence[Row], folder: Path) -> tuple[str, str]:
-    """An artefact's part of the report as Markdown, with its figure in a file, and as HTML."""
-    found, table, drawn = contents(artefact, records)
     told = [(word, section(artefact, word)) for word in ("Question", "Prediction")]
     lines = [f"## {title(artefact)}", *(f"**{word}.** {text}" for word, text in told if text)]
     lines.append(f"**Command.** {'; '.join(f'`{one}`' for one in command(artefact).splitlines())}")
     page = [f"<h2>{html.escape(title(artefact))}</h2>"]
     page += [f"<p><b>{word}.</b> {html.escape(text)}</p>" for word, text in told if text]
     page.append(f"<pre>{html.escape(command(artefact))}</pre>")
-    for frame in (found, table):
+    for frame in (study.finding_table(found), table):
         if len(frame):
             lines.append(to_markdown(frame).rstrip())
             page.append(f'<div class="wide">{to_html(frame)}</div>')
@@ -161,13 +157,10 @@ def part(artefact: ModuleType, records: Sequence[Row], folder: Path) -> tuple[st
     return "\n\n".join(lines), "\n".join(page)
 
 
-def verdicts(records: Sequence[Row]) -> tuple[str, str]:
+def verdicts(found: Findings) -> tuple[str, str]:
     """All predictions with their verdicts, as Markdown and as HTML."""
-    table = everything.table(records)[["artefact", "prediction", "here (95 %)", "verdict"]]
-    note = (
-        "A prediction holds, or is refuted, if the whole 95 % interval lies in the range that says "
-        "so; otherwise, and with one seed, it is undecided."
-    )
+    columns = ["artefact", "prediction", "here (95 %)", "verdict"]
+    table, note = everything.verdict_table(found)[columns], study.VERDICT_CAPTION
     page = f'<h2>Verdicts</h2><div class="wide">{to_html(table)}</div><p>{note}</p>'
     return f"## Verdicts\n\n{to_markdown(table)}\n{note}", page
 
@@ -206,13 +199,16 @@ def write(
 ) -> None:
     """Writes report.md, its figures and, as a `page`, report.html."""
     heading = "Prompt tuning at the scale of a laptop"
-    made = [verdicts(records), *(part(one, records, folder) for one in ARTEFACTS), ending(rungs)]
-    markdown = [f"# {heading}", summary(records), *(text for text, _ in made)]
+    found = {artefact: findings(artefact, records) for artefact in ARTEFACTS}
+    told = summary(records, found)
+    parts = (part(artefact, some, records, folder) for artefact, some in found.items())
+    made = [verdicts({one: some for one, some in found.items() if some}), *parts, ending(rungs)]
+    markdown = [f"# {heading}", told, *(text for text, _ in made)]
     write_text(folder / "report.md", "\n\n".join(markdown) + "\n")
     if not page:
         return
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    pages = [f"<h1>{heading}</h1><p>{html.escape(summary(records))}</p>", *(p for _, p in made)]
+    pages = [f"<h1>{heading}</h1><p>{html.escape(told)}</p>", *(p for _, p in made)]
     write_text(
         folder / "report.html",
         f"<!doctype html><html lang=en><head>{head}<title>softprompt: report</title>"
@@ -240,17 +236,21 @@ def measured(workdir: str) -> list[Row]:
 
 def read_rungs() -> list[dict[str, Any]]:
     """The committed facts of the pretrained models."""
-    found: list[dict[str, Any]] = json.loads(RUNGS.read_text()) if RUNGS.exists() else []
+    found: list[dict[str, Any]] = json.loads(LADDER.read_text()) if LADDER.exists() else []
     return found
 
 
 def keep(records: Sequence[Row], rungs: Sequence[dict[str, Any]], workdir: str) -> None:
     """Keeps records, models' facts, the prompts of Section 7 and report.md in the repository."""
     write_records(RECORDS, records)
-    write_text(RUNGS, json.dumps(list(rungs), indent=1) + "\n")
+    write_text(LADDER, json.dumps(list(rungs), indent=1) + "\n")
     wanted = {row["trial"] for row in section7.trials(records)}
+    for folder, kind in ((PROMPTS, "*.safetensors"), (DOCS / "figures", "*.svg")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(kind):
+            old.unlink()
     write(records, DOCS, rungs, page=False)
-    PROMPTS.mkdir(exist_ok=True)
+    wanted = {row["trial"] for row in section7.trials(records)}
     for place, row in read_trials(workdir):
         if row["trial"] in wanted:
             (PROMPTS / f"{row['name']}.safetensors").write_bytes((place / DELTA).read_bytes())
@@ -263,6 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="keep the records in the repository")
     parser.add_argument("--to", type=Path, default=Path("runs/report"))
     given = parser.parse_args(arguments)
+    if given.keep and not given.workdir:
+        parser.error("--keep needs --workdir, whose trials it keeps")
     try:
         records = measured(given.workdir) if given.workdir else read_records(RECORDS)
         rungs = (
@@ -270,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.workdir
             else read_rungs()
         )
-        if given.keep and given.workdir:
+        if given.keep:
             keep(records, rungs, given.workdir)
         write(records, given.to, rungs)
     except UserError as error:

@@ -10,7 +10,8 @@ Command:
     softprompt sweep paper/figure1 --workdir runs/paper
     python -m experiments.paper.report --workdir runs/paper
 
-Cost: none of its own. The trials are those of Figure 1; the report measures their prompts.
+Cost: no trials of its own. The report loads SmolLM2 and measures the prompts of Figure 1, in half a
+minute.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from experiments.paper import figure1, study
 from softprompt.analysis import geometry
 from softprompt.analysis.comparisons import Estimate, at_least, mean_score
 from softprompt.analysis.plots import Point, category_plot
+from softprompt.analysis.tables import wilson_interval
 from softprompt.methods.delta_file import load_delta
 from softprompt.models.quantize import embedding
 from softprompt.results import Row
@@ -35,13 +37,15 @@ from softprompt.trials.session import Session
 MODEL = study.SMOLLM2
 NEAR = 5
 SHARES = ("label persistence", "tightness", "tightness of random vectors", "duplicates")
+NUMBERS = ("cosine to the nearest", *SHARES, "norm", "displacement")
 
 CAPTION = (
     f"Prompts of 20 vectors for {MODEL} that started from labels, and the {NEAR} nearest tokens of "
     "each vector by cosine. Label persistence: label vectors with a token of their label among "
     "them. Tightness: mean cosine between the tokens. Duplicates: vectors whose nearest token is "
     "also that of an earlier one. Norm: over that of the vocabulary's rows. Displacement: mean "
-    "distance moved over the norm at the start. Bars over seeds."
+    "distance moved over the norm at the start. Intervals over seeds; of label persistence over "
+    "label vectors (Wilson's)."
 )
 
 
@@ -54,20 +58,21 @@ def measure(folder: epath.PathLike, session: Session) -> dict[str, Any]:
     prepared = prepare(config, session)
     start_PD = np.asarray(initial_state(prepared).delta["prompt"], np.float32)
     prompt_PD = np.asarray(load_delta(epath.Path(folder) / DELTA)[0]["prompt"], np.float32)
-    embedding_VD = np.asarray(embedding(prepared.loaded.weights["embed"]), np.float32)
+    loaded = prepared.loaded
+    rows_VD = np.asarray(embedding(loaded.weights["embed"]), np.float32)
+    embedding_VD = rows_VD * loaded.config.embed_scale
     random_PD = np.asarray(np.random.default_rng(config.seed).standard_normal(prompt_PD.shape))
     found = geometry.neighbours(prompt_PD, embedding_VD, count=NEAR)
     train = prepared.tasks[0].train
     labels = [train.without_eos(ids).tolist() for ids in train.candidates]
-    decode = prepared.loaded.tokenizer.decode
-    return {
-        SHARES[0]: geometry.label_persistence(found, labels),
-        SHARES[1]: float(found.tightness.mean()),
-        SHARES[2]: float(geometry.neighbours(random_PD, embedding_VD, count=NEAR).tightness.mean()),
-        SHARES[3]: geometry.duplicate_rate(found),
-        "norm": geometry.norm_ratio(prompt_PD, embedding_VD),
-        "displacement": geometry.displacement(prompt_PD, start_PD),
-        "nearest": [[decode([token]) for token in near] for near in found.ids.tolist()],
+    numbers = geometry.measures(found, prompt_PD, start_PD, embedding_VD, labels)
+    random = geometry.neighbours(random_PD, embedding_VD, count=NEAR)
+    return numbers | {
+        SHARES[2]: float(random.tightness.mean()),
+        "labels": len(labels),
+        "nearest": [
+            [loaded.tokenizer.decode([token]) for token in near] for near in found.ids.tolist()
+        ],
     }
 
 
@@ -81,9 +86,14 @@ def trials(rows: Sequence[Row]) -> list[Row]:
     return [row for row in prompts(rows) if "geometry" in row]
 
 
-def mean(found: Sequence[Row], name: str) -> Estimate:
-    """The mean of a number over seeds, with its interval."""
-    return mean_score({"": np.array([[row["geometry"][name]] for row in found])})
+def mean_over_seeds(found: Sequence[Row], name: str) -> Estimate:
+    """The mean of a number over seeds, with its interval; Wilson's for persistence, a share."""
+    values = np.array([[row["geometry"][name]] for row in found])
+    if name != SHARES[0]:
+        return mean_score({"": values})
+    share = float(values.mean())
+    low, high = wilson_interval(share, sum(row["geometry"]["labels"] for row in found))
+    return Estimate(share, low, high, np.array([share]))
 
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
@@ -93,9 +103,9 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
         study.Finding(
             "label vectors that keep their label as a neighbour (share)",
             "class labels persist as nearest neighbours",
-            mean(found, SHARES[0]) if found else None,
+            mean_over_seeds(found, SHARES[0]) if found else None,
             at_least(0.9, refuted_below=0.5),
-            study.seeds(found),
+            study.seed_count(found),
         )
     ]
 
@@ -104,7 +114,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each seed, with the neighbours of the first two vectors."""
     lines = []
     for row in trials(rows):
-        numbers = {key: v for key, v in row["geometry"].items() if key != "nearest"}
+        numbers = {name: row["geometry"][name] for name in NUMBERS}
         near = ["; ".join(token.strip() for token in some) for some in row["geometry"]["nearest"]]
         lines.append(
             {"seed": study.value(row, "seed")}
@@ -118,6 +128,6 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Returns the shares, with their intervals over seeds."""
     found, series = trials(rows), {}
     for name in SHARES if found else ():
-        one, each = mean(found, name), tuple(row["geometry"][name] for row in found)
+        one, each = mean_over_seeds(found, name), tuple(row["geometry"][name] for row in found)
         series[name] = Point(0, one.value, one.low, one.high, each)
     return category_plot({MODEL: series}, {}, ylabel="Share or cosine", title="Section 7")

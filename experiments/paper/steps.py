@@ -25,10 +25,7 @@ from softprompt.results import Row
 MODEL = "ladder/d1"
 USUAL, MORE = study.LADDER_STEPS[0], 4 * study.LADDER_STEPS[0]
 
-CAPTION = (
-    "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
-    "examples. Prompts of 20 vectors."
-)
+CAPTION = f"{study.SCORE_CAPTION} Prompts of 20 vectors."
 
 
 def sweep(subset: str = "full") -> list[ConfigDict]:

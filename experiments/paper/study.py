@@ -33,7 +33,7 @@ from softprompt.trials.records import example_scores
 
 SMOLLM2 = "smollm2-135m-instruct-q4"
 TASK = "movie_sentiment"
-# Other domains, on which the trials of Figure 1 are also tested, for Table 1.
+# Other domains, on which Figure 1's trials on SmolLM2 are also tested, for Table 1.
 SHIFTED = ("amazon_sentiment", "tweets_sentiment", "nyt_sentiment")
 SEEDS = (0, 1, 2)
 LENGTH = 20
@@ -54,6 +54,16 @@ RATES: dict[tuple[str, str], float] = {
 SEARCHED = {"prompt": (0.1, 0.5, 2.0), "full": (3e-4, 1e-3, 3e-3)}
 
 
+SCORE_CAPTION = (
+    "Score in points, 0 for the most frequent label, with its 95 % interval over seeds and test "
+    "examples."
+)
+VERDICT_CAPTION = (
+    "A prediction holds, or is refuted, if the whole 95 % interval lies in the range that says so; "
+    "otherwise, and with one seed, it is undecided."
+)
+
+
 def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
     """A trial of the study.
 
@@ -61,8 +71,8 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
         model: a name of the catalogue or the ladder.
         method: such as "prompt" or "full".
         seed: of the trial.
-        **changes: other keys, as `section__key=value`. A trial without any is one of Figure 1's,
-            and tested on `SHIFTED` too.
+        **changes: other keys, as `section__key=value`. A trial on SmolLM2 without any is one of
+            Figure 1's, and tested on `SHIFTED` too.
     """
     config = base_config()
     rate = RATES.get((model, method)) or RATES.get(("ladder/d1", method), 0.01)
@@ -92,7 +102,7 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
             "optimizer.rate_unit": "embedding_rms",
         }
     changed = keys | {name.replace("__", "."): value for name, value in changes.items()}
-    if method in ("prompt", "full") and seed in SEEDS and changed == keys:
+    if model == SMOLLM2 and method in ("prompt", "full") and seed in SEEDS and changed == keys:
         changed["eval.transfer"] = ",".join(SHIFTED)
     for key, value in changed.items():
         set_key(config, key, value)
@@ -115,15 +125,20 @@ def size(model: str) -> int:
     return parameter_count(config or CATALOG[model].config)
 
 
-def own(records: Sequence[Row], configs: Sequence[ConfigDict]) -> list[Row]:
-    """The records that are trials of these configs, in whatever dtype.
+def own(
+    records: Sequence[Row], configs: Sequence[ConfigDict], *, answered: bool = True
+) -> list[Row]:
+    """The finished trials of these configs among records, in whatever dtype.
 
     One folder has the trials of all artefacts, and of others. Of two that differ in the dtype or in
-    what else they were tested on, the one that was tested on more counts.
+    what else they were tested on, the one that was tested on more counts. With `answered`, trials
+    without an answer to each test example do not count.
     """
     wanted, found = {_identity(json.dumps(to_dict(config))) for config in configs}, {}
-    for row in sorted(records, key=lambda row: len(row.get("answers", {}))):
-        found[_identity(json.dumps(row["config"]))] = row
+    for row in sorted(records, key=lambda row: (len(row.get("answers", {})), row["trial"])):
+        missing = answered and value(row, "task.name") not in row.get("answers", {})
+        if row["status"] == "done" and not missing:
+            found[_identity(json.dumps(row["config"]))] = row
     return [row for identity, row in found.items() if identity in wanted]
 
 
@@ -184,12 +199,12 @@ def difference(paired: Sequence[tuple[Row, Row]], task: str = "") -> Estimate | 
     if not paired:
         return None
     ours, theirs = (scores(trials, task) for trials in zip(*paired, strict=True))
-    return points(paired_difference(ours, theirs))
+    return in_points(paired_difference(ours, theirs))
 
 
 def mean(trials: Sequence[Row], task: str = "") -> Estimate | None:
     """The mean score, in points, on their tasks or another; None if there are no trials."""
-    return points(mean_score(scores(trials, task))) if trials else None
+    return in_points(mean_score(scores(trials, task))) if trials else None
 
 
 def accuracy(trials: Sequence[Row]) -> float | None:
@@ -203,7 +218,7 @@ def shown(found: Estimate | None) -> str:
     return f"{found.value:.1f} ({found.low:.1f} to {found.high:.1f})" if found else ""
 
 
-def points(found: Estimate) -> Estimate:
+def in_points(found: Estimate) -> Estimate:
     """The same times 100."""
     return Estimate(100 * found.value, 100 * found.low, 100 * found.high, 100 * found.draws)
 
@@ -211,15 +226,20 @@ def points(found: Estimate) -> Estimate:
 def score_table(column: str, found: Mapping[Any, Sequence[Row]]) -> pd.DataFrame:
     """A line for each value: its seeds and its score with an interval."""
     lines = [
-        {column: one, "seeds": seeds(trials), "score": shown(mean(trials))}
+        {column: one, "seeds": seed_count(trials), "score": shown(mean(trials))}
         for one, trials in found.items()
     ]
     return pd.DataFrame(lines, columns=[column, "seeds", "score"])
 
 
-def seeds(trials: Sequence[Row]) -> int:
+def seed_count(trials: Sequence[Row]) -> int:
     """The number of different seeds."""
     return len({value(row, "seed") for row in trials})
+
+
+def estimate_point(found: Estimate) -> Point:
+    """An estimate for a figure of categories."""
+    return Point(0, found.value, found.low, found.high, ())
 
 
 def point(x: float, trials: Sequence[Row], task: str = "") -> Point:
@@ -238,9 +258,9 @@ class Finding:
     Attributes:
         claim: the prediction, as a sentence.
         paper: the paper's number or sentence.
-        found: our number, with its interval; None if trials are missing.
+        found: our number, with its interval; None if trials are missing, or it is not defined.
         prediction: the ranges in which it holds and is refuted.
-        seeds: the fewest seeds of any number in it.
+        seeds: the fewest seeds of any number in it; 0 if trials are missing.
     """
 
     claim: str
@@ -253,11 +273,12 @@ class Finding:
     def verdict(self) -> str:
         """One of `comparisons.VERDICTS`: "holds", "refuted", "undecided" or "not run".
 
-        One seed decides nothing: its interval is that of the test examples alone.
+        One seed decides nothing: its interval is that of the test examples alone. Nor do trials
+        whose number is not defined, such as a half of a lead that there is not.
         """
-        return (
-            "undecided" if self.found and self.seeds < 2 else verdict(self.found, self.prediction)
-        )
+        if self.found is None or self.seeds < 2:
+            return "undecided" if self.seeds else "not run"
+        return verdict(self.found, self.prediction)
 
 
 def compared(
@@ -265,7 +286,7 @@ def compared(
 ) -> Finding:
     """A finding about our trials minus theirs."""
     paired = pairs(ours, theirs)
-    count = seeds([one for one, _ in paired])
+    count = seed_count([one for one, _ in paired])
     return Finding(claim, paper, difference(paired), prediction, count)
 
 

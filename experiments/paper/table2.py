@@ -1,10 +1,10 @@
-"""Table 2: does a prompt for paraphrases carry over to another domain?
+"""Table 2: which method carries over to paraphrases of another domain?
 
 Question: trained to tell whether two Bible verses are translations of one, in the books of Moses or
-in the Gospels, and tested on the other books, which method scores higher?
+in the Gospels, and tested on the other books, does a prompt score as high as full fine-tuning?
 
-Prediction: on a rung of the ladder neither beats, by more than 5 points, a threshold on the overlap
-of words, which needs no model. It is refuted if one does.
+Prediction, from the paper's Table 2: it scores at least as high. It is refuted if full fine-tuning
+is ahead. A threshold on the overlap of words, which needs no model, is the measure of both.
 
 Command:
     softprompt sweep paper/table2 --workdir runs/paper
@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import study
-from softprompt.analysis.comparisons import Estimate, at_most
+from softprompt.analysis.comparisons import at_least
 from softprompt.analysis.plots import Point, category_plot
 from softprompt.config import ConfigDict
 from softprompt.data.builtin_tasks import TASKS
@@ -66,27 +66,20 @@ def trials(rows: Sequence[Row], task: str, method: str) -> list[Row]:
     return [row for row in found if OTHER[task][0] in row["answers"]]
 
 
-def above(found: Estimate, floor: float) -> Estimate:
-    """A score minus the threshold's."""
-    return Estimate(found.value - floor, found.low - floor, found.high - floor, found.draws - floor)
-
-
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found."""
     made = []
-    for task, (other, floor) in OTHER.items():
-        for method in METHODS:
-            some = trials(rows, task, method)
-            score = study.mean(some, other)
-            made.append(
-                study.Finding(
-                    f"{task} to {other}, {method}: at most 5 points above the threshold",
-                    "QQP to MRPC: full 73.1, prompt 76.3; MRPC to QQP: 74.9 and 75.4 (accuracy)",
-                    above(score, floor) if score else None,
-                    at_most(5),
-                    study.seeds(some),
-                )
+    for task, (other, _) in OTHER.items():
+        paired = study.pairs(*(trials(rows, task, method) for method in METHODS))
+        made.append(
+            study.Finding(
+                f"{task} to {other}: a prompt is at least as good as full fine-tuning",
+                "accuracy of a prompt and full: QQP to MRPC 76.3, 73.1; MRPC to QQP 75.4, 74.9",
+                study.difference(paired, other),
+                at_least(0),
+                len(paired),
             )
+        )
     return made
 
 
@@ -100,7 +93,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
                     {
                         "trained on": task,
                         "method": method,
-                        "seeds": study.seeds(some),
+                        "seeds": study.seed_count(some),
                         "score there": study.shown(study.mean(some)),
                         "tested on": other,
                         "score": study.shown(study.mean(some, other)),
@@ -116,7 +109,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     for task, (other, _) in OTHER.items():
         for method in METHODS:
             if one := study.mean(trials(rows, task, method), other):
-                series[method][f"{task} to {other}"] = Point(0, one.value, one.low, one.high, ())
+                series[method][f"{task} to {other}"] = study.estimate_point(one)
     thresholds = {
         f"{task} to {other}": Point(0, floor, floor, floor, ())
         for task, (other, floor) in OTHER.items()

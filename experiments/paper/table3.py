@@ -15,13 +15,12 @@ prompts' rows are scored in one batch by `softprompt evaluate FOLDER FOLDER ...`
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import study
-from softprompt.analysis.comparisons import at_least, mean_score, paired_difference
-from softprompt.analysis.plots import Point, category_plot
+from softprompt.analysis.comparisons import Estimate, at_least, mean_score
+from softprompt.analysis.plots import category_plot
 from softprompt.config import ConfigDict
 from softprompt.results import Row
 from softprompt.trials.records import vote
@@ -31,8 +30,8 @@ MEMBERS = (0, 1, 2, 3, 4)
 
 CAPTION = (
     "Score in points, 0 for the most frequent label, with its 95 % interval over test examples, "
-    "and for the mean over seeds. Best: the prompt with the best validation accuracy. Of labels "
-    "with equally many votes, the one wins that the best of their prompts voted for."
+    "and for the mean also over seeds. Best: the prompt with the best validation accuracy. Of "
+    "labels with equally many votes, the one wins that the best of their prompts voted for."
 )
 
 
@@ -58,11 +57,11 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
     prompts, lead = members(rows), None
     if prompts:
         scores_ME = study.scores(prompts)[study.TASK]
-        voted_ME = np.repeat(vote(prompts, study.TASK), len(prompts), axis=0)
-        lead = study.points(paired_difference({study.TASK: voted_ME}, {study.TASK: scores_ME}))
+        ahead_1E = vote(prompts, study.TASK) - scores_ME.mean(0, keepdims=True)
+        lead = study.in_points(mean_score({study.TASK: ahead_1E}))
     return [
         study.Finding(
-            "a vote of five prompts is at least as good as their mean (points)",
+            "the vote of these five prompts is at least as good as their mean (points)",
             "SuperGLUE at XXL: mean 90.5, best 91.0, vote 91.3",
             lead,
             at_least(0),
@@ -71,7 +70,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
     ]
 
 
-def points(rows: Sequence[Row]) -> dict[str, Point]:
+def ways(rows: Sequence[Row]) -> dict[str, Estimate]:
     """The scores of the mean, the best and the vote."""
     prompts = members(rows)
     if not prompts:
@@ -79,23 +78,20 @@ def points(rows: Sequence[Row]) -> dict[str, Point]:
     best = study.scores(prompts[:1])
     found = {
         "mean": study.mean(prompts),
-        "best by validation": study.points(mean_score(best)),
-        "vote": study.points(mean_score({study.TASK: vote(prompts, study.TASK)})),
+        "best by validation": study.in_points(mean_score(best)),
+        "vote": study.in_points(mean_score({study.TASK: vote(prompts, study.TASK)})),
     }
-    return {name: Point(0, one.value, one.low, one.high, ()) for name, one in found.items() if one}
+    return {name: one for name, one in found.items() if one}
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each way to use five prompts."""
     return pd.DataFrame(
-        [
-            {"five prompts": name, "score": f"{one.mean:.1f} ({one.low:.1f} to {one.high:.1f})"}
-            for name, one in points(rows).items()
-        ]
+        [{"five prompts": name, "score": study.shown(one)} for name, one in ways(rows).items()]
     )
 
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Returns the scores side by side."""
-    series = {MODEL: points(rows)}
+    series = {MODEL: {name: study.estimate_point(one) for name, one in ways(rows).items()}}
     return category_plot(series, {}, ylabel="Score (points)", title="Table 3: a vote of five")

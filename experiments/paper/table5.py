@@ -39,28 +39,34 @@ def seconds(row: Row) -> float:
     return float(next(spent for _, spent, value in curve if value >= best - WITHIN))
 
 
-def by_length(rows: Sequence[Row]) -> dict[int, np.ndarray]:
-    """Length -> seconds of each seed, [seeds, 1]."""
-    found = figure3_length.by_length(rows)
-    return {
-        length: np.array([[seconds(row)] for row in trials]) for length, trials in found.items()
+def by_length(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """Length -> the trials that were timed alone: those of a group share the processor."""
+    found = {
+        length: [row for row in trials if row.get("curve") and row.get("members", 1) == 1]
+        for length, trials in figure3_length.by_length(rows).items()
     }
+    return {length: trials for length, trials in found.items() if trials}
+
+
+def times(trials: Sequence[Row]) -> np.ndarray:
+    """The seconds of each trial, [trials, 1]."""
+    return np.array([[seconds(row)] for row in trials])
 
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The prediction, and what was found."""
     found, more = by_length(rows), None
-    one, long = (found.get(length, np.zeros((0, 1))) for length in (1, 100))
-    count = min(len(one), len(long))
-    if count:
-        more = paired_difference({"": long[:count]}, {"": one[:count]})
+    paired = study.pairs(found.get(100, []), found.get(1, []))
+    if paired:
+        long, one = (times(trials) for trials in zip(*paired, strict=True))
+        more = paired_difference({"": long}, {"": one})
     return [
         study.Finding(
             "100 vectors take longer than one to come within 1 point of their best (seconds)",
             "BoolQ at XXL: 21 minutes with one vector, 3 hours 51 minutes with 100",
             more,
             at_least(0),
-            count,
+            len(paired),
         )
     ]
 
@@ -69,7 +75,11 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each length."""
     return pd.DataFrame(
         [
-            {"length": length, "seeds": len(some), "seconds": study.shown(mean_score({"": some}))}
+            {
+                "length": length,
+                "seeds": len(some),
+                "seconds": study.shown(mean_score({"": times(some)})),
+            }
             for length, some in by_length(rows).items()
         ]
     )
@@ -79,8 +89,8 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Returns the seconds by length."""
     line = []
     for length, some in by_length(rows).items():
-        one = mean_score({"": some})
-        line.append(Point(length, one.value, one.low, one.high, tuple(some[:, 0])))
+        one = mean_score({"": times(some)})
+        line.append(Point(length, one.value, one.low, one.high, tuple(times(some)[:, 0])))
     return length_plot(
         {"prompt": line},
         {},

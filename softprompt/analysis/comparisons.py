@@ -89,6 +89,44 @@ def mean_score(
     return _estimate(value, total, level)
 
 
+def contrast(
+    weights: Mapping[str, float],
+    scores: Mapping[str, Scores],
+    *,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Estimate:
+    """Returns a weighted sum of the means of several tasks on which the same trials were tested.
+
+    A seed's effect is common to the tasks, so its variance is that of the seeds' weighted sums; the
+    examples of each task are resampled by themselves.
+
+    Args:
+        weights: task -> weight.
+        scores: task -> [seeds, examples], such as a paired difference. Seeds are the same trials.
+        draws: samples that are drawn.
+        level: of the interval.
+        seed: of the draws.
+
+    Raises:
+        UserError: the tasks have different numbers of seeds.
+    """
+    counts = {len(scores[task]) for task in weights}
+    if len(counts) > 1:
+        raise UserError(f"a contrast needs the same seeds of each task; there are {sorted(counts)}")
+    random, (seeds,) = np.random.default_rng(seed), counts
+    total, sums_S, noise = np.zeros(draws), np.zeros(seeds), 0.0
+    for task, weight in weights.items():
+        total += weight * _resampled_means(random, scores[task].mean(0), draws)
+        sums_S += weight * scores[task].mean(1)
+        noise += weight**2 * _interaction(scores[task]) / scores[task].shape[1]
+    if seeds > 1:
+        variance = max(0.0, float(sums_S.var(ddof=1)) - noise) / seeds
+        total += math.sqrt(variance) * random.standard_t(seeds - 1, draws)
+    return _estimate(float(sums_S.mean()), total, level)
+
+
 def slope(x: Sequence[float], groups: Sequence[Estimate], *, level: float = LEVEL) -> Estimate:
     """Returns the least-squares slope of estimates over x, with its interval.
 
@@ -192,11 +230,16 @@ def _seed_variance(scores_SE: Scores) -> float:
     examples already counts: the mean square of the interaction is subtracted.
     Source: Searle, Casella and McCulloch 1992, chapter 4 (two-way crossed, one value a cell).
     """
+    within = _interaction(scores_SE) / scores_SE.shape[1]
+    return max(0.0, float(scores_SE.mean(1).var(ddof=1)) - within)
+
+
+def _interaction(scores_SE: Scores) -> float:
+    """The variance of single answers that neither the seed nor the example explains."""
     seeds, examples = scores_SE.shape
     means_S, means_E = scores_SE.mean(1, keepdims=True), scores_SE.mean(0, keepdims=True)
     rest_SE = scores_SE - means_S - means_E + scores_SE.mean()
-    interaction = float(np.square(rest_SE).sum()) / ((seeds - 1) * max(1, examples - 1))
-    return max(0.0, float(means_S.var(ddof=1)) - interaction / examples)
+    return float(np.square(rest_SE).sum()) / max(1, (seeds - 1) * max(1, examples - 1))
 
 
 def _estimate(value: float, draws: npt.NDArray[np.floating], level: float) -> Estimate:

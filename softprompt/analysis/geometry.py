@@ -77,6 +77,32 @@ def displacement(prompt_PD: Floats, start_PD: Floats) -> float:
     return float(moved / np.linalg.norm(start_PD, axis=-1).mean())
 
 
+def measures(
+    found: Neighbours,
+    prompt_PD: Floats,
+    start_PD: Floats,
+    embedding_VD: Floats,
+    labels: Sequence[Sequence[int]],
+) -> dict[str, float]:
+    """All numbers of a prompt: means over its vectors.
+
+    Args:
+        found: its neighbours.
+        prompt_PD: the prompt.
+        start_PD: what it started from.
+        embedding_VD: the rows of the vocabulary.
+        labels: see `label_persistence`.
+    """
+    return {
+        "cosine to the nearest": float(found.similarity[:, 0].mean()),
+        "tightness": float(found.tightness.mean()),
+        "label persistence": label_persistence(found, labels),
+        "duplicates": duplicate_rate(found),
+        "norm": norm_ratio(prompt_PD, embedding_VD),
+        "displacement": displacement(prompt_PD, start_PD),
+    }
+
+
 def prompt_similarity(one_PD: Floats, other_PD: Floats) -> float:
     """The mean cosine between all pairs of vectors of two prompts, of any lengths.
 

@@ -81,10 +81,10 @@ def read_predictions(folder: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[str, Any]:
-    """Metrics of the selected delta: on the test split, and optionally of more.
+    """Metrics of the selected delta on the test split.
 
-    These are the test splits of other tasks, a text, and latency. Writes the predictions of the
-    test splits.
+    If the config asks for them, also on the test splits of other tasks and on a text, and the
+    latency. Writes the predictions of the test splits.
     """
     tested, found = measure(prepared, delta, "test")
     metrics: dict[str, Any] = {"test": tested}

@@ -28,7 +28,8 @@ def collect(folder: epath.PathLike) -> list[Row]:
 
     `row["answers"]` has for each task: "examples", their number; "majority", the share of the most
     frequent label; "ids", a digest of the examples' ids in order; "right", a bit an example, 1 for
-    a right label, in hex; "predicted", a letter an example, "a" for the first of the sorted labels.
+    a right label, in hex; "predicted", a letter an example, "a" for the first of the examples'
+    sorted labels, "?" for one that no example has.
     `row["curve"]` has [step, seconds of training until then, value] for each validation of the
     metric that selects.
 
@@ -129,8 +130,7 @@ def _curve(folder: epath.Path, row: Row) -> dict[str, Any]:
 
 
 def _packed(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    true, predicted = ({line[key] for line in lines} for key in ("label", "predicted"))
-    labels = [*sorted(true), *sorted(predicted - true)]
+    labels = sorted({line["label"] for line in lines})
     letters = {label: chr(ord("a") + n) for n, label in enumerate(labels)}
     ids = "\n".join(str(line["id"]) for line in lines)
     right = np.array([line["label"] == line["predicted"] for line in lines])
@@ -139,5 +139,5 @@ def _packed(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "majority": max(Counter(line["label"] for line in lines).values()) / len(lines),
         "ids": hashlib.sha256(ids.encode()).hexdigest()[:16],
         "right": np.packbits(right).tobytes().hex(),
-        "predicted": "".join(letters[line["predicted"]] for line in lines),
+        "predicted": "".join(letters.get(line["predicted"], "?") for line in lines),
     }

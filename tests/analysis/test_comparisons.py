@@ -9,6 +9,7 @@ from softprompt.analysis.comparisons import (
     Estimate,
     at_least,
     at_most,
+    contrast,
     mean_score,
     paired_difference,
     slope,
@@ -49,6 +50,31 @@ def test_intervals_cover_the_truth_as_often_as_they_say(seeds, examples, tasks, 
         covered += found.low <= 0.05 <= found.high
     # 93 to 97 %, and what 600 trials can be off by.
     assert 0.93 - 0.018 < covered / trials < 0.97 + 0.018
+
+
+def test_a_contrast_of_tasks_with_common_seeds_covers_the_truth():
+    """Breaks when the tasks' seeds are taken as independent (91 %), or weights are not squared."""
+    weights = {"a": -1.0, "b": 0.5, "c": 0.5}
+    random, trials, covered = np.random.default_rng(0), 600, 0
+    for trial in range(trials):
+        seeds_S = random.normal(0, 0.2, 3)  # common to b and c
+        scores = {
+            name: (share + effect * seeds_S[:, None]) + random.normal(0, 0.4, (3, 200))
+            for name, share, effect in (("a", 0.1, 0.0), ("b", 0.2, 1.0), ("c", 0.4, 1.0))
+        }
+        found = contrast(weights, scores, draws=400, seed=trial)
+        covered += found.low <= 0.2 <= found.high
+    assert 0.93 - 0.018 < covered / trials < 0.97 + 0.018
+
+
+def test_a_contrast_of_one_task_is_its_mean():
+    random = np.random.default_rng(0)
+    scores = {"t": random.normal(0.5, 0.2, (3, 100)) + random.normal(0, 0.1, (3, 1))}
+    one, other = contrast({"t": 1.0}, scores), mean_score(scores)
+    assert one.value == pytest.approx(other.value)
+    assert (one.low, one.high) == pytest.approx((other.low, other.high), abs=0.02)
+    with pytest.raises(UserError, match="same seeds of each task"):
+        contrast({"t": 1.0, "u": 1.0}, scores | {"u": scores["t"][:2]})
 
 
 def test_the_interval_is_at_least_that_of_the_examples():

@@ -10,8 +10,9 @@ from softprompt.trials.session import Session
 from tests.own_task import Lines, make_config, write_task
 
 
-def test_two_more_tasks(tiny_folder, tmp_path):
+def test_two_more_tasks(tiny_folder, tmp_path, monkeypatch):
     """Equal to the bit. Mutation: a step of full fine-tuning writes into the session's weights."""
+    monkeypatch.setattr(Session, "release", lambda self, config: None)  # nor are they loaded again
     session, found = Session(Lines()), []
     config = make_config(write_task(tmp_path), tiny_folder, optimizer__rate=0.1)
     run_trial(config, tmp_path / "first", session=session)

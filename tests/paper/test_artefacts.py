@@ -6,6 +6,7 @@ import pytest
 from experiments.paper import (
     continual,
     data_size,
+    everything,
     figure3_length,
     figure3_pretraining,
     figure3_start,
@@ -17,6 +18,7 @@ from experiments.paper import (
     table3,
     table5,
 )
+from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import vote
 from tests.paper.simulated import record, seeds
 from tests.paper.test_figure1 import PROMPT
@@ -79,12 +81,13 @@ def test_another_domain():
 
 
 def test_verses():
-    """Breaks when the score at home counts, or a threshold is the other domain's."""
-    for accuracy, verdict in ((0.75, "holds"), (1.0, "refuted")):
-        rows = [
+    """Breaks when the score at home counts, or full fine-tuning's lead is the prompt's."""
+
+    def trials(**accuracies):
+        return [
             row
             for task, (other, _) in table2.OTHER.items()
-            for method in table2.METHODS
+            for method, accuracy in accuracies.items()
             for row in seeds(
                 table2.MODEL,
                 method,
@@ -95,8 +98,11 @@ def test_verses():
                 data__test_examples=0,
             )
         ]
-        assert verdicts(table2, rows) == [verdict] * 4
-    assert table2.table(rows)["threshold"].tolist() == ["92.0", "92.0", "93.7", "93.7"]
+
+    assert verdicts(table2, trials(prompt=0.8, full=0.7)) == ["holds"] * 2
+    found = trials(prompt=0.7, full=0.8)
+    assert verdicts(table2, found) == ["refuted"] * 2
+    assert table2.table(found)["threshold"].tolist() == ["92.0", "92.0", "93.7", "93.7"]
 
 
 def test_thresholds_on_overlap():
@@ -150,9 +156,11 @@ def test_time():
         row["curve"][1][1] += n
     assert [table5.seconds(row) for row in slow] == [60, 61, 62]
     assert verdicts(table5, quick + slow) == ["holds"]
+    slow[0]["members"] = 2  # it shared the processor with another
+    assert table5.findings(quick + slow)[0].found.value == pytest.approx((51 + 52) / 2)
     back = lengths({1: LONGER[1]}, seconds=90) + slow
     assert verdicts(table5, back) == ["refuted"]
-    assert table5.table(quick + slow)["length"].tolist() == [1, 20, 100]
+    assert table5.table(quick + slow)["seeds"].tolist() == [3, 3, 2]
 
 
 def test_pretraining():
@@ -168,12 +176,17 @@ def test_pretraining():
 
     paper = trials((0.60, 0.61, 0.66, 0.68, 0.72))
     assert verdicts(figure3_pretraining, paper) == ["holds"] * 3
-    other = trials((0.72, 0.80, 0.66, 0.66, 0.60))
-    assert verdicts(figure3_pretraining, other) == ["refuted"] * 3
+    large = trials((0.60, 0.71, 0.78, 0.76, 0.72))
+    assert verdicts(figure3_pretraining, large) == ["holds", "refuted", "refuted"]
+    behind = trials(
+        (0.72, 0.60, 0.66, 0.66, 0.60)
+    )  # there is no lead that a sentinel could recover
+    assert verdicts(figure3_pretraining, behind) == ["refuted", "undecided", "refuted"]
     assert figure3_pretraining.table(paper)["pretraining"].tolist() == [*figure3_pretraining.STATES]
 
 
 def test_steps():
+    """Breaks when the usual steps' lead counts, or the longer trials are taken for Figure 1's."""
     more = {"train__steps": 1600, "optimizer__warmup": 160, "eval__every": 400}
     usual = seeds(steps.MODEL, "prompt", (0.60, 0.61, 0.60))
     for gain, verdict in ((-0.05, "holds"), (0.1, "refuted")):
@@ -184,26 +197,50 @@ def test_steps():
 
 
 def test_data_size():
-    """Breaks when a size's trials count for another."""
-    accuracies = {"prompt": (0.80, 0.81, 0.82), "full": (0.70, 0.85, 0.90)}
-    rows = [
-        row
-        for method, scores in accuracies.items()
-        for count, accuracy in zip(data_size.SIZES, scores, strict=True)
-        for row in seeds(LARGE, method, [accuracy] * 3, data__train_examples=count)
-    ]
-    assert verdicts(data_size, rows) == ["holds"] * 3
-    assert len(data_size.table(rows)) == 6
+    """Breaks when a size's trials count for another, or all seeds train on the same examples."""
+
+    def trials(prompt, full):
+        return [
+            record(LARGE, method, seed, accuracy, **keys(count, seed))
+            for method, scores in (("prompt", prompt), ("full", full))
+            for count, accuracy in zip(data_size.SIZES, scores, strict=True)
+            for seed in range(3)
+        ]
+
+    def keys(count, seed):
+        return {"data__train_examples": count, "data__subset_seed": seed}
+
+    usual = trials((0.80, 0.81, 0.82), (0.70, 0.85, 0.90))
+    assert verdicts(data_size, usual) == ["holds"] * 3
+    assert verdicts(data_size, trials((0.7, 0.9, 0.9), (0.8, 0.8, 0.8))) == ["refuted"] * 3
+    lines = data_size.table(usual).to_dict("records")
+    assert [line["examples"] for line in lines] == [*data_size.SIZES] * 2
+    assert [line["score"][:4] for line in lines] == ["60.0", "62.0", "64.0", "40.0", "70.0", "80.0"]
 
 
 def test_geometry():
+    """Breaks when seeds that agree are taken for certainty, or another share is the verdict's."""
     rows = seeds(LARGE, "prompt", (0.86, 0.85, 0.86))
     assert verdicts(section7, rows) == ["not run"]
-    numbers = dict.fromkeys(section7.SHARES, 1.0) | {"norm": 1.0, "displacement": 0.1}
-    for row in rows:
-        row["geometry"] = numbers | {"nearest": [[" positive", " good"], [" negative"]]}
-    assert verdicts(section7, rows) == ["holds"]
-    for row in rows:
-        row["geometry"] = row["geometry"] | {section7.SHARES[0]: 0.0}
-    assert verdicts(section7, rows) == ["refuted"]
+    numbers = dict.fromkeys(section7.NUMBERS, 0.4)
+    for labels, share, verdict in ((2, 1.0, "undecided"), (40, 1.0, "holds"), (40, 0.0, "refuted")):
+        for row in rows:
+            row["geometry"] = numbers | {
+                section7.SHARES[0]: share,
+                "labels": labels,
+                "nearest": [[" positive", " good"], [" negative"]],
+            }
+        assert verdicts(section7, rows) == [verdict]
     assert section7.table(rows)["nearest to the first two"][0] == "positive; good | negative"
+
+
+@pytest.mark.parametrize("artefact", everything.ARTEFACTS, ids=experiment_name)
+def test_records_that_lack_a_part(artefact):
+    """Breaks when a trial that failed, or whose answers or curve are lost, stops the report."""
+    whole = [record(LARGE, method, 0, 0.8) for method in ("prompt", "full")]
+    whole += lengths({1: (0.7, 0.7), 100: (0.8, 0.8)})
+    without = [{k: v for k, v in row.items() if k not in ("answers", "curve")} for row in whole]
+    failed = [row | {"status": "failed", "metrics": {}} for row in without]
+    for rows in ([], without, failed, [*whole[:1], *without, *failed]):
+        assert set(verdicts(artefact, rows)) <= {"not run", "undecided"}
+        artefact.table(rows)

@@ -90,3 +90,8 @@ def test_equal_trials_count_once():
         row["config"]["eval"]["transfer"] = ""
         row["answers"] = {}
     assert study.own([*rows, *again], figure1.sweep()) == study.own(rows, figure1.sweep())
+    for row in again:
+        row["trial"] = f"0{row['trial']}"
+        row["answers"] = {study.TASK: {}}
+    both = [*rows, *again]
+    assert study.own(both, figure1.sweep()) == study.own(both[::-1], figure1.sweep())

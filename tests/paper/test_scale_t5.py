@@ -40,7 +40,8 @@ def test_scores():
         if config.seed == 0 or config.task.name == "cb_dev":
             score = 0.9 if config.task.name == "cb_dev" else 0.5
             metrics = {"test": {scale_t5.SCORE: score}}
-            rows.append({"status": "done", "config": to_dict(config), "metrics": metrics})
+            facts = {"trial": trial_id(config), "status": "done", "metrics": metrics}
+            rows.append(facts | {"config": to_dict(config)})
     (line,) = scale_t5.table(rows).to_dict("records")
     assert line["score"] == pytest.approx(55.0)
     assert scale_t5.table(rows[:-1] if rows[-1]["config"]["seed"] == 0 else rows[1:]).empty

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import jax
 import pytest
@@ -21,6 +20,17 @@ from tests.tiny_t5 import write_complete_t5
 MODEL = study.SMOLLM2
 
 
+FACTS = {
+    "trained_tokens": 1000,
+    "loss": 4.5,
+    "peak_share": 0.5,
+    "seconds": 60.0,
+    "recipe_hash": "0" * 12,
+    "corpus": {"digest": "1" * 16},
+    "commit": "2" * 40,
+}
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder in which the study's models and tasks are tiny, with two seeds and few steps."""
@@ -29,7 +39,7 @@ def place(tmp_path, monkeypatch):
     for name in (*RUNGS, *(f"ladder/t0@lm{share}" for share in (10, 50, 100))):
         write = write_complete_t5 if "/t" in name else write_llama_folder
         folder = write(tmp_path / "cache" / name, **({} if "/t" in name else sizes))
-        (folder / PROVENANCE).write_text("{}")
+        (folder / PROVENANCE).write_text(json.dumps(FACTS))
     device = jax.devices()[:1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
@@ -79,10 +89,17 @@ def test_the_study(place, monkeypatch, capsys):
         assert all(path.stat().st_mtime_ns == time for path, time in times.items())
         assert continual.main(["--workdir", "runs"]) == 0
         rows = read_rows("runs")
-        records = report.measured("runs")
+        for name in ("PROMPTS", "DOCS"):
+            patch.setattr(report, name, place / name)
+        for name in ("RECORDS", "LADDER"):
+            patch.setattr(report, name, place / f"{name}.json")
+        assert report.main(["--workdir", "runs", "--keep", "--to", "report"]) == 0
+        assert report.main(["--to", "again"]) == 0
     assert CATALOG[MODEL] is entry
-    report.write(records, place / "report")
+    assert len(list((place / "PROMPTS").iterdir())) == len(study.SEEDS)
     text = (place / "report/report.md").read_text()
+    assert text == (place / "again/report.md").read_text() == (place / "DOCS/report.md").read_text()
+    assert "| ladder/d4 " in text and "4.500" in text
     assert f"{len(rows)} trials" in text
-    assert re.findall(r"[^\n]*not run[^\n]*", text, re.IGNORECASE) == [report.summary(records)]
     assert ", 0 not run." in text
+    assert "\n\nNot run." not in text

@@ -78,6 +78,6 @@ def test_a_vote_with_ties(tmp_path):
     for folder, letters in answers.items():
         write_trial(tmp_path / "w" / folder, [names[one] for one in letters], labels=labels)
     records = collect(tmp_path / "w")
-    assert records[3]["answers"]["own"]["predicted"] == "bbcb"  # sorted: bad, good, then others
+    assert records[3]["answers"]["own"]["predicted"] == "bb?b"  # no example has the label "extra"
     # 2:2 goes to the first trial's "bad"; then 2 of 4 for "good", and 3 of 4 for it.
     np.testing.assert_allclose(vote(records, "own"), [[-1, 1, 1, -1]])
