@@ -24,7 +24,7 @@ from softprompt.results import Row
 
 MODEL = study.SMOLLM2
 SIZES = (30, 300, 3000)
-METHODS = ("prompt", "full")
+NAMES = {"prompt": "a prompt", "full": "full fine-tuning"}
 
 CAPTION = f"{study.SCORE_CAPTION} Each seed trains on other examples, for equally many steps."
 
@@ -40,7 +40,7 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
         study.trial(MODEL, method, seed, data__train_examples=count, data__subset_seed=seed)
         for count in SIZES
         for seed in study.SEEDS
-        for method in METHODS
+        for method in NAMES
     ]
 
 
@@ -52,12 +52,12 @@ def by_size(rows: Sequence[Row], method: str) -> dict[int, list[Row]]:
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found."""
-    found = {method: by_size(rows, method) for method in METHODS}
+    found = {method: by_size(rows, method) for method in NAMES}
     few, some, many = SIZES
     orders = ((few, "prompt", "full"), (some, "full", "prompt"), (many, "full", "prompt"))
     return [
         study.compared(
-            f"with {count:,} examples {one} is at least as good as {other}",
+            f"with {count:,} examples {NAMES[one]} is at least as good as {NAMES[other]}",
             "",
             found[one].get(count, []),
             found[other].get(count, []),
@@ -70,7 +70,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each method and number of examples."""
     parts = []
-    for method in METHODS:
+    for method in NAMES:
         part = study.score_table("examples", by_size(rows, method))
         part.insert(0, "method", method)
         parts.append(part)
@@ -81,7 +81,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     """Returns the score by the number of examples, a line for each method."""
     series = {
         method: [study.point(count, some) for count, some in by_size(rows, method).items()]
-        for method in METHODS
+        for method in NAMES
     }
     return length_plot(
         series, {}, xlabel="Training examples", ylabel="Score (points)", title="Data size"

@@ -56,7 +56,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
         for better, worse in (("labels", "vocabulary"), ("vocabulary", "uniform")):
             made.append(
                 study.compared(
-                    f"{model}: {better} are at least as good as {worse}",
+                    f"{model}: a start from {better} is at least as good as from {worse}",
                     "class labels are best at small sizes; no difference at XXL",
                     found.get(better, []),
                     found.get(worse, []),

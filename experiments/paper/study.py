@@ -87,6 +87,8 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
         "data.validation_examples": 200,
         "data.test_examples": 1000,
     }
+    if model == SMOLLM2:
+        keys["mesh.population"] = 1  # alone, so that Table 5 compares times
     if method not in ("none", "fewshot"):
         keys |= {
             "optimizer.rate": rate,
