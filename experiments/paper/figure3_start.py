@@ -22,7 +22,7 @@ from softprompt.analysis.plots import category_plot
 from softprompt.config import ConfigDict
 from softprompt.results import Row
 
-MODELS = (study.SMOLLM2,)
+MODEL = study.SMOLLM2
 STARTS = ("uniform", "vocabulary", "labels")
 
 CAPTION = f"{study.SCORE_CAPTION} Prompts of 20 vectors."
@@ -36,55 +36,40 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     """
     study.check_full(subset)
     return [
-        study.trial(model, "prompt", seed, method__init=start)
-        for model in MODELS
+        study.trial(MODEL, "prompt", seed, method__init=start)
         for seed in study.SEEDS
         for start in STARTS
     ]
 
 
-def by_start(rows: Sequence[Row], model: str) -> dict[str, list[Row]]:
-    """Start -> trials of a model."""
-    return study.by_value(study.own(rows, sweep()), "method.init", STARTS, model__name=model)
+def by_start(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Start -> trials."""
+    return study.by_value(study.own(rows, sweep()), "method.init", STARTS)
 
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
-    """The predictions, and what was found, at each model."""
-    made = []
-    for model in MODELS:
-        found = by_start(rows, model)
-        for better, worse in (("labels", "vocabulary"), ("vocabulary", "uniform")):
-            made.append(
-                study.compared(
-                    f"{model}: a start from {better} is at least as good as from {worse}",
-                    "class labels are best at small sizes; no difference at XXL",
-                    found.get(better, []),
-                    found.get(worse, []),
-                    at_least(0),
-                )
-            )
-    return made
+    """The predictions, and what was found."""
+    found = by_start(rows)
+    return [
+        study.compared(
+            f"a start from {better} is at least as good as from {worse}",
+            "class labels are best at small sizes; no difference at XXL",
+            found.get(better, []),
+            found.get(worse, []),
+            at_least(0),
+        )
+        for better, worse in (("labels", "vocabulary"), ("vocabulary", "uniform"))
+    ]
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Returns one line for each model and start."""
-    parts = []
-    for model in MODELS:
-        found = by_start(rows, model)
-        part = study.score_table("start", found)
-        part.insert(0, "model", model)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+    """Returns one line for each start."""
+    return study.score_table("start", by_start(rows))
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Returns the score by model, a dot for each start."""
-    series = {
-        start: {
-            model: study.point(0, found[start])
-            for model in MODELS
-            if start in (found := by_start(rows, model))
-        }
-        for start in STARTS
-    }
-    return category_plot(series, {}, ylabel="Score (points)", title="Figure 3b: initialisation")
+    """Returns the score by start."""
+    points = {start: study.point(0, trials) for start, trials in by_start(rows).items()}
+    return category_plot(
+        {MODEL: points}, {}, ylabel="Score (points)", title="Figure 3b: initialisation"
+    )
