@@ -7,6 +7,7 @@ The commands themselves are in softprompt/commands.py.
 
 import argparse
 import errno
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,10 @@ def path(text: str) -> str:
     """Returns a path as it was given; "" would mean the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("is ''; allowed: a path that is not empty")
+    if text.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}, which needs gcsfs; install the extra gcs: softprompt[gcs]"
+        )
     return text
 
 
