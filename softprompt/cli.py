@@ -23,10 +23,6 @@ def path(text: str) -> str:
     """Returns a path as it was given; "" would mean the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("is ''; allowed: a path that is not empty")
-    if text.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise argparse.ArgumentTypeError(
-            f"is {text!r}, which needs gcsfs; install the extra gcs: softprompt[gcs]"
-        )
     return text
 
 
@@ -220,11 +216,25 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def check_buckets(arguments: argparse.Namespace) -> None:
+    """Checks that folders at gs:// can be read.
+
+    Raises:
+        UserError: the package that reads them is not installed.
+    """
+    for value in vars(arguments).values():
+        for text in value if isinstance(value, list) else [value]:
+            remote = isinstance(text, str) and text.startswith("gs://")
+            if remote and importlib.util.find_spec("gcsfs") is None:
+                raise UserError(f"{text} needs gcsfs; install the extra gcs: softprompt[gcs]")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
         check_streams()
         arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
+        check_buckets(arguments)
         code = RUN[arguments.command](arguments, overrides)
         sys.stdout.flush()
         return code

@@ -187,7 +187,7 @@ def test_a_bucket_without_its_file_system(capsys, monkeypatch):
     """Breaks when a missing package ends in a traceback, or is only looked for after training."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["train", "--workdir", "gs://bucket/one"]) == 2
-    assert "--workdir: is 'gs://bucket/one', which needs gcsfs" in capsys.readouterr().err
+    assert "error: gs://bucket/one needs gcsfs; install" in capsys.readouterr().err
 
 
 def test_a_workdir_that_is_a_file(capsys, place, tmp_path):
