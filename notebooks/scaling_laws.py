@@ -224,7 +224,7 @@ if enough:
         where = (one["parameters"], one["loss"])
         axes.annotate(one["name"], where, (6, 4), textcoords="offset points")
     size_axis(axes, list(ladder["parameters"]))
-    axes.set_ylabel("Held-out loss (nats)")
+    axes.set(xlabel="Parameters of the layers", ylabel="Held-out loss (nats)")
     axes.legend(frameon=False)
     plt.show()
 

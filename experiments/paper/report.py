@@ -273,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else read_rungs()
         )
         if given.keep:
-            keep(records, rungs, given.workdir)
+            done = [row for row in records if row["status"] == "done"]
+            keep(done, rungs, given.workdir)
         write(records, given.to, rungs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
