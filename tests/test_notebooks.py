@@ -147,5 +147,6 @@ def test_prompt_geometry(tmp_path, smollm2):
     assert "1 trained prompts; 1 other files" in text
     assert re.search(r"^0 +' negative' ", text, re.MULTILINE)
     assert re.search(r"^0 +' film', ", text, re.MULTILINE)
-    assert re.search(r"trained movie_sentiment, seed 0 +1\.0\d* +0\.\d+ +0\.0 +0\.05 ", text)
+    for numbers in (r"1\.0\d* +0\.\d+", r"0\.0 +0\.05 "):  # the table is shown in two parts
+        assert re.search(f"trained movie_sentiment, seed 0 +{numbers}", text)
     assert text.count("<figure>") == 2
