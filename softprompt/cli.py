@@ -7,7 +7,6 @@ The commands themselves are in softprompt/commands.py.
 
 import argparse
 import errno
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import NoReturn
 
 from softprompt.commands import RUN, Overrides
 from softprompt.errors import UserError
+from softprompt.files import check_reachable
 
 DESCRIPTION = "Prompt tuning on frozen language models, and sweeps that study how it scales."
 
@@ -216,17 +216,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def check_buckets(arguments: argparse.Namespace) -> None:
-    """Checks that folders at gs:// can be read.
-
-    Raises:
-        UserError: the package that reads them is not installed.
-    """
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Checks that every folder and file that a command names can be reached."""
     for value in vars(arguments).values():
         for text in value if isinstance(value, list) else [value]:
-            remote = isinstance(text, str) and text.startswith("gs://")
-            if remote and importlib.util.find_spec("gcsfs") is None:
-                raise UserError(f"{text} needs gcsfs; install the extra gcs: softprompt[gcs]")
+            check_reachable(str(text))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_streams()
         arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
-        check_buckets(arguments)
+        check_paths(arguments)
         code = RUN[arguments.command](arguments, overrides)
         sys.stdout.flush()
         return code

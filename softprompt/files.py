@@ -1,5 +1,6 @@
 """Atomic writes of files, local or gs://, and reads of JSON."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -47,12 +48,23 @@ def read_json(file: epath.PathLike) -> dict[str, Any]:
     return value
 
 
+def check_reachable(path: epath.PathLike) -> None:
+    """Checks that a file system for a path is installed, without touching it.
+
+    Raises:
+        UserError: the path is at gs://, and gcsfs is not installed.
+    """
+    if os.fspath(path).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{path} needs gcsfs; install the extra gcs: softprompt[gcs]")
+
+
 def check_writable(folder: epath.PathLike) -> None:
     """Checks that a folder can be created or written to, without creating it.
 
     Raises:
-        UserError: part of the path is not a folder, or is not writable.
+        UserError: part of the path is not a folder, or is not writable, or see `check_reachable`.
     """
+    check_reachable(folder)
     path = os.fspath(folder)
     if "://" in path:
         return  # a write to a bucket raises its own error

@@ -114,4 +114,8 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(results.os, "access", lambda *_: False)
     with pytest.raises(UserError, match=f"{tmp_path} may not be written to; give another --work"):
         files.check_writable(tmp_path / "new")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     files.check_writable("gs://bucket/folder")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="gs://bucket/folder needs gcsfs"):
+        files.check_writable("gs://bucket/folder")
