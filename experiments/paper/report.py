@@ -244,7 +244,6 @@ def keep(records: Sequence[Row], rungs: Sequence[dict[str, Any]], workdir: str) 
     """Keeps records, models' facts, the prompts of Section 7 and report.md in the repository."""
     write_records(RECORDS, records)
     write_text(LADDER, json.dumps(list(rungs), indent=1) + "\n")
-    wanted = {row["trial"] for row in section7.trials(records)}
     for folder, kind in ((PROMPTS, "*.safetensors"), (DOCS / "figures", "*.svg")):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(kind):

@@ -9,8 +9,8 @@ fine-tuning loses less.
 Command:
     softprompt sweep paper/figure1 --workdir runs/paper
 
-Cost: Figure 1's trials on SmolLM2 are tested on 3,000 more examples, which takes about as long as
-their training.
+Cost: Figure 1's trials on SmolLM2 are tested on 3,000 more examples: about four minutes a trial on
+one core.
 """
 
 from collections.abc import Sequence

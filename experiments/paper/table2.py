@@ -33,7 +33,7 @@ from softprompt.results import Row
 MODEL = "ladder/d1"
 METHODS = ("prompt", "full")
 # Task -> the other domain, and the score there of a threshold that was chosen on the task's train
-# split, in points. `floor` computes it.
+# split, in points. `threshold_score` computes it.
 OTHER = {"law_verses": ("gospel_verses", 92.0), "gospel_verses": ("law_verses", 93.7)}
 
 CAPTION = (
@@ -86,7 +86,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each task and method."""
     lines = []
-    for task, (other, floor) in OTHER.items():
+    for task, (other, threshold) in OTHER.items():
         for method in METHODS:
             if some := trials(rows, task, method):
                 lines.append(
@@ -97,7 +97,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
                         "score there": study.shown(study.mean(some)),
                         "tested on": other,
                         "score": study.shown(study.mean(some, other)),
-                        "threshold": f"{floor:.1f}",
+                        "threshold": f"{threshold:.1f}",
                     }
                 )
     return pd.DataFrame(lines)
@@ -111,8 +111,8 @@ def figure(rows: Sequence[Row]) -> Figure:
             if one := study.mean(trials(rows, task, method), other):
                 series[method][f"{task} to {other}"] = study.estimate_point(one)
     thresholds = {
-        f"{task} to {other}": Point(0, floor, floor, floor, ())
-        for task, (other, floor) in OTHER.items()
+        f"{task} to {other}": Point(0, threshold, threshold, threshold, ())
+        for task, (other, threshold) in OTHER.items()
     }
     series = {name: points for name, points in series.items() if points}
     return category_plot(
@@ -131,7 +131,7 @@ def overlaps(task: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(shares), np.array([record["label"] == "same" for record in records])
 
 
-def floor(task: str, other: str) -> float:
+def threshold_score(task: str, other: str) -> float:
     """The score on another domain of a threshold on the overlap of words, in points."""
     shares, same = overlaps(task, "train")
     cuts = np.unique(shares)
@@ -144,7 +144,7 @@ def floor(task: str, other: str) -> float:
 if __name__ == "__main__":
     try:
         for task, (other, _) in OTHER.items():
-            print(f"{task} to {other}: {floor(task, other):.1f}")
+            print(f"{task} to {other}: {threshold_score(task, other):.1f}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

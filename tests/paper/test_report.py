@@ -9,6 +9,7 @@ from experiments.paper import everything, figure1, report, study
 from softprompt.config import trial_id
 from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import read_records
+from tests.own_task import REPOSITORY
 from tests.paper.test_artefacts import LONGER, lengths
 from tests.paper.test_figure1 import simulated
 
@@ -45,6 +46,18 @@ def test_the_docs_have_the_committed_numbers(tmp_path):
     assert (tmp_path / "report.md").read_text() == (report.DOCS / "report.md").read_text()
     figures = [sorted(p.name for p in one.glob("figures/*")) for one in (tmp_path, report.DOCS)]
     assert figures[0] == figures[1]
+
+
+def test_the_readme_has_the_committed_verdicts():
+    """Breaks when records are replaced and the README keeps the numbers of others."""
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    table = everything.table(read_records(report.RECORDS))
+    held = table[table["verdict"] == "holds"]
+    counts = table["verdict"].value_counts()
+    assert f"Of {len(table)} predictions {len(held)} hold" in readme
+    left = f"{counts['undecided']} are undecided and {counts['not run']} have not been run"
+    assert left in readme
+    assert [number for number in held["here (95 %)"] if number not in readme] == []
 
 
 def test_without_trials(tmp_path, capsys):

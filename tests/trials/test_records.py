@@ -81,3 +81,17 @@ def test_a_vote_with_ties(tmp_path):
     assert records[3]["answers"]["own"]["predicted"] == "bb?b"  # no example has the label "extra"
     # 2:2 goes to the first trial's "bad"; then 2 of 4 for "good", and 3 of 4 for it.
     np.testing.assert_allclose(vote(records, "own"), [[-1, 1, 1, -1]])
+
+
+def test_a_curve(tmp_path):
+    """Breaks when seconds are those of the last line alone, or another metric is taken."""
+    write_trial(tmp_path / "a", LABELS)
+    lines = [
+        {"step": 0, "validation/accuracy": 0.5},
+        {"step": 2, "seconds": 1.5},
+        {"step": 4, "seconds": 2.0},
+        {"step": 4, "validation/macro_f1": 0.1, "validation/accuracy": 0.75},
+    ]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (record,) = collect(tmp_path)
+    assert record["curve"] == [[0, 0.0, 0.5], [4, 3.5, 0.75]]
