@@ -53,7 +53,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(seeds, examples, tasks, 
 
 
 def test_a_contrast_of_tasks_with_common_seeds_covers_the_truth():
-    """Breaks when the tasks' seeds are taken as independent (91 %), or weights are not squared."""
+    """Breaks when the tasks' seeds are taken as independent (91 %)."""
     weights = {"a": -1.0, "b": 0.5, "c": 0.5}
     random, trials, covered = np.random.default_rng(0), 600, 0
     for trial in range(trials):
@@ -68,11 +68,15 @@ def test_a_contrast_of_tasks_with_common_seeds_covers_the_truth():
 
 
 def test_a_contrast_of_one_task_is_its_mean():
+    """Breaks when weights of variances are not squared."""
     random = np.random.default_rng(0)
     scores = {"t": random.normal(0.5, 0.2, (3, 100)) + random.normal(0, 0.1, (3, 1))}
     one, other = contrast({"t": 1.0}, scores), mean_score(scores)
     assert one.value == pytest.approx(other.value)
     assert (one.low, one.high) == pytest.approx((other.low, other.high), abs=0.02)
+    few = {"t": scores["t"][:, :10]}
+    once, twice = (contrast({"t": weight}, few) for weight in (1.0, 2.0))
+    assert (twice.low, twice.high) == pytest.approx((2 * once.low, 2 * once.high))
     with pytest.raises(UserError, match="same seeds of each task"):
         contrast({"t": 1.0, "u": 1.0}, scores | {"u": scores["t"][:2]})
 

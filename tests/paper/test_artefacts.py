@@ -149,15 +149,17 @@ def test_a_vote():
 
 
 def test_time():
-    """Breaks when the time of the best counts, or validation before it is not looked at."""
+    """Breaks when the time of the best counts, or seeds are paired by their place in a list."""
     slow = lengths({100: LONGER[100]}, seconds=60)
     quick = lengths({1: LONGER[1], 20: LONGER[20]})
     for n, row in enumerate(slow):
         row["curve"][1][1] += n
+    for n, row in enumerate(quick[:3]):  # of one vector
+        row["curve"][1][1] += 10 * n
     assert [table5.seconds(row) for row in slow] == [60, 61, 62]
     assert verdicts(table5, quick + slow) == ["holds"]
     slow[0]["members"] = 2  # it shared the processor with another
-    assert table5.findings(quick + slow)[0].found.value == pytest.approx((51 + 52) / 2)
+    assert table5.findings(quick + slow)[0].found.value == pytest.approx((61 - 20 + 62 - 30) / 2)
     back = lengths({1: LONGER[1]}, seconds=90) + slow
     assert verdicts(table5, back) == ["refuted"]
     assert table5.table(quick + slow)["seeds"].tolist() == [3, 3, 2]
