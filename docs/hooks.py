@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from softprompt.cli import COMMANDS, TAKES_OVERRIDES
+from softprompt.commands import COMMANDS
 from softprompt.config import describe
 from softprompt.settings import allowed
 
@@ -36,17 +36,18 @@ def pages() -> dict[str, str]:
 
 def commands_page() -> str:
     """Every command with its arguments and an example."""
+    configurable = [name for name, command in COMMANDS.items() if command.takes_overrides]
     lines = [
         "# Commands",
         "Results go to standard output, progress to standard error. A command exits with 0 when "
         "it is done, 1 when a trial failed, 2 when an argument is wrong, 75 when SIGTERM stopped "
         "it (the same command resumes) and 130 when it was interrupted.",
-        f"`--config.KEY=VALUE` sets any [config key](config.md) for {_list(TAKES_OVERRIDES)}.",
+        f"`--config.KEY=VALUE` sets any [config key](config.md) for {_list(configurable)}.",
     ]
-    for name, (summary, example, flags) in COMMANDS.items():
-        lines += [f"## {name}", f"{summary[0].upper()}{summary[1:]}."]
-        lines.append("\n".join(["| argument | meaning |", "| --- | --- |", *_flags(flags)]))
-        lines.append(f"```sh\n{example}\n```")
+    for name, command in COMMANDS.items():
+        lines += [f"## {name}", f"{command.summary[0].upper()}{command.summary[1:]}."]
+        lines.append("\n".join(["| argument | meaning |", "| --- | --- |", *_flags(command.flags)]))
+        lines.append(f"```sh\n{command.example}\n```")
     return "\n\n".join(lines) + "\n"
 
 

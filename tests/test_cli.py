@@ -1,5 +1,6 @@
 """The command line on a tiny random model and a task of a few lines: commands and mistakes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -92,7 +93,7 @@ def test_every_command_has_help_with_an_example_that_parses(command, capsys):
     with pytest.raises(SystemExit) as done:
         cli.main([command, "--help"])
     assert done.value.code == 0
-    example = cli.COMMANDS[command][1]
+    example = cli.COMMANDS[command].example
     assert example in capsys.readouterr().out
     words = example.rsplit("softprompt ", 1)[1].split()
     assert cli.parse(words)[0].command == command
@@ -344,7 +345,8 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(arguments, overrides):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.RUN, "models", interrupted)
+    command = dataclasses.replace(cli.COMMANDS["models"], run=interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "models", command)
     assert cli.main(["models"]) == 130
     assert capsys.readouterr().err == "softprompt: interrupted; the same command resumes\n"
 
