@@ -230,6 +230,16 @@ def is_done(folder: epath.PathLike) -> bool:
     return row is not None and row["status"] == "done"
 
 
+def find_trial(workdir: epath.PathLike, identity: str) -> epath.Path | None:
+    """Returns the folder in WORKDIR of the trial with this id, which ends its name; None if none.
+
+    `identity` is what `trial_id` returns.
+    """
+    root = epath.Path(workdir)
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return next((one for one in folders if one.name.endswith(f"-{identity}")), None)
+
+
 def read_rows(folder: epath.PathLike) -> list[Row]:
     """Returns the rows of all trials in or below a folder, ordered by folder name.
 

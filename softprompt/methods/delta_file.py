@@ -14,6 +14,7 @@ from safetensors.numpy import load, save
 from softprompt.errors import UserError
 from softprompt.files import write_bytes
 
+DELTA = "delta.safetensors"  # in a trial's folder
 KEY = "softprompt"  # of the only metadata entry in the header
 
 

@@ -244,7 +244,11 @@ class Text(Start):
 class File(Vocabulary):
     """The vectors of a trained prompt, then embeddings of common tokens."""
 
-    init_file: str = setting("", "a delta.safetensors, whose prompt is cut or extended to `length`")
+    init_file: str = setting(
+        "",
+        "a delta.safetensors, whose prompt is cut or extended to `length`; or trial:ID for that of "
+        "a finished trial whose folder is beside this one's",
+    )
     init_any_weights: bool = setting(
         False, "accept a prompt that was trained on other weights", scientific=False
     )

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from etils import epath
 
 from softprompt.analysis.flops import Work, train_flops, train_work
-from softprompt.config import ConfigDict, method_settings, start_settings, transfers
+from softprompt.config import ConfigDict, method_settings, transfers
 from softprompt.data.encode import check_ranking
 from softprompt.data.pipeline import TrainSource
 from softprompt.data.rows import RowLayout, TrainBatch
@@ -29,6 +30,7 @@ from softprompt.training.step import StepConfig
 from softprompt.trials.data import TaskData, TrialData, evaluators_of
 from softprompt.trials.forward import ForwardPass, prepare_forward, text_bos
 from softprompt.trials.session import Session, optimizer_config
+from softprompt.trials.starts import located
 
 Tree = Any
 
@@ -56,8 +58,13 @@ class Prepared(ForwardPass):
         return dataclasses.replace(self, data=self.data.only(task))
 
 
-def prepare(config: ConfigDict, session: Session) -> Prepared:
+def prepare(config: ConfigDict, session: Session, workdir: epath.Path | None = None) -> Prepared:
     """Loads the model and data of a config, for training and testing.
+
+    Args:
+        config: resolved.
+        session: loads them.
+        workdir: has the trial that this one starts from; see `starts.located`.
 
     Raises:
         UserError: see `load_model`, the task's source, and the method's settings; or a task is only
@@ -78,7 +85,7 @@ def prepare(config: ConfigDict, session: Session) -> Prepared:
         config,
         session,
         train=data.train,
-        start=start_settings(config),
+        start=located(config, workdir),
         row_tokens=row_tokens,
         opening=opening,
     )

@@ -26,7 +26,7 @@ from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
 from softprompt.files import check_writable, read_json, write_text
 from softprompt.methods import METHODS
-from softprompt.methods.delta_file import save_delta
+from softprompt.methods.delta_file import DELTA, save_delta
 from softprompt.pretrained.loading import Loaded
 from softprompt.results import Row, is_done, make_row, read_result, write_result
 from softprompt.training import checkpoints, loop
@@ -50,7 +50,7 @@ from softprompt.trials.session import Session, optimizer_config
 
 Tree = Any
 TrialSteps = Generator[StepCall, StepResult, Row]
-CONFIG, DELTA = "config.json", "delta.safetensors"
+CONFIG = "config.json"
 
 
 def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -> Row:
@@ -102,7 +102,7 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
         return row
     compiled_before = session.compile_seconds
     with holding(folder):
-        prepared = prepare(config, session)
+        prepared = prepare(config, session, folder.parent)
         if method_settings(config).trains:
             delta, metrics, facts = yield from train_delta(prepared, folder)
         else:

@@ -8,7 +8,7 @@ import functools
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,9 @@ from softprompt.console import Progress, duration
 from softprompt.distributed import agreed
 from softprompt.errors import UserError, unknown
 from softprompt.files import check_writable, write_text
-from softprompt.results import Row, is_done, make_row, outcome, write_result
+from softprompt.results import Row, find_trial, is_done, make_row, outcome, write_result
 from softprompt.trials.forecast import Estimate, Forecast
+from softprompt.trials.starts import stages
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,13 +155,9 @@ def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
 
 def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
     """Returns a trial's folder: one in WORKDIR that ends in -ID, else WORKDIR/NAME-ID."""
-    root = epath.Path(workdir)
     identity = trial_id(config)
-    if root.is_dir():
-        for child in sorted(root.iterdir()):
-            if child.name.endswith(f"-{identity}"):
-                return child
-    return root / f"{trial_name(config)}-{identity}"
+    new = epath.Path(workdir) / f"{trial_name(config)}-{identity}"
+    return find_trial(workdir, identity) or new
 
 
 def run_sweep(
@@ -233,13 +230,19 @@ def _clock(minutes: float) -> Callable[[], bool]:
 
 def _groups(
     session: "Session | None", trials: Sequence[ConfigDict]
-) -> Iterable[tuple[list[int], int]]:
-    """Groups of trials and their widths; without a session each trial is its own."""
-    if session is None:
-        return [([position], 1) for position in range(len(trials))]
-    from softprompt.trials.groups import plan
+) -> Iterator[tuple[list[int], int]]:
+    """Groups of trials and their widths; without a session each trial is its own.
 
-    return plan(session, trials)
+    A trial that starts from another one's prompt is in a later group.
+    """
+    for stage in stages(trials):
+        if session is None:
+            yield from (([position], 1) for position in stage)
+            continue
+        from softprompt.trials.groups import plan
+
+        for positions, width in plan(session, [trials[position] for position in stage]):
+            yield [stage[n] for n in positions], width
 
 
 def run_trials(

@@ -1,0 +1,80 @@
+"""Prompts that start from another trial's: `method.init=file`, `method.init_file=trial:ID`.
+
+The other trial is named by its id, because a path would make this trial's id depend on where
+folders are. Its folder is beside this trial's, and it must be done before this one starts.
+
+Source: Vu et al. 2022 (arXiv 2110.07904), section 2, for prompts that start from a source task's.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from etils import epath
+
+from softprompt.config import ConfigDict, start_settings, trial_id
+from softprompt.errors import UserError
+from softprompt.methods.delta_file import DELTA
+from softprompt.methods.initializers import INITIALIZERS, File, Start
+from softprompt.results import find_trial, is_done
+
+PREFIX = "trial:"
+
+
+def source(config: ConfigDict) -> str:
+    """Returns the id of the trial whose prompt a trial starts from; "" if there is none."""
+    start = start_settings(config)
+    if not isinstance(start, File) or not start.init_file.startswith(PREFIX):
+        return ""
+    return start.init_file.removeprefix(PREFIX)
+
+
+def located(config: ConfigDict, workdir: epath.Path | None) -> Start | None:
+    """Returns the settings of a trial's initialiser, with `trial:ID` replaced by that trial's file.
+
+    Args:
+        config: of the trial.
+        workdir: has the folders of both trials. None if only shapes matter, such as in an estimate,
+            which may come before the other trial is done: embeddings of common tokens stand in.
+
+    Raises:
+        UserError: the folder has no finished trial with this id.
+    """
+    start, identity = start_settings(config), source(config)
+    if not identity:
+        return start
+    if workdir is None:
+        return INITIALIZERS["vocabulary"]()
+    folder = find_trial(workdir, identity)
+    if folder is None or not is_done(folder):
+        raise UserError(
+            f"config key 'method.init_file' is '{PREFIX}{identity}'; allowed: the id of a finished "
+            f"trial in {workdir}"
+        )
+    assert isinstance(start, File)
+    return dataclasses.replace(start, init_file=str(folder / DELTA))
+
+
+def stages(trials: Sequence[ConfigDict]) -> list[list[int]]:
+    """Returns the positions of trials in an order in which each comes after the one it starts from.
+
+    A stage has no two trials of which one starts from the other, so its trials may run at the same
+    time. Without such trials there is one stage, in the given order.
+    """
+    positions = {trial_id(config): n for n, config in enumerate(trials)}
+    made: list[list[int]] = [[]]
+    placed: set[int] = set()
+
+    def place(n: int) -> None:
+        if n in placed:
+            return
+        placed.add(n)
+        first = positions.get(source(trials[n]))
+        if first is not None:
+            place(first)
+            if first in made[-1]:
+                made.append([])
+        made[-1].append(n)
+
+    for n in range(len(trials)):
+        place(n)
+    return made
