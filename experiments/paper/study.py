@@ -30,6 +30,7 @@ from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.ladder import RUNGS
 from softprompt.results import Row
 from softprompt.trials.records import example_scores
+from softprompt.trials.starts import source
 
 SMOLLM2 = "smollm2-135m-instruct-q4"
 TASK = "movie_sentiment"
@@ -146,9 +147,14 @@ def own(
 
 @functools.cache
 def _identity(tree: str) -> str:
-    """The id in float32 of the trial with this config, without tests on other tasks."""
+    """The id in float32 of the trial with this config, without tests on other tasks.
+
+    Nor does it have the id of the trial that it starts from, which depends on the dtype too.
+    """
     config = from_dict(json.loads(tree))
     config.model.dtype, config.eval.transfer = "float32", ""
+    if source(config):
+        config.method.init_file = "trial"
     return trial_id(config)
 
 

@@ -11,6 +11,7 @@ from experiments.paper import (
     figure3_pretraining,
     figure3_start,
     section7,
+    spot,
     steps,
     study,
     table1,
@@ -62,6 +63,32 @@ def test_start():
     assert verdicts(figure3_start, trials(scores)) == ["holds"] * 2
     assert verdicts(figure3_start, trials(list(scores)[::-1])) == ["refuted"] * 2
     assert figure3_start.table(trials(scores))["start"].tolist() == list(scores)
+
+
+def test_a_start_from_another_task():
+    """Breaks when the usual start's lead counts, tasks are mixed up, or another dtype's start is
+    another trial."""
+
+    def trials(**accuracies):
+        rows = []
+        for seed in range(3):
+            for config in spot.targets(seed):
+                keys = {"method__init": config.method.init}
+                if config.method.init == "file":
+                    keys["method__init_file"] = "trial:0123456789"
+                usual, gain = accuracies[config.task.name]
+                accuracy = usual + gain * (config.method.init == "file")
+                keys |= {"data__train_examples": 100, "data__subset_seed": seed}
+                keys |= {"task__name": config.task.name}
+                rows.append(record(LARGE, "prompt", seed, accuracy, **keys))
+        return rows
+
+    helped = trials(amazon_sentiment=(0.7, 0.08), question_type=(0.6, -0.05))
+    assert verdicts(spot, helped) == ["holds"] * 2
+    hurt = trials(amazon_sentiment=(0.7, -0.08), question_type=(0.6, 0.1))
+    assert verdicts(spot, hurt) == ["refuted"] * 2
+    assert spot.table(helped)["start"].tolist() == ["labels", "movie prompt"] * 2
+    assert spot.table(helped)["score"].str[:4].tolist() == ["40.0", "56.0", "20.0", "10.0"]
 
 
 def test_another_domain():

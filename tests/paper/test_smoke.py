@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from experiments.paper import continual, data_size, everything, report, steps, study, table2
+from experiments.paper import continual, data_size, everything, report, spot, steps, study, table2
 from softprompt import cli
 from softprompt.data.builtin_tasks import TASKS
 from softprompt.pretrained.catalog import CATALOG
@@ -55,6 +55,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "USUAL", 4)
     monkeypatch.setattr(steps, "MORE", 8)
     monkeypatch.setattr(data_size, "SIZES", (4, 8, 12))
+    monkeypatch.setattr(spot, "EXAMPLES", 6)
     return tmp_path
 
 
