@@ -35,6 +35,7 @@ from experiments.paper import (
     table2,
     table3,
     table5,
+    table6,
 )
 from softprompt.config import ConfigDict, resolve, trial_id
 from softprompt.results import Row
@@ -54,6 +55,7 @@ ARTEFACTS: tuple[ModuleType, ...] = (
     figure3_pretraining,
     table2,
     continual,
+    table6,
     data_size,
 )
 SWEPT = [artefact for artefact in ARTEFACTS if hasattr(artefact, "sweep")]

@@ -18,10 +18,12 @@ from experiments.paper import (
     table2,
     table3,
     table5,
+    table6,
 )
+from softprompt.config import resolve, to_dict
 from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import vote
-from tests.paper.simulated import record, seeds
+from tests.paper.simulated import answers, record, seeds
 from tests.paper.test_figure1 import PROMPT
 
 LARGE = study.SMOLLM2
@@ -190,6 +192,33 @@ def test_time():
     back = lengths({1: LONGER[1]}, seconds=90) + slow
     assert verdicts(table5, back) == ["refuted"]
     assert table5.table(quick + slow)["seeds"].tolist() == [3, 3, 2]
+
+
+def test_search():
+    """Breaks when trials are given another's values, chance or a few trials decide, or equal scores
+    count as a lead."""
+
+    drawn, whole = table6.settings(), []
+    for seed, one in enumerate(drawn):
+        config = to_dict(resolve(table6.config(LARGE, seed, one)))
+        whole.append(record(LARGE, "prompt", seed, 0.7) | {"config": config})
+
+    def search(name, effect, count=table6.COUNT):
+        noise = np.random.default_rng(0).normal(0, 0.02, count)
+        steps = [table6.LEVELS[name].index(one[name]) - 1 for one in drawn[:count]]
+        return [
+            row | {"answers": {study.TASK: answers(seed, 0.7 + effect * step + noise[seed])}}
+            for seed, (row, step) in enumerate(zip(whole, steps, strict=False))
+        ]
+
+    assert verdicts(table6, search("rate", 0.1)) == ["not run", "holds"]
+    assert verdicts(table6, search("length", 0.1)) == ["not run", "refuted"]
+    assert verdicts(table6, search("rate", 0.1, count=20))[1] == "undecided"
+    assert verdicts(table6, search("rate", 0.0))[1] == "undecided"
+    assert verdicts(table6, whole)[1] == "undecided"
+    lines = table6.table(search("rate", 0.1))
+    assert lines["hyperparameter"].tolist() == list(table6.LEVELS)
+    assert lines["mean score at"][0].startswith("0.1: 19.")
 
 
 def test_pretraining():

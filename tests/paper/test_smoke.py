@@ -6,7 +6,17 @@ import json
 import jax
 import pytest
 
-from experiments.paper import continual, data_size, everything, report, spot, steps, study, table2
+from experiments.paper import (
+    continual,
+    data_size,
+    everything,
+    report,
+    spot,
+    steps,
+    study,
+    table2,
+    table6,
+)
 from softprompt import cli
 from softprompt.data.builtin_tasks import TASKS
 from softprompt.pretrained.catalog import CATALOG
@@ -56,6 +66,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "MORE", 8)
     monkeypatch.setattr(data_size, "SIZES", (4, 8, 12))
     monkeypatch.setattr(spot, "EXAMPLES", 6)
+    monkeypatch.setattr(table6, "COUNT", 6)
+    monkeypatch.setattr(table6, "LEAST", 6)
     return tmp_path
 
 
