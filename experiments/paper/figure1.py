@@ -2,21 +2,25 @@
 
 Question: on models from 0.4M to 135M parameters, by how many points is full fine-tuning ahead of a
 prompt of 20 vectors, when both train for equally many steps (400 of 32 examples on the ladder, 50
-of 16 on SmolLM2)? Rates were found on d1, and for SmolLM2 in `method_comparison`.
+of 16 on SmolLM2)? And how do zero-shot, few-shot, and training on both tasks at once compare? Rates
+were found on d1, and for SmolLM2 in `method_comparison`, on movie snippets.
 
 Prediction, from the paper's Figure 1: the gap shrinks with size, from at least 15 points at the
 smallest model to at most 5 at the largest. It is refuted if the slope of the gap over the logarithm
-of the size is not negative.
+of the size is not negative. At the largest model a prompt is ahead of examples in the text, full
+fine-tuning on both tasks at once is at least as good as on each, and one prompt for both loses at
+most 5 points. These are refuted if the order is reversed, and if it loses more.
 
 Command:
     softprompt sweep paper/figure1 --workdir runs/paper
 
-Cost: 30 trials ("pilot": d1, d3 and SmolLM2, 18). The ladder's models must be there (`softprompt
-pretrain`, or `softprompt ladder import`). The report says what they took.
+Cost: 130 trials, 26 on each model ("pilot": d1, d3 and SmolLM2, 78). The ladder's models must be
+there (`softprompt pretrain`, or `softprompt ladder import`). The report says what they took.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -33,12 +37,24 @@ MODELS = {
     "full": ("ladder/d0", "ladder/d1", "ladder/d2", "ladder/d3", study.SMOLLM2),
 }
 METHODS = ("prompt", "full")
+BOTH = {"data__mixture": ",".join(study.TASKS)}
+
+# Name -> method, and keys of its trials. A mixture's trials are on both tasks.
+LINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "prompt": ("prompt", {}),
+    "full": ("full", {}),
+    "prompt, both tasks": ("prompt", BOTH),
+    "full, both tasks": ("full", BOTH),
+    "few-shot": ("fewshot", {"method__shots": 6}),
+    "zero-shot": ("none", {}),
+}
+Trials = Mapping[str, Mapping[str, Sequence[Row]]]  # line -> model -> trials
 
 CAPTION = (
     "Score: (accuracy - majority) / (1 - majority) on the test examples, in points, 0 for the most "
-    "frequent label. Gap: full fine-tuning minus prompt, paired by seed and example, with its 95 % "
-    "interval over seeds and examples. The gaps of different models are taken as independent, "
-    "although they share the examples."
+    "frequent label, the mean over the tasks that all trials have. Minus a prompt: paired by task, "
+    "seed and example, with its 95 % interval over seeds and examples; full fine-tuning's is the "
+    "gap. The gaps of different models are taken as independent, although they share the examples."
 )
 
 
@@ -50,91 +66,142 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
     """
     if subset not in MODELS:
         raise unknown("subset", subset, MODELS)
+    return [config for model in MODELS[subset] for line in LINES for config in configs(model, line)]
+
+
+def configs(model: str, line: str) -> list[ConfigDict]:
+    """The trials of a line on a model; zero-shot, nothing depends on the seed."""
+    method, keys = LINES[line]
+    seeds = study.SEEDS[:1] if method == "none" else study.SEEDS
+    tasks = study.TASKS[:1] if keys is BOTH else study.TASKS
     return [
-        study.trial(model, method, seed)
-        for model in MODELS[subset]
-        for seed in study.SEEDS
-        for method in METHODS
+        study.trial(model, method, seed, task__name=task, **keys)
+        for task in tasks
+        for seed in seeds
     ]
 
 
-def trials(rows: Sequence[Row], method: str) -> dict[str, list[Row]]:
-    """Model -> trials of a method, by the model's size."""
-    found = study.own(rows, sweep())
-    models = sorted({study.value(row, "model.name") for row in found}, key=study.size)
-    return study.by_value(found, "model.name", models, method__name=method)
+def trials(rows: Sequence[Row], line: str) -> dict[str, list[Row]]:
+    """Model -> trials of a line on movie snippets alone, by the model's size."""
+    models = sorted(MODELS["full"], key=study.size)
+    found = study.own(rows, [config for model in models for config in configs(model, line)])
+    return study.by_value(found, "model.name", models, task__name=study.TASK)
 
 
-def pairs_by_model(rows: Sequence[Row]) -> dict[str, list[tuple[Row, Row]]]:
-    """Model -> pairs of full fine-tuning and a prompt, of models that have some, by size."""
-    full, prompt = trials(rows, "full"), trials(rows, "prompt")
-    found = {model: study.pairs(some, prompt.get(model, [])) for model, some in full.items()}
-    return {model: paired for model, paired in found.items() if paired}
+def by_line(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Line -> model -> trials, by the model's size, on the tasks that all of them have.
+
+    A trial on both tasks is in it once for each.
+    """
+    names = {(method, keys is BOTH): line for line, (method, keys) in LINES.items()}
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in study.own(rows, sweep()):
+        mixed = bool(study.value(row, "data.mixture"))
+        line, model = names[study.value(row, "method.name"), mixed], study.value(row, "model.name")
+        found.setdefault((line, model), []).extend(study.by_task(row))
+    found = study.on_common_tasks(found)
+    models = sorted({model for _, model in found}, key=study.size)
+    return {
+        line: {model: found[line, model] for model in models if (line, model) in found}
+        for line in LINES
+    }
+
+
+def leads(found: Trials, ours: str, theirs: str) -> dict[str, list[tuple[Row, Row]]]:
+    """Model -> pairs of two lines, of models that have some, by size."""
+    paired = {
+        model: study.pairs(some, found[theirs].get(model, []))
+        for model, some in found[ours].items()
+    }
+    return {model: pairs for model, pairs in paired.items() if pairs}
 
 
 def gaps(rows: Sequence[Row]) -> dict[str, Estimate]:
     """Model -> points by which full fine-tuning is ahead, by size."""
-    found = {model: study.difference(paired) for model, paired in pairs_by_model(rows).items()}
-    return {model: gap for model, gap in found.items() if gap}
+    return differences(by_line(rows), "full", "prompt")
+
+
+def differences(found: Trials, ours: str, theirs: str) -> dict[str, Estimate]:
+    """Model -> points by which one line is ahead of another, by size."""
+    paired = leads(found, ours, theirs)
+    made = {model: study.difference(pairs) for model, pairs in paired.items()}
+    return {model: one for model, one in made.items() if one}
+
+
+# Claim, the paper's numbers, model, the two lines that are compared, prediction.
+AT_A_SIZE = (
+    (
+        "the gap is at least 15 points at the smallest model",
+        "3.0 points at Small; at most 10.6, at Base",
+        ("ladder/d0", "full", "prompt"),
+        at_least(15),
+    ),
+    (
+        "the gap is at most 5 points at the largest model",
+        "1.1 points at XXL",
+        (study.SMOLLM2, "full", "prompt"),
+        at_most(5),
+    ),
+    (
+        "a prompt is ahead of examples in the text at the largest model",
+        "59.8 and 40.6 at Small, 88.8 and 52.8 at XXL",
+        (study.SMOLLM2, "prompt", "few-shot"),
+        at_least(0),
+    ),
+    (
+        "full fine-tuning on both tasks at once is at least as good at the largest model",
+        "64.6 and 62.8 at Small, 90.1 and 89.9 at XXL",
+        (study.SMOLLM2, "full, both tasks", "full"),
+        at_least(0),
+    ),
+    (
+        "one prompt for both tasks loses at most 5 points at the largest model",
+        "",
+        (study.SMOLLM2, "prompt", "prompt, both tasks"),
+        at_most(5),
+    ),
+)
 
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found."""
-    found, full, prompt = gaps(rows), trials(rows, "full"), trials(rows, "prompt")
-    sizes = [math.log10(study.size(model)) for model in found]
-    change = slope(sizes, list(found.values())) if len(found) > 1 else None
-
-    def at(model: str) -> tuple[list[Row], list[Row]]:
-        return full.get(model, []), prompt.get(model, [])
-
-    return [
-        study.Finding(
-            "the gap shrinks with size (points a tenfold)",
-            "3.0 points at Small, 10.6 at Base, 6.8 at Large, 3.9 at XL, 1.1 at XXL",
-            change,
-            at_most(0),
-            min(map(len, pairs_by_model(rows).values()), default=0),
-        ),
-        study.compared(
-            "the gap is at least 15 points at the smallest model",
-            "3.0 points at Small; at most 10.6, at Base",
-            *at("ladder/d0"),
-            at_least(15),
-        ),
-        study.compared(
-            "the gap is at most 5 points at the largest model",
-            "1.1 points at XXL",
-            *at(study.SMOLLM2),
-            at_most(5),
-        ),
-    ]
+    found = by_line(rows)
+    gap = differences(found, "full", "prompt")
+    sizes = [math.log10(study.size(model)) for model in gap]
+    paired = leads(found, "full", "prompt").values()
+    shrinks = study.Finding(
+        "the gap shrinks with size (points a tenfold)",
+        "3.0 points at Small, 10.6 at Base, 6.8 at Large, 3.9 at XL, 1.1 at XXL",
+        slope(sizes, list(gap.values())) if len(gap) > 1 else None,
+        at_most(0),
+        min((study.seed_count([one for one, _ in pairs]) for pairs in paired), default=0),
+    )
+    made = [shrinks]
+    for claim, paper, (model, *lines), prediction in AT_A_SIZE:
+        ours, theirs = (found[line].get(model, []) for line in lines)
+        made.append(study.compared(claim, paper, ours, theirs, prediction))
+    return made
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Returns one line for each model."""
-    found = {method: trials(rows, method) for method in METHODS}
+    """Returns one line for each model and line of the figure."""
+    found, lines = by_line(rows), []
+    ahead = {line: differences(found, line, "prompt") for line in LINES if line != "prompt"}
     models = sorted({model for some in found.values() for model in some}, key=study.size)
-    gap, lines = gaps(rows), []
     for model in models:
-        line: dict[str, object] = {"model": model, "parameters": study.size(model)}
-        for method in METHODS:
-            some = found[method].get(model, [])
-            line |= {
-                f"{method}, seeds": study.seed_count(some),
-                f"{method}, accuracy": study.accuracy(some),
-                f"{method}, score": study.shown(study.mean(some)),
-            }
-        lines.append(line | {"gap": study.shown(gap.get(model))})
-    return pd.DataFrame(lines)
+        scores = study.score_table("trained", {line: found[line].get(model, []) for line in LINES})
+        scores.insert(0, "model", model)
+        scores.insert(1, "parameters", study.size(model))
+        shown = [study.shown(ahead.get(line, {}).get(model)) for line in scores["trained"]]
+        lines.append(scores.assign(**{"minus a prompt": shown}))
+    return pd.concat(lines, ignore_index=True) if lines else pd.DataFrame()
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Returns scores by the size of the model, a line for each method."""
+    """Returns scores by the size of the model, a line for each way to use it."""
     series = {
-        method: [
-            study.point(study.size(model), some) for model, some in trials(rows, method).items()
-        ]
-        for method in METHODS
+        line: [study.point(study.size(model), some) for model, some in by_model.items()]
+        for line, by_model in by_line(rows).items()
     }
     return length_plot(
         series, {}, xlabel="Parameters", ylabel="Score (points)", title="Figure 1: size"

@@ -224,13 +224,17 @@ def test_search():
 def test_pretraining():
     """Breaks when states of pretraining are mixed up, or the sentinel's whole gain is compared."""
 
-    def trials(scores):
-        names = zip(figure3_pretraining.STATES, scores, strict=True)
-        rows = []
-        for name, accuracy in names:
-            keys = dict(figure3_pretraining.STATES[name]) | {"method__init": "vocabulary"}
-            rows += seeds(keys.pop("model"), "prompt", [accuracy] * 3, **keys)
-        return rows
+    def trials(scores, tasks=study.TASKS):
+        return [
+            row
+            for (state, model), accuracy in zip(
+                figure3_pretraining.STATES.items(), scores, strict=True
+            )
+            for task in tasks
+            for row in seeds(
+                model, "prompt", [accuracy] * 3, **figure3_pretraining.keys(state, task)
+            )
+        ]
 
     paper = trials((0.60, 0.61, 0.66, 0.68, 0.72))
     assert verdicts(figure3_pretraining, paper) == ["holds"] * 3
@@ -240,7 +244,12 @@ def test_pretraining():
         (0.72, 0.60, 0.66, 0.66, 0.60)
     )  # there is no lead that a sentinel could recover
     assert verdicts(figure3_pretraining, behind) == ["refuted", "undecided", "refuted"]
-    assert figure3_pretraining.table(paper)["pretraining"].tolist() == [*figure3_pretraining.STATES]
+    found = figure3_pretraining.table(paper)
+    assert found["pretraining"].tolist() == [*figure3_pretraining.STATES]
+    assert set(found["tasks"]) == {"movie_sentiment, question_type"}
+    one = trials((0.60, 0.61, 0.66, 0.68, 0.72), tasks=(study.TASK,))
+    assert verdicts(figure3_pretraining, one) == ["holds"] * 3
+    assert set(figure3_pretraining.table(one)["tasks"]) == {"movie_sentiment"}
 
 
 def test_steps():
@@ -252,6 +261,14 @@ def test_steps():
         rows = usual + seeds(steps.MODEL, "prompt", long, **more)
         assert verdicts(steps, rows) == [verdict]
     assert steps.table(rows)["steps"].tolist() == [400, 1600]
+    other = {"task__name": "question_type"}
+    once = [*rows, *seeds(steps.MODEL, "prompt", (0.5, 0.5, 0.5), **other)]
+    assert steps.table(once)["score"].tolist() == steps.table(rows)["score"].tolist()
+    both = [*once, *seeds(steps.MODEL, "prompt", [0.5], **other, **more)]
+    assert set(steps.table(both)["tasks"]) == {"movie_sentiment, question_type"}
+    assert steps.table(both)["seeds"].tolist() == [3, 1]
+    assert steps.findings(both)[0].found.value == pytest.approx(10, abs=0.5)  # the mean of 20 and 0
+    assert verdicts(steps, both) == ["undecided"]
 
 
 def test_data_size():

@@ -18,8 +18,22 @@ def simulated(prompt=PROMPT, full=FULL):
     return [row for pair in pairs for row in seeds(*pair)]
 
 
+def mixed(method, accuracies):
+    """Trials of the largest model on both tasks at once, whose accuracies are equal."""
+    rows = seeds(LARGE, method, accuracies, **figure1.BOTH)
+    for row in rows:
+        row["answers"]["question_type"] = row["answers"][study.TASK]
+    return rows
+
+
 def verdicts(rows):
-    return [finding.verdict for finding in figure1.findings(rows)]
+    """Those of the gap."""
+    return [finding.verdict for finding in figure1.findings(rows)][:3]
+
+
+def other_verdicts(rows):
+    """Those of the other lines."""
+    return [finding.verdict for finding in figure1.findings(rows)][3:]
 
 
 def test_a_gap_that_closes():
@@ -30,8 +44,14 @@ def test_a_gap_that_closes():
     assert [gap.value for gap in found.values()] == pytest.approx([34, 14, 1], abs=0.5)
     assert verdicts(rows) == ["holds"] * 3
     lines = figure1.table(rows).to_dict("records")
-    assert [line["prompt, seeds"] for line in lines] == [3, 3, 3]
-    assert lines[0]["prompt, score"].startswith("18.0 (")
+    assert [(line["model"], line["trained"]) for line in lines[:3]] == [
+        (SMALL, "prompt"),
+        (SMALL, "full"),
+        (MIDDLE, "prompt"),
+    ]
+    assert {(line["seeds"], line["tasks"]) for line in lines} == {(3, "movie_sentiment")}
+    assert lines[0]["score"].startswith("18.0 (")
+    assert lines[1]["minus a prompt"].startswith("34.0 (")
     assert figure1.figure(rows).axes[0].get_xscale() == "log"
 
 
@@ -48,6 +68,41 @@ def test_false_results_change_the_verdicts():
     assert verdicts(alone + seeds(LARGE, "full", FULL[LARGE][:1]))[::2] == ["undecided"] * 2
     assert verdicts([row for row in simulated() if "d0" not in row["name"]])[1] == "not run"
     assert verdicts(simulated()[:3]) == ["not run"] * 3
+
+
+def test_the_other_lines():
+    """Breaks when lines change places, a mixture counts as one of its tasks, or a trial on both
+    tasks is another line's."""
+    rows, shots = simulated(), {"method__shots": 6}
+    assert other_verdicts(rows) == ["not run"] * 3
+    good = [*seeds(LARGE, "fewshot", (0.7, 0.72, 0.71), **shots), *mixed("full", (0.9, 0.9, 0.9))]
+    good += [*mixed("prompt", (0.85, 0.86, 0.85)), *seeds(LARGE, "none", [0.6])]
+    assert other_verdicts([*rows, *good]) == ["holds"] * 3
+    bad = [*seeds(LARGE, "fewshot", (0.9, 0.92, 0.91), **shots), *mixed("full", (0.7, 0.7, 0.7))]
+    assert other_verdicts([*rows, *bad, *mixed("prompt", (0.6, 0.6, 0.6))]) == ["refuted"] * 3
+    table = figure1.table([*rows, *good])
+    found = table[table["model"] == LARGE].set_index("trained")
+    assert found.index.tolist() == list(figure1.LINES)
+    assert found["seeds"].tolist() == [3, 3, 3, 3, 3, 1]
+    assert set(found["tasks"]) == {study.TASK}
+    assert found["score"]["full, both tasks"].startswith("80.0 (")
+
+
+def test_the_score_is_the_mean_of_both_tasks_once_all_have_both():
+    """Breaks when a task counts that a model, or a line, has not, or one counts twice."""
+    rows = [row for row in simulated() if study.value(row, "model.name") != MIDDLE]
+    other = {"task__name": "question_type"}
+    small = [*seeds(SMALL, "prompt", [0.5] * 3, **other), *seeds(SMALL, "full", [0.7] * 3, **other)]
+    large = [*seeds(LARGE, "prompt", [0.8] * 3, **other), *seeds(LARGE, "full", [0.8] * 2, **other)]
+    assert figure1.gaps([*rows, *small])[SMALL].value == pytest.approx(34, abs=0.5)
+    for more in ([], mixed("prompt", [0.8, 0.8])):
+        both = figure1.by_line([*rows, *small, *large, *more])
+        gaps = figure1.differences(both, "full", "prompt")
+        assert [gap.value for gap in gaps.values()] == pytest.approx([37, 0.5], abs=0.5)
+        found = figure1.findings([*rows, *small, *large, *more])
+        assert [one.seeds for one in found[:3]] == [2, 3, 2]
+    mixture = both["prompt, both tasks"][LARGE]
+    assert [study.value(row, "task.name") for row in mixture] == [*study.TASKS] * 2
 
 
 def test_pairs_have_one_seed():

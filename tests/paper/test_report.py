@@ -90,7 +90,8 @@ def test_every_trial_of_an_artefact_is_swept_once():
     table = everything.table([*simulated(), *lengths(LONGER)])
     verdicts = table.groupby("artefact", sort=False)["verdict"].agg(list)
     assert list(verdicts.index) == [experiment_name(one) for one in everything.ARTEFACTS]
-    assert verdicts[["figure1", "figure3_length"]].tolist() == [["holds"] * 3, ["holds"] * 2]
+    assert verdicts["figure1"] == ["holds"] * 3 + ["not run"] * 3
+    assert verdicts["figure3_length"] == ["holds"] * 2
     assert verdicts["steps"] == ["not run"]
 
 

@@ -10,6 +10,7 @@ from experiments.paper import (
     continual,
     data_size,
     everything,
+    figure1,
     report,
     spot,
     steps,
@@ -65,6 +66,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "USUAL", 4)
     monkeypatch.setattr(steps, "MORE", 8)
     monkeypatch.setattr(data_size, "SIZES", (4, 8, 12))
+    monkeypatch.setitem(figure1.MODELS, "full", ("ladder/d0", "ladder/d1", MODEL))
     monkeypatch.setattr(spot, "EXAMPLES", 6)
     monkeypatch.setattr(table6, "COUNT", 6)
     monkeypatch.setattr(table6, "LEAST", 6)
