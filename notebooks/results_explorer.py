@@ -45,7 +45,7 @@ plt.rcParams.update(STYLE)
 
 # %% tags=["parameters"]
 SOURCE = ""  # a folder of runs, such as "runs/paper", or a file of records; "" is the committed one
-EXPERIMENT = "paper/figure1"  # whose trials are explored; "" is all that there are
+EXPERIMENT = "paper/figure1"  # whose trials on movie snippets are explored; "" is all there are
 OURS, THEIRS = "full", "prompt"  # two methods to compare
 
 # %% [markdown]
@@ -59,6 +59,7 @@ records = collect(source) if source.is_dir() else read_records(source)
 folders = {row["trial"]: place for place, row in read_trials(source)} if source.is_dir() else {}
 if EXPERIMENT:
     records = study.own(records, load_experiment(EXPERIMENT).sweep("full"))
+    records = study.select(records, task__name=study.TASK, data__mixture="")
 if not any(row["status"] == "done" for row in records):
     raise ValueError(f"no finished trial of {EXPERIMENT or 'any experiment'} in {source}")
 frame = to_frame(records).rename(

@@ -39,13 +39,14 @@ MODELS = {
 METHODS = ("prompt", "full")
 BOTH = {"data__mixture": ",".join(study.TASKS)}
 
-# Name -> method, and keys of its trials. A mixture's trials are on both tasks.
+# Name -> method, and keys of its trials. A mixture's trials are on both tasks. Six examples are as
+# many as the ladder's models have room for if inputs, of 100 tokens at most, get no more than 128.
 LINES: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt": ("prompt", {}),
     "full": ("full", {}),
     "prompt, both tasks": ("prompt", BOTH),
     "full, both tasks": ("full", BOTH),
-    "few-shot": ("fewshot", {"method__shots": 6}),
+    "few-shot": ("fewshot", {"method__shots": 6, "task__max_input": 128}),
     "zero-shot": ("none", {}),
 }
 Trials = Mapping[str, Mapping[str, Sequence[Row]]]  # line -> model -> trials

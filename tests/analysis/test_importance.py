@@ -24,7 +24,7 @@ def search(effects, seed):
 
 
 def test_a_share_is_that_of_the_analysis_of_variance():
-    """Breaks when levels are weighted alike whatever their size, or the mean is not taken off."""
+    """Breaks when levels are weighted alike whatever their size, or equal scores have shares."""
     random = np.random.default_rng(0)
     levels = {"a": list("xxxxxyyz"), "b": [0, 1] * 4}
     scores = random.normal(5, 1, size=8)

@@ -212,6 +212,7 @@ def test_search():
         ]
 
     assert verdicts(table6, search("rate", 0.1)) == ["not run", "holds"]
+    assert verdicts(table6, search("rate", 0.1)[3:])[1] == "holds"
     assert verdicts(table6, search("length", 0.1)) == ["not run", "refuted"]
     assert verdicts(table6, search("rate", 0.1, count=20))[1] == "undecided"
     assert verdicts(table6, search("rate", 0.0))[1] == "undecided"

@@ -73,7 +73,7 @@ def test_false_results_change_the_verdicts():
 def test_the_other_lines():
     """Breaks when lines change places, a mixture counts as one of its tasks, or a trial on both
     tasks is another line's."""
-    rows, shots = simulated(), {"method__shots": 6}
+    rows, shots = simulated(), figure1.LINES["few-shot"][1]
     assert other_verdicts(rows) == ["not run"] * 3
     good = [*seeds(LARGE, "fewshot", (0.7, 0.72, 0.71), **shots), *mixed("full", (0.9, 0.9, 0.9))]
     good += [*mixed("prompt", (0.85, 0.86, 0.85)), *seeds(LARGE, "none", [0.6])]

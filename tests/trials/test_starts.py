@@ -44,10 +44,10 @@ def test_a_sweep_starts_a_prompt_from_another_trials(tmp_path, tiny_folder):
     """Mutations: another trial's prompt is read; the path becomes a part of the config; a trial
     that has not run, or an id that is none's, is no error; an estimate needs the other trial."""
     place = write_task(tmp_path)
-    keys = {"method__length": 3, "train__steps": 2, "optimizer__rate": 0.1}
+    keys = {"method__length": 3, "train__steps": 0}
     first, same = (make_config(place, tiny_folder, seed=seed, **keys) for seed in (0, 1))
     start = {"method__init": "file", "method__init_file": f"trial:{trial_id(first)}"}
-    second = make_config(place, tiny_folder, **keys | start | {"train__steps": 0})
+    second = make_config(place, tiny_folder, seed=2, **keys, **start)
     workdir, session = tmp_path / "runs", Session(Lines())
     assert estimate(second, session)["trainable"] > 0
     with pytest.raises(UserError, match=f"'trial:{trial_id(first)}'; allowed: .* finished"):
