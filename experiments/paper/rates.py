@@ -3,8 +3,8 @@
 Question: of three rates, a factor of three to five apart, which gives the best validation accuracy
 on each rung of the ladder? Prompts and full fine-tuning get equally many rates, steps and seeds.
 
-Prediction: the rate decides whether anything is learnt. The rate that suits prompts, in units of the
-embeddings' RMS, is the same at every size, and that of full fine-tuning falls with size.
+Prediction: the rate decides whether anything is learnt. The rate that suits prompts, in units of
+the embeddings' RMS, is the same at every size, and that of full fine-tuning falls with size.
 
 Command:
     softprompt sweep paper/rates --workdir runs/paper_rates

@@ -45,7 +45,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "study"
 DEVIATIONS = (
     "Models: decoders that are pretrained here and SmolLM2-135M, and a small T5 for Figures 3c and "
     "3d; in the paper T5 1.1 from 77M to 11,135M parameters, LM-adapted.",
-    "Tasks: the sentiment of movie snippets, and of other domains, and question types; in the paper "
+    "Tasks: question types, and the sentiment of movie snippets and of other domains; in the paper "
     "SuperGLUE.",
     "Prompts: 20 vectors, 400 steps of 32 examples on the ladder and 50 of 16 on SmolLM2, AdamW; "
     "in the paper 100 vectors, 30,000 steps of 32, Adafactor.",

@@ -41,8 +41,8 @@ def test_a_share_is_that_of_the_analysis_of_variance():
 @pytest.mark.parametrize(
     "effects, least, most",
     [
-        ({}, {"undecided": 0.97}, {}),
-        ({"a": 0.7, "b": 0.7}, {}, {"holds": 0.03, "refuted": 0.03}),
+        ({}, {"undecided": 1.0}, {}),
+        ({"a": 0.7, "b": 0.7}, {"undecided": 0.99}, {}),
         ({"a": 3.0}, {"holds": 0.9}, {"refuted": 0}),
         ({"b": 3.0}, {"refuted": 0.9}, {"holds": 0}),
     ],
@@ -53,5 +53,5 @@ def test_the_lead_decides_as_often_as_it_should(effects, least, most):
     for seed in range(150):
         shares = variance_shares(*search(effects, seed), draws=600, seed=seed)
         found[verdict(lead(shares, "a"), at_least(0))] += 1 / 150
-    assert all(found[word] >= share for word, share in least.items()), found
+    assert all(found[word] >= share - 1e-9 for word, share in least.items()), found
     assert all(found[word] <= share + 1e-9 for word, share in most.items()), found
