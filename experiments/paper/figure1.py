@@ -108,7 +108,7 @@ def by_line(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
     }
 
 
-def leads(found: Trials, ours: str, theirs: str) -> dict[str, list[tuple[Row, Row]]]:
+def pairs_by_model(found: Trials, ours: str, theirs: str) -> dict[str, list[tuple[Row, Row]]]:
     """Model -> pairs of two lines, of models that have some, by size."""
     paired = {
         model: study.pairs(some, found[theirs].get(model, []))
@@ -124,7 +124,7 @@ def gaps(rows: Sequence[Row]) -> dict[str, Estimate]:
 
 def differences(found: Trials, ours: str, theirs: str) -> dict[str, Estimate]:
     """Model -> points by which one line is ahead of another, by size."""
-    paired = leads(found, ours, theirs)
+    paired = pairs_by_model(found, ours, theirs)
     made = {model: study.difference(pairs) for model, pairs in paired.items()}
     return {model: one for model, one in made.items() if one}
 
@@ -169,7 +169,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
     found = by_line(rows)
     gap = differences(found, "full", "prompt")
     sizes = [math.log10(study.size(model)) for model in gap]
-    paired = leads(found, "full", "prompt").values()
+    paired = pairs_by_model(found, "full", "prompt").values()
     shrinks = study.Finding(
         "the gap shrinks with size (points a tenfold)",
         "3.0 points at Small, 10.6 at Base, 6.8 at Large, 3.9 at XL, 1.1 at XXL",
