@@ -13,6 +13,7 @@ embeddings and the text as token ids, which vLLM embeds (tried with vLLM 0.32).
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32, help="of an answer")
     arguments = parser.parse_args()
 
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # answers go to stdout
     from vllm import LLM, SamplingParams
 
     model = LLM(arguments.model, dtype=arguments.dtype, enable_prompt_embeds=True)
