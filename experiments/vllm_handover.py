@@ -58,7 +58,7 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 job = json.load(sys.stdin)
-model = LLM(job["folder"], dtype="float32", block_size=16, enforce_eager=True, max_model_len=1024)
+model = LLM(job["folder"], dtype="float32", block_size=32, enforce_eager=True, max_model_len=1024)
 report = {}
 for name, options in job["sampling"].items():
     bias = {int(key): value for key, value in options.pop("logit_bias", {}).items()} or None
@@ -196,6 +196,7 @@ def with_tokens(place: Path, asked: list[tuple[Path, str]], said: Any) -> dict[s
 def run(command: list[str], given: str) -> str:
     """Runs vLLM's side in a process of its own; returns what it prints."""
     more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    more |= {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     done = subprocess.run(
         command,
         input=given,
