@@ -69,7 +69,7 @@ def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    """Writes a trial's delta for another program, and prints a report."""
+    """Writes trials' deltas for another program, and prints a report."""
     start_jax()
     from softprompt.trials.convert import export_run
 
@@ -148,16 +148,17 @@ COMMANDS = {
     ),
     "export": Command(
         export,
-        "write a trained delta as a PEFT adapter, an array, or merged into its model",
+        "write trained deltas: as an adapter, an array, part of their model, or for vLLM",
         "softprompt export --run runs/first --format peft --to adapters/first",
         [
-            ("--run", {**FOLDER, "help": "a trial's folder"}),
+            ("--run", {**FOLDER, "nargs": "+", "help": "trials' folders; several for hf and vllm"}),
             (
                 "--format",
                 {
                     "required": True,
-                    "choices": ("peft", "npy", "hf"),
-                    "help": "an adapter's folder, a file, or the whole model's folder",
+                    "choices": ("peft", "npy", "hf", "vllm"),
+                    "help": "an adapter's folder, a file, the whole model's folder, or prompts and "
+                    "a client for vLLM",
                 },
             ),
             ("--to", {**FOLDER, "metavar": "PATH", "help": "a new folder or file"}),

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.loading import find_folder, load_model, read_model_config
 from softprompt.results import commit, read_result
 from softprompt.trials.delta_shapes import check_fit
+from softprompt.trials.handover import export_added_tokens, export_vectors
 from softprompt.trials.merged_model import export_merged
 from softprompt.trials.run import CONFIG, DELTA, provenance, read_config
 
@@ -41,13 +42,16 @@ PADDING = (
 )
 
 
-def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict[str, Any]:
-    """Writes a trial's selected delta in another program's format. Only "hf" reads the weights.
+def export_run(
+    folders: Sequence[epath.PathLike], *, kind: str, to: epath.PathLike
+) -> dict[str, Any]:
+    """Writes the selected deltas of trials in another program's format.
 
     Args:
-        folder: of a finished trial.
-        kind: "peft" (a folder), "npy" (a file), or "hf" (a folder: the model with the delta in its
-            weights).
+        folders: of finished trials; several for prompts with "hf" and "vllm".
+        kind: "peft" (a folder), "npy" (a file), "hf" (a folder: the model with prompts as added
+            tokens, or with another delta in its weights), or "vllm" (a folder: prompts as vectors,
+            and a client).
         to: a new path, local or gs://.
 
     Returns:
@@ -57,17 +61,25 @@ def export_run(folder: epath.PathLike, *, kind: str, to: epath.PathLike) -> dict
         UserError: there is no delta; `to` exists; the delta has other shapes than the model, or
             the format does not support it. Incomplete output is removed.
     """
-    config, file = read_config(folder), epath.Path(folder) / DELTA
-    if not file.exists():
-        raise UserError(f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train")
-    to = epath.Path(to)
+    to, config = epath.Path(to), read_config(folders[0])
+    for folder in folders:
+        if not (epath.Path(folder) / DELTA).exists():
+            raise UserError(
+                f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train"
+            )
     if to.exists():
         raise UserError(f"--to {to}: it exists; give a new path")
-    notes: list[str] = []
-    if kind == "hf":
-        wrote = export_merged(config, file, to)
+    if len(folders) > 1 and kind not in ("hf", "vllm"):
+        raise UserError(f"--run: {len(folders)} trials; --format {kind} writes one; allowed: 1")
+    alone, notes = len(folders) == 1 and not method_settings(config).is_prompt, list[str]()
+    if kind == "hf" and alone:
+        wrote = export_merged(config, epath.Path(folders[0]) / DELTA, to)
+    elif kind in ("hf", "vllm"):
+        with _removed_on_error(to):
+            notes = {"hf": export_added_tokens, "vllm": export_vectors}[kind](folders, to)
+        wrote = sorted(str(file) for file in to.iterdir())
     else:
-        wrote, notes = _export_delta(folder, config, kind=kind, to=to)
+        wrote, notes = _export_delta(folders[0], config, kind=kind, to=to)
     return {"format": kind, "method": config.method.name, "wrote": wrote, "notes": notes}
 
 

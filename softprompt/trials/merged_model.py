@@ -29,7 +29,7 @@ def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) ->
         allowed = [name for name, method in METHODS.items() if hasattr(method, "merge")]
         raise UserError(
             f"--format hf: a {settings.name} cannot be merged into the model's weights; allowed "
-            f"for {', '.join(allowed)}"
+            f"for {', '.join(allowed)}, and for prompts, as added tokens"
         )
     if "://" in str(to):
         raise UserError(f"--to {to}: a whole model is written to a local folder")

@@ -11,6 +11,7 @@ from softprompt.methods.delta_file import load_delta
 from softprompt.models.layers import collections
 from softprompt.pretrained.loading import load_model
 from softprompt.trials.run import read_config
+from tests.handover_cases import write_trial
 from tests.matrix import matrix
 from tests.mistakes import run
 from tests.own_task import words, write_task
@@ -68,11 +69,13 @@ def test_the_folder_computes_what_base_and_delta_do(tmp_path, capsys, model, met
 
 def test_mistakes(tmp_path, capsys):
     write_llama_folder(write_task(tmp_path) / "llama")
-    folder = train(tmp_path, "llama", "prompt")
+    folder = write_trial(
+        tmp_path / "prefix", tmp_path, tmp_path / "llama", {}, method__name="prefix"
+    )
     asked = ["export", "--run", folder, "--format", "hf", "--to"]
     line = run(capsys, *asked, tmp_path / "to", code=2)
-    assert line.startswith("--format hf: a prompt cannot be merged into the model's weights; ")
-    assert line.endswith("allowed for lora, dora, full")
+    assert line.startswith("--format hf: a prefix cannot be merged into the model's weights; ")
+    assert line.endswith("allowed for lora, dora, full, and for prompts, as added tokens")
     folder = train(tmp_path, "llama", "lora", model__quantize="int8")
     line = run(capsys, "export", "--run", folder, "--format", "hf", "--to", tmp_path / "to", code=2)
     assert line == "LoRA does not merge into quantised weights; use model.quantize=none"
