@@ -114,15 +114,27 @@ def _experiment_configs(experiment: ModuleType, subset: str) -> list[ConfigDict]
 
 
 def make_trials(
-    experiment: ModuleType, subset: str = "full", overrides: Sequence[tuple[str, str]] = ()
+    experiment: ModuleType,
+    subset: str = "full",
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    target: str | None = None,
 ) -> list[ConfigDict]:
     """Returns the resolved and validated configs of an experiment's trials.
 
     A key that only some methods, initialisers or optimizers use is overridden in the trials that
     use it. Overrides of the method, initialiser and optimizer are applied first.
 
+    Args:
+        experiment: see `load_experiment`.
+        subset: a named part of it.
+        overrides: pairs of keys and values.
+        target: the backend to resolve for, "cpu", "gpu" or "tpu", or "" for configs that depend on
+            none; None is JAX's own.
+
     Raises:
-        UserError: a wrong subset, key or value, a key that no trial uses, or two equal trials.
+        UserError: a wrong subset, key or value, a key that no trial uses, two equal trials, or a
+            config that depends on the backend without a target.
     """
     configs = _experiment_configs(experiment, subset)
     for key, value in sorted(overrides, key=lambda pair: not chooses(pair[0])):
@@ -131,7 +143,12 @@ def make_trials(
             set_key(config, key, value)
     for config in configs:
         validate(config)
-    trials = [resolve(config) for config in configs]
+        if target == "" and config.model.dtype == "auto":
+            raise UserError(
+                f"--target is not given, and model.dtype is 'auto' in {trial_name(config)}; allowed: "
+                "cpu, gpu, tpu"
+            )
+    trials = [resolve(config, backend=target or "") for config in configs]
     check_trials_differ(trials)
     return trials
 
@@ -154,13 +171,16 @@ def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
 
 def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
     """Returns a trial's folder: one in WORKDIR that ends in -ID, else WORKDIR/NAME-ID."""
+    return trial_folders(workdir, [config])[0]
+
+
+def trial_folders(workdir: epath.PathLike, trials: Sequence[ConfigDict]) -> list[epath.Path]:
+    """Returns the folder of each trial; lists the working directory once."""
     root = epath.Path(workdir)
-    identity = trial_id(config)
-    if root.is_dir():
-        for child in sorted(root.iterdir()):
-            if child.name.endswith(f"-{identity}"):
-                return child
-    return root / f"{trial_name(config)}-{identity}"
+    there = sorted(child.name for child in root.iterdir()) if root.is_dir() else []
+    by_id = {name.rpartition("-")[2]: name for name in reversed(there)}
+    names = [(trial_id(config), trial_name(config)) for config in trials]
+    return [root / by_id.get(identity, f"{name}-{identity}") for identity, name in names]
 
 
 def run_sweep(
@@ -192,7 +212,7 @@ def run_sweep(
     """
     late = _clock(minutes)
     check_writable(workdir)
-    folders = [trial_folder(workdir, config) for config in trials]
+    folders = trial_folders(workdir, trials)
     todo = [index for index, folder in enumerate(folders) if not is_done(folder)]
     if finished := len(trials) - len(todo):
         progress.say(f"{finished} of {len(trials)} trials are done already")
@@ -341,12 +361,13 @@ def dry_run(
 
     rows: dict[int, dict[str, Any]] = {}
     flops = seconds = 0.0
+    folders = trial_folders(workdir, trials)
     for index in sorted(range(len(trials)), key=lambda n: weights_key(trials[n])):
         config = trials[index]
         row = rows[index] = {
             "trial": trial_name(config),
             "id": trial_id(config),
-            "state": "done" if is_done(trial_folder(workdir, config)) else "to run",
+            "state": "done" if is_done(folders[index]) else "to run",
             "steps": config.train.steps if method_settings(config).trains else 0,
         }
         try:
