@@ -15,6 +15,7 @@ from softprompt.commands.base import (
     path,
     print_json,
 )
+from softprompt.commands.engine import start_engine
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError
 
@@ -74,6 +75,8 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.trials import sweep as sweeps
 
     experiment = sweeps.load_experiment(arguments.experiment)
+    if arguments.engine:
+        return start_engine(experiment, arguments, overrides)
     shard = shards.parse_shard(arguments.shard)
     minutes = shards.parse_minutes(arguments.minutes)
     start_jax(arguments.distributed)  # before a config is resolved, which needs the devices
@@ -184,6 +187,18 @@ COMMANDS = {
             (
                 "--dry-run",
                 {"action": "store_true", "help": "only print what the trials would cost"},
+            ),
+            (
+                "--engine",
+                {"choices": ("store",), "help": "only write the plan, for softprompt work"},
+            ),
+            (
+                "--target",
+                {
+                    "default": "",
+                    "choices": ("cpu", "gpu", "tpu"),
+                    "help": "what the workers of an engine run on",
+                },
             ),
             DISTRIBUTED,
         ],

@@ -145,8 +145,8 @@ def make_trials(
         validate(config)
         if target == "" and config.model.dtype == "auto":
             raise UserError(
-                f"--target is not given, and model.dtype is 'auto' in {trial_name(config)}; allowed: "
-                "cpu, gpu, tpu"
+                f"--target is not given, and model.dtype is 'auto' in {trial_name(config)}; "
+                "allowed: cpu, gpu, tpu"
             )
     trials = [resolve(config, backend=target or "") for config in configs]
     check_trials_differ(trials)

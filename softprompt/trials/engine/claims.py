@@ -10,11 +10,12 @@ Below `queue/` in the store, and each written once unless said otherwise:
     beats/WORKER      written anew every 15 s while the worker lives
     stop              workers save and leave
 
-One listing therefore is the state of a sweep. A claim is dead once an observer, by its own monotonic
-clock, has seen no new beat of its worker for 90 s: clocks of two machines are never compared. Beats
-of a process of the same machine are not waited for if the process is gone.
+One listing therefore is the state of a sweep. A claim is dead once an observer, by its own
+monotonic clock, has seen no new beat of its worker for 90 s: clocks of two machines are never
+compared. A process of the same machine that is gone is dead at once.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,10 +29,10 @@ from typing import Any
 
 import psutil
 
-from softprompt.errors import one_line
-from softprompt.trials.engine.store import Store
+from softprompt.trials.engine.store import Store, StoreError
 
 QUEUE, STOP = "queue", "queue/stop"
+WRITES = 1.0  # seconds between two writes of an object in a bucket
 MOST_DEATHS = 3  # holders of a trial that die one after another without a new checkpoint
 
 
@@ -114,10 +115,9 @@ class View:
 class Claims:
     """The claims of one worker, and what it has observed of the others.
 
-    Args:
-        store: the sweep's.
-        machine: describes the host and its devices, such as "tpu-3: 8 x TPU v6e".
-        chips: the number of devices.
+    Attributes:
+        worker: its name, which begins with the host's.
+        machine: the host and its devices, such as "tpu-3: 8 x TPU v6e", once they are known.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class Claims:
         self.timing = timing or Timing()
         self.host = socket.gethostname()
         self.worker = f"{self.host}-{os.getpid()}-{secrets.token_hex(3)}"
-        self.machine, self.chips = self.host, 1
+        self.machine = self.host
         self._store, self._clock = store, clock
         self._beaten = -float("inf")
         self._seen: dict[str, tuple[str, float]] = {}  # worker -> last beat, when it was new
-        self._facts: dict[str, dict[str, Any]] = {}  # contents of others' claims, which never change
+        self._contents: dict[str, dict[str, Any]] = {}  # of files that never change
 
     def beat(self, facts: Mapping[str, Any]) -> View:
         """Writes this worker's beat, then looks at the sweep."""
@@ -172,21 +172,26 @@ class Claims:
             return None
         return claim
 
+    def fresh(self) -> bool:
+        """Whether this worker's last beat is so new that nobody takes it for dead soon."""
+        return self._clock() - self._beaten < self.timing.fresh
+
     def holds(self, claim: Claim) -> bool:
-        """Whether the next epoch does not exist, and this worker's beat is fresh.
+        """Whether nobody has taken a claim over: the next epoch does not exist."""
+        return self._store.read(f"{QUEUE}/claims/{claim.trial}.{claim.epoch + 1}") is None
 
-        Others can therefore not have taken the trial over, nor begin to within the next seconds.
+    def end(self, claim: Claim, how: str, spent: Mapping[str, float], error: str = "") -> None:
+        """Ends a claim.
+
+        Args:
+            claim: held by this worker.
+            how: "released", "died" (the process did), "error" (which is tried once more) or
+                "failed".
+            spent: see `_history`.
+            error: one line.
         """
-        if self._clock() - self._beaten > self.timing.fresh:
-            return False
-        later = f"{QUEUE}/claims/{claim.trial}.{claim.epoch + 1}"
-        return self._store.read(later) is None
-
-    def end(self, claim: Claim, how: str, seconds: float, error: str = "") -> None:
-        """Ends a claim: "released", "died", "error" (tried once more, elsewhere) or "failed"."""
-        facts = {"how": how, "error": error, "chip_seconds": seconds * self.chips}
-        facts |= {"host": self.host, "token": secrets.token_hex(8)}
-        self._store.create(f"{QUEUE}/ended/{claim.key}", _encode(facts))
+        facts = {"how": how, "error": error, "host": self.host, "token": secrets.token_hex(8)}
+        self._store.create(f"{QUEUE}/ended/{claim.key}", _encode(facts | dict(spent)))
 
     def failed_here(self, trial: str, view: View) -> bool:
         """Whether a trial's last error was on this host, and another host may try it."""
@@ -213,7 +218,8 @@ class Claims:
         """What a new claim says of earlier ones.
 
         deaths: holders that died one after another without a new checkpoint; errors: the errors
-        that are tried once more; machines: where steps were taken; chip_seconds: of all of them.
+        that are tried once more; machines: of the holders; chip_seconds: of all holders; lost: the
+        part of them after the last publications.
         """
         key = view.newest(trial)
         last = self._read(f"claims/{key}")
@@ -221,24 +227,27 @@ class Claims:
         if ended["how"] == "failed":
             return {}
         deaths = 0 if key in view.saved else last.get("deaths", 0) + (ended["how"] == "died")
-        errors = [*last.get("errors", []), *([ended["error"]] if ended["how"] == "error" else [])]
-        machines = list(dict.fromkeys([*last.get("machines", []), last["machine"]]))
-        used = last.get("chip_seconds", 0.0) + ended["chip_seconds"]
-        return {"deaths": deaths, "errors": errors, "machines": machines, "chip_seconds": used}
+        return {
+            "deaths": deaths,
+            "errors": last.get("errors", []) + [ended["error"]] * (ended["how"] == "error"),
+            "machines": list(dict.fromkeys([*last.get("machines", []), last["machine"]])),
+            "chip_seconds": last.get("chip_seconds", 0.0) + ended["chip_seconds"],
+            "lost": last.get("lost", 0.0) + ended["lost"],
+        }
 
     def _last_beat(self, claim: Mapping[str, Any], trial: str) -> dict[str, Any]:
         """How a claim of a dead worker ended, from the worker's last beat."""
         content = self._store.read(f"{QUEUE}/beats/{claim['worker']}")
         held = json.loads(content).get("held", {}) if content else {}
-        return {"how": "died", "error": "", "chip_seconds": held.get(trial, 0.0)}
+        return {"how": "died", "error": "", **held.get(trial, {"chip_seconds": 0.0, "lost": 0.0})}
 
     def _read(self, name: str) -> dict[str, Any]:
         """The content of a file that never changes."""
-        if name not in self._facts:
+        if name not in self._contents:
             content = self._store.read(f"{QUEUE}/{name}")
             assert content is not None, f"{name} was listed"
-            self._facts[name] = json.loads(content)
-        return self._facts[name]
+            self._contents[name] = json.loads(content)
+        return self._contents[name]
 
 
 class Heart:
@@ -250,15 +259,22 @@ class Heart:
 
     Attributes:
         view: the newest, from the last beat.
-        problem: why the last beat failed; "" if it did not.
     """
+
+    view: View
 
     def __init__(self, claims: Claims, facts: Callable[[], Mapping[str, Any]]) -> None:
         self._claims, self._facts = claims, facts
         self._stop, self._lock = threading.Event(), threading.Lock()
-        self.problem = ""
-        self.view = claims.beat(facts())  # a worker that cannot beat does not begin
         self._thread = threading.Thread(target=self._run, daemon=True, name="beats")
+
+    def start(self) -> None:
+        """Beats at once, and then at intervals.
+
+        Raises:
+            StoreError: the first beat cannot be written.
+        """
+        self.beat()
         self._thread.start()
 
     def beat(self) -> View:
@@ -267,19 +283,22 @@ class Heart:
             self.view = self._claims.beat(self._facts())
         return self.view
 
+    def look(self) -> View:
+        """Looks at the sweep between two beats."""
+        self.view = self._claims.look()
+        return self.view
+
     def stop(self) -> None:
         """Writes the last beat, and beats no more."""
         self._stop.set()
         self._thread.join()
+        time.sleep(WRITES)  # after the last one
         self.beat()
 
     def _run(self) -> None:
         while not self._stop.wait(self._claims.timing.beat):
-            try:
+            with contextlib.suppress(StoreError):  # the next beat may succeed
                 self.beat()
-                self.problem = ""
-            except Exception as error:  # the next beat may succeed
-                self.problem = one_line(error)
 
 
 def lost(claim: Claim, view: View) -> bool:

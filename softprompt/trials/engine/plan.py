@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt.errors import UserError
 from softprompt.source import archive, commit, is_clean
 from softprompt.trials.engine.claims import QUEUE, STOP, View
-from softprompt.trials.engine.store import Store
+from softprompt.trials.engine.store import Store, open_store
 
 if TYPE_CHECKING:
     from softprompt.config import ConfigDict
@@ -72,7 +72,12 @@ class Plan:
 
 
 def make_plan(
-    experiment: str, subset: str, trials: Sequence["ConfigDict"], folders: Sequence[str], *, target: str
+    experiment: str,
+    subset: str,
+    trials: Sequence["ConfigDict"],
+    folders: Sequence[str],
+    *,
+    target: str,
 ) -> Plan:
     """Returns the plan of resolved trials whose folders have these names."""
     from softprompt.config import base_config, resolve
@@ -130,18 +135,40 @@ def write_plan(store: Store, plan: Plan) -> Plan:
     found = read_plan(store)
     if found.commit != plan.commit:
         raise UserError(
-            f"{PLAN} is of commit {found.commit}, this is {plan.commit}; give another --workdir, or "
-            "run that commit"
+            f"{PLAN} is of commit {found.commit}, this is {plan.commit}; give another --workdir, "
+            "or run that commit"
         )
     if _trials(found) != _trials(plan):
         raise UserError(
-            f"{PLAN} holds {found.experiment} ({found.subset}), {len(found.jobs)} trials, which are "
-            "others than these; give another --workdir"
+            f"{PLAN} holds {found.experiment} ({found.subset}), {len(found.jobs)} trials, which "
+            "are others than these; give another --workdir"
         )
     for trial in View(store.list(QUEUE)).failed:
         store.delete(f"{QUEUE}/failed/{trial}")
     store.delete(STOP)
     return found
+
+
+def plan_sweep(
+    workdir: str, experiment: str, subset: str, trials: Sequence["ConfigDict"], *, target: str
+) -> Plan:
+    """Writes the plan of a sweep; trials that have a row that is done already stay done.
+
+    Raises:
+        UserError: see `write_plan`.
+    """
+    from softprompt.results import is_done
+    from softprompt.trials.sweep import trial_folders
+
+    store = open_store(workdir)
+    folders = trial_folders(workdir, trials)
+    plan = make_plan(experiment, subset, trials, [one.name for one in folders], target=target)
+    written = write_plan(store, plan)
+    there = View(store.list(QUEUE)).done
+    for folder, job in zip(folders, plan.jobs, strict=True):
+        if job.trial not in there and is_done(folder):
+            store.create(f"{QUEUE}/done/{job.trial}", plan.token.encode())
+    return written
 
 
 def _trials(plan: Plan) -> set[str]:
@@ -161,7 +188,7 @@ def read_plan(store: Store) -> Plan:
     """
     content = store.read(PLAN)
     if content is None:
-        raise UserError(f"no {PLAN} in this folder; `softprompt sweep ... --engine store` writes one")
+        raise UserError(f"no {PLAN} in this folder; softprompt sweep --engine store writes one")
     try:
         found: Mapping[str, Any] = json.loads(content)
         return Plan(**{**found, "jobs": tuple(Job(**job) for job in found["jobs"])})
@@ -182,18 +209,13 @@ def check_worker(plan: Plan) -> None:
         )
 
 
-def check_backend(plan: Plan, backend: str) -> None:
-    """Checks that `model.dtype=auto` is on a backend what it is on the plan's target.
+def check_backend(plan: Plan, backend: str, dtype: str) -> None:
+    """Checks that `model.dtype=auto` is on a worker's backend what it is on the plan's target.
 
     Raises:
         UserError: it is not.
     """
-    from softprompt.config import base_config, resolve
-
-    if not plan.target:
-        return
-    dtype = resolve(base_config(), backend=backend).model.dtype
-    if dtype != plan.dtype:
+    if plan.target and dtype != plan.dtype:
         raise UserError(
             f"the plan is for {plan.target}, where model.dtype=auto is {plan.dtype}; on this "
             f"worker's {backend} it is {dtype}"

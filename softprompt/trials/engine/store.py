@@ -137,7 +137,7 @@ class BucketStore:
         from gcsfs.core import GCSFileSystem  # slow to import, and only in the extra gcs
 
         # The class of gcsfs.core: the other one first asks what kind of bucket it is.
-        self._fs = GCSFileSystem(use_listings_cache=False)
+        self._fs = GCSFileSystem(use_listings_cache=False, requests_timeout=60)
         self._root = url.partition("://")[2].rstrip("/")
 
     def list(self, prefix: str) -> dict[str, str]:
@@ -190,4 +190,3 @@ class BucketStore:
         except Exception as error:  # of gcsfs, aiohttp, google.auth and others
             reason = one_line(error)
             raise StoreError(f"cannot {what} gs://{self._root}/{name}: {reason}") from error
-

@@ -1,0 +1,81 @@
+"""Commands of workers and of the store that they share."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from softprompt.commands.base import Command, Overrides, path
+from softprompt.source import is_clean
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+STORE = ("workdir", {"type": path, "metavar": "DIR", "help": "the sweep's folder, or gs://"})
+
+
+def start_engine(
+    experiment: "ModuleType", arguments: argparse.Namespace, overrides: Overrides
+) -> int:
+    """Writes the plan of a sweep. It opens no device, which would keep a TPU from a worker."""
+    from softprompt.trials.engine.plan import plan_sweep
+    from softprompt.trials.outputs import claim_outputs, experiment_name
+    from softprompt.trials.sweep import make_trials
+
+    target, workdir = arguments.target, arguments.workdir
+    trials = make_trials(experiment, arguments.subset, overrides, target=target)
+    name = experiment_name(experiment)
+    plan = plan_sweep(workdir, name, arguments.subset, trials, target=target)
+    claim_outputs(experiment, workdir)
+    print(f"{len(plan.jobs)} trials planned in {workdir}; run: softprompt work {workdir}")
+    if not is_clean(plan.commit):
+        print(
+            f"softprompt: note: no archive of the code is in {workdir}, since it is of commit "
+            f"{plan.commit}: workers must run this very code",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def work(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Runs trials of a plan until none is left."""
+    from softprompt.trials.engine.worker import work as run
+    from softprompt.trials.shards import parse_minutes
+
+    return run(arguments.workdir, minutes=parse_minutes(arguments.minutes))
+
+
+def stop(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Asks all workers to save and leave, or lets them start again."""
+    from softprompt.trials.engine.claims import STOP
+    from softprompt.trials.engine.plan import read_plan
+    from softprompt.trials.engine.store import open_store
+
+    store = open_store(arguments.workdir)
+    read_plan(store)
+    if arguments.undo:
+        store.delete(STOP)
+    else:
+        store.write(STOP, b"")
+    return 0
+
+
+COMMANDS = {
+    "work": Command(
+        work,
+        "run trials of a sweep's plan until none is left; any number of workers share it",
+        "softprompt work gs://BUCKET/prompt_length",
+        [
+            STORE,
+            (
+                "--minutes",
+                {"default": "", "metavar": "N", "help": "claim no trial after N minutes"},
+            ),
+        ],
+    ),
+    "stop": Command(
+        stop,
+        "ask all workers of a sweep to save and leave",
+        "softprompt stop gs://BUCKET/prompt_length",
+        [STORE, ("--undo", {"action": "store_true", "help": "let workers start again"})],
+    ),
+}
