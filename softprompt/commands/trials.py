@@ -5,6 +5,7 @@ Modules that are slow to import are imported by the commands that need them.
 
 import argparse
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from softprompt.commands.base import (
@@ -20,7 +21,10 @@ from softprompt.distributed import start_jax
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from types import ModuleType
+
+    from softprompt.trials.engine.sharing import Shared
 
 
 def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
@@ -47,8 +51,9 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     config = resolve(config)
     began = time.monotonic()
     try:
-        with Progress() as progress:
-            row = run_trial(config, arguments.workdir, session=Session(progress))
+        with Progress() as progress, _claims(arguments.workdir) as claims:
+            session = Session(progress, claims=claims)
+            row = run_trial(config, arguments.workdir, session=session)
     except Diverged as error:
         record_failure(config, arguments.workdir, error, time.monotonic() - began)
         raise
@@ -67,6 +72,16 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
         {key: row[key] for key in ("trial", "name", "status", "steps", "seconds", "metrics")}
     )
     return 0
+
+
+def _claims(folder: str) -> "AbstractContextManager[Shared | None]":
+    """The claims of the sweep that a trial's folder is part of; None if it is part of none."""
+    from etils import epath
+
+    from softprompt.trials.engine.sharing import is_sweep, shared
+
+    parent = epath.Path(folder).parent
+    return shared(parent) if is_sweep(parent) else nullcontext()
 
 
 def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:

@@ -35,6 +35,7 @@ from softprompt.errors import UserError, unknown
 from softprompt.files import check_writable, write_text
 from softprompt.results import Row, is_done, make_row, outcome, write_result
 from softprompt.trials.forecast import Estimate, Forecast
+from softprompt.trials.lock import Locked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -218,6 +219,7 @@ def run_sweep(
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
     failed: list[Row] = []
+    taken = 0
     for positions, width in _groups(session, [trials[index] for index in todo]):
         if late():
             break
@@ -232,13 +234,16 @@ def run_sweep(
             seconds, began = time.monotonic() - began, time.monotonic()
             others = [other for other in members if other in forecast.todo and other != index]
             done = row["status"] == "done"
+            taken += row["status"] == "taken"
             forecast.end(index, seconds, done=done, others=others[: width - 1])
             if done:
                 ended = len(trials) - len(forecast.todo)
                 left = forecast.left() if others else None  # otherwise shown with the next trial
                 progress.finished(outcome(row), ended, len(trials), left)
-            else:
+            elif row["status"] == "failed":
                 failed.append(row)
+    if taken:
+        progress.say(f"{taken} of {len(trials)} trials are run by other processes")
     if late() and forecast.todo:
         left_over = f"{len(forecast.todo)} of {len(trials)} trials are not started"
         progress.say(f"{minutes:g} minutes are over: {left_over}; the same command goes on")
@@ -269,18 +274,20 @@ def run_trials(
     minutes: float = math.inf,
 ) -> list[Row]:
     """Runs the trials that are not done; returns the rows of failed trials. See `run_sweep`."""
+    from softprompt.trials.engine.sharing import shared
     from softprompt.trials.estimate import estimate
     from softprompt.trials.run import run_trial
 
-    return run_sweep(
-        trials,
-        workdir,
-        lambda config, folder: run_trial(config, folder, session=session),
-        progress=session.progress,
-        estimate=lambda config: estimate(config, session),
-        session=session,
-        minutes=minutes,
-    )
+    with shared(workdir) as session.claims:
+        return run_sweep(
+            trials,
+            workdir,
+            lambda config, folder: run_trial(config, folder, session=session),
+            progress=session.progress,
+            estimate=lambda config: estimate(config, session),
+            session=session,
+            minutes=minutes,
+        )
 
 
 def _run_group(
@@ -320,7 +327,13 @@ def _run_one(
 def _failed(
     progress: Progress, config: ConfigDict, folder: epath.Path, error: Exception, seconds: float
 ) -> Row:
-    """Records and reports a failed trial, and returns its row."""
+    """Records and reports a failed trial, and returns its row.
+
+    One that another process runs is none: it is reported as "taken".
+    """
+    if isinstance(error, Locked):
+        progress.say(str(error))
+        return {"trial": trial_id(config), "name": trial_name(config), "status": "taken"}
     row = record_failure(config, folder, error, seconds)
     progress.say(f"trial {row['name']} failed: {row['error']} (in {folder})")
     return row

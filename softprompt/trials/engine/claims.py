@@ -59,7 +59,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A trial that a worker holds. `facts` are the content of the claim's file: see `_history`."""
+    """A trial that a worker holds. `facts` are the content of the claim's file: see `history`."""
 
     trial: str
     epoch: int
@@ -164,7 +164,7 @@ class Claims:
         epoch = view.epochs.get(trial, 0)
         if epoch and not view.free(trial) and not self._dead(view.newest(trial), view):
             return None
-        past = self._history(trial, view) if epoch else {}
+        past = self.history(trial, view) if epoch else {}
         identity = {"worker": self.worker, "host": self.host, "process": _process()}
         facts = {**past, **identity, "token": secrets.token_hex(8), "machine": self.machine}
         claim = Claim(trial, epoch + 1, facts)
@@ -187,7 +187,7 @@ class Claims:
             claim: held by this worker.
             how: "released", "died" (the process did), "error" (which is tried once more) or
                 "failed".
-            spent: see `_history`.
+            spent: see `history`.
             error: one line.
         """
         facts = {"how": how, "error": error, "host": self.host, "token": secrets.token_hex(8)}
@@ -214,7 +214,12 @@ class Claims:
             return self._store.read(f"{QUEUE}/beats/{worker}") is None
         return self._clock() - self._seen[worker][1] >= self.timing.dead
 
-    def _history(self, trial: str, view: View) -> dict[str, Any]:
+    def deaths(self, trial: str, view: View) -> int:
+        """How many holders of a trial died one after another, if its last claim has ended."""
+        ended = trial in view.epochs and view.newest(trial) in view.ended
+        return int(self.history(trial, view).get("deaths", 0)) if ended else 0
+
+    def history(self, trial: str, view: View) -> dict[str, Any]:
         """What a new claim says of earlier ones.
 
         deaths: holders that died one after another without a new checkpoint; errors: the errors
@@ -256,6 +261,7 @@ class Heart:
     Args:
         claims: the worker's.
         facts: returns the content of a beat.
+        seen: called with the view after each beat.
 
     Attributes:
         view: the newest, from the last beat.
@@ -263,8 +269,14 @@ class Heart:
 
     view: View
 
-    def __init__(self, claims: Claims, facts: Callable[[], Mapping[str, Any]]) -> None:
-        self._claims, self._facts = claims, facts
+    def __init__(
+        self,
+        claims: Claims,
+        facts: Callable[[], Mapping[str, Any]],
+        *,
+        seen: Callable[[View], None] = lambda view: None,
+    ) -> None:
+        self._claims, self._facts, self._tell = claims, facts, seen
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="beats")
 
@@ -298,7 +310,7 @@ class Heart:
     def _run(self) -> None:
         while not self._stop.wait(self._claims.timing.beat):
             with contextlib.suppress(StoreError):  # the next beat may succeed
-                self.beat()
+                self._tell(self.beat())
 
 
 def lost(claim: Claim, view: View) -> bool:

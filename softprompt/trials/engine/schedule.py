@@ -29,11 +29,14 @@ def take_next(
     taken: list[tuple[Job, Claim]] = []
     for group in (*_groups(free, model), *([job] for job in left if job not in free)):
         for job in group:
+            alone = bool(claims.deaths(job.trial, view))  # it may have been this one's fault
+            if alone and taken:
+                continue
             claim = claims.take(job.trial, view)
             if claim is not None:
                 taken.append((job, claim))
             width = job.most or widths.get(job.group, widths[""])
-            if len(taken) >= min(width, share):
+            if taken and (alone or len(taken) >= min(width, share)):
                 return taken
         if taken:
             return taken
