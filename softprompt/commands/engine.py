@@ -10,6 +10,8 @@ from softprompt.source import is_clean
 if TYPE_CHECKING:
     from types import ModuleType
 
+WATCH_SECONDS = 15
+
 STORE = ("workdir", {"type": path, "metavar": "DIR", "help": "the sweep's folder, or gs://"})
 
 
@@ -59,6 +61,39 @@ def stop(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
+def status(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Prints the state of a sweep, and writes it as a page."""
+    import time
+    from pathlib import Path
+
+    from softprompt.console import print_columns
+    from softprompt.trials.engine.status import COLUMNS, page, read_status, summary, table
+    from softprompt.trials.engine.store import open_store
+
+    store = open_store(arguments.workdir)
+    while True:
+        found = read_status(store)
+        print("\n".join(summary(*found, arguments.price)))
+        print_columns(COLUMNS, table(found[2]))
+        refresh = WATCH_SECONDS if arguments.watch else 0
+        if arguments.html:
+            text = page(*found, arguments.price, refresh=refresh)
+            Path(arguments.html).write_text(text, encoding="utf-8")
+        if not refresh:
+            return 0
+        time.sleep(refresh)
+        print()
+
+
+def check(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Checks that a worker can work on this machine."""
+    from softprompt.trials.engine.check import check as run
+
+    for what, said in run(arguments.workdir):
+        print(f"{what}: {said}", flush=True)
+    return 0
+
+
 COMMANDS = {
     "work": Command(
         work,
@@ -71,6 +106,26 @@ COMMANDS = {
                 {"default": "", "metavar": "N", "help": "claim no trial after N minutes"},
             ),
         ],
+    ),
+    "status": Command(
+        status,
+        "print how far a sweep is, and what its workers do",
+        "softprompt status gs://BUCKET/prompt_length --watch",
+        [
+            STORE,
+            ("--watch", {"action": "store_true", "help": "again every 15 seconds"}),
+            ("--html", {"type": path, "metavar": "FILE", "help": "also write a page"}),
+            (
+                "--price",
+                {"type": float, "metavar": "DOLLARS", "help": "of a chip-hour, to print the cost"},
+            ),
+        ],
+    ),
+    "check": Command(
+        check,
+        "check on a new machine that a worker can work there: store, claims, devices, SIGTERM",
+        "softprompt check gs://BUCKET/prompt_length",
+        [STORE],
     ),
     "stop": Command(
         stop,

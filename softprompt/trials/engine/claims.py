@@ -224,7 +224,7 @@ class Claims:
 
         deaths: holders that died one after another without a new checkpoint; errors: the errors
         that are tried once more; machines: of the holders; chip_seconds: of all holders; lost: the
-        part of them after the last publications.
+        part of them after the last publications; last_lost: the last holder's.
         """
         key = view.newest(trial)
         last = self._read(f"claims/{key}")
@@ -238,6 +238,7 @@ class Claims:
             "machines": list(dict.fromkeys([*last.get("machines", []), last["machine"]])),
             "chip_seconds": last.get("chip_seconds", 0.0) + ended["chip_seconds"],
             "lost": last.get("lost", 0.0) + ended["lost"],
+            "last_lost": ended["lost"],
         }
 
     def _last_beat(self, claim: Mapping[str, Any], trial: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Holdings:
         self._store, self._claims, self._heart = store, claims, heart
         self._scratch, self._say = scratch, say
         self.held: dict[str, Held] = {}
+        self.lost = 0.0  # chip-seconds of earlier holders' work that the trials did again
 
     def begin(self, job: Job, claim: Claim, view: View) -> dict[str, Any]:
         """Takes up a claimed trial; returns the child's order to run it.
@@ -79,6 +80,7 @@ class Holdings:
         self.held[job.trial] = Held(
             job, claim, folder, publish.newest_step(folder), time.monotonic()
         )
+        self.lost += claim.facts.get("last_lost", 0.0)
         again = f", holder {claim.epoch}" if claim.epoch > 1 else ""
         self._say(f"claimed {job.name} ({job.trial}){again}")
         fail = ""

@@ -227,6 +227,7 @@ class Worker:
             "machine": self._claims.machine,
             "chips": self._chips,
             "chip_seconds": self._used,
+            "chip_seconds_lost": self._holdings.lost,
             "held": {trial: one.facts() for trial, one in held.items()},
             "stages": {one.job.name: self._stages.get(one.job.name, "") for one in held.values()},
             "problem": self._problem,
