@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from softprompt.commands.base import Command, Overrides, path
+from softprompt.commands.base import DISTRIBUTED, Command, Overrides, path
 from softprompt.source import is_clean
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def work(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.trials.engine.worker import work as run
     from softprompt.trials.shards import parse_minutes
 
-    return run(arguments.workdir, minutes=parse_minutes(arguments.minutes))
+    minutes = parse_minutes(arguments.minutes)
+    return run(arguments.workdir, minutes=minutes, distributed=arguments.distributed)
 
 
 def stop(arguments: argparse.Namespace, overrides: Overrides) -> int:
@@ -105,6 +106,7 @@ COMMANDS = {
                 "--minutes",
                 {"default": "", "metavar": "N", "help": "claim no trial after N minutes"},
             ),
+            DISTRIBUTED,
         ],
     ),
     "status": Command(

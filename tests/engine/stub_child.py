@@ -58,7 +58,7 @@ def main():
                 run_one(link, job, ends)
         return True
 
-    return serve(link, run)
+    return serve(link, run, link.receive)
 
 
 if __name__ == "__main__":

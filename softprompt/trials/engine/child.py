@@ -1,10 +1,15 @@
 """A worker's child: one JAX session that runs the trials that the worker has claimed.
 
-Started by `softprompt.trials.engine.worker` as `python -m softprompt.trials.engine.child FD`.
+Started by a worker as `python -m softprompt.trials.engine.child [HOST:PORT,I,N] FD`.
 Messages to the worker: ready or unable, next, stage, returned, ended. Orders: run.
 """
 
+import contextlib
+import json
+import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt import interrupts
 from softprompt.console import Progress
 from softprompt.errors import UserError
-from softprompt.trials.engine.link import Link, parent
+from softprompt.trials.engine.link import Link, Message, parent
 
 if TYPE_CHECKING:
     from etils import epath
@@ -24,14 +29,18 @@ if TYPE_CHECKING:
 
 Orders = Sequence[Mapping[str, Any]]
 Run = Callable[[Orders], bool]
+Receive = Callable[[], Message | None]
+
+HEARTBEAT = 30  # seconds until JAX takes another process of a trial for lost
+MEETING = 2.0  # seconds between two meetings of the processes while there is nothing to do
 
 
-def serve(link: Link, run: Run) -> int:
-    """Asks for trials and runs them, until `run` returns False or the worker is gone."""
+def serve(link: Link, run: Run, receive: Receive) -> int:
+    """Asks for trials and runs them, until there are none, or `run` returns False."""
     while True:
         link.send("next")
-        order = link.receive()
-        if order is None or not run(order["jobs"]):
+        order = receive()
+        if not order or not order["jobs"] or not run(order["jobs"]):
             return 0
 
 
@@ -61,6 +70,8 @@ def run_batch(link: Link, session: "Session", jobs: Orders) -> bool:
     Returns:
         False if an error was not the user's, which may have spoiled the session.
     """
+    import jax
+
     from softprompt.config import from_dict
     from softprompt.trials.groups import plan
 
@@ -75,6 +86,8 @@ def run_batch(link: Link, session: "Session", jobs: Orders) -> bool:
     for position, row, error in _rows(session, [(configs[n], jobs[n]) for n in positions]):
         final = error is None or isinstance(error, UserError)
         clean = clean and final
+        if not final and jax.process_count() > 1:
+            return False  # a lost process is an error in all others
         trial, done = jobs[positions[position]]["trial"], row["status"] == "done"
         link.send("ended", trial=trial, done=done, error=row["error"], final=final)
     return clean
@@ -126,12 +139,47 @@ def _run_alone(
         return failed(config, folder, error, time.monotonic() - began)
 
 
-def ready(link: Link) -> bool:
+def orders_for_all(link: Link) -> Receive:
+    """A function that returns the next order of the first process's worker, in each process.
+
+    While there is none the processes meet every few seconds, and find out whether to stop.
+    """
+    import jax
+
+    from softprompt.distributed import from_first
+    from softprompt.training.loop import stop_requested
+
+    orders: queue.Queue[Message | None] = queue.Queue()
+
+    def read() -> None:
+        while (order := link.receive()) is not None:
+            orders.put(order)
+        orders.put(None)
+
+    first = jax.process_index() == 0
+    if first:
+        threading.Thread(target=read, daemon=True, name="orders").start()
+
+    def receive() -> Message | None:
+        while stop_requested() is None:
+            content = b""
+            if first:
+                with contextlib.suppress(queue.Empty):
+                    content = json.dumps(orders.get(timeout=MEETING)).encode()
+            if content := from_first(content):
+                order: Message | None = json.loads(content)
+                return order
+        raise SystemExit(interrupts.PREEMPTED)
+
+    return receive
+
+
+def ready(link: Link, distributed: str | None) -> bool:
     """Opens the devices, and tells the worker which they are; False if that fails."""
     from softprompt.distributed import start_jax
 
     try:
-        start_jax()
+        start_jax(distributed, heartbeat=HEARTBEAT)
     except UserError as error:
         link.send("unable", error=str(error))
         return False
@@ -156,13 +204,22 @@ def main() -> int:
     """Runs the process."""
     link = parent()
     interrupts.exit_at_once()
-    if not ready(link):
+    distributed = sys.argv[1] if len(sys.argv) > 2 else None
+    if not ready(link, distributed):
         return 1
     from softprompt.trials.session import Session
 
     with Reports(link) as progress:
         session = Session(progress)
-        return serve(link, lambda jobs: run_batch(link, session, jobs))
+        if distributed is None:
+            return serve(link, lambda jobs: run_batch(link, session, jobs), link.receive)
+
+        def run(jobs: Orders) -> bool:
+            if not run_batch(link, session, jobs):
+                os._exit(1)  # so that the others end too, and all begin anew
+            return True
+
+        return serve(link, run, orders_for_all(link))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from softprompt.trials.engine import publish
-from softprompt.trials.engine.claims import MOST_DEATHS, QUEUE, Claim, Claims, Heart, View
+from softprompt.trials.engine.claims import MOST_DEATHS, QUEUE, Claim, Claims, View
 from softprompt.trials.engine.plan import Job
 from softprompt.trials.engine.store import Store
 
@@ -23,12 +25,12 @@ class Held:
         published: when that was (`time.monotonic()`).
         spent: chip-seconds of this claim.
         unsaved: the part of them since the last publication.
-        saved: the key of the publication, if there is one.
+        saved: the keys of the publications of all holders.
     """
 
     job: Job
     claim: Claim
-    folder: Path
+    folder: epath.Path
     step: int
     published: float
     spent: float = 0.0
@@ -45,8 +47,9 @@ class Holdings:
 
     Args:
         store: the sweep's.
-        claims, heart: the worker's.
-        scratch: a local folder for the trials' folders.
+        claims: the worker's.
+        place: the folder of the trials' folders.
+        local: whether it is scratch, from which trials are published; otherwise the store's.
         say: called with a line about each trial that is claimed or ends.
     """
 
@@ -54,13 +57,13 @@ class Holdings:
         self,
         store: Store,
         claims: Claims,
-        heart: Heart,
         *,
-        scratch: Path,
+        place: epath.PathLike,
+        local: bool,
         say: Callable[[str], None],
     ) -> None:
-        self._store, self._claims, self._heart = store, claims, heart
-        self._scratch, self._say = scratch, say
+        self._store, self._claims = store, claims
+        self._place, self._local, self._say = epath.Path(place), local, say
         self.held: dict[str, Held] = {}
         self.lost = 0.0  # chip-seconds of earlier holders' work that the trials did again
 
@@ -70,16 +73,14 @@ class Holdings:
         The newest publication of earlier holders is brought to scratch, unless a worker of this
         host has left a newer checkpoint there.
         """
-        folder = self._scratch / job.folder
-        epochs = [epoch for epoch in range(claim.epoch - 1, 0, -1)]
-        saved = next((e for e in epochs if f"{job.trial}.{e}" in view.saved), None)
-        if saved is not None:
-            content = self._store.read(f"{QUEUE}/saved/{job.trial}.{saved}")
-            if content is not None:
-                publish.unpack(content, folder)
-        self.held[job.trial] = Held(
-            job, claim, folder, publish.newest_step(folder), time.monotonic()
-        )
+        folder = self._place / job.folder
+        keys = [f"{job.trial}.{epoch}" for epoch in range(claim.epoch - 1, 0, -1)]
+        saved = tuple(key for key in keys if key in view.saved)
+        content = self._store.read(f"{QUEUE}/saved/{saved[0]}") if saved and self._local else None
+        if content is not None:
+            publish.unpack(content, Path(folder))
+        step, now = publish.newest_step(folder), time.monotonic()
+        self.held[job.trial] = Held(job, claim, folder, step, published=now, saved=saved)
         self.lost += claim.facts.get("last_lost", 0.0)
         again = f", holder {claim.epoch}" if claim.epoch > 1 else ""
         self._say(f"claimed {job.name} ({job.trial}){again}")
@@ -101,18 +102,21 @@ class Holdings:
                 self._publish(one)
 
     def _publish(self, one: Held) -> None:
-        """Publishes a trial's newest checkpoint and its files as one object."""
+        """Publishes a trial's newest checkpoint and its files as one object.
+
+        For a trial that runs in the store the object is empty, and says that there was progress.
+        """
         step = publish.newest_step(one.folder)
         if step > one.step and self._may_publish(one):
-            content = publish.pack(one.folder)
+            content = publish.pack(Path(one.folder)) if self._local else b""
             self._store.write(f"{QUEUE}/saved/{one.claim.key}", content)
             one.step, one.published, one.unsaved = step, time.monotonic(), 0.0
-            one.saved = (one.claim.key,)
+            one.saved = (*one.saved, one.claim.key)
 
     def _may_publish(self, one: Held) -> bool:
         """Whether this worker still holds a trial, and is known to live."""
         if not self._claims.fresh():
-            self._heart.beat()
+            self._claims.beat({})
         return self._claims.holds(one.claim)
 
     def end(self, trial: str, *, done: bool, error: str, final: bool) -> bool:
@@ -142,7 +146,8 @@ class Holdings:
 
     def _publish_end(self, one: Held, status: str) -> None:
         """Publishes the files of a trial that is over, and deletes what is not needed any more."""
-        publish.publish_files(self._store, one.folder, one.job.folder)
+        if self._local:
+            publish.publish_files(self._store, Path(one.folder), one.job.folder)
         if not self._may_publish(one):
             return
         past = one.claim.facts
@@ -157,10 +162,10 @@ class Holdings:
         token = one.claim.facts["token"].encode()
         self._store.create(f"{QUEUE}/{status}/{one.job.trial}", token)
         if status == "done":
-            for key in {*self._heart.view.saved, *one.saved}:
-                if key.rpartition(".")[0] == one.job.trial:
-                    self._store.delete(f"{QUEUE}/saved/{key}")
-        shutil.rmtree(one.folder, ignore_errors=True)
+            for key in set(one.saved):
+                self._store.delete(f"{QUEUE}/saved/{key}")
+        if self._local:
+            shutil.rmtree(one.folder, ignore_errors=True)
 
     def release(self, trial: str, how: str = "released") -> None:
         """Publishes a trial as far as it is, and gives its claim back."""

@@ -12,14 +12,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from softprompt.trials.engine.store import Store
 
 CHECKPOINTS, RESULT = "checkpoints", "result.json"
 
 
-def newest_step(folder: Path) -> int:
+def newest_step(folder: epath.PathLike) -> int:
     """The step of a trial's newest whole checkpoint; 0 if there is none."""
-    steps = [path.name for path in folder.glob(f"{CHECKPOINTS}/*") if path.name.isdigit()]
+    root = epath.Path(folder) / CHECKPOINTS
+    steps = [path.name for path in root.iterdir() if path.name.isdigit()] if root.is_dir() else []
     return max(map(int, steps), default=0)
 
 
@@ -57,11 +60,12 @@ def publish_files(store: Store, folder: Path, name: str) -> None:
             store.write(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
-def publish_row(store: Store, folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+def publish_row(store: Store, folder: epath.PathLike, name: str, facts: Mapping[str, Any]) -> None:
     """Copies a trial's result.json with these facts, unless the store has one that is done."""
     there = store.read(f"{name}/{RESULT}")
-    if there is None or json.loads(there)["status"] != "done":
-        row = json.loads((folder / RESULT).read_text()) | dict(facts)
+    row = json.loads((epath.Path(folder) / RESULT).read_text())
+    if there is None or json.loads(there)["status"] != "done" or json.loads(there) == row:
+        row |= dict(facts)
         store.write(f"{name}/{RESULT}", (json.dumps(row, indent=2) + "\n").encode())
 
 

@@ -5,6 +5,7 @@ compiling. It alone reads and writes the store. The child trains in local scratc
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -15,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from softprompt import interrupts
+from softprompt.distributed import parse_distributed
 from softprompt.errors import UserError
 from softprompt.trials.engine.claims import Claims, Heart, Timing, View, lost
 from softprompt.trials.engine.holdings import Holdings
 from softprompt.trials.engine.link import Child, Message
 from softprompt.trials.engine.plan import Plan, check_backend, check_worker, read_plan
 from softprompt.trials.engine.schedule import all_over, take_next
-from softprompt.trials.engine.store import Store, open_store
+from softprompt.trials.engine.store import StoreError, open_store
 
 CHILD = (sys.executable, "-m", "softprompt.trials.engine.child")
 MOST_STARTS = 3  # of a child, one after another, that finds no devices
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 TICK = 0.2  # seconds between two looks at what is due
 
 Say = Callable[[str], None]
@@ -39,6 +42,7 @@ def work(
     workdir: os.PathLike[str] | str,
     *,
     minutes: float = math.inf,
+    distributed: str | None = None,
     command: Sequence[str] = CHILD,
     timing: Timing | None = None,
     say: Say = print_line,
@@ -48,13 +52,15 @@ def work(
     Args:
         workdir: the sweep's, local or gs://.
         minutes: no trial is claimed when they have passed.
+        distributed: "HOST:PORT,I,N": trials are run by N processes together, of which this is the
+            I-th from 0, in the store itself. The first one's worker claims, and the others follow.
         command: the child process.
         timing: of everything that is done in intervals.
         say: called with a line about each trial that is claimed or ends.
 
     Returns:
         The exit code: 0 if every trial is done, 1 if all are over and some failed, 75 if some are
-        left when the minutes are over or `stop` is in the store.
+        left when the minutes are over, `stop` is in the store, or the store cannot be reached.
 
     Raises:
         UserError: there is no plan, its code or target is another, or no device can be opened.
@@ -63,30 +69,50 @@ def work(
     store = open_store(workdir)
     plan = read_plan(store)
     check_worker(plan)
+    timing, scratch, follows = timing or Timing(), scratch_folder(plan), False
+    claims = Claims(store, timing=timing)
+    if distributed is not None:
+        member = parse_distributed(distributed)
+        follows = member is None or member[1] > 0
+        command = [*command, distributed]
+    local = distributed is None
+    holdings = Holdings(store, claims, place=scratch if local else workdir, local=local, say=say)
     with interrupts.saving():
-        return Worker(store, plan, command, timing or Timing(), say).run(60 * minutes)
+        child = functools.partial(Child, command, programs(scratch))
+        worker = Worker(plan, claims, holdings, child, follows=follows, say=say)
+        try:
+            return worker.run(60 * minutes)
+        except StoreError as error:  # others take the trials over; a new worker may have more luck
+            say(str(error))
+            return interrupts.PREEMPTED
 
 
 class Worker:
     """The events of a worker: messages of its child, and what is due by the clock.
 
     Args:
-        store: the sweep's.
-        plan: in the store.
-        command, timing, say: see `work`.
+        plan: the sweep's.
+        claims: the worker's.
+        holdings: the trials that it holds.
+        child: starts the child.
+        follows: whether another worker claims what the child runs.
+        say: see `work`.
     """
 
     def __init__(
-        self, store: Store, plan: Plan, command: Sequence[str], timing: Timing, say: Say
+        self,
+        plan: Plan,
+        claims: Claims,
+        holdings: Holdings,
+        child: Callable[[], Child],
+        *,
+        follows: bool,
+        say: Say,
     ) -> None:
-        self._plan, self._command, self._timing, self._say = plan, command, timing, say
-        self._programs = {"JAX_COMPILATION_CACHE_DIR": str(scratch_folder(plan) / "programs")}
-        self._claims = Claims(store, timing=timing)
-        self._heart = Heart(self._claims, self._facts)
-        self._holdings = Holdings(
-            store, self._claims, self._heart, scratch=scratch_folder(plan), say=say
-        )
-        self._held = self._holdings.held
+        self._plan, self._claims, self._holdings, self._say = plan, claims, holdings, say
+        self._new_child, self._follows, self._timing = child, follows, claims.timing
+        self._heart = Heart(claims, self._facts)
+        self._held = holdings.held
         self._child: Child | None = None
         self._starts = 0
         self._wants, self._looked_at = False, View({})
@@ -105,7 +131,7 @@ class Worker:
             while (code := self._finished(late=time.monotonic() > end)) is None:
                 if self._child is None:
                     time.sleep(self._starts * self._timing.beat)
-                    self._child = Child(self._command, {**self._programs, **os.environ})
+                    self._child = self._new_child()
                     self._heard = time.monotonic()
                 self._handle(self._child.receive(TICK))
                 self._tick(claims=time.monotonic() <= end)
@@ -121,6 +147,7 @@ class Worker:
         """The exit code, if the worker shall leave now."""
         view, number = self._heart.view, interrupts.requested()
         if not self._held and all_over(self._plan, view):
+            self._let_save()
             return int(any(job.trial in view.failed for job in self._plan.jobs))
         if number is None and not view.stop and (self._held or not late):
             return None
@@ -132,7 +159,10 @@ class Worker:
     def _let_save(self) -> None:
         """Lets the child save and exit, kills it after a while, and gives all trials back."""
         if self._child is not None:
-            self._child.terminate()
+            if self._wants and not self._follows:
+                self._child.send("run", jobs=[])  # nothing: it ends, and so do those that follow
+            else:
+                self._child.terminate()
             end, running = time.monotonic() + self._timing.grace, True
             while running and time.monotonic() < end:
                 message = self._child.receive(TICK)
@@ -170,10 +200,12 @@ class Worker:
                 if trial in self._held and self._holdings.end(trial, **message):
                     self._counts["done" if message["done"] else "failed"] += 1
             case "exit":
-                self._child_ended()
+                self._child_ended(message["code"])
 
-    def _child_ended(self) -> None:
+    def _child_ended(self, code: int) -> None:
         """Gives the trials of a child that ended back, and has another one started.
+
+        Exit code 75 is of several processes, of which another one was told to stop.
 
         Raises:
             UserError: several children one after another have found no devices.
@@ -181,7 +213,7 @@ class Worker:
         self._child, self._wants = None, False
         for trial in list(self._held):
             self._say(f"the process of {self._held[trial].job.name} died")
-            self._holdings.release(trial, "died")
+            self._holdings.release(trial, "released" if code == interrupts.PREEMPTED else "died")
         if self._problem:
             self._starts += 1
         if self._starts >= MOST_STARTS:
@@ -197,9 +229,9 @@ class Worker:
         self._holdings.publish_due()
         if any(lost(one.claim, view) for one in self._held.values()):
             self._end_child("a trial was taken over by another worker")
-        elif now - self._heard > self._timing.silent:
+        elif self._held and now - self._heard > self._timing.silent:
             self._end_child(f"the process said nothing for {self._timing.silent:g} s")
-        if self._wants and claims and view is not self._looked_at:
+        if self._wants and claims and not self._follows and view is not self._looked_at:
             self._claim()
 
     def _end_child(self, reason: str) -> None:
@@ -207,7 +239,7 @@ class Worker:
         self._say(reason)
         view = self._heart.view
         for trial in [t for t, one in self._held.items() if lost(one.claim, view)]:
-            del self._held[trial]
+            self._holdings.drop(trial)
         if self._child is not None:
             self._child.kill()
 
@@ -234,6 +266,12 @@ class Worker:
             "left": self._left,
             **self._counts,
         }
+
+
+def programs(scratch: Path) -> dict[str, str]:
+    """The environment of a child: compiled programs are kept for the next one on this host."""
+    folder = os.environ.get(CACHE, str(scratch / "programs"))
+    return {CACHE: folder}
 
 
 def scratch_folder(plan: Plan) -> Path:
