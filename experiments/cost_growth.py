@@ -60,7 +60,8 @@ from softprompt.errors import UserError, unknown
 from softprompt.files import write_text
 from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.loading import Loaded
-from softprompt.results import Row, commit, devices, versions
+from softprompt.results import Row, devices, versions
+from softprompt.source import commit
 from softprompt.training.optimizers import set_rate
 from softprompt.training.sharding import put_batch
 from softprompt.training.step import StepCall, StepResult

@@ -43,7 +43,8 @@ from softprompt.cli import split_overrides
 from softprompt.config import ConfigDict, base_config, flatten, trial_name
 from softprompt.errors import UserError, unknown
 from softprompt.files import write_text
-from softprompt.results import Row, commit, read_rows
+from softprompt.results import Row, read_rows
+from softprompt.source import commit
 
 LENGTHS, INITS, SEEDS = (5, 20, 100), ("uniform", "vocabulary"), (0, 1)
 FORMS = ("cold", "warm", "together")

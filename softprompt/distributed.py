@@ -6,12 +6,14 @@ import re
 from softprompt.errors import UserError
 
 
-def start_jax(distributed: str | None = None) -> None:
+def start_jax(distributed: str | None = None, *, heartbeat: int = 100) -> None:
     """Joins the other processes of a run, if it has any, and finds JAX's devices.
 
     Args:
         distributed: "auto" (JAX asks the TPU slice, SLURM or Open MPI), or "host:port,i,n": the
             address of process 0, this one's number and how many there are. None: one process.
+        heartbeat: seconds after which a process that says nothing counts as lost, and the others
+            are ended by JAX.
 
     Raises:
         UserError: another form, nothing to join, or no device of `JAX_PLATFORMS`.
@@ -19,7 +21,7 @@ def start_jax(distributed: str | None = None) -> None:
     import jax
 
     if distributed is not None:
-        _join(distributed)
+        _join(distributed, heartbeat)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax asserts that a CPU-only jaxlib has "cuda"
@@ -30,23 +32,43 @@ def start_jax(distributed: str | None = None) -> None:
         ) from error
 
 
-def _join(distributed: str) -> None:
+def parse_distributed(text: str) -> tuple[str, int, int] | None:
+    """Parses "host:port,i,n"; None for "auto".
+
+    Raises:
+        UserError: another form.
+    """
+    found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", text)
+    if text != "auto" and not (found and int(found[2]) < int(found[3])):
+        raise UserError(
+            f"--distributed is {text!r}; allowed: no value, or HOST:PORT,I,N with I from 0 to N - 1"
+        )
+    return (found[1], int(found[2]), int(found[3])) if found else None
+
+
+def _join(distributed: str, heartbeat: int) -> None:
     """Joins the other processes of a run."""
     import jax
 
-    found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", distributed)
-    if distributed != "auto" and not (found and int(found[2]) < int(found[3])):
-        raise UserError(
-            f"--distributed is {distributed!r}; allowed: no value, or HOST:PORT,I,N "
-            "with I from 0 to N - 1"
-        )
+    found = parse_distributed(distributed)
     try:
         if found:
-            jax.distributed.initialize(found[1], int(found[3]), int(found[2]))
+            host, number, count = found
+            jax.distributed.initialize(host, count, number, heartbeat_timeout_seconds=heartbeat)
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed {distributed}: {error}") from error
+
+
+def from_first(content: bytes) -> bytes:
+    """What the first of several processes has, for all of them."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    padded = np.frombuffer(content.ljust(size, b"\0")[:size], np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
 
 
 def agreed(value: bool) -> bool:

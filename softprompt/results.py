@@ -6,9 +6,7 @@ import json
 import math
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -17,6 +15,7 @@ from softprompt.config import ConfigDict, to_dict, trial_id, trial_name
 from softprompt.console import duration
 from softprompt.errors import UserError
 from softprompt.files import write_text
+from softprompt.source import commit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +24,7 @@ Row = dict[str, Any]
 
 FILE = "result.json"
 _PACKAGES = ("softprompt", "jax", "jaxlib", "flax", "optax", "numpy")
-_NOT_TRIALS = ("checkpoints", "snapshots")
+_NOT_TRIALS = ("checkpoints", "snapshots", "queue", "code")
 _MEASURED = ("validation", "test", "text", "latency")  # objects in a row's metrics
 
 
@@ -87,29 +86,6 @@ def make_row(
         **{name: facts.get(name) for name in FACTS},
         "metrics": dict(metrics or {}),
     }
-
-
-def commit_now() -> str:
-    """Returns the repository's commit, plus "-dirty" if files differ; "unknown" outside git."""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
-            return "unknown"
-        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
-        return _git(root, "rev-parse", "HEAD") + ("-dirty" if dirty else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-commit = functools.cache(commit_now)  # as it was at the first call in the process
-
-
-def _git(root: Path, *command: str) -> str:
-    """The output of a git command, without its last newline."""
-    done = subprocess.run(
-        ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=30
-    )
-    return done.stdout.strip()
 
 
 @functools.cache

@@ -25,7 +25,7 @@ FLOORS = (
     ("data",),
     ("pretrained",),
     ("models",),
-    ("console", "distributed", "downloads", "files", "interrupts", "settings"),
+    ("console", "distributed", "downloads", "files", "interrupts", "settings", "source"),
     ("errors",),
 )
 

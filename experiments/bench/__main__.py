@@ -67,7 +67,7 @@ from softprompt.analysis.tables import to_markdown
 from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.files import write_text
-from softprompt.results import commit_now
+from softprompt.source import commit_now
 from softprompt.trials.outputs import write_outputs
 
 Row = dict[str, Any]

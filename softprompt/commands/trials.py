@@ -5,6 +5,7 @@ Modules that are slow to import are imported by the commands that need them.
 
 import argparse
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from softprompt.commands.base import (
@@ -15,11 +16,15 @@ from softprompt.commands.base import (
     path,
     print_json,
 )
+from softprompt.commands.engine import start_engine
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from types import ModuleType
+
+    from softprompt.trials.engine.sharing import Shared
 
 
 def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
@@ -46,8 +51,9 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     config = resolve(config)
     began = time.monotonic()
     try:
-        with Progress() as progress:
-            row = run_trial(config, arguments.workdir, session=Session(progress))
+        with Progress() as progress, _claims(arguments.workdir) as claims:
+            session = Session(progress, claims=claims)
+            row = run_trial(config, arguments.workdir, session=session)
     except Diverged as error:
         record_failure(config, arguments.workdir, error, time.monotonic() - began)
         raise
@@ -68,12 +74,24 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
+def _claims(folder: str) -> "AbstractContextManager[Shared | None]":
+    """The claims of the sweep that a trial's folder is part of; None if it is part of none."""
+    from etils import epath
+
+    from softprompt.trials.engine.sharing import is_sweep, shared
+
+    parent = epath.Path(folder).parent
+    return shared(parent) if is_sweep(parent) else nullcontext()
+
+
 def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Runs an experiment's trials, or prints what they would cost."""
     from softprompt.trials import shards
     from softprompt.trials import sweep as sweeps
 
     experiment = sweeps.load_experiment(arguments.experiment)
+    if arguments.engine:
+        return start_engine(experiment, arguments, overrides)
     shard = shards.parse_shard(arguments.shard)
     minutes = shards.parse_minutes(arguments.minutes)
     start_jax(arguments.distributed)  # before a config is resolved, which needs the devices
@@ -184,6 +202,18 @@ COMMANDS = {
             (
                 "--dry-run",
                 {"action": "store_true", "help": "only print what the trials would cost"},
+            ),
+            (
+                "--engine",
+                {"choices": ("store",), "help": "only write the plan, for softprompt work"},
+            ),
+            (
+                "--target",
+                {
+                    "default": "",
+                    "choices": ("cpu", "gpu", "tpu"),
+                    "help": "what the workers of an engine run on",
+                },
             ),
             DISTRIBUTED,
         ],

@@ -12,6 +12,7 @@ from softprompt.config.values import (
     of_task,
     optimizer_settings,
     resolve,
+    runs_alone,
     scientific,
     set_key,
     start_settings,

@@ -5,6 +5,7 @@ Every error in a config is one line that names the key, the value and what is al
 
 import difflib
 import hashlib
+import importlib.metadata
 import json
 import re
 from collections.abc import Mapping
@@ -240,15 +241,17 @@ def resolve(
     Args:
         config: a config, resolved or not.
         backend: "cpu", "gpu" or "tpu"; "" asks JAX, but only if the dtype is "auto".
-        jax_version: such as "0.12.0"; "" asks JAX.
+        jax_version: such as "0.12.0"; "" is the installed one.
         cpu_flags: the processor's features, separated by spaces; "" asks the system.
     """
     resolved = _tree(config.to_dict()).lock()
     if resolved.model.dtype == "auto":
-        import jax  # slow to import, and help texts and tables do not need it
+        if not backend:
+            import jax  # finds the devices, which a process may leave to another one
 
-        backend = backend or jax.default_backend()
-        major, minor = (int(part) for part in (jax_version or jax.__version__).split(".")[:2])
+            backend = jax.default_backend()
+        version = jax_version or importlib.metadata.version("jax")
+        major, minor = (int(part) for part in version.split(".")[:2])
         on_cpu = (major, minor) >= (0, 12) and multiplies_bfloat16(cpu_flags or read_cpu_flags())
         resolved.model.dtype = "bfloat16" if backend != "cpu" or on_cpu else "float32"
     if resolved.eval.metric == "accuracy":
@@ -316,6 +319,15 @@ def trial_id(config: ConfigDict) -> str:
 def weights_key(config: ConfigDict) -> str:
     """A key that identifies a config's model weights and their sharding."""
     return json.dumps([to_dict(config.model), to_dict(config.mesh)], sort_keys=True)
+
+
+def runs_alone(config: ConfigDict) -> bool:
+    """Whether no other trial may run beside this one.
+
+    It trains nothing, or the weights, or measures a latency, which would be that of others too.
+    """
+    method = method_settings(config)
+    return not method.trains or method.trains_weights or bool(config.eval.latency)
 
 
 def trial_name(config: ConfigDict) -> str:

@@ -31,7 +31,8 @@ from softprompt.pretraining.corpus import corpus_digest, read_corpus
 from softprompt.pretraining.objectives import Pieces, cut, piece_length
 from softprompt.pretraining.recipe import Recipe, recipe_of
 from softprompt.pretraining.tokenizers import sentinel_ids, train_tokenizer
-from softprompt.results import commit, devices, versions
+from softprompt.results import devices, versions
+from softprompt.source import commit
 from softprompt.training import checkpoints, loop
 from softprompt.training.logs import MetricsLog, read_log
 from softprompt.training.optimizers import AdamW, OptimizerConfig, make_optimizer, rates, set_rate

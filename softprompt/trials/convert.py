@@ -30,7 +30,8 @@ from softprompt.methods.base import MethodSettings
 from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.loading import find_folder, load_model, read_model_config
-from softprompt.results import commit, read_result
+from softprompt.results import read_result
+from softprompt.source import commit
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.handover import export_added_tokens, export_vectors
 from softprompt.trials.merged_model import export_merged

@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from softprompt.analysis.flops import machine_flops
-from softprompt.config import ConfigDict, method_settings, trial_name, weights_key
+from softprompt.config import ConfigDict, runs_alone, trial_name, weights_key
 from softprompt.results import Row
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, device_memory
 from softprompt.training.step import StepCall, StepResult
@@ -96,10 +96,7 @@ def _program(session: Session, config: ConfigDict) -> tuple[Any, int]:
 
 def most_at_once(config: ConfigDict) -> int:
     """How many trials like this may run concurrently; 1 if it must run alone."""
-    method = method_settings(config)
-    if not method.trains or method.trains_weights or jax.process_count() > 1:
-        return 1
-    if config.eval.latency:  # it would time the others too
+    if runs_alone(config) or jax.process_count() > 1:
         return 1
     automatic = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
     return int(config.mesh.population or automatic)

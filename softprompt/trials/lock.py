@@ -18,7 +18,7 @@ LOCK, OWNER = ".lock", ".owner.json"
 
 
 class Locked(UserError):
-    """Another process is training in the folder."""
+    """Another process is training in the folder, or holds the trial."""
 
 
 @contextmanager

@@ -96,12 +96,12 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
     folder = epath.Path(folder)
     began = time.monotonic()
     check_folder(folder, config)
-    row = read_result(folder)
-    if row is not None and row["status"] == "done":
-        session.progress.say(f"{trial_name(config)} is done already (in {folder})")
-        return row
     compiled_before = session.compile_seconds
-    with holding(folder):
+    with session.holding(config), holding(folder):
+        row = read_result(folder)
+        if row is not None and row["status"] == "done":
+            session.progress.say(f"{trial_name(config)} is done already (in {folder})")
+            return row
         prepared = prepare(config, session, folder.parent)
         if method_settings(config).trains:
             delta, metrics, facts = yield from train_delta(prepared, folder)

@@ -6,12 +6,19 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
-from softprompt.config import ConfigDict, members, optimizer_settings, to_dict, weights_key
+from softprompt.config import (
+    ConfigDict,
+    members,
+    optimizer_settings,
+    to_dict,
+    trial_id,
+    weights_key,
+)
 from softprompt.console import Progress
 from softprompt.data.encode import Encoded
 from softprompt.errors import UserError
@@ -24,6 +31,9 @@ from softprompt.training.sharding import Gather, make_mesh, put_weight
 from softprompt.training.step import StepCall, StepConfig, StepResult
 from softprompt.trials.data import TaskData, TrialData, read_task
 from softprompt.trials.programs import Static, StepProgram, shapes_key
+
+if TYPE_CHECKING:
+    from softprompt.trials.engine.sharing import Shared
 
 CACHED_DATA = 8  # encoded tasks and mixtures in the cache
 
@@ -38,6 +48,7 @@ class Session:
         compile_seconds: time spent on compiling them for the trial of this session.
         members: the largest number of trials, including this session's, that took steps together.
         pauses: see `softprompt.training.loop.Pauses`.
+        claims: of the sweep whose trials are run; None if they are nobody else's.
     """
 
     progress: Progress
@@ -45,6 +56,7 @@ class Session:
     compile_seconds: float = 0.0
     members: int = 1
     pauses: Pauses = dataclasses.field(default_factory=Pauses)
+    claims: "Shared | None" = None
     _models: "OrderedDict[str, Loaded]" = dataclasses.field(default_factory=OrderedDict)
     _data: "OrderedDict[str, Any]" = dataclasses.field(default_factory=OrderedDict)
 
@@ -68,6 +80,14 @@ class Session:
         """Runs the training step of one trial."""
         result: StepResult = call.program.step(call, self.compiling)
         return result
+
+    def holding(self, config: ConfigDict) -> AbstractContextManager[None]:
+        """Claims a trial for the duration of a block.
+
+        Raises:
+            Locked: another process holds it.
+        """
+        return self.claims.holding(trial_id(config)) if self.claims else nullcontext()
 
     @contextmanager
     def compiling(self) -> Iterator[None]:

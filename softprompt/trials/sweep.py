@@ -33,8 +33,9 @@ from softprompt.console import Progress, duration
 from softprompt.distributed import agreed
 from softprompt.errors import UserError, unknown
 from softprompt.files import check_writable, write_text
-from softprompt.results import Row, find_trial, is_done, make_row, outcome, write_result
+from softprompt.results import Row, is_done, make_row, outcome, write_result
 from softprompt.trials.forecast import Estimate, Forecast
+from softprompt.trials.lock import Locked
 from softprompt.trials.starts import stages
 
 if TYPE_CHECKING:
@@ -115,15 +116,27 @@ def _experiment_configs(experiment: ModuleType, subset: str) -> list[ConfigDict]
 
 
 def make_trials(
-    experiment: ModuleType, subset: str = "full", overrides: Sequence[tuple[str, str]] = ()
+    experiment: ModuleType,
+    subset: str = "full",
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    target: str | None = None,
 ) -> list[ConfigDict]:
     """Returns the resolved and validated configs of an experiment's trials.
 
     A key that only some methods, initialisers or optimizers use is overridden in the trials that
     use it. Overrides of the method, initialiser and optimizer are applied first.
 
+    Args:
+        experiment: see `load_experiment`.
+        subset: a named part of it.
+        overrides: pairs of keys and values.
+        target: the backend to resolve for, "cpu", "gpu" or "tpu", or "" for configs that depend on
+            none; None is JAX's own.
+
     Raises:
-        UserError: a wrong subset, key or value, a key that no trial uses, or two equal trials.
+        UserError: a wrong subset, key or value, a key that no trial uses, two equal trials, or a
+            config that depends on the backend without a target.
     """
     configs = _experiment_configs(experiment, subset)
     for key, value in sorted(overrides, key=lambda pair: not chooses(pair[0])):
@@ -132,7 +145,12 @@ def make_trials(
             set_key(config, key, value)
     for config in configs:
         validate(config)
-    trials = [resolve(config) for config in configs]
+        if target == "" and config.model.dtype == "auto":
+            raise UserError(
+                f"--target is not given, and model.dtype is 'auto' in {trial_name(config)}; "
+                "allowed: cpu, gpu, tpu"
+            )
+    trials = [resolve(config, backend=target or "") for config in configs]
     check_trials_differ(trials)
     return trials
 
@@ -155,9 +173,16 @@ def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
 
 def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
     """Returns a trial's folder: one in WORKDIR that ends in -ID, else WORKDIR/NAME-ID."""
-    identity = trial_id(config)
-    new = epath.Path(workdir) / f"{trial_name(config)}-{identity}"
-    return find_trial(workdir, identity) or new
+    return trial_folders(workdir, [config])[0]
+
+
+def trial_folders(workdir: epath.PathLike, trials: Sequence[ConfigDict]) -> list[epath.Path]:
+    """Returns the folder of each trial; lists the working directory once."""
+    root = epath.Path(workdir)
+    there = sorted(child.name for child in root.iterdir()) if root.is_dir() else []
+    by_id = {name.rpartition("-")[2]: name for name in reversed(there)}
+    names = [(trial_id(config), trial_name(config)) for config in trials]
+    return [root / by_id.get(identity, f"{name}-{identity}") for identity, name in names]
 
 
 def run_sweep(
@@ -189,12 +214,13 @@ def run_sweep(
     """
     late = _clock(minutes)
     check_writable(workdir)
-    folders = [trial_folder(workdir, config) for config in trials]
+    folders = trial_folders(workdir, trials)
     todo = [index for index, folder in enumerate(folders) if not is_done(folder)]
     if finished := len(trials) - len(todo):
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
     failed: list[Row] = []
+    taken = 0
     for positions, width in _groups(session, [trials[index] for index in todo]):
         if late():
             break
@@ -209,13 +235,16 @@ def run_sweep(
             seconds, began = time.monotonic() - began, time.monotonic()
             others = [other for other in members if other in forecast.todo and other != index]
             done = row["status"] == "done"
+            taken += row["status"] == "taken"
             forecast.end(index, seconds, done=done, others=others[: width - 1])
             if done:
                 ended = len(trials) - len(forecast.todo)
                 left = forecast.left() if others else None  # otherwise shown with the next trial
                 progress.finished(outcome(row), ended, len(trials), left)
-            else:
+            elif row["status"] == "failed":
                 failed.append(row)
+    if taken:
+        progress.say(f"{taken} of {len(trials)} trials are run by other processes")
     if late() and forecast.todo:
         left_over = f"{len(forecast.todo)} of {len(trials)} trials are not started"
         progress.say(f"{minutes:g} minutes are over: {left_over}; the same command goes on")
@@ -252,18 +281,20 @@ def run_trials(
     minutes: float = math.inf,
 ) -> list[Row]:
     """Runs the trials that are not done; returns the rows of failed trials. See `run_sweep`."""
+    from softprompt.trials.engine.sharing import shared
     from softprompt.trials.estimate import estimate
     from softprompt.trials.run import run_trial
 
-    return run_sweep(
-        trials,
-        workdir,
-        lambda config, folder: run_trial(config, folder, session=session),
-        progress=session.progress,
-        estimate=lambda config: estimate(config, session),
-        session=session,
-        minutes=minutes,
-    )
+    with shared(workdir) as session.claims:
+        return run_sweep(
+            trials,
+            workdir,
+            lambda config, folder: run_trial(config, folder, session=session),
+            progress=session.progress,
+            estimate=lambda config: estimate(config, session),
+            session=session,
+            minutes=minutes,
+        )
 
 
 def _run_group(
@@ -303,7 +334,13 @@ def _run_one(
 def _failed(
     progress: Progress, config: ConfigDict, folder: epath.Path, error: Exception, seconds: float
 ) -> Row:
-    """Records and reports a failed trial, and returns its row."""
+    """Records and reports a failed trial, and returns its row.
+
+    One that another process runs is none: it is reported as "taken".
+    """
+    if isinstance(error, Locked):
+        progress.say(str(error))
+        return {"trial": trial_id(config), "name": trial_name(config), "status": "taken"}
     row = record_failure(config, folder, error, seconds)
     progress.say(f"trial {row['name']} failed: {row['error']} (in {folder})")
     return row
@@ -344,12 +381,13 @@ def dry_run(
 
     rows: dict[int, dict[str, Any]] = {}
     flops = seconds = 0.0
+    folders = trial_folders(workdir, trials)
     for index in sorted(range(len(trials)), key=lambda n: weights_key(trials[n])):
         config = trials[index]
         row = rows[index] = {
             "trial": trial_name(config),
             "id": trial_id(config),
-            "state": "done" if is_done(trial_folder(workdir, config)) else "to run",
+            "state": "done" if is_done(folders[index]) else "to run",
             "steps": config.train.steps if method_settings(config).trains else 0,
         }
         try:

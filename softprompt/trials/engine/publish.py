@@ -1,0 +1,78 @@
+"""Moves a trial between local scratch and the results store.
+
+While it trains, its newest whole checkpoint and its other files travel as one tar file. At its end
+its files are copied one by one, and result.json last.
+"""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from softprompt.trials.engine.store import Store
+
+CHECKPOINTS, RESULT = "checkpoints", "result.json"
+
+
+def newest_step(folder: epath.PathLike) -> int:
+    """The step of a trial's newest whole checkpoint; 0 if there is none."""
+    root = epath.Path(folder) / CHECKPOINTS
+    steps = [path.name for path in root.iterdir() if path.name.isdigit()] if root.is_dir() else []
+    return max(map(int, steps), default=0)
+
+
+def pack(folder: Path) -> bytes:
+    """Returns a trial's files as a tar file, with the newest checkpoint only."""
+    while True:
+        step, buffer = newest_step(folder), io.BytesIO()
+        try:
+            with tarfile.open(fileobj=buffer, mode="w") as tar:
+                for path in [*_files(folder), folder / CHECKPOINTS / str(step)]:
+                    if path.exists():
+                        tar.add(path, path.relative_to(folder))
+            return buffer.getvalue()
+        except FileNotFoundError:  # a newer checkpoint has replaced it
+            continue
+
+
+def unpack(content: bytes, folder: Path) -> None:
+    """Replaces a trial's folder by a packed one, unless its own checkpoint is as new."""
+    temporary = folder.parent / f".{folder.name}.unpacked"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        tar.extractall(temporary, filter="data")
+    if newest_step(temporary) > newest_step(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    else:
+        shutil.rmtree(temporary)
+
+
+def publish_files(store: Store, folder: Path, name: str) -> None:
+    """Copies a trial's files, without checkpoints and result.json, into its folder `name`."""
+    for path in _files(folder):
+        if path.name != RESULT:
+            store.write(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+def publish_row(store: Store, folder: epath.PathLike, name: str, facts: Mapping[str, Any]) -> None:
+    """Copies a trial's result.json with these facts, unless the store has one that is done."""
+    there = store.read(f"{name}/{RESULT}")
+    row = json.loads((epath.Path(folder) / RESULT).read_text())
+    if there is None or json.loads(there)["status"] != "done" or json.loads(there) == row:
+        row |= dict(facts)
+        store.write(f"{name}/{RESULT}", (json.dumps(row, indent=2) + "\n").encode())
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files below a trial's folder, without checkpoints and temporary ones."""
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if not hidden and parts[0] != CHECKPOINTS and path.is_file():
+            yield path

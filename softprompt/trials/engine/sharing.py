@@ -1,0 +1,101 @@
+"""Claims of a process that runs a sweep's trials itself, in their folders.
+
+Two terminals that sweep into one folder, or a sweep and workers, thereby share the trials.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from etils import epath
+
+from softprompt import interrupts
+from softprompt.distributed import agreed
+from softprompt.trials.engine.claims import QUEUE, Claim, Claims, Heart, View, lost
+from softprompt.trials.engine.plan import PLAN
+from softprompt.trials.engine.store import open_store
+from softprompt.trials.lock import Locked
+from softprompt.trials.outputs import OWNER
+
+
+class Shared:
+    """The claims of this process; of several processes of one run, the first one takes them.
+
+    Args:
+        workdir: the sweep's, local or gs://.
+    """
+
+    def __init__(self, workdir: epath.PathLike) -> None:
+        self._store, self._claims = open_store(workdir), Claims(open_store(workdir))
+        self._held: dict[str, Claim] = {}
+        self.heart = Heart(self._claims, self._facts, seen=self._check)
+
+    @contextmanager
+    def holding(self, trial: str) -> Iterator[None]:
+        """Claims a trial for the duration of the block, at whose end it is done.
+
+        Raises:
+            Locked: another process holds it.
+        """
+        claim = self._take(trial) if jax.process_index() == 0 else None
+        if not agreed(claim is not None):
+            raise Locked(f"trial {trial} is run by another process; its claims are in {QUEUE}/")
+        if claim is None:
+            yield
+            return
+        self._held[trial] = claim
+        how = "released"
+        try:
+            yield
+            how = ""
+        except Exception:
+            how = "failed"
+            raise
+        finally:
+            del self._held[trial]
+            if how:
+                self._claims.end(claim, how, {"chip_seconds": 0.0, "lost": 0.0})
+            else:
+                self._store.create(f"{QUEUE}/done/{trial}", claim.facts["token"].encode())
+
+    def _take(self, trial: str) -> Claim | None:
+        """Claims a trial; one that failed, or whose row was deleted, is run again."""
+        view = self._claims.look()
+        if view.over(trial):
+            for status in ("done", "failed"):
+                self._store.delete(f"{QUEUE}/{status}/{trial}")
+            view = self._claims.look()
+        return self._claims.take(trial, view)
+
+    def _facts(self) -> Mapping[str, Any]:
+        held = {trial: {"chip_seconds": 0.0, "lost": 0.0} for trial in list(self._held)}
+        return {"machine": self._claims.machine, "chips": 0, "held": held}
+
+    def _check(self, view: View) -> None:
+        """Ends the process if another one has taken a trial over, after it had stood still."""
+        for claim in list(self._held.values()):
+            if lost(claim, view):
+                line = f"softprompt: trial {claim.trial} was taken over by another process"
+                print(line, file=sys.stderr, flush=True)
+                os._exit(interrupts.PREEMPTED)
+
+
+@contextmanager
+def shared(workdir: epath.PathLike) -> Iterator[Shared]:
+    """The claims of a sweep, which beat for the duration of the block."""
+    claims = Shared(workdir)
+    if jax.process_index() == 0:
+        claims.heart.start()
+    try:
+        yield claims
+    finally:
+        if jax.process_index() == 0:
+            claims.heart.stop()
+
+
+def is_sweep(folder: epath.PathLike) -> bool:
+    """Whether trials have been swept into a folder, or are planned there."""
+    return any((epath.Path(folder) / name).exists() for name in (OWNER, PLAN))

@@ -1,0 +1,282 @@
+"""A worker: claims trials of a sweep's plan, and lets a child process run them.
+
+The worker itself never imports JAX, so it beats, publishes and ends on time whatever the child is
+compiling. It alone reads and writes the store. The child trains in local scratch.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompt import interrupts
+from softprompt.distributed import parse_distributed
+from softprompt.errors import UserError
+from softprompt.trials.engine.claims import Claims, Heart, Timing, View, lost
+from softprompt.trials.engine.holdings import Holdings
+from softprompt.trials.engine.link import Child, Message
+from softprompt.trials.engine.plan import Plan, check_backend, check_worker, read_plan
+from softprompt.trials.engine.schedule import all_over, take_next
+from softprompt.trials.engine.store import StoreError, open_store
+
+CHILD = (sys.executable, "-m", "softprompt.trials.engine.child")
+MOST_STARTS = 3  # of a child, one after another, that finds no devices
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+TICK = 0.2  # seconds between two looks at what is due
+
+Say = Callable[[str], None]
+
+
+def print_line(line: str) -> None:
+    """Prints a line at once."""
+    print(line, flush=True)
+
+
+def work(
+    workdir: os.PathLike[str] | str,
+    *,
+    minutes: float = math.inf,
+    distributed: str | None = None,
+    command: Sequence[str] = CHILD,
+    timing: Timing | None = None,
+    say: Say = print_line,
+) -> int:
+    """Runs trials of the plan in a store until none is left, and waits for those of other workers.
+
+    Args:
+        workdir: the sweep's, local or gs://.
+        minutes: no trial is claimed when they have passed.
+        distributed: "HOST:PORT,I,N": trials are run by N processes together, of which this is the
+            I-th from 0, in the store itself. The first one's worker claims, and the others follow.
+        command: the child process.
+        timing: of everything that is done in intervals.
+        say: called with a line about each trial that is claimed or ends.
+
+    Returns:
+        The exit code: 0 if every trial is done, 1 if all are over and some failed, 75 if some are
+        left when the minutes are over, `stop` is in the store, or the store cannot be reached.
+
+    Raises:
+        UserError: there is no plan, its code or target is another, or no device can be opened.
+        KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM; checkpoints are published.
+    """
+    store = open_store(workdir)
+    plan = read_plan(store)
+    check_worker(plan)
+    timing, scratch, follows = timing or Timing(), scratch_folder(plan), False
+    claims = Claims(store, timing=timing)
+    if distributed is not None:
+        member = parse_distributed(distributed)
+        follows = member is None or member[1] > 0
+        command = [*command, distributed]
+    local = distributed is None
+    holdings = Holdings(store, claims, place=scratch if local else workdir, local=local, say=say)
+    with interrupts.saving():
+        child = functools.partial(Child, command, programs(scratch))
+        worker = Worker(plan, claims, holdings, child, follows=follows, say=say)
+        try:
+            return worker.run(60 * minutes)
+        except StoreError as error:  # others take the trials over; a new worker may have more luck
+            say(str(error))
+            return interrupts.PREEMPTED
+
+
+class Worker:
+    """The events of a worker: messages of its child, and what is due by the clock.
+
+    Args:
+        plan: the sweep's.
+        claims: the worker's.
+        holdings: the trials that it holds.
+        child: starts the child.
+        follows: whether another worker claims what the child runs.
+        say: see `work`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        claims: Claims,
+        holdings: Holdings,
+        child: Callable[[], Child],
+        *,
+        follows: bool,
+        say: Say,
+    ) -> None:
+        self._plan, self._claims, self._holdings, self._say = plan, claims, holdings, say
+        self._new_child, self._follows, self._timing = child, follows, claims.timing
+        self._heart = Heart(claims, self._facts)
+        self._held = holdings.held
+        self._child: Child | None = None
+        self._starts = 0
+        self._wants, self._looked_at = False, View({})
+        self._widths, self._model = {"": 1}, ""
+        self._chips, self._used = 0, 0.0
+        self._counts = {"done": 0, "failed": 0}
+        self._stages: dict[str, str] = {}
+        self._problem, self._left = "", False
+        self._heard = self._ticked = time.monotonic()
+
+    def run(self, seconds: float) -> int:
+        """Runs trials until none is left or something stops the worker; see `work`."""
+        end = time.monotonic() + seconds
+        self._heart.start()
+        try:
+            while (code := self._finished(late=time.monotonic() > end)) is None:
+                if self._child is None:
+                    time.sleep(self._starts * self._timing.beat)
+                    self._child = self._new_child()
+                    self._heard = time.monotonic()
+                self._handle(self._child.receive(TICK))
+                self._tick(claims=time.monotonic() <= end)
+            return code
+        finally:
+            if self._child is not None:
+                self._child.kill()
+            self._left = True
+            with contextlib.suppress(UserError):
+                self._heart.stop()
+
+    def _finished(self, *, late: bool) -> int | None:
+        """The exit code, if the worker shall leave now."""
+        view, number = self._heart.view, interrupts.requested()
+        if not self._held and all_over(self._plan, view):
+            self._let_save()
+            return int(any(job.trial in view.failed for job in self._plan.jobs))
+        if number is None and not view.stop and (self._held or not late):
+            return None
+        self._let_save()
+        if number is not None:
+            raise interrupts.leaving(number)
+        return interrupts.PREEMPTED
+
+    def _let_save(self) -> None:
+        """Lets the child save and exit, kills it after a while, and gives all trials back."""
+        if self._child is not None:
+            if self._wants and not self._follows:
+                self._child.send("run", jobs=[])  # nothing: it ends, and so do those that follow
+            else:
+                self._child.terminate()
+            end, running = time.monotonic() + self._timing.grace, True
+            while running and time.monotonic() < end:
+                message = self._child.receive(TICK)
+                running = message is None or message["kind"] != "exit"
+                if message is not None and message["kind"] == "ended":
+                    self._handle(message)
+            self._child.kill()
+            self._child = None
+        for trial in list(self._held):
+            self._holdings.release(trial)
+
+    def _handle(self, message: Message | None) -> None:
+        """Acts on a message of the child."""
+        if message is None:
+            return
+        self._heard = time.monotonic()
+        match message.pop("kind"):
+            case "ready":
+                check_backend(self._plan, message["backend"], message["dtype"])
+                self._claims.machine = f"{self._claims.host}: {message['devices']}"
+                self._chips, self._widths[""] = message["chips"], message["width"]
+                self._starts, self._problem = 0, ""
+            case "unable":
+                self._problem = message["error"]
+            case "next":
+                self._wants, self._looked_at = True, View({})
+            case "stage":
+                self._stages[message["trial"]] = message["text"]
+            case "returned":
+                for trial in message["trials"]:
+                    self._widths[self._held[trial].job.group] = message["width"]
+                    self._holdings.release(trial)
+            case "ended":
+                trial = message.pop("trial")
+                if trial in self._held and self._holdings.end(trial, **message):
+                    self._counts["done" if message["done"] else "failed"] += 1
+            case "exit":
+                self._child_ended(message["code"])
+
+    def _child_ended(self, code: int) -> None:
+        """Gives the trials of a child that ended back, and has another one started.
+
+        Exit code 75 is of several processes, of which another one was told to stop.
+
+        Raises:
+            UserError: several children one after another have found no devices.
+        """
+        self._child, self._wants = None, False
+        for trial in list(self._held):
+            self._say(f"the process of {self._held[trial].job.name} died")
+            self._holdings.release(trial, "released" if code == interrupts.PREEMPTED else "died")
+        if self._problem:
+            self._starts += 1
+        if self._starts >= MOST_STARTS:
+            raise UserError(f"{self._claims.host} opens no device: {self._problem}")
+
+    def _tick(self, *, claims: bool) -> None:
+        """Does what is due."""
+        now, view = time.monotonic(), self._heart.view
+        spent, self._ticked = (now - self._ticked) * self._chips, now
+        if self._held:
+            self._used += spent
+            self._holdings.spend(spent)
+        self._holdings.publish_due()
+        if any(lost(one.claim, view) for one in self._held.values()):
+            self._end_child("a trial was taken over by another worker")
+        elif self._held and now - self._heard > self._timing.silent:
+            self._end_child(f"the process said nothing for {self._timing.silent:g} s")
+        if self._wants and claims and not self._follows and view is not self._looked_at:
+            self._claim()
+
+    def _end_child(self, reason: str) -> None:
+        """Kills the child, and gives its trials back."""
+        self._say(reason)
+        view = self._heart.view
+        for trial in [t for t, one in self._held.items() if lost(one.claim, view)]:
+            self._holdings.drop(trial)
+        if self._child is not None:
+            self._child.kill()
+
+    def _claim(self) -> None:
+        """Claims trials for the child, which is waiting."""
+        view = self._looked_at = self._heart.look()
+        taken = take_next(self._plan, self._claims, view, widths=self._widths, model=self._model)
+        if taken and self._child is not None:
+            self._wants, self._model = False, taken[0][0].model
+            jobs = [self._holdings.begin(job, claim, view) for job, claim in taken]
+            self._child.send("run", jobs=jobs)
+
+    def _facts(self) -> dict[str, Any]:
+        """The content of a beat."""
+        held = dict(self._held)
+        return {
+            "machine": self._claims.machine,
+            "chips": self._chips,
+            "chip_seconds": self._used,
+            "chip_seconds_lost": self._holdings.lost,
+            "held": {trial: one.facts() for trial, one in held.items()},
+            "stages": {one.job.name: self._stages.get(one.job.name, "") for one in held.values()},
+            "problem": self._problem,
+            "left": self._left,
+            **self._counts,
+        }
+
+
+def programs(scratch: Path) -> dict[str, str]:
+    """The environment of a child: compiled programs are kept for the next one on this host."""
+    folder = os.environ.get(CACHE, str(scratch / "programs"))
+    return {CACHE: folder}
+
+
+def scratch_folder(plan: Plan) -> Path:
+    """The folder in which workers of this host keep a sweep's unfinished trials."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"softprompt-{user}" / plan.token
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder

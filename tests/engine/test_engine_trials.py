@@ -1,0 +1,169 @@
+"""Real trials by workers: the same bits as a local sweep, two terminals, and a bucket."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from softprompt import cli, results
+from softprompt.trials.engine.claims import QUEUE, View
+from softprompt.trials.engine.store import open_store
+from tests.engine.emulator import BUCKET, Proxy, emulator, environment
+from tests.own_task import words, write_task
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SAME = ("predictions.jsonl", "delta.safetensors")
+TIMES = {"seconds", "tokens_per_second", "examples_per_second", "peak_share", "input_wait_share"}
+
+EXPERIMENT = '''
+"""Prompts of two lengths, and one without a task's file."""
+from softprompt.analysis.plots import length_plot
+from softprompt.analysis.tables import summarise
+from softprompt.config import base_config
+
+CAPTION = "Prompts."
+
+
+def sweep(subset="full"):
+    made = []
+    for number in range(int(subset)):
+        config = base_config()
+        config.method.length = 2 + number % 2
+        config.seed = number
+        made.append(config)
+    return made
+
+
+def table(rows):
+    return summarise(rows, {"trial": lambda row: row["name"]})
+
+
+def figure(rows):
+    return length_plot({}, {}, xlabel="", ylabel="")
+'''
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory, tiny_folder):
+    """The words of the command line for trials of 40 steps."""
+    place = write_task(tmp_path_factory.mktemp("engine"))
+    given = words(place, tiny_folder, train__steps=40, log__checkpoint_every=5)
+    return [word for word in given if not word.startswith("--config.method.length")]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "softprompt", *map(str, arguments)]
+
+
+def variables(**more):
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"} | more
+
+
+def contents(folder):
+    """What must be equal of a trial: predictions and delta, and the log without times."""
+    found = {name: (folder / name).read_bytes() for name in SAME}
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    found["log"] = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return found
+
+
+def same_trials(left, right):
+    trials = {row["trial"]: folder for folder, row in results.read_trials(left)}
+    others = {row["trial"]: folder for folder, row in results.read_trials(right)}
+    assert trials.keys() == others.keys() and trials
+    for trial, folder in trials.items():
+        assert contents(Path(folder)) == contents(Path(others[trial])), trial
+
+
+@pytest.mark.long
+def test_workers_train_what_a_local_sweep_trains(tmp_path, keys, monkeypatch):
+    """Two workers, one of which is stopped in the middle, against one process without workers, bit
+    for bit. Mutation: the next holder begins without the checkpoint, or with the log of another."""
+    monkeypatch.chdir(tmp_path)
+    Path("some.py").write_text(EXPERIMENT)
+    sweep = ["sweep", "some.py", "--subset", "4", *keys, "--workdir"]
+    subprocess.run(command(*sweep, "local"), env=variables(), check=True, capture_output=True)
+    assert cli.main([*sweep, "shared", "--engine", "store"]) == 0
+    first = subprocess.Popen(command("work", "shared"), env=variables(), stdout=subprocess.PIPE)
+    store = open_store("shared")
+    for _ in range(600):
+        if View(store.list(QUEUE)).epochs:
+            break
+        time.sleep(0.1)
+    time.sleep(4)
+    first.send_signal(signal.SIGTERM)
+    first.communicate()
+    shutil.rmtree(tmp_path / "unused", ignore_errors=True)
+    second = [
+        subprocess.Popen(command("work", "shared"), env=variables(), stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    assert [(worker.communicate(), worker.returncode)[1] for worker in second] == [0, 0]
+    same_trials("local", "shared")
+    assert cli.main(["table", "shared", "--experiment", "some.py"]) == 0
+
+
+@pytest.mark.long
+def test_two_terminals_share_a_sweep(tmp_path, keys, monkeypatch):
+    """Mutations: both train the same trial; one that the other terminal trains is a failed row."""
+    monkeypatch.chdir(tmp_path)
+    Path("some.py").write_text(EXPERIMENT)
+    sweep = command("sweep", "some.py", "--subset", "4", *keys, "--workdir", "out")
+    both = [
+        subprocess.Popen(sweep, env=variables(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    rows = results.read_rows("out")
+    assert [row["status"] for row in rows] == ["done"] * 4
+    seen = View(open_store("out").list(QUEUE))
+    assert set(seen.epochs.values()) == {1} and len(seen.done) == 4
+
+
+@pytest.mark.long
+def test_a_bucket_with_two_workers_of_which_one_is_killed(tmp_path, keys, monkeypatch):
+    """At most 20 requests a trial and 10 a worker-minute, and no object twice within a second.
+    Mutations: a listing for each trial; a file is published at each checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    Path("some.py").write_text(EXPERIMENT)
+    with emulator(tmp_path / "gcs", monkeypatch) as url:
+        proxy, workdir = Proxy(url), f"gs://{BUCKET}/w"
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        sweep = ["sweep", "some.py", "--subset", "12", *keys, "--workdir", workdir]
+        subprocess.run(
+            command(*sweep, "--engine", "store"), env=variables(), check=True, timeout=120
+        )
+        planned, began = len(proxy.seen), time.monotonic()
+        workers = [
+            subprocess.Popen(command("work", workdir), env=environment(proxy.url) | variables())
+            for _ in range(2)
+        ]
+        store = open_store(workdir)
+        mine = 0
+        while len(View(store.list(QUEUE)).done) < 3:
+            time.sleep(1)
+            mine += 1
+        workers[0].kill()
+        assert [worker.wait(400) for worker in workers] == [-9, 0]
+        minutes = 2 * (time.monotonic() - began) / 60
+        requests = len(proxy.seen) - planned - mine - 1
+        print(
+            f"{requests} requests for 12 trials in {minutes:.1f} worker-minutes, {planned} before"
+        )
+        assert requests <= 12 * 20 + 10 * minutes
+        written: dict[str, float] = {}
+        for moment, method, name in proxy.seen:
+            if method in ("POST", "PUT") and name:
+                assert moment - written.get(name, 0.0) >= 1.0, name
+                written[name] = moment
+        rows = results.read_rows(workdir)
+        assert Counter(row["status"] for row in rows) == {"done": 12}
+        proxy.close()

@@ -1,0 +1,197 @@
+"""Workers as processes, on trials that only sleep: deaths, errors, signals, and many at once."""
+
+import json
+import random
+import resource
+import signal
+import threading
+import time
+from collections import Counter
+
+import psutil
+import pytest
+
+from softprompt.trials.engine.claims import QUEUE, STOP, View
+from softprompt.trials.engine.store import open_store
+from tests.engine.plans import job, start, write_plan
+
+
+def finish(worker, seconds=60):
+    """The exit code and the output of a worker."""
+    output, _ = worker.communicate(timeout=seconds)
+    return worker.returncode, output
+
+
+def view(workdir):
+    return View(open_store(workdir).list(QUEUE))
+
+
+def child_of(worker):
+    """The child of a worker, once it has one."""
+    for _ in range(200):
+        if found := psutil.Process(worker.pid).children():
+            return found[0]
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_each_trial_ends_as_it_should_and_the_exit_code_says_so(tmp_path):
+    """A mistake fails once, another error twice, and a trial whose process dies three times without
+    a new checkpoint fails with that reason; progress before a death does not count. Mutations:
+    errors are not told apart; deaths are not counted, or those with a checkpoint are."""
+    ends = tmp_path / "ends"
+    thens = ("done", "mistake", "error", "kill", "die", "done")
+    jobs = [job(n, then=then, steps=4 if then == "kill" else 1) for n, then in enumerate(thens)]
+    write_plan(tmp_path, jobs)
+    code, output = finish(start(tmp_path, ends, beat=0.2))
+    assert code == 1, output
+    rows = [json.loads((tmp_path / one.folder / "result.json").read_text()) for one in jobs]
+    reason = "3 holders died one after another without a new checkpoint"
+    assert [row["error"] for row in rows] == ["", "mistake", "error", "", reason, ""]
+    tries = Counter(line.split()[0] for line in ends.read_text().splitlines())
+    assert [tries[one.trial] for one in jobs] == [1, 1, 2, 1, 1, 1]
+    seen = view(tmp_path)
+    assert seen.failed == {jobs[n].trial for n in (1, 2, 4)} and len(seen.done) == 3
+    assert seen.epochs[jobs[3].trial] == 5, "four deaths with a new checkpoint each"
+
+
+def test_sigterm_publishes_and_gives_back_and_the_next_worker_goes_on(tmp_path):
+    """Mutations: the checkpoint is not published on stopping; the claim is not given back; the
+    next worker begins at step 0."""
+    one = job(1, steps=60, seconds=0.1)
+    plan = write_plan(tmp_path, [one])
+    worker = start(tmp_path, tmp_path / "ends", publish=999.0, beat=30.0)
+    wait_until(lambda: one.trial in view(tmp_path).epochs)
+    time.sleep(1)
+    worker.send_signal(signal.SIGTERM)
+    code, output = finish(worker, 10)
+    seen = view(tmp_path)
+    assert code == 75 and seen.ended == seen.saved == {f"{one.trial}.1"}, output
+    scratch(plan, one).rename(tmp_path / "moved")  # another host
+    code, output = finish(start(tmp_path, tmp_path / "ends"))
+    assert code == 0 and "holder 2" in output
+    log = (tmp_path / one.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 61))
+    assert view(tmp_path).saved == set(), "what is done needs no checkpoint"
+
+
+def scratch(plan, one):
+    from softprompt.trials.engine.worker import scratch_folder
+
+    return scratch_folder(plan) / one.folder
+
+
+def test_a_child_that_does_not_stop_is_killed_and_its_claims_are_free(tmp_path):
+    """As during a compilation. Mutation: the worker waits for its child."""
+    one = job(1, steps=1, seconds=120.0)
+    write_plan(tmp_path, [one])
+    worker = start(tmp_path, tmp_path / "ends")
+    wait_until(lambda: one.trial in view(tmp_path).epochs)
+    began = time.monotonic()
+    worker.send_signal(signal.SIGTERM)
+    code, output = finish(worker, 20)
+    assert code == 75 and time.monotonic() - began < 8, output
+    assert view(tmp_path).free(one.trial)
+
+
+def test_a_child_dies_with_its_worker(tmp_path):
+    """Mutation: no parent-death signal: the child of a killed worker trains on."""
+    write_plan(tmp_path, [job(1, steps=1, seconds=120.0)])
+    worker = start(tmp_path, tmp_path / "ends")
+    wait_until(lambda: view(tmp_path).epochs)
+    child = child_of(worker)
+    worker.kill()
+    worker.communicate()
+    psutil.wait_procs([child], timeout=5)
+    assert not child.is_running() or child.status() == "zombie"
+
+
+def test_stop_lets_workers_leave_and_a_lost_claim_ends_the_work(tmp_path):
+    """Mutations: `stop` is not looked at; a trial that another worker has taken over goes on, and
+    its end is published."""
+    one = job(1, steps=50, seconds=0.1)
+    write_plan(tmp_path, [one])
+    store = open_store(tmp_path)
+    worker = start(tmp_path, tmp_path / "ends")
+    wait_until(lambda: one.trial in view(tmp_path).epochs)
+    taken = {"worker": "other-1-a", "host": "other", "process": {"machine": ""}, "machine": "x"}
+    store.write(f"{QUEUE}/beats/other-1-a", b"{}")
+    store.write(f"{QUEUE}/claims/{one.trial}.2", json.dumps(taken).encode())
+    time.sleep(1.5)
+    store.write(STOP, b"")
+    code, output = finish(worker, 15)
+    assert code == 75 and "taken over" in output
+    assert not (tmp_path / "ends").exists() and f"{one.trial}.2" not in view(tmp_path).ended
+
+
+def run_many(tmp_path, *, workers, trials, kill, seconds):
+    """Runs workers on many trials, kills some in turn, and starts others for them.
+
+    Returns:
+        The trials that ended, how often, and how many workers were killed.
+    """
+    ends = tmp_path / "ends"
+    write_plan(tmp_path, [job(n, steps=2, seconds=seconds / 2) for n in range(trials)])
+    running = [start(tmp_path, ends, beat=0.5, dead=3.0) for _ in range(workers)]
+    killed, rng, drain = 0, random.Random(0), []
+    while running and killed < kill:
+        time.sleep(0.4)
+        target = rng.choice(running)
+        if target.poll() is None and view(tmp_path).epochs:
+            target.kill()
+            target.communicate()
+            running.remove(target)
+            running.append(start(tmp_path, ends, beat=0.5, dead=3.0))
+            killed += 1
+        assert len(view(tmp_path).done) < trials or killed, "the trials were too short"
+    for worker in running:
+        thread = threading.Thread(target=worker.communicate)
+        thread.start()
+        drain.append(thread)
+    for thread in drain:
+        thread.join()
+    assert [worker.returncode for worker in running] == [0] * workers
+    return Counter(line.split()[0] for line in ends.read_text().splitlines()), killed
+
+
+def published(tmp_path, trials):
+    """How often each trial's row was published: its final row names the machines once."""
+    return [
+        json.loads((tmp_path / job(n).folder / "result.json").read_text()) for n in range(trials)
+    ]
+
+
+def test_workers_that_are_killed_cost_nothing_but_time(tmp_path):
+    """Mutations: a dead worker's trial is never taken over; a done one is run again."""
+    ended, _ = run_many(tmp_path, workers=3, trials=24, kill=2, seconds=0.1)
+    seen = view(tmp_path)
+    assert len(seen.done) == 24 and not seen.failed
+    assert all(row["status"] == "done" for row in published(tmp_path, 24))
+    assert sum(ended.values()) <= 24 + 2 * 2, "what a killed worker had just ended runs again"
+
+
+@pytest.mark.long
+def test_eight_processes_two_hundred_trials(tmp_path):
+    """5 % of the claims are killed. Mutations: as above."""
+    ended, killed = run_many(tmp_path, workers=8, trials=200, kill=10, seconds=0.4)
+    seen = view(tmp_path)
+    assert len(seen.done) == 200 and not seen.failed
+    print(f"{killed} workers killed, {max(seen.epochs.values())} holders at most")
+
+
+@pytest.mark.long
+def test_a_thousand_trials_cost_little(tmp_path):
+    """Mutation: every claim lists the store for each trial of the plan."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run_many(tmp_path, workers=16, trials=1000, kill=0, seconds=0.05)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{used:.1f} s of processor time")
+    assert len(view(tmp_path).done) == 1000 and used < 60
