@@ -38,9 +38,13 @@ def test_every_whole_host_gets_a_worker():
         node("0f0000", slice_name="half", worker=1, topology="2x4", TPU=4),
     ]
     address = f"host-0d0000:{20000 + 0x0D0000 % 10000}"
-    assert place(nodes, "TPU") == [
-        Placement("0b0000", "", 8),
-        Placement("0d0000", f"{address},0,2", 4),
-        Placement("0e0000", f"{address},1,2", 4),
-    ]
-    assert place(nodes, "CPU") == [Placement("0a0000", "", 8)]
+    assert (
+        place(nodes, "TPU")
+        == place(nodes, "")
+        == [
+            Placement("0b0000", "", "TPU", 8),
+            Placement("0d0000", f"{address},0,2", "TPU", 4),
+            Placement("0e0000", f"{address},1,2", "TPU", 4),
+        ]
+    )
+    assert place(nodes, "CPU") == place(nodes[:1], "") == [Placement("0a0000", "", "CPU", 8)]

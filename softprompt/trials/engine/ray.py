@@ -16,7 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -29,6 +29,7 @@ from softprompt.trials.engine.restarts import keep_running
 
 NAMESPACE = "softprompt"
 LABEL = "ray.io/tpu-"
+KINDS = ("TPU", "GPU", "CPU")
 REGROUP_SECONDS = 10.0
 LINGER_SECONDS = 60.0
 
@@ -40,12 +41,14 @@ class Placement:
     Attributes:
         node: the id of Ray's node.
         distributed: "HOST:PORT,I,N" for one of N processes on a slice's N hosts, else "".
-        amount: what it takes of the resource: all that the host has.
+        resource: what it takes, "TPU", "GPU" or "CPU".
+        amount: how much of it: all that the host has.
     """
 
     node: str
     distributed: str
-    amount: float = field(compare=False)
+    resource: str
+    amount: float
 
 
 def place(nodes: Sequence[Mapping[str, Any]], resource: str) -> list[Placement]:
@@ -53,11 +56,15 @@ def place(nodes: Sequence[Mapping[str, Any]], resource: str) -> list[Placement]:
 
     Args:
         nodes: what `ray.nodes()` returns.
-        resource: "TPU", "GPU" or "CPU": hosts without it are left out.
+        resource: "TPU", "GPU" or "CPU": hosts without it are left out. "" is the first of these
+            that any host has.
     """
+    alive = [node for node in nodes if node["Alive"]]
+    kinds = (kind for kind in KINDS if any(node["Resources"].get(kind) for node in alive))
+    resource = resource or next(kinds, "CPU")
     slices: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for node in nodes:
-        if node["Alive"] and node["Resources"].get(resource, 0) >= 1:
+    for node in alive:
+        if node["Resources"].get(resource, 0) >= 1:
             slices[node["Labels"].get(f"{LABEL}slice-name", node["NodeID"])].append(node)
     found = []
     for hosts in slices.values():
@@ -67,8 +74,8 @@ def place(nodes: Sequence[Mapping[str, Any]], resource: str) -> list[Placement]:
         port = 20000 + int(hosts[0]["NodeID"][:6], 16) % 10000
         for index, host in enumerate(hosts):
             joins = f"{hosts[0]['NodeManagerAddress']}:{port},{index},{len(hosts)}"
-            amount = host["Resources"][resource]
-            found.append(Placement(host["NodeID"], joins if len(hosts) > 1 else "", amount))
+            joins = joins if len(hosts) > 1 else ""
+            found.append(Placement(host["NodeID"], joins, resource, host["Resources"][resource]))
     return found
 
 
@@ -136,15 +143,14 @@ class Driver:
     def _start(self, placement: Placement) -> Any:
         """Starts the supervisor of a placement, or finds the one that is there."""
         joins = ["--distributed", placement.distributed] if placement.distributed else []
-        amount = {"TPU": {"resources": {"TPU": placement.amount}}}.get(
-            self._resource, {f"num_{self._resource.lower()}s": placement.amount}
-        )
+        resource, amount = placement.resource, placement.amount
+        takes: dict[str, Any] = {f"num_{resource.lower()}s": amount}
         return Supervisor.options(  # type: ignore[attr-defined]
             name=f"{self._sweep} {placement.node} {placement.distributed}",
             get_if_exists=True,
             lifetime="detached",
             scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node, soft=False),
-            **amount,
+            **({"resources": {"TPU": amount}} if resource == "TPU" else takes),
         ).remote([*self._arguments, *joins])
 
     def collect(self, seconds: float) -> None:
@@ -200,7 +206,8 @@ def run(
         arguments: of Python, for a process that runs a worker. The processes on a slice of several
             hosts also get `--distributed HOST:PORT,I,N`.
         sweep: what tells this sweep's supervisors from others', such as its folder.
-        resource: "TPU", "GPU" or "CPU": what a host must have, and what a worker takes all of.
+        resource: "TPU", "GPU" or "CPU": what a host must have, and what a worker takes all of; ""
+            is the first of these that any host has.
         address: of Ray's head, "HOST:PORT", or "auto".
         say: reports a line.
 
