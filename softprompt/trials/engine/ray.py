@@ -11,6 +11,7 @@ TPU nodes in ray._private.accelerators.tpu of Ray 2.60.
 import hashlib
 import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -219,11 +220,7 @@ def run(
         SystemExit: 75 after SIGTERM.
         KeyboardInterrupt: after Ctrl-C.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=address, namespace=NAMESPACE)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--address {address}: no Ray cluster ({one_line(error)})") from error
+    _connect(address)
     try:
         with interrupts.saving():
             driver = Driver(arguments, sweep, resource, say)
@@ -239,3 +236,19 @@ def run(
             return code
     finally:
         ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Connects to a cluster; to one at an address at which nothing listens Ray tries for minutes.
+
+    Raises:
+        UserError: there is none.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, namespace=NAMESPACE)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"--address {address}: no Ray cluster ({one_line(error)})") from error
