@@ -22,6 +22,7 @@ from softprompt.errors import UserError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+
     from softprompt.trials.engine.sharing import Shared
 
 
