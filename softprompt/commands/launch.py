@@ -115,7 +115,7 @@ def launch(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.trials.engine.store import open_store
 
     plan = read_plan(open_store(arguments.workdir))
-    if not is_clean(plan.commit):
+    if arguments.on != "slurm" and not is_clean(plan.commit):
         raise UserError(
             f"{arguments.workdir}: its plan is of commit {plan.commit}; allowed: a clean commit, "
             "which other machines can install"

@@ -10,12 +10,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
+
+from tests.engine.waiting import wait_for
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CONFIG = """
@@ -124,14 +125,6 @@ def output(words: Sequence[str], environment: dict[str, str]) -> str:
     """The standard output of a command, which may fail."""
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     return done.stdout.strip()
-
-
-def wait_for(reached: Callable[[], object], what: str, seconds: float) -> None:
-    """Waits until a function returns something true; fails after so many seconds."""
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end, f"no {what} after {seconds} s"
-        time.sleep(0.2)
 
 
 def free_port() -> int:

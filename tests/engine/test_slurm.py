@@ -9,7 +9,8 @@ import pytest
 from softprompt.errors import UserError
 from softprompt.trials.engine.slurm import batch_script, submit
 from tests.engine import slurm_cluster
-from tests.engine.slurm_cluster import output, wait_for
+from tests.engine.slurm_cluster import output
+from tests.engine.waiting import wait_for
 
 WORKER = Path(__file__).with_name("counting_worker.py")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.trials.engine.launch import Order, startup_script
-from tests.engine.slurm_cluster import wait_for
+from tests.engine.waiting import wait_for
 
 WORKER = Path(__file__).with_name("counting_worker.py")
 PROJECT = """
