@@ -83,10 +83,20 @@ def add_slice(cluster: Cluster, name: str) -> object:
     )
 
 
-def run(*words: str, **environment: str) -> subprocess.Popen:
-    """Starts a command of softprompt."""
-    command = [sys.executable, "-m", "softprompt", *words]
-    return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **environment})
+@pytest.fixture
+def run():
+    """Starts commands of softprompt; those that still run at the end are killed."""
+    started = []
+
+    def start(*words: str, **environment: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "softprompt", *words]
+        started.append(subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **environment}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def workers(workdir: Path, children: bool = False) -> list[psutil.Process]:
@@ -121,7 +131,7 @@ def results(workdir: Path) -> dict[str, tuple]:
 
 
 @pytest.mark.long
-def test_a_sweep_whose_parts_are_killed_equals_an_undisturbed_one(cluster, tmp_path):
+def test_a_sweep_whose_parts_are_killed_equals_an_undisturbed_one(cluster, run, tmp_path):
     """24 trials on three slices, of which one always fails, end with the bits of a local sweep.
 
     A trial's process and a node are killed, a worker gets SIGTERM, a node is added, and the driver

@@ -20,7 +20,9 @@ WORKER = Path(__file__).with_name("counting_worker.py")
 def in_python(command: list[str]) -> tuple[Callable[[], int], Callable[[], None]]:
     """Keeps a command running in a thread; returns what waits for its code, and what stops it."""
     stopping, codes = threading.Event(), []
-    thread = threading.Thread(target=lambda: codes.append(keep_running(command, stopping)))
+    thread = threading.Thread(
+        target=lambda: codes.append(keep_running(command, stopping)), daemon=True
+    )
     thread.start()
 
     def code() -> int:
