@@ -10,14 +10,16 @@ from softprompt.source import is_clean
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from softprompt.trials.engine.plan import Plan
+
 WATCH_SECONDS = 15
 
 STORE = ("workdir", {"type": path, "metavar": "DIR", "help": "the sweep's folder, or gs://"})
 
 
-def start_engine(
+def write_sweep_plan(
     experiment: "ModuleType", arguments: argparse.Namespace, overrides: Overrides
-) -> int:
+) -> "Plan":
     """Writes the plan of a sweep. It opens no device, which would keep a TPU from a worker."""
     from softprompt.trials.engine.plan import plan_sweep
     from softprompt.trials.outputs import claim_outputs, experiment_name
@@ -28,14 +30,14 @@ def start_engine(
     name = experiment_name(experiment)
     plan = plan_sweep(workdir, name, arguments.subset, trials, target=target)
     claim_outputs(experiment, workdir)
-    print(f"{len(plan.jobs)} trials planned in {workdir}; run: softprompt work {workdir}")
+    print(f"softprompt: {len(plan.jobs)} trials planned in {workdir}", file=sys.stderr)
     if not is_clean(plan.commit):
         print(
             f"softprompt: note: no archive of the code is in {workdir}, since it is of commit "
             f"{plan.commit}: workers must run this very code",
             file=sys.stderr,
         )
-    return 0
+    return plan
 
 
 def work(arguments: argparse.Namespace, overrides: Overrides) -> int:

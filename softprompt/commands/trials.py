@@ -16,13 +16,12 @@ from softprompt.commands.base import (
     path,
     print_json,
 )
-from softprompt.commands.engine import start_engine
+from softprompt.commands.launch import ENGINE_FLAGS, start_engine, write_outputs
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
-    from types import ModuleType
 
     from softprompt.trials.engine.sharing import Shared
 
@@ -128,7 +127,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
         )
     if jax.process_index() == 0:
         if any(row["status"] == "done" for row in read_rows(arguments.workdir)):
-            _write_outputs(experiment, arguments.workdir)
+            write_outputs(experiment, arguments.workdir)
     return 1 if failed else 0
 
 
@@ -139,24 +138,13 @@ def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.trials.sweep import load_experiment
 
     if arguments.experiment:
-        _write_outputs(load_experiment(arguments.experiment), arguments.folder)
+        write_outputs(load_experiment(arguments.experiment), arguments.folder)
     else:
         rows = results.read_rows(arguments.folder)
         if not rows:
             raise UserError(f"no result.json below {arguments.folder!r}")
         print(tables.to_markdown(tables.overview(rows)), end="")
     return 0
-
-
-def _write_outputs(experiment: "ModuleType", folder: str) -> None:
-    """Writes the table and figure of all rows below a folder, and prints the table."""
-    from etils import epath
-
-    from softprompt.trials.outputs import write_trial_outputs
-
-    files = write_trial_outputs(experiment, folder)
-    print((epath.Path(folder) / files[0]).read_text(), end="")
-    print(f"wrote {', '.join(files)} in {folder}", file=sys.stderr)
 
 
 COMMANDS = {
@@ -203,18 +191,7 @@ COMMANDS = {
                 "--dry-run",
                 {"action": "store_true", "help": "only print what the trials would cost"},
             ),
-            (
-                "--engine",
-                {"choices": ("store",), "help": "only write the plan, for softprompt work"},
-            ),
-            (
-                "--target",
-                {
-                    "default": "",
-                    "choices": ("cpu", "gpu", "tpu"),
-                    "help": "what the workers of an engine run on",
-                },
-            ),
+            *ENGINE_FLAGS,
             DISTRIBUTED,
         ],
         takes_overrides=True,
