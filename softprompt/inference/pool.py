@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ class Pool:
 
     Attributes:
         grid: the sizes.
-        free: the slots without a row.
+        free: the slots without a row; a caller may reserve one by removing it.
     """
 
     def __init__(self, model: Decoder, weights: Tree, like: Lane, grid: Grid) -> None:
@@ -74,7 +75,7 @@ class Pool:
         self._rows = RowState(*(np.zeros(shape, np.int32) for _ in RowState._fields))
         self._draws, self._alternatives = _greedy(shape), np.zeros(shape, bool)
         self._shapes = pool_shapes(model, like, grid)
-        self._programs = dict(self._compiled(model, like))
+        self._programs = compiled(self._lowered(model, like))
         self._lanes: Any = None
         self._inputs: Any = None
         self._ring: Any = None
@@ -100,15 +101,13 @@ class Pool:
 
         The inputs are padded to the same size.
         """
-        if not self.running:
-            self._column = 0  # so that an idle pool rounds equal requests equally
         for row in rows:
-            self.free.remove(row.slot)
+            self.free.discard(row.slot)
             self._rows.lengths[row.slot], self._rows.counts[row.slot] = len(row.tokens), 0
             self._alternatives[row.slot] = row.alternatives
             for field, value in dataclasses.asdict(row.draw).items():
                 self._draws[field][row.slot] = value
-        several = [*rows, *rows[-1:] * (self.grid.together - len(rows))]
+        several = [*rows, *[rows[-1]] * (self.grid.together - len(rows))]
         size = max(padded(len(row.tokens)) for row in rows)
         ids_BT = np.zeros((len(several), size), np.int32)
         for ids_T, row in zip(ids_BT, several, strict=True):
@@ -147,24 +146,24 @@ class Pool:
         self.free.add(slot)
         self._draws["temperature"][slot] = 0  # an empty slot needs no noise
         self._alternatives[slot] = False
+        if not self.running:
+            self._column = 0  # so that an idle pool rounds equal requests equally
 
-    def _compiled(self, model: Decoder, like: Lane) -> Iterator[tuple[Any, Any]]:
+    def _lowered(self, model: Decoder, like: Lane) -> Iterator[tuple[Any, Any]]:
         """The pool's programs: a step, the writing of a lane, and a prefill of each size."""
         axes, number, flag = lane_axes(like), np.int32(0), np.bool_(False)
         lanes, inputs, ring = self._shapes
         write = jax.jit(functools.partial(set_lane, axes), donate_argnums=0)
-        yield "lane", write.lower(lanes, number, jax.tree.map(abstract, like)).compile()
+        yield "lane", write.lower(lanes, number, jax.tree.map(abstract, like))
         run = jax.jit(functools.partial(step, model, axes), donate_argnums=3)
         how = _sampling(self._draws, self._rows.counts)
-        rows = number, self._rows, how, flag
-        yield "step", run.lower(self._weights, lanes, inputs, ring, *rows).compile()
+        yield "step", run.lower(self._weights, lanes, inputs, ring, number, self._rows, how, flag)
         fill = jax.jit(functools.partial(prefill, model, axes), donate_argnums=2)
         number_B = np.zeros(self.grid.together, np.int32)
         how = _sampling(_greedy(number_B.shape), number_B)
         for size in (size for size in SIZES if size <= self.grid.slots):
-            ids_BT = np.zeros((len(number_B), size), np.int32)
-            rows = Inputs(number_B, number_B, ids_BT, number_B), how, flag
-            yield size, fill.lower(self._weights, lanes, inputs, *rows).compile()
+            rows = Inputs(number_B, number_B, np.zeros((len(number_B), size), np.int32), number_B)
+            yield size, fill.lower(self._weights, lanes, inputs, rows, how, flag)
 
     def _allocate(self) -> None:
         """Allocates the arrays, when the first task comes."""
@@ -187,6 +186,14 @@ def pool_shapes(model: Decoder, like: Lane, grid: Grid) -> tuple[Any, Any, Any]:
 
     lanes = jax.tree.map(stacked, like, lane_axes(like))
     return lanes, cache(grid.slots), cache(grid.columns)
+
+
+def compiled(lowered: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Compiles traced programs, two at a time."""
+    names, programs = zip(*lowered, strict=True)
+    with ThreadPoolExecutor(2) as threads:
+        done = threads.map(lambda program: program.compile(), programs)
+        return dict(zip(names, done, strict=True))
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -154,9 +154,9 @@ def prefill(
 
     def one(inputs: Inputs) -> tuple[jax.Array, KeysValues]:
         lane = select_lane(lanes, axes, inputs.lanes)
-        apply = functools.partial(model.apply, collections(weights, lane.variables))
+        apply: Any = functools.partial(model.apply, collections(weights, lane.variables))
         row = inputs.ids, inputs.lengths
-        x_D, memory = apply(lane.context, *row, slots=len(inputs.ids), method="prefill")  # type: ignore[misc]
+        x_D, memory = apply(lane.context, *row, slots=len(inputs.ids), method="prefill")
         logits_1V: Any = apply(x_D[None], method="logits")
         return logits_1V[0], (memory.cached.k_LSGK, memory.cached.v_LSGK)
 
@@ -220,14 +220,14 @@ def step(
     age_N = (column - 1 - columns_N) % len(columns_N)  # 0: the newest
 
     def in_lane(lane: Lane, inputs: KeysValues, ring: KeysValues, rows: RowState) -> Any:
-        apply = functools.partial(model.apply, collections(weights, lane.variables))
+        apply: Any = functools.partial(model.apply, collections(weights, lane.variables))
 
         def one(inputs: KeysValues, ring: KeysValues, row: RowState) -> Any:
             memory = Memory(Cached(*inputs, slots_S, slots_S < row.lengths), row.lengths)
             position = row.lengths + row.counts
             cached = Cached(*ring, position - 1 - age_N, age_N < row.counts)
             new = row.ids[None], position[None]
-            x_1D, kv = apply(lane.context, memory, cached, *new, method="extend")  # type: ignore[misc]
+            x_1D, kv = apply(lane.context, memory, cached, *new, method="extend")
             logits_1V: Any = apply(x_1D, method="logits")
             return logits_1V[0], kv
 

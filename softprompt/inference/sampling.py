@@ -105,8 +105,8 @@ def choose_by_row(logits_BV: jax.Array, how: RowSampling) -> jax.Array:
     likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def limited(logits_V: jax.Array, temperature: Any, top_k: Any, top_p: Any) -> jax.Array:
-        most = jnp.where(top_k == 0, len(logits_V), jnp.minimum(top_k, len(logits_V)))
-        share = jnp.where(top_p < 1, top_p, 2.0)  # rounding may sum shares to more than 1
+        most: Any = jnp.where(top_k == 0, len(logits_V), jnp.minimum(top_k, len(logits_V)))
+        share: Any = jnp.where(top_p < 1, top_p, 2.0)  # rounding may sum shares to more than 1
         return allowed(logits_V[None], Sampling(temperature, most, share))[0]
 
     def drawn() -> jax.Array:
