@@ -96,6 +96,10 @@ class Pool:
             self._allocate()
         self._lanes = self._programs["lane"](self._lanes, np.int32(number), lane)
 
+    def wait(self) -> None:
+        """Waits for what the device still does for the pool."""
+        jax.block_until_ready((self._lanes, self._inputs, self._ring))
+
     def join(self, rows: Sequence[Joining]) -> list[Choice]:
         """Runs the inputs of new rows, at most `grid.together`; returns their first tokens.
 
