@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.config import base_config, method_settings, resolve, set_key, to_dict
+from softprompt.config import (
+    ConfigDict,
+    base_config,
+    members,
+    method_settings,
+    resolve,
+    set_key,
+    to_dict,
+)
 from softprompt.files import write_text
 from softprompt.inference.pool import Pool
 from softprompt.inference.pool_programs import Lane
@@ -25,24 +33,26 @@ from softprompt.training.step import Shared, StepConfig, shared_part
 from softprompt.trials.run import CONFIG, DELTA, provenance, read_config
 
 
-def make_task(folder: Path, loaded: Loaded, *, seed: int, **method: Any) -> Path:
+def make_task(
+    folder: Path, loaded: Loaded, *, seed: int, config: ConfigDict | None = None, **method: Any
+) -> Path:
     """Writes a trial's folder with a random delta.
 
     Args:
         folder: of the new task.
         loaded: the model.
         seed: of the delta.
-        **method: keys of the config's section "method".
+        config: of the trial, by default the base config.
+        **method: keys of its section "method".
     """
-    config = base_config()
+    config = (config or base_config()).copy_and_resolve_references().lock()
     set_key(config, "model.name", loaded.name)
     set_key(config, "model.dtype", loaded.model.dtype.name)
     for name, value in method.items():
         set_key(config, f"method.{name}", value)
     config = resolve(config)
     settings = method_settings(config)
-    setup = Setup(loaded.config, loaded=loaded)
-    cfg = METHODS[settings.name].resolve(settings, setup)
+    cfg = method_config(config, loaded)
     key, noise = jax.random.split(jax.random.key(seed))
     delta = METHODS[settings.name].init(key, loaded.model, loaded.weights, cfg)
     leaves, tree = jax.tree.flatten(delta)
@@ -56,6 +66,13 @@ def make_task(folder: Path, loaded: Loaded, *, seed: int, **method: Any) -> Path
     return folder
 
 
+def method_config(config: ConfigDict, loaded: Loaded) -> Any:
+    """The static configuration of a config's method."""
+    settings = method_settings(config)
+    setup = Setup(loaded.config, tasks=len(members(config)), loaded=loaded)
+    return METHODS[settings.name].resolve(settings, setup)
+
+
 _SHARED: dict[Path | None, Shared] = {}
 
 
@@ -64,9 +81,9 @@ def alone(loaded: Loaded, folder: Path | None) -> Shared:
     if folder is None:
         return {}, loaded.model.empty_context()
     if folder not in _SHARED:
-        settings = method_settings(read_config(folder))
-        cfg = METHODS[settings.name].resolve(settings, Setup(loaded.config, loaded=loaded))
-        step = StepConfig(loaded.model, settings.name, cfg)
+        config = read_config(folder)
+        name = method_settings(config).name
+        step = StepConfig(loaded.model, name, method_config(config, loaded))
         delta = load_delta(folder / DELTA)[0]
         _SHARED[folder] = jax.jit(functools.partial(shared_part, step))(delta, loaded.weights)
     return _SHARED[folder]
