@@ -240,3 +240,18 @@ def step(
     shape = logits_ABV.shape[:2]
     shaped = Choice(*(field.reshape(*shape, *field.shape[1:]) for field in choice))
     return shaped, (write(ring[0], new[0]), write(ring[1], new[1]))
+
+
+def clear_row(caches: tuple[KeysValues, ...], lane: Any, row: Any) -> tuple[KeysValues, ...]:
+    """The caches [L, A, B, S or N, G, K] of inputs and of generated tokens, zero in one row.
+
+    A masked position has the weight 0, which only a finite value makes 0.
+    """
+    zero = jnp.zeros_like(lane)
+
+    def cleared(cache: jax.Array) -> jax.Array:
+        zeros = jnp.zeros_like(cache[:, :1, :1])
+        return jax.lax.dynamic_update_slice(cache, zeros, (zero, lane, row, zero, zero, zero))
+
+    made: tuple[KeysValues, ...] = jax.tree.map(cleared, caches)
+    return made

@@ -119,7 +119,7 @@ class Batcher:
     def finish(self, ticket: Ticket, reason: str, error: str = "") -> None:
         """Frees a request's row, and reports its end."""
         if ticket.place is not None:
-            ticket.place.pool.leave(ticket.place.slot)
+            ticket.place.pool.leave(ticket.place.slot, clear=reason == "error")
             ticket.place = None
             self.running = [one for one in self.running if one is not ticket]
         self.counts["requests"] += 1
@@ -146,6 +146,10 @@ class Batcher:
 
     def _take(self, ticket: Ticket, choice: Choice) -> None:
         """Reports a row's next token, and ends the request where it ends."""
+        if not math.isfinite(choice.logprobs):
+            error = f"task {ticket.request.task!r} gives probabilities that are not finite"
+            self.finish(ticket, "error", error)
+            return
         if int(choice.ids) == self._eos:
             for event in ticket.stream.flush():
                 ticket.emit(event)

@@ -10,9 +10,11 @@ import pytest
 from experiments.serving_tasks import alone, make_task, reference_logprobs
 from softprompt.errors import UserError
 from softprompt.inference.decode import generate
+from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.serving.engine import Engine
 from softprompt.serving.placement import Sizes
 from softprompt.serving.requests import Busy, Request
+from tests.matrix import matrix
 from tests.serving.conftest import METHODS, Asked
 
 RANDOM = np.random.default_rng(4)
@@ -30,14 +32,17 @@ def wanted(loaded, folder, request, which=None):
     return generate(loaded.model, loaded.weights, shared, [request.tokens], **options)[0]
 
 
-def test_every_kind_equals_generate_alone(tiny_loaded, task_root):
+@pytest.mark.parametrize(
+    "names", matrix(("lora prefix", "ia3", "adapter", "bitfit"), keep=("lora prefix",))
+)
+def test_every_kind_equals_generate_alone(tiny_loaded, task_root, names):
     """Mutation: a lane of another task; variables of a context's method; the wrong prompt of two;
     a row's columns beyond its own.
     """
-    engine = Engine(tiny_loaded, sizes=Sizes(rows=2, input=20, new=9, scores=False))
-    for name in (*METHODS, "two"):
+    engine = Engine(tiny_loaded, sizes=Sizes(2, 20, 9, lanes=2, scores=False))
+    for name in (*names.split(), "short", "long", "two"):
         engine.load(name, task_root / name)
-    names = ["", *METHODS, "two:own", "two:other"]
+    names = ["", *names.split(), "short", "long", "two:own", "two:other"]
     requests = [
         Request(names[n % len(names)], tokens, 1 + n % 9) for n, tokens in enumerate(inputs(30))
     ]
@@ -51,7 +56,7 @@ def test_every_kind_equals_generate_alone(tiny_loaded, task_root):
             found = reference_logprobs(tiny_loaded, shared, request.tokens, one.ids, room=32)
             np.testing.assert_allclose([t.logprob for t in one.tokens], found, atol=1e-4)
     engine.close()
-    assert {info.kind for info in engine.tasks()} >= {"prompt", "prefix", "lora", "multitask"}
+    assert {info.kind for info in engine.tasks()} >= {"prompt", "multitask"}
 
 
 def test_one_task_moves_to_a_pool_of_its_own(engine, tiny_loaded, task_root):
@@ -123,6 +128,21 @@ def test_a_cancelled_request_frees_its_row(engine):
     assert "cancelled" in reasons
     assert engine.stats()["running"] == 0
     assert Asked(engine, request).wait().ids == many[0].ids
+
+
+def test_a_task_that_overflows_leaves_nothing_behind(engine, tiny_loaded, task_root, tmp_path):
+    """Mutation: the slot is not cleared, so that 0 times infinity reaches the next row."""
+    folder = make_task(tmp_path / "large", tiny_loaded, seed=1, **METHODS["short"])
+    delta, origin = load_delta(folder / "delta.safetensors")
+    save_delta(folder / "delta.safetensors", {"prompt": delta["prompt"] * 1e38}, origin)
+    engine.load("large", folder)
+    request = Request("large", inputs(1, most=4)[0], 9)
+    for one in [Asked(engine, request) for _ in range(4)]:
+        assert one.wait().end.reason == "error"
+        assert "'large' gives probabilities that are not finite" in one.end.error
+    request = Request("short", inputs(1)[0], 9)
+    ids = [one.wait().ids for one in [Asked(engine, request) for _ in range(4)]]
+    assert ids == [wanted(tiny_loaded, task_root / "short", request)] * 4
 
 
 def test_a_caller_that_fails_loses_its_own_row_only(engine):
