@@ -12,7 +12,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("commands", "api"),
-    ("pretraining",),
+    ("pretraining", "serving"),
     ("trials",),
     ("analysis",),
     ("results",),

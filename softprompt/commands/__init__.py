@@ -1,8 +1,10 @@
 """The commands of the command line, by name."""
 
-from softprompt.commands import catalog, engine, launch, runs, trials
+from softprompt.commands import catalog, engine, generation, launch, runs, trials
 from softprompt.commands.base import Command
 
-COMMANDS: dict[str, Command] = (
-    trials.COMMANDS | engine.COMMANDS | launch.COMMANDS | runs.COMMANDS | catalog.COMMANDS
-)
+_MODULES = (trials, engine, launch, runs, generation, catalog)
+
+COMMANDS: dict[str, Command] = {
+    name: command for module in _MODULES for name, command in module.COMMANDS.items()
+}

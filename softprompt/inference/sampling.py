@@ -1,5 +1,7 @@
 """Choice of the next token from its logits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -73,3 +75,53 @@ def allowed(logits_BV: jax.Array, how: Sampling) -> jax.Array:
         least_B = jnp.min(jnp.where(before_BV < how.top_p, sorted_BV, jnp.inf), axis=-1)
         x_BV = jnp.where(x_BV < least_B[:, None], -jnp.inf, x_BV)
     return x_BV
+
+
+@struct.dataclass
+class RowSampling:
+    """How the next token of each row is chosen; all fields are [B].
+
+    Attributes:
+        temperature: 0 chooses the most likely token.
+        top_k: see `Sampling`; 0: all.
+        top_p: see `Sampling`; 1: all.
+        seed: of the row's draws, uint32.
+        nth: the number of the token in its output, from 0.
+    """
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    seed: Any
+    nth: Any
+
+
+def choose_by_row(logits_BV: jax.Array, how: RowSampling) -> jax.Array:
+    """The next token of each row [B], with settings of its own.
+
+    A row's draw depends on its logits, seed and `nth` only, and is that of `generate` for a single
+    input with this seed. Noise and sorting are computed only if some row needs them.
+    """
+    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    def limited(logits_V: jax.Array, temperature: Any, top_k: Any, top_p: Any) -> jax.Array:
+        most: Any = jnp.where(top_k == 0, len(logits_V), jnp.minimum(top_k, len(logits_V)))
+        share: Any = jnp.where(top_p < 1, top_p, 2.0)  # rounding may sum shares to more than 1
+        return allowed(logits_V[None], Sampling(temperature, most, share))[0]
+
+    def drawn() -> jax.Array:
+        temperature_B = jnp.where(how.temperature > 0, how.temperature, 1.0)
+        x_BV = jax.lax.cond(
+            jnp.any((how.temperature > 0) & ((how.top_k > 0) | (how.top_p < 1))),
+            lambda: jax.vmap(limited)(logits_BV, temperature_B, how.top_k, how.top_p),
+            lambda: logits_BV / temperature_B[:, None],
+        )
+        tokens_B = jax.vmap(jax.random.categorical)(jax.vmap(_key)(how.seed, how.nth), x_BV)
+        return jnp.where(how.temperature > 0, tokens_B.astype(jnp.int32), likeliest_B)
+
+    return jax.lax.cond(jnp.any(how.temperature > 0), drawn, lambda: likeliest_B)
+
+
+def _key(seed: jax.Array, nth: jax.Array) -> jax.Array:
+    """The key of a token's draw, as `row_keys` has it for row 0."""
+    return row_keys(jax.random.key(seed), nth, jnp.zeros(1, jnp.uint32))[0]

@@ -60,31 +60,41 @@ from softprompt.models.stack import Gather, stack
 class Context:
     """Keys (rotated) and values that every row sees before its own tokens. P may be 0.
 
-    It may hold `choices` contexts of equal length, concatenated; a token sees one of them.
+    It may hold `choices` contexts of equal length, concatenated; a token sees one of them. Or it
+    may be padded: then `used`, a scalar, is the number of positions that a token sees, and contexts
+    of different lengths share a program.
     """
 
     k_LPGK: jax.Array
     v_LPGK: jax.Array
     choices: int = struct.field(pytree_node=False, default=1)
+    used: jax.Array | None = None
 
     @property
-    def length(self) -> int:
-        """P, the number of positions of one context."""
+    def slots(self) -> int:
+        """P, the number of positions of one context, padding included."""
         return self.k_LPGK.shape[-3] // self.choices
+
+    @property
+    def length(self) -> Any:
+        """The number of positions before a row's first token: an int, or `used`."""
+        return self.slots if self.used is None else self.used
 
     def positions(self) -> jax.Array:
         """The position of each key, from 0."""
-        return jnp.tile(jnp.arange(self.length), self.choices)
+        return jnp.tile(jnp.arange(self.slots), self.choices)
 
     def mask(self, which: jax.Array | None) -> jax.Array | None:
         """The mask [..., keys] of tokens that see context number `which` [...].
 
-        None (all keys are seen) if `which` is None, for which there must be a single context.
+        None (all keys are seen) if `which` is None, for which there must be a single context, and
+        there is no padding.
         """
         if which is None:
             assert self.choices == 1, "`which` is needed where there are several contexts"
-            return None
-        return which[..., None] == jnp.repeat(jnp.arange(self.choices), self.length)
+            return None if self.used is None else jnp.arange(self.slots) < self.used
+        assert self.used is None, "several contexts are not padded"
+        return which[..., None] == jnp.repeat(jnp.arange(self.choices), self.slots)
 
 
 @struct.dataclass
@@ -214,7 +224,7 @@ class Decoder(nn.Module):
         x_TD, positions_T = self.embed(tokens_T), row.positions + context.length
         case = attention_case(
             *(self.config, self.dtype),
-            context=context.length,
+            context=context.slots,
             tokens=tokens_T.shape[0],
             branches=branches_T is not None,
         )
@@ -360,7 +370,7 @@ class Decoder(nn.Module):
                 local = rotary_table(positions_T, size, c.rope_base_local)
         if c.windows:
             window_L = jnp.array([window or UNBOUNDED for window in c.windows])
-        span = context.length + x_TD.shape[0]
+        span = context.slots + x_TD.shape[0]
         windowed = any(c.windows) if cached else has_shorter_window(c, span)
         earlier = (
             (context.positions(), context.mask(which)),

@@ -219,6 +219,7 @@ class Answering:
         progress: the display.
         task: a task of the trial, or another one; required if the trial has several.
         any_weights: also accept a delta that was trained on other weights than the model's.
+        session: has loaded models; by default a new one.
 
     Raises:
         UserError: the trial has several tasks and none is given; see also `trained_delta`.
@@ -231,12 +232,13 @@ class Answering:
         *,
         task: str | None = None,
         any_weights: bool = False,
+        session: Session | None = None,
     ) -> None:
         config, known = for_task(on_this_machine(read_config(folder)), task)
         if task is None and len(known) > 1:
             raise UserError(f"--task is not given; allowed: {', '.join(known)}, the trial's tasks")
         check_trained(folder)
-        session = Session(progress)
+        session = session or Session(progress)
         train = None
         if method_settings(config).shows_examples:
             bos = text_bos(config, session.model(config))

@@ -115,6 +115,10 @@ class Session:
         self._models.move_to_end(key)
         return self._models[key]
 
+    def keep(self, config: ConfigDict, loaded: Loaded) -> None:
+        """Takes a model that is loaded already, for this config and those with equal weights."""
+        self._models[weights_key(config)] = loaded
+
     def _make_room(self) -> None:
         """Drops the least recently used models until the rest take at most `CACHE_SHARE`."""
         sizes = {name: bytes_here(one.weights) for name, one in self._models.items()}

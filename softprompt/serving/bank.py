@@ -1,0 +1,256 @@
+"""The tasks of a frozen model: deltas in memory, and a cache of their keys and values."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from softprompt.config import ConfigDict, base_config, members, method_settings, set_key, to_dict
+from softprompt.errors import UserError
+from softprompt.inference.pool import padded
+from softprompt.inference.pool_programs import Lane, pad_context
+from softprompt.interchange.adapter_files import CONFIG as ADAPTER_CONFIG
+from softprompt.interchange.adapter_files import TENSORS, check_finite, read_adapter
+from softprompt.interchange.peft import from_peft
+from softprompt.methods import METHODS
+from softprompt.methods.base import Setup, wants_bos
+from softprompt.methods.delta_file import load_delta
+from softprompt.models.decoder import Context, Decoder
+from softprompt.pretrained.loading import Loaded
+from softprompt.pretrained.tensor_files import open_file
+from softprompt.serving.requests import TaskInfo
+from softprompt.training.step import StepConfig, shared_part
+from softprompt.trials.convert import check_tasks, with_method
+from softprompt.trials.delta_shapes import check_fit
+from softprompt.trials.evaluate import check_trained
+from softprompt.trials.run import DELTA, read_config
+
+DTYPES = ("F32", "F16", "BF16", "F64")  # of a delta's tensors
+MOST_BYTES = 1 << 30  # of a delta's file
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """One version of a task: what computes its lane.
+
+    Attributes:
+        info: facts about it.
+        bos: its texts begin with BOS.
+        folder: of a trial; None for the base model and for an adapter.
+        member: the name of the trial's task, if the trial has a prompt for each of several.
+        make: computes the lane.
+    """
+
+    info: TaskInfo
+    bos: bool
+    folder: Path | None
+    member: str | None
+    make: Callable[[], Lane]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A delta on the host, with the config of its method, and its file's size."""
+
+    config: ConfigDict
+    delta: dict[str, Any]
+    size: int
+    trial: bool
+
+
+class Bank:
+    """Computes lanes, and keeps the last used ones.
+
+    Args:
+        loaded: the frozen model, a decoder.
+        limit: bytes of the lanes that are kept.
+
+    Attributes:
+        loaded: the frozen model.
+        model: its Flax module.
+
+    Raises:
+        UserError: the model is an encoder-decoder.
+    """
+
+    def __init__(self, loaded: Loaded, *, limit: int = 1 << 30) -> None:
+        if not isinstance(loaded.model, Decoder):
+            raise UserError(f"model {loaded.name!r} is an encoder-decoder; allowed: a decoder")
+        self.loaded, self.model, self._limit = loaded, loaded.model, limit
+        self._lanes: OrderedDict[str, Lane] = OrderedDict()
+        self._lock = threading.Lock()
+        empty = pad_context(self.model.empty_context(), 0)
+        digest = _digest(loaded, {}, "base")
+        info = TaskInfo("", "none", loaded.name, 0, 0, 0, time.time(), digest)
+        bos = wants_bos("after", loaded.tokenizer)
+        self.base = Task(info, bos, None, None, lambda: jax.device_put(Lane(empty, {})))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the lanes that are kept."""
+        return sum(map(lane_bytes, self._lanes.values()))
+
+    def lane(self, task: Task) -> Lane:
+        """The lane of a task, from the cache or computed."""
+        digest = task.info.digest
+        with self._lock:
+            if digest in self._lanes:
+                self._lanes.move_to_end(digest)
+                return self._lanes[digest]
+        lane = task.make()
+        with self._lock:
+            self._lanes[digest] = lane
+            while self.bytes > self._limit and len(self._lanes) > 1:
+                self._lanes.popitem(last=False)
+        return lane
+
+    def read(self, name: str, folder: Path) -> list[Task]:
+        """Reads a task's folder: of a trial, or of a PEFT adapter in safetensors.
+
+        A trial with a prompt for each of its tasks gives tasks NAME:TASK.
+
+        Raises:
+            UserError: the file lacks a leaf or has others than its method; it is too large, has
+                other dtypes or entries that are not finite; it was trained on other weights; or its
+                method trains weights.
+        """
+        stored = self._adapter(folder) if (folder / ADAPTER_CONFIG).exists() else self._run(folder)
+        settings, names = method_settings(stored.config), members(stored.config)
+        if settings.trains_weights or not settings.trains:
+            raise UserError(
+                f"{folder}: method {settings.name!r} cannot be served; allowed: methods that train "
+                "something beside the weights"
+            )
+        setup = Setup(
+            sizes=self.loaded.config,
+            tasks=len(names),
+            room=self.loaded.config.context_length,
+            loaded=self.loaded,
+        )
+        cfg = METHODS[settings.name].resolve(settings, setup)
+        step = StepConfig(self.loaded.model, settings.name, cfg)
+        if not settings.per_task:
+            return [self._task(name, folder, stored, step, None)]
+        return [
+            self._task(f"{name}:{one.task.name}", folder, stored, step, number)
+            for number, one in enumerate(names)
+        ]
+
+    def _task(
+        self, name: str, folder: Path, stored: Stored, step: StepConfig, number: int | None
+    ) -> Task:
+        settings = method_settings(stored.config)
+        make = functools.partial(make_lane, self.loaded.weights, step, stored.delta, number)
+        method = json.dumps([to_dict(stored.config)["method"], number], sort_keys=True)
+        info = TaskInfo(
+            name=name,
+            kind=settings.name,
+            model=self.loaded.name,
+            length=0,
+            bytes_file=stored.size,
+            bytes_cache=0,
+            loaded_at=time.time(),
+            digest=_digest(self.loaded, stored.delta, method),
+        )
+        bos = wants_bos(settings.bos, self.loaded.tokenizer) and not settings.begins_with_bos
+        member = None if number is None else members(stored.config)[number].task.name
+        task = Task(info, bos, folder if stored.trial else None, member, make)
+        lane = self.lane(task)
+        length, size = int(lane.context.used or 0), lane_bytes(lane)
+        known = dataclasses.replace(info, length=length, bytes_cache=size)
+        return dataclasses.replace(task, info=known)
+
+    def _run(self, folder: Path) -> Stored:
+        """A trial's selected delta."""
+        config, file = read_config(folder), folder / DELTA
+        check_trained(folder)
+        shapes = header(file)
+        if not method_settings(config).trains_weights:
+            check_fit(shapes, config, self.loaded.config, file=str(file))
+        else:
+            return Stored(config, {}, 0, True)
+        delta, origin = load_delta(file)
+        self._check_weights(file, origin)
+        check_finite(file, flatten_dict(delta, sep="/"))
+        return Stored(config, delta, file.stat().st_size, True)
+
+    def _adapter(self, folder: Path) -> Stored:
+        """A PEFT adapter's delta."""
+        file = folder / TENSORS
+        if not file.exists():
+            raise UserError(f"{folder}: no {TENSORS}; adapters are read from safetensors only")
+        header(file)
+        adapter = read_adapter(folder)
+        self._check_weights(file, adapter.provenance)
+        delta, method = from_peft(adapter, self.loaded.config)
+        config = base_config()
+        set_key(config, "model.name", self.loaded.name)
+        config = with_method(config, method, adapter.provenance, file=str(folder))
+        check_tasks(config, delta, file=str(folder))
+        check_fit(delta, config, self.loaded.config, file=str(file))
+        return Stored(config, delta, file.stat().st_size, False)
+
+    def _check_weights(self, file: Path, origin: Mapping[str, Any]) -> None:
+        """Checks that a file was trained on the model's weights, if it says on which."""
+        trained, have = origin.get("fingerprint"), self.loaded.fingerprint
+        if trained is not None and trained != have:
+            raise UserError(
+                f"{file} was trained on weights {trained}; {self.loaded.name} has {have}"
+            )
+
+
+def make_lane(weights: Any, step: StepConfig, delta: Any, number: int | None) -> Lane:
+    """Computes a delta's context and variables; `number` is that of one of several prompts."""
+    variables, context = _shared(step)(delta, weights)
+    if number is not None:
+        part = slice(number * context.slots, (number + 1) * context.slots)
+        context = Context(context.k_LPGK[:, part], context.v_LPGK[:, part])
+    if METHODS[step.method].Settings.is_context:
+        variables = {}  # rows read the context only
+    lane: Lane = jax.device_put(Lane(pad_context(context, padded(context.slots)), variables))
+    return lane
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(step: StepConfig) -> Any:
+    return jax.jit(functools.partial(shared_part, step))
+
+
+def lane_bytes(lane: Lane) -> int:
+    """Bytes of a lane's arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(lane))
+
+
+def header(file: Path) -> dict[str, Any]:
+    """The shapes in a safetensors file, which is not read further.
+
+    Raises:
+        UserError: the file is too large, or has a tensor of another dtype than floats.
+    """
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise UserError(f"{file} has {size:,} bytes; allowed: {MOST_BYTES:,}")
+    tensors = open_file(file).tensors
+    for path, (dtype, _) in tensors.items():
+        if dtype not in DTYPES:
+            raise UserError(f"{file}: {path} is {dtype}; allowed: {', '.join(DTYPES)}")
+    shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, (_, shape) in tensors.items()}
+    return dict(unflatten_dict(shapes, sep="/"))
+
+
+def _digest(loaded: Loaded, delta: Any, method: str) -> str:
+    """Identifies a delta, its method's settings, the weights and the dtype."""
+    found = hashlib.sha256(f"{loaded.fingerprint} {loaded.model.dtype} {method}".encode())
+    for path, leaf in sorted(flatten_dict(delta, sep="/").items()):
+        found.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
+        found.update(np.ascontiguousarray(leaf).data)
+    return found.hexdigest()

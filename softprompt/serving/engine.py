@@ -1,0 +1,220 @@
+"""Continuous batching: one thread runs the rows of all tasks; requests join and leave at any step.
+
+A pool's programs are compiled before a task of its kind can be used, so no request waits for a
+compiler.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompt.console import Progress
+from softprompt.errors import UserError, one_line, unknown
+from softprompt.pretrained.loading import Loaded, load_model
+from softprompt.serving.bank import Bank, Task
+from softprompt.serving.batching import Batcher, Ticket
+from softprompt.serving.placement import Sizes
+from softprompt.serving.predictions import Predictions
+from softprompt.serving.requests import Busy, OnEvent, Request, TaskInfo
+from softprompt.serving.text import TextStream
+from softprompt.serving.validation import check_request
+
+SIZES = Sizes()
+
+
+class Engine:
+    """Generates for the tasks of one frozen model. Its methods may be called from any thread.
+
+    Args:
+        model: its name, see `load_model`; or the loaded model.
+        dtype: of the weights and the computation.
+        sizes: of the pools.
+        queue: the most requests that wait.
+        cache: bytes of keys and values that are kept, beside those in the pools.
+
+    Attributes:
+        tokenizer: the model's.
+
+    Raises:
+        UserError: see `load_model`; or the model is an encoder-decoder.
+    """
+
+    def __init__(
+        self,
+        model: str | Loaded,
+        *,
+        dtype: str = "float32",
+        sizes: Sizes = SIZES,
+        queue: int = 256,
+        cache: int = 1 << 30,
+        progress: Progress | None = None,
+    ) -> None:
+        loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
+        self._bank, self._sizes, self._most = Bank(loaded, limit=cache), sizes, queue
+        self.tokenizer = loaded.tokenizer
+        self._predictions = Predictions(loaded, progress or Progress())
+        self._batcher = Batcher(self._bank, sizes)
+        self._batcher.pools(self._bank.base)
+        self._tasks = {"": self._bank.base}
+        self._queue: deque[Ticket] = deque()
+        self._wake, self._loading = threading.Condition(), threading.Lock()
+        self._closed, self._error = False, ""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, on_event: OnEvent) -> Ticket:
+        """Queues a request. `on_event` is called in the engine's thread and must not wait.
+
+        Raises:
+            UserError: an unknown task, or a value that is not allowed.
+            Busy: the queue is full.
+        """
+        task = self._task(request.task)
+        config, sizes = self._bank.model.config, self._sizes
+        check_request(request, config, sizes, context=task.info.length)
+        stream = TextStream(self.tokenizer, request.stop)
+        ticket = Ticket(request, on_event, task, stream)
+        with self._wake:
+            self._check_open()
+            if len(self._queue) >= self._most:
+                raise Busy(f"{len(self._queue)} requests wait; allowed: {self._most}")
+            self._queue.append(ticket)
+            self._wake.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request, with the event `Finish("cancelled", ...)`; none if it has finished."""
+        with self._wake:
+            ticket.cancelled = True
+            self._wake.notify()
+
+    def tasks(self) -> list[TaskInfo]:
+        """The loaded tasks, without the base model."""
+        return [task.info for name, task in sorted(self._tasks.items()) if name]
+
+    def encode(self, task: str, text: str) -> tuple[int, ...]:
+        """The ids of an input, with BOS where the task's texts begin with it.
+
+        Raises:
+            UserError: an unknown task.
+        """
+        start = [self.tokenizer.bos_id] if self._task(task).bos else []
+        return (*(id_ for id_ in start if id_ is not None), *self.tokenizer.encode(text))
+
+    def load(self, name: str, folder: Path) -> TaskInfo:
+        """Loads a task, or a new version of it; rows that run finish with the old one.
+
+        A trial with several prompts gives several tasks, see `Bank.read`; the first is returned. If
+        it fails, nothing has changed.
+
+        Raises:
+            UserError: see `Bank.read`; or the name is "".
+        """
+        if not name:
+            raise UserError("a task's name is ''; allowed: a name, since '' is the base model")
+        with self._loading:
+            found = self._bank.read(name, Path(folder))
+            for task in found:
+                self._batcher.pools(task)
+            with self._wake:
+                self._tasks = self._without(name) | {task.info.name: task for task in found}
+        return found[0].info
+
+    def unload(self, name: str) -> None:
+        """Forgets a task; its rows finish.
+
+        Raises:
+            UserError: an unknown task.
+        """
+        with self._loading, self._wake:
+            left = self._without(name)
+            if not name or len(left) == len(self._tasks):
+                raise unknown("task", name, [info.name for info in self.tasks()])
+            self._tasks = left
+
+    def ready(self) -> bool:
+        """Whether requests are served."""
+        return self._thread.is_alive() and not self._closed
+
+    def stats(self) -> dict[str, float]:
+        """Numbers of requests waiting and running, of tokens and steps, and bytes of the cache."""
+        now = {"queue": len(self._queue), "running": len(self._batcher.running)}
+        return {**now, **self._batcher.counts, "cache_bytes": self._bank.bytes}
+
+    def score(
+        self, task: str, prompt: Sequence[int], candidates: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """The log-likelihood of each candidate after a prompt, in nats.
+
+        Raises:
+            UserError: an unknown task, an empty prompt or candidate, or one that is too long.
+        """
+        found, sums = self._task(task), []
+        for candidate in candidates:
+            text = (*prompt, *candidate)
+            request = Request(task, text, 0, logprobs=0, echo=True)
+            if not prompt or not candidate:
+                raise UserError("the prompt or a candidate has no tokens; allowed: 1 and more")
+            check_request(request, self._bank.model.config, self._sizes, context=found.info.length)
+            scored = self._batcher.scored(found, text)
+            sums.append(float(scored.logprobs[len(prompt) - 1 :].astype(float).sum()))
+        return sums
+
+    def predict(self, task: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """Answers texts with a trial's own template, as `softprompt predict` does.
+
+        Raises:
+            UserError: an unknown task, or one without a template; see `Answering.predict`.
+        """
+        return self._predictions(self._task(task), texts)
+
+    def close(self) -> None:
+        """Ends the thread; requests in the engine are cancelled."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _task(self, name: str) -> Task:
+        tasks = self._tasks
+        if name not in tasks:
+            raise unknown("task", name, [one for one in tasks if one])
+        return tasks[name]
+
+    def _without(self, name: str) -> dict[str, Task]:
+        """The tasks but the one of this name, or those of a trial with several prompts."""
+        return {
+            one: task
+            for one, task in self._tasks.items()
+            if one != name and not (task.member and one == f"{name}:{task.member}")
+        }
+
+    def _check_open(self) -> None:
+        if self._closed or self._error:
+            raise UserError(f"the engine has stopped{': ' if self._error else ''}{self._error}")
+
+    def _run(self) -> None:
+        """The thread: joins waiting requests and steps all pools with rows, until it is closed."""
+        batcher, waiting = self._batcher, list[Ticket]()
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._closed or self._queue or batcher.running)
+                    waiting = list(self._queue)
+                if self._closed:
+                    break
+                left = batcher.join(waiting)
+                with self._wake:
+                    came = list(self._queue)[len(waiting) :]
+                    self._queue = deque([*left, *came])
+                batcher.step()
+            reason = "cancelled"
+        except Exception as error:
+            self._error, reason = f"{type(error).__name__}: {one_line(error)}", "error"
+        with self._wake:
+            self._closed, rest = True, [*batcher.running, *self._queue]
+            self._queue.clear()
+        for ticket in rest:
+            batcher.finish(ticket, reason, self._error)

@@ -1,0 +1,170 @@
+"""Generates for the lines of a file: each names a task and has an input; the answers keep order."""
+
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softprompt.console import Progress
+from softprompt.errors import UserError
+from softprompt.serving.engine import Engine
+from softprompt.serving.requests import Finish, Request, Token
+
+FIELDS: dict[str, tuple[type, ...]] = {
+    "task": (str,),
+    "input": (str,),
+    "max_new": (int,),
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "seed": (int,),
+    "stop": (list,),
+}
+
+
+class Line(NamedTuple):
+    """A line of the input file, from 1, and its fields."""
+
+    number: int
+    record: Mapping[str, Any]
+
+
+def read_lines(file: Path) -> list[Line]:
+    """The lines of a JSONL file with the fields `FIELDS`; `input` is required.
+
+    Raises:
+        UserError: a line is not such an object; names its number and the field.
+    """
+    try:
+        texts = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as UTF-8 ({error})") from error
+    return [_line(file, number, text) for number, text in enumerate(texts, 1)]
+
+
+def _line(file: Path, number: int, text: str) -> Line:
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{file}, line {number}: not JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("input"), str):
+        raise UserError(f"{file}, line {number}: allowed: an object with the text field 'input'")
+    for field, value in record.items():
+        types = FIELDS.get(field)
+        if types is None:
+            known = ", ".join(FIELDS)
+            raise UserError(f"{file}, line {number}: field {field!r}; allowed: {known}")
+        if type(value) not in types:
+            named = " or ".join(one.__name__ for one in types)
+            raise UserError(f"{file}, line {number}: {field} is {value!r}; allowed: {named}")
+    return Line(number, record)
+
+
+def task_folder(root: Path, name: str) -> Path:
+    """The folder of a task under a root.
+
+    Raises:
+        UserError: it is not under the root, or does not exist.
+    """
+    folder = root / name
+    if not folder.resolve().is_relative_to(root.resolve()) or not folder.is_dir():
+        raise UserError(f"task {name!r}: no such folder under {root}")
+    return folder
+
+
+def finished_lines(file: Path, lines: Sequence[Line]) -> int:
+    """The number of complete answers in an output file; an incomplete last one is removed.
+
+    Raises:
+        UserError: an answer is not that of the input's line.
+    """
+    if not file.exists():
+        return 0
+    content = file.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    for number, text in enumerate(complete.splitlines()):
+        wanted = lines[number].record if number < len(lines) else None
+        answer = json.loads(text)
+        if wanted is None or {key: answer.get(key) for key in wanted} != wanted:
+            raise UserError(
+                f"{file}, line {number + 1}: not the answer to the input's line; give a new file"
+            )
+    if len(complete) < len(content):
+        os.truncate(file, len(complete))
+    return complete.count(b"\n")
+
+
+def request_of(line: Line, engine: Engine, defaults: Request) -> Request:
+    """A line's request; a field that it lacks has its default, and `seed` the line's number.
+
+    Raises:
+        UserError: an unknown task.
+    """
+    given = {key: value for key, value in line.record.items() if key not in ("task", "input")}
+    task = line.record.get("task", "")
+    given |= {"stop": tuple(given["stop"])} if "stop" in given else {}
+    given = {"seed": defaults.seed + line.number, **given}
+    tokens = engine.encode(task, line.record["input"])
+    return dataclasses.replace(defaults, task=task, tokens=tokens, **given)
+
+
+class Answer:
+    """Collects the events of a request."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._done = threading.Event()
+        self._end: Finish | None = None
+
+    def take(self, event: Token | Finish) -> None:
+        """Takes the next event."""
+        if isinstance(event, Token):
+            self._texts.append(event.text)
+        else:
+            self._end = event
+            self._done.set()
+
+    def wait(self, line: Line) -> dict[str, Any]:
+        """The answer to a line: its fields, "output", "finish" and "new_tokens".
+
+        Raises:
+            UserError: the engine has stopped.
+        """
+        self._done.wait()
+        assert self._end is not None
+        if self._end.reason in ("error", "cancelled"):
+            raise UserError(f"line {line.number}: {self._end.error or self._end.reason}")
+        return {
+            **line.record,
+            "output": "".join(self._texts),
+            "finish": self._end.reason,
+            "new_tokens": self._end.completion_tokens,
+        }
+
+
+def answers(
+    engine: Engine, lines: Sequence[Line], defaults: Request, *, ahead: int, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """The answers to lines, in order; `ahead` lines are in the engine at once.
+
+    Raises:
+        UserError: a line's value is not allowed.
+    """
+    pending: list[tuple[Line, Answer]] = []
+    left = iter(lines)
+    for done in range(len(lines)):
+        for line in left:
+            answer = Answer()
+            try:
+                engine.submit(request_of(line, engine, defaults), answer.take)
+            except UserError as error:
+                raise UserError(f"line {line.number}: {error}") from error
+            pending.append((line, answer))
+            if len(pending) >= ahead:
+                break
+        line, answer = pending.pop(0)
+        yield answer.wait(line)
+        progress.stage("generate", done + 1, len(lines))

@@ -1,0 +1,103 @@
+"""The pools of one kind of task, and which slot of them a new row gets."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from softprompt.inference.pool import Pool, Slot, Tree
+from softprompt.inference.pool_programs import Grid, Lane
+from softprompt.inference.text_scores import TextScores
+from softprompt.models.decoder import Decoder
+
+Kind = tuple[Any, ...]
+
+
+def kind_of(lane: Lane) -> Kind:
+    """What tasks of one pool have in common: the tree of a lane, its shapes and its dtypes."""
+    leaves, tree = jax.tree.flatten(lane)
+    return tree, *((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of all pools.
+
+    Attributes:
+        rows: of a pool.
+        input: the most tokens of an input.
+        new: the most tokens of an output.
+        lanes: None: pools of `rows` x 1 for mixed tasks, and of 1 x `rows` for a task that fills
+            half of it. A number: one pool, of so many lanes.
+        together: see `Grid`.
+        scores: also compile the programs that score texts.
+    """
+
+    rows: int = 8
+    input: int = 512
+    new: int = 512
+    lanes: int | None = None
+    together: int = 1
+    scores: bool = True
+
+
+class Place(NamedTuple):
+    """A slot of a pool."""
+
+    pool: Pool
+    slot: Slot
+
+
+class KindPools:
+    """The pools of tasks whose lanes have equal shapes, compiled when it is made.
+
+    Attributes:
+        pools: with rows or without.
+        scores: scores texts; None unless `sizes.scores`.
+    """
+
+    def __init__(self, model: Decoder, weights: Tree, like: Lane, sizes: Sizes) -> None:
+        if not like.context.slots and not jax.tree.leaves(like.variables):
+            lanes = [1]  # lanes without content need not be told apart
+        else:
+            lanes = [1, sizes.rows] if sizes.lanes is None else [sizes.lanes]
+        rest = sizes.input, max(sizes.new - 1, 1), sizes.together  # the last token is not run
+        self.pools = [Pool(model, weights, like, Grid(n, sizes.rows // n, *rest)) for n in lanes]
+        most = sizes.input + sizes.new
+        self.scores = TextScores(model, weights, like, most) if sizes.scores else None
+        self._held: dict[tuple[int, int], str] = {}  # pool's index and lane -> the task's digest
+
+    def place(self, digest: str, demand: int, lane: Callable[[], Lane]) -> Place | None:
+        """Reserves a slot for a row of a task; None if there is none now.
+
+        Args:
+            digest: of the task.
+            demand: its requests that wait, this one included.
+            lane: the task's; it is written into a lane that does not hold it yet.
+        """
+        for index, pool in enumerate(self.pools):
+            if len(self.pools) > 1 and pool.grid.lanes == 1 and not pool.running:
+                if 2 * demand < pool.size:
+                    continue  # too few for a pool of their own
+            number = self._lane(index, digest)
+            if number is None:
+                continue
+            if self._held.get((index, number)) != digest:
+                pool.set_lane(number, lane())
+                self._held[index, number] = digest
+            slot = min(slot for slot in pool.free if slot[0] == number)
+            pool.free.remove(slot)
+            return Place(pool, slot)
+        return None
+
+    def _lane(self, index: int, digest: str) -> int | None:
+        """A lane with a free slot that holds the task, or that has no rows."""
+        pool = self.pools[index]
+        free = Counter(lane for lane, _ in pool.free)
+        held = {lane: self._held.get((index, lane)) for lane in sorted(free)}
+        unused = [lane for lane in held if free[lane] == pool.grid.rows]
+        with_task = [lane for lane, task in held.items() if task == digest]
+        never = [lane for lane in unused if held[lane] is None]
+        return next(iter([*with_task, *never, *unused]), None)

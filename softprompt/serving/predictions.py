@@ -1,0 +1,57 @@
+"""Answers by a trial's own template, as `softprompt predict` gives them."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+
+from softprompt.config import to_dict
+from softprompt.console import Progress
+from softprompt.errors import UserError
+from softprompt.pretrained.loading import Loaded
+from softprompt.serving.bank import Task
+from softprompt.trials.evaluate import Answering, on_this_machine
+from softprompt.trials.run import read_config
+from softprompt.trials.session import Session
+
+
+class Predictions:
+    """Answers texts of tasks; a trial is prepared when its first texts come.
+
+    Args:
+        loaded: the engine's model. Trials that name it with its dtype use the same weights; others
+            load their own.
+        progress: the display.
+    """
+
+    def __init__(self, loaded: Loaded, progress: Progress) -> None:
+        self._loaded, self._session = loaded, Session(progress)
+        self._answering: WeakKeyDictionary[Task, Answering] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __call__(self, task: Task, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """See `Answering.predict`.
+
+        Raises:
+            UserError: the task is not a trial.
+        """
+        if task.folder is None:
+            raise UserError(f"task {task.info.name!r} has no template; allowed: a trial")
+        with self._lock:
+            if task not in self._answering:
+                config = on_this_machine(read_config(task.folder))
+                if self._same_weights(config):
+                    self._session.keep(config, self._loaded)
+                self._answering[task] = Answering(
+                    task.folder, self._session.progress, task=task.member, session=self._session
+                )
+            return list(self._answering[task].predict(texts))
+
+    def _same_weights(self, config: Any) -> bool:
+        """Whether a trial's config names the engine's model as it is loaded."""
+        section, model = to_dict(config.model), self._loaded.model
+        ours = {"name": self._loaded.name, "dtype": model.dtype.name, "quantize": "none"}
+        same = all(section[key] == value for key, value in ours.items())
+        return same and not section["revision"] and jax.device_count() == 1

@@ -1,0 +1,214 @@
+"""The engine: rows of all kinds equal rows alone; tasks come and go while rows run."""
+
+import functools
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.serving_tasks import alone, make_task, reference_logprobs
+from softprompt.errors import UserError
+from softprompt.inference.decode import generate
+from softprompt.methods.delta_file import load_delta, save_delta
+from softprompt.serving.engine import Engine
+from softprompt.serving.placement import Sizes
+from softprompt.serving.requests import Busy, Request
+from tests.matrix import matrix
+from tests.serving.conftest import METHODS, Asked
+
+RANDOM = np.random.default_rng(4)
+
+
+def inputs(count, most=20):
+    sizes = RANDOM.integers(1, most + 1, count)
+    return [tuple(RANDOM.integers(5, 300, size).tolist()) for size in sizes]
+
+
+def wanted(loaded, folder, request, which=None):
+    """The tokens of `generate` alone, up to EOS."""
+    options = {"max_new": request.max_new, "eos_id": loaded.tokenizer.eos_id, "which": which}
+    shared = alone(loaded, folder)
+    return generate(loaded.model, loaded.weights, shared, [request.tokens], **options)[0]
+
+
+@pytest.mark.parametrize(
+    "names", matrix(("lora prefix", "ia3", "adapter", "bitfit"), keep=("lora prefix",))
+)
+def test_every_kind_equals_generate_alone(tiny_loaded, task_root, names):
+    """Mutation: a lane of another task; variables of a context's method; the wrong prompt of two;
+    a row's columns beyond its own.
+    """
+    engine = Engine(tiny_loaded, sizes=Sizes(2, 20, 9, lanes=2, scores=False))
+    for name in (*names.split(), "short", "long", "two"):
+        engine.load(name, task_root / name)
+    names = ["", *names.split(), "short", "long", "two:own", "two:other"]
+    requests = [
+        Request(names[n % len(names)], tokens, 1 + n % 9) for n, tokens in enumerate(inputs(30))
+    ]
+    made = [Asked(engine, request) for request in requests]
+    for request, one in zip(requests, made, strict=True):
+        folder = task_root / request.task.partition(":")[0] if request.task else None
+        which = [int(request.task == "two:other")] if ":" in request.task else None
+        assert one.wait().ids == wanted(tiny_loaded, folder, request, which), request
+        if which is None:
+            shared = alone(tiny_loaded, folder)
+            found = reference_logprobs(tiny_loaded, shared, request.tokens, one.ids, room=32)
+            np.testing.assert_allclose([t.logprob for t in one.tokens], found, atol=1e-4)
+    engine.close()
+    assert {info.kind for info in engine.tasks()} >= {"prompt", "multitask"}
+
+
+def test_one_task_moves_to_a_pool_of_its_own(engine, tiny_loaded, task_root):
+    """Mutation: the pool of one lane is never used, or takes a single request."""
+    request = Request("short", inputs(1)[0], 6)
+    pools = engine._batcher.pools(engine._tasks["short"]).pools
+    assert [pool.grid.lanes for pool in pools] == [1, 2]
+    many = [Asked(engine, request) for _ in range(5)]
+    ids = [one.wait().ids for one in many]
+    assert ids == [wanted(tiny_loaded, task_root / "short", request)] * 5
+
+
+def test_echo_and_scores(engine, tiny_loaded, task_root):
+    """Mutation: an echoed token has the log-probability of the next one; the sum leaves out the
+    candidate's first token.
+    """
+    tokens = inputs(1)[0] + (7, 8, 9)
+    asked = Asked(engine, Request("long", tokens, 0, logprobs=2, echo=True)).wait()
+    shared = alone(tiny_loaded, task_root / "long")
+    found = reference_logprobs(tiny_loaded, shared, tokens[:1], tokens[1:], room=32)
+    assert asked.ids == list(tokens)
+    assert np.isnan(asked.tokens[0].logprob)
+    np.testing.assert_allclose([t.logprob for t in asked.tokens[1:]], found, atol=1e-4)
+    assert all(len(token.top) == 2 for token in asked.tokens[1:])
+    sums = engine.score("long", tokens[:-3], [tokens[-3:], tokens[-3:-1]])
+    np.testing.assert_allclose(sums, [sum(found[-3:]), sum(found[-3:-1])], atol=1e-3)
+    text = "".join(token.text for token in asked.tokens)
+    assert text == tiny_loaded.tokenizer.decode(tokens)
+
+
+def test_draws_depend_on_the_seed_alone(engine):
+    """Mutation: the key from the slot or from the number of requests so far."""
+    draw = functools.partial(Request, "lora", inputs(1)[0], 9, temperature=1.5, logprobs=1)
+    first = Asked(engine, draw(seed=5)).wait()
+    beside = [Asked(engine, draw(seed=seed)) for seed in (1, 5, 5, 2)]
+    ids = [one.wait().ids for one in beside]
+    assert ids[1] == ids[2] == first.ids
+    assert ids[0] != ids[1] != ids[3]
+    assert any(token.id != token.top[0][0] for token in first.tokens)
+
+
+def test_rows_finish_on_the_old_version(engine, tiny_loaded, task_root, tmp_path):
+    """Mutation: a name is looked up when a row joins; a failed load drops the old version."""
+    old, new = task_root / "short", tmp_path / "new"
+    make_task(new, tiny_loaded, seed=77, **METHODS["short"])
+    request = Request("changing", inputs(1)[0], 9)
+    engine.load("changing", old)
+    before = [Asked(engine, request) for _ in range(6)]
+    engine.load("changing", new)
+    after = Asked(engine, request)
+    assert [one.wait().ids for one in before] == [wanted(tiny_loaded, old, request)] * 6
+    assert after.wait().ids == wanted(tiny_loaded, new, request)
+    with pytest.raises(UserError, match="not a trial's folder"):
+        engine.load("changing", tmp_path / "none")
+    assert Asked(engine, request).wait().ids == after.ids
+    engine.unload("changing")
+    with pytest.raises(UserError, match="unknown task 'changing'"):
+        engine.submit(request, print)
+
+
+def test_a_cancelled_request_frees_its_row(engine):
+    """Mutation: a cancelled row runs on, or one that waits is never told."""
+    request = Request("long", inputs(1)[0], 9)
+    many = [Asked(engine, request) for _ in range(8)]
+    for one in many[1:]:
+        engine.cancel(one.ticket)
+    assert many[0].wait().end.reason == "length"
+    reasons = [one.wait().end.reason for one in many[1:]]
+    assert "cancelled" in reasons
+    assert engine.stats()["running"] == 0
+    assert Asked(engine, request).wait().ids == many[0].ids
+
+
+def test_a_task_that_overflows_leaves_nothing_behind(engine, tiny_loaded, task_root, tmp_path):
+    """Mutation: the slot is not cleared, so that 0 times infinity reaches the next row."""
+    folder = make_task(tmp_path / "large", tiny_loaded, seed=1, **METHODS["short"])
+    delta, origin = load_delta(folder / "delta.safetensors")
+    save_delta(folder / "delta.safetensors", {"prompt": delta["prompt"] * 1e38}, origin)
+    engine.load("large", folder)
+    request = Request("large", inputs(1, most=4)[0], 9)
+    for one in [Asked(engine, request) for _ in range(4)]:
+        assert one.wait().end.reason == "error"
+        assert "'large' gives probabilities that are not finite" in one.end.error
+    request = Request("short", inputs(1)[0], 9)
+    ids = [one.wait().ids for one in [Asked(engine, request) for _ in range(4)]]
+    assert ids == [wanted(tiny_loaded, task_root / "short", request)] * 4
+
+
+def test_a_caller_that_fails_loses_its_own_row_only(engine):
+    """Mutation: the error of a callback ends the engine's thread."""
+
+    def fail(event):
+        raise ValueError("a caller's mistake")
+
+    engine.submit(Request("", (5, 6), 9), fail)
+    assert Asked(engine, Request("", (5, 6), 3)).wait().end.reason == "length"
+    assert engine.ready()
+
+
+def test_bad_requests_and_a_full_queue(engine, tiny_loaded):
+    """Mutation: drop a check."""
+    tokens = (5, 6)
+    for request, field in [
+        (Request("none", tokens, 3), "unknown task 'none'"),
+        (Request("", (), 3), "the input has 0 tokens"),
+        (Request("", (5,) * 33, 3), "33 tokens; allowed: 1 to 32"),
+        (Request("", (5, 400), 3), "token id 400; allowed: 0 to 319"),
+        (Request("", tokens, 0), "max_new is 0; allowed: 1 to 9"),
+        (Request("", tokens, 3, temperature=float("nan")), "temperature is nan"),
+        (Request("", tokens, 3, top_k=-1), "top_k is -1"),
+        (Request("", tokens, 3, top_p=0), "top_p is 0"),
+        (Request("", tokens, 3, seed=-1), "seed is -1"),
+        (Request("", tokens, 3, logprobs=6), "logprobs is 6; allowed: 0 to 5"),
+    ]:
+        with pytest.raises(UserError, match=field.replace("(", r"\(")):
+            engine.submit(request, print)
+    entered, go = threading.Event(), threading.Event()
+    engine.submit(Request("", tokens, 1), lambda event: (entered.set(), go.wait(60)))
+    assert entered.wait(60)
+    engine._most, most = 2, engine._most
+    waiting = [Asked(engine, Request("", tokens, 1)) for _ in range(2)]
+    with pytest.raises(Busy, match="2 requests wait"):
+        engine.submit(Request("", tokens, 1), print)
+    go.set()
+    engine._most = most
+    assert [one.wait().end.reason for one in waiting] == ["length"] * 2
+
+
+def test_stop_texts_and_eos_end_a_row(engine, tiny_loaded):
+    """Mutation: EOS is a token of the output; the stop text is."""
+    tokens = inputs(1)[0]
+    whole = Asked(engine, Request("", tokens, 9)).wait()
+    text = "".join(token.text for token in whole.tokens)
+    stop = text[2:4]
+    cut = Asked(engine, Request("", tokens, 9, stop=(stop,))).wait()
+    assert "".join(token.text for token in cut.tokens) == text[: text.index(stop)]
+    assert cut.end.reason == "stop"
+    eos = engine._batcher._eos
+    engine._batcher._eos = whole.ids[4]
+    ended = Asked(engine, Request("", tokens, 9)).wait()
+    engine._batcher._eos = eos
+    assert ended.ids == whole.ids[: whole.ids.index(whole.ids[4])]
+    assert (ended.end.reason, ended.end.completion_tokens) == ("stop", len(ended.ids))
+
+
+def test_closing_cancels_what_is_left(tiny_loaded):
+    """Mutation: `close` waits for all rows, or leaves their callers without an event."""
+    engine = Engine(tiny_loaded, sizes=Sizes(rows=2, input=20, new=9, scores=False))
+    made = [Asked(engine, Request("", (5, 6), 9)) for _ in range(30)]
+    engine.close()
+    assert made[-1].wait().end.reason == "cancelled"
+    assert not engine.ready()
+    with pytest.raises(UserError, match="stopped"):
+        engine.submit(Request("", (5, 6), 9), print)
+    assert jnp.isfinite(made[0].wait().tokens[0].logprob)

@@ -1,0 +1,74 @@
+"""`softprompt generate`: answers in order; resumed, they are the same file."""
+
+import json
+
+import pytest
+
+from softprompt import cli
+from softprompt.errors import UserError
+from softprompt.serving import engine as engine_module
+from softprompt.serving.files import finished_lines, read_lines, task_folder
+
+LINES = [
+    {"task": "short", "input": "Review: a warm film", "max_new": 7},
+    {"input": "There was", "max_new": 2, "temperature": 1.5},
+    {"task": "short", "input": "the plot is thin", "stop": ["e"]},
+    {"input": "Question:", "temperature": 1.5, "top_k": 9, "top_p": 0.9},
+    {"task": "long", "input": "Answer: the"},
+]
+
+
+def run(folder, task_root, tiny_loaded, to="out.jsonl"):
+    command = ["generate", str(folder / "in.jsonl"), "--root", str(task_root), "--rows", "2"]
+    command += ["--model", tiny_loaded.name, "--to", str(folder / to), "--max-new", "5"]
+    return cli.main(command)
+
+
+def test_a_resumed_file_is_the_same(tiny_loaded, task_root, tmp_path, monkeypatch, capsys):
+    """Mutation: seeds count from where the file is resumed; answers come as they end; a broken line
+    stays.
+    """
+    text = "".join(json.dumps(line) + "\n" for line in LINES)
+    (tmp_path / "in.jsonl").write_text(text)
+    assert run(tmp_path, task_root, tiny_loaded) == 0
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    answers = [json.loads(line) for line in whole.splitlines()]
+    assert [{key: one[key] for key in line} for one, line in zip(answers, LINES, strict=True)] == (
+        LINES
+    )
+    assert answers[0]["new_tokens"] <= 7 and "e" not in answers[2]["output"]
+    (tmp_path / "again.jsonl").write_bytes(whole[: whole.index(b"\n", whole.index(b"\n") + 1) + 9])
+    assert run(tmp_path, task_root, tiny_loaded, "again.jsonl") == 0
+    assert (tmp_path / "again.jsonl").read_bytes() == whole
+    monkeypatch.setattr(engine_module, "Engine", None)
+    assert run(tmp_path, task_root, tiny_loaded) == 0  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"task": "short"}', "line 2: allowed: an object with the text field 'input'"),
+        ('{"input": "a", "n": 2}', "line 2: field 'n'; allowed: task, input"),
+        ('{"input": "a", "max_new": "2"}', "line 2: max_new is '2'; allowed: int"),
+    ],
+)
+def test_bad_lines(tmp_path, line, message):
+    """Mutation: a line is checked when its turn comes."""
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"input": "a"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        read_lines(file)
+
+
+def test_another_output_file_and_a_folder_elsewhere(tmp_path):
+    """Mutation: answers are counted, not compared; a name may leave the root."""
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"input": "a"}\n')
+    (tmp_path / "out.jsonl").write_text('{"input": "b", "output": ""}\n')
+    with pytest.raises(UserError, match="line 1: not the answer"):
+        finished_lines(tmp_path / "out.jsonl", read_lines(file))
+    (tmp_path / "root").mkdir()
+    for name in ("..", "none", "/tmp"):
+        with pytest.raises(UserError, match="no such folder under"):
+            task_folder(tmp_path / "root", name)
