@@ -61,6 +61,7 @@ def make_app(engine: Engine, settings: Settings, *, chat_template: str = "") -> 
         },
         lifespan=_lifespan,
     )
+    app.router.redirect_slashes = False  # a redirect's URL is built from the Host header
     app.state.service = service
     return Guard(app, settings, metrics)
 

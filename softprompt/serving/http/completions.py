@@ -135,9 +135,10 @@ def take_prompts(fields: Fields, service: Service) -> list[str] | list[list[int]
 
 
 def _is_ids(value: Any, service: Service) -> bool:
-    """Whether a value is a list of token ids."""
+    """Whether a value is a list of token ids, at least one."""
     size = service.engine.tokenizer.vocab_size
-    return isinstance(value, list) and all(type(one) is int and 0 <= one < size for one in value)
+    known = isinstance(value, list) and bool(value)
+    return known and all(type(one) is int and 0 <= one < size for one in value)
 
 
 def take_messages(fields: Fields) -> list[dict[str, str]]:

@@ -43,12 +43,10 @@ class BoundedProtocol(H11Protocol):
             self.transport.close()
 
 
-def run_server(app: Guard, listener: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM; running requests then have `CLOSING_SECONDS`.
+def make_server(app: Guard) -> uvicorn.Server:
+    """A server; `run(sockets=[listener])` serves until SIGINT or SIGTERM.
 
-    Args:
-        app: the application.
-        listener: a bound socket.
+    Running requests then have `CLOSING_SECONDS`.
     """
     config = uvicorn.Config(
         app,
@@ -64,7 +62,7 @@ def run_server(app: Guard, listener: socket.socket) -> None:
         timeout_keep_alive=int(HEADER_SECONDS),
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)
 
 
 def listen(host: str, port: int, *, has_key: bool) -> socket.socket:
