@@ -24,7 +24,7 @@ from softprompt.serving.http.tasks import list_models, load, outcome, predict, s
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (  # the page loads nothing but itself and asks nobody but this server
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
