@@ -48,6 +48,9 @@ class FakeEngine:
     def unload(self, name):
         del self._names[name]
 
+    def encode(self, task, text):
+        return tuple(self.tokenizer.encode(text))
+
     def ready(self):
         return self.is_ready
 

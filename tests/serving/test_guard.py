@@ -37,7 +37,7 @@ def test_every_path_but_three_needs_the_key(given):
 
 def test_the_path_that_is_judged_is_the_path_that_is_routed():
     """Breaks when the path comes from a URL that is built of the Host header, where a "?" or "/"
-    in the host moves the path: `Request(scope).url.path` in `check_access`.
+    in the host moves the path: `urlsplit(f"http://{host}{path}").path` in `check_access`.
     """
     with fake_app(key=KEY) as (app, _), serving(app) as port:
         for host in ("localhost/health?", "localhost/health#", "a/../health?x="):

@@ -127,3 +127,10 @@ def test_answers_name_their_arm_and_outcomes_are_kept(root):
     lines = (root / "outcomes.jsonl").read_text().splitlines()
     assert len(lines) == 4
     assert not any(user in line for line in lines for user in ("ann", "bob", "eve", "joe"))
+
+
+def test_an_arm_may_be_one_of_a_trials_several_tasks():
+    """Breaks when the last ":" of TRIAL:TASK:WEIGHT is not the one before the weight."""
+    alias = parse_alias("best=both:movies:1,both:tweets:2")
+    assert (alias.arms, alias.weights) == (("both:movies", "both:tweets"), (1.0, 2.0))
+    check_aliases([alias], ["model", "both"])

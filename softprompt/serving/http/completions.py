@@ -60,7 +60,7 @@ async def completions(http: HttpRequest) -> Response:
     settings = {**take_sampling(fields), "max_new": max_new, "echo": echo, "logprobs": count}
     stream, with_usage = take_stream(fields)
     fields.finish(NEUTRAL)
-    ids = await _ids(prompts, service)
+    ids = await _ids(task, prompts, service)
     answer = TextAnswer(*_named(task, service), logprobs=count is not None)
     rows = Rows(service.engine, _requests(task, ids, settings), service.metrics)
     return await _answer(rows, answer, stream=stream, usage=with_usage)
@@ -80,7 +80,7 @@ async def chat_completions(http: HttpRequest) -> Response:
     settings["logprobs"] = count if logprobs else None
     stream, with_usage = take_stream(fields)
     fields.finish(NEUTRAL_CHAT)
-    ids = await _chat_ids(messages, service)
+    ids = await _chat_ids(task, messages, service)
     answer = ChatAnswer(*_named(task, service), logprobs=logprobs)
     rows = Rows(service.engine, _requests(task, [ids], settings), service.metrics)
     return await _answer(rows, answer, stream=stream, usage=with_usage)
@@ -168,12 +168,12 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, dict) and value.get("type") == "text" and is_text(value.get("text"))
 
 
-async def _ids(prompts: Sequence[Any], service: Service) -> list[list[int]]:
+async def _ids(task: str, prompts: list[Any], service: Service) -> list[list[int]]:
     """The token ids of prompts; those given as ids stay as they are."""
-    return await service.encode(list(prompts)) if is_text(prompts[0]) else list(prompts)
+    return await service.encode(task, prompts) if is_text(prompts[0]) else prompts
 
 
-async def _chat_ids(messages: list[dict[str, str]], service: Service) -> list[int]:
+async def _chat_ids(task: str, messages: list[dict[str, str]], service: Service) -> list[int]:
     """The token ids of a conversation. A template that writes BOS is not given another."""
     if not service.chat_template:
         raise Refusal(
@@ -185,7 +185,7 @@ async def _chat_ids(messages: list[dict[str, str]], service: Service) -> list[in
         for one in (tokenizer.bos_id, tokenizer.eos_id)
     )
     text = render_chat(service.chat_template, messages, bos=bos, eos=eos)
-    (ids,) = await service.encode([text])
+    (ids,) = await service.encode(task, [text])
     doubled = ids[:2] == [tokenizer.bos_id] * 2
     return ids[1:] if doubled else ids
 

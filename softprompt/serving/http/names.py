@@ -87,7 +87,8 @@ def parse_alias(text: str) -> Alias:
             weights.append(float(weight))
         except ValueError:
             weights.append(math.nan)
-    named = all(map(NAME.fullmatch, (name, *arms))) and len(set(arms)) == len(arms)
+    names = [name, *(part for arm in arms for part in arm.split(":", 1))]  # TRIAL:TASK
+    named = all(map(NAME.fullmatch, names)) and len(set(arms)) == len(arms)
     if not named or not all(0 < weight < math.inf for weight in weights):
         raise UserError(
             f"--alias is {text!r}; allowed: NAME=TASK:WEIGHT,TASK:WEIGHT with different tasks and "
@@ -112,5 +113,5 @@ def check_aliases(aliases: Sequence[Alias], taken: Sequence[str]) -> None:
             raise UserError(f"--alias {alias.name}: the name is taken; give another")
         used.add(alias.name)
         for arm in alias.arms:
-            if arm not in taken[1:]:
+            if arm.partition(":")[0] not in taken[1:]:
                 raise UserError(f"--alias {alias.name}: {arm!r} is no task of the root")

@@ -67,8 +67,10 @@ class Rows:
                 self._metrics.first_token.observe(time.monotonic() - self._began)
             if isinstance(event, Finish):
                 running -= 1
-                if event.reason in ("error", "cancelled"):
-                    raise Refusal(event.error or "the row was cancelled", 500)
+                if event.reason == "error":
+                    raise Refusal(event.error, 500)
+                if event.reason == "cancelled":
+                    raise Refusal("the server stops", 503)
                 self._metrics.tokens.labels("prompt").inc(event.prompt_tokens)
                 self._metrics.tokens.labels("completion").inc(event.completion_tokens)
             yield index, event

@@ -74,13 +74,12 @@ class Service:
             raise Refusal(f"{field}: no task {task!r} is loaded; /v1/models lists them", 404, field)
         return task
 
-    async def encode(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of texts, with BOS where the model expects it."""
-        return await self.threads.run(self._encode, texts)
+    async def encode(self, task: str, texts: list[str]) -> list[list[int]]:
+        """The token ids of texts, with BOS where the task's texts begin with it."""
+        return await self.threads.run(self._encode, task, texts)
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, task: str, texts: list[str]) -> list[list[int]]:
         """A batch of the library lets other threads run, which a single text does not."""
-        tokenizer = self.engine.tokenizer
-        start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-        found = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+        start = self.engine.encode(task, "")
+        found = self.engine.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
         return [[*start, *one.ids] for one in found]
