@@ -12,6 +12,8 @@ from softprompt.distributed import start_jax
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
+    from softprompt.console import Progress
+    from softprompt.serving.engine import Engine
     from softprompt.serving.http.settings import Settings
 
 NEEDED = ("prometheus_client", "starlette", "uvicorn")
@@ -24,7 +26,6 @@ def serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError(f"serve needs {', '.join(missing)}; install the extra serve")
     from softprompt.console import Progress
     from softprompt.pretrained.chat import read_chat_template
-    from softprompt.serving.engine import Engine
     from softprompt.serving.http.app import make_app
     from softprompt.serving.http.names import find_tasks, task_folder
     from softprompt.serving.http.server import listen, make_server
@@ -34,7 +35,7 @@ def serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
         start_jax()
         with Progress() as progress:
             progress.stage(f"load {arguments.model}")
-            engine = Engine(arguments.model)
+            engine = make_engine(arguments, progress)
             for name in find_tasks(settings.root):
                 progress.stage(f"load {name}")
                 engine.load(name, task_folder(settings.root, name))
@@ -43,6 +44,15 @@ def serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
         template = read_chat_template(arguments.model)
         make_server(make_app(engine, settings, chat_template=template)).run(sockets=[listener])
     return 0
+
+
+def make_engine(arguments: argparse.Namespace, progress: "Progress") -> "Engine":
+    """The engine of the model, with its pools' sizes."""
+    from softprompt.serving.engine import Engine
+    from softprompt.serving.placement import Sizes
+
+    sizes = Sizes(rows=arguments.rows, input=arguments.max_input, new=arguments.max_tokens)
+    return Engine(arguments.model, dtype=arguments.dtype, sizes=sizes, progress=progress)
 
 
 def read_settings(arguments: argparse.Namespace) -> "Settings":
@@ -57,7 +67,7 @@ def read_settings(arguments: argparse.Namespace) -> "Settings":
     from softprompt.serving.http.server import read_key
     from softprompt.serving.http.settings import Settings
 
-    for flag in ("max_tokens", "timeout"):
+    for flag in ("rows", "max_input", "max_tokens", "timeout"):
         if not 0 < getattr(arguments, flag) < 2**31:
             shown = flag.replace("_", "-")
             raise UserError(f"--{shown} is {getattr(arguments, flag)}; allowed: 1 and more")
@@ -82,6 +92,14 @@ COMMANDS = {
         [
             ("root", {"type": path, "metavar": "ROOT", "help": "its folders are the tasks"}),
             ("--model", {"required": True, "metavar": "NAME", "help": "the frozen model"}),
+            (
+                "--dtype",
+                {"default": "float32", "choices": ("float32", "bfloat16"), "help": "of the model"},
+            ),
+            (
+                "--rows",
+                {"type": int, "default": 8, "help": "that run at once; others wait"},
+            ),
             ("--host", {"default": "127.0.0.1", "help": "another than loopback needs a key"}),
             ("--port", {"type": int, "default": 8000, "help": "0: any that is free"}),
             ("--key-file", {"default": "", "metavar": "FILE", "help": "holds the requests' key"}),
@@ -101,6 +119,10 @@ COMMANDS = {
                     "metavar": "NAME=TASK:WEIGHT,TASK:WEIGHT",
                     "help": "a name that stands for several tasks, each for a share of the users",
                 },
+            ),
+            (
+                "--max-input",
+                {"type": int, "default": 512, "help": "the most tokens of an input"},
             ),
             (
                 "--max-tokens",

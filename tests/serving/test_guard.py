@@ -138,8 +138,8 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch):
     keep = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with fake_app() as (app, _), serving(app) as port:
         began = time.monotonic()
-        for sent in (b"", b"GET /hea", keep + b"GET /h"):
-            raw(port, sent)
+        for sent in ((b"",), (b"GET /hea",), (keep, b"GET /h")):
+            raw(port, *sent)
         assert time.monotonic() - began < 5
 
 
@@ -249,12 +249,14 @@ def test_the_application_closes_its_engine(tmp_path):
     assert not [one for one in threading.enumerate() if one.name.startswith("softprompt-http")]
 
 
-def raw(port: int, sent: bytes, *, patient: bool = True) -> bytes:
-    """Sends bytes, and returns what comes until the server closes."""
+def raw(port: int, *sent: bytes, patient: bool = True) -> bytes:
+    """Sends bytes, a moment apart, and returns what comes until the server closes."""
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         found = b""
         try:
-            connection.sendall(sent)
+            for number, part in enumerate(sent):
+                time.sleep(0.1 * bool(number))
+                connection.sendall(part)
             while part := connection.recv(65536):
                 found += part
         except ConnectionError:  # closed with bytes unread

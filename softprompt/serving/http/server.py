@@ -16,6 +16,7 @@ from softprompt.serving.http.guard import Guard
 MOST_HEADER_BYTES = 2**14  # of a request's line and headers together
 MOST_CONNECTIONS = 1024  # beyond which new requests are answered with 503
 HEADER_SECONDS = 20.0  # in which a connection's next request has to come
+KEEP_SECONDS = 20  # that a connection without a request stays open
 CLOSING_SECONDS = 10  # that running requests have when the server is stopped
 LEAST_KEY = 16  # characters
 
@@ -59,7 +60,7 @@ def make_server(app: Guard) -> uvicorn.Server:
         log_level="warning",
         h11_max_incomplete_event_size=MOST_HEADER_BYTES,
         limit_concurrency=MOST_CONNECTIONS,
-        timeout_keep_alive=int(HEADER_SECONDS),
+        timeout_keep_alive=KEEP_SECONDS,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
     return uvicorn.Server(config)
