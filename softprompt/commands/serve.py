@@ -72,9 +72,11 @@ def read_settings(arguments: argparse.Namespace) -> "Settings":
             shown = flag.replace("_", "-")
             raise UserError(f"--{shown} is {getattr(arguments, flag)}; allowed: 1 and more")
     root, aliases = Path(arguments.root), [parse_alias(text) for text in arguments.alias]
-    check_aliases(aliases, [arguments.model, *find_tasks(root)])
+    local = Path(arguments.model).expanduser()
+    base = local.name if local.exists() else arguments.model  # no path is shown
+    check_aliases(aliases, [base, *find_tasks(root)])
     return Settings(
-        base=arguments.model,
+        base=base,
         root=root,
         key=read_key(arguments.key_file) if arguments.key_file else "",
         admin_key=read_key(arguments.admin_key_file) if arguments.admin_key_file else "",

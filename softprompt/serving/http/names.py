@@ -107,6 +107,8 @@ def check_aliases(aliases: Sequence[Alias], taken: Sequence[str]) -> None:
     Raises:
         UserError: a name is taken, or an arm is not a task.
     """
+    if taken[0] in taken[1:]:
+        raise UserError(f"task {taken[0]!r} has the name of the model; rename its folder")
     used = set(taken)
     for alias in aliases:
         if alias.name in used:
