@@ -44,6 +44,7 @@ class FakeEngine:
         if "bad" in (folder / "delta.safetensors").read_text():
             raise UserError(f"{folder}: bad delta")
         self._names[name] = self._info(name, folder)
+        return self._names[name]
 
     def unload(self, name):
         del self._names[name]

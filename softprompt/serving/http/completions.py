@@ -95,15 +95,12 @@ def take_task(fields: Fields, service: Service) -> str:
 def take_sampling(fields: Fields) -> dict[str, Any]:
     """How tokens are drawn and where they end, as keywords of a `Request`."""
     seed = fields.integer("seed", None, 0, 2**31 - 1)
-    stop = fields.texts("stop", MOST_STOPS)
-    if "" in stop:
-        raise refusal("stop", "", "texts that are not empty")
     return {
         "temperature": fields.number("temperature", 1.0, 0.0, 2.0),
         "top_p": fields.number("top_p", 1.0, 1e-6, 1.0),
         "top_k": fields.integer("top_k", 0, 0, 2**31 - 1),
         "seed": secrets.randbelow(2**31) if seed is None else seed,
-        "stop": tuple(stop),
+        "stop": tuple(fields.texts("stop", MOST_STOPS)),
     }
 
 

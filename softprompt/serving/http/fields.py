@@ -91,11 +91,13 @@ class Fields:
         return value
 
     def texts(self, name: str, most: int) -> list[str]:
-        """A string or a list of at most `most` strings; none by default."""
+        """A string or a list of at most `most` short strings, none of them empty; [] by default."""
         value = self.take(name, [])
         found = [value] if isinstance(value, str) else value
-        if not (isinstance(found, list) and len(found) <= most and all(map(is_text, found))):
-            raise refusal(name, value, f"a string, or a list of at most {most}")
+        known = isinstance(found, list) and len(found) <= most
+        if not known or not all(is_text(one) and 0 < len(one) <= MOST_NAME for one in found):
+            allowed = f"a string of 1 to {MOST_NAME} characters, or a list of at most {most}"
+            raise refusal(name, value, allowed)
         return found
 
     def finish(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:

@@ -53,13 +53,16 @@ class Guard:
             self.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, sent: "_Sent") -> None:
-        """Runs the application until it ends, the client leaves, or the time is over."""
+        """Runs the application until it ends, the client leaves, or the time is over.
+
+        Loading may compile programs, so a change may take its time.
+        """
         running = asyncio.ensure_future(self.app(scope, _replay(body), sent))
         leaving = asyncio.ensure_future(_disconnect(receive))
         try:
             await asyncio.wait(
                 {running, leaving},
-                timeout=self.settings.seconds,
+                timeout=None if scope["method"] in CHANGING else self.settings.seconds,
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if running.done():

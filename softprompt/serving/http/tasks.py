@@ -1,6 +1,5 @@
 """The endpoints of tasks: list, predict, load, unload, and outcomes of A/B aliases."""
 
-import asyncio
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -88,18 +87,16 @@ async def load(http: HttpRequest) -> Response:
     folder = await service.threads.run(task_folder, service.settings.root, name)
     if name == service.settings.base or name in service.settings.aliases:
         raise Refusal(f"{name!r} is the name of the model or of an alias", 409)
-    await asyncio.shield(service.threads.run(service.engine.load, name, folder))
-    infos = {one.name: one for one in service.engine.tasks()}
-    return Json(_task(infos[name]) if name in infos else _model(name, 0))
+    return Json(_task(await service.threads.run(service.engine.load, name, folder)))
 
 
 async def unload(http: HttpRequest) -> Response:
     """Forgets a task; its running rows finish."""
     service: Service = http.app.state.service
     name = http.path_params["name"]
-    if all(name != one.name for one in service.engine.tasks()):
+    if all(name != one.name.partition(":")[0] for one in service.engine.tasks()):  # NAME:TASK
         raise Refusal("no task of this name is loaded", 404)
-    await asyncio.shield(service.threads.run(service.engine.unload, name))
+    await service.threads.run(service.engine.unload, name)
     return Json({"id": name, "object": "model", "deleted": True})
 
 
