@@ -14,7 +14,7 @@ CHATML = (
     "    {%- if loop.first and message.role != 'system' %}\n"
     "        {{- '<|im_start|>system\\nBe helpful.<|im_end|>\\n' }}\n"
     "    {%- endif %}\n"
-    "    {%- if message.role == 'tool' %}{% continue %}{% endif %}\n"
+    "    {% if message.role == 'tool' %}{% continue %}{% endif %}\n"
     "    {{- '<|im_start|>' + message['role'] + '\\n' }}\n"
     "    {{- message.content | trim + '<|im_end|>\\n' }}\n"
     "{%- endfor %}\n"
