@@ -134,16 +134,19 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
 def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints a table of results."""
     from softprompt import results
-    from softprompt.analysis import tables
+    from softprompt.analysis import outcomes, tables
     from softprompt.trials.sweep import load_experiment
 
     if arguments.experiment:
         write_outputs(load_experiment(arguments.experiment), arguments.folder)
     else:
         rows = results.read_rows(arguments.folder)
-        if not rows:
-            raise UserError(f"no result.json below {arguments.folder!r}")
-        print(tables.to_markdown(tables.overview(rows)), end="")
+        arms = outcomes.compare_arms(outcomes.read_outcomes(arguments.folder))
+        if not rows and arms.empty:
+            raise UserError(f"no result.json below {arguments.folder!r}, nor {outcomes.FILE} in it")
+        found = [tables.overview(rows)] if rows else []
+        found += [] if arms.empty else [arms]
+        print("\n".join(map(tables.to_markdown, found)), end="")
     return 0
 
 
@@ -203,7 +206,11 @@ COMMANDS = {
         [
             (
                 "folder",
-                {"type": path, "metavar": "DIR", "help": "holds result.json files, at any depth"},
+                {
+                    "type": path,
+                    "metavar": "DIR",
+                    "help": "holds result.json files at any depth, or outcomes.jsonl",
+                },
             ),
             (
                 "--experiment",
