@@ -38,8 +38,8 @@ from experiments.paper import figure1, study
 from softprompt.analysis.comparisons import mean_score, paired_difference
 from softprompt.analysis.plots import COLOURS, STYLE, category_plot
 from softprompt.results import Row, read_trials, to_frame
+from softprompt.trials.experiment import load_experiment
 from softprompt.trials.records import collect, read_records
-from softprompt.trials.sweep import load_experiment
 
 plt.rcParams.update(STYLE)
 

@@ -25,10 +25,11 @@ from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.results import Row, read_result, read_rows, to_frame
 from softprompt.training.logs import read_log
 from softprompt.trials.evaluate import Answering, evaluate_runs
+from softprompt.trials.experiment import check_trials_differ, load_experiment, make_trials
 from softprompt.trials.measure import read_predictions
 from softprompt.trials.run import DELTA, read_config, run_trial
 from softprompt.trials.session import Session
-from softprompt.trials.sweep import check_trials_differ, load_experiment, make_trials, run_trials
+from softprompt.trials.sweep import run_trials
 
 Source: TypeAlias = str | ConfigDict | Mapping[str, Any]
 

@@ -21,7 +21,7 @@ from softprompt.data.builtin_tasks import TASKS
 from softprompt.data.tasks import Task
 from softprompt.methods import METHODS
 from softprompt.pretrained.catalog import CATALOG
-from softprompt.trials.sweep import load_experiment
+from softprompt.trials.experiment import load_experiment
 from tests.own_task import BAD, ENDINGS, GOOD, give
 from tests.tiny import write_llama_folder
 

@@ -6,7 +6,7 @@ import pytest
 
 from softprompt.config import to_dict
 from softprompt.errors import UserError
-from softprompt.trials import sweep
+from softprompt.trials.experiment import load_experiment, make_trials
 from softprompt.trials.outputs import write_outputs
 
 PARAMETERS = 1_000_000
@@ -14,7 +14,7 @@ PARAMETERS = 1_000_000
 
 @pytest.fixture(scope="module")
 def experiment():
-    return sweep.load_experiment("method_comparison")
+    return load_experiment("method_comparison")
 
 
 def row_of(experiment, config, number):
@@ -52,13 +52,13 @@ def row_of(experiment, config, number):
 
 
 def rows_of(experiment, subset):
-    trials = sweep.make_trials(experiment, subset, [("model.dtype", "bfloat16")])
+    trials = make_trials(experiment, subset, [("model.dtype", "bfloat16")])
     return [row_of(experiment, config, number) for number, config in enumerate(trials)]
 
 
 def test_every_method_has_the_same_budget(experiment):
     """Mutation: a method gets a rate more, or other steps, examples or seeds."""
-    trials = sweep.make_trials(experiment, "full")
+    trials = make_trials(experiment, "full")
     assert len(trials) == 1 + 9 * 3 * 3 * 5
     seen = collections.Counter()
     for config in trials[1:]:
@@ -75,7 +75,7 @@ def test_every_method_has_the_same_budget(experiment):
 
 def test_quick_and_search(experiment):
     """Mutation: a method is left out of a subset; the seeds of the four are not run."""
-    quick = sweep.make_trials(experiment, "quick")
+    quick = make_trials(experiment, "quick")
     seen = collections.Counter(experiment._name({"config": to_dict(c)}) for c in quick)
     assert seen == {
         "zero-shot": 1,
@@ -85,9 +85,9 @@ def test_quick_and_search(experiment):
     timed = [config for config in quick if config.eval.latency]
     assert len(timed) == 9
     assert {config.data.train_examples for config in timed} == {0}
-    assert len(sweep.make_trials(experiment, "search")) == 1 + 9 * 3
+    assert len(make_trials(experiment, "search")) == 1 + 9 * 3
     with pytest.raises(UserError, match="unknown subset 'half'; known: full, quick, search"):
-        sweep.make_trials(experiment, "half")
+        make_trials(experiment, "half")
     for name, rate in experiment.QUICK.items():
         assert rate in experiment.RATES[name], "not one that was searched"
 

@@ -6,7 +6,7 @@ import pytest
 
 from softprompt.config import base_config, to_dict
 from softprompt.errors import UserError
-from softprompt.trials import sweep
+from softprompt.trials.experiment import load_experiment, make_trials
 from softprompt.trials.outputs import write_outputs
 
 
@@ -30,20 +30,20 @@ def rows_of(experiment, trials):
 
 def test_trials():
     """Mutation: a form is left out; a subset has the other model's trials."""
-    experiment = sweep.load_experiment("quantization")
-    trials = sweep.make_trials(experiment, "full")
+    experiment = load_experiment("quantization")
+    trials = make_trials(experiment, "full")
     assert len(trials) == 2 * 4 * 2
-    small = sweep.make_trials(experiment, "smollm2")
+    small = make_trials(experiment, "smollm2")
     assert {made.model.name for made in small} == {"smollm2-135m-instruct-q4"}
     with pytest.raises(UserError, match="unknown subset 'half'"):
-        sweep.make_trials(experiment, "half")
+        make_trials(experiment, "half")
 
 
 def test_table_and_figure(tmp_path):
     """Mutation: a change is measured against the line above, not against float32; a perplexity is
     a number, of which a table shows three digits."""
-    experiment = sweep.load_experiment("quantization")
-    rows = rows_of(experiment, sweep.make_trials(experiment, "smollm2"))
+    experiment = load_experiment("quantization")
+    rows = rows_of(experiment, make_trials(experiment, "smollm2"))
     table = experiment.table(rows[::-1])
     assert list(table["quantize"]) == ["none", "none", "int8", "int4"]
     assert list(table["perplexity"]) == ["10.00", "12.00", "14.00", "16.00"]
@@ -56,8 +56,8 @@ def test_table_and_figure(tmp_path):
 
 def test_a_table_of_half_a_sweep():
     """Breaks when a missing trial, or one without scores, is an error, or a number."""
-    experiment = sweep.load_experiment("quantization")
-    rows = rows_of(experiment, sweep.make_trials(experiment, "smollm2"))
+    experiment = load_experiment("quantization")
+    rows = rows_of(experiment, make_trials(experiment, "smollm2"))
     rows[2] |= {"metrics": {}}
     table = experiment.table(rows[1:3])
     assert list(table["perplexity"]) == [None, None]
@@ -68,8 +68,8 @@ def test_a_table_of_half_a_sweep():
 
 def test_seeds_are_averaged_and_other_differences_are_lines():
     """Mutation: the last of two rows of a form stands for both; another text is averaged in."""
-    experiment = sweep.load_experiment("quantization")
-    rows = rows_of(experiment, sweep.make_trials(experiment, "smollm2")[:4])
+    experiment = load_experiment("quantization")
+    rows = rows_of(experiment, make_trials(experiment, "smollm2")[:4])
     again, longer = copy.deepcopy(rows), copy.deepcopy(rows)
     for row in again:
         row["config"]["seed"] = 1

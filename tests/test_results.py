@@ -10,7 +10,7 @@ from softprompt import files, results
 from softprompt.analysis import tables
 from softprompt.config import to_dict, trial_name
 from softprompt.errors import UserError
-from softprompt.trials.sweep import load_experiment
+from softprompt.trials.experiment import load_experiment
 from tests.trials.rows import Runner, config, done_row, run
 
 

@@ -8,7 +8,7 @@ from experiments import sweep_speed
 from softprompt.cli import split_overrides
 from softprompt.config import resolve, trial_id
 from softprompt.config.files import load_config
-from softprompt.trials.sweep import make_trials
+from softprompt.trials.experiment import make_trials
 
 
 def test_the_forms_are_the_same_trials(tmp_path):

@@ -22,8 +22,8 @@ def write_sweep_plan(
 ) -> "Plan":
     """Writes the plan of a sweep. It opens no device, which would keep a TPU from a worker."""
     from softprompt.trials.engine.plan import plan_sweep
+    from softprompt.trials.experiment import make_trials
     from softprompt.trials.outputs import claim_outputs, experiment_name
-    from softprompt.trials.sweep import make_trials
 
     target, workdir = arguments.target, arguments.workdir
     trials = make_trials(experiment, arguments.subset, overrides, target=target)

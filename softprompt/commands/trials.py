@@ -87,14 +87,15 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Runs an experiment's trials, or prints what they would cost."""
     from softprompt.trials import shards
     from softprompt.trials import sweep as sweeps
+    from softprompt.trials.experiment import load_experiment, make_trials
 
-    experiment = sweeps.load_experiment(arguments.experiment)
+    experiment = load_experiment(arguments.experiment)
     if arguments.engine:
         return start_engine(experiment, arguments, overrides)
     shard = shards.parse_shard(arguments.shard)
     minutes = shards.parse_minutes(arguments.minutes)
     start_jax(arguments.distributed)  # before a config is resolved, which needs the devices
-    trials = sweeps.make_trials(experiment, arguments.subset, overrides)
+    trials = make_trials(experiment, arguments.subset, overrides)
     trials = shards.take_shard(trials, shard)
     import jax
 
@@ -135,7 +136,7 @@ def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints a table of results."""
     from softprompt import results
     from softprompt.analysis import outcomes, tables
-    from softprompt.trials.sweep import load_experiment
+    from softprompt.trials.experiment import load_experiment
 
     if arguments.experiment:
         write_outputs(load_experiment(arguments.experiment), arguments.folder)

@@ -11,8 +11,8 @@ from etils import epath
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_bytes, write_text
 from softprompt.results import Row
+from softprompt.trials.experiment import call_experiment
 from softprompt.trials.records import collect
-from softprompt.trials.sweep import call_experiment
 
 OWNER = "sweep.json"
 MOST_FAILURES = 5  # listed in a caption

@@ -1,42 +1,29 @@
-"""Sweeps: run an experiment's trials, one after another or in groups; skip finished ones.
-
-An experiment is a Python file with `CAPTION`, `sweep(subset)`, `table(rows)` and `figure(rows)`,
-such as those in `experiments/`. `rows` are the result rows of finished trials.
-"""
+"""Sweeps: run trials, one after another or in groups; skip finished ones."""
 
 import functools
 import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from softprompt.config import (
     ConfigDict,
-    chooses,
-    flatten,
     method_settings,
-    reads,
-    resolve,
-    set_key,
     trial_id,
     trial_name,
-    validate,
     weights_key,
 )
-from softprompt.config.files import find_file, list_modules, load_module, with_location
 from softprompt.console import Progress, duration
 from softprompt.distributed import agreed
-from softprompt.errors import UserError, unknown
+from softprompt.errors import UserError
 from softprompt.files import check_writable, write_text
 from softprompt.results import Row, is_done, make_row, outcome, write_result
 from softprompt.trials.forecast import Estimate, Forecast
 from softprompt.trials.lock import Locked
-from softprompt.trials.starts import stages
+from softprompt.trials.starts import source, stages
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,131 +31,6 @@ if TYPE_CHECKING:
     from softprompt.trials.session import Session
 
 RunTrial = Callable[[ConfigDict, epath.Path], Row]
-
-_FUNCTIONS = ("sweep", "table", "figure")
-
-
-def load_experiment(name: str) -> ModuleType:
-    """Returns an experiment's module.
-
-    Args:
-        name: a path, or NAME for experiments/NAME.py in the working directory or the repository.
-
-    Raises:
-        UserError: there is no such file (lists the existing ones), or it is not an experiment.
-    """
-    file = find_file(name if name.endswith(".py") else f"experiments/{name}.py")
-    if file is None:
-        raise unknown("experiment", name, [Path(path).stem for path in list_modules("experiments")])
-    try:
-        module = load_module(file)
-    except Exception as error:
-        raise with_location(error, file) from error
-    missing = [name for name in ("CAPTION", *_FUNCTIONS) if not hasattr(module, name)]
-    if missing:
-        raise UserError(f"{file}: not an experiment: it lacks {', '.join(missing)}")
-    if not isinstance(module.CAPTION, str):
-        raise UserError(f"{file}: CAPTION is {module.CAPTION!r}; allowed: a string")
-    for function in _FUNCTIONS:
-        if not callable(value := getattr(module, function)):
-            raise UserError(f"{file}: {function} is {value!r}; allowed: a function")
-    return module
-
-
-def call_experiment(
-    experiment: ModuleType, function: str, argument: object, *, returns: type
-) -> Any:
-    """Returns what a function of an experiment returns; a tuple or generator as a list.
-
-    Raises:
-        UserError: the function raises an error (names file and line), or its result has another
-            type than `returns`.
-    """
-    file = Path(str(experiment.__file__))
-    try:
-        result = getattr(experiment, function)(argument)
-        result = list(result) if isinstance(result, Iterator | tuple) else result
-    except Exception as error:
-        raise with_location(error, file) from error
-    if not isinstance(result, returns):
-        raise UserError(
-            f"{file}: {function}() returned {_shortened(result)}; allowed: a {returns.__name__}"
-        )
-    return result
-
-
-def _shortened(value: object) -> str:
-    """The start of a value's repr, and its type."""
-    text = " ".join(repr(value).split())
-    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"
-
-
-def _experiment_configs(experiment: ModuleType, subset: str) -> list[ConfigDict]:
-    """Calls an experiment's `sweep`, and checks that it returns configs."""
-    configs: list[ConfigDict] = call_experiment(experiment, "sweep", subset, returns=list)
-    wrong = [config for config in configs if not isinstance(config, ConfigDict)]
-    if wrong or not configs:
-        found = f"a list with {_shortened(wrong[0])}" if wrong else "no config"
-        raise UserError(
-            f"{experiment.__file__}: sweep({subset!r}) returned {found}; allowed: a list of configs"
-        )
-    return configs
-
-
-def make_trials(
-    experiment: ModuleType,
-    subset: str = "full",
-    overrides: Sequence[tuple[str, str]] = (),
-    *,
-    target: str | None = None,
-) -> list[ConfigDict]:
-    """Returns the resolved and validated configs of an experiment's trials.
-
-    A key that only some methods, initialisers or optimizers use is overridden in the trials that
-    use it. Overrides of the method, initialiser and optimizer are applied first.
-
-    Args:
-        experiment: see `load_experiment`.
-        subset: a named part of it.
-        overrides: pairs of keys and values.
-        target: the backend to resolve for, "cpu", "gpu" or "tpu", or "" for configs that depend on
-            none; None is JAX's own.
-
-    Raises:
-        UserError: a wrong subset, key or value, a key that no trial uses, two equal trials, or a
-            config that depends on the backend without a target.
-    """
-    configs = _experiment_configs(experiment, subset)
-    for key, value in sorted(overrides, key=lambda pair: not chooses(pair[0])):
-        readers = [config for config in configs if reads(flatten(config), key)]
-        for config in readers or configs:
-            set_key(config, key, value)
-    for config in configs:
-        validate(config)
-        if target == "" and config.model.dtype == "auto":
-            raise UserError(
-                f"--target is not given, and model.dtype is 'auto' in {trial_name(config)}; "
-                "allowed: cpu, gpu, tpu"
-            )
-    trials = [resolve(config, backend=target or "") for config in configs]
-    check_trials_differ(trials)
-    return trials
-
-
-def check_trials_differ(trials: Sequence[ConfigDict]) -> None:
-    """Checks that all of a sweep's configs are different trials.
-
-    Raises:
-        UserError: two are the same trial; names their numbers.
-    """
-    seen: dict[str, int] = {}
-    for number, config in enumerate(trials, 1):
-        first = seen.setdefault(trial_id(config), number)
-        if first != number:
-            raise UserError(
-                f"trials {first} and {number} of the sweep are the same, {trial_name(config)} "
-                f"({trial_id(config)}); a sweep's trials must differ"
-            )
 
 
 def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
@@ -220,22 +82,20 @@ def run_sweep(
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
     failed: list[Row] = []
-    taken = 0
+    taken: set[str] = set()  # ids of trials that other processes run, or whose start they train
     for positions, width in _groups(session, [trials[index] for index in todo]):
         if late():
             break
         members = {(index := todo[n]): (trials[index], folders[index]) for n in positions}
-        first = trials[next(iter(members))]
-        forecast.estimate_model(first)
-        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
-        ended = len(trials) - len(forecast.todo)
-        progress.trial(trial_name(first) + more, ended, len(trials), forecast.left())
+        taken |= {trial_id(config) for config, _ in members.values() if source(config) in taken}
+        members = {n: job for n, job in members.items() if trial_id(job[0]) not in taken}
+        if members:
+            _announce(progress, [config for config, _ in members.values()], forecast, len(trials))
         began = time.monotonic()
         for index, row in _run_group(members, width, run_trial, progress, session, late):
             seconds, began = time.monotonic() - began, time.monotonic()
             others = [other for other in members if other in forecast.todo and other != index]
             done = row["status"] == "done"
-            taken += row["status"] == "taken"
             forecast.end(index, seconds, done=done, others=others[: width - 1])
             if done:
                 ended = len(trials) - len(forecast.todo)
@@ -243,12 +103,24 @@ def run_sweep(
                 progress.finished(outcome(row), ended, len(trials), left)
             elif row["status"] == "failed":
                 failed.append(row)
+            else:
+                taken.add(row["trial"])
     if taken:
-        progress.say(f"{taken} of {len(trials)} trials are run by other processes")
+        progress.say(f"{len(taken)} of {len(trials)} trials are left to other processes")
     if late() and forecast.todo:
         left_over = f"{len(forecast.todo)} of {len(trials)} trials are not started"
         progress.say(f"{minutes:g} minutes are over: {left_over}; the same command goes on")
     return failed
+
+
+def _announce(
+    progress: Progress, group: Sequence[ConfigDict], forecast: Forecast, total: int
+) -> None:
+    """Shows which trials come next, and the remaining time."""
+    forecast.estimate_model(group[0])
+    more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+    ended = total - len(forecast.todo)
+    progress.trial(trial_name(group[0]) + more, ended, total, forecast.left())
 
 
 def _clock(minutes: float) -> Callable[[], bool]:

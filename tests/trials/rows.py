@@ -4,6 +4,7 @@ from softprompt import results
 from softprompt.config import base_config
 from softprompt.console import Progress
 from softprompt.trials import sweep
+from softprompt.trials.experiment import load_experiment, make_trials
 
 
 def config(length=20, seed=0, name="prompt"):
@@ -51,5 +52,5 @@ def run(trials, workdir, runner):
 
 
 def experiment_rows(subset):
-    trials = sweep.make_trials(sweep.load_experiment("prompt_length"), subset)
+    trials = make_trials(load_experiment("prompt_length"), subset)
     return [done_row(made, 0.7 + 0.005 * number) for number, made in enumerate(trials)]

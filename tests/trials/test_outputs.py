@@ -8,7 +8,8 @@ import pytest
 
 from softprompt import results
 from softprompt.errors import UserError
-from softprompt.trials import outputs, sweep
+from softprompt.trials import outputs
+from softprompt.trials.experiment import load_experiment, make_trials
 from tests.trials.rows import config, done_row, experiment_rows
 
 MINE = """
@@ -46,8 +47,8 @@ def test_what_an_experiment_returns_is_checked(tmp_path, monkeypatch, wrong, mes
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(f"{MINE}\n{wrong}\n")
     with pytest.raises(UserError, match=f"{tmp_path}/mine.py: {message}"):
-        mine = sweep.load_experiment("mine.py")
-        sweep.make_trials(mine)
+        mine = load_experiment("mine.py")
+        make_trials(mine)
         outputs.write_outputs(mine, [], "out")
     assert not Path("out").exists()
 
@@ -58,7 +59,7 @@ def test_another_experiments_files_stand_beside_the_sweeps_own(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "other"):
         Path(f"{name}.py").write_text(MINE)
-    mine, other = (sweep.load_experiment(f"{name}.py") for name in ("mine", "other"))
+    mine, other = (load_experiment(f"{name}.py") for name in ("mine", "other"))
     with pytest.raises(UserError, match="no folder 'out'"):
         outputs.write_trial_outputs(mine, "out")
     failed = results.make_row(config(5), status="failed", error="no memory", seconds=1.0)
@@ -84,7 +85,7 @@ def test_another_experiments_files_stand_beside_the_sweeps_own(tmp_path, monkeyp
 
 @pytest.mark.parametrize("subset", ["full", "quickstart"])
 def test_outputs_are_written_and_pure_functions_of_the_rows(tmp_path, subset):
-    experiment, rows = sweep.load_experiment("prompt_length"), experiment_rows(subset)
+    experiment, rows = load_experiment("prompt_length"), experiment_rows(subset)
     before = json.dumps(rows)
     table = experiment.table(rows)
     assert json.dumps(rows) == before

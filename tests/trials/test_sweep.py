@@ -9,6 +9,7 @@ from softprompt.config import trial_id, trial_name
 from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.trials import shards, sweep
+from softprompt.trials.experiment import load_experiment, make_trials
 from softprompt.trials.outputs import write_outputs
 from tests.trials.rows import Runner, config, done_row, experiment_rows, run
 
@@ -138,16 +139,16 @@ def test_shards_are_disjoint_and_complete():
 
 
 def test_the_same_trial_twice_is_an_error():
-    experiment = sweep.load_experiment("prompt_length")
+    experiment = load_experiment("prompt_length")
     with pytest.raises(UserError, match="trials 5 and 6 of the sweep are the same"):
-        sweep.make_trials(experiment, "quickstart", [("method.length", "20")])
+        make_trials(experiment, "quickstart", [("method.length", "20")])
 
 
 def test_an_override_is_for_the_trials_that_read_it():
     """Mutation: the prompts are other trials with other shots; a key that no trial reads passes."""
-    experiment = sweep.load_experiment("prompt_length")
+    experiment = load_experiment("prompt_length")
     plain, other = (
-        sweep.make_trials(experiment, "quickstart", overrides)
+        make_trials(experiment, "quickstart", overrides)
         for overrides in ((), [("method.shots", "4")])
     )
     changed = [
@@ -155,49 +156,49 @@ def test_an_override_is_for_the_trials_that_read_it():
     ]
     assert changed == ["fewshot"] * 3
     with pytest.raises(UserError, match="'method.rank' is 4; method.name=.* has no such key"):
-        sweep.make_trials(experiment, "quickstart", [("method.rank", "4")])
+        make_trials(experiment, "quickstart", [("method.rank", "4")])
 
 
 def test_an_override_of_training_is_for_what_is_trained():
     """And one of a start for the trials that start so, whatever the order of the words. Mutations:
     zero-shot is another trial with other steps; overrides are taken in their order; a start is not
     looked at."""
-    experiment = sweep.load_experiment("prompt_length")
+    experiment = load_experiment("prompt_length")
 
     def changed(*overrides):
-        trials = sweep.make_trials(experiment, "quickstart", overrides)
+        trials = make_trials(experiment, "quickstart", overrides)
         return [a.method.name for a, b in zip(trials, plain, strict=True) if trial_id(a) != b]
 
-    plain = [trial_id(made) for made in sweep.make_trials(experiment, "quickstart")]
+    plain = [trial_id(made) for made in make_trials(experiment, "quickstart")]
     assert changed(("train.dropout", "0.1")) == ["prompt"] * 2
     assert changed(("train.steps", "60"), ("eval.every", "20")) == ["prompt"] * 2
     assert changed(("method.common_tokens", "100")) == ["prompt"] * 2
-    full = sweep.make_trials(experiment, "full")
-    fewer = sweep.make_trials(experiment, "full", [("method.common_tokens", "100")])
+    full = make_trials(experiment, "full")
+    fewer = make_trials(experiment, "full", [("method.common_tokens", "100")])
     starts = {b.method.init for a, b in zip(full, fewer, strict=True) if trial_id(a) != trial_id(b)}
     assert starts == {"vocabulary", "labels"}
     words = [("method.init_text", "a film"), ("method.init", "text"), ("method.length", "2")]
     with pytest.raises(UserError, match="are the same"):  # but no complaint of init_text
-        sweep.make_trials(experiment, "quickstart", words)
+        make_trials(experiment, "quickstart", words)
 
 
 def test_mistakes_in_what_to_sweep(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown experiment 'prompt_lenght' .did you mean"):
-        sweep.load_experiment("prompt_lenght")
-    experiment = sweep.load_experiment("prompt_length")
+        load_experiment("prompt_lenght")
+    experiment = load_experiment("prompt_length")
     with pytest.raises(UserError, match="unknown subset 'half'; known: full, quickstart"):
-        sweep.make_trials(experiment, "half")
+        make_trials(experiment, "half")
     with pytest.raises(UserError, match="unknown config key 'method.lenght'"):
-        sweep.make_trials(experiment, "full", [("method.lenght", "3")])
+        make_trials(experiment, "full", [("method.lenght", "3")])
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("CAPTION = ''\n")
     with pytest.raises(
         UserError, match="mine.py: not an experiment: it lacks sweep, table, figure"
     ):
-        sweep.load_experiment("mine.py")
+        load_experiment("mine.py")
     Path("mine.py").write_text("1/0\n")
     with pytest.raises(UserError, match="mine.py, line 1: ZeroDivisionError"):
-        sweep.load_experiment("mine.py")
+        load_experiment("mine.py")
 
 
 def test_a_mistake_in_an_experiment_is_one_line(tmp_path, monkeypatch):
@@ -207,9 +208,9 @@ def test_a_mistake_in_an_experiment_is_one_line(tmp_path, monkeypatch):
         "CAPTION = ''\ndef sweep(subset):\n    yield [][0]\n"
         "def table(rows):\n    return rows.names\nfigure = table\n"
     )
-    mine = sweep.load_experiment("mine.py")
+    mine = load_experiment("mine.py")
     with pytest.raises(UserError, match="mine.py, line 3: IndexError: list index out of range"):
-        sweep.make_trials(mine)
+        make_trials(mine)
     with pytest.raises(UserError, match="mine.py, line 5: AttributeError: 'list' object"):
         write_outputs(mine, [], tmp_path)
 
@@ -220,7 +221,7 @@ def test_the_working_directorys_experiments_come_first(tmp_path, monkeypatch):
     Path("experiments/prompt_length.py").write_text(
         "CAPTION = 'mine'\nsweep = table = figure = print\n"
     )
-    assert sweep.load_experiment("prompt_length").CAPTION == "mine"
+    assert load_experiment("prompt_length").CAPTION == "mine"
 
 
 def test_dry_run_says_what_each_trial_costs(tmp_path):
@@ -256,10 +257,10 @@ def test_a_dry_run_says_which_trials_would_fail(tmp_path):
 
 
 def test_prompt_length_sweeps_what_it_says():
-    experiment = sweep.load_experiment("prompt_length")
-    full = sweep.make_trials(experiment, "full")
+    experiment = load_experiment("prompt_length")
+    full = make_trials(experiment, "full")
     assert len(full) == 4 * 3 * 3 + 4
-    quick = sweep.make_trials(experiment, "quickstart")
+    quick = make_trials(experiment, "quickstart")
     assert [made.method.name for made in quick] == ["none"] + ["fewshot"] * 3 + ["prompt"] * 2
     assert {made.method.length for made in quick if made.method.name == "prompt"} == {20, 100}
     assert {made.method.shots for made in quick if made.method.name == "fewshot"} == {8}
@@ -267,7 +268,7 @@ def test_prompt_length_sweeps_what_it_says():
 
 def test_rows_of_other_experiments_may_lie_beside():
     """Mutation: a method that is not this experiment's ends in an error."""
-    experiment, rows = sweep.load_experiment("prompt_length"), experiment_rows("quickstart")
+    experiment, rows = load_experiment("prompt_length"), experiment_rows("quickstart")
     table = experiment.table([done_row(config(name="lora")), *rows])
     assert table["method"].tolist()[-1] == "lora" and table["chosen"].tolist()[-1] == ""
     experiment.figure([done_row(config(name="lora")), *rows])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.config import trial_id
-from softprompt.trials.sweep import load_experiment
+from softprompt.trials.experiment import load_experiment
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trial_ids.json").read_text())
 

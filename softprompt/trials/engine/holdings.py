@@ -71,7 +71,7 @@ class Holdings:
         """Takes up a claimed trial; returns the child's order to run it.
 
         The newest publication of earlier holders is brought to scratch, unless a worker of this
-        host has left a newer checkpoint there.
+        host has left a newer checkpoint there. So is the prompt that the trial starts from.
         """
         folder = self._place / job.folder
         keys = [f"{job.trial}.{epoch}" for epoch in range(claim.epoch - 1, 0, -1)]
@@ -79,6 +79,8 @@ class Holdings:
         content = self._store.read(f"{QUEUE}/saved/{saved[0]}") if saved and self._local else None
         if content is not None:
             publish.unpack(content, Path(folder))
+        if job.start and self._local:
+            publish.fetch_start(self._store, job.start, Path(self._place))
         step, now = publish.newest_step(folder), time.monotonic()
         self.held[job.trial] = Held(job, claim, folder, step, published=now, saved=saved)
         self.lost += claim.facts.get("last_lost", 0.0)

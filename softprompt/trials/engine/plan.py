@@ -38,6 +38,8 @@ class Job:
         model: equal for trials with the same weights.
         most: how many such trials may run at a time; 0 if the device decides.
         config: the resolved config.
+        start: the name of the folder of the trial whose prompt it starts from, or "". If that trial
+            is in the plan, this one waits for it.
     """
 
     trial: str
@@ -47,6 +49,7 @@ class Job:
     model: str
     most: int
     config: dict[str, Any]
+    start: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +82,28 @@ def make_plan(
     *,
     target: str,
 ) -> Plan:
-    """Returns the plan of resolved trials whose folders have these names."""
-    from softprompt.config import base_config, resolve
+    """Returns the plan of resolved trials whose folders have these names.
+
+    Raises:
+        UserError: a trial starts from the prompt of one that is not among them.
+    """
+    from softprompt.config import base_config, resolve, trial_id, trial_name
+    from softprompt.trials.starts import source
 
     dtype = resolve(base_config(), backend=target).model.dtype if target else ""
-    jobs = tuple(map(_job, trials, folders))
+    by_id = {trial_id(config): name for config, name in zip(trials, folders, strict=True)}
+    for config in trials:
+        if (one := source(config)) and one not in by_id:
+            raise UserError(
+                f"{trial_name(config)} starts from trial {one}, which is not in this sweep; "
+                "allowed for workers: one that is"
+            )
+    starts = [by_id.get(source(config), "") for config in trials]
+    jobs = tuple(map(_job, trials, folders, starts))
     return Plan(experiment, subset, commit(), target, dtype, secrets.token_hex(8), jobs)
 
 
-def _job(config: "ConfigDict", folder: str) -> Job:
+def _job(config: "ConfigDict", folder: str, start: str) -> Job:
     from softprompt.config import flatten, to_dict, trial_id, trial_name, weights_key
 
     keys = {
@@ -105,6 +121,7 @@ def _job(config: "ConfigDict", folder: str) -> Job:
         model=_digest(model),
         most=_most(config),
         config=to_dict(config),
+        start=start,
     )
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from etils import epath
 
+from softprompt.files import write_bytes
 from softprompt.trials.engine.store import Store
 
-CHECKPOINTS, RESULT = "checkpoints", "result.json"
+CHECKPOINTS, DELTA, RESULT = "checkpoints", "delta.safetensors", "result.json"
 
 
 def newest_step(folder: epath.PathLike) -> int:
@@ -51,6 +52,14 @@ def unpack(content: bytes, folder: Path) -> None:
         temporary.rename(folder)
     else:
         shutil.rmtree(temporary)
+
+
+def fetch_start(store: Store, name: str, to: Path) -> None:
+    """Copies what a trial reads of the trial in the folder `name`, to start from its prompt."""
+    for file in (DELTA, RESULT):
+        content = store.read(f"{name}/{file}")
+        if content is not None:
+            write_bytes(to / name / file, content)
 
 
 def publish_files(store: Store, folder: Path, name: str) -> None:

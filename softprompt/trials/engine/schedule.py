@@ -13,7 +13,8 @@ def take_next(
     """Claims trials of one group, up to its width; [] if there are none to claim.
 
     Near the end of the plan each worker takes its share of what is left. Trials of dead workers
-    come last, since looking for them reads their claims.
+    come last, since looking for them reads their claims. A trial that starts from another one's
+    prompt is left until that one is over.
 
     Args:
         plan: the sweep's.
@@ -22,7 +23,8 @@ def take_next(
         widths: how many trials of a group run at a time; "" is the default.
         model: the `Job.model` that the worker has in memory, or "".
     """
-    left = [job for job in plan.jobs if not view.over(job.trial)]
+    waits_for = {job.folder: job.trial for job in plan.jobs if not view.over(job.trial)}
+    left = [job for job in plan.jobs if not view.over(job.trial) and job.start not in waits_for]
     free = [job for job in left if view.free(job.trial)]
     free = [job for job in free if not claims.failed_here(job.trial, view)]
     share = max(1, len(free) // max(1, len(claims.alive(view))))
