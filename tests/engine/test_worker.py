@@ -108,9 +108,11 @@ def test_a_child_dies_with_its_worker(tmp_path):
     wait_until(lambda: view(tmp_path).epochs)
     child = child_of(worker)
     worker.kill()
-    worker.communicate()
-    psutil.wait_procs([child], timeout=5)
-    assert not child.is_running() or child.status() == "zombie"
+    worker.wait()
+    _, alive = psutil.wait_procs([child], timeout=5)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_stop_lets_workers_leave_and_a_lost_claim_ends_the_work(tmp_path):
