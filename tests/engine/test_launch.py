@@ -131,6 +131,24 @@ def test_files_of_others_stay(tmp_path):
         write_recipe(recipe("queued"), str(tmp_path / "new"))
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--engine", "ray", "--shard", "1/2"], ("--shard", "--engine")),
+        (["--engine", "slurm", "--minutes", "5"], ("--minutes", "--engine")),
+        (["--engine", "ray", "--workers", "3"], ("--workers", "slurm", "ray")),
+        (["--engine", "slurm", "--workers", "0"], ("--workers", "0", "1 or more")),
+        (["--engine", "ray"], ("--target", "auto", "tpu")),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(words, named, tmp_path, capsys):
+    """Breaks when a flag that an engine does not heed is dropped silently."""
+    assert main(["sweep", "prompt_length", "--workdir", str(tmp_path / "x"), *words]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in named), said
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_folder_without_a_plan_is_refused(tmp_path, capsys):
     """Breaks when `launch` writes files for a sweep that nothing has planned."""
     words = ["launch", str(tmp_path), "--on", "slurm", "--to", str(tmp_path / "to")]
