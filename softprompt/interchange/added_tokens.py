@@ -9,11 +9,11 @@ hidden state, and this may be the largest. So the head becomes a matrix of its o
 tokens' rows in it are the mean of all rows:
 
 * The logit of an added token is the mean of all logits (before a soft cap, which keeps their
-  order). The mean is never the largest: greedy decoding and beams never choose such a token.
-* Its probability is at most the geometric mean of all V probabilities, so at most 1 / V at any
-  temperature. It is not zero. No row of a head without a bias does better for every hidden state:
-  by the separating hyperplane theorem only convex combinations of the other rows never exceed the
-  largest logit. Sampling needs to exclude the added ids by name.
+  order). The mean is never above the largest: greedy decoding never chooses such a token.
+* Without a soft cap its probability is at most the geometric mean of all V probabilities, at any
+  temperature, so at most 1 / V. It is not zero. No row of a head without a bias does better for
+  every hidden state: by the separating hyperplane theorem, only convex combinations of the other
+  rows never exceed the largest logit. A sampler has to exclude the added ids by name.
 
 Source: for the mean, Hewitt 2021, "Initializing new word embeddings for pretrained language
 models".

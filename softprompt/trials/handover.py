@@ -39,17 +39,20 @@ for each task the string `begins`, its token ids `ids`, and the templates of the
 * Send `begins` and the text as one string, or `ids` and the text's ids. Nothing goes before them:
   the tokenizer adds no BOS, since `begins` has it where the prompt was trained with it. A text
   without a prompt begins with `base`.
-* The added tokens have the ids {first} to {last}. They are for reading. Greedy decoding and beams
-  never choose one: their logits are the mean of all logits. Sampling could, with a probability of
-  at most 1 / {vocab} for each. transformers excludes them (`suppress_tokens` in
-  generation_config.json). With vLLM, send `logit_bias`, -100 for each of these ids.
+* The added tokens have the ids {first} to {last}. They are for reading. Greedy decoding never
+  chooses one: their logits are the mean of all logits. Sampling and beams could, though their
+  probability is small. transformers excludes them (`suppress_tokens` in generation_config.json).
+  With vLLM, send `logit_bias`, -100 for each of these ids.
 
 ```python
+import json
+from pathlib import Path
+
 from vllm import LLM, SamplingParams
 
 model = LLM("FOLDER")
-begins = json.load(open("FOLDER/tasks.json"))["tasks"]["{task}"]["begins"]
-model.generate(begins + text, SamplingParams(temperature=0))
+begins = json.loads(Path("FOLDER/tasks.json").read_text())["tasks"]["{task}"]["begins"]
+model.generate(begins + "TEXT", SamplingParams(temperature=0))
 ```
 """
 
@@ -119,7 +122,7 @@ def export_added_tokens(folders: Sequence[epath.PathLike], to: epath.Path) -> li
     _write_json(
         to / "tasks.json", {"model": loaded.name, "base": _base(loaded.tokenizer), "tasks": tasks}
     )
-    facts = {"model": loaded.name, "first": ids[0], "last": ids[-1], "vocab": loaded.config.vocab}
+    facts = {"model": loaded.name, "first": ids[0], "last": ids[-1]}
     write_text(to / "README.md", ADDED.format(**facts, task=next(iter(tasks))))
     notes = [f"the added tokens have the ids {ids[0]} to {ids[-1]}; README.md says how to sample"]
     return notes + _read_otherwise(tokenizer, tasks)
@@ -217,7 +220,7 @@ def _prompts_of(
     folder: epath.PathLike, config: ConfigDict, loaded: Loaded
 ) -> dict[str, TaskPrompt]:
     """The prompts of one trial, by name."""
-    settings, name = method_settings(config), epath.Path(folder).name
+    settings, name = method_settings(config), epath.Path(folder).resolve().name
     if not (settings.is_prompt and settings.trains):
         allowed = [
             known
