@@ -60,9 +60,10 @@ async def completions(http: HttpRequest) -> Response:
     settings = {**take_sampling(fields), "max_new": max_new, "echo": echo, "logprobs": count}
     stream, with_usage = take_stream(fields)
     fields.finish(NEUTRAL)
-    ids = await _ids(task, prompts, service)
     answer = TextAnswer(*_named(task, service), logprobs=count is not None)
-    rows = Rows(service.engine, _requests(task, ids, settings), service.metrics)
+    with service.using(task, "model"):
+        ids = await _ids(task, prompts, service)
+        rows = Rows(service.engine, _requests(task, ids, settings), service.metrics)
     return await _answer(rows, answer, stream=stream, usage=with_usage)
 
 
@@ -80,9 +81,10 @@ async def chat_completions(http: HttpRequest) -> Response:
     settings["logprobs"] = count if logprobs else None
     stream, with_usage = take_stream(fields)
     fields.finish(NEUTRAL_CHAT)
-    ids = await _chat_ids(task, messages, service)
     answer = ChatAnswer(*_named(task, service), logprobs=logprobs)
-    rows = Rows(service.engine, _requests(task, [ids], settings), service.metrics)
+    with service.using(task, "model"):
+        ids = await _chat_ids(task, messages, service)
+        rows = Rows(service.engine, _requests(task, [ids], settings), service.metrics)
     return await _answer(rows, answer, stream=stream, usage=with_usage)
 
 

@@ -68,7 +68,8 @@ async def predict(http: HttpRequest) -> Response:
     task = service.resolve(http.path_params["name"], user, "the path")
     if not task:
         raise Refusal(f"{service.settings.base} is the model; allowed: a task or an alias", 404)
-    found = await service.threads.run(service.engine.predict, task, inputs)
+    with service.using(task, "the path"):
+        found = await service.threads.run(service.engine.predict, task, inputs)
     return Json({"task": task, "predictions": found})
 
 
