@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from softprompt.config import ConfigDict
+from softprompt.config import ConfigDict, trial_id
 from softprompt.errors import UserError
+from softprompt.trials.starts import source
 
 
 def parse_minutes(text: str) -> float:
@@ -34,6 +35,15 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def take_shard(trials: Sequence[ConfigDict], shard: tuple[int, int]) -> list[ConfigDict]:
-    """Returns every n-th trial from the i-th on (from 1), so that shards have similar costs."""
+    """Returns every n-th trial from the i-th on (from 1), so that shards have similar costs.
+
+    A trial that starts from the prompt of another one is in that one's shard.
+    """
     part, parts = shard
-    return list(trials[part - 1 :: parts])
+    positions = {trial_id(config): n for n, config in enumerate(trials)}
+
+    def first(n: int) -> int:
+        start = positions.get(source(trials[n]))
+        return n if start is None else first(start)
+
+    return [config for n, config in enumerate(trials) if first(n) % parts == part - 1]

@@ -13,6 +13,8 @@ from softprompt.trials.estimate import estimate
 from softprompt.trials.run import CONFIG, run_trial
 from softprompt.trials.session import Session
 from softprompt.trials.starts import stages
+from softprompt.trials.lock import Locked
+from softprompt.trials.shards import take_shard
 from softprompt.trials.sweep import run_trials, trial_folder
 from tests.own_task import Lines, make_config, write_task
 from tests.trials.rows import Runner, config, run
@@ -38,6 +40,24 @@ def test_a_trial_comes_after_the_one_that_it_starts_from(tmp_path):
     runner = Runner()
     run(trials, tmp_path, runner)
     assert runner.ran == [20, 5, 1, 7, 3]
+
+
+def test_a_trial_is_in_the_shard_of_the_one_that_it_starts_from():
+    """Mutation: a shard is every n-th trial, whatever it starts from."""
+    first, other = config(20), config(7)
+    second = started(first, length=5)
+    third = started(second, length=1)
+    shards = [take_shard([third, other, second, first], (part, 2)) for part in (1, 2)]
+    assert shards == [[], [third, other, second, first]]
+
+
+def test_a_trial_is_left_to_the_process_that_trains_its_start(tmp_path):
+    """Mutation: it is run here, and fails since its start is not done."""
+    first, other = config(20), config(7)
+    second = started(first, length=5)
+    runner = Runner({20: Locked("another process runs it")})
+    assert run([second, first, other], tmp_path, runner) == []
+    assert runner.ran == [20, 7]
 
 
 def test_a_sweep_starts_a_prompt_from_another_trials(tmp_path, tiny_folder):
