@@ -10,11 +10,11 @@ from softprompt.errors import UserError
 from softprompt.methods.delta_file import DELTA, load_delta
 from softprompt.results import find_trial
 from softprompt.trials.estimate import estimate
+from softprompt.trials.lock import Locked
 from softprompt.trials.run import CONFIG, run_trial
 from softprompt.trials.session import Session
-from softprompt.trials.starts import stages
-from softprompt.trials.lock import Locked
 from softprompt.trials.shards import take_shard
+from softprompt.trials.starts import stages
 from softprompt.trials.sweep import run_trials, trial_folder
 from tests.own_task import Lines, make_config, write_task
 from tests.trials.rows import Runner, config, run
