@@ -51,11 +51,19 @@ def read_json(file: epath.PathLike) -> dict[str, Any]:
 def check_reachable(path: epath.PathLike) -> None:
     """Checks that a file system for a path is installed, without touching it.
 
+    From then on listings of buckets are not cached, also those of `epath`: other processes write
+    there too.
+
     Raises:
         UserError: the path is at gs://, and gcsfs is not installed.
     """
-    if os.fspath(path).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+    if not os.fspath(path).startswith("gs://"):
+        return
+    if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{path} needs gcsfs; install the extra gcs: softprompt[gcs]")
+    from fsspec.config import conf  # with gcsfs
+
+    conf["gs"] = {"use_listings_cache": False}  # "false", as from the environment, is true
 
 
 def check_writable(folder: epath.PathLike) -> None:

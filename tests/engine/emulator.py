@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,14 @@ class Proxy:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 seen.append((time.monotonic(), self.command, object_name(self.path, body)))
                 connection = HTTPConnection(target, timeout=60)
+                try:
+                    self.forward(connection, body)
+                except OSError:  # the client was killed
+                    self.close_connection = True
+                finally:
+                    connection.close()
+
+            def forward(self, connection: HTTPConnection, body: bytes) -> None:
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
                 connection.request(self.command, self.path, body, headers | {"Host": target})
                 answer = connection.getresponse()
@@ -76,7 +85,6 @@ class Proxy:
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
-                connection.close()
 
             do_GET = do_POST = do_PUT = do_DELETE = handle_one  # noqa: N815
 
@@ -84,7 +92,12 @@ class Proxy:
                 pass
 
         self.seen = seen
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                self.shutdown_request(request)  # of a client that was killed
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

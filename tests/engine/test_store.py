@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from softprompt.trials.engine import store as stores
 from softprompt.trials.engine.store import FolderStore, StoreError, open_store
@@ -38,12 +39,15 @@ def test_a_file_is_written_read_listed_and_deleted(workdir):
 
 
 def test_a_listing_is_never_older_than_the_other_writers_files(workdir):
-    """Mutation: gcsfs's cache of listings, which is on by default, or switched off by "false"."""
+    """Mutation: gcsfs's cache of listings, on by default, in the store or in `epath`."""
     mine, theirs = open_store(workdir), open_store(workdir)
     mine.write("cached/a", b"")
+    path = epath.Path(workdir) / "cached"
     assert list(mine.list("cached")) == ["cached/a"]
+    assert [one.name for one in path.iterdir()] == ["a"]
     theirs.write("cached/b", b"")
-    assert list(mine.list("cached")) == ["cached/a", "cached/b"]
+    assert sorted(mine.list("cached")) == ["cached/a", "cached/b"]
+    assert sorted(one.name for one in path.iterdir()) == ["a", "b"]
 
 
 def test_of_eight_writers_one_creates_a_file(workdir):
