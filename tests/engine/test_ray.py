@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.engine import tiny_sweep  # noqa: E402
 from tests.engine.waiting import wait_for  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[2]
+TIMES = re.compile("second|share")  # what a log says of speed
 
 
 def node(identity: str, *, slice_name="", worker=0, topology="", alive=True, **resources) -> dict:
@@ -123,7 +125,7 @@ def results(workdir: Path) -> dict[str, tuple]:
             found[folder.name] = (row["status"], row["error"])
             continue
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        log = [{key: line[key] for key in line if "second" not in key} for line in lines]
+        log = [{key: line[key] for key in line if not TIMES.search(key)} for line in lines]
         predictions = (folder / "predictions.jsonl").read_text()
         delta = (folder / "delta.safetensors").read_bytes()
         found[folder.name] = (row["metrics"], log, predictions, delta)
