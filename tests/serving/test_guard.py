@@ -7,6 +7,8 @@ import threading
 import time
 
 import httpx2
+import jax
+import jax.numpy as jnp
 import pytest
 
 from softprompt.errors import UserError
@@ -210,6 +212,19 @@ def test_metrics_count_requests_by_route_not_by_path():
     assert len(counts) == 3
     assert 'softprompt_tokens_total{part="completion"} 7.0' in lines
     assert "softprompt_engine_rows 0.0" in lines
+
+
+def test_metrics_count_compilations():
+    """Breaks when JAX's event has another name: `COMPILED = "compile"`."""
+
+    def count(app):
+        lines = call(app, "GET", "/metrics").text.splitlines()
+        return next(float(x.split()[1]) for x in lines if x.startswith("softprompt_compilations "))
+
+    with fake_app() as (app, _):
+        before = count(app)
+        jax.jit(lambda x: x * 3 + 7)(jnp.ones(13)).block_until_ready()
+        assert count(app) > before
 
 
 def test_ready_waits_for_the_engine():

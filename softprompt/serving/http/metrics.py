@@ -25,9 +25,12 @@ _compiled: list[float] = []  # seconds of each compilation since the first serve
 @functools.cache
 def watch_compilations() -> None:
     """Writes down JAX's compilations from now on, once a process."""
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: _compiled.append(seconds) if event == COMPILED else None
-    )
+    jax.monitoring.register_event_duration_secs_listener(_note)
+
+
+def _note(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == COMPILED:
+        _compiled.append(duration_secs)
 
 
 class Metrics:
