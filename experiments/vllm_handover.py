@@ -19,9 +19,10 @@ does not need for text, may be uninstalled where they do not load):
 Command, from the repository root:
     python -m experiments.vllm_handover --vllm-python vllm-env/bin/python
 
-Cost: 10 minutes on two x86 cores.
+Cost: about 10 minutes on two idle x86 cores; 50 beside much other work.
 
-Expected: see experiments/LOG.md.
+Expected: both give our tokens for 100 of 100 inputs; the second time 5,024 of 6,724 input tokens
+are cached; of 3,200 sampled tokens none is an added one.
 """
 
 import argparse

@@ -6,16 +6,20 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
+from softprompt.errors import UserError
 from softprompt.inference.decode import generate
 from softprompt.interchange import vllm_client
-from softprompt.methods.delta_file import load_delta
+from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.models.decoder import Decoder
 from softprompt.pretrained.loading import load_model
 from softprompt.training.step import StepConfig, shared_part
+from softprompt.trials import handover
 from softprompt.trials.evaluate import Answering
+from softprompt.trials.handover import export_added_tokens
 from tests.handover_cases import TEXTS, begin_with_bos, random_prompt, write_trial
 from tests.mistakes import run
 from tests.own_task import Lines, write_task
@@ -169,6 +173,9 @@ def test_mistakes(place, tmp_path, capsys):
         method__length=0,
     )
     write_trial(tmp_path / "lora", place, place / "llama", {}, method__name="lora")
+    strange = write_trial(tmp_path / "strange", place, place / "llama", prompt)
+    save_delta(strange / "delta.safetensors", prompt, {"fingerprint": "others"})
+    write_trial(tmp_path / "wide", place, place / "llama", random_prompt(3, 40, seed=0))
     encoder = {"encoder": random_prompt(3, 20, seed=0)}
     write_trial(tmp_path / "seq2seq", place, tmp_path / "t5", encoder)
     for folders, message in {
@@ -182,6 +189,8 @@ def test_mistakes(place, tmp_path, capsys):
             tmp_path / "int8",
         ): "config key 'model.quantize' is 'int8'; allowed for a hand-over: none",
         (tmp_path / "empty",): "the prompt has no vectors (length 0)",
+        (strange,): "was trained on weights others, ",
+        (tmp_path / "wide",): "prompt [3, 40] does not fit this model; allowed: [3, 48]",
         (tmp_path / "seq2seq",): "is an encoder-decoder; allowed: decoders",
     }.items():
         line = run(capsys, "export", "--run", *folders, "--format", "vllm", "--to", to, code=2)
@@ -190,5 +199,22 @@ def test_mistakes(place, tmp_path, capsys):
     both = ["--run", first, place / "second", "--to", to]
     line = run(capsys, "export", *both, "--format", "npy", code=2)
     assert line == "--run: 2 trials; --format npy writes one; allowed: 1"
-    line = run(capsys, "export", "--run", first, "--format", "hf", "--to", "gs://a/b", code=2)
-    assert "gs://a/b" in line
+    with pytest.raises(
+        UserError, match="^--to gs://a/b: a whole model is written to a local folder$"
+    ):
+        export_added_tokens([first], epath.Path("gs://a/b"))
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_nothing_is_half_written(place, tmp_path, capsys, monkeypatch, kind):
+    """The disk is full before the README. Mutation: the files before it stay."""
+
+    def full(file, text):
+        assert file.parent.exists()
+        raise UserError(f"cannot write {file}: No space left on device")
+
+    monkeypatch.setattr(handover, "write_text", full)
+    to = tmp_path / "to"
+    asked = ["export", "--run", place / "first", "--format", kind, "--to", to]
+    assert "No space left" in run(capsys, *asked, code=2)
+    assert not to.exists()
