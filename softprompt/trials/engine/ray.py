@@ -89,7 +89,10 @@ def _hosts_of_slice(node: Mapping[str, Any]) -> int:
     return max(1, round(chips / node["Resources"].get("TPU", chips)))
 
 
-@ray.remote(num_cpus=0, max_concurrency=100)
+_remote: Any = ray.remote  # its types know the options of tasks only
+
+
+@_remote(num_cpus=0, max_concurrency=100)
 class Supervisor:
     """Keeps a process running on its host; an actor.
 
