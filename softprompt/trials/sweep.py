@@ -105,12 +105,17 @@ def run_sweep(
                 failed.append(row)
             else:
                 taken.add(row["trial"])
-    if taken:
-        progress.say(f"{len(taken)} of {len(trials)} trials are left to other processes")
-    if late() and forecast.todo:
-        left_over = f"{len(forecast.todo)} of {len(trials)} trials are not started"
-        progress.say(f"{minutes:g} minutes are over: {left_over}; the same command goes on")
+    _say_left(progress, len(taken), len(forecast.todo) if late() else 0, len(trials))
     return failed
+
+
+def _say_left(progress: Progress, taken: int, waiting: int, total: int) -> None:
+    """Says which trials a sweep that ends has not run."""
+    if taken:
+        progress.say(f"{taken} of {total} trials are left to other processes")
+    if waiting:
+        left_over = f"{waiting} of {total} trials are not started"
+        progress.say(f"the minutes are over: {left_over}; the same command goes on")
 
 
 def _announce(
