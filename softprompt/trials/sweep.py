@@ -19,17 +19,15 @@ from softprompt.config import (
     ConfigDict,
     chooses,
     flatten,
-    method_settings,
     reads,
     resolve,
     set_key,
     trial_id,
     trial_name,
     validate,
-    weights_key,
 )
 from softprompt.config.files import find_file, list_modules, load_module, with_location
-from softprompt.console import Progress, duration
+from softprompt.console import Progress
 from softprompt.distributed import agreed
 from softprompt.errors import UserError, unknown
 from softprompt.files import check_writable, write_text
@@ -38,8 +36,6 @@ from softprompt.trials.forecast import Estimate, Forecast
 from softprompt.trials.lock import Locked
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from softprompt.trials.session import Session
 
 RunTrial = Callable[[ConfigDict, epath.Path], Row]
@@ -218,36 +214,39 @@ def run_sweep(
     if finished := len(trials) - len(todo):
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
-    failed: list[Row] = []
-    taken = 0
+    not_done: list[Row] = []
     for positions, width in _groups(session, [trials[index] for index in todo]):
         if late():
             break
         members = {(index := todo[n]): (trials[index], folders[index]) for n in positions}
-        first = trials[next(iter(members))]
-        forecast.estimate_model(first)
-        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+        forecast.estimate_model(trials[next(iter(members))])
         ended = len(trials) - len(forecast.todo)
-        progress.trial(trial_name(first) + more, ended, len(trials), forecast.left())
+        progress.trial(_group_name(members), ended, len(trials), forecast.left())
         began = time.monotonic()
         for index, row in _run_group(members, width, run_trial, progress, session, late):
             seconds, began = time.monotonic() - began, time.monotonic()
             others = [other for other in members if other in forecast.todo and other != index]
             done = row["status"] == "done"
-            taken += row["status"] == "taken"
             forecast.end(index, seconds, done=done, others=others[: width - 1])
             if done:
                 ended = len(trials) - len(forecast.todo)
                 left = forecast.left() if others else None  # otherwise shown with the next trial
                 progress.finished(outcome(row), ended, len(trials), left)
-            elif row["status"] == "failed":
-                failed.append(row)
-    if taken:
+            else:
+                not_done.append(row)
+    failed = [row for row in not_done if row["status"] == "failed"]
+    if taken := len(not_done) - len(failed):
         progress.say(f"{taken} of {len(trials)} trials are run by other processes")
     if late() and forecast.todo:
         left_over = f"{len(forecast.todo)} of {len(trials)} trials are not started"
         progress.say(f"{minutes:g} minutes are over: {left_over}; the same command goes on")
     return failed
+
+
+def _group_name(members: Mapping[int, tuple[ConfigDict, epath.Path]]) -> str:
+    """The first trial's name, and how many others there are."""
+    name = trial_name(next(iter(members.values()))[0])
+    return f"{name} and {len(members) - 1} more" if len(members) > 1 else name
 
 
 def _clock(minutes: float) -> Callable[[], bool]:
@@ -351,52 +350,12 @@ def record_failure(
     if not isinstance(error, UserError) and jax.process_index() == 0:
         text = "".join(traceback.format_exception(error))
         write_text(epath.Path(folder) / "traceback.txt", text)
-    row = make_row(config, status="failed", error=_reason(error), seconds=seconds)
+    row = make_row(config, status="failed", error=reason(error), seconds=seconds)
     write_result(folder, row)
     return row
 
 
-def _reason(error: Exception) -> str:
-    """The message of an error, in one line."""
-    reason = " ".join(str(error).split())
-    return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
-
-
-def dry_run(
-    trials: Sequence[ConfigDict], workdir: epath.PathLike, estimate: Estimate
-) -> "pd.DataFrame":
-    """Returns the estimated cost of a sweep: a line for each trial, and the total.
-
-    "state" is "done", "to run", or "fails: ..." if the estimate raises an error. `estimate` returns
-    "trainable", "flops", "memory_bytes" and "seconds" of a config.
-    """
-    import pandas as pd  # slow to import
-
-    rows: dict[int, dict[str, Any]] = {}
-    flops = seconds = 0.0
-    folders = trial_folders(workdir, trials)
-    for index in sorted(range(len(trials)), key=lambda n: weights_key(trials[n])):
-        config = trials[index]
-        row = rows[index] = {
-            "trial": trial_name(config),
-            "id": trial_id(config),
-            "state": "done" if is_done(folders[index]) else "to run",
-            "steps": config.train.steps if method_settings(config).trains else 0,
-        }
-        try:
-            cost = estimate(config)
-        except Exception as error:
-            row["state"] = f"fails: {_reason(error)}"
-            continue
-        if row["state"] == "to run":
-            flops, seconds = flops + cost["flops"], seconds + cost["seconds"]
-        row |= {
-            "trainable": int(cost["trainable"]),
-            "FLOPs": f"{cost['flops']:.3g}",
-            "memory": f"{cost['memory_bytes'] / 2**30:.2f} GiB",
-            "time": duration(cost["seconds"]),
-        }
-    left = sum(row["state"] == "to run" for row in rows.values())
-    total = {"trial": f"{left} to run", "FLOPs": f"{flops:.3g}", "time": duration(seconds)}
-    ordered = [rows[index] for index in range(len(trials))]
-    return pd.DataFrame([*ordered, total], dtype=object).fillna("")
+def reason(error: Exception) -> str:
+    """Returns the message of an error in one line, with its type if it is not the user's."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
