@@ -234,12 +234,17 @@ def run_sweep(
                 progress.finished(outcome(row), ended, len(trials), left)
             else:
                 not_done.append(row)
-    failed = [row for row in not_done if row["status"] == "failed"]
-    if taken := len(not_done) - len(failed):
-        progress.say(f"{taken} of {len(trials)} trials are run by other processes")
     if late() and forecast.todo:
         left_over = f"{len(forecast.todo)} of {len(trials)} trials are not started"
         progress.say(f"{minutes:g} minutes are over: {left_over}; the same command goes on")
+    return _failures(not_done, progress)
+
+
+def _failures(rows: Sequence[Row], progress: Progress) -> list[Row]:
+    """The rows of failed trials among those that are not done; the others are taken."""
+    failed = [row for row in rows if row["status"] == "failed"]
+    if taken := len(rows) - len(failed):
+        progress.say(f"trials that other processes run: {taken}")
     return failed
 
 
