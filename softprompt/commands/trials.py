@@ -109,8 +109,9 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
         session = Session(progress)
         if arguments.dry_run:
             from softprompt.analysis.tables import to_markdown
+            from softprompt.trials.dry_run import dry_run
 
-            costs = sweeps.dry_run(trials, arguments.workdir, lambda c: estimate(c, session))
+            costs = dry_run(trials, arguments.workdir, lambda c: estimate(c, session))
             print(to_markdown(costs), end="")
             return int(any(str(state).startswith("fails") for state in costs["state"]))
         if jax.process_index() == 0:

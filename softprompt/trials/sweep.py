@@ -5,18 +5,16 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from etils import epath
 
 from softprompt.config import (
     ConfigDict,
-    method_settings,
     trial_id,
     trial_name,
-    weights_key,
 )
-from softprompt.console import Progress, duration
+from softprompt.console import Progress
 from softprompt.distributed import agreed
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_text
@@ -26,8 +24,6 @@ from softprompt.trials.lock import Locked
 from softprompt.trials.starts import source, stages
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from softprompt.trials.session import Session
 
 RunTrial = Callable[[ConfigDict, epath.Path], Row]
@@ -235,52 +231,12 @@ def record_failure(
     if not isinstance(error, UserError) and jax.process_index() == 0:
         text = "".join(traceback.format_exception(error))
         write_text(epath.Path(folder) / "traceback.txt", text)
-    row = make_row(config, status="failed", error=_reason(error), seconds=seconds)
+    row = make_row(config, status="failed", error=reason(error), seconds=seconds)
     write_result(folder, row)
     return row
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The message of an error, in one line."""
-    reason = " ".join(str(error).split())
-    return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
-
-
-def dry_run(
-    trials: Sequence[ConfigDict], workdir: epath.PathLike, estimate: Estimate
-) -> "pd.DataFrame":
-    """Returns the estimated cost of a sweep: a line for each trial, and the total.
-
-    "state" is "done", "to run", or "fails: ..." if the estimate raises an error. `estimate` returns
-    "trainable", "flops", "memory_bytes" and "seconds" of a config.
-    """
-    import pandas as pd  # slow to import
-
-    rows: dict[int, dict[str, Any]] = {}
-    flops = seconds = 0.0
-    folders = trial_folders(workdir, trials)
-    for index in sorted(range(len(trials)), key=lambda n: weights_key(trials[n])):
-        config = trials[index]
-        row = rows[index] = {
-            "trial": trial_name(config),
-            "id": trial_id(config),
-            "state": "done" if is_done(folders[index]) else "to run",
-            "steps": config.train.steps if method_settings(config).trains else 0,
-        }
-        try:
-            cost = estimate(config)
-        except Exception as error:
-            row["state"] = f"fails: {_reason(error)}"
-            continue
-        if row["state"] == "to run":
-            flops, seconds = flops + cost["flops"], seconds + cost["seconds"]
-        row |= {
-            "trainable": int(cost["trainable"]),
-            "FLOPs": f"{cost['flops']:.3g}",
-            "memory": f"{cost['memory_bytes'] / 2**30:.2f} GiB",
-            "time": duration(cost["seconds"]),
-        }
-    left = sum(row["state"] == "to run" for row in rows.values())
-    total = {"trial": f"{left} to run", "FLOPs": f"{flops:.3g}", "time": duration(seconds)}
-    ordered = [rows[index] for index in range(len(trials))]
-    return pd.DataFrame([*ordered, total], dtype=object).fillna("")
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

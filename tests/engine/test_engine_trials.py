@@ -138,7 +138,7 @@ def test_a_bucket_with_two_workers_of_which_one_is_killed(tmp_path, keys, monkey
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         sweep = ["sweep", "some.py", "--subset", "12", *keys, "--workdir", workdir]
         subprocess.run(
-            command(*sweep, "--engine", "store"), env=variables(), check=True, timeout=120
+            command(*sweep, "--engine", "store"), env=variables(), check=True, timeout=400
         )
         planned, began = len(proxy.seen), time.monotonic()
         workers = [
@@ -151,7 +151,7 @@ def test_a_bucket_with_two_workers_of_which_one_is_killed(tmp_path, keys, monkey
             time.sleep(1)
             mine += 1
         workers[0].kill()
-        assert [worker.wait(400) for worker in workers] == [-9, 0]
+        assert [worker.wait(600) for worker in workers] == [-9, 0]
         minutes = 2 * (time.monotonic() - began) / 60
         requests = len(proxy.seen) - planned - mine - 1
         print(

@@ -9,6 +9,7 @@ from softprompt.config import trial_id, trial_name
 from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.trials import shards, sweep
+from softprompt.trials.dry_run import dry_run
 from softprompt.trials.experiment import load_experiment, make_trials
 from softprompt.trials.outputs import write_outputs
 from tests.trials.rows import Runner, config, done_row, experiment_rows, run
@@ -228,7 +229,7 @@ def test_dry_run_says_what_each_trial_costs(tmp_path):
     trials = [config(1), config(5), config(20, name="none")]
     results.write_result(sweep.trial_folder(tmp_path, trials[0]), done_row(trials[0]))
     cost = {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 90.0}
-    table = sweep.dry_run(trials, tmp_path, lambda made: cost)
+    table = dry_run(trials, tmp_path, lambda made: cost)
     assert list(table["state"]) == ["done", "to run", "to run", ""]
     assert list(map(str, table["steps"])) == ["100", "100", "0", ""]
     assert list(table["time"])[:2] == ["1 min 30 s"] * 2
@@ -249,7 +250,7 @@ def test_a_dry_run_says_which_trials_would_fail(tmp_path):
             raise UserError("no data")
         return {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 90.0}
 
-    table = sweep.dry_run(trials, tmp_path, estimate)
+    table = dry_run(trials, tmp_path, estimate)
     assert list(table["state"]) == ["to run", "to run", "fails: no data", ""]
     assert list(table["steps"])[:3] == [100] * 3
     assert (table["trial"].iloc[-1], table["time"].iloc[-1]) == ("2 to run", "3 min 0 s")
