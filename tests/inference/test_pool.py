@@ -1,10 +1,13 @@
 """A pool's rows: the same tokens as alone, whatever joins and leaves beside them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.serving_tasks import reference_logprobs
 from softprompt.inference.decode import generate
 from softprompt.inference.pool import Draw, Joining, Pool
 from softprompt.inference.pool_programs import Grid, Lane, pad_context
@@ -83,10 +86,17 @@ def test_rows_of_a_pool_equal_rows_alone(x64, name, grid):
     model, weights = family_decoder(name)
     contexts, lanes = lanes_of(model, weights)
     tasks = [0] * 8 if grid.lanes == 1 else [0, 1, 2, 0, 0, 1, 2, 1]
-    pool = Pool(model, weights, lanes[0], grid)
+    pool, plain = (
+        Pool(model, weights, lanes[0], grid),
+        SimpleNamespace(model=model, weights=weights),
+    )
     made = run(pool, tasks, lanes)
     for n, task in enumerate(tasks):
-        assert [token for token, _ in made[n]] == alone(model, weights, contexts[task], n), n
+        ids, logprobs = zip(*made[n], strict=True)
+        assert list(ids) == alone(model, weights, contexts[task], n), n
+        shared = {}, contexts[task]
+        found = reference_logprobs(plain, shared, INPUTS[n].tolist(), ids, room=40)
+        np.testing.assert_allclose(logprobs, found, atol=1e-9)
 
 
 def test_other_neighbours_change_no_bit():
