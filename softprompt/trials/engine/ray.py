@@ -11,6 +11,7 @@ TPU nodes in ray._private.accelerators.tpu of Ray 2.60.
 import hashlib
 import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -242,16 +243,21 @@ def run(
 
 
 def _connect(address: str) -> None:
-    """Connects to a cluster; to one at an address at which nothing listens Ray tries for minutes.
+    """Connects to a cluster, and keeps this process's handlers of signals, which Ray replaces.
+
+    To an address at which nothing listens Ray would try for minutes.
 
     Raises:
         UserError: there is none.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     host, _, port = address.rpartition(":")
+    handlers = {number: signal.getsignal(number) for number in interrupts.CODES}
     try:
         if port.isdecimal():
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, namespace=NAMESPACE)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"--address {address}: no Ray cluster ({one_line(error)})") from error
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

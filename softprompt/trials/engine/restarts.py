@@ -38,7 +38,8 @@ def keep_running(command: Sequence[str], stopping: threading.Event) -> int:
 def _run(command: Sequence[str], stopping: threading.Event) -> int:
     """Runs a command once; returns its exit code, or minus the signal that ended it."""
     tied = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
-    process = subprocess.Popen([*tied, *command], stdin=subprocess.DEVNULL)
+    # In a session of its own: Ray kills the process group of an actor that dies.
+    process = subprocess.Popen([*tied, *command], stdin=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None and not stopping.wait(0.2):
         pass
     if process.poll() is None:
