@@ -90,20 +90,36 @@ def alone(loaded: Loaded, folder: Path | None) -> Shared:
 
 
 def reference_logprobs(
-    loaded: Loaded, shared: Shared, tokens: Sequence[int], output: Sequence[int], *, room: int
+    loaded: Loaded,
+    shared: Shared,
+    tokens: Sequence[int],
+    output: Sequence[int],
+    *,
+    room: int,
+    which: int | None = None,
 ) -> list[float]:
-    """Log-probabilities of an output after an input, from one pass without a cache."""
+    """Log-probabilities of an output after an input, from one pass without a cache.
+
+    Args:
+        loaded: the model.
+        shared: of the task, from `alone`.
+        tokens: the input.
+        output: what follows it.
+        room: the length that both are padded to.
+        which: the number of the prompt, if the task has several.
+    """
     ids_T = np.zeros(room, np.int32)
     ids_T[: len(tokens) + len(output)] = [*tokens, *output]
-    logprobs_TV = _whole(loaded.model, loaded.weights, shared, ids_T)
+    which_T = None if which is None else np.full(room, which)
+    logprobs_TV = _whole(loaded.model, loaded.weights, shared, ids_T, which_T)
     return [float(logprobs_TV[len(tokens) - 1 + n, token]) for n, token in enumerate(output)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _whole(model: Any, weights: Any, shared: Shared, ids_T: jax.Array) -> jax.Array:
+def _whole(model: Any, weights: Any, shared: Shared, ids_T: jax.Array, which_T: Any) -> jax.Array:
     variables, context = shared
     apply = functools.partial(model.apply, collections(weights, variables))
-    row = Rows(ids_T, jnp.ones_like(ids_T), jnp.arange(len(ids_T)))
+    row = Rows(ids_T, jnp.ones_like(ids_T), jnp.arange(len(ids_T)), which=which_T)
     logits_TV: Any = apply(apply(context, row, method="hidden"), method="logits")
     return jax.nn.log_softmax(logits_TV)
 

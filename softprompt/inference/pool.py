@@ -15,7 +15,6 @@ from softprompt.inference.pool_programs import (
     Inputs,
     Lane,
     RowState,
-    clear_row,
     lane_axes,
     prefill,
     set_lane,
@@ -146,11 +145,8 @@ class Pool:
         self._column = (self._column + 1) % self.grid.columns
         return made
 
-    def leave(self, slot: Slot, *, clear: bool = False) -> None:
-        """Removes a row; `clear` is needed if its keys and values may not be finite."""
-        if clear:
-            caches = self._inputs, self._ring
-            self._inputs, self._ring = self._programs["clear"](caches, *map(np.int32, slot))
+    def leave(self, slot: Slot) -> None:
+        """Removes a row."""
         self.free.add(slot)
         self._draws["temperature"][slot] = 0  # an empty slot needs no noise
         self._alternatives[slot] = False
@@ -163,8 +159,6 @@ class Pool:
         lanes, inputs, ring = self._shapes
         write = jax.jit(functools.partial(set_lane, axes), donate_argnums=0)
         yield "lane", write.lower(lanes, number, jax.tree.map(abstract, like))
-        clear = jax.jit(clear_row, donate_argnums=0)
-        yield "clear", clear.lower((inputs, ring), number, number)
         run = jax.jit(functools.partial(step, model, axes), donate_argnums=3)
         how = _sampling(self._draws, self._rows.counts)
         yield "step", run.lower(self._weights, lanes, inputs, ring, number, self._rows, how, flag)

@@ -10,6 +10,9 @@ rows write the same column in a step, because a write of another column for each
 scatter. The columns are a ring: a row that has run n tokens sees the n newest. Rows may therefore
 join and leave between any two steps. The caches are donated and never copied.
 
+The caches hold finite values only. What a row leaves in its slot is masked for the next one, but the
+weight 0 times an overflowing task's infinity is not 0.
+
 Nothing that a row computes depends on the content of other rows. Its rounding depends on the pool,
 on its slot and on the column of its first token only.
 """
@@ -166,7 +169,7 @@ def prefill(
         for n in range(len(logits_BV)):
             zero = jnp.zeros_like(inputs.lanes[n])
             start = (zero, inputs.lanes[n], inputs.rows[n], zero, zero, zero)
-            row = new_LBTGK[:, n, None, None]
+            row = jnp.nan_to_num(new_LBTGK[:, n, None, None])
             cache = jax.lax.dynamic_update_slice(cache, row, start)
         return cache
 
@@ -234,24 +237,13 @@ def step(
         return jax.vmap(one, (1, 1, 0), (0, 1))(inputs, ring, rows)
 
     logits_ABV, new = jax.vmap(in_lane, (axes, 1, 1, 0), (0, 1))(lanes, inputs, ring, rows)
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column, axis=3)
+
+    def write(cache: jax.Array, column_LAB1GK: jax.Array) -> jax.Array:
+        finite = jnp.nan_to_num(column_LAB1GK)
+        return jax.lax.dynamic_update_slice_in_dim(cache, finite, column, axis=3)
+
     flat: RowSampling = jax.tree.map(jnp.ravel, how)
     choice = choose(logits_ABV.reshape(-1, logits_ABV.shape[-1]), flat, alternatives)
     shape = logits_ABV.shape[:2]
     shaped = Choice(*(field.reshape(*shape, *field.shape[1:]) for field in choice))
     return shaped, (write(ring[0], new[0]), write(ring[1], new[1]))
-
-
-def clear_row(caches: tuple[KeysValues, ...], lane: Any, row: Any) -> tuple[KeysValues, ...]:
-    """The caches [L, A, B, S or N, G, K] of inputs and of generated tokens, zero in one row.
-
-    A masked position has the weight 0, which only a finite value makes 0.
-    """
-    zero = jnp.zeros_like(lane)
-
-    def cleared(cache: jax.Array) -> jax.Array:
-        zeros = jnp.zeros_like(cache[:, :1, :1])
-        return jax.lax.dynamic_update_slice(cache, zeros, (zero, lane, row, zero, zero, zero))
-
-    made: tuple[KeysValues, ...] = jax.tree.map(cleared, caches)
-    return made

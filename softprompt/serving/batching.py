@@ -119,7 +119,7 @@ class Batcher:
     def finish(self, ticket: Ticket, reason: str, error: str = "") -> None:
         """Frees a request's row, and reports its end."""
         if ticket.place is not None:
-            ticket.place.pool.leave(ticket.place.slot, clear=reason == "error")
+            ticket.place.pool.leave(ticket.place.slot)
             ticket.place = None
             self.running = [one for one in self.running if one is not ticket]
         self.counts["requests"] += 1

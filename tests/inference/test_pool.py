@@ -123,3 +123,23 @@ def test_an_empty_context_is_a_pool_too(x64):
     lane = Lane(pad_context(empty, 0), {})
     made = run(Pool(model, weights, lane, Grid(2, 1, 32, 12)), [0] * 8, [lane])
     assert [token for token, _ in made[3]] == alone(model, weights, empty, 3)
+
+
+def test_what_a_row_leaves_behind_is_finite(x64):
+    """Mutation: keys and values are cached as they are; 0 times infinity reaches the next row."""
+    model, weights = family_decoder("gpt2")
+    contexts, lanes = lanes_of(model, weights)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan if leaf.ndim else leaf, lanes[0])
+    pool = Pool(model, weights, lanes[0], Grid(2, 1, 32, 12))
+    pool.set_lane(0, lanes[0])
+    pool.set_lane(1, broken)
+    pool.join([Joining((0, 0), INPUTS[0])])
+    assert np.isnan(pool.join([Joining((1, 0), INPUTS[1])])[0].logprobs)
+    for _ in range(5):
+        pool.step()
+    pool.leave((1, 0))
+    pool.set_lane(1, lanes[1])
+    made = [int(pool.join([Joining((1, 0), INPUTS[3])])[0].ids)]
+    made += [int(pool.step().ids[1, 0]) for _ in range(NEW[3] - 1)]
+    shared, options = ({}, contexts[1]), {"max_new": NEW[3], "eos_id": None}
+    assert made == generate(model, weights, shared, [INPUTS[3]], **options)[0]

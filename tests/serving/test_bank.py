@@ -80,13 +80,14 @@ def test_full_fine_tuning_is_refused(tiny_loaded, tmp_path):
 def test_the_cache_keeps_the_last_used(tiny_loaded, task_root):
     """Mutation: the oldest is kept; lanes are looked up by name, not by content."""
     bank = Bank(tiny_loaded)
-    (short,), (long,) = (bank.read(name, task_root / name) for name in ("short", "long"))
-    kept = bank.lane(short)
+    kept = bank.lane(bank.read("short", task_root / "short")[0])
     assert bank.lane(bank.read("other name", task_root / "short")[0]) is kept
-    small = Bank(tiny_loaded, limit=lane_bytes(kept) + 10)
-    (short,), (long,) = (small.read(name, task_root / name) for name in ("short", "long"))
-    last = small.lane(long)
-    assert small.bytes == lane_bytes(last)
-    assert small.lane(long) is last
-    jax.tree.map(np.testing.assert_array_equal, small.lane(short), kept)
-    assert small.lane(long) is not last
+    small = Bank(tiny_loaded, limit=3 * lane_bytes(kept) - 1)
+    tasks = [small.read(name, task_root / name)[0] for name in ("short", "long")]
+    first, second = map(small.lane, tasks)
+    assert small.lane(tasks[0]) is first  # now the second is the least recently used
+    small.read("prefix", task_root / "prefix")
+    assert small.bytes == 2 * lane_bytes(kept)
+    assert small.lane(tasks[0]) is first
+    assert small.lane(tasks[1]) is not second
+    jax.tree.map(np.testing.assert_array_equal, small.lane(tasks[1]), second)
