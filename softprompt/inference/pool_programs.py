@@ -10,8 +10,8 @@ rows write the same column in a step, because a write of another column for each
 scatter. The columns are a ring: a row that has run n tokens sees the n newest. Rows may therefore
 join and leave between any two steps. The caches are donated and never copied.
 
-The caches hold finite values only. What a row leaves in its slot is masked for the next one, but the
-weight 0 times an overflowing task's infinity is not 0.
+The caches hold finite values only. What a row leaves in its slot is masked for the next one, but
+the weight 0 times an overflowing task's infinity is not 0.
 
 Nothing that a row computes depends on the content of other rows. Its rounding depends on the pool,
 on its slot and on the column of its first token only.
