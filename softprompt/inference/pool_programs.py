@@ -10,8 +10,8 @@ rows write the same column in a step, because a write of another column for each
 scatter. The columns are a ring: a row that has run n tokens sees the n newest. Rows may therefore
 join and leave between any two steps. The caches are donated and never copied.
 
-The caches hold finite values only. What a row leaves in its slot is masked for the next one, but the
-weight 0 times an overflowing task's infinity is not 0.
+The caches hold finite values only. What a row leaves in its slot is masked for the next one, but
+the weight 0 times an overflowing task's infinity is not 0.
 
 Nothing that a row computes depends on the content of other rows. Its rounding depends on the pool,
 on its slot and on the column of its first token only.
@@ -231,10 +231,10 @@ def step(
             cached = Cached(*ring, position - 1 - age_N, age_N < row.counts)
             new = row.ids[None], position[None]
             x_1D, kv = apply(lane.context, memory, cached, *new, method="extend")
-            logits_1V: Any = apply(x_1D, method="logits")
-            return logits_1V[0], kv
+            return x_1D[0], kv
 
-        return jax.vmap(one, (1, 1, 0), (0, 1))(inputs, ring, rows)
+        x_BD, kv = jax.vmap(one, (1, 1, 0), (0, 1))(inputs, ring, rows)
+        return apply(x_BD, method="logits"), kv
 
     logits_ABV, new = jax.vmap(in_lane, (axes, 1, 1, 0), (0, 1))(lanes, inputs, ring, rows)
 

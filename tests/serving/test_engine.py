@@ -67,6 +67,7 @@ def test_one_task_moves_to_a_pool_of_its_own(engine, tiny_loaded, task_root):
     many = [Asked(engine, request) for _ in range(5)]
     ids = [one.wait().ids for one in many]
     assert ids == [wanted(tiny_loaded, task_root / "short", request)] * 5
+    assert pools[0]._lanes is not None  # allocated when it was first used
 
 
 def test_echo_and_scores(engine, tiny_loaded, task_root):
