@@ -131,7 +131,8 @@ def equal(said: argparse.Namespace, folder: Path) -> None:
     ]
     made = Answers(engine, requests, pause=0.05).wait()
     engine.close()
-    same, apart, eos_id = 0, 0.0, loaded.tokenizer.eos_id
+    same, eos_id = 0, loaded.tokenizer.eos_id
+    apart: dict[str, list[float]] = {}
     for n, (request, tokens) in enumerate(zip(requests, made, strict=True)):
         shared = alone(loaded, folder / request.task if request.task else None)
         ids = [token.id for token in tokens]
@@ -142,9 +143,12 @@ def equal(said: argparse.Namespace, folder: Path) -> None:
             print(f"request {n}, task {request.task!r}: {ids} is not {wanted}", flush=True)
         found = reference_logprobs(loaded, shared, request.tokens, ids, room=64)
         differences = [abs(a - b.logprob) for a, b in zip(found, tokens, strict=True)]
-        apart = max([apart, *differences])
+        apart.setdefault(request.task or "base", []).extend(differences)
     say("equal: greedy tokens", f"{same} of {len(requests)} requests", "all")
-    say("equal: log-probabilities", f"largest difference {apart:.1e}", "1e-4")
+    for name, differences in sorted(apart.items()):
+        over = sum(one > 1e-4 for one in differences)
+        shown = f"largest {max(differences):.1e}, {over} of {len(differences)} above"
+        say(f"equal: log-probabilities, {name}", shown, "1e-4")
 
 
 def bits(said: argparse.Namespace, folder: Path) -> None:
