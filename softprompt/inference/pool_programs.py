@@ -231,10 +231,10 @@ def step(
             cached = Cached(*ring, position - 1 - age_N, age_N < row.counts)
             new = row.ids[None], position[None]
             x_1D, kv = apply(lane.context, memory, cached, *new, method="extend")
-            logits_1V: Any = apply(x_1D, method="logits")
-            return logits_1V[0], kv
+            return x_1D[0], kv
 
-        return jax.vmap(one, (1, 1, 0), (0, 1))(inputs, ring, rows)
+        x_BD, kv = jax.vmap(one, (1, 1, 0), (0, 1))(inputs, ring, rows)
+        return apply(x_BD, method="logits"), kv
 
     logits_ABV, new = jax.vmap(in_lane, (axes, 1, 1, 0), (0, 1))(lanes, inputs, ring, rows)
 

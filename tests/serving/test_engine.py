@@ -67,6 +67,7 @@ def test_one_task_moves_to_a_pool_of_its_own(engine, tiny_loaded, task_root):
     many = [Asked(engine, request) for _ in range(5)]
     ids = [one.wait().ids for one in many]
     assert ids == [wanted(tiny_loaded, task_root / "short", request)] * 5
+    assert pools[0]._lanes is not None  # allocated when it was first used
 
 
 def test_echo_and_scores(engine, tiny_loaded, task_root):
@@ -102,13 +103,18 @@ def test_rows_finish_on_the_old_version(engine, tiny_loaded, task_root, tmp_path
     """Mutation: a name is looked up when a row joins; a failed load drops the old version."""
     old, new = task_root / "short", tmp_path / "new"
     make_task(new, tiny_loaded, seed=77, **METHODS["short"])
-    request = Request("changing", inputs(1)[0], 9)
+
+    def versions(request):
+        return [wanted(tiny_loaded, folder, request) for folder in (old, new)]
+
+    several = (Request("changing", tokens, 9) for tokens in inputs(50))
+    request = next(one for one in several if len({*map(tuple, versions(one))}) == 2)
     engine.load("changing", old)
     before = [Asked(engine, request) for _ in range(6)]
     engine.load("changing", new)
     after = Asked(engine, request)
-    assert [one.wait().ids for one in before] == [wanted(tiny_loaded, old, request)] * 6
-    assert after.wait().ids == wanted(tiny_loaded, new, request)
+    ids = [[*one.wait().ids] for one in (*before, after)]
+    assert ids == [versions(request)[0]] * 6 + [versions(request)[1]]
     with pytest.raises(UserError, match="not a trial's folder"):
         engine.load("changing", tmp_path / "none")
     assert Asked(engine, request).wait().ids == after.ids
