@@ -109,6 +109,7 @@ def test_a_child_dies_with_its_worker(tmp_path):
     child = child_of(worker)
     worker.kill()
     worker.wait()
+    worker.stdout.close()
     _, alive = psutil.wait_procs([child], timeout=5)
     for process in alive:
         process.kill()
