@@ -343,7 +343,8 @@ def unlike(said: argparse.Namespace, folder: Path) -> None:
     new = np.minimum(random.geometric(1 / 34, count), 128)  # the cap brings the mean to 32
     inputs = random_inputs(loaded.config.vocab, count, 32)
     context = alone(loaded, path)
-    engine = Engine(loaded, sizes=Sizes(rows, 32, 128, scores=False), queue=10**6)
+    sizes = Sizes(rows, 32, 128, lanes=1, together=4, scores=False)
+    engine = Engine(loaded, sizes=sizes, queue=10**6)
     engine.load("unlike", path)
     requests = [Request("unlike", tokens, int(n)) for tokens, n in zip(inputs, new, strict=True)]
 

@@ -70,7 +70,8 @@ def _sizes(arguments: argparse.Namespace, lines: "Sequence[Line]", loaded: "Load
     encode = loaded.tokenizer.encode
     longest = 1 + max(len(encode(line.record["input"])) for line in lines)  # BOS
     new = max(line.record.get("max_new", arguments.max_new) for line in lines)
-    return Sizes(rows, longest, max(new, 1), lanes=lanes, scores=False)
+    together = max(1, rows // 4)
+    return Sizes(rows, longest, max(new, 1), lanes=lanes, together=together, scores=False)
 
 
 COMMANDS = {

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from softprompt.inference.pool import Draw, Joining, padded
 from softprompt.inference.pool_programs import Choice
@@ -81,6 +81,7 @@ class Batcher:
         """Runs the inputs of requests, oldest first, within the budget; returns the others."""
         budget, left, batches = PREFILL, list[Ticket](), dict[object, list[Ticket]]()
         demand = Counter(ticket.task.info.digest for ticket in waiting)
+        taking = {id(kind): kind.open_pools(len(waiting)) for kind in self._kinds.values()}
         for ticket in waiting:
             size = padded(len(ticket.request.tokens))
             if ticket.cancelled:
@@ -90,7 +91,7 @@ class Batcher:
                 self.finish(ticket, "length")
             elif size > budget and budget < PREFILL:
                 left.append(ticket)
-            elif place := self._place(ticket, demand[ticket.task.info.digest]):
+            elif place := self._place(ticket, demand, taking):
                 ticket.place, budget = place, budget - size
                 batches.setdefault((id(place.pool), size), []).append(ticket)
             else:
@@ -125,9 +126,12 @@ class Batcher:
         self.counts["requests"] += 1
         ticket.emit(Finish(reason, len(ticket.request.tokens), ticket.made, error))
 
-    def _place(self, ticket: Ticket, demand: int) -> Place | None:
-        digest, lane = ticket.task.info.digest, lambda: self._bank.lane(ticket.task)
-        return self.pools(ticket.task).place(digest, demand, lane)
+    def _place(
+        self, ticket: Ticket, demand: Counter[str], taking: Mapping[int, set[int]]
+    ) -> Place | None:
+        digest, kind = ticket.task.info.digest, self.pools(ticket.task)
+        lane = lambda: self._bank.lane(ticket.task)  # noqa: E731
+        return kind.place(digest, demand[digest], lane, taking.get(id(kind), set()))
 
     def _prefill(self, batch: Sequence[Ticket]) -> None:
         """Runs the inputs of requests in one program."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,8 @@ class Sizes:
         new: the most tokens of an output.
         lanes: None: pools of `rows` x 1 for mixed tasks, and of 1 x `rows` for a task that fills
             half of it. A number: one pool, of so many lanes.
-        together: see `Grid`.
+        together: inputs in one prefill (see `Grid`). A pool with rows waits until it has so many
+            free slots: more tokens a second, and a later first token.
         scores: also compile the programs that score texts.
     """
 
@@ -69,15 +70,28 @@ class KindPools:
         self.scores = TextScores(model, weights, like, most) if sizes.scores else None
         self._held: dict[tuple[int, int], str] = {}  # pool's index and lane -> the task's digest
 
-    def place(self, digest: str, demand: int, lane: Callable[[], Lane]) -> Place | None:
+    def open_pools(self, waiting: int) -> set[int]:
+        """Indices of pools that take rows now, where so many requests wait; see `Sizes`."""
+        return {
+            index
+            for index, pool in enumerate(self.pools)
+            if not pool.running or len(pool.free) >= min(pool.grid.together, waiting)
+        }
+
+    def place(
+        self, digest: str, demand: int, lane: Callable[[], Lane], open_: Collection[int]
+    ) -> Place | None:
         """Reserves a slot for a row of a task; None if there is none now.
 
         Args:
             digest: of the task.
             demand: its requests that wait, this one included.
             lane: the task's; it is written into a lane that does not hold it yet.
+            open_: indices of the pools that take rows.
         """
         for index, pool in enumerate(self.pools):
+            if index not in open_:
+                continue
             if len(self.pools) > 1 and pool.grid.lanes == 1 and not pool.running:
                 if 2 * demand < pool.size:
                     continue  # too few for a pool of their own
