@@ -132,7 +132,7 @@ def results(workdir: Path) -> dict[str, tuple]:
     return found
 
 
-@pytest.mark.long
+@pytest.mark.cluster
 def test_a_sweep_whose_parts_are_killed_equals_an_undisturbed_one(cluster, run, tmp_path):
     """24 trials on three slices, of which one always fails, end with the bits of a local sweep.
 

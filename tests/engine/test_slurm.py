@@ -61,7 +61,7 @@ def starts(folder: Path) -> list[int]:
     return [int(line.split()[-1]) for line in lines if line.startswith("start")]
 
 
-@pytest.mark.long
+@pytest.mark.cluster
 @pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing())
 def test_preempted_jobs_and_those_at_their_time_limit_go_on(tmp_path, monkeypatch):
     """A worker that is preempted, one near its time limit and one that is killed end their work.

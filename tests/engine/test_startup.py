@@ -74,7 +74,7 @@ def running(script: Path, home: Path) -> Iterator[subprocess.Popen]:
             process.wait()
 
 
-@pytest.mark.long
+@pytest.mark.cluster
 def test_python_a_worker_and_its_return_after_kill_9(script, tmp_path):
     """Breaks when the script does not install into an empty home, does not start the worker again
     after kill -9, does not pass SIGTERM on, starts it again after exit code 0, or installs anew
