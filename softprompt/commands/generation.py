@@ -23,11 +23,13 @@ def generate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     import json
     from pathlib import Path
 
-    from softprompt.serving.files import finished_lines, read_lines, task_folder
+    from softprompt.serving.files import finished_lines, read_lines
+    from softprompt.serving.folders import task_folder
 
     lines, output = read_lines(Path(arguments.input)), Path(arguments.to)
     done = finished_lines(output, lines)
-    names = sorted({str(line.record.get("task", "")) for line in lines} - {""})
+    tasks = {str(line.record.get("task", "")) for line in lines} - {""}
+    names = sorted({task.partition(":")[0] for task in tasks})  # NAME:TASK is of a trial's several
     folders = {name: task_folder(Path(arguments.root), name) for name in names}
     if done == len(lines):
         return 0

@@ -26,8 +26,8 @@ def serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError(f"serve needs {', '.join(missing)}; install the extra serve")
     from softprompt.console import Progress
     from softprompt.pretrained.chat import read_chat_template
+    from softprompt.serving.folders import find_tasks, task_folder
     from softprompt.serving.http.app import make_app
-    from softprompt.serving.http.names import find_tasks, task_folder
     from softprompt.serving.http.server import listen, make_server
 
     settings = read_settings(arguments)
@@ -63,7 +63,8 @@ def read_settings(arguments: argparse.Namespace) -> "Settings":
     """
     from pathlib import Path
 
-    from softprompt.serving.http.names import check_aliases, find_tasks, parse_alias
+    from softprompt.serving.folders import find_tasks
+    from softprompt.serving.http.aliases import check_aliases, parse_alias
     from softprompt.serving.http.server import read_key
     from softprompt.serving.http.settings import Settings
 

@@ -98,7 +98,7 @@ class Bank:
     @property
     def bytes(self) -> int:
         """Bytes of the lanes that are kept."""
-        return sum(map(lane_bytes, self._lanes.values()))
+        return sum(map(lane_bytes, list(self._lanes.values())))  # the engine's thread may add one
 
     def lane(self, task: Task) -> Lane:
         """The lane of a task, from the cache or computed."""

@@ -65,10 +65,11 @@ class Batcher:
         """The pools of a task's kind, compiled for the first task of it."""
         bank, lane = self._bank, self._bank.lane(task)
         kind = kind_of(lane)
-        with self._lock:
-            if kind not in self._kinds:
-                made = KindPools(bank.model, bank.loaded.weights, lane, self._sizes)
-                self._kinds = {**self._kinds, kind: made}  # another thread may go through the old
+        if kind not in self._kinds:  # rows of other kinds do not wait for the compiler
+            with self._lock:
+                if kind not in self._kinds:
+                    made = KindPools(bank.model, bank.loaded.weights, lane, self._sizes)
+                    self._kinds = {**self._kinds, kind: made}  # another thread may read the old
         return self._kinds[kind]
 
     def scored(self, task: Task, ids: Sequence[int]) -> Choice:

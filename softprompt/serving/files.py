@@ -39,10 +39,11 @@ def read_lines(file: Path) -> list[Line]:
         UserError: a line is not such an object; names its number and the field.
     """
     try:
-        texts = file.read_text(encoding="utf-8").splitlines()
+        texts = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not readable as UTF-8 ({error})") from error
-    return [_line(file, number, text) for number, text in enumerate(texts, 1)]
+    # Not by `splitlines`: a JSON text may hold other characters that end a line, such as U+2028.
+    return [_line(file, number, text) for number, text in enumerate(texts, 1) if texts != [""]]
 
 
 def _line(file: Path, number: int, text: str) -> Line:
@@ -63,18 +64,6 @@ def _line(file: Path, number: int, text: str) -> Line:
     return Line(number, record)
 
 
-def task_folder(root: Path, name: str) -> Path:
-    """The folder of a task under a root.
-
-    Raises:
-        UserError: it is not under the root, or does not exist.
-    """
-    folder = root / name
-    if not folder.resolve().is_relative_to(root.resolve()) or not folder.is_dir():
-        raise UserError(f"task {name!r}: no such folder under {root}")
-    return folder
-
-
 def finished_lines(file: Path, lines: Sequence[Line]) -> int:
     """The number of complete answers in an output file; an incomplete last one is removed.
 
@@ -87,14 +76,22 @@ def finished_lines(file: Path, lines: Sequence[Line]) -> int:
     complete = content[: content.rfind(b"\n") + 1]
     for number, text in enumerate(complete.splitlines()):
         wanted = lines[number].record if number < len(lines) else None
-        answer = json.loads(text)
-        if wanted is None or {key: answer.get(key) for key in wanted} != wanted:
+        if wanted is None or not _answers(text, wanted):
             raise UserError(
                 f"{file}, line {number + 1}: not the answer to the input's line; give a new file"
             )
     if len(complete) < len(content):
         os.truncate(file, len(complete))
     return complete.count(b"\n")
+
+
+def _answers(text: bytes, record: Mapping[str, Any]) -> bool:
+    """Whether a line of the output is the answer to a line of the input."""
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(answer, dict) and {key: answer.get(key) for key in record} == record
 
 
 def request_of(line: Line, engine: Engine, defaults: Request) -> Request:

@@ -34,6 +34,7 @@ def run_one(link, job, ends):
         (folder / "checkpoints" / f"{step}.tmp").rename(folder / "checkpoints" / str(step))
         with (folder / "metrics.jsonl").open("a") as log:
             log.write(f'{{"step": {step}}}\n')
+        link.send("stage", trial="", text=f"step {step}")
         if config["then"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if interrupts.requested():

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from softprompt.trials.engine.claims import QUEUE, STOP, View
+from softprompt.trials.engine.status import read_status
 from softprompt.trials.engine.store import open_store
 from tests.engine.plans import job, start, write_plan
 
@@ -114,6 +115,21 @@ def test_a_child_dies_with_its_worker(tmp_path):
     for process in alive:
         process.kill()
     assert not alive
+
+
+def test_a_beat_says_what_a_trial_does(tmp_path):
+    """Mutation: the stage of a trial that runs alone, which its child does not name, is lost."""
+    write_plan(tmp_path, [job(1, steps=600, seconds=0.1)])
+    worker = start(tmp_path, tmp_path / "ends")
+
+    def stages():
+        _, _, beats = read_status(open_store(tmp_path))
+        return {name: text for beat in beats for name, text in beat["stages"].items() if text}
+
+    wait_until(stages)
+    assert stages().keys() == {"t1"} and stages()["t1"].startswith("step ")
+    worker.kill()
+    worker.communicate()
 
 
 def test_stop_lets_workers_leave_and_a_lost_claim_ends_the_work(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from softprompt import cli
 from softprompt.errors import UserError
 from softprompt.serving import engine as engine_module
-from softprompt.serving.files import finished_lines, read_lines, task_folder
+from softprompt.serving.files import finished_lines, read_lines
 
 LINES = [
     {"task": "short", "input": "Review: a warm film", "max_new": 7},
@@ -61,14 +61,19 @@ def test_bad_lines(tmp_path, line, message):
         read_lines(file)
 
 
-def test_another_output_file_and_a_folder_elsewhere(tmp_path):
-    """Mutation: answers are counted, not compared; a name may leave the root."""
+def test_a_text_may_hold_characters_that_end_lines(tmp_path):
+    """Mutation: the file is cut by `splitlines`."""
+    (tmp_path / "in.jsonl").write_text('{"input": "a\u2028b"}\n{"input": "c"}\n')
+    assert [line.record["input"] for line in read_lines(tmp_path / "in.jsonl")] == ["a\u2028b", "c"]
+    (tmp_path / "in.jsonl").write_text("")
+    assert read_lines(tmp_path / "in.jsonl") == []
+
+
+def test_another_output_file(tmp_path):
+    """Mutations: answers are counted, not compared; a line that is not JSON is a traceback."""
     file = tmp_path / "in.jsonl"
     file.write_text('{"input": "a"}\n')
-    (tmp_path / "out.jsonl").write_text('{"input": "b", "output": ""}\n')
-    with pytest.raises(UserError, match="line 1: not the answer"):
-        finished_lines(tmp_path / "out.jsonl", read_lines(file))
-    (tmp_path / "root").mkdir()
-    for name in ("..", "none", "/tmp"):
-        with pytest.raises(UserError, match="no such folder under"):
-            task_folder(tmp_path / "root", name)
+    for other in ('{"input": "b", "output": ""}', "a text", "1"):
+        (tmp_path / "out.jsonl").write_text(f"{other}\n")
+        with pytest.raises(UserError, match="line 1: not the answer"):
+            finished_lines(tmp_path / "out.jsonl", read_lines(file))

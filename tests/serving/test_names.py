@@ -6,8 +6,9 @@ import os
 import pytest
 
 from softprompt.errors import UserError
-from softprompt.serving.http.errors import Refusal
-from softprompt.serving.http.names import check_aliases, find_tasks, parse_alias, task_folder
+from softprompt.serving.folders import NoTask, find_tasks, task_folder
+from softprompt.serving.http.aliases import check_aliases, parse_alias
+from softprompt.serving.http.errors import status_of
 from tests.serving.http import ADMIN_KEY, bearer, call, fake_app, post
 
 
@@ -29,7 +30,7 @@ BAD_NAMES = (
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_other_names_are_refused(root, name):
     """Breaks when a name may hold a path: `match` for `fullmatch` in `task_folder`."""
-    with pytest.raises(Refusal, match="allowed"):
+    with pytest.raises(UserError, match="allowed"):
         task_folder(root, name)
 
 
@@ -38,9 +39,9 @@ def test_a_folder_is_found_by_its_name(root):
     assert find_tasks(root) == ["long", "short"]
     assert task_folder(root, "short") == root / "short"
     for name in ("notes", "absent"):
-        with pytest.raises(Refusal, match=name) as raised:
+        with pytest.raises(NoTask, match=name) as raised:
             task_folder(root, name)
-        assert raised.value.status == 404
+        assert status_of(raised.value) == 404
     with pytest.raises(UserError, match="nowhere"):
         find_tasks(root / "nowhere")
     with pytest.raises(UserError, match="delta.safetensors"):
@@ -55,7 +56,7 @@ def test_links_that_leave_the_root_are_refused(root):
     os.symlink(secret, root / "file_link" / "delta.safetensors")
     os.symlink(root / "short", root / "inside")
     for name in ("folder_link", "file_link"):
-        with pytest.raises(Refusal, match="leaves the root"):
+        with pytest.raises(UserError, match="leaves the root"):
             task_folder(root, name)
     assert task_folder(root, "inside") == root / "inside"
 

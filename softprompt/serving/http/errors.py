@@ -6,6 +6,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from softprompt.errors import UserError
+from softprompt.serving.folders import NoTask
 from softprompt.serving.requests import Busy
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -44,7 +45,8 @@ def status_of(error: Exception) -> int:
     """The status that answers an error."""
     if isinstance(error, Refusal):
         return error.status
-    return BUSY if isinstance(error, Busy) else 400 if isinstance(error, UserError) else 500
+    known = {Busy: BUSY, NoTask: 404, UserError: 400}  # the most special first
+    return next((status for kind, status in known.items() if isinstance(error, kind)), 500)
 
 
 def error_body(error: Exception) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from softprompt.serving.http.names import Alias
+from softprompt.serving.http.aliases import Alias
 
 
 @dataclasses.dataclass(frozen=True)

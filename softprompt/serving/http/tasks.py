@@ -6,9 +6,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from softprompt.analysis.outcomes import append_outcome
+from softprompt.serving.folders import task_folder
 from softprompt.serving.http.errors import Json, Refusal
 from softprompt.serving.http.fields import Fields, is_text, parse_body, refusal
-from softprompt.serving.http.names import task_folder
 from softprompt.serving.http.service import Service
 from softprompt.serving.requests import TaskInfo
 

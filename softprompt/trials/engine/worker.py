@@ -248,9 +248,13 @@ class Worker:
         view = self._looked_at = self._heart.look()
         taken = take_next(self._plan, self._claims, view, widths=self._widths, model=self._model)
         if taken and self._child is not None:
-            self._wants, self._model = False, taken[0][0].model
+            self._wants, self._model, self._stages = False, taken[0][0].model, {}
             jobs = [self._holdings.begin(job, claim, view) for job, claim in taken]
             self._child.send("run", jobs=jobs)
+
+    def _stage(self, name: str) -> str:
+        """What a trial does; a child that runs one alone does not name it."""
+        return self._stages.get(name) or self._stages.get("", "")
 
     def _facts(self) -> dict[str, Any]:
         """The content of a beat."""
@@ -261,7 +265,7 @@ class Worker:
             "chip_seconds": self._used,
             "chip_seconds_lost": self._holdings.lost,
             "held": {trial: one.facts() for trial, one in held.items()},
-            "stages": {one.job.name: self._stages.get(one.job.name, "") for one in held.values()},
+            "stages": {one.job.name: self._stage(one.job.name) for one in held.values()},
             "problem": self._problem,
             "left": self._left,
             **self._counts,

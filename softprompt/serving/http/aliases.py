@@ -1,53 +1,15 @@
-"""Names of tasks and of A/B aliases, and the folders that they stand for."""
+"""A/B aliases: names that stand for one of several tasks."""
 
 import bisect
 import dataclasses
 import hashlib
 import itertools
 import math
-import re
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
 
 from softprompt.errors import UserError
-from softprompt.serving.http.errors import Refusal
-
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
-ALLOWED = "1 to 128 letters, digits and . _ + -, the first a letter, a digit or _"
-MARKS = ("delta.safetensors", "adapter_config.json")  # a trial's folder, a PEFT adapter
-
-
-def find_tasks(root: Path) -> list[str]:
-    """The names of the tasks under a root: the folders in it that hold a trial or an adapter.
-
-    Raises:
-        UserError: no such folder, or no task in it.
-    """
-    if not root.is_dir():
-        raise UserError(f"no folder {str(root)!r}; give one whose folders are trials")
-    names = sorted(child.name for child in root.iterdir() if NAME.fullmatch(child.name))
-    found = [name for name in names if any((root / name / mark).is_file() for mark in MARKS)]
-    if not found:
-        raise UserError(f"{root}: no folder in it holds {' or '.join(MARKS)}")
-    return found
-
-
-def task_folder(root: Path, name: str) -> Path:
-    """The folder of a task, by its name alone; neither it nor what it holds may lie elsewhere.
-
-    Raises:
-        Refusal: not a name, no such folder, or a link that leaves the root.
-    """
-    if not NAME.fullmatch(name):
-        raise Refusal(f"the task's name is {name[:128]!r}; allowed: {ALLOWED}")
-    folder, home = root / name, root.resolve()
-    if not any((folder / mark).is_file() for mark in MARKS):
-        raise Refusal(f"task {name!r}: no folder of this name holds {' or '.join(MARKS)}", 404)
-    for path in (folder, *folder.iterdir()):
-        if not path.resolve().is_relative_to(home):
-            raise Refusal(f"task {name!r}: {path.name!r} is a link that leaves the root")
-    return folder
+from softprompt.serving.folders import NAME
 
 
 @dataclasses.dataclass(frozen=True)
