@@ -37,7 +37,7 @@ class Asked:
             self.tokens.append(event)
 
     def wait(self):
-        assert self.done.wait(120), "the request did not end"
+        assert self.done.wait(60), "the request did not end"
         return self
 
     @property

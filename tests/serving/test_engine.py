@@ -136,6 +136,12 @@ def test_a_cancelled_request_frees_its_row(engine):
     assert Asked(engine, request).wait().ids == many[0].ids
 
 
+def test_known_kinds_do_not_wait_for_the_compiler(engine):
+    """Mutation: a request for a loaded kind waits while another thread compiles a new kind."""
+    with engine._batcher._lock:  # as a thread that compiles has it
+        assert Asked(engine, Request("short", inputs(1)[0], 2)).wait().end.reason == "length"
+
+
 def test_a_task_that_overflows_ends_with_an_error(engine, tiny_loaded, task_root, tmp_path):
     """Mutation: NaN is a log-probability like any other."""
     folder = make_task(tmp_path / "large", tiny_loaded, seed=1, **METHODS["lora"])

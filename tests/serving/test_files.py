@@ -15,6 +15,7 @@ LINES = [
     {"task": "short", "input": "the plot is thin", "stop": ["e"]},
     {"input": "Question:", "temperature": 1.5, "top_k": 9, "top_p": 0.9},
     {"task": "long", "input": "Answer: the"},
+    {"task": "two:other", "input": "warm and moving"},
 ]
 
 
@@ -25,8 +26,8 @@ def run(folder, task_root, tiny_loaded, to="out.jsonl"):
 
 
 def test_a_resumed_file_is_the_same(tiny_loaded, task_root, tmp_path, monkeypatch, capsys):
-    """Mutation: seeds count from where the file is resumed; answers come as they end; a broken line
-    stays.
+    """Mutations: seeds count from where the file is resumed; answers come as they end; a broken
+    line stays; TRIAL:TASK is taken for a folder.
     """
     text = "".join(json.dumps(line) + "\n" for line in LINES)
     (tmp_path / "in.jsonl").write_text(text)
