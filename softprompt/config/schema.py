@@ -219,7 +219,7 @@ class Mesh(Settings):
     population: int = setting(
         0,
         "most trials of a sweep that run at the same time, if memory suffices; 1 runs one after "
-        "another; 0 is 2 on a CPU, in turns, and 16 on an accelerator, in one vmapped program",
+        "another; 0 is 1 on a CPU and 16 on an accelerator, in one vmapped program",
         low=0,
     )
 

@@ -1,8 +1,7 @@
 """Runs groups of trials of a sweep concurrently.
 
 A trial is a generator of training steps (`softprompt.trials.run.trial_steps`); one thread drives
-all of them. On an accelerator the steps of several trials are stacked into one program. On a CPU
-one program leaves cores partly idle, so each trial's step starts while those of others still run.
+all of them, and stacks their steps into one program.
 """
 
 import functools
@@ -33,10 +32,9 @@ from softprompt.trials.session import Session, optimizer_config
 Job = tuple[ConfigDict, epath.Path]
 Failed = Callable[[ConfigDict, epath.Path, Exception, float], Row]
 
-# Numbers of concurrent trials by default, and the backends on which their steps are not stacked.
-MOST = {"cpu": 2}
+# Concurrent trials by default. A CPU runs one after another: stacked steps are no quicker there.
+MOST = {"cpu": 1}
 MOST_ELSEWHERE = 16
-IN_TURNS = ("cpu",)
 
 
 def plan(session: Session, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
@@ -127,7 +125,6 @@ def run_group(
         KeyboardInterrupt, SystemExit: after a signal, once every running trial is saved.
     """
     machine_flops(jobs[0][0].model.dtype)  # measured before any trial runs
-    in_turns = session.mesh(jobs[0][0]).size == 1 and jax.default_backend() in IN_TURNS
     waiting, running = deque(enumerate(jobs)), list[_Running]()
     stopped: BaseException | None = None
     try:
@@ -137,7 +134,7 @@ def run_group(
                 running[-1].begin()
                 stopped = running[-1].stopped
             steps = [one for one in running if one.call is not None]
-            (_take_in_turns if in_turns else _take_stacked)(session, steps, spare=bool(waiting))
+            _take_steps(session, steps, spare=bool(waiting))
             for one in running:
                 stopped = stopped or one.stopped
                 if one.row is not None:
@@ -196,14 +193,7 @@ class _Running:
             self.stopped = stop
 
 
-def _take_in_turns(session: Session, running: Sequence[_Running], *, spare: bool) -> None:
-    """Starts each trial's step and advances the trial, while the steps of others still run."""
-    for one in running:
-        one.session.members = max(one.session.members, len(running))
-        one.resume(one.session.step)
-
-
-def _take_stacked(session: Session, running: Sequence[_Running], *, spare: bool) -> None:
+def _take_steps(session: Session, running: Sequence[_Running], *, spare: bool) -> None:
     """Takes the steps of all trials in one program, then advances each trial."""
     if not running:
         return

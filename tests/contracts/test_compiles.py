@@ -6,7 +6,6 @@ import itertools
 import jax
 import pytest
 
-from softprompt.trials import groups
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.contracts.trials import alone, apart, configs, outcome, run
@@ -114,23 +113,18 @@ def test_trials_of_unlike_dropout_share_one_step(tiny_folder, tmp_path, programs
 
 
 @pytest.mark.parametrize(
-    ("population", "in_turns"),
-    matrix([(1, ("cpu",)), (4, ("cpu",)), (4, ())], keep=[(4, ())]),
-    ids=["alone", "four in turns", "four together"],
+    "population", matrix([1, 4], keep=[4]), ids=["one after another", "four together"]
 )
-def test_a_whole_sweep_traces_a_program_a_length(
-    tiny_folder, tmp_path, programs, monkeypatch, population, in_turns
-):
-    """Eight trials, one after another, in turns, and stacked: of each length one step is traced
-    and compiled, one context and one scoring program.
+def test_a_whole_sweep_traces_a_program_a_length(tiny_folder, tmp_path, programs, population):
+    """Eight trials, one after another and stacked: of each length one step is traced and compiled,
+    one context and one scoring program.
 
     Mutations: the seed is part of the step's static configuration; a scoring function is made anew
     for a trial; a place that another trial takes is compiled anew.
     """
-    monkeypatch.setattr(groups, "IN_TURNS", in_turns)
     source = write_task(tmp_path)
     trials = [trial_config(tiny_folder, source, mesh__population=population, **one) for one in GRID]
     with session() as shared:
         assert run(trials, tmp_path / "sweep", shared) == []
-    step = "train_step" if in_turns else "population_step"
+    step = "train_step" if population == 1 else "population_step"
     assert programs() == each(2, step, *SCORING)

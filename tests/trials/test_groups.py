@@ -28,20 +28,6 @@ def rows_of(trials, workdir):
     return [read_result(trial_folder(workdir, config)) for config in trials]
 
 
-@pytest.fixture(autouse=True)
-def in_turns_on(request):
-    """Where trials take their steps in turns: by default nowhere, so that steps are stacked."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "IN_TURNS", getattr(request, "param", ()))
-        yield
-
-
-CPU = pytest.mark.parametrize("in_turns_on", [("cpu",)], indirect=True, ids=["in turns"])
-BOTH = pytest.mark.parametrize(
-    "in_turns_on", [(), ("cpu",)], indirect=True, ids=["stacked", "in turns"]
-)
-
-
 def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
     """Contract 6, with unlike dropout too. Mutations: a member gets its neighbour's result, or the
     first one's batch, or drops as much as the first one."""
@@ -55,21 +41,6 @@ def test_each_is_as_it_were_alone(tiny_folder, tmp_path):
     for n, config in enumerate(trials):
         ours = ended(trial_folder(workdir, config))
         assert max(apart(ours, alone(config, tmp_path / f"alone{n}"))) <= 1e-5
-
-
-@CPU
-def test_in_turns_to_the_bit(tiny_folder, tmp_path):
-    """Mutations: each trial compiles a program; one is sent another's result."""
-    trials = configs(tiny_folder, tmp_path, TRIALS, **ANY)
-    with session() as shared:
-        assert run(trials, tmp_path / "sweep", shared) == []
-        assert len(shared.compiled) == 1
-    rows = rows_of(trials, tmp_path / "sweep")
-    assert [row["members"] for row in rows] == [3] * 3
-    assert sum(row["compile_seconds"] > 0 for row in rows) == 1
-    for n, config in enumerate(trials):
-        ours = ended(trial_folder(tmp_path / "sweep", config))
-        assert apart(ours, alone(config, tmp_path / f"alone{n}")) == (0, 0)
 
 
 @pytest.mark.matrix
@@ -111,7 +82,6 @@ def test_how_much_is_dropped_is_data(tiny_folder, tmp_path, name, more):
     assert found == [([0, 1], 2), ([2], 1), ([3], 1)]
 
 
-@BOTH
 def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_path):
     """Five trials in two places, one of which diverges: one program. Mutations: the next trial
     waits for the whole group; the others of a failed step's program fail with it."""
@@ -157,27 +127,20 @@ def test_who_stops_early_leaves(tiny_folder, tmp_path):
     assert [row["steps"] for row in rows_of(trials, workdir)] == [2, 2, 2, 6]
 
 
-@pytest.mark.parametrize(
-    ("in_turns_on", "number"),
-    matrix([((), signal.SIGTERM), (("cpu",), signal.SIGINT)], keep=[((), signal.SIGTERM)]),
-    indirect=["in_turns_on"],
-    ids=["stacked", "in turns"],
-)
+@pytest.mark.parametrize("number", matrix([signal.SIGTERM, signal.SIGINT], keep=[signal.SIGTERM]))
 def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypatch, number):
     """Contract 9. Mutation: the members after the first that leaves are not driven to their end."""
     some = [{**FIRST, "seed": seed} for seed in range(3)]
     changes = {"log__checkpoint_every": 100, "mesh__population": 2}
     trials = configs(tiny_folder, tmp_path, some, **changes)
     taken, step = [], StepProgram._stacked
-    one = StepProgram.step
 
     def interrupt(self, *given, **more):
         taken.append(1)
         if len(taken) == 3:
             os.kill(os.getpid(), number)
-        return (one if hasattr(given[0], "program") else step)(self, *given, **more)
+        return step(self, *given, **more)
 
-    monkeypatch.setattr(StepProgram, "step", interrupt)
     monkeypatch.setattr(StepProgram, "_stacked", interrupt)
     expected = SystemExit if number == signal.SIGTERM else KeyboardInterrupt
     with session() as shared, pytest.raises(expected):
@@ -214,16 +177,15 @@ def test_what_is_never_grouped(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
-    """Two models of equal shapes, in turns; a CPU runs two trials at a time by itself. Mutations:
-    one model's trial steps on the other's weights; all models are loaded before the first group
-    runs.
+    """Two models of equal shapes in one sweep. Mutations: one model's trial steps on the other's
+    weights; all models are loaded before the first group runs.
     """
     other = write_llama_folder(tmp_path / "other", seed=1)
     trials = [
         config
         for seed in range(2)
         for model in (tiny_folder, other)
-        for config in configs(model, tmp_path, ({**FIRST, "seed": seed},), mesh__population=0)
+        for config in configs(model, tmp_path, ({**FIRST, "seed": seed},), mesh__population=2)
     ]
     with session() as shared:
         found = plan(shared, trials)
@@ -315,15 +277,13 @@ def test_pauses_of_one_trial_are_no_time_of_another(monkeypatch):
 
 
 @pytest.mark.matrix
-@BOTH
 def test_what_a_row_says_of_its_steps(tiny_folder, tmp_path, monkeypatch):
     """Mutation: a step of several takes as long as their compilation."""
 
     def slowed(compile):
         return lambda *arguments: time.sleep(3) or compile(*arguments)
 
-    for name in ("compile_population", "compile_step"):
-        monkeypatch.setattr(programs, name, slowed(getattr(programs, name)))
+    monkeypatch.setattr(programs, "compile_population", slowed(programs.compile_population))
     some = [{**FIRST, "seed": seed} for seed in range(2)]
     trials = configs(tiny_folder, tmp_path, some, **ANY, train__steps=2)
     with session() as shared:
