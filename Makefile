@@ -29,9 +29,10 @@ export PYTHONDONTWRITEBYTECODE =
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PIP_INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-# Modules of tests run side by side; each worker reads the real models for itself. PyTorch's threads
-# would wait for one another on the same cores: a worker has one.
-WORKERS := -n auto --maxprocesses 4 --dist loadscope
+# Each worker begins with one part of the tests, and takes over tests of a slower one when it is done.
+# It reads the real models for itself. PyTorch's threads would wait for one another on the same cores:
+# a worker has one.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 # $(call require,PYTHON): stops a target that no Python here suits.
 define require
