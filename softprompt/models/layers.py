@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.custom_derivatives import SymbolicZero
 
 from softprompt.models.attention import accumulate
 from softprompt.models.dropout import RowDropout, lora_dropped
@@ -178,6 +179,9 @@ def project(
     product = functools.partial(_product, inputs, acc or dtype)
     if module.has_variable("params", name):
         matrix = module.get_variable("params", name)
+        if matrix.dtype != dtype and jax.default_backend() == "cpu":
+            # A weight in training. Else XLA's CPU compiler leaves its gradient to a slow loop.
+            product = functools.partial(product, flip=True)
         return recomputed(lambda x, matrix: product(x, matrix.astype(dtype)))(x, matrix)
     parts = quantized_parts(module, name)
     if not parts:
@@ -185,10 +189,18 @@ def project(
     return jax.checkpoint(lambda x, parts: product(x, dequantize(parts, inputs, dtype)))(x, parts)
 
 
-def _product(inputs: tuple[int, ...], acc: jnp.dtype, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _product(
+    inputs: tuple[int, ...],
+    acc: jnp.dtype,
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    flip: bool = False,
+) -> jax.Array:
     """The product in `acc` of vectors [T, ...] with an array, summed over its axes `inputs`.
 
-    It is a product of matrices: XLA would transpose an array of heads for the backward pass.
+    It is a product of matrices: XLA would transpose an array of heads for the backward pass. With
+    `flip` the matrix is [outputs, inputs] in memory.
     """
     summed = [kernel.shape[axis] for axis in inputs]
     outputs = [size for axis, size in enumerate(kernel.shape) if axis not in inputs]
@@ -197,34 +209,33 @@ def _product(inputs: tuple[int, ...], acc: jnp.dtype, x: jax.Array, kernel: jax.
         spec, w_2D = "ti,io->to", kernel.reshape(math.prod(summed), math.prod(outputs))
     else:
         spec, w_2D = "ti,oi->to", kernel.reshape(math.prod(outputs), math.prod(summed))
+    if flip and spec == "ti,io->to":
+        spec, w_2D = "ti,oi->to", jax.lax.optimization_barrier(w_2D.T)
     y_TO = jnp.einsum(spec, x_TI, w_2D) if acc == x.dtype else _wide(spec, acc, x_TI, w_2D)
     return y_TO.reshape(x.shape[0], *outputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _wide(spec: str, acc: jnp.dtype, x: jax.Array, matrix: jax.Array) -> jax.Array:
     """The einsum in `acc`, whose gradients are products in the dtype of its operands.
 
-    JAX's own gradient would cast the embedding matrix to the dtype of the cotangent.
+    JAX's own gradient would cast the embedding matrix to the dtype of the cotangent. With a rule
+    for tangents, not for cotangents, the gradient of a matrix that rows share under `vmap` is one
+    product; otherwise it would be one for each row, and their sum.
     """
     return jnp.einsum(spec, x, matrix, preferred_element_type=acc)
 
 
-def _wide_forward(spec: str, acc: Any, x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, Any]:
-    return _wide(spec, acc, x, matrix), (x, matrix)
+def _wide_tangent(
+    spec: str, acc: Any, primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]
+) -> tuple[jax.Array, Any]:
+    (x, matrix), (dx, d_matrix) = primals, tangents
+    pairs = (dx, matrix), (x, d_matrix)
+    narrow = sum(jnp.einsum(spec, *pair) for pair in pairs if SymbolicZero not in map(type, pair))
+    return _wide(spec, acc, x, matrix), jnp.asarray(narrow).astype(acc)
 
 
-def _wide_backward(
-    spec: str, acc: Any, residuals: Any, g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    del acc
-    product = functools.partial(jnp.einsum, spec)
-    pullback = jax.vjp(product, *residuals)[1]
-    grads: tuple[jax.Array, jax.Array] = pullback(g.astype(residuals[0].dtype))
-    return grads
-
-
-_wide.defvjp(_wide_forward, _wide_backward)
+_wide.defjvp(_wide_tangent, symbolic_zeros=True)
 
 
 def quantized_parts(module: nn.Module, name: str) -> list[Any]:
