@@ -114,7 +114,7 @@ def test_status_of_a_thousand_trials(tmp_path, capsys):
     beat = {"worker": "a-1", "time": time.time(), "machine": "a: 4 x TPU v6e", "chips": 4}
     beats = [
         beat | {"chip_seconds": 7200.0, "chip_seconds_lost": 360.0, "held": {"x": {}}},
-        beat | {"worker": "b-2", "problem": "no TPU <found>", "left": True},
+        beat | {"worker": "b-2", "problem": "opens no device: no TPU <found>", "left": True},
         beat | {"worker": "c-3", "time": time.time() - 400},
     ]
     for one in beats:

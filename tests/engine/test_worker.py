@@ -117,6 +117,19 @@ def test_a_child_dies_with_its_worker(tmp_path):
     assert not alive
 
 
+def test_a_host_without_devices_gives_up_and_one_that_waits_for_others_does_not(tmp_path):
+    """Mutations: a slice whose other host comes late counts as a mistake, which nothing starts
+    again; a host without a device tries for ever, and holds what others could do."""
+    write_plan(tmp_path, [job(1)])
+    for later, expected in [(False, 2), (True, 0)]:
+        reason = {"error": "not there", "later": later}
+        (tmp_path / "unable").write_text(json.dumps({"times": 4, "reason": reason}))
+        code, output = finish(start(tmp_path, tmp_path / "ends", beat=0.1))
+        assert code == expected, output
+        assert ("waits for its other hosts: not there" in output) == later
+        assert ("opens no device: not there" in output) != later
+
+
 def test_a_beat_says_what_a_trial_does(tmp_path):
     """Mutation: the stage of a trial that runs alone, which its child does not name, is lost."""
     write_plan(tmp_path, [job(1, steps=600, seconds=0.1)])

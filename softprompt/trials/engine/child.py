@@ -176,12 +176,12 @@ def orders_for_all(link: Link) -> Receive:
 
 def ready(link: Link, distributed: str | None) -> bool:
     """Opens the devices, and tells the worker which they are; False if that fails."""
-    from softprompt.distributed import start_jax
+    from softprompt.distributed import NotJoined, start_jax
 
     try:
         start_jax(distributed, heartbeat=HEARTBEAT)
     except UserError as error:
-        link.send("unable", error=str(error))
+        link.send("unable", error=str(error), later=isinstance(error, NotJoined))
         return False
     import jax
 

@@ -81,7 +81,7 @@ def table(beats: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 def _state(beat: dict[str, Any]) -> str:
     """What a worker does, by its last beat."""
     if beat.get("problem"):
-        return f"opens no device: {beat['problem']}"
+        return str(beat["problem"])
     if beat.get("left"):
         return "left"
     age = time.time() - beat["time"]

@@ -130,7 +130,7 @@ class Worker:
         try:
             while (code := self._finished(late=time.monotonic() > end)) is None:
                 if self._child is None:
-                    time.sleep(self._starts * self._timing.beat)
+                    time.sleep(self._timing.beat if self._problem else 0.0)
                     self._child = self._new_child()
                     self._heard = time.monotonic()
                 self._handle(self._child.receive(TICK))
@@ -186,7 +186,10 @@ class Worker:
                 self._chips, self._widths[""] = message["chips"], message["width"]
                 self._starts, self._problem = 0, ""
             case "unable":
-                self._problem = message["error"]
+                state = "waits for its other hosts" if message["later"] else "opens no device"
+                self._problem = f"{state}: {message['error']}"
+                self._starts += not message["later"]
+                self._say(self._problem)
             case "next":
                 self._wants, self._looked_at = True, View({})
             case "stage":
@@ -214,10 +217,8 @@ class Worker:
         for trial in list(self._held):
             self._say(f"the process of {self._held[trial].job.name} died")
             self._holdings.release(trial, "released" if code == interrupts.PREEMPTED else "died")
-        if self._problem:
-            self._starts += 1
         if self._starts >= MOST_STARTS:
-            raise UserError(f"{self._claims.host} opens no device: {self._problem}")
+            raise UserError(f"{self._claims.host} {self._problem}")
 
     def _tick(self, *, claims: bool) -> None:
         """Does what is due."""
