@@ -146,7 +146,8 @@ def test_a_beat_says_what_a_trial_does(tmp_path):
 
 
 def test_stop_lets_workers_leave_and_a_lost_claim_ends_the_work(tmp_path):
-    """Mutations: `stop` is not looked at; a trial that another worker has taken over goes on, and
+    """Mutations: `stop` is not looked at, or ends workers as a signal does, after which they are
+    started again; a trial that another worker has taken over goes on, and
     its end is published."""
     one = job(1, steps=50, seconds=0.1)
     write_plan(tmp_path, [one])
@@ -159,7 +160,7 @@ def test_stop_lets_workers_leave_and_a_lost_claim_ends_the_work(tmp_path):
     time.sleep(1.5)
     store.write(STOP, b"")
     code, output = finish(worker, 15)
-    assert code == 75 and "taken over" in output
+    assert code == 3 and "taken over" in output and "softprompt stop --undo" in output
     assert not (tmp_path / "ends").exists() and f"{one.trial}.2" not in view(tmp_path).ended
 
 

@@ -22,6 +22,7 @@ from softprompt.trials.engine.claims import Claims, Heart, Timing, View, lost
 from softprompt.trials.engine.holdings import Holdings
 from softprompt.trials.engine.link import Child, Message
 from softprompt.trials.engine.plan import Plan, check_backend, check_worker, read_plan
+from softprompt.trials.engine.restarts import STOPPED
 from softprompt.trials.engine.schedule import all_over, take_next
 from softprompt.trials.engine.store import StoreError, open_store
 
@@ -59,8 +60,8 @@ def work(
         say: called with a line about each trial that is claimed or ends.
 
     Returns:
-        The exit code: 0 if every trial is done, 1 if all are over and some failed, 75 if some are
-        left when the minutes are over, `stop` is in the store, or the store cannot be reached.
+        The exit code: 0 if every trial is done, 1 if all are over and some failed, 3 if `stop` is
+        in the store, 75 if trials are left when the minutes are over or the store is not reached.
 
     Raises:
         UserError: there is no plan, its code or target is another, or no device can be opened.
@@ -154,7 +155,9 @@ class Worker:
         self._let_save()
         if number is not None:
             raise interrupts.leaving(number)
-        return interrupts.PREEMPTED
+        if view.stop:
+            self._say("stopped; after softprompt stop --undo the same command goes on")
+        return STOPPED if view.stop else interrupts.PREEMPTED
 
     def _let_save(self) -> None:
         """Lets the child save and exit, kills it after a while, and gives all trials back."""
