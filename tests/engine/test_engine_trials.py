@@ -13,12 +13,22 @@ import pytest
 
 from softprompt import cli, results
 from softprompt.trials.engine.claims import QUEUE, View
+from softprompt.trials.engine.status import read_status
 from softprompt.trials.engine.store import open_store
 from tests.engine.emulator import BUCKET, Proxy, emulator, environment
+from tests.engine.waiting import wait_for
 from tests.own_task import words, write_task
+from tests.tiny_t5 import write_complete_t5
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAME = ("predictions.jsonl", "delta.safetensors")
+PLANNED = ["--workdir", "shared", "--engine", "store"]
+WORK = """
+from softprompt import interrupts
+from softprompt.trials.engine.claims import Timing
+from softprompt.trials.engine.worker import work
+interrupts.exit_at_once()
+"""
 TIMES = {"seconds", "tokens_per_second", "examples_per_second", "peak_share", "input_wait_share"}
 
 EXPERIMENT = '''
@@ -166,3 +176,31 @@ def test_a_bucket_with_two_workers_of_which_one_is_killed(tmp_path, keys, monkey
         rows = results.read_rows(workdir)
         assert Counter(row["status"] for row in rows) == {"done": 12}
         proxy.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("grace", [20.0, 1.0])
+def test_claims_are_free_soon_after_sigterm_during_a_compilation(tmp_path, grace, monkeypatch):
+    """Within 25 s by default; a compilation that takes longer than the grace is cut off.
+    Mutation: the worker waits for its child, whose signals are handled after the step."""
+    monkeypatch.chdir(tmp_path)
+    write_complete_t5(tmp_path / "model")
+    room = {"task__max_input": 64, "task__max_target": 8, "method__name": "lora"}
+    keys = words(write_task(tmp_path), tmp_path / "model", **room)
+    Path("some.py").write_text(EXPERIMENT)
+    assert cli.main(["sweep", "some.py", "--subset=1", *keys, *PLANNED]) == 0
+    store = open_store("shared")
+    code = f"work('shared', timing=Timing(beat=0.5, grace={grace}))"
+    worker = subprocess.Popen([sys.executable, "-c", f"{WORK}{code}"], env=variables())
+    wait_for(lambda: "compile the training step" in stages(store), "compilation", 120)
+    worker.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    (trial,) = View(store.list(QUEUE)).epochs
+    wait_for(lambda: View(store.list(QUEUE)).free(trial), "free claim", grace + 5)
+    print(f"free after {time.monotonic() - began:.1f} s")
+    assert worker.wait(10) == 75
+
+
+def stages(store):
+    """What the workers say that their trials do."""
+    return [text for beat in read_status(store)[2] for text in beat["stages"].values()]
