@@ -52,6 +52,11 @@ def summary(
         f"{plan.experiment} ({plan.subset}): {len(plan.jobs)} trials: {said}",
         f"{hours:.2f} chip-hours used, {lost:.2f} of them lost",
     ]
+    ended = sum(beat.get("done", 0) + beat.get("failed", 0) for beat in beats)
+    left = counts["claimed"] + counts["waiting"]
+    if left and ended:
+        rest = hours / ended * left
+        lines.append(f"estimate: {rest:.2f} chip-hours left, from the {ended} trials that ended")
     if price is not None:
         lines[1] += f"; {hours * price:.2f} dollars at {price:g} a chip-hour"
     if view.stop:
