@@ -61,7 +61,8 @@ def main():
     if reason := unable(ends.with_name("unable")):
         link.send("unable", **reason)
         return 1
-    link.send("ready", backend="cpu", dtype="", devices="1 x stub", chips=1, width=2)
+    facts = {"backend": "cpu", "dtype": "", "devices": "1 x stub", "chips": 1, "width": 2}
+    link.send("ready", **facts, programs="stub")
 
     def run(jobs):
         with interrupts.saving():

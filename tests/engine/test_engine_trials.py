@@ -201,6 +201,31 @@ def test_claims_are_free_soon_after_sigterm_during_a_compilation(tmp_path, grace
     assert worker.wait(10) == 75
 
 
+@pytest.mark.long
+def test_a_worker_on_an_empty_host_compiles_nothing_again(tmp_path, monkeypatch):
+    """What one worker has compiled the next one takes from the store. Mutation: it is not
+    fetched, or not published."""
+    monkeypatch.chdir(tmp_path)
+    write_complete_t5(tmp_path / "model")
+    room = {"task__max_input": 64, "task__max_target": 8, "method__name": "lora"}
+    keys = words(write_task(tmp_path), tmp_path / "model", **room, mesh__population=1)
+    Path("some.py").write_text(EXPERIMENT)
+    assert cli.main(["sweep", "some.py", "--subset=3", *keys, *PLANNED]) == 0
+    store = open_store("shared")
+    for host, done in [("one", 2), ("two", 3)]:
+        (tmp_path / host).mkdir()
+        home = {"TMPDIR": str(tmp_path / host), "HOME": str(tmp_path / host)}
+        worker = subprocess.Popen(command("work", "shared"), env=variables(**home))
+        wait_for(lambda done=done: len(View(store.list(QUEUE)).done) == done, "row", 200)
+        worker.terminate()
+        assert worker.wait(60) in (0, 75)
+    rows = sorted(results.read_rows("shared"), key=lambda row: row["compile_seconds"])
+    print([row["compile_seconds"] for row in rows], list(store.list("programs")))
+    assert rows[1]["compile_seconds"] < 0.5 * rows[2]["compile_seconds"]
+    kept = [{path.name for path in Path(host).rglob("*-cache")} for host in ("one", "two")]
+    assert kept[0] == kept[1] and len(kept[0]) >= 3
+
+
 def stages(store):
     """What the workers say that their trials do."""
     return [text for beat in read_status(store)[2] for text in beat["stages"].values()]

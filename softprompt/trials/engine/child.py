@@ -186,6 +186,7 @@ def ready(link: Link, distributed: str | None) -> bool:
     import jax
 
     from softprompt.config import base_config, resolve
+    from softprompt.trials.engine.compiled import kind_of_programs
     from softprompt.trials.groups import MOST, MOST_ELSEWHERE
 
     backend, devices = jax.default_backend(), jax.devices()
@@ -196,6 +197,7 @@ def ready(link: Link, distributed: str | None) -> bool:
         devices=f"{len(devices)} x {devices[0].device_kind}",
         chips=len(devices),
         width=MOST.get(backend, MOST_ELSEWHERE),
+        programs=kind_of_programs(),
     )
     return True
 

@@ -97,23 +97,28 @@ class Holdings:
             one.spent += chip_seconds / len(self.held)
             one.unsaved += chip_seconds / len(self.held)
 
-    def publish_due(self) -> None:
-        """Publishes each trial whose last publication is old enough, if it has a new checkpoint."""
-        for one in self.held.values():
-            if time.monotonic() - one.published >= self._claims.timing.publish:
-                self._publish(one)
+    def publish_due(self) -> bool:
+        """Publishes each trial whose last publication is old enough, if it has a new checkpoint.
 
-    def _publish(self, one: Held) -> None:
-        """Publishes a trial's newest checkpoint and its files as one object.
+        Returns:
+            Whether there was one.
+        """
+        before = time.monotonic() - self._claims.timing.publish
+        return any([self._publish(one) for one in self.held.values() if one.published <= before])
+
+    def _publish(self, one: Held) -> bool:
+        """Publishes a trial's newest checkpoint and its files as one object, if there is a new one.
 
         For a trial that runs in the store the object is empty, and says that there was progress.
         """
         step = publish.newest_step(one.folder)
-        if step > one.step and self._may_publish(one):
-            content = publish.pack(Path(one.folder)) if self._local else b""
-            self._store.write(f"{QUEUE}/saved/{one.claim.key}", content)
-            one.step, one.published, one.unsaved = step, time.monotonic(), 0.0
-            one.saved = (*one.saved, one.claim.key)
+        if step <= one.step or not self._may_publish(one):
+            return False
+        content = publish.pack(Path(one.folder)) if self._local else b""
+        self._store.write(f"{QUEUE}/saved/{one.claim.key}", content)
+        one.step, one.published, one.unsaved = step, time.monotonic(), 0.0
+        one.saved = (*one.saved, one.claim.key)
+        return True
 
     def _may_publish(self, one: Held) -> bool:
         """Whether this worker still holds a trial, and is known to live."""
