@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +15,11 @@ import pytest
 
 from softprompt import cli, results
 from softprompt.trials.engine.claims import QUEUE, View
+from softprompt.trials.engine.plan import read_plan
+from softprompt.trials.engine.publish import newest_step
 from softprompt.trials.engine.status import read_status
 from softprompt.trials.engine.store import open_store
+from softprompt.trials.engine.worker import scratch_folder
 from tests.engine.emulator import BUCKET, Proxy, emulator, environment
 from tests.engine.waiting import wait_for
 from tests.own_task import words, write_task
@@ -199,6 +204,42 @@ def test_claims_are_free_soon_after_sigterm_during_a_compilation(tmp_path, grace
     wait_for(lambda: View(store.list(QUEUE)).free(trial), "free claim", grace + 5)
     print(f"free after {time.monotonic() - began:.1f} s")
     assert worker.wait(10) == 75
+
+
+@pytest.mark.long
+def test_workers_and_a_plain_sweep_go_on_where_the_other_one_was(tmp_path, keys, monkeypatch):
+    """A sweep is killed, a worker goes on and is stopped, a sweep ends it, bit for bit. Mutations:
+    a checkpoint in the trial's folder is not looked at, nor one that a worker has published."""
+    monkeypatch.chdir(tmp_path)
+    Path("some.py").write_text(EXPERIMENT)
+    kept = variables(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"))
+    keys = [*keys, "--config.train.steps=600", "--config.log.checkpoint_every=25"]
+    sweep = ["sweep", "some.py", "--subset", "1", *keys, "--workdir"]
+    subprocess.run(command(*sweep, "alone"), env=kept, check=True, capture_output=True)
+    (name,) = (path.name for path in Path("alone").iterdir() if path.is_dir() and "-" in path.name)
+
+    def stop(words, folder, number, after):
+        with open("log", "w") as log:
+            one = subprocess.Popen(command(*words), env=kept, stdout=log, stderr=log)
+        wait_for(lambda: newest_step(folder) >= after, "checkpoint", 300)
+        one.send_signal(number)
+        one.wait()
+        return newest_step(folder), resumed(Path("log").read_text())
+
+    first, _ = stop([*sweep, "shared"], Path("shared") / name, signal.SIGKILL, 100)
+    assert cli.main([*sweep, "shared", "--engine", "store"]) == 0
+    scratch = scratch_folder(read_plan(open_store("shared"))) / name
+    second, began = stop(["work", "shared"], scratch, signal.SIGTERM, first + 50)
+    shutil.rmtree(scratch)
+    last = subprocess.run(command(*sweep, "shared"), env=kept, stderr=subprocess.PIPE)
+    print(first, began, second, resumed(last.stderr.decode()))
+    assert (began, resumed(last.stderr.decode())) == ([first], [second]) and second < 600
+    same_trials("alone", "shared")
+
+
+def resumed(output):
+    """The steps from which a process says that it resumes."""
+    return [int(step) for step in re.findall(r"resumes from step (\d+)", output)]
 
 
 @pytest.mark.long

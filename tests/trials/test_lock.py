@@ -41,6 +41,6 @@ def test_a_trial_of_a_sweep_is_trained_by_one_process(task, tiny_folder, tmp_pat
     (tmp_path / "sweep" / "w").mkdir(parents=True)
     (tmp_path / "sweep" / OWNER).write_text(json.dumps({"experiment": "some"}))
     trial = trial_id(make_config(task, tiny_folder))
-    with shared(tmp_path / "sweep") as claims, claims.holding(trial):
+    with shared(tmp_path / "sweep") as claims, claims.holding(trial, tmp_path / "sweep" / "w"):
         said = refused(task, tiny_folder, tmp_path / "sweep" / "w", capsys)
     assert f"trial {trial} is run by another process" in said

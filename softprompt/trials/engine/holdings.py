@@ -70,15 +70,16 @@ class Holdings:
     def begin(self, job: Job, claim: Claim, view: View) -> dict[str, Any]:
         """Takes up a claimed trial; returns the child's order to run it.
 
-        The newest publication of earlier holders is brought to scratch, unless a worker of this
-        host has left a newer checkpoint there. So is the prompt that the trial starts from.
+        The newest publication of earlier holders is brought to where it runs, unless a newer
+        checkpoint is there. So is the prompt that the trial starts from.
         """
         folder = self._place / job.folder
-        keys = [f"{job.trial}.{epoch}" for epoch in range(claim.epoch - 1, 0, -1)]
-        saved = tuple(key for key in keys if key in view.saved)
-        content = self._store.read(f"{QUEUE}/saved/{saved[0]}") if saved and self._local else None
-        if content is not None:
-            publish.unpack(content, Path(folder))
+        saved = view.publications(claim)
+        if saved and self._local:
+            publication = f"{QUEUE}/saved/{saved[0]}"
+            publish.bring_to_scratch(self._store, publication, job.folder, Path(folder))
+        elif saved:
+            publish.bring_to_store(self._store, f"{QUEUE}/saved/{saved[0]}", job.folder)
         if job.start and self._local:
             publish.fetch_start(self._store, job.start, Path(self._place))
         step, now = publish.newest_step(folder), time.monotonic()
