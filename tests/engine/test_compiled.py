@@ -23,7 +23,7 @@ def write(folder, name, content=b"", age=60.0):
 
 def test_what_one_host_compiles_the_others_take(tmp_path, monkeypatch):
     """Mutations: a file that JAX is writing is shared, or kept when its process has died; a program
-    is shared twice; one of other devices is taken; there is no limit."""
+    of other devices is taken; there is no limit."""
     (one, left), (two, right), (other, elsewhere) = (
         host(tmp_path, name, kind) for name, kind in (("a", "tpu"), ("b", "tpu"), ("c", "cpu"))
     )
