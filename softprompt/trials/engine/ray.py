@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softprompt import interrupts
@@ -171,7 +171,7 @@ class Driver:
             try:
                 self._codes[refs[ref]] = ray.get(ref)
                 ray.kill(supervisor)
-            except RayActorError as error:  # with its node, or alone: then another one is started
+            except RayError as error:  # with its node, or alone: then another one is started
                 self._say(f"lost a supervisor: {one_line(error)}")
         if ended:
             self._report()
