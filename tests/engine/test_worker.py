@@ -60,7 +60,8 @@ def test_each_trial_ends_as_it_should_and_the_exit_code_says_so(tmp_path):
     assert [tries[one.trial] for one in jobs] == [1, 1, 2, 1, 1, 1]
     seen = view(tmp_path)
     assert seen.failed == {jobs[n].trial for n in (1, 2, 4)} and len(seen.done) == 3
-    assert seen.epochs[jobs[3].trial] == 5, "four deaths with a new checkpoint each"
+    # Four deaths with a new checkpoint each, and one more if it waited behind the one that dies.
+    assert seen.epochs[jobs[3].trial] in (5, 6)
 
 
 def test_sigterm_publishes_and_gives_back_and_the_next_worker_goes_on(tmp_path):
