@@ -22,7 +22,7 @@ body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8884; }
 td:not(:last-child), th { white-space: nowrap; vertical-align: top; }
-.bar { display: flex; height: 1rem; border-radius: .3rem; overflow: hidden; background: #8883; }
+.bar { display: flex; height: 1rem; border-radius: .3rem; overflow: hidden; }
 .key span { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem; }
 .key span:first-child { margin-left: 0; }
 .done { background: #2a7; } .failed { background: #c43; } .claimed { background: #48c; }
