@@ -6,6 +6,10 @@ import re
 from softprompt.errors import UserError
 
 
+class NotJoined(UserError):
+    """The other processes of a run are not there; they may come later."""
+
+
 def start_jax(distributed: str | None = None, *, heartbeat: int = 100) -> None:
     """Joins the other processes of a run, if it has any, and finds JAX's devices.
 
@@ -16,7 +20,8 @@ def start_jax(distributed: str | None = None, *, heartbeat: int = 100) -> None:
             are ended by JAX.
 
     Raises:
-        UserError: another form, nothing to join, or no device of `JAX_PLATFORMS`.
+        NotJoined: nothing to join.
+        UserError: another form, or no device of `JAX_PLATFORMS`.
     """
     import jax
 
@@ -58,7 +63,7 @@ def _join(distributed: str, heartbeat: int) -> None:
         else:
             jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed {distributed}: {error}") from error
+        raise NotJoined(f"--distributed {distributed}: {error}") from error
 
 
 def from_first(content: bytes) -> bytes:

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 FILE = "result.json"
 _PACKAGES = ("softprompt", "jax", "jaxlib", "flax", "optax", "numpy")
-_NOT_TRIALS = ("checkpoints", "snapshots", "queue", "code")
+_NOT_TRIALS = ("checkpoints", "snapshots", "queue", "code", "programs")
 _MEASURED = ("validation", "test", "text", "latency")  # objects in a row's metrics
 
 

@@ -154,7 +154,8 @@ ENGINE_FLAGS: list[Flag] = [
         {
             "default": "",
             "choices": ("tpu", "gpu", "cpu"),
-            "help": "the workers' backend, for configs that depend on it; with --engine",
+            "help": "the workers' backend, for configs that depend on it; with --engine or "
+            "--dry-run",
         },
     ),
     ("--address", {"default": "auto", "metavar": "HOST:PORT", "help": "of Ray's head"}),

@@ -94,8 +94,10 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
         return start_engine(experiment, arguments, overrides)
     shard = shards.parse_shard(arguments.shard)
     minutes = shards.parse_minutes(arguments.minutes)
+    if arguments.target and not arguments.dry_run:
+        raise UserError("--target is of --engine and --dry-run; leave it out")
     start_jax(arguments.distributed)  # before a config is resolved, which needs the devices
-    trials = make_trials(experiment, arguments.subset, overrides)
+    trials = make_trials(experiment, arguments.subset, overrides, target=arguments.target or None)
     trials = shards.take_shard(trials, shard)
     import jax
 
@@ -111,8 +113,15 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             from softprompt.analysis.tables import to_markdown
             from softprompt.trials.dry_run import dry_run
 
-            costs = dry_run(trials, arguments.workdir, lambda c: estimate(c, session))
-            print(to_markdown(costs), end="")
+            here = jax.default_backend()
+            costs, note = dry_run(
+                trials,
+                arguments.workdir,
+                lambda c: estimate(c, session),
+                here=here,
+                target=arguments.target or here,
+            )
+            print(to_markdown(costs, note), end="")
             return int(any(str(state).startswith("fails") for state in costs["state"]))
         if jax.process_index() == 0:
             claim_outputs(experiment, arguments.workdir)

@@ -97,7 +97,7 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
     began = time.monotonic()
     check_folder(folder, config)
     compiled_before = session.compile_seconds
-    with session.holding(config), holding(folder):
+    with session.holding(config, folder), holding(folder):
         row = read_result(folder)
         if row is not None and row["status"] == "done":
             session.progress.say(f"{trial_name(config)} is done already (in {folder})")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from softprompt.config import (
@@ -81,13 +82,13 @@ class Session:
         result: StepResult = call.program.step(call, self.compiling)
         return result
 
-    def holding(self, config: ConfigDict) -> AbstractContextManager[None]:
+    def holding(self, config: ConfigDict, folder: epath.PathLike) -> AbstractContextManager[None]:
         """Claims a trial for the duration of a block.
 
         Raises:
             Locked: another process holds it.
         """
-        return self.claims.holding(trial_id(config)) if self.claims else nullcontext()
+        return self.claims.holding(trial_id(config), folder) if self.claims else nullcontext()
 
     @contextmanager
     def compiling(self) -> Iterator[None]:

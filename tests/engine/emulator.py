@@ -53,7 +53,10 @@ def wait_for(url: str) -> None:
 
 
 class Proxy:
-    """Passes requests on to the emulator, and keeps (time, method, object's name) of each."""
+    """Passes requests on to the emulator, and keeps (time, method, object's name) of each.
+
+    A write that the emulator refuses, since the object is there, has the name "".
+    """
 
     def __init__(self, url: str) -> None:
         target = urllib.parse.urlsplit(url).netloc
@@ -64,7 +67,6 @@ class Proxy:
 
             def handle_one(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                seen.append((time.monotonic(), self.command, object_name(self.path, body)))
                 connection = HTTPConnection(target, timeout=60)
                 try:
                     self.forward(connection, body)
@@ -77,6 +79,9 @@ class Proxy:
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
                 connection.request(self.command, self.path, body, headers | {"Host": target})
                 answer = connection.getresponse()
+                refused = answer.status == 412  # another writer has created the object
+                name = "" if refused else object_name(self.path, body)
+                seen.append((time.monotonic(), self.command, name))
                 content = answer.read()
                 self.send_response(answer.status)
                 for key, value in answer.getheaders():

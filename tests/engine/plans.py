@@ -19,7 +19,19 @@ import sys
 from softprompt.errors import UserError
 from softprompt import interrupts
 from softprompt.trials.engine.claims import Timing
+from softprompt.trials.engine.store import FolderStore
 from softprompt.trials.engine.worker import work
+
+def logged(method):
+    def call(store, name, content):
+        wrote = method(store, name, content)
+        if wrote is not False:
+            with open({ends!r} + ".writes", "a") as file:
+                file.write(name + "\\n")
+        return wrote
+    return call
+
+FolderStore.write, FolderStore.create = logged(FolderStore.write), logged(FolderStore.create)
 interrupts.exit_at_once()
 command = [sys.executable, {stub!r}, {ends!r}]
 try:
@@ -44,7 +56,7 @@ def write_plan(workdir: str, jobs: list[Job]) -> Plan:
 
 
 def start(workdir: str, ends: Path, **timing: float) -> subprocess.Popen[str]:
-    """Starts a worker."""
+    """Starts a worker, which notes each file that it has written in ENDS.writes."""
     timing = {"beat": 0.5, "dead": 3.0, "publish": 0.0, "grace": 2.0} | timing
     code = WORKER.format(stub=str(STUB), ends=str(ends), workdir=str(workdir), timing=timing)
     return subprocess.Popen(

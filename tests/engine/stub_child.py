@@ -3,7 +3,7 @@
 A trial's config says what it does: {"steps": n, "seconds": of a step, "then": "done", "error",
 "mistake", "kill" (after each checkpoint, itself) or "die" (before the first)}. It goes on after the
 newest checkpoint in its folder. Arguments: a file to which each trial's end is appended, and the
-connection.
+connection. A file "unable" beside it says how many children find no device, and why.
 """
 
 import json
@@ -49,9 +49,20 @@ def run_one(link, job, ends):
     link.send("ended", trial=job["trial"], done=done, error=error, final=final)
 
 
+def unable(file):
+    """Why this child opens no device, while there are such; else None."""
+    found = json.loads(file.read_text()) if file.exists() else {"times": 0}
+    file.write_text(json.dumps(found | {"times": found["times"] - 1}))
+    return found["reason"] if found["times"] > 0 else None
+
+
 def main():
     link, ends = parent(), Path(sys.argv[1])
-    link.send("ready", backend="cpu", dtype="", devices="1 x stub", chips=1, width=2)
+    if reason := unable(ends.with_name("unable")):
+        link.send("unable", **reason)
+        return 1
+    facts = {"backend": "cpu", "dtype": "", "devices": "1 x stub", "chips": 1, "width": 2}
+    link.send("ready", **facts, programs="stub")
 
     def run(jobs):
         with interrupts.saving():

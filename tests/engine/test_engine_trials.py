@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +15,25 @@ import pytest
 
 from softprompt import cli, results
 from softprompt.trials.engine.claims import QUEUE, View
+from softprompt.trials.engine.plan import read_plan
+from softprompt.trials.engine.publish import newest_step
+from softprompt.trials.engine.status import read_status
 from softprompt.trials.engine.store import open_store
+from softprompt.trials.engine.worker import scratch_folder
 from tests.engine.emulator import BUCKET, Proxy, emulator, environment
+from tests.engine.waiting import wait_for
 from tests.own_task import words, write_task
+from tests.tiny_t5 import write_complete_t5
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAME = ("predictions.jsonl", "delta.safetensors")
+PLANNED = ["--workdir", "shared", "--engine", "store"]
+WORK = """
+from softprompt import interrupts
+from softprompt.trials.engine.claims import Timing
+from softprompt.trials.engine.worker import work
+interrupts.exit_at_once()
+"""
 TIMES = {"seconds", "tokens_per_second", "examples_per_second", "peak_share", "input_wait_share"}
 
 EXPERIMENT = '''
@@ -166,3 +181,92 @@ def test_a_bucket_with_two_workers_of_which_one_is_killed(tmp_path, keys, monkey
         rows = results.read_rows(workdir)
         assert Counter(row["status"] for row in rows) == {"done": 12}
         proxy.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("grace", [20.0, 1.0])
+def test_claims_are_free_soon_after_sigterm_during_a_compilation(tmp_path, grace, monkeypatch):
+    """Within 25 s by default; a compilation that takes longer than the grace is cut off.
+    Mutation: the worker waits for its child, whose signals are handled after the step."""
+    monkeypatch.chdir(tmp_path)
+    write_complete_t5(tmp_path / "model")
+    room = {"task__max_input": 64, "task__max_target": 8, "method__name": "lora"}
+    keys = words(write_task(tmp_path), tmp_path / "model", **room)
+    Path("some.py").write_text(EXPERIMENT)
+    assert cli.main(["sweep", "some.py", "--subset=1", *keys, *PLANNED]) == 0
+    store = open_store("shared")
+    code = f"work('shared', timing=Timing(beat=0.5, grace={grace}))"
+    worker = subprocess.Popen([sys.executable, "-c", f"{WORK}{code}"], env=variables())
+    wait_for(lambda: "compile the training step" in stages(store), "compilation", 120)
+    worker.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    (trial,) = View(store.list(QUEUE)).epochs
+    wait_for(lambda: View(store.list(QUEUE)).free(trial), "free claim", grace + 5)
+    print(f"free after {time.monotonic() - began:.1f} s")
+    assert worker.wait(10) == 75
+
+
+@pytest.mark.long
+def test_workers_and_a_plain_sweep_go_on_where_the_other_one_was(tmp_path, keys, monkeypatch):
+    """A sweep is killed, a worker goes on and is stopped, a sweep ends it, bit for bit. Mutations:
+    a checkpoint in the trial's folder is not looked at, nor one that a worker has published."""
+    monkeypatch.chdir(tmp_path)
+    Path("some.py").write_text(EXPERIMENT)
+    kept = variables(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"))
+    keys = [*keys, "--config.train.steps=600", "--config.log.checkpoint_every=25"]
+    sweep = ["sweep", "some.py", "--subset", "1", *keys, "--workdir"]
+    subprocess.run(command(*sweep, "alone"), env=kept, check=True, capture_output=True)
+    (name,) = (path.name for path in Path("alone").iterdir() if path.is_dir() and "-" in path.name)
+
+    def stop(words, folder, number, after):
+        with open("log", "w") as log:
+            one = subprocess.Popen(command(*words), env=kept, stdout=log, stderr=log)
+        wait_for(lambda: newest_step(folder) >= after, "checkpoint", 300)
+        one.send_signal(number)
+        one.wait()
+        return newest_step(folder), resumed(Path("log").read_text())
+
+    first, _ = stop([*sweep, "shared"], Path("shared") / name, signal.SIGKILL, 100)
+    assert cli.main([*sweep, "shared", "--engine", "store"]) == 0
+    scratch = scratch_folder(read_plan(open_store("shared"))) / name
+    second, began = stop(["work", "shared"], scratch, signal.SIGTERM, first + 50)
+    shutil.rmtree(scratch)
+    last = subprocess.run(command(*sweep, "shared"), env=kept, stderr=subprocess.PIPE)
+    print(first, began, second, resumed(last.stderr.decode()))
+    assert (began, resumed(last.stderr.decode())) == ([first], [second]) and second < 600
+    same_trials("alone", "shared")
+
+
+def resumed(output):
+    """The steps from which a process says that it resumes."""
+    return [int(step) for step in re.findall(r"resumes from step (\d+)", output)]
+
+
+@pytest.mark.long
+def test_a_worker_on_an_empty_host_compiles_nothing_again(tmp_path, monkeypatch):
+    """What one worker has compiled the next one takes from the store. Mutation: it is not
+    fetched, or not published."""
+    monkeypatch.chdir(tmp_path)
+    write_complete_t5(tmp_path / "model")
+    room = {"task__max_input": 64, "task__max_target": 8, "method__name": "lora"}
+    keys = words(write_task(tmp_path), tmp_path / "model", **room, mesh__population=1)
+    Path("some.py").write_text(EXPERIMENT)
+    assert cli.main(["sweep", "some.py", "--subset=3", *keys, *PLANNED]) == 0
+    store = open_store("shared")
+    for host, done in [("one", 2), ("two", 3)]:
+        (tmp_path / host).mkdir()
+        home = {"TMPDIR": str(tmp_path / host), "HOME": str(tmp_path / host)}
+        worker = subprocess.Popen(command("work", "shared"), env=variables(**home))
+        wait_for(lambda done=done: len(View(store.list(QUEUE)).done) == done, "row", 200)
+        worker.terminate()
+        assert worker.wait(60) in (0, 75)
+    rows = sorted(results.read_rows("shared"), key=lambda row: row["compile_seconds"])
+    print([row["compile_seconds"] for row in rows], list(store.list("programs")))
+    assert rows[1]["compile_seconds"] < 0.5 * rows[2]["compile_seconds"]
+    kept = [{path.name for path in Path(host).rglob("*-cache")} for host in ("one", "two")]
+    assert kept[0] == kept[1] and len(kept[0]) >= 3
+
+
+def stages(store):
+    """What the workers say that their trials do."""
+    return [text for beat in read_status(store)[2] for text in beat["stages"].values()]

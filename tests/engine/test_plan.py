@@ -113,8 +113,8 @@ def test_status_of_a_thousand_trials(tmp_path, capsys):
     store.create(f"{QUEUE}/ended/{jobs[601].trial}.1", b"")
     beat = {"worker": "a-1", "time": time.time(), "machine": "a: 4 x TPU v6e", "chips": 4}
     beats = [
-        beat | {"chip_seconds": 7200.0, "chip_seconds_lost": 360.0, "held": {"x": {}}},
-        beat | {"worker": "b-2", "problem": "no TPU <found>", "left": True},
+        beat | {"chip_seconds": 7200.0, "chip_seconds_lost": 360.0, "held": {"x": {}}, "done": 600},
+        beat | {"worker": "b-2", "problem": "opens no device: no TPU <found>", "left": True},
         beat | {"worker": "c-3", "time": time.time() - 400},
     ]
     for one in beats:
@@ -125,6 +125,7 @@ def test_status_of_a_thousand_trials(tmp_path, capsys):
     assert time.monotonic() - began < 2
     assert "1000 trials: 600 done, 1 failed, 98 claimed, 301 waiting" in lines[0]
     assert lines[1] == "2.00 chip-hours used, 0.10 of them lost; 4.00 dollars at 2 a chip-hour"
+    assert lines[2] == "estimate: 1.33 chip-hours left, from the 600 trials that ended"
     text = page(*found, None, refresh=15)
     assert "no TPU &lt;found&gt;" in text and 'content="15"' in text and "dollars" not in text
     assert cli.main(["status", str(tmp_path), "--html", str(tmp_path / "s.html")]) == 0

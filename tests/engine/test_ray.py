@@ -15,9 +15,11 @@ import pytest
 
 pytest.importorskip("ray")
 
+import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
+from ray.exceptions import OutOfMemoryError  # noqa: E402
 
-from softprompt.trials.engine.ray import Placement, place  # noqa: E402
+from softprompt.trials.engine.ray import Driver, Placement, place  # noqa: E402
 from tests.engine import tiny_sweep  # noqa: E402
 from tests.engine.waiting import wait_for  # noqa: E402
 
@@ -61,6 +63,22 @@ def test_every_whole_host_gets_a_worker():
         ]
     )
     assert place(nodes, "CPU") == place(nodes[:1], "") == [Placement("0a0000", "", "CPU", 8)]
+
+
+def test_a_supervisor_that_ray_kills_for_memory_is_started_again(monkeypatch):
+    """Breaks when only the errors of actors are caught: the driver ends with a traceback."""
+
+    def get(ref: object) -> int:
+        raise OutOfMemoryError("no memory is left")
+
+    said: list[str] = []
+    driver = Driver([], "sweep", "CPU", said.append)
+    driver._running = {Placement("0a", "", "CPU", 8): (None, "ref")}
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    monkeypatch.setattr(ray, "get", get)
+    driver.collect(1.0)
+    assert said[0].startswith("lost a supervisor: ") and "memory" in said[0]
+    assert driver.code is None and not driver._running
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.trials.engine.restarts import keep_running
+from softprompt.trials.engine.restarts import FINAL, keep_running
 from softprompt.trials.engine.scripts import render
 from tests.engine.waiting import wait_for
 
@@ -34,7 +34,8 @@ def in_python(command: list[str]) -> tuple[Callable[[], int], Callable[[], None]
 
 def in_bash(command: list[str]) -> tuple[Callable[[], int], Callable[[], None]]:
     """The same in a script with `keep`."""
-    script = render("keep.sh") + 'terminate() { kill -TERM "$1"; }\nkeep "0 1 2" "$@"\n'
+    final = " ".join(map(str, FINAL))
+    script = render("keep.sh") + f'terminate() {{ kill -TERM "$1"; }}\nkeep "{final}" "$@"\n'
     process = subprocess.Popen(["bash", "-c", script, "keep", *command])
     return lambda: process.wait(20), process.terminate
 
@@ -44,9 +45,11 @@ def keep(request):
     return request.param
 
 
-@pytest.mark.parametrize("code", [0, 1, 2])
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
 def test_final_codes_end_it(keep, code, tmp_path):
-    """Breaks when a worker is started again though nothing is left, or after a user's mistake."""
+    """Breaks when a worker is started again though nothing is left, after a user's mistake, or once
+    a minute while the sweep is stopped.
+    """
     wait, _ = keep(["bash", "-c", f"echo >> {tmp_path}/starts; exit {code}"])
     assert wait() == code
     assert (tmp_path / "starts").read_text() == "\n"

@@ -60,7 +60,8 @@ def test_each_trial_ends_as_it_should_and_the_exit_code_says_so(tmp_path):
     assert [tries[one.trial] for one in jobs] == [1, 1, 2, 1, 1, 1]
     seen = view(tmp_path)
     assert seen.failed == {jobs[n].trial for n in (1, 2, 4)} and len(seen.done) == 3
-    assert seen.epochs[jobs[3].trial] == 5, "four deaths with a new checkpoint each"
+    # Four deaths with a new checkpoint each, and one more if it waited behind the one that dies.
+    assert seen.epochs[jobs[3].trial] in (5, 6)
 
 
 def test_sigterm_publishes_and_gives_back_and_the_next_worker_goes_on(tmp_path):
@@ -117,6 +118,19 @@ def test_a_child_dies_with_its_worker(tmp_path):
     assert not alive
 
 
+def test_a_host_without_devices_gives_up_and_one_that_waits_for_others_does_not(tmp_path):
+    """Mutations: a slice whose other host comes late counts as a mistake, which nothing starts
+    again; a host without a device tries for ever, and holds what others could do."""
+    write_plan(tmp_path, [job(1)])
+    for later, expected in [(False, 2), (True, 0)]:
+        reason = {"error": "not there", "later": later}
+        (tmp_path / "unable").write_text(json.dumps({"times": 4, "reason": reason}))
+        code, output = finish(start(tmp_path, tmp_path / "ends", beat=0.1))
+        assert code == expected, output
+        assert ("waits for its other hosts: not there" in output) == later
+        assert ("opens no device: not there" in output) != later
+
+
 def test_a_beat_says_what_a_trial_does(tmp_path):
     """Mutation: the stage of a trial that runs alone, which its child does not name, is lost."""
     write_plan(tmp_path, [job(1, steps=600, seconds=0.1)])
@@ -133,7 +147,8 @@ def test_a_beat_says_what_a_trial_does(tmp_path):
 
 
 def test_stop_lets_workers_leave_and_a_lost_claim_ends_the_work(tmp_path):
-    """Mutations: `stop` is not looked at; a trial that another worker has taken over goes on, and
+    """Mutations: `stop` is not looked at, or ends workers as a signal does, after which they are
+    started again; a trial that another worker has taken over goes on, and
     its end is published."""
     one = job(1, steps=50, seconds=0.1)
     write_plan(tmp_path, [one])
@@ -146,7 +161,7 @@ def test_stop_lets_workers_leave_and_a_lost_claim_ends_the_work(tmp_path):
     time.sleep(1.5)
     store.write(STOP, b"")
     code, output = finish(worker, 15)
-    assert code == 75 and "taken over" in output
+    assert code == 3 and "taken over" in output and "softprompt stop --undo" in output
     assert not (tmp_path / "ends").exists() and f"{one.trial}.2" not in view(tmp_path).ended
 
 
@@ -180,29 +195,33 @@ def run_many(tmp_path, *, workers, trials, kill, seconds):
     return Counter(line.split()[0] for line in ends.read_text().splitlines()), killed
 
 
-def published(tmp_path, trials):
-    """How often each trial's row was published: its final row names the machines once."""
-    return [
-        json.loads((tmp_path / job(n).folder / "result.json").read_text()) for n in range(trials)
-    ]
+def check_published_once(tmp_path, trials):
+    """Each trial has one row, written once, and is done by the holder of its newest claim."""
+    store, seen = open_store(tmp_path), view(tmp_path)
+    writes = Counter((tmp_path / "ends.writes").read_text().splitlines())
+    for one in map(job, range(trials)):
+        row, done = f"{one.folder}/result.json", f"{QUEUE}/done/{one.trial}"
+        assert writes[row] <= 1 and writes[done] <= 1, "a worker may be killed before it notes it"
+        assert json.loads(store.read(row))["status"] == "done"
+        holder = json.loads(store.read(f"{QUEUE}/claims/{seen.newest(one.trial)}"))
+        assert store.read(done).decode() == holder["token"]
+    assert len(seen.done) == trials and not seen.failed
 
 
 def test_workers_that_are_killed_cost_nothing_but_time(tmp_path):
-    """Mutations: a dead worker's trial is never taken over; a done one is run again."""
+    """Mutations: a dead worker's trial is never taken over; a done one is run again; a row that is
+    done is replaced."""
     ended, _ = run_many(tmp_path, workers=3, trials=24, kill=2, seconds=0.1)
-    seen = view(tmp_path)
-    assert len(seen.done) == 24 and not seen.failed
-    assert all(row["status"] == "done" for row in published(tmp_path, 24))
+    check_published_once(tmp_path, 24)
     assert sum(ended.values()) <= 24 + 2 * 2, "what a killed worker had just ended runs again"
 
 
 @pytest.mark.long
 def test_eight_processes_two_hundred_trials(tmp_path):
     """5 % of the claims are killed. Mutations: as above."""
-    ended, killed = run_many(tmp_path, workers=8, trials=200, kill=10, seconds=0.4)
-    seen = view(tmp_path)
-    assert len(seen.done) == 200 and not seen.failed
-    print(f"{killed} workers killed, {max(seen.epochs.values())} holders at most")
+    _, killed = run_many(tmp_path, workers=8, trials=200, kill=10, seconds=0.4)
+    check_published_once(tmp_path, 200)
+    print(f"{killed} workers killed, {max(view(tmp_path).epochs.values())} holders at most")
 
 
 @pytest.mark.long

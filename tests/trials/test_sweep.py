@@ -6,7 +6,7 @@ import pytest
 
 from softprompt import results
 from softprompt.config import trial_id, trial_name
-from softprompt.console import Progress
+from softprompt.console import Progress, duration
 from softprompt.errors import UserError
 from softprompt.trials import shards, sweep
 from softprompt.trials.dry_run import dry_run
@@ -229,7 +229,8 @@ def test_dry_run_says_what_each_trial_costs(tmp_path):
     trials = [config(1), config(5), config(20, name="none")]
     results.write_result(sweep.trial_folder(tmp_path, trials[0]), done_row(trials[0]))
     cost = {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 90.0}
-    table = dry_run(trials, tmp_path, lambda made: cost)
+    table, note = dry_run(trials, tmp_path, lambda made: cost, here="cpu", target="tpu")
+    assert note.startswith("Times are estimates for this machine's cpu") and "on tpu" in note
     assert list(table["state"]) == ["done", "to run", "to run", ""]
     assert list(map(str, table["steps"])) == ["100", "100", "0", ""]
     assert list(table["time"])[:2] == ["1 min 30 s"] * 2
@@ -237,6 +238,24 @@ def test_dry_run_says_what_each_trial_costs(tmp_path):
     assert table["FLOPs"].iloc[-1] == "4e+12"
     assert table["memory"].iloc[0] == "1.00 GiB"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_finished_trials_of_the_target_correct_a_dry_run(tmp_path):
+    """Mutations: rows of another backend correct it; so does compilation, or the time of trials
+    that ran beside; the ratio of one program is used for others although theirs is known."""
+    trials = [config(length) for length in (1, 1, 5, 5, 20)]
+    for number, one in enumerate(trials):
+        one.seed = number
+    measured = {0: (60.0, "tpu", 1), 1: (1.0, "cpu", 1), 2: (900.0, "tpu", 2)}
+    for number, (seconds, platform, members) in measured.items():
+        row = done_row(trials[number]) | {"seconds": seconds + 7, "compile_seconds": 7.0}
+        row |= {"members": members, "devices": {"platform": platform}}
+        results.write_result(sweep.trial_folder(tmp_path, trials[number]), row)
+    cost = {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 100.0}
+    table, note = dry_run(trials, tmp_path, lambda made: cost, here="cpu", target="tpu")
+    assert "corrected by 2 finished trials on tpu: 2.55 times as long" in note
+    expected = [60, 60, 450, 450, 255, 450 + 255]
+    assert list(table["time"]) == [duration(seconds) for seconds in expected]
 
 
 def test_a_dry_run_says_which_trials_would_fail(tmp_path):
@@ -250,7 +269,7 @@ def test_a_dry_run_says_which_trials_would_fail(tmp_path):
             raise UserError("no data")
         return {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 90.0}
 
-    table = dry_run(trials, tmp_path, estimate)
+    table, _ = dry_run(trials, tmp_path, estimate, here="cpu", target="cpu")
     assert list(table["state"]) == ["to run", "to run", "fails: no data", ""]
     assert list(table["steps"])[:3] == [100] * 3
     assert (table["trial"].iloc[-1], table["time"].iloc[-1]) == ("2 to run", "3 min 0 s")

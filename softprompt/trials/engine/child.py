@@ -176,16 +176,17 @@ def orders_for_all(link: Link) -> Receive:
 
 def ready(link: Link, distributed: str | None) -> bool:
     """Opens the devices, and tells the worker which they are; False if that fails."""
-    from softprompt.distributed import start_jax
+    from softprompt.distributed import NotJoined, start_jax
 
     try:
         start_jax(distributed, heartbeat=HEARTBEAT)
     except UserError as error:
-        link.send("unable", error=str(error))
+        link.send("unable", error=str(error), later=isinstance(error, NotJoined))
         return False
     import jax
 
     from softprompt.config import base_config, resolve
+    from softprompt.trials.engine.compiled import kind_of_programs
     from softprompt.trials.groups import MOST, MOST_ELSEWHERE
 
     backend, devices = jax.default_backend(), jax.devices()
@@ -196,6 +197,7 @@ def ready(link: Link, distributed: str | None) -> bool:
         devices=f"{len(devices)} x {devices[0].device_kind}",
         chips=len(devices),
         width=MOST.get(backend, MOST_ELSEWHERE),
+        programs=kind_of_programs(),
     )
     return True
 

@@ -102,6 +102,11 @@ class View:
         """The key of a trial's newest claim."""
         return f"{trial}.{self.epochs[trial]}"
 
+    def publications(self, claim: Claim) -> tuple[str, ...]:
+        """The keys of what holders of a claimed trial have published, the newest first."""
+        keys = (f"{claim.trial}.{epoch}" for epoch in range(claim.epoch, 0, -1))
+        return tuple(key for key in keys if key in self.saved)
+
     def over(self, trial: str) -> bool:
         """Whether a trial has its final row."""
         return trial in self.done or trial in self.failed

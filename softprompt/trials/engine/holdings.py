@@ -70,15 +70,16 @@ class Holdings:
     def begin(self, job: Job, claim: Claim, view: View) -> dict[str, Any]:
         """Takes up a claimed trial; returns the child's order to run it.
 
-        The newest publication of earlier holders is brought to scratch, unless a worker of this
-        host has left a newer checkpoint there. So is the prompt that the trial starts from.
+        The newest publication of earlier holders is brought to where it runs, unless a newer
+        checkpoint is there. So is the prompt that the trial starts from.
         """
         folder = self._place / job.folder
-        keys = [f"{job.trial}.{epoch}" for epoch in range(claim.epoch - 1, 0, -1)]
-        saved = tuple(key for key in keys if key in view.saved)
-        content = self._store.read(f"{QUEUE}/saved/{saved[0]}") if saved and self._local else None
-        if content is not None:
-            publish.unpack(content, Path(folder))
+        saved = view.publications(claim)
+        if saved and self._local:
+            publication = f"{QUEUE}/saved/{saved[0]}"
+            publish.bring_to_scratch(self._store, publication, job.folder, Path(folder))
+        elif saved:
+            publish.bring_to_store(self._store, f"{QUEUE}/saved/{saved[0]}", job.folder)
         if job.start and self._local:
             publish.fetch_start(self._store, job.start, Path(self._place))
         step, now = publish.newest_step(folder), time.monotonic()
@@ -97,23 +98,28 @@ class Holdings:
             one.spent += chip_seconds / len(self.held)
             one.unsaved += chip_seconds / len(self.held)
 
-    def publish_due(self) -> None:
-        """Publishes each trial whose last publication is old enough, if it has a new checkpoint."""
-        for one in self.held.values():
-            if time.monotonic() - one.published >= self._claims.timing.publish:
-                self._publish(one)
+    def publish_due(self) -> bool:
+        """Publishes each trial whose last publication is old enough, if it has a new checkpoint.
 
-    def _publish(self, one: Held) -> None:
-        """Publishes a trial's newest checkpoint and its files as one object.
+        Returns:
+            Whether there was one.
+        """
+        before = time.monotonic() - self._claims.timing.publish
+        return any([self._publish(one) for one in self.held.values() if one.published <= before])
+
+    def _publish(self, one: Held) -> bool:
+        """Publishes a trial's newest checkpoint and its files as one object, if there is a new one.
 
         For a trial that runs in the store the object is empty, and says that there was progress.
         """
         step = publish.newest_step(one.folder)
-        if step > one.step and self._may_publish(one):
-            content = publish.pack(Path(one.folder)) if self._local else b""
-            self._store.write(f"{QUEUE}/saved/{one.claim.key}", content)
-            one.step, one.published, one.unsaved = step, time.monotonic(), 0.0
-            one.saved = (*one.saved, one.claim.key)
+        if step <= one.step or not self._may_publish(one):
+            return False
+        content = publish.pack(Path(one.folder)) if self._local else b""
+        self._store.write(f"{QUEUE}/saved/{one.claim.key}", content)
+        one.step, one.published, one.unsaved = step, time.monotonic(), 0.0
+        one.saved = (*one.saved, one.claim.key)
+        return True
 
     def _may_publish(self, one: Held) -> bool:
         """Whether this worker still holds a trial, and is known to live."""

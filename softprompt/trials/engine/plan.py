@@ -104,25 +104,31 @@ def make_plan(
 
 
 def _job(config: "ConfigDict", folder: str, start: str) -> Job:
-    from softprompt.config import flatten, to_dict, trial_id, trial_name, weights_key
+    from softprompt.config import to_dict, trial_id, trial_name, weights_key
+
+    return Job(
+        trial=trial_id(config),
+        name=trial_name(config),
+        folder=folder,
+        group=program_group(config),
+        model=_digest(weights_key(config)),
+        most=_most(config),
+        config=to_dict(config),
+        start=start,
+    )
+
+
+def program_group(config: "ConfigDict") -> str:
+    """A text that is equal for trials that are likely to share a compiled step."""
+    from softprompt.config import flatten, weights_key
 
     keys = {
         key: value
         for key, value in flatten(config).items()
         if key not in _SHARED and not key.startswith(_SHARED_SECTIONS)
     }
-    model = weights_key(config)
-    group = [model, config.optimizer.name, keys]
-    return Job(
-        trial=trial_id(config),
-        name=trial_name(config),
-        folder=folder,
-        group=_digest(json.dumps(group, sort_keys=True, default=dict)),
-        model=_digest(model),
-        most=_most(config),
-        config=to_dict(config),
-        start=start,
-    )
+    group = [weights_key(config), config.optimizer.name, keys]
+    return _digest(json.dumps(group, sort_keys=True, default=dict))
 
 
 def _most(config: "ConfigDict") -> int:

@@ -1,14 +1,15 @@
 """Moves a trial between local scratch and the results store.
 
-While it trains, its newest whole checkpoint and its other files travel as one tar file. At its end
-its files are copied one by one, and result.json last.
+While it trains, its newest whole checkpoint and its other files travel as one tar file, a
+publication. That of a trial which runs in its folder in the store is empty: the files are there. At
+a trial's end its files are copied one by one, and result.json last.
 """
 
 import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,62 @@ def pack(folder: Path) -> bytes:
             continue
 
 
-def unpack(content: bytes, folder: Path) -> None:
-    """Replaces a trial's folder by a packed one, unless its own checkpoint is as new."""
+def bring_to_scratch(store: Store, publication: str, name: str, folder: Path) -> None:
+    """Replaces a trial's folder by a published one, unless its own checkpoint is as new.
+
+    Args:
+        store: the sweep's.
+        publication: the name of the publication in it.
+        name: of the trial's folder in it.
+        folder: of the trial in scratch.
+    """
+    content = store.read(publication)
     temporary = folder.parent / f".{folder.name}.unpacked"
     shutil.rmtree(temporary, ignore_errors=True)
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        tar.extractall(temporary, filter="data")
+    temporary.mkdir(parents=True)
+    if content:
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            tar.extractall(temporary, filter="data")
+    elif content is not None:
+        for file in _newest_files(list(store.list(name)), name):
+            write_bytes(temporary / file, store.read(f"{name}/{file}") or b"")
     if newest_step(temporary) > newest_step(folder):
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     else:
         shutil.rmtree(temporary)
+
+
+def bring_to_store(store: Store, publication: str, name: str) -> None:
+    """Writes a published trial into its folder in the store, unless the checkpoint there is as new.
+
+    For the arguments see `bring_to_scratch`.
+    """
+    content = store.read(publication)
+    if not content:
+        return
+    there = max((_step(file) for file in store.list(name)), default=0)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        files = [member for member in tar.getmembers() if member.isfile()]
+        if max((_step(f"{name}/{file.name}") for file in files), default=0) > there:
+            for file in files:
+                source = tar.extractfile(file)
+                assert source is not None, f"{file.name} is a file"
+                store.write(f"{name}/{file.name}", source.read())
+
+
+def _step(name: str) -> int:
+    """The step of the checkpoint of which NAME/checkpoints/STEP/... is a file, else 0."""
+    parts = name.split("/")
+    step = parts[2] if len(parts) > 3 and parts[1] == CHECKPOINTS else ""
+    return int(step) if step.isdigit() else 0
+
+
+def _newest_files(names: Sequence[str], folder: str) -> list[str]:
+    """The files of a trial's folder in the store, of its checkpoints the newest one's only."""
+    newest = max(map(_step, names), default=0)
+    files = [n for n in names if f"/{CHECKPOINTS}/" not in n or 0 < _step(n) == newest]
+    return [name.removeprefix(f"{folder}/") for name in files]
 
 
 def fetch_start(store: Store, name: str, to: Path) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softprompt import interrupts
@@ -34,6 +34,7 @@ LABEL = "ray.io/tpu-"
 KINDS = ("TPU", "GPU", "CPU")
 REGROUP_SECONDS = 10.0
 LINGER_SECONDS = 60.0
+MISTAKE = 2  # exit code of a worker that cannot work on its host
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Driver:
             try:
                 self._codes[refs[ref]] = ray.get(ref)
                 ray.kill(supervisor)
-            except RayActorError as error:  # with its node, or alone: then another one is started
+            except RayError as error:  # with its node, or alone: then another one is started
                 self._say(f"lost a supervisor: {one_line(error)}")
         if ended:
             self._report()
@@ -186,7 +187,8 @@ class Driver:
     @property
     def code(self) -> int | None:
         """The sweep's exit code once every process has ended for good, else None."""
-        return min(self._codes.values()) if self._codes and not self._running else None
+        codes = sorted(self._codes.values(), key=lambda code: (code == MISTAKE, code))
+        return codes[0] if codes and not self._running else None
 
     def _report(self) -> None:
         line = f"{len(self._running)} hosts with a worker, {len(self._codes)} have ended"
@@ -217,7 +219,8 @@ def run(
         say: reports a line.
 
     Returns:
-        0 if nothing is left to do, 1 if some trial failed, 2 if every worker found a mistake.
+        0 if nothing is left to do, 1 if some trial failed, 3 after `softprompt stop`, 2 if every
+        worker found a mistake.
 
     Raises:
         UserError: no cluster at this address.

@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Sequence
 
-# Exit codes of `softprompt work` after which it is not started again: nothing is left to do, some
-# trial failed for good, a mistake in the command.
-FINAL = (0, 1, 2)
+STOPPED = 3  # exit code of `softprompt work` after `softprompt stop`
+# Exit codes after which it is not started again: nothing is left to do, some trial failed for good,
+# a mistake in the command, `stop`.
+FINAL = (0, 1, 2, STOPPED)
 LONGEST_PAUSE = 60.0
 GRACE = 30.0
 

@@ -5,10 +5,15 @@ from typing import Any
 
 import jinja2
 
+from softprompt.trials.engine.restarts import FINAL
+
 
 def render(template: str, **values: Any) -> str:
-    """Returns a template of `templates/` with its values filled in; missing ones are errors."""
-    return _templates().get_template(template).render(**values)
+    """Returns a template of `templates/` with its values filled in; missing ones are errors.
+
+    `final` are the exit codes after which a worker is not started again.
+    """
+    return _templates().get_template(template).render(final=list(FINAL), **values)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from etils import epath
 
 from softprompt import interrupts
 from softprompt.distributed import agreed
+from softprompt.trials.engine import publish
 from softprompt.trials.engine.claims import QUEUE, Claim, Claims, Heart, View, lost
 from softprompt.trials.engine.plan import PLAN
 from softprompt.trials.engine.store import open_store
@@ -34,13 +35,16 @@ class Shared:
         self.heart = Heart(self._claims, self._facts, seen=self._check)
 
     @contextmanager
-    def holding(self, trial: str) -> Iterator[None]:
+    def holding(self, trial: str, folder: epath.PathLike) -> Iterator[None]:
         """Claims a trial for the duration of the block, at whose end it is done.
+
+        If a worker has published a newer checkpoint than the trial's folder holds, it is brought
+        there.
 
         Raises:
             Locked: another process holds it.
         """
-        claim = self._take(trial) if jax.process_index() == 0 else None
+        claim = self._take(trial, epath.Path(folder).name) if jax.process_index() == 0 else None
         if not agreed(claim is not None):
             raise Locked(f"trial {trial} is run by another process; its claims are in {QUEUE}/")
         if claim is None:
@@ -60,15 +64,25 @@ class Shared:
                 self._claims.end(claim, how, {"chip_seconds": 0.0, "lost": 0.0})
             else:
                 self._store.create(f"{QUEUE}/done/{trial}", claim.facts["token"].encode())
+                for key in self._claims.look().publications(claim):
+                    self._store.delete(f"{QUEUE}/saved/{key}")
 
-    def _take(self, trial: str) -> Claim | None:
-        """Claims a trial; one that failed, or whose row was deleted, is run again."""
+    def _take(self, trial: str, name: str) -> Claim | None:
+        """Claims a trial; one that failed, or whose row was deleted, is run again.
+
+        The publication is empty from the beginning, since checkpoints are in the folder `name`.
+        """
         view = self._claims.look()
         if view.over(trial):
             for status in ("done", "failed"):
                 self._store.delete(f"{QUEUE}/{status}/{trial}")
             view = self._claims.look()
-        return self._claims.take(trial, view)
+        claim = self._claims.take(trial, view)
+        if claim is not None:
+            for key in view.publications(claim)[:1]:
+                publish.bring_to_store(self._store, f"{QUEUE}/saved/{key}", name)
+            self._store.write(f"{QUEUE}/saved/{claim.key}", b"")
+        return claim
 
     def _facts(self) -> Mapping[str, Any]:
         held = {trial: {"chip_seconds": 0.0, "lost": 0.0} for trial in list(self._held)}

@@ -21,8 +21,12 @@ body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8884; }
-.bar { display: flex; height: 1rem; border-radius: .3rem; overflow: hidden; background: #8883; }
+td:not(:last-child), th { white-space: nowrap; vertical-align: top; }
+.bar { display: flex; height: 1rem; border-radius: .3rem; overflow: hidden; }
+.key span { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem; }
+.key span:first-child { margin-left: 0; }
 .done { background: #2a7; } .failed { background: #c43; } .claimed { background: #48c; }
+.waiting { background: #8883; }
 """
 
 
@@ -52,6 +56,11 @@ def summary(
         f"{plan.experiment} ({plan.subset}): {len(plan.jobs)} trials: {said}",
         f"{hours:.2f} chip-hours used, {lost:.2f} of them lost",
     ]
+    ended = sum(beat.get("done", 0) + beat.get("failed", 0) for beat in beats)
+    left = counts["claimed"] + counts["waiting"]
+    if left and ended:
+        rest = hours / ended * left
+        lines.append(f"estimate: {rest:.2f} chip-hours left, from the {ended} trials that ended")
     if price is not None:
         lines[1] += f"; {hours * price:.2f} dollars at {price:g} a chip-hour"
     if view.stop:
@@ -81,7 +90,7 @@ def table(beats: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 def _state(beat: dict[str, Any]) -> str:
     """What a worker does, by its last beat."""
     if beat.get("problem"):
-        return f"opens no device: {beat['problem']}"
+        return str(beat["problem"])
     if beat.get("left"):
         return "left"
     age = time.time() - beat["time"]
@@ -105,9 +114,10 @@ def page(
         f'<div class="{state}" style="flex: {number}" title="{number} {state}"></div>'
         for state, number in counts.items()
     )
+    key = "".join(f'<span class="{state}"></span>{state}' for state in counts)
     head = "".join(f"<th>{name.lower()}</th>" for name in COLUMNS)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        "<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>"
         for row in table(beats)
     )
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
@@ -116,5 +126,11 @@ def page(
         '<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(plan.experiment)}</title><style>{STYLE}</style>"
         f'<h1>{html.escape(plan.experiment)}</h1>{lines}<div class="bar">{parts}</div>'
+        f'<p class="key">{key}</p>'
         f'<h2>Workers</h2><div class="scroll"><table><tr>{head}</tr>{body}</table></div></html>\n'
     )
+
+
+def _cell(text: str) -> str:
+    """A cell of the page; what several trials do stands in several lines."""
+    return "<br>".join(map(html.escape, text.split("; ")))

@@ -19,15 +19,16 @@ from softprompt import interrupts
 from softprompt.distributed import parse_distributed
 from softprompt.errors import UserError
 from softprompt.trials.engine.claims import Claims, Heart, Timing, View, lost
+from softprompt.trials.engine.compiled import Programs
 from softprompt.trials.engine.holdings import Holdings
 from softprompt.trials.engine.link import Child, Message
 from softprompt.trials.engine.plan import Plan, check_backend, check_worker, read_plan
+from softprompt.trials.engine.restarts import STOPPED
 from softprompt.trials.engine.schedule import all_over, take_next
 from softprompt.trials.engine.store import StoreError, open_store
 
 CHILD = (sys.executable, "-m", "softprompt.trials.engine.child")
 MOST_STARTS = 3  # of a child, one after another, that finds no devices
-CACHE = "JAX_COMPILATION_CACHE_DIR"
 TICK = 0.2  # seconds between two looks at what is due
 
 Say = Callable[[str], None]
@@ -59,8 +60,8 @@ def work(
         say: called with a line about each trial that is claimed or ends.
 
     Returns:
-        The exit code: 0 if every trial is done, 1 if all are over and some failed, 75 if some are
-        left when the minutes are over, `stop` is in the store, or the store cannot be reached.
+        The exit code: 0 if every trial is done, 1 if all are over and some failed, 3 if `stop` is
+        in the store, 75 if trials are left when the minutes are over or the store is not reached.
 
     Raises:
         UserError: there is no plan, its code or target is another, or no device can be opened.
@@ -78,8 +79,9 @@ def work(
     local = distributed is None
     holdings = Holdings(store, claims, place=scratch if local else workdir, local=local, say=say)
     with interrupts.saving():
-        child = functools.partial(Child, command, programs(scratch))
-        worker = Worker(plan, claims, holdings, child, follows=follows, say=say)
+        programs = Programs(store, scratch)
+        child = functools.partial(Child, command, programs.environment())
+        worker = Worker(plan, claims, holdings, child, programs=programs, follows=follows, say=say)
         try:
             return worker.run(60 * minutes)
         except StoreError as error:  # others take the trials over; a new worker may have more luck
@@ -95,6 +97,7 @@ class Worker:
         claims: the worker's.
         holdings: the trials that it holds.
         child: starts the child.
+        programs: that it compiles.
         follows: whether another worker claims what the child runs.
         say: see `work`.
     """
@@ -106,11 +109,13 @@ class Worker:
         holdings: Holdings,
         child: Callable[[], Child],
         *,
+        programs: Programs,
         follows: bool,
         say: Say,
     ) -> None:
         self._plan, self._claims, self._holdings, self._say = plan, claims, holdings, say
         self._new_child, self._follows, self._timing = child, follows, claims.timing
+        self._programs, self._groups = programs, set[str]()
         self._heart = Heart(claims, self._facts)
         self._held = holdings.held
         self._child: Child | None = None
@@ -130,7 +135,7 @@ class Worker:
         try:
             while (code := self._finished(late=time.monotonic() > end)) is None:
                 if self._child is None:
-                    time.sleep(self._starts * self._timing.beat)
+                    time.sleep(self._timing.beat if self._problem else 0.0)
                     self._child = self._new_child()
                     self._heard = time.monotonic()
                 self._handle(self._child.receive(TICK))
@@ -154,7 +159,9 @@ class Worker:
         self._let_save()
         if number is not None:
             raise interrupts.leaving(number)
-        return interrupts.PREEMPTED
+        if view.stop:
+            self._say("stopped; after softprompt stop --undo the same command goes on")
+        return STOPPED if view.stop else interrupts.PREEMPTED
 
     def _let_save(self) -> None:
         """Lets the child save and exit, kills it after a while, and gives all trials back."""
@@ -185,8 +192,13 @@ class Worker:
                 self._claims.machine = f"{self._claims.host}: {message['devices']}"
                 self._chips, self._widths[""] = message["chips"], message["width"]
                 self._starts, self._problem = 0, ""
+                self._programs.kind = message["programs"]
+                self._programs.fetch()
             case "unable":
-                self._problem = message["error"]
+                state = "waits for its other hosts" if message["later"] else "opens no device"
+                self._problem = f"{state}: {message['error']}"
+                self._starts += not message["later"]
+                self._say(self._problem)
             case "next":
                 self._wants, self._looked_at = True, View({})
             case "stage":
@@ -199,6 +211,7 @@ class Worker:
                 trial = message.pop("trial")
                 if trial in self._held and self._holdings.end(trial, **message):
                     self._counts["done" if message["done"] else "failed"] += 1
+                self._programs.publish()
             case "exit":
                 self._child_ended(message["code"])
 
@@ -211,13 +224,12 @@ class Worker:
             UserError: several children one after another have found no devices.
         """
         self._child, self._wants = None, False
+        self._programs.forget_unfinished()
         for trial in list(self._held):
             self._say(f"the process of {self._held[trial].job.name} died")
             self._holdings.release(trial, "released" if code == interrupts.PREEMPTED else "died")
-        if self._problem:
-            self._starts += 1
         if self._starts >= MOST_STARTS:
-            raise UserError(f"{self._claims.host} opens no device: {self._problem}")
+            raise UserError(f"{self._claims.host} {self._problem}")
 
     def _tick(self, *, claims: bool) -> None:
         """Does what is due."""
@@ -226,7 +238,8 @@ class Worker:
         if self._held:
             self._used += spent
             self._holdings.spend(spent)
-        self._holdings.publish_due()
+        if self._holdings.publish_due():
+            self._programs.publish()
         if any(lost(one.claim, view) for one in self._held.values()):
             self._end_child("a trial was taken over by another worker")
         elif self._held and now - self._heard > self._timing.silent:
@@ -249,6 +262,9 @@ class Worker:
         taken = take_next(self._plan, self._claims, view, widths=self._widths, model=self._model)
         if taken and self._child is not None:
             self._wants, self._model, self._stages = False, taken[0][0].model, {}
+            if (group := taken[0][0].group) not in self._groups:
+                self._groups.add(group)
+                self._programs.fetch()
             jobs = [self._holdings.begin(job, claim, view) for job, claim in taken]
             self._child.send("run", jobs=jobs)
 
@@ -270,12 +286,6 @@ class Worker:
             "left": self._left,
             **self._counts,
         }
-
-
-def programs(scratch: Path) -> dict[str, str]:
-    """The environment of a child: compiled programs are kept for the next one on this host."""
-    folder = os.environ.get(CACHE, str(scratch / "programs"))
-    return {CACHE: folder}
 
 
 def scratch_folder(plan: Plan) -> Path:

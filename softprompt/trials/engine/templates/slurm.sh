@@ -28,6 +28,6 @@ if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then  # one worker of several processes
 fi
 
 code=0
-keep "0 1 2 75" srun --kill-on-bad-exit=1 "${worker[@]}" || code=$?
-[ -z "$stopping" ] || [[ " 0 1 2 " == *" $code "* ]] || scontrol requeue "$SLURM_JOB_ID"
+keep "{{ final | join(' ') }} 75" srun --kill-on-bad-exit=1 "${worker[@]}" || code=$?
+[ -z "$stopping" ] || [[ " {{ final | join(' ') }} " == *" $code "* ]] || scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

@@ -47,7 +47,7 @@ if [ -d /run/systemd/system ] && [ "$(id -u)" = 0 ] && [ -z "${SOFTPROMPT_UNIT:-
   [ "$0" -ef "$root/startup.sh" ] || cp "$0" "$root/startup.sh"
   exec systemd-run --unit=softprompt --setenv=SOFTPROMPT_UNIT=1 --setenv=HOME="$HOME" \
     --property=After=network-online.target --property=Restart=always --property=RestartSec=5 \
-    --property=RestartPreventExitStatus="0 1 2" --property=KillMode=mixed \
+    --property=RestartPreventExitStatus="{{ final | join(' ') }}" --property=KillMode=mixed \
     --property=TimeoutStopSec=40 bash "$root/startup.sh"
 fi
 
@@ -71,4 +71,4 @@ else
 fi
 worker+=(--distributed "$first:8476,$index,{{ hosts }}")
 {% endif %}
-keep "0 1 2" "${worker[@]}"
+keep "{{ final | join(' ') }}" "${worker[@]}"

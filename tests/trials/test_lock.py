@@ -1,0 +1,46 @@
+"""Two commands on one trial: the second one says who trains it, and changes nothing."""
+
+import json
+import os
+
+import pytest
+
+from softprompt import cli
+from softprompt.config import trial_id
+from softprompt.trials.engine.sharing import shared
+from softprompt.trials.lock import holding
+from softprompt.trials.outputs import OWNER
+from tests.own_task import make_config, words, write_task
+
+
+@pytest.fixture
+def task(tmp_path):
+    """The folder of the task's files."""
+    (tmp_path / "task").mkdir()
+    return write_task(tmp_path / "task")
+
+
+def refused(task, model, folder, capsys):
+    """What `softprompt train` says of a trial that is trained already."""
+    before = sorted(folder.rglob("*"))
+    assert cli.main(["train", "--workdir", str(folder), *words(task, model)]) == 2
+    assert sorted(folder.rglob("*")) == before
+    return capsys.readouterr().err
+
+
+def test_a_folder_is_trained_by_one_process(task, tiny_folder, tmp_path, capsys):
+    """Mutation: the lock is not taken, and the second one truncates the first one's log."""
+    with holding(tmp_path / "w"):
+        said = refused(task, tiny_folder, tmp_path / "w", capsys)
+    assert f"{tmp_path / 'w'} is being trained by process {os.getpid()} on " in said
+
+
+def test_a_trial_of_a_sweep_is_trained_by_one_process(task, tiny_folder, tmp_path, capsys):
+    """Of a sweep that workers on other hosts share, whose locks this host may not see. Mutation:
+    `train` takes no claim."""
+    (tmp_path / "sweep" / "w").mkdir(parents=True)
+    (tmp_path / "sweep" / OWNER).write_text(json.dumps({"experiment": "some"}))
+    trial = trial_id(make_config(task, tiny_folder))
+    with shared(tmp_path / "sweep") as claims, claims.holding(trial, tmp_path / "sweep" / "w"):
+        said = refused(task, tiny_folder, tmp_path / "sweep" / "w", capsys)
+    assert f"trial {trial} is run by another process" in said
