@@ -59,11 +59,11 @@ def make_tasks(root: Path, model: str) -> list[str]:
 
 
 @contextmanager
-def server(root: Path, model: str, key: str) -> Iterator[str]:
+def server(root: Path, model: str, key: str, *options: str) -> Iterator[str]:
     """Runs `softprompt serve` in a process of its own until the block ends; gives its address."""
     (root / "key").write_text(key)
     command = [sys.executable, "-m", "softprompt", "serve", str(root), "--model", model]
-    command += ["--port", "0", "--admin-key-file", str(root / "key")]
+    command += ["--port", "0", "--admin-key-file", str(root / "key"), *options]
     log = root / "log"
     with open(log, "w") as file, subprocess.Popen(command, stderr=file) as process:
         try:
