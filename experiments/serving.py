@@ -333,9 +333,9 @@ def evaluate(said: argparse.Namespace, folder: Path) -> None:
         encode = loaded.tokenizer.encode
         inputs = [encode(line)[: random.integers(8, 49)] for line in lines]
         context = context_lane(loaded, 20, seed=0).context
-        shared = {}, Context(context.k_LPGK[:, :20], context.v_LPGK[:, :20])
+        shared: Any = {}, Context(context.k_LPGK[:, :20], context.v_LPGK[:, :20])
         options: Any = {"max_new": most, "eos_id": encode("It ended.")[-1], "batch": 64}
-        given = loaded.model, loaded.weights, shared, inputs
+        given = decoder(loaded), loaded.weights, shared, inputs
         forms = {
             "lockstep": functools.partial(generate, *given, **options),
             "pool": functools.partial(generate_in_pool, *given, **options),

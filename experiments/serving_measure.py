@@ -4,7 +4,7 @@ import functools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,17 +44,17 @@ def say(name: str, measured: str, target: str) -> None:
     print(f"{name:34} {measured:44} target: {target}", flush=True)
 
 
-def in_turns(forms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Seconds]]:
+def in_turns(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Seconds]]:
     """The time of each form by the clock and by the processors; they run in turns."""
     timed = {name: functools.partial(seconds, run) for name, run in forms.items()}
     return take_turns(timed, rounds)
 
 
-def take_turns(forms: dict[str, Callable[[], Seconds]], rounds: int) -> dict[str, list[Seconds]]:
+def take_turns(forms: Mapping[str, Callable[[], Seconds]], rounds: int) -> dict[str, list[Seconds]]:
     """What each form returns; they run in turns, every second time in reverse."""
     times: dict[str, list[Seconds]] = {name: [] for name in forms}
     for turn in range(rounds):
-        for name in list(forms) if turn % 2 else list(reversed(forms)):
+        for name in list(forms)[:: 1 if turn % 2 else -1]:
             times[name].append(forms[name]())
             print(f"turn {turn}: {name} {times[name][-1][0]:.3f} s", flush=True)
     return times

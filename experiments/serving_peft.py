@@ -49,7 +49,7 @@ def against_peft(said: argparse.Namespace, folder: Path) -> None:
             better("batch", lambda dtype: ask("batch", dtype, REQUESTS)["seconds"]),
             better("switching", lambda dtype: ask("switching", dtype, FEW)["seconds"]),
         )
-        forms: dict[str, Callable[[], Seconds]] = {
+        forms = {
             "ours": functools.partial(seconds, ours[own]),
             "contexts": functools.partial(seconds, contexts(models[own], tasks)),
             "batch": functools.partial(timed, ask, "batch", batch),

@@ -48,7 +48,7 @@ class Joining:
     """A new row: its slot, its input, its draw, and whether it needs alternatives."""
 
     slot: Slot
-    tokens: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
     draw: Draw = Draw()
     alternatives: bool = False
 
