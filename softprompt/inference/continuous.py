@@ -42,16 +42,11 @@ def generate_in_pool(
     Raises:
         UserError: an empty input, or one that overruns the model's context.
     """
-    variables, context = shared
-    check_inputs(model, context, inputs, max_new)
+    check_inputs(model, shared[1], inputs, max_new)
     if not len(inputs):
         return []
-    lane = Lane(pad_context(context, context.slots), variables)
-    sizes = sorted({-(-len(tokens) // MULTIPLE) * MULTIPLE for tokens in inputs})
-    rows = min(batch, 1 << (len(inputs) - 1).bit_length())
-    grid = Grid(1, rows, sizes[-1], max(max_new - 1, 1), together=max(1, rows // 4))
-    pool = Pool(model, weights, lane, grid, sizes)
-    pool.set_lane(0, lane)
+    pool = _pool(model, weights, shared, inputs, max_new=max_new, batch=batch)
+    together = pool.grid.together
     waiting = deque(sorted(range(len(inputs)), key=lambda example: len(inputs[example])))
     outputs: list[list[int]] = [[] for _ in inputs]
     running: dict[Slot, int] = {}
@@ -66,8 +61,8 @@ def generate_in_pool(
             del running[slot]
 
     while waiting or running:
-        if waiting and len(pool.free) >= min(grid.together, len(waiting)):
-            slots = sorted(pool.free)[: min(grid.together, len(waiting))]
+        if waiting and len(pool.free) >= min(together, len(waiting)):
+            slots = sorted(pool.free)[: min(together, len(waiting))]
             running |= {slot: waiting.popleft() for slot in slots}
             joining = [Joining(slot, inputs[running[slot]]) for slot in slots]
             for slot, choice in zip(slots, pool.join(joining), strict=True):
@@ -78,3 +73,24 @@ def generate_in_pool(
                 take(slot, int(ids_AB[slot]))
         progress(len(inputs) - len(waiting) - len(running), len(inputs))
     return outputs
+
+
+def _pool(
+    model: Decoder,
+    weights: Tree,
+    shared: tuple[Tree, Any],
+    inputs: Inputs,
+    *,
+    max_new: int,
+    batch: int,
+) -> Pool:
+    """A pool of one lane, for all inputs."""
+    variables, context = shared
+    lane = Lane(pad_context(context, context.slots), variables)
+    sizes = sorted({-(-len(tokens) // MULTIPLE) * MULTIPLE for tokens in inputs})
+    rows = min(batch, 1 << (len(inputs) - 1).bit_length())
+    columns = max(max_new - 1, 1)  # the last token is not run
+    grid = Grid(1, rows, sizes[-1], columns, together=max(1, rows // 4))
+    pool = Pool(model, weights, lane, grid, sizes)
+    pool.set_lane(0, lane)
+    return pool
