@@ -37,7 +37,9 @@ def first_token(said: argparse.Namespace, folder: Path) -> None:
     """Requests to a task and to the base model in turns; keys and values are cached."""
     loaded = load_model(said.model, dtype=said.dtype)
     assert isinstance(loaded.config, DecoderConfig)
-    for length in TARGETS:
+    room = loaded.config.context_length - INPUT - NEW
+    targets = {length: target for length, target in TARGETS.items() if length <= room}
+    for length in targets:
         make_task(folder / f"prompt-{length}", loaded, seed=1, name="prompt", length=length)
     shape = 3 * said.rounds, INPUT
     inputs = np.random.default_rng(6).integers(5, loaded.config.vocab - 5, shape).tolist()
@@ -46,7 +48,7 @@ def first_token(said: argparse.Namespace, folder: Path) -> None:
         with httpx2.Client(base_url=address, timeout=120) as client:
             while client.get("/ready").status_code != 200:
                 time.sleep(0.5)
-            for length, target in TARGETS.items():
+            for length, target in targets.items():
                 names = said.model, f"prompt-{length}"
                 ask(client, names[1], inputs[0])
                 found = [in_pair(client, names, ids, turn) for turn, ids in enumerate(inputs)]
@@ -68,6 +70,7 @@ def ask(client: httpx2.Client, name: str, ids: list[int]) -> list[float]:
     body: dict[str, Any] = {"model": name, "prompt": ids, "max_tokens": NEW, "temperature": 0}
     times, began = [], time.perf_counter()
     with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        assert response.status_code == 200, response.read()
         for line in response.iter_lines():
             text = line.removeprefix("data: ")
             if text.startswith("{") and json.loads(text)["choices"][0]["text"]:

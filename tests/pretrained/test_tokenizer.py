@@ -60,10 +60,11 @@ def test_decoding_gives_the_text_back(folder, text):
 def test_a_batch_has_the_ids_of_its_texts(folder):
     """Mutation: `encode_batch` adds special tokens."""
     tokenizer = from_folder(folder)
+    wanted = [tokenizer.encode(text) for text in TEXTS]
     tokenizer.backend.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
     )
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode_batch(TEXTS) == wanted
 
 
 SPACE = "\u2581"  # how SentencePiece spells a space
