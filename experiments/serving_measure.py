@@ -56,7 +56,8 @@ def take_turns(forms: Mapping[str, Callable[[], Seconds]], rounds: int) -> dict[
     for turn in range(rounds):
         for name in list(forms)[:: 1 if turn % 2 else -1]:
             times[name].append(forms[name]())
-            print(f"turn {turn}: {name} {times[name][-1][0]:.3f} s", flush=True)
+            clock, processors = times[name][-1]
+            print(f"turn {turn}: {name} {clock:.3f} s, processors {processors:.3f} s", flush=True)
     return times
 
 

@@ -85,7 +85,8 @@ def _pool(
     batch: int,
 ) -> Pool:
     """A pool of one lane, for all inputs."""
-    variables, context = shared
+    variables, context = dict(shared[0]), shared[1]
+    weights = {**weights, **variables.pop("params", {})}  # not to be copied into the lane
     lane = Lane(pad_context(context, context.slots), variables)
     sizes = sorted({-(-len(tokens) // MULTIPLE) * MULTIPLE for tokens in inputs})
     rows = min(batch, 1 << (len(inputs) - 1).bit_length())

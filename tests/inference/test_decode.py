@@ -63,7 +63,7 @@ def test_generation_ends_at_eos(given):
 
 def test_a_pool_gives_the_same(given, monkeypatch):
     """Mutation: keep EOS; a row that has ended stays; outputs in the order of lengths; a pool like
-    an earlier one is compiled again.
+    an earlier one is compiled again; trained weights are forgotten.
     """
     made = []
     monkeypatch.setattr(
@@ -80,7 +80,9 @@ def test_a_pool_gives_the_same(given, monkeypatch):
     assert made[0].keys() == made[1].keys() == {"lane", "step", 64}
     first, again = ([one.runtime_executable() for one in each.values()] for each in made)
     assert all(a is b for a, b in zip(first, again, strict=True))
-    assert generate_in_pool(*arguments, max_new=1, eos_id=None) == [ids[:1] for ids in wanted]
+    model, weights, (variables, context), inputs = arguments
+    full = model, {}, ({**variables, "params": weights}, context), inputs
+    assert generate_in_pool(*full, max_new=1, eos_id=None) == [ids[:1] for ids in wanted]
     assert generate_in_pool(*arguments[:3], [], max_new=1, eos_id=None) == []
 
 
