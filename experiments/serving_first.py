@@ -46,8 +46,6 @@ def first_token(said: argparse.Namespace, folder: Path) -> None:
     options = ("--dtype", said.dtype, "--max-input", "64", "--max-tokens", "64")
     with server(folder, said.model, "no-key-of-changes", *options) as address:
         with httpx2.Client(base_url=address, timeout=120) as client:
-            while client.get("/ready").status_code != 200:
-                time.sleep(0.5)
             for length, target in targets.items():
                 names = said.model, f"prompt-{length}"
                 ask(client, names[1], inputs[0])

@@ -46,6 +46,35 @@ def generate_in_pool(
     if not len(inputs):
         return []
     pool = _pool(model, weights, shared, inputs, max_new=max_new, batch=batch)
+    return _run(pool, inputs, max_new=max_new, eos_id=eos_id, progress=progress)
+
+
+def _pool(
+    model: Decoder,
+    weights: Tree,
+    shared: tuple[Tree, Any],
+    inputs: Inputs,
+    *,
+    max_new: int,
+    batch: int,
+) -> Pool:
+    """A pool of one lane, for all inputs."""
+    variables, context = dict(shared[0]), shared[1]
+    weights = {**weights, **variables.pop("params", {})}  # not to be copied into the lane
+    lane = Lane(pad_context(context, context.slots), variables)
+    sizes = sorted({-(-len(tokens) // MULTIPLE) * MULTIPLE for tokens in inputs})
+    rows = min(batch, 1 << (len(inputs) - 1).bit_length())
+    columns = max(max_new - 1, 1)  # the last token is not run
+    grid = Grid(1, rows, sizes[-1], columns, together=max(1, rows // 4))
+    pool = Pool(model, weights, lane, grid, sizes)
+    pool.set_lane(0, lane)
+    return pool
+
+
+def _run(
+    pool: Pool, inputs: Inputs, *, max_new: int, eos_id: int | None, progress: Report
+) -> list[list[int]]:
+    """The outputs of inputs, short inputs first."""
     together = pool.grid.together
     waiting = deque(sorted(range(len(inputs)), key=lambda example: len(inputs[example])))
     outputs: list[list[int]] = [[] for _ in inputs]
@@ -73,25 +102,3 @@ def generate_in_pool(
                 take(slot, int(ids_AB[slot]))
         progress(len(inputs) - len(waiting) - len(running), len(inputs))
     return outputs
-
-
-def _pool(
-    model: Decoder,
-    weights: Tree,
-    shared: tuple[Tree, Any],
-    inputs: Inputs,
-    *,
-    max_new: int,
-    batch: int,
-) -> Pool:
-    """A pool of one lane, for all inputs."""
-    variables, context = dict(shared[0]), shared[1]
-    weights = {**weights, **variables.pop("params", {})}  # not to be copied into the lane
-    lane = Lane(pad_context(context, context.slots), variables)
-    sizes = sorted({-(-len(tokens) // MULTIPLE) * MULTIPLE for tokens in inputs})
-    rows = min(batch, 1 << (len(inputs) - 1).bit_length())
-    columns = max(max_new - 1, 1)  # the last token is not run
-    grid = Grid(1, rows, sizes[-1], columns, together=max(1, rows // 4))
-    pool = Pool(model, weights, lane, grid, sizes)
-    pool.set_lane(0, lane)
-    return pool
