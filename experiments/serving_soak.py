@@ -59,11 +59,14 @@ def make_tasks(root: Path, model: str) -> list[str]:
 
 
 @contextmanager
-def server(root: Path, model: str, key: str) -> Iterator[str]:
-    """Runs `softprompt serve` in a process of its own until the block ends; gives its address."""
+def server(root: Path, model: str, key: str, *options: str) -> Iterator[str]:
+    """Runs `softprompt serve` in a process of its own until the block ends.
+
+    Gives its address, when it is ready.
+    """
     (root / "key").write_text(key)
     command = [sys.executable, "-m", "softprompt", "serve", str(root), "--model", model]
-    command += ["--port", "0", "--admin-key-file", str(root / "key")]
+    command += ["--port", "0", "--admin-key-file", str(root / "key"), *options]
     log = root / "log"
     with open(log, "w") as file, subprocess.Popen(command, stderr=file) as process:
         try:
@@ -71,9 +74,19 @@ def server(root: Path, model: str, key: str) -> Iterator[str]:
                 if process.poll() is not None:
                     raise RuntimeError(f"the server ended: {log.read_text()[-500:]}")
                 time.sleep(0.5)
+            while not is_ready(found[0]):
+                time.sleep(0.1)
             yield found[0]
         finally:
             process.terminate()
+
+
+def is_ready(address: str) -> bool:
+    """Whether the server answers that it is ready; its address is said before it listens."""
+    try:
+        return httpx2.get(f"{address}/ready").status_code == 200
+    except httpx2.TransportError:
+        return False
 
 
 class Soak:
@@ -192,8 +205,6 @@ async def measure(address: str, names: list[str], said: argparse.Namespace, key:
     """Loads the server and prints the report."""
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=address, timeout=150, limits=limits) as client:
-        while (await client.get("/ready")).status_code != 200:
-            await asyncio.sleep(0.5)
         began = time.monotonic()
         soak = Soak(client, names, key=key, until=began + 60 * said.minutes)
         await soak.run(said.clients)

@@ -13,7 +13,6 @@ from softprompt.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from softprompt.pretrained.loading import Loaded
     from softprompt.serving.files import Line
     from softprompt.serving.placement import Sizes
 
@@ -44,13 +43,18 @@ def generate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     with Progress() as progress:
         progress.stage(f"load {arguments.model}")
         loaded = load_model(arguments.model, dtype=arguments.dtype)
+        inputs = loaded.tokenizer.encode_batch([line.record["input"] for line in lines])
         progress.stage("compile")
-        engine = Engine(loaded, sizes=_sizes(arguments, lines, loaded), queue=len(lines))
+        engine = Engine(loaded, sizes=_sizes(arguments, lines, inputs), queue=len(lines))
         try:
             for name, folder in folders.items():
                 engine.load(name, folder)
             made = answers(
-                engine, lines[done:], defaults, ahead=4 * arguments.rows, progress=progress
+                engine,
+                list(zip(lines, inputs, strict=True))[done:],
+                defaults,
+                ahead=4 * arguments.rows,
+                progress=progress,
             )
             with output.open("a", encoding="utf-8") as stream:
                 for answer in made:
@@ -61,7 +65,9 @@ def generate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
-def _sizes(arguments: argparse.Namespace, lines: "Sequence[Line]", loaded: "Loaded") -> "Sizes":
+def _sizes(
+    arguments: argparse.Namespace, lines: "Sequence[Line]", inputs: "Sequence[Sequence[int]]"
+) -> "Sizes":
     """Pools for the longest input and output, with a lane for each task if there is room."""
     from softprompt.serving.placement import Sizes
 
@@ -69,8 +75,7 @@ def _sizes(arguments: argparse.Namespace, lines: "Sequence[Line]", loaded: "Load
     if rows < 1 or rows & (rows - 1):
         raise UserError(f"--rows is {rows}; allowed: 1, 2, 4, 8 and so on")
     lanes = min(rows, 1 << (tasks - 1).bit_length())
-    encode = loaded.tokenizer.encode
-    longest = 1 + max(len(encode(line.record["input"])) for line in lines)  # BOS
+    longest = 1 + max(map(len, inputs))  # BOS
     new = max(line.record.get("max_new", arguments.max_new) for line in lines)
     together = max(1, rows // 4)
     return Sizes(rows, longest, max(new, 1), lanes=lanes, together=together, scores=False)

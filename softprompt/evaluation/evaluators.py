@@ -20,8 +20,9 @@ from softprompt.evaluation import metrics as measures
 from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.ranking import Scores, normalise, score_batches, scored_at_once
 from softprompt.inference.beam import beam_search
+from softprompt.inference.continuous import generate_in_pool
 from softprompt.inference.decode import Report, generate
-from softprompt.models import Model
+from softprompt.models import Decoder, Model
 from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.training.step import Shared
 
@@ -152,18 +153,26 @@ def generation(beams: int = 1, max_new: int = 32) -> Evaluator:
             "max_new": longest + 1,
             "eos_id": tokenizer.eos_id,
             "batch": BATCH,
-            "mesh": forward.mesh,
             "progress": report,
         }
-        if forward.layout.prompts:
-            options["which"] = [encoded.task(example) for example in range(len(encoded.ids))]
-        run = generate if beams == 1 else functools.partial(beam_search, beams=beams)
+        run: Callable[..., list[list[int]]] = generate_in_pool
+        if beams > 1 or not _fits_pool(forward):
+            options["mesh"] = forward.mesh
+            if forward.layout.prompts:
+                options["which"] = [encoded.task(example) for example in range(len(encoded.ids))]
+            run = generate if beams == 1 else functools.partial(beam_search, beams=beams)
         ids = run(forward.model, forward.weights, shared, encoded.inputs, **options)
         if split.task.verbalizers:
             return generated_labels(split, ids, tokenizer)
         return generated_answers(split, [_first_line(tokenizer.decode(one)) for one in ids])
 
     return evaluate
+
+
+def _fits_pool(forward: Forward) -> bool:
+    """Whether a pool can run the rows: of a decoder, on one device, after a single context."""
+    alone = forward.mesh.size == 1 and not forward.layout.prompts
+    return alone and isinstance(forward.model, Decoder)
 
 
 def _first_line(text: str) -> str:

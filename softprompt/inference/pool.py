@@ -28,9 +28,9 @@ Slot = tuple[int, int]  # a lane, and a row in it
 SIZES = (32, 128, 512, 2048, 8192, 32768, 131072)  # what inputs and contexts are padded to
 
 
-def padded(length: int) -> int:
-    """The smallest of `SIZES` that is at least `length`; 0 for 0."""
-    return next(size for size in (0, *SIZES) if size >= length)
+def padded(length: int, sizes: Sequence[int] = SIZES) -> int:
+    """The smallest of the sizes, in ascending order, that is at least `length`; 0 for 0."""
+    return next(size for size in (0, *sizes) if size >= length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Joining:
     """A new row: its slot, its input, its draw, and whether it needs alternatives."""
 
     slot: Slot
-    tokens: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
     draw: Draw = Draw()
     alternatives: bool = False
 
@@ -60,15 +60,24 @@ class Pool:
         model: a decoder.
         weights: its frozen weights.
         like: a lane; all lanes have its shapes.
-        grid: the sizes. S is padded to one of `SIZES`.
+        grid: the sizes. S is padded to one of `sizes`.
+        sizes: what inputs are padded to, in ascending order; a program for each of them up to S.
 
     Attributes:
         grid: the sizes.
         free: the slots without a row; a caller may reserve one by removing it.
     """
 
-    def __init__(self, model: Decoder, weights: Tree, like: Lane, grid: Grid) -> None:
-        self.grid = grid = dataclasses.replace(grid, slots=padded(grid.slots))
+    def __init__(
+        self,
+        model: Decoder,
+        weights: Tree,
+        like: Lane,
+        grid: Grid,
+        sizes: Sequence[int] = SIZES,
+    ) -> None:
+        self.grid = grid = dataclasses.replace(grid, slots=padded(grid.slots, sizes))
+        self._sizes = [size for size in sizes if size <= grid.slots]
         shape = grid.lanes, grid.rows
         self.free: set[Slot] = {(lane, row) for lane, row in np.ndindex(*shape)}
         self._weights, self._column = weights, 0
@@ -112,7 +121,7 @@ class Pool:
             for field, value in dataclasses.asdict(row.draw).items():
                 self._draws[field][row.slot] = value
         several = [*rows, *[rows[-1]] * (self.grid.together - len(rows))]
-        size = max(padded(len(row.tokens)) for row in rows)
+        size = max(padded(len(row.tokens), self._sizes) for row in rows)
         ids_BT = np.zeros((len(several), size), np.int32)
         for ids_T, row in zip(ids_BT, several, strict=True):
             ids_T[: len(row.tokens)] = row.tokens
@@ -155,17 +164,16 @@ class Pool:
 
     def _lowered(self, model: Decoder, like: Lane) -> Iterator[tuple[Any, Any]]:
         """The pool's programs: a step, the writing of a lane, and a prefill of each size."""
-        axes, number, flag = lane_axes(like), np.int32(0), np.bool_(False)
+        leaves, tree = jax.tree.flatten(lane_axes(like))
+        write, run, fill = _functions(model, tree, tuple(leaves))
+        number, flag = np.int32(0), np.bool_(False)
         lanes, inputs, ring = self._shapes
-        write = jax.jit(functools.partial(set_lane, axes), donate_argnums=0)
         yield "lane", write.lower(lanes, number, jax.tree.map(abstract, like))
-        run = jax.jit(functools.partial(step, model, axes), donate_argnums=3)
         how = _sampling(self._draws, self._rows.counts)
         yield "step", run.lower(self._weights, lanes, inputs, ring, number, self._rows, how, flag)
-        fill = jax.jit(functools.partial(prefill, model, axes), donate_argnums=2)
         number_B = np.zeros(self.grid.together, np.int32)
         how = _sampling(_greedy(number_B.shape), number_B)
-        for size in (size for size in SIZES if size <= self.grid.slots):
+        for size in self._sizes:
             rows = Inputs(number_B, number_B, np.zeros((len(number_B), size), np.int32), number_B)
             yield size, fill.lower(self._weights, lanes, inputs, rows, how, flag)
 
@@ -173,6 +181,21 @@ class Pool:
         """Allocates the arrays, when the first task comes."""
         arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes)
         self._lanes, self._inputs, self._ring = jax.tree.map(jax.device_put, arrays)
+
+
+@functools.lru_cache(maxsize=32)
+def _functions(model: Decoder, tree: Any, leaves: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """`set_lane`, `step` and `prefill` for lanes stacked along these axes.
+
+    The compiler's results are kept with the functions, so that a pool like an earlier one, for
+    instance of the next evaluation of a trial, is not compiled again.
+    """
+    axes = jax.tree.unflatten(tree, leaves)
+    return (
+        jax.jit(functools.partial(set_lane, axes), donate_argnums=0),
+        jax.jit(functools.partial(step, model, axes), donate_argnums=3),
+        jax.jit(functools.partial(prefill, model, axes), donate_argnums=2),
+    )
 
 
 def pool_shapes(model: Decoder, like: Lane, grid: Grid) -> tuple[Any, Any, Any]:

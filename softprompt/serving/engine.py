@@ -94,14 +94,14 @@ class Engine:
         """The loaded tasks, without the base model."""
         return [task.info for name, task in sorted(self._tasks.items()) if name]
 
-    def encode(self, task: str, text: str) -> tuple[int, ...]:
-        """The ids of an input, with BOS where the task's texts begin with it.
+    def opening(self, task: str) -> tuple[int, ...]:
+        """What the inputs of a task begin with: BOS or nothing.
 
         Raises:
             UserError: an unknown task.
         """
-        start = [self.tokenizer.bos_id] if self._task(task).bos else []
-        return (*(id_ for id_ in start if id_ is not None), *self.tokenizer.encode(text))
+        bos_id = self.tokenizer.bos_id
+        return (bos_id,) if self._task(task).bos and bos_id is not None else ()
 
     def load(self, name: str, folder: Path) -> TaskInfo:
         """Loads a task, or a new version of it; rows that run finish with the old one.

@@ -26,7 +26,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 
 
 class Line(NamedTuple):
-    """A line of the input file, from 1, and its fields."""
+    """A line of the input file: its number, from 1, and its fields."""
 
     number: int
     record: Mapping[str, Any]
@@ -94,8 +94,14 @@ def _answers(text: bytes, record: Mapping[str, Any]) -> bool:
     return isinstance(answer, dict) and {key: answer.get(key) for key in record} == record
 
 
-def request_of(line: Line, engine: Engine, defaults: Request) -> Request:
+def request_of(line: Line, ids: Sequence[int], engine: Engine, defaults: Request) -> Request:
     """A line's request; a field that it lacks has its default, and `seed` the line's number.
+
+    Args:
+        line: of the input file.
+        ids: of its input, without BOS.
+        engine: says which tasks have BOS.
+        defaults: of the fields.
 
     Raises:
         UserError: an unknown task.
@@ -104,7 +110,7 @@ def request_of(line: Line, engine: Engine, defaults: Request) -> Request:
     task = line.record.get("task", "")
     given |= {"stop": tuple(given["stop"])} if "stop" in given else {}
     given = {"seed": defaults.seed + line.number, **given}
-    tokens = engine.encode(task, line.record["input"])
+    tokens = (*engine.opening(task), *ids)
     return dataclasses.replace(defaults, task=task, tokens=tokens, **given)
 
 
@@ -143,9 +149,21 @@ class Answer:
 
 
 def answers(
-    engine: Engine, lines: Sequence[Line], defaults: Request, *, ahead: int, progress: Progress
+    engine: Engine,
+    lines: Sequence[tuple[Line, Sequence[int]]],
+    defaults: Request,
+    *,
+    ahead: int,
+    progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """The answers to lines, in order; `ahead` lines are in the engine at once.
+    """The answers to lines, in order.
+
+    Args:
+        engine: that generates.
+        lines: each with the ids of its input, without BOS.
+        defaults: of the fields that a line lacks.
+        ahead: lines that are in the engine at once.
+        progress: the display.
 
     Raises:
         UserError: a line's value is not allowed.
@@ -153,10 +171,10 @@ def answers(
     pending: list[tuple[Line, Answer]] = []
     left = iter(lines)
     for done in range(len(lines)):
-        for line in left:
+        for line, ids in left:
             answer = Answer()
             try:
-                engine.submit(request_of(line, engine, defaults), answer.take)
+                engine.submit(request_of(line, ids, engine, defaults), answer.take)
             except UserError as error:
                 raise UserError(f"line {line.number}: {error}") from error
             pending.append((line, answer))

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from softprompt.errors import UserError
+from softprompt.inference import pool
+from softprompt.inference.continuous import generate_in_pool
 from softprompt.inference.decode import check_inputs, generate
+from softprompt.inference.pool import compiled
 from softprompt.inference.sampling import sampling
 from softprompt.training.sharding import make_mesh
 from softprompt.training.step import shared_part
@@ -56,6 +59,31 @@ def test_generation_ends_at_eos(given):
     cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in wanted]
     assert len(cut[0]) <= 2 and max(map(len, cut)) == NEW
     assert generate(*arguments, max_new=NEW, eos_id=eos, batch=4) == cut
+
+
+def test_a_pool_gives_the_same(given, monkeypatch):
+    """Mutation: keep EOS; a row that has ended stays; outputs in the order of lengths; a pool like
+    an earlier one is compiled again; trained weights are forgotten.
+    """
+    made = []
+    monkeypatch.setattr(
+        pool, "compiled", lambda lowered: made.append(compiled(lowered)) or made[-1]
+    )
+    arguments, wanted = given
+    eos = wanted[0][2]
+    cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in wanted]
+    reports = []
+    options = {"batch": 4, "progress": lambda done, total: reports.append((done, total))}
+    assert generate_in_pool(*arguments, max_new=NEW, eos_id=eos, **options) == cut
+    assert reports[-1] == (len(wanted), len(wanted)) and reports == sorted(reports)
+    assert generate_in_pool(*arguments, max_new=NEW, eos_id=None, **options) == wanted
+    assert made[0].keys() == made[1].keys() == {"lane", "step", 64}
+    first, again = ([one.runtime_executable() for one in each.values()] for each in made)
+    assert all(a is b for a, b in zip(first, again, strict=True))
+    model, weights, (variables, context), inputs = arguments
+    full = model, {}, ({**variables, "params": weights}, context), inputs
+    assert generate_in_pool(*full, max_new=1, eos_id=None) == [ids[:1] for ids in wanted]
+    assert generate_in_pool(*arguments[:3], [], max_new=1, eos_id=None) == []
 
 
 def test_rows_are_split_over_a_mesh(given):

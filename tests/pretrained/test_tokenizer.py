@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from softprompt.errors import UserError
 from softprompt.pretrained.gguf import File, read_tokenizer
@@ -55,6 +55,16 @@ def test_decoding_gives_the_text_back(folder, text):
     # Breaks if: the decoder drops or adds spaces.
     tokenizer = from_folder(folder)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_batch_has_the_ids_of_its_texts(folder):
+    """Mutation: `encode_batch` adds special tokens."""
+    tokenizer = from_folder(folder)
+    wanted = [tokenizer.encode(text) for text in TEXTS]
+    tokenizer.backend.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    assert tokenizer.encode_batch(TEXTS) == wanted
 
 
 SPACE = "\u2581"  # how SentencePiece spells a space

@@ -49,8 +49,8 @@ class FakeEngine:
     def unload(self, name):
         del self._names[name]
 
-    def encode(self, task, text):
-        return tuple(self.tokenizer.encode(text))
+    def opening(self, task):
+        return ()
 
     def ready(self):
         return self.is_ready

@@ -215,18 +215,18 @@ def test_a_full_queue_says_when_to_come_back():
 def test_a_task_that_is_unloaded_meanwhile_is_not_found(monkeypatch):
     """Breaks when the engine's error is passed on: a client would not know that a retry helps."""
     with fake_app() as (app, engine):
-        encode, submit = engine.encode, engine.submit
+        opening, submit = engine.opening, engine.submit
 
-        def unload(task, text):
+        def unload(task):
             engine._names.pop("short", None)
-            return encode(task, text)
+            return opening(task)
 
         def refuse(request, on_event):
             if request.task not in engine._names:
                 raise UserError("unknown task")
             return submit(request, on_event)
 
-        monkeypatch.setattr(engine, "encode", unload)
+        monkeypatch.setattr(engine, "opening", unload)
         monkeypatch.setattr(engine, "submit", refuse)
         response = post(app, "/v1/completions", {"model": "short", "prompt": "x"})
         assert response.status_code == 404

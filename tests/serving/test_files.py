@@ -1,11 +1,17 @@
 """`softprompt generate`: answers in order; resumed, they are the same file."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from softprompt import cli
 from softprompt.errors import UserError
+from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.serving import engine as engine_module
 from softprompt.serving.files import finished_lines, read_lines
 
@@ -19,16 +25,20 @@ LINES = [
 ]
 
 
-def run(folder, task_root, tiny_loaded, to="out.jsonl"):
+def arguments(folder, task_root, tiny_loaded, to="out.jsonl"):
     command = ["generate", str(folder / "in.jsonl"), "--root", str(task_root), "--rows", "2"]
-    command += ["--model", tiny_loaded.name, "--to", str(folder / to), "--max-new", "5"]
-    return cli.main(command)
+    return [*command, "--model", tiny_loaded.name, "--to", str(folder / to), "--max-new", "5"]
+
+
+def run(*where):
+    return cli.main(arguments(*where))
 
 
 def test_a_resumed_file_is_the_same(tiny_loaded, task_root, tmp_path, monkeypatch, capsys):
     """Mutations: seeds count from where the file is resumed; answers come as they end; a broken
-    line stays; TRIAL:TASK is taken for a folder.
+    line stays; TRIAL:TASK is taken for a folder; texts are encoded one by one.
     """
+    monkeypatch.setattr(Tokenizer, "encode", None)
     text = "".join(json.dumps(line) + "\n" for line in LINES)
     (tmp_path / "in.jsonl").write_text(text)
     assert run(tmp_path, task_root, tiny_loaded) == 0
@@ -43,6 +53,29 @@ def test_a_resumed_file_is_the_same(tiny_loaded, task_root, tmp_path, monkeypatc
     assert (tmp_path / "again.jsonl").read_bytes() == whole
     monkeypatch.setattr(engine_module, "Engine", None)
     assert run(tmp_path, task_root, tiny_loaded) == 0  # nothing is left to do
+
+
+@pytest.mark.long
+def test_a_killed_command_goes_on(tiny_loaded, task_root, tmp_path):
+    """Mutations: answers are written when all are there; a broken line stays."""
+    lines = [one | {"max_new": 9} for one in LINES * 200]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def process(to):
+        words = arguments(tmp_path, task_root, tiny_loaded, to)
+        return subprocess.Popen([sys.executable, "-m", "softprompt", *words])
+
+    killed, file = process("out.jsonl"), tmp_path / "out.jsonl"
+    while not (file.exists() and file.read_bytes().count(b"\n") > 100):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    part = file.read_bytes()
+    file.write_bytes(part + b'{"input": "half')  # what a kill within a write leaves
+    assert process("out.jsonl").wait() == process("whole.jsonl").wait() == 0
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert file.read_bytes() == whole and 100 < part.count(b"\n") < len(lines)
 
 
 @pytest.mark.parametrize(

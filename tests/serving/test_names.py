@@ -1,8 +1,10 @@
 """Names of tasks, which resolve under the root only, and A/B aliases."""
 
+import asyncio
 import math
 import os
 
+import httpx2
 import pytest
 
 from softprompt.errors import UserError
@@ -85,6 +87,29 @@ def test_arms_get_their_shares_and_a_user_keeps_his():
     assert abs(drawn.count("short") - expected) < 4 * deviation
     other = parse_alias("other=short:3,long:1")
     assert [other.arm(user) for user in users] != first  # aliases split users independently
+
+
+@pytest.mark.long
+def test_arms_get_their_shares_over_http():
+    """Breaks when `user` is not read: of 10,000 users, those who ask again would change arms."""
+    alias = parse_alias("best=short:3,long:1")
+
+    async def ask(client, number):
+        body = {"model": "best", "prompt": "x", "max_tokens": 1, "user": f"{number % 10_000}"}
+        return (await client.post("/v1/completions", json=body)).json()["model"]
+
+    async def ask_all(app):
+        url, found = "http://localhost", []
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url=url) as client:
+            for first in range(0, 10_500, 50):
+                several = (ask(client, number) for number in range(first, first + 50))
+                found += await asyncio.gather(*several)
+        return found
+
+    with fake_app(aliases={"best": alias}) as (app, _):
+        arms = asyncio.run(ask_all(app))
+    assert arms[:500] == arms[10_000:]
+    assert abs(arms[:10_000].count("short") - 7_500) < 3 * math.sqrt(10_000 * 0.75 * 0.25)
 
 
 @pytest.mark.parametrize(

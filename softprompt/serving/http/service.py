@@ -98,7 +98,5 @@ class Service:
         return await self.threads.run(self._encode, task, texts)
 
     def _encode(self, task: str, texts: list[str]) -> list[list[int]]:
-        """A batch of the library lets other threads run, which a single text does not."""
-        start = self.engine.encode(task, "")
-        found = self.engine.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
-        return [[*start, *one.ids] for one in found]
+        opening = self.engine.opening(task)
+        return [[*opening, *ids] for ids in self.engine.tokenizer.encode_batch(texts)]
