@@ -333,11 +333,11 @@ class Answering:
     def _record(self, number: int, line: str) -> dict[str, str | None]:
         """The record of a line."""
         fields = self.task.fields
-        texts = line.split("\t") if len(fields) > 1 else [line]
+        texts = [line] if len(fields) == 1 else line.split("\t") if line else []
         if len(texts) != len(fields):
             raise UserError(
                 f"line {number} has {len(texts)} tab-separated fields; "
-                f"the task takes {len(fields)}: {', '.join(fields)}"
+                f"the task takes {len(fields)}: {', '.join(fields) or 'an empty line'}"
             )
         texts = [self.task.clean(text) for text in texts] if self.task.clean else texts
         return {"id": f"line {number}", "label": None, **dict(zip(fields, texts, strict=True))}
