@@ -32,7 +32,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 from experiments.paper import domain, study
 from experiments.paper.domain import START, VERSES
-from softprompt.analysis.comparisons import Estimate, at_least, at_most, mean_score
+from softprompt.analysis.comparisons import Estimate, Prediction, at_least, at_most, mean_score
 from softprompt.analysis.plots import category_plot
 from softprompt.analysis.tables import wilson_interval
 from softprompt.config import ConfigDict, resolve
@@ -50,14 +50,16 @@ from softprompt.trials.session import Session
 from softprompt.trials.sweep import trial_folder
 
 COUNT, NEW = 64, 32  # continuations for each seed, and their tokens
-WORDS = 16  # of a text that the judge reads
+WORDS, END = 16, " |"  # what the judge reads of a text, and the end of its line
 # Beside the State of the Union.
 OTHERS = ("movie_sentiment", "amazon_sentiment", "nyt_sentiment", "sms_spam")
 STYLES = (*domain.SOURCES, "other")
 KNOWN = 0.95  # what the judge has to reach on held-out texts of each style
 FILE = "continuations.json"
-KINDS = {"no prompt": (VERSES, "none")} | {
-    f"{name} prompt": (name, "prompt") for name in domain.SOURCES
+KINDS = {  # of continuations -> the text and the method of their trials
+    "no prompt": (VERSES, "none"),
+    "verse prompt": (VERSES, "prompt"),
+    "headline prompt": ("headlines", "prompt"),
 }
 
 CAPTION = (
@@ -102,7 +104,7 @@ def texts(split: str) -> dict[str, list[str]]:
 def opening(text: str) -> str:
     """What the judge reads of a text: the first words of its first line, and a mark at its end."""
     words = text.strip().split("\n")[0].split()
-    return " ".join(words[:WORDS]) + " |" * (0 < len(words) <= WORDS)
+    return " ".join(words[:WORDS]) + END * (0 < len(words) <= WORDS)
 
 
 def make_judge() -> tuple[Pipeline, dict[str, dict[str, float]]]:
@@ -175,8 +177,8 @@ def measure(folder: epath.PathLike) -> dict[str, Any]:
     """What a trial's record keeps of its continuations: the styles, and three texts; or {}."""
     if not (found := read(folder)):
         return {}
-    shown = [opening(text) for some in found["texts"].values() for text in some][:3]
-    return {"style": {"judge": found["judge"], "judged": found["judged"], "shown": shown}}
+    shown = [opening(text).removesuffix(END) for some in found["texts"].values() for text in some]
+    return {"style": {"judge": found["judge"], "judged": found["judged"], "shown": shown[:3]}}
 
 
 def trials(rows: Sequence[Row], kind: str) -> list[Row]:
@@ -205,21 +207,19 @@ def share(rows: Sequence[Row], kind: str, style: str) -> Estimate | None:
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found."""
     made = []
-    for style in domain.SOURCES:
-        for kind, claim, prediction in (
-            (f"{style} prompt", "at least 80 %", at_least(80)),
-            ("no prompt", "at most 10 %", at_most(10)),
-        ):
-            made.append(
-                study.Finding(
-                    f"{claim} of the continuations, {kind}, are judged {style}",
-                    "",
-                    share(rows, kind, style),
-                    prediction,
-                    len(judged(rows, kind)),
-                )
-            )
+    for kind, (text, method) in KINDS.items():
+        if method == "prompt":
+            claim = f"at least 80 % of the continuations behind a {kind} are {text}"
+            made.append(_finding(rows, claim, kind, text, at_least(80)))
+            claim = f"at most 10 % of the continuations without a prompt are {text}"
+            made.append(_finding(rows, claim, "no prompt", text, at_most(10)))
     return made
+
+
+def _finding(
+    rows: Sequence[Row], claim: str, kind: str, style: str, prediction: Prediction
+) -> study.Finding:
+    return study.Finding(claim, "", share(rows, kind, style), prediction, len(judged(rows, kind)))
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:

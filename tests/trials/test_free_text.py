@@ -1,5 +1,6 @@
 """A task whose answers are free text: trained, selected, tested and used by generation."""
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -8,12 +9,15 @@ import pytest
 
 from softprompt import cli
 from softprompt.config import base_config
+from softprompt.console import Progress
 from softprompt.data.builtin_tasks import TASKS
 from softprompt.errors import UserError
 from softprompt.evaluation.metrics import free_text
+from softprompt.inference.sampling import sampling
 from softprompt.results import read_result
 from softprompt.training.logs import read_log
 from softprompt.trials.data import evaluators_of
+from softprompt.trials.evaluate import Answering
 from tests.own_task import give
 
 ANSWERS = {"paris": ["the city", "a city"], "rome": ["the story"], "film": ["it is old", "old"]}
@@ -155,8 +159,8 @@ def language(keys, tmp_path_factory):
 
 def test_a_language_is_modelled(language, tmp_path, capsys, monkeypatch):
     """Breaks when a template must name a field, selection wants the least likely answers, tokens of
-    different answers do not count alike, an example without an answer is scored, or texts that
-    stand in two splits are not counted."""
+    different answers do not count alike, an example without an answer is scored, texts that stand
+    in two splits are not counted, or continuations that are sampled ignore the seed."""
     folder = tmp_path / "w"
     assert cli.main(["train", *language, "--workdir", str(folder)]) == 0
     row, lines = read_result(folder), predictions(folder)
@@ -180,6 +184,10 @@ def test_a_language_is_modelled(language, tmp_path, capsys, monkeypatch):
     assert cli.main(["predict", "--run", str(folder)]) == 2
     said = capsys.readouterr().err
     assert "line 1 has 1 tab-separated fields; the task takes 0: an empty line" in said
+    write = functools.partial(Answering(folder, Progress()).generate, ["Text:"] * 4, max_new=8)
+    assert len(set(write())) == 1
+    drawn = [write(sampling=sampling(1.0), seed=seed) for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 1
 
 
 OPTIONS = ("the city", "the story", "it is old", "a film")
