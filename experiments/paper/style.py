@@ -200,7 +200,8 @@ def share(rows: Sequence[Row], kind: str, style: str) -> Estimate | None:
     hits_SN = (styles_SN == style).astype(float)
     found = mean_score({style: hits_SN})
     low, high = wilson_interval(found.value, hits_SN.size)
-    wide = Estimate(found.value, min(low, found.low), max(high, found.high), found.draws)
+    low, high = max(0.0, min(low, found.low)), min(1.0, max(high, found.high))
+    wide = Estimate(found.value, low, high, found.draws)
     return study.in_points(wide)
 
 
@@ -233,7 +234,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
             known = found[0]["style"]["judge"]
     for name in STYLES if lines else ():
         lines.append({"text": f"held-out {name}"} | in_percent(known[name]))
-    return pd.DataFrame(lines).astype(object).fillna("")
+    return pd.DataFrame(lines, dtype=object).fillna("")
 
 
 def in_percent(shares: Mapping[str, float]) -> dict[str, str]:

@@ -98,12 +98,17 @@ def test_continuations():
     near = usual | {"verse prompt": {"verses": 54}}
     assert [one.verdict for one in style.findings(style_trials(near))][0] == "undecided"
     assert [one.verdict for one in style.findings(rows[:1])].count("not run") == 2
+    apart = (
+        style_trials({"verse prompt": {"verses": 64}})[:2] + style_trials({"verse prompt": {}})[2:]
+    )
+    assert style.share(apart, "verse prompt", "verses").high == 100
     every = style_trials({"verse prompt": {"verses": 64}})
     share = style.share(every, "verse prompt", "verses")
     assert share.value == share.high == 100 and 97 < share.low < 99
     lines = style.table(rows).to_dict("records")
     assert [line["text"] for line in lines][3:] == [f"held-out {name}" for name in style.STYLES]
-    assert lines[1]["seeds"] == 3 and lines[1]["verses"].startswith("96.9 (")
+    assert [line["seeds"] for line in lines] == [3] * 3 + [""] * 3
+    assert lines[1]["verses"].startswith("96.9 (")
 
 
 TEXTS = {

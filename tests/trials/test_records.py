@@ -74,7 +74,8 @@ def test_what_targets_cost(tmp_path):
     records = collect(tmp_path / "w")
     assert records[0]["answers"] == {}
     np.testing.assert_allclose(target_nats(records, "own").mean(1), [5 / 5, 2 / 5])
-    records[1]["targets"]["own"]["ids"] = "0" * 16
+    (tmp_path / "w" / "b" / "predictions.jsonl").write_text(text.replace('"id": 0', '"id": 9'))
+    records = collect(tmp_path / "w")
     with pytest.raises(UserError, match="'own': trials were tested on different examples"):
         target_nats(records, "own")
 
