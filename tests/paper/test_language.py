@@ -107,7 +107,7 @@ def test_continuations():
     assert share.value == share.high == 100 and 97 < share.low < 99
     lines = style.table(rows).to_dict("records")
     assert [line["text"] for line in lines][3:] == [f"held-out {name}" for name in style.STYLES]
-    assert [line["seeds"] for line in lines] == [3] * 3 + [""] * 3
+    assert [str(line["seeds"]) for line in lines] == ["3"] * 3 + [""] * 3
     assert lines[1]["verses"].startswith("96.9 (")
 
 
