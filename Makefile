@@ -70,6 +70,7 @@ paper: $(VENV)/.base  ## run the study, some 90 minutes at a time, into runs/pap
 	@$(VENV)/bin/softprompt sweep paper/everything --workdir runs/paper --minutes 80 $(ARGS); \
 		swept=$$?; \
 		$(VENV)/bin/python -m experiments.paper.continual --workdir runs/paper || swept=$$?; \
+		$(VENV)/bin/python -m experiments.paper.style --workdir runs/paper || swept=$$?; \
 		$(VENV)/bin/python -m experiments.paper.report --workdir runs/paper && exit $$swept
 
 report: $(VENV)/.base  ## write the study's report from the committed records, into runs/report

@@ -7,10 +7,11 @@ Prediction: see the artefacts, which are the other files of this folder.
 Command:
     softprompt sweep paper/everything --workdir runs/paper --minutes 80
     python -m experiments.paper.continual --workdir runs/paper
+    python -m experiments.paper.style --workdir runs/paper
     python -m experiments.paper.report --workdir runs/paper
 
 Cost: the trials of all artefacts, the most telling first; --minutes stops the sweep in time, and
-the same command goes on. `make paper` runs all three commands. The ladder's models must be there
+the same command goes on. `make paper` runs all four commands. The ladder's models must be there
 (`softprompt ladder`).
 """
 
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from experiments.paper import (
     continual,
     data_size,
+    domain,
     figure1,
     figure3_length,
     figure3_pretraining,
@@ -31,6 +33,7 @@ from experiments.paper import (
     spot,
     steps,
     study,
+    style,
     table1,
     table2,
     table3,
@@ -57,6 +60,8 @@ ARTEFACTS: tuple[ModuleType, ...] = (
     continual,
     table6,
     data_size,
+    domain,
+    style,
 )
 SWEPT = [artefact for artefact in ARTEFACTS if hasattr(artefact, "sweep")]
 

@@ -24,7 +24,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from experiments.paper import everything, parameters, section7, study
+from experiments.paper import everything, parameters, section7, study, style
 from softprompt.analysis.comparisons import VERDICTS
 from softprompt.analysis.tables import to_html, to_markdown
 from softprompt.console import Progress, duration
@@ -219,20 +219,19 @@ def write(
 
 
 def measured(workdir: str) -> list[Row]:
-    """The records of a folder's trials; those of Section 7 with their prompts' geometry."""
+    """The records of a folder's trials, with what artefacts measure beside.
+
+    Those of Section 7 have their prompts' geometry, those of `style` their continuations' styles.
+    """
     records = collect(workdir)
     wanted = {row["trial"] for row in section7.prompts(records)}
+    found = {row["trial"]: style.measure(place) for place, row in read_trials(workdir)}
     with Progress() as progress:
         session = Session(progress)
-        found = {
-            row["trial"]: section7.measure(place, session)
-            for place, row in read_trials(workdir)
-            if row["trial"] in wanted
-        }
-    return [
-        row | ({"geometry": found[row["trial"]]} if row["trial"] in found else {})
-        for row in records
-    ]
+        for place, row in read_trials(workdir):
+            if row["trial"] in wanted:
+                found[row["trial"]] |= {"geometry": section7.measure(place, session)}
+    return [row | found[row["trial"]] for row in records]
 
 
 def read_rungs() -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from softprompt.config.data_sections import SEEDS, Data, Task
-from softprompt.data.tasks import ANSWER_METRICS, LABEL_METRICS, generated
+from softprompt.data.tasks import ANSWER_METRICS, LABEL_METRICS, LIKELIHOOD, generated
 from softprompt.errors import UserError
 from softprompt.methods import METHODS
 from softprompt.methods.base import MethodSettings
@@ -20,7 +20,9 @@ from softprompt.settings import KINDS, Setting, Settings, keys, setting, summari
 from softprompt.training.optimizers import OPTIMIZERS, Optimizer
 
 # Metrics that can select a delta: larger is better.
-SELECTING = tuple(dict.fromkeys((*LABEL_METRICS, *generated(LABEL_METRICS), *ANSWER_METRICS)))
+SELECTING = tuple(
+    dict.fromkeys((*LABEL_METRICS, *generated(LABEL_METRICS), *ANSWER_METRICS, LIKELIHOOD))
+)
 
 METHOD_SETTINGS: dict[str, type[MethodSettings]] = {
     name: method.Settings for name, method in METHODS.items()
@@ -144,7 +146,9 @@ class Eval(Settings):
         "its positive label), group_match (groups that are right as a whole) and task_score (the "
         "mean of the metrics that the paper reports), rank a task's candidates; the same after "
         "generated_, and illegal, parse generated answers as labels; exact_match and f1 compare "
-        'generated answers of free-text tasks; "" is the first of these kinds that the task has',
+        "generated answers of free-text tasks, of which log_likelihood (of a target's token, in "
+        'nats) and perplexity measure the first right answer\'s probability; "" is the first of '
+        "these kinds that the task has",
     )
     metric: str = setting(
         "accuracy",

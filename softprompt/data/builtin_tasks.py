@@ -329,7 +329,7 @@ def _own_task(config: Mapping[str, Any], verbalizers: dict[str, str]) -> Task:
 
 def _check(task: Task) -> None:
     """Checks what can be known of template and verbalizers without the data."""
-    if not task.fields:
+    if not task.fields and task.verbalizers:
         raise UserError(f"template {task.template!r} of task {task.name!r} names no {{field}}")
     for name in task.fields:
         said = f"template {task.template!r} of task {task.name!r} names {{{name}}}"

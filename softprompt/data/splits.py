@@ -117,7 +117,7 @@ def _select(records: list[Record], rule: SplitRule, task: Task) -> list[Record]:
         chosen = {groups[index] for index in seeded_order(groups, 0)[first:last]}
         return [record for record, key in zip(records, keys, strict=True) if key in chosen]
     if not task.id_field:
-        hashes = [content_hash(record, task.fields) for record in records]
+        hashes = [content_hash(record, task.content) for record in records]
         records = _with_content_ids(records, hashes)
         keys = keys if task.group_field else hashes
     shares = [hash_fraction(key) for key in keys]
@@ -153,7 +153,7 @@ def overlaps(task: Task, splits: Mapping[str, Sequence[Record]]) -> tuple[int, l
     """
     total, lines = 0, []
     for one, other in combinations(splits, 2):
-        count = shared_texts(splits[one], splits[other], task.fields)
+        count = shared_texts(splits[one], splits[other], task.content)
         if count and task.splits[one] != task.splits[other]:
             total += count
             lines.append(

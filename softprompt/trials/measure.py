@@ -12,7 +12,7 @@ from softprompt.config import ConfigDict, transfers
 from softprompt.evaluation import latency
 from softprompt.evaluation.evaluators import Evaluator, Split, generation, ranking
 from softprompt.evaluation.metrics import over_tasks
-from softprompt.evaluation.perplexity import perplexity
+from softprompt.evaluation.perplexity import likelihood, perplexity
 from softprompt.evaluation.ranking import shared_function
 from softprompt.files import write_text
 from softprompt.methods import METHODS
@@ -29,6 +29,8 @@ def evaluator(name: str, config: ConfigDict) -> Evaluator:
     """Makes an evaluator by name, with a config's settings."""
     if name == "ranking":
         return ranking(config.eval.score)
+    if name == "likelihood":
+        return likelihood
     return generation(config.eval.beams, max_new=config.task.max_target)
 
 
@@ -56,7 +58,7 @@ def measure(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, floa
 
 def measure_one(name: str, prepared: Prepared, shared: Any, part: Split, split: str) -> Any:
     """Runs one evaluator on one task."""
-    verb = {"ranking": "score", "generation": "generate"}[name]
+    verb = "generate" if name == "generation" else "score"
     report = functools.partial(prepared.session.progress.stage, f"{verb} {split}")
     return evaluator(name, prepared.config)(prepared.forward, shared, part, report)
 

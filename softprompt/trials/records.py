@@ -20,7 +20,7 @@ from softprompt.results import Row, read_trials
 from softprompt.training.logs import FILE, read_log
 from softprompt.trials.measure import PREDICTIONS, read_predictions
 
-ANSWERS, CURVE = "answers", "curve"
+ANSWERS, TARGETS, CURVE = "answers", "targets", "curve"
 
 
 def collect(folder: epath.PathLike) -> list[Row]:
@@ -30,13 +30,17 @@ def collect(folder: epath.PathLike) -> list[Row]:
     frequent label; "ids", a digest of the examples' ids in order; "right", a bit an example, 1 for
     a right label, in hex; "predicted", a letter an example, "a" for the first of the examples'
     sorted labels, "?" for one that no example has.
+    `row["targets"]` has for each task whose targets' probabilities were measured: "ids" as above;
+    "nats" and "tokens", of each example's target.
     `row["curve"]` has [step, seconds of training until then, value] for each validation of the
     metric that selects.
 
     Raises:
         UserError: the folder does not exist, or a row is unreadable.
     """
-    return [row | _answers(place, row) | _curve(place, row) for place, row in read_trials(folder)]
+    return [
+        row | _predictions(place, row) | _curve(place, row) for place, row in read_trials(folder)
+    ]
 
 
 def write_records(file: epath.PathLike, records: Sequence[Row]) -> None:
@@ -74,18 +78,25 @@ def example_scores(records: Sequence[Row], task: str) -> Scores:
     Raises:
         UserError: a trial has no answers to the task, or to other examples than the first.
     """
-    found = []
-    for record in records:
-        answers = record.get(ANSWERS, {}).get(task)
-        if answers is None:
-            raise UserError(f"trial {record['name']} ({record['trial']}): no answers to {task!r}")
-        found.append(answers)
-    if len({(one["ids"], one["examples"]) for one in found}) > 1:
-        raise UserError(f"task {task!r}: trials were tested on different examples")
+    found = _of_task(records, ANSWERS, task)
     bits = [np.frombuffer(bytes.fromhex(one["right"]), np.uint8) for one in found]
     rows = [np.unpackbits(b, count=one["examples"]) for b, one in zip(bits, found, strict=True)]
     majority = found[0]["majority"]
     return (np.array(rows, float) - majority) / (1 - majority)
+
+
+def target_nats(records: Sequence[Row], task: str) -> Scores:
+    """The nats that each test example's target costs in each trial, [trials, examples].
+
+    They are in units of a target's mean length, so that a trial's mean is its nats a token, over
+    all tokens.
+
+    Raises:
+        UserError: a trial has no such numbers of the task, or of other examples than the first.
+    """
+    found = _of_task(records, TARGETS, task)
+    lengths = np.array([one["tokens"] for one in found], float)
+    return np.array([one["nats"] for one in found]) / lengths.mean(1, keepdims=True)
 
 
 def vote(records: Sequence[Row], task: str) -> Scores:
@@ -105,15 +116,38 @@ def vote(records: Sequence[Row], task: str) -> Scores:
     return scores_ME[chosen, np.arange(len(chosen))][None]
 
 
-def _answers(folder: epath.Path, row: Row) -> dict[str, Any]:
-    """The entry "answers" of a finished trial; {} without labels."""
+def _of_task(records: Sequence[Row], part: str, task: str) -> list[dict[str, Any]]:
+    """The entry of a task in each record's `part`; all are about the same examples.
+
+    Raises:
+        UserError: a trial has none, or about other examples than the first.
+    """
+    found = []
+    for record in records:
+        one = record.get(part, {}).get(task)
+        if one is None:
+            raise UserError(f"trial {record['name']} ({record['trial']}): no {part} to {task!r}")
+        found.append(one)
+    if len({(one["ids"], one.get("examples")) for one in found}) > 1:
+        raise UserError(f"task {task!r}: trials were tested on different examples")
+    return found
+
+
+def _predictions(folder: epath.Path, row: Row) -> dict[str, Any]:
+    """The entries "answers" and "targets" of a finished trial, where it has some."""
     if row["status"] != "done" or not (folder / PREDICTIONS).exists():
         return {}
-    by_task: dict[str, list[dict[str, Any]]] = {}
+    labelled: dict[str, list[dict[str, Any]]] = {}
+    measured: dict[str, list[dict[str, Any]]] = {}
     for line in read_predictions(folder):
+        task = line.get("task", row["config"]["task"]["name"])
         if "label" in line and "predicted" in line:
-            by_task.setdefault(line.get("task", row["config"]["task"]["name"]), []).append(line)
-    return {ANSWERS: {task: _packed(lines) for task, lines in by_task.items()}}
+            labelled.setdefault(task, []).append(line)
+        if "nats" in line:
+            measured.setdefault(task, []).append(line)
+    targets = {task: _target_costs(lines) for task, lines in measured.items()}
+    found = {ANSWERS: {task: _packed(lines) for task, lines in labelled.items()}}
+    return found | ({TARGETS: targets} if targets else {})
 
 
 def _curve(folder: epath.Path, row: Row) -> dict[str, Any]:
@@ -132,12 +166,22 @@ def _curve(folder: epath.Path, row: Row) -> dict[str, Any]:
 def _packed(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     labels = sorted({line["label"] for line in lines})
     letters = {label: chr(ord("a") + n) for n, label in enumerate(labels)}
-    ids = "\n".join(str(line["id"]) for line in lines)
     right = np.array([line["label"] == line["predicted"] for line in lines])
     return {
         "examples": len(lines),
         "majority": max(Counter(line["label"] for line in lines).values()) / len(lines),
-        "ids": hashlib.sha256(ids.encode()).hexdigest()[:16],
+        "ids": _ids_digest(lines),
         "right": np.packbits(right).tobytes().hex(),
         "predicted": "".join(letters.get(line["predicted"], "?") for line in lines),
     }
+
+
+def _target_costs(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    numbers = {name: [line[name] for line in lines] for name in ("nats", "tokens")}
+    return {"ids": _ids_digest(lines)} | numbers
+
+
+def _ids_digest(lines: Sequence[dict[str, Any]]) -> str:
+    """16 hex digits of the examples' ids, in order."""
+    ids = "\n".join(str(line["id"]) for line in lines)
+    return hashlib.sha256(ids.encode()).hexdigest()[:16]

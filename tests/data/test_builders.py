@@ -166,6 +166,27 @@ def test_verses_are_paired_with_their_translation_or_a_neighbours(fetched: Path)
     assert {one["id"].split(".")[0] for one in gospel} == {"40"}
 
 
+def test_verses_stand_once_in_one_split(fetched: Path) -> None:
+    """Breaks when a verse that is repeated in another chapter stands in two splits, the other
+    translation or a book of the pretraining corpus is read, or a chapter is divided."""
+    verses = {
+        1000 * chapter + verse + 1_000_000 * book: f"spake {book} {chapter * (verse > 1)} {verse}"
+        for book in (1, 6, 40)
+        for chapter in range(1, 9)
+        for verse in range(1, 4)
+    }
+    for _, member, _ in builders.BIBLES:
+        (fetched / member).parent.mkdir(exist_ok=True)
+        (fetched / member).write_bytes(bible(verses if "kjv" in member else {1_001_001: "told"}))
+    read = [read_tfds("verses:1.0.0", split, Columns(("text",))) for split in SPLITS]
+    texts = [one["text"] for records in read for one in records]
+    assert len(texts) == len(set(texts)) == 2 * (8 * 2 + 1)
+    assert {text.split()[1] for text in texts} == {"1", "40"}
+    chapters = [{one["id"].split("_")[0] for one in records} for records in read]
+    assert sum(map(len, chapters)) == len(set.union(*chapters)) == 16
+    assert {one["label"] for records in read for one in records} == {"law", "gospel"}
+
+
 def test_killed_preparation_is_redone(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when a dataset counts as prepared because its folder exists."""
 
@@ -212,9 +233,9 @@ def test_real_datasets_have_the_documented_sizes(
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path))
     table = [line.strip("| ").split(" | ") for line in builders.__doc__.splitlines() if "," in line]
     rows = [row for row in table if len(row) == 5]
-    assert len(rows) == 9
+    assert len(rows) == 10
     for name, *sizes, classes in rows:
-        texts = ("sentence1", "sentence2") if name.startswith("verse") else ("text",)
+        texts = ("sentence1", "sentence2") if name.startswith("verse_pairs") else ("text",)
         splits = [read_tfds(f"{name}:1.0.0", split, Columns(texts)) for split in SPLITS]
         assert [f"{len(records):,}" for records in splits] == sizes, name
         assert {len({r["label"] for r in records}) for records in splits} == {int(classes)}, name

@@ -9,12 +9,14 @@ import pytest
 from experiments.paper import (
     continual,
     data_size,
+    domain,
     everything,
     figure1,
     report,
     spot,
     steps,
     study,
+    style,
     table2,
     table6,
 )
@@ -58,6 +60,14 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     for name in (study.TASK, *study.SHIFTED, *continual.LATER):
         monkeypatch.setitem(TASKS, name, tiny_task(tmp_path / "data", TASKS[name]))
+    for name in domain.SOURCES:
+        monkeypatch.setitem(domain.SOURCES, name, tiny_texts(tmp_path / "data", name))
+    addresses = tmp_path / "data" / "addresses.txt"
+    addresses.write_text("We will make it a film. " * 200)
+    monkeypatch.setattr(domain, "OTHER", str(addresses))
+    monkeypatch.setattr(domain, "TEXTS", {domain.VERSES: "verses", str(addresses): "addresses"})
+    monkeypatch.setattr(style, "OTHERS", (study.TASK,))
+    monkeypatch.setattr(style, "COUNT", 4)
     for name in table2.OTHER:
         monkeypatch.setitem(TASKS, name, tiny_verses(tmp_path / "data", TASKS[name]))
     monkeypatch.setattr(study, "SEEDS", (0, 1))
@@ -85,6 +95,15 @@ def tiny_verses(folder, task):
     return dataclasses.replace(task, source=f"jsonl:{folder}/{task.name}-{{split}}.jsonl")
 
 
+def tiny_texts(folder, name):
+    """The source of a few texts that have a word of their own."""
+    for split in ("train", "validation", "test"):
+        lines = [{"text": f"{name} {one} {n}"} for n, one in enumerate((*GOOD, *BAD))]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}-{split}.jsonl").write_text(text)
+    return f"jsonl:{folder}/{name}-{{split}}.jsonl"
+
+
 @pytest.mark.long
 def test_the_study(place, monkeypatch, capsys):
     """Breaks when an artefact cannot train, finds none of its trials, or trains them again."""
@@ -103,6 +122,7 @@ def test_the_study(place, monkeypatch, capsys):
         assert cli.main(command) == 0
         assert all(path.stat().st_mtime_ns == time for path, time in times.items())
         assert continual.main(["--workdir", "runs"]) == 0
+        assert style.main(["--workdir", "runs"]) == 0
         rows = read_rows("runs")
         for name in ("PROMPTS", "DOCS"):
             patch.setattr(report, name, place / name)

@@ -1,18 +1,23 @@
 """A task whose answers are free text: trained, selected, tested and used by generation."""
 
+import functools
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from softprompt import cli
 from softprompt.config import base_config
+from softprompt.console import Progress
 from softprompt.data.builtin_tasks import TASKS
 from softprompt.errors import UserError
 from softprompt.evaluation.metrics import free_text
+from softprompt.inference.sampling import sampling
 from softprompt.results import read_result
 from softprompt.training.logs import read_log
 from softprompt.trials.data import evaluators_of
+from softprompt.trials.evaluate import Answering
 from tests.own_task import give
 
 ANSWERS = {"paris": ["the city", "a city"], "rome": ["the story"], "film": ["it is old", "old"]}
@@ -126,6 +131,63 @@ def test_which_evaluators_a_config_asks_for():
         evaluators_of(labels, config)
     config.eval.metrics, config.method.name = "", "none"
     assert evaluators_of(free, config) == ["generation"], "nothing is selected"
+
+
+LINES = ("the story is old", "the city is old", "a film in the city", "it is a film")
+
+
+@pytest.fixture(scope="module")
+def language(keys, tmp_path_factory):
+    """Config words of a trial that models lines of text, one of which stands in all splits."""
+    folder = tmp_path_factory.mktemp("language")
+    for split in ("train", "validation", "test"):
+        lines = [{"line": f"{LINES[n % 4]} {n} {split * (n > 0)}"} for n in range(12)]
+        lines += [{"line": None}] if split == "test" else []
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    changed = {
+        "task.name": "lines",
+        "task.source": f"jsonl:{folder}/{{split}}.jsonl",
+        "task.template": "Text:",
+        "task.label_field": "line",
+        "task.max_target": 32,
+        "eval.metric": "log_likelihood",
+        "eval.metrics": "perplexity",
+    }
+    kept = [key for key in keys if key.partition("=")[0].removeprefix("--config.") not in changed]
+    return [*kept, *(f"--config.{key}={value}" for key, value in changed.items())]
+
+
+def test_a_language_is_modelled(language, tmp_path, capsys, monkeypatch):
+    """Breaks when a template must name a field, selection wants the least likely answers, tokens of
+    different answers do not count alike, an example without an answer is scored, texts that stand
+    in two splits are not counted, or continuations that are sampled ignore the seed."""
+    folder = tmp_path / "w"
+    assert cli.main(["train", *language, "--workdir", str(folder)]) == 0
+    row, lines = read_result(folder), predictions(folder)
+    measured = row["metrics"]["test"]
+    assert measured.keys() == {"log_likelihood", "perplexity", "examples"}
+    costs = [line for line in lines if "nats" in line]
+    assert measured["examples"] == len(costs) == len(lines) - 1 == 12
+    assert len({line["tokens"] for line in costs}) > 1
+    nats = sum(line["nats"] for line in costs) / sum(line["tokens"] for line in costs)
+    assert measured["log_likelihood"] == pytest.approx(-nats, abs=1e-4)
+    assert measured["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
+    looks = {one["step"]: one.get("validation/log_likelihood") for one in read_log(folder)}
+    looks = {step: value for step, value in looks.items() if value is not None}
+    assert row["metrics"]["validation"]["log_likelihood"] == max(looks.values()) > looks[0] + 0.1
+    assert row["shared_texts"] == 3, "the first line, in each pair of splits"
+    capsys.readouterr()
+    give(monkeypatch, "\n\n")
+    assert cli.main(["predict", "--run", str(folder)]) == 0
+    assert len(set(capsys.readouterr().out.splitlines())) == 1
+    give(monkeypatch, "a film\n")
+    assert cli.main(["predict", "--run", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "line 1 has 1 tab-separated fields; the task takes 0: an empty line" in said
+    write = functools.partial(Answering(folder, Progress()).generate, ["Text:"] * 4, max_new=8)
+    assert len(set(write())) == 1
+    drawn = [write(sampling=sampling(1.0), seed=seed) for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 1
 
 
 OPTIONS = ("the city", "the story", "it is old", "a film")

@@ -11,6 +11,7 @@ from softprompt.trials.records import (
     collect,
     example_scores,
     read_records,
+    target_nats,
     vote,
     write_records,
 )
@@ -59,6 +60,24 @@ def test_only_equal_examples_are_compared(tmp_path):
         example_scores(records, "own")
     with pytest.raises(UserError, match=r"no answers to 'other'"):
         example_scores(records, "other")
+
+
+def test_what_targets_cost(tmp_path):
+    """Breaks when a trial's mean is over examples and not over tokens, or nats of other examples
+    are compared."""
+    costs = {"a": [(2.0, 1), (3.0, 4)], "b": [(1.0, 1), (1.0, 4)]}
+    for name, pairs in costs.items():
+        write_trial(tmp_path / "w" / name, ["good"] * 9)
+        lines = [{"id": n, "nats": nats, "tokens": t} for n, (nats, t) in enumerate(pairs)]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (tmp_path / "w" / name / "predictions.jsonl").write_text(text)
+    records = collect(tmp_path / "w")
+    assert records[0]["answers"] == {}
+    np.testing.assert_allclose(target_nats(records, "own").mean(1), [5 / 5, 2 / 5])
+    (tmp_path / "w" / "b" / "predictions.jsonl").write_text(text.replace('"id": 0', '"id": 9'))
+    records = collect(tmp_path / "w")
+    with pytest.raises(UserError, match="'own': trials were tested on different examples"):
+        target_nats(records, "own")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"trial": "a"}'])
