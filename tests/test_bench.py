@@ -271,7 +271,7 @@ def test_the_plan():
     assert [job["start"] for job in jobs] == [0, cells.SPAN]
     cells_of = {task.cell for task in cells.plan("full", processes=1, steps=1)}
     assert len(cells_of) == 2 * 2 * (4 + 4 + 1 + 1)
-    with pytest.raises(UserError, match="unknown subset 'half'; known: claimed, full"):
+    with pytest.raises(UserError, match="unknown subset 'half'; known: claimed, full, t5"):
         cells.plan("half", processes=1, steps=1)
     with pytest.raises(UserError, match="--steps is 100; allowed: 1 to 99"):
         cells.plan("full", processes=1, steps=100)

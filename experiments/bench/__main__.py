@@ -12,6 +12,7 @@ Prediction (targets, printed beside what is measured): at 16 movie snippets a st
 Command, from the repository root, on a machine that does nothing else:
     make bench          the claimed cells
     make bench-full     two models, two texts, four methods, four lengths, every saving
+    make bench ARGS="--subset t5"    the claimed cells of T5 alone
     python -m experiments.bench --subset claimed --workdir runs/bench --peft-python PATH
 
 Cost: the claimed cells about 38 minutes on two x86 cores, the grid 14 hours by its own estimate. A
@@ -78,7 +79,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def main() -> int:
     """Measures what is missing, then prints and writes the table, the claims and the figure."""
     parser = argparse.ArgumentParser(prog="experiments.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--subset", default="claimed", help="claimed (default) or full")
+    parser.add_argument("--subset", default="claimed", help="claimed (default), t5 or full")
     parser.add_argument("--workdir", type=Path, default=Path("runs/bench"))
     parser.add_argument("--peft-python", default=sys.executable, help="has torch and peft")
     parser.add_argument("--steps", type=int, default=10, help="timed in a process")

@@ -124,7 +124,7 @@ def identity(row: Mapping[str, Any]) -> str:
 
 
 def plan(subset: str, *, processes: int, steps: int) -> list[Task]:
-    """The processes of "claimed" or "full", in order: systems of a cell take turns.
+    """The processes of "claimed", "t5" or "full", in order: systems of a cell take turns.
 
     Raises:
         UserError: another subset, too many steps or processes, or none.
@@ -135,7 +135,7 @@ def plan(subset: str, *, processes: int, steps: int) -> list[Task]:
     ):
         if not 1 <= value <= most:
             raise UserError(f"{flag} is {value}; allowed: 1 to {most}")
-    subsets = {"claimed": claimed, "full": full}
+    subsets = {"claimed": claimed, "t5": t5, "full": full}
     if subset not in subsets:
         raise unknown("subset", subset, subsets)
     return list(subsets[subset](processes, steps))
@@ -158,11 +158,17 @@ def claimed(processes: int, steps: int) -> Iterator[Task]:
         yield from turns([(cell, one) for one in (bfloat16, ours, *more)], processes, steps)
         if model == "gemma3":
             yield Task(cell, float32, steps=1)
+    yield from t5(processes, steps)
+    yield from losses("smollm2")
+
+
+def t5(processes: int, steps: int) -> Iterator[Task]:
+    """What the README says of a T5, inline and as a context of its own."""
+    systems = System("peft", "bfloat16"), System("peft", "float32"), System("ours")
     for length in (20, 100):
         cell, apart = (Cell("t5-small", "movie", name, length) for name in ("prompt", APART))
-        pairs = [(cell, bfloat16), (cell, float32), (cell, ours), (apart, ours)]
+        pairs = [*((cell, one) for one in systems), (apart, systems[-1])]
         yield from turns(pairs, processes, steps)
-    yield from losses("smollm2")
 
 
 def full(processes: int, steps: int) -> Iterator[Task]:

@@ -81,6 +81,7 @@ def listen(host: str, port: int, *, has_key: bool) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # clients wait, instead of being refused, until requests are taken
     except (OSError, ValueError) as error:
         raise UserError(f"cannot listen at {host!r}, port {port}: {error}") from error
     return listener
