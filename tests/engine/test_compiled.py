@@ -47,6 +47,16 @@ def test_what_one_host_compiles_the_others_take(tmp_path, monkeypatch):
     assert (left / "step-cache").read_bytes() == b"program"
 
 
+def test_a_host_that_compiles_nothing_shares_its_newest(tmp_path):
+    """A trial may end soon after its step was compiled. Mutation: its age decides then too."""
+    programs, folder = host(tmp_path, "a")
+    write(folder, "young-cache", age=0.0)
+    programs.publish()
+    assert not open_store(tmp_path / "store").list("programs")
+    programs.publish(idle=True)
+    assert len(open_store(tmp_path / "store").list("programs")) == 1
+
+
 def test_a_folder_of_the_users_is_left_alone(tmp_path, monkeypatch):
     """Mutation: the worker's own folder replaces it."""
     assert host(tmp_path, "a")[0].environment() == {compiled.CACHE: str(tmp_path / "a/programs")}

@@ -256,6 +256,7 @@ def test_a_worker_on_an_empty_host_compiles_nothing_again(tmp_path, monkeypatch)
     for host, done in [("one", 2), ("two", 3)]:
         (tmp_path / host).mkdir()
         home = {"TMPDIR": str(tmp_path / host), "HOME": str(tmp_path / host)}
+        home["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # a quick machine needs less
         worker = subprocess.Popen(command("work", "shared"), env=variables(**home))
         wait_for(lambda done=done: len(View(store.list(QUEUE)).done) == done, "row", 200)
         worker.terminate()

@@ -55,7 +55,7 @@ def test_the_readme_has_the_committed_verdicts():
     held = table[table["verdict"] == "holds"]
     counts = table["verdict"].value_counts()
     some = f"Of {len(table)} predictions {len(held)} hold, {counts['refuted']} are refuted, "
-    left = f"{counts["undecided"]} are undecided and {counts['not run']} have not been run"
+    left = f"{counts['undecided']} are undecided and {counts['not run']} have not been run"
     assert some + left in readme
     assert [number for number in held["here (95 %)"] if number not in readme] == []
 

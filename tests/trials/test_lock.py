@@ -7,7 +7,9 @@ import pytest
 
 from softprompt import cli
 from softprompt.config import trial_id
+from softprompt.trials.engine.claims import QUEUE, View
 from softprompt.trials.engine.sharing import shared
+from softprompt.trials.engine.store import open_store
 from softprompt.trials.lock import holding
 from softprompt.trials.outputs import OWNER
 from tests.own_task import make_config, words, write_task
@@ -44,3 +46,22 @@ def test_a_trial_of_a_sweep_is_trained_by_one_process(task, tiny_folder, tmp_pat
     with shared(tmp_path / "sweep") as claims, claims.holding(trial, tmp_path / "sweep" / "w"):
         said = refused(task, tiny_folder, tmp_path / "sweep" / "w", capsys)
     assert f"trial {trial} is run by another process" in said
+
+
+def test_a_trial_that_ended_meanwhile_stays_done(tmp_path):
+    """Of two terminals the slower one comes to a trial that the other has ended. Mutation: the mark
+    of its end is deleted, as if its row were not there."""
+    folder = tmp_path / "w"
+    for status in ("done", "done", "failed"):
+        with shared(tmp_path) as claims, claims.holding("some", folder):
+            folder.mkdir(exist_ok=True)
+            row = {"trial": "some", "status": status, "config": {}}
+            (folder / "result.json").write_text(json.dumps(row))
+        view = View(open_store(tmp_path).list(QUEUE))
+        assert (set(view.done), view.epochs["some"]) == ({"some"}, 1)
+    with (
+        shared(tmp_path) as claims,
+        claims.holding("some", folder),
+    ):  # a row that is to be made anew
+        pass
+    assert View(open_store(tmp_path).list(QUEUE)).epochs["some"] == 2

@@ -57,12 +57,17 @@ class Programs:
             if content is not None:
                 write_bytes(self._folder / name, content)
 
-    def publish(self) -> None:
-        """Shares the programs of this host that nobody has shared."""
+    def publish(self, *, idle: bool = False) -> None:
+        """Shares the programs of this host that nobody has shared.
+
+        Args:
+            idle: nothing is being compiled, so no file is being written.
+        """
         if self._own or not self.kind:
             return
         files = self._folder.glob(f"*{SUFFIX}")
-        new = [file for file in files if file.name not in self._shared and _is_whole(file)]
+        new = [file for file in files if file.name not in self._shared]
+        new = [file for file in new if idle or _is_whole(file)]
         new = [file for file in new if file.stat().st_size <= MOST_BYTES]
         if new:
             self._look()

@@ -14,6 +14,7 @@ from etils import epath
 
 from softprompt import interrupts
 from softprompt.distributed import agreed
+from softprompt.results import read_result
 from softprompt.trials.engine import publish
 from softprompt.trials.engine.claims import QUEUE, Claim, Claims, Heart, View, lost
 from softprompt.trials.engine.plan import PLAN
@@ -39,12 +40,16 @@ class Shared:
         """Claims a trial for the duration of the block, at whose end it is done.
 
         If a worker has published a newer checkpoint than the trial's folder holds, it is brought
-        there.
+        there. A trial that is done already, and has its row, is not claimed.
 
         Raises:
             Locked: another process holds it.
         """
-        claim = self._take(trial, epath.Path(folder).name) if jax.process_index() == 0 else None
+        first = jax.process_index() == 0
+        if agreed(first and self._has_row(trial, folder)):
+            yield
+            return
+        claim = self._take(trial, epath.Path(folder).name) if first else None
         if not agreed(claim is not None):
             raise Locked(f"trial {trial} is run by another process; its claims are in {QUEUE}/")
         if claim is None:
@@ -66,6 +71,11 @@ class Shared:
                 self._store.create(f"{QUEUE}/done/{trial}", claim.facts["token"].encode())
                 for key in self._claims.look().publications(claim):
                     self._store.delete(f"{QUEUE}/saved/{key}")
+
+    def _has_row(self, trial: str, folder: epath.PathLike) -> bool:
+        """Whether a trial is done, and its row is there."""
+        row = read_result(folder)
+        return trial in self._claims.look().done and row is not None and row["status"] == "done"
 
     def _take(self, trial: str, name: str) -> Claim | None:
         """Claims a trial; one that failed, or whose row was deleted, is run again.

@@ -211,7 +211,7 @@ class Worker:
                 trial = message.pop("trial")
                 if trial in self._held and self._holdings.end(trial, **message):
                     self._counts["done" if message["done"] else "failed"] += 1
-                self._programs.publish()
+                self._programs.publish(idle=not self._held)
             case "exit":
                 self._child_ended(message["code"])
 
