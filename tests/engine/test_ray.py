@@ -150,6 +150,8 @@ def results(workdir: Path) -> dict[str, tuple]:
     return found
 
 
+# Ray starts its processes by a fork, which JAX warns of where other tests have opened its devices.
+@pytest.mark.filterwarnings(r"ignore:os.fork\(\) was called:RuntimeWarning")
 @pytest.mark.cluster
 def test_a_sweep_whose_parts_are_killed_equals_an_undisturbed_one(cluster, run, tmp_path):
     """24 trials on three slices, of which one always fails, end with the bits of a local sweep.
