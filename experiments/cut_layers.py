@@ -8,7 +8,7 @@ Prediction: after the ladder's tokens their losses lie between those of d3 and S
 Command:
     python -m experiments.cut_layers [--steps 20]
 
-Cost: about 15 s for a step of both models on two x86 cores, and 3 minutes for the losses.
+Cost: 14 s for a step of both models on two x86 cores, and a minute and a half for the losses.
 
 Prints the loss, in nats per byte since tokenizers differ, of text on which the ladder is not
 trained: of each model as it is, and of the cut ones after some steps. And the hours that as many
