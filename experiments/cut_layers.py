@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the steps' products")
     arguments = parser.parse_args()
     made = [name for name in RUNGS if is_made(name) and "/d" in name]
+    if not made:
+        parser.error("no decoder of the ladder is there; softprompt pretrain makes them")
     with Progress() as progress:
         text = read_text(RECIPES[made[-1]], Session(progress))
     decode = functools.partial(text.tokenizer.backend.decode_batch, skip_special_tokens=True)

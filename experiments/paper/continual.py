@@ -13,7 +13,6 @@ Cost: 6 trials on d1, and three of Figure 1's. Each starts from the merged weigh
 one before.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ from experiments.paper import figure1, study
 from softprompt.analysis.comparisons import at_least
 from softprompt.analysis.plots import category_plot
 from softprompt.config import ConfigDict, resolve
-from softprompt.errors import UserError
 from softprompt.results import Row
 from softprompt.trials.merged_model import export_merged
 from softprompt.trials.run import DELTA
@@ -122,18 +120,15 @@ def figure(rows: Sequence[Row]) -> Figure:
     return category_plot({MODEL: points}, {}, ylabel="Score (points)", title="Tasks in turn")
 
 
+def run_all(workdir: str) -> None:
+    """Trains on the tasks in turn, for each seed."""
+    for seed in study.SEEDS:
+        run(workdir, seed)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains on the tasks in turn, for each seed."""
-    parser = argparse.ArgumentParser(prog="experiments.paper.continual")
-    parser.add_argument("--workdir", required=True, help="the folder of the study's trials")
-    given = parser.parse_args(arguments)
-    try:
-        for seed in study.SEEDS:
-            run(given.workdir, seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return study.command("continual", run_all, arguments)
 
 
 if __name__ == "__main__":

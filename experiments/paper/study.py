@@ -5,10 +5,12 @@ The study asks the paper's questions on models that a laptop can train: the ladd
 (1 - majority), so that 0 is the most frequent label and 1 is perfect.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ from softprompt.config import (
     to_dict,
     trial_id,
 )
-from softprompt.errors import unknown
+from softprompt.errors import UserError, unknown
 from softprompt.models.shapes import parameter_count
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.ladder import RUNGS
@@ -120,6 +122,24 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
     for key, value in changed.items():
         set_key(config, key, value)
     return config
+
+
+def command(name: str, run: Callable[[str], None], arguments: Sequence[str] | None) -> int:
+    """The command line of an artefact that has more to do than its trials; returns its exit code.
+
+    Args:
+        name: of the artefact.
+        run: does it, in the folder of the study's trials.
+        arguments: of the command line; None for this process'.
+    """
+    parser = argparse.ArgumentParser(prog=f"experiments.paper.{name}")
+    parser.add_argument("--workdir", required=True, help="the folder of the study's trials")
+    try:
+        run(parser.parse_args(arguments).workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def check_full(subset: str) -> None:

@@ -15,7 +15,6 @@ the continuations. The judge, naive Bayes over words, has to know 95 % of held-o
 held-out headlines.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -258,15 +257,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Continues behind each prompt, and judges what was written."""
-    parser = argparse.ArgumentParser(prog="experiments.paper.style")
-    parser.add_argument("--workdir", required=True, help="the folder of the study's trials")
-    given = parser.parse_args(arguments)
-    try:
-        run(given.workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return study.command("style", run, arguments)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,7 @@ from softprompt.trials.session import Session, optimizer_config
 Job = tuple[ConfigDict, epath.Path]
 Failed = Callable[[ConfigDict, epath.Path, Exception, float], Row]
 
-# Concurrent trials by default. A CPU runs one after another: stacked steps are no quicker there.
-MOST = {"cpu": 1}
-MOST_ELSEWHERE = 16
+MOST = 16  # concurrent trials by default, on an accelerator
 
 
 def plan(session: Session, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
@@ -96,8 +94,12 @@ def most_at_once(config: ConfigDict) -> int:
     """How many trials like this may run concurrently; 1 if it must run alone."""
     if runs_alone(config) or jax.process_count() > 1:
         return 1
-    automatic = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
-    return int(config.mesh.population or automatic)
+    return int(config.mesh.population or most_on(jax.default_backend()))
+
+
+def most_on(backend: str) -> int:
+    """How many trials run concurrently by default. A CPU gains nothing from more than one."""
+    return 1 if backend == "cpu" else MOST
 
 
 def room(prepared: Prepared) -> int:

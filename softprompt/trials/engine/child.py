@@ -187,7 +187,7 @@ def ready(link: Link, distributed: str | None) -> bool:
 
     from softprompt.config import base_config, resolve
     from softprompt.trials.engine.compiled import kind_of_programs
-    from softprompt.trials.groups import MOST, MOST_ELSEWHERE
+    from softprompt.trials.groups import most_on
 
     backend, devices = jax.default_backend(), jax.devices()
     link.send(
@@ -196,7 +196,7 @@ def ready(link: Link, distributed: str | None) -> bool:
         dtype=resolve(base_config()).model.dtype,
         devices=f"{len(devices)} x {devices[0].device_kind}",
         chips=len(devices),
-        width=MOST.get(backend, MOST_ELSEWHERE),
+        width=most_on(backend),
         programs=kind_of_programs(),
     )
     return True

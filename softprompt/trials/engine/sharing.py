@@ -14,7 +14,7 @@ from etils import epath
 
 from softprompt import interrupts
 from softprompt.distributed import agreed
-from softprompt.results import read_result
+from softprompt.results import is_done
 from softprompt.trials.engine import publish
 from softprompt.trials.engine.claims import QUEUE, Claim, Claims, Heart, View, lost
 from softprompt.trials.engine.plan import PLAN
@@ -74,8 +74,7 @@ class Shared:
 
     def _has_row(self, trial: str, folder: epath.PathLike) -> bool:
         """Whether a trial is done, and its row is there."""
-        row = read_result(folder)
-        return trial in self._claims.look().done and row is not None and row["status"] == "done"
+        return is_done(folder) and trial in self._claims.look().done
 
     def _take(self, trial: str, name: str) -> Claim | None:
         """Claims a trial; one that failed, or whose row was deleted, is run again.
