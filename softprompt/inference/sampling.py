@@ -54,10 +54,21 @@ def row_keys(key: jax.Array, step: jax.Array, ids_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), ids_B)
 
 
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first of the most likely tokens of each row [B], int32; that of a NaN if there is one.
+
+    As `jnp.argmax`, which takes nine times as long on a CPU, a tenth of a decoding step.
+    """
+    most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    ids_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, logits_BV.ndim - 1)
+    found_BV = (logits_BV == most_B1) | jnp.isnan(logits_BV)
+    return jnp.min(jnp.where(found_BV, ids_BV, logits_BV.shape[-1]), axis=-1)
+
+
 def choose(logits_BV: jax.Array, how: Sampling, keys_B: jax.Array) -> jax.Array:
     """The next token of each row [B]."""
     if how.temperature is None:
-        return jnp.argmax(logits_BV, axis=-1)
+        return likeliest(logits_BV)
     return jax.vmap(jax.random.categorical)(keys_B, allowed(logits_BV, how))
 
 
@@ -102,7 +113,7 @@ def choose_by_row(logits_BV: jax.Array, how: RowSampling) -> jax.Array:
     A row's draw depends on its logits, seed and `nth` only, and is that of `generate` for a single
     input with this seed. Noise and sorting are computed only if some row needs them.
     """
-    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    likeliest_B = likeliest(logits_BV)
 
     def limited(logits_V: jax.Array, temperature: Any, top_k: Any, top_p: Any) -> jax.Array:
         most: Any = jnp.where(top_k == 0, len(logits_V), jnp.minimum(top_k, len(logits_V)))

@@ -7,7 +7,15 @@ import pytest
 from scipy import stats
 
 from softprompt.errors import UserError
-from softprompt.inference.sampling import GREEDY, Sampling, allowed, choose, row_keys, sampling
+from softprompt.inference.sampling import (
+    GREEDY,
+    Sampling,
+    allowed,
+    choose,
+    likeliest,
+    row_keys,
+    sampling,
+)
 
 SHARE_V = np.array([0.3, 0.05, 0.25, 0.02, 0.2, 0.1, 0.08])
 KEY = jax.random.key(0)
@@ -26,6 +34,16 @@ def fits(counts, share_V):
     assert not counts[share_V == 0].any()
     kept = share_V > 0
     return stats.chisquare(counts[kept], counts.sum() * share_V[kept]).pvalue > 1e-3
+
+
+def test_the_likeliest_token_is_numpys():
+    """Mutations: the last of tied tokens, a NaN that is passed over."""
+    inf, nan = np.inf, np.nan
+    rows = [[1, 3, 3], [-inf, -inf, -inf], [inf, 0, inf], [0, nan, 5], [nan, 5, nan], [-0.0, 0, -1]]
+    logits_BV = np.array([*rows, *np.random.default_rng(0).integers(0, 3, (50, 3))], np.float32)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        got_B = likeliest(jnp.asarray(logits_BV, dtype))
+        assert got_B.tolist() == np.argmax(logits_BV, axis=-1).tolist()
 
 
 def test_draws_follow_the_distribution():
