@@ -201,12 +201,13 @@ def flat(said: argparse.Namespace, folder: Path) -> None:
 
 def shared(said: argparse.Namespace, folder: Path) -> None:
     """A pool of one lane over a mixed one and over `generate`, for rows of one task."""
-    loaded, rows, new = load_model(said.model, dtype=said.dtype), 64, 9
+    loaded, rows, new = load_model(said.model, dtype=said.dtype), 64, 33
+    sizes = 32, new - 1  # of inputs and of outputs, as `generate` has them
     for length, target in ((100, "1.1"), (500, "1.5")):
         lane = context_lane(loaded, length, seed=0)
         forms = {
-            "mixed": steps(filled(loaded, [lane], Grid(rows, 1, 32, 64, together=8)), new - 1),
-            "shared": steps(filled(loaded, [lane], Grid(1, rows, 32, 64, together=8)), new - 1),
+            "mixed": steps(filled(loaded, [lane], Grid(rows, 1, *sizes, together=8)), new - 1),
+            "shared": steps(filled(loaded, [lane], Grid(1, rows, *sizes, together=8)), new - 1),
         }
         context = Context(lane.context.k_LPGK[:, :length], lane.context.v_LPGK[:, :length])
         inputs = [np.array(one) for one in random_inputs(loaded.config.vocab, rows, 32)]

@@ -4,6 +4,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from softprompt.models.decoder_layers import DecoderConfig
 from softprompt.pretrained.loading import load_model
 
 INPUT, NEW, LEAST = 31, 17, 9  # tokens of an input and an output; fewer than LEAST do not count
+TURNS = 10  # pairs a round
 TARGETS = {20: "+5 %", 100: "+10 %", 500: "+30 %"}
 LLAMA_8B = DecoderConfig(  # sizes of Llama 3.1 8B
     vocab=128256,
@@ -31,6 +33,7 @@ LLAMA_8B = DecoderConfig(  # sizes of Llama 3.1 8B
     context_length=131072,
     tied=False,
 )
+Parts = list[tuple[float, int]]  # seconds since the request, and tokens, of an answer's parts
 
 
 def first_token(said: argparse.Namespace, folder: Path) -> None:
@@ -41,7 +44,7 @@ def first_token(said: argparse.Namespace, folder: Path) -> None:
     targets = {length: target for length, target in TARGETS.items() if length <= room}
     for length in targets:
         make_task(folder / f"prompt-{length}", loaded, seed=1, name="prompt", length=length)
-    shape = 3 * said.rounds, INPUT
+    shape = TURNS * said.rounds, INPUT
     inputs = np.random.default_rng(6).integers(5, loaded.config.vocab - 5, shape).tolist()
     options = ("--dtype", said.dtype, "--max-input", "64", "--max-tokens", "64")
     with server(folder, said.model, "no-key-of-changes", *options) as address:
@@ -57,46 +60,61 @@ def first_token(said: argparse.Namespace, folder: Path) -> None:
 
 def in_pair(
     client: httpx2.Client, names: tuple[str, str], ids: list[int], turn: int
-) -> dict[str, list[float]]:
-    """The times of the base model and of a task, for one input; who is first alternates."""
+) -> dict[str, Parts]:
+    """The answers of the base model and of a task to one input; who is first alternates."""
     order = names if turn % 2 else names[::-1]
     return {name: ask(client, name, ids) for name in order}
 
 
-def ask(client: httpx2.Client, name: str, ids: list[int]) -> list[float]:
-    """The times at which the tokens of a streamed answer came, in seconds since it was asked."""
+def ask(client: httpx2.Client, name: str, ids: list[int]) -> Parts:
+    """The parts of a streamed answer.
+
+    Log-probabilities are asked for because they say how many tokens a part has: the server keeps a
+    token back whose character is not complete.
+    """
     body: dict[str, Any] = {"model": name, "prompt": ids, "max_tokens": NEW, "temperature": 0}
-    times, began = [], time.perf_counter()
-    with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+    parts, began = [], time.perf_counter()
+    with client.stream(
+        "POST", "/v1/completions", json=body | {"stream": True, "logprobs": 0}
+    ) as response:
         assert response.status_code == 200, response.read()
         for line in response.iter_lines():
             text = line.removeprefix("data: ")
-            if text.startswith("{") and json.loads(text)["choices"][0]["text"]:
-                times.append(time.perf_counter() - began)
-    return times
+            if text.startswith("{") and (logprobs := json.loads(text)["choices"][0]["logprobs"]):
+                parts.append((time.perf_counter() - began, len(logprobs["tokens"])))
+    return parts
 
 
 def report(
-    config: DecoderConfig, length: int, target: str, found: list[dict[str, list[float]]]
+    config: DecoderConfig, length: int, target: str, found: Sequence[Mapping[str, Parts]]
 ) -> None:
     """Prints what a task takes over the base model, measured and predicted."""
-    pairs = [tuple(one[name] for name in sorted(one, key=_is_task)) for one in found]
-    first = [(base[0], task[0]) for base, task in pairs if base and task]
+    pairs = [[one[name] for name in sorted(one, key=_is_task)] for one in found]
+    first = [
+        (base[0][0], task[0][0])
+        for base, task in pairs
+        if all(parts and parts[0][1] == 1 for parts in (base, task))
+    ]
     rest = [
-        tuple((times[-1] - times[0]) / (len(times) - 1) for times in pair)
+        tuple(map(seconds_a_token, pair))
         for pair in pairs
-        if min(map(len, pair)) >= LEAST
+        if all(sum(count for _, count in parts) >= LEAST for parts in pair)
     ]
     for name, several, tokens in (("first token", first, INPUT), ("a token", rest, 1)):
         ratios = [task / base for base, task in several]
         low, high = median_interval(ratios)
-        base = 1000 * statistics.median(base for base, _ in several)
+        base, task = (1000 * statistics.median(side) for side in zip(*several, strict=True))
         shown = (
-            f"{statistics.median(ratios) - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%}) "
-            f"of {base:.0f} ms, {len(ratios)} pairs"
+            f"{statistics.median(ratios) - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%}), "
+            f"{base:.1f} and {task:.1f} ms, {len(ratios)} pairs"
         )
         expected = f"{target if tokens > 1 else 'none'}; operations "
         say(f"first: {name}, P = {length}", shown, f"{expected}{more(config, length, tokens):+.1%}")
+
+
+def seconds_a_token(parts: Parts) -> float:
+    """The seconds from one token to the next, behind the first part."""
+    return (parts[-1][0] - parts[0][0]) / sum(count for _, count in parts[1:])
 
 
 def _is_task(name: str) -> bool:
