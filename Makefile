@@ -53,9 +53,18 @@ define install
 	@touch $@
 endef
 
+# $(call study,ARGUMENTS OF THE SWEEP,FURTHER COMMANDS): runs the study's trials and writes its report,
+# also after trials that failed.
+define study
+	$(VENV)/bin/softprompt sweep paper/everything --workdir runs/paper $(1) $(ARGS); swept=$$?; \
+	for further in $(2); do \
+		$(VENV)/bin/python -m experiments.paper.$$further --workdir runs/paper || swept=$$?; done; \
+	$(VENV)/bin/python -m experiments.paper.report --workdir runs/paper && exit $$swept
+endef
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart paper report test notebooks lint format parity docs bench bench-full lock version clean
+.PHONY: help quickstart paper paper-full report test notebooks lint format parity docs bench bench-full lock version clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 - /p' Makefile
@@ -66,12 +75,11 @@ quickstart: $(VENV)/.base  ## train a few soft prompts on a real model, into run
 test: $(VENV)/.test  ## run the tests (ARGS="..." goes to pytest)
 	@$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
-paper: $(VENV)/.base  ## run the study, some 90 minutes at a time, into runs/paper
-	@$(VENV)/bin/softprompt sweep paper/everything --workdir runs/paper --minutes 80 $(ARGS); \
-		swept=$$?; \
-		$(VENV)/bin/python -m experiments.paper.continual --workdir runs/paper || swept=$$?; \
-		$(VENV)/bin/python -m experiments.paper.style --workdir runs/paper || swept=$$?; \
-		$(VENV)/bin/python -m experiments.paper.report --workdir runs/paper && exit $$swept
+paper: $(VENV)/.base  ## run the study for a laptop (90 minutes on two cores) into runs/paper
+	@$(call study,--subset laptop,continual)
+
+paper-full: $(VENV)/.base  ## run the whole study (hours) into runs/paper (ARGS="--minutes 80")
+	@$(call study,,continual style)
 
 report: $(VENV)/.base  ## write the study's report from the committed records, into runs/report
 	@$(VENV)/bin/python -m experiments.paper.report

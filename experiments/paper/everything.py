@@ -5,17 +5,17 @@ Question: which of the paper's findings hold on models that a laptop can train?
 Prediction: see the artefacts, which are the other files of this folder.
 
 Command:
-    softprompt sweep paper/everything --workdir runs/paper --minutes 80
+    softprompt sweep paper/everything --subset laptop --workdir runs/paper
     python -m experiments.paper.continual --workdir runs/paper
-    python -m experiments.paper.style --workdir runs/paper
     python -m experiments.paper.report --workdir runs/paper
 
-Cost: the trials of all artefacts, the most telling first; --minutes stops the sweep in time, and
-the same command goes on. `make paper` runs all four commands. The ladder's models must be there
-(`softprompt ladder`).
+Cost: "laptop" is what two cores do in less than 90 minutes, with two seeds where three are dear;
+`make paper` runs these three commands. "full" is all trials, the most telling first; --minutes
+stops a sweep in time, and the same command goes on. `make paper-full` runs it, and `style` too.
+The ladder's models must be there (`softprompt ladder`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import pandas as pd
@@ -41,6 +41,7 @@ from experiments.paper import (
     table6,
 )
 from softprompt.config import ConfigDict, resolve, trial_id
+from softprompt.errors import unknown
 from softprompt.results import Row
 from softprompt.trials.outputs import experiment_name
 
@@ -65,17 +66,47 @@ ARTEFACTS: tuple[ModuleType, ...] = (
 )
 SWEPT = [artefact for artefact in ARTEFACTS if hasattr(artefact, "sweep")]
 
+
+def on_movies(config: ConfigDict) -> bool:
+    """Whether a trial is on movie snippets alone."""
+    return bool(config.task.name == study.TASK and not config.data.mixture)
+
+
+def of_two_seeds(config: ConfigDict) -> bool:
+    """Whether a trial has one of two seeds, which is as few as decide something."""
+    return config.seed in study.SEEDS[:2]
+
+
+# The trials of "laptop"; artefacts that are not here are for "full" alone.
+LAPTOP: dict[ModuleType, Callable[[ConfigDict], bool]] = {
+    figure1: on_movies,
+    figure3_length: lambda config: of_two_seeds(config) and config.method.length in (1, 20, 100),
+    figure3_start: of_two_seeds,
+    figure3_pretraining: lambda config: not on_movies(config),
+    table3: lambda config: True,
+    table6: lambda config: config.model.name != study.SMOLLM2,
+    steps: on_movies,
+    table2: of_two_seeds,
+    spot: of_two_seeds,
+}
+
 CAPTION = study.VERDICT_CAPTION
 
 
 def sweep(subset: str = "full") -> list[ConfigDict]:
-    """Returns the configs of all artefacts, each trial once.
+    """Returns the configs of "full", those of all artefacts, or of "laptop"; each trial once.
 
     Raises:
         UserError: another subset.
     """
-    study.check_full(subset)
-    configs = [config for artefact in SWEPT for config in artefact.sweep()]
+    if subset not in ("full", "laptop"):
+        raise unknown("subset", subset, ("full", "laptop"))
+    configs = [
+        config
+        for artefact in SWEPT
+        for config in artefact.sweep()
+        if subset == "full" or LAPTOP.get(artefact, lambda config: False)(config)
+    ]
     return list({trial_id(resolve(config)): config for config in configs}.values())
 
 

@@ -20,12 +20,14 @@ from experiments.paper import (
     table5,
     table6,
 )
-from softprompt.config import resolve, to_dict
+from softprompt.config import resolve, to_dict, trial_id
+from softprompt.errors import UserError
 from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import vote
 from tests.paper.simulated import answers, record, seeds
 from tests.paper.test_figure1 import PROMPT
 
+TIERS = ("full", "laptop")
 LARGE = study.SMOLLM2
 LONGER = {1: (0.75, 0.76, 0.75), 20: PROMPT[LARGE], 100: (0.835, 0.84, 0.835)}
 
@@ -320,3 +322,25 @@ def test_records_that_lack_a_part(artefact):
     for rows in ([], without, failed, [*whole[:1], *without, *failed]):
         assert set(verdicts(artefact, rows)) <= {"not run", "undecided"}
         artefact.table(rows)
+
+
+def test_the_study_for_a_laptop():
+    """Mutations: other trials than the study's, an artefact whose findings then lack trials."""
+    ids = {name: {trial_id(resolve(c)) for c in everything.sweep(name)} for name in TIERS}
+    assert ids["laptop"] < ids["full"]
+    with pytest.raises(UserError, match="subset.*'small'.*full, laptop"):
+        everything.sweep("small")
+    rows = [made(config) for config in everything.sweep("laptop")]
+    for artefact in (*everything.LAPTOP, table1, table5):
+        found = artefact.findings(rows)
+        seeds = [one.seeds for one in found]
+        assert max(seeds) >= 2, experiment_name(artefact)
+
+
+def made(config):
+    """A simulated record of a trial."""
+    tasks = [config.task.name, *filter(None, config.eval.transfer.split(","))]
+    row = record(config.model.name, config.method.name, config.seed, 0.8)
+    curve = [[step, float(step), 0.1 * step] for step in (1, 2)]
+    found = {"answers": dict.fromkeys(tasks, row["answers"][study.TASK]), "curve": curve}
+    return row | found | {"config": to_dict(resolve(config)), "trial": trial_id(resolve(config))}
