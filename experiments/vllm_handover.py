@@ -6,10 +6,11 @@ as vectors (`export --format vllm`, its client), does vLLM generate what `softpr
 Prediction: in float32 100 inputs of 8 tasks, mixed in one batch, get equal tokens. Where they
 differ, our logits of the two tokens are nearly tied (within 1e-3).
 
-Three prompts are the study's trained ones; five are random: rows of the embeddings with noise of
-the same size. This is a measurement, not a sweep of trials: it has no `sweep`, `table` and
-`figure`. vLLM runs in processes of its own, with another Python. It also samples, to count added
-tokens that nothing excludes, at temperature 1.
+Three prompts are the study's trained ones, or, for another model than theirs, random ones of their
+length; five are random: rows of the embeddings with noise of the same size. vLLM runs in processes
+of its own, with another Python. It also samples, to count added tokens that nothing excludes, at
+temperature 1. This is a measurement, not a sweep of trials: it has no `sweep`, `table` and
+`figure`.
 
 Needs vLLM for CPUs, in an environment of its own (Python 3.11; torchaudio and torchcodec, which it
 does not need for text, may be uninstalled where they do not load):
@@ -18,6 +19,9 @@ does not need for text, may be uninstalled where they do not load):
 
 Command, from the repository root:
     python -m experiments.vllm_handover --vllm-python vllm-env/bin/python
+    python -m experiments.vllm_handover --vllm-python vllm-env/bin/python --model gemma3-270m-q4
+
+The second one needs the consent to Gemma's terms that `softprompt` asks for.
 
 Cost: about 10 minutes on two idle x86 cores; 50 beside much other work.
 
@@ -37,17 +41,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.serving_tasks import reference_logprobs
 from softprompt.config import base_config, resolve, set_key, to_dict
 from softprompt.console import Progress
 from softprompt.data.builtin_tasks import get_task
 from softprompt.data.splits import read_split
 from softprompt.inference.decode import generate
 from softprompt.methods.delta_file import load_delta, save_delta
-from softprompt.models.layers import collections
 from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.trials.convert import export_run
 from softprompt.trials.evaluate import trained_delta
-from softprompt.trials.forward import prepare_forward
+from softprompt.trials.forward import prepare_forward, text_bos
 from softprompt.trials.run import CONFIG, DELTA, provenance, read_config
 from softprompt.trials.session import Session
 
@@ -110,7 +114,10 @@ def write_trials(folder: Path, model: str) -> list[Path]:
     loaded, random = load_model(model), np.random.default_rng(0)
     prompts = [load_delta(file)[0]["prompt"] for file in sorted(TRAINED.glob("*.safetensors"))]
     embed_VD = np.asarray(loaded.weights["embed"]["embedding"])
-    for length in LENGTHS:
+    if prompts[0].shape[-1] != loaded.config.width:
+        prompts = []
+    others = (20, 20, 20)[len(prompts) :]
+    for length in (*others, *LENGTHS):
         rows_PD = embed_VD[random.integers(0, len(embed_VD), length)]
         noise_PD = random.normal(0, embed_VD.std(), rows_PD.shape)
         prompts.append((rows_PD + noise_PD).astype(np.float32))
@@ -142,11 +149,18 @@ def generated_here(
     for folder in dict.fromkeys(folder for folder, _ in asked):
         trial = prepare_forward(read_config(folder), session)
         trials[folder] = trial, trial.shared(trained_delta(folder, trial, any_weights=False))
-    encode, eos = trial.loaded.tokenizer.encode, trial.loaded.tokenizer.eos_id
+    eos = trial.loaded.tokenizer.eos_id
+
+    def read(number: int) -> list[int]:
+        trial, text = trials[asked[number][0]][0], asked[number][1]
+        tokenizer = trial.loaded.tokenizer
+        bos = [tokenizer.bos_id] if text_bos(trial.config, trial.loaded) else []
+        return [*bos, *tokenizer.encode(text)]
+
     found: dict[int, list[int]] = {}
     for folder, (trial, shared) in trials.items():
         numbers = [n for n, (one, _) in enumerate(asked) if one == folder]
-        inputs = [encode(asked[n][1]) for n in numbers]
+        inputs = [read(n) for n in numbers]
         ids = generate(
             trial.step.model, trial.frozen, shared, inputs, max_new=new, eos_id=eos, room=128
         )
@@ -154,11 +168,12 @@ def generated_here(
         found |= zip(numbers, ended, strict=True)
 
     def gap(number: int, before: list[int], mine: int, other: int) -> float:
-        folder, text = asked[number]
-        trial, (variables, _) = trials[folder]
-        tokens_T = np.array([*encode(text), *before], np.int32)
-        logits_TV: Any = trial.step.model.apply(collections(trial.frozen, variables), tokens_T)
-        return float(logits_TV[-1, mine] - logits_TV[-1, other])
+        trial, shared = trials[asked[number][0]]
+        last = [
+            reference_logprobs(trial.loaded, shared, read(number), [*before, one], room=256)[-1]
+            for one in (mine, other)
+        ]
+        return last[0] - last[1]
 
     return [found[n] for n in range(len(asked))], gap
 
