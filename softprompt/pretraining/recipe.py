@@ -15,7 +15,6 @@ from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.ladder import PREFIX, RUNGS
 
 ROW = 256  # positions of a row
-OBJECTIVES = ("causal", "span_corruption", "prefix_lm")
 CORPUS = ("addresses", "bibles", "headlines", "snippets", "questions")
 EPOCH = 5_200_000  # about the tokens of the corpus
 SNAPSHOTS = {"@1of8": 1 / 8, "@1of4": 1 / 4, "@1of2": 1 / 2, "": 1.0}
