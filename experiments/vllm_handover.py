@@ -154,7 +154,8 @@ def generated_here(
     def read(number: int) -> list[int]:
         trial, text = trials[asked[number][0]][0], asked[number][1]
         tokenizer = trial.loaded.tokenizer
-        bos = [tokenizer.bos_id] if text_bos(trial.config, trial.loaded) else []
+        begins = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        bos = begins if text_bos(trial.config, trial.loaded) else []
         return [*bos, *tokenizer.encode(text)]
 
     found: dict[int, list[int]] = {}

@@ -8,7 +8,7 @@ is refuted if the other method is ahead.
 Command:
     softprompt sweep paper/data_size --workdir runs/paper
 
-Cost: 18 trials on SmolLM2, the dearest of the study: the last to run.
+Cost: 18 trials on SmolLM2, the dearest of the study.
 """
 
 from collections.abc import Sequence

@@ -41,7 +41,7 @@ TEXTS = {VERSES: "held-out verses", OTHER: "State of the Union"}
 
 CAPTION = (
     f"Perplexity for {MODEL} of 400 verses from chapters that the prompts, of 20 vectors, were not "
-    "trained on, and of 8,192 tokens of the State of the Union addresses, with 95 % intervals over "
+    "trained on, and of 8,176 tokens of the State of the Union addresses, with 95 % intervals over "
     "seeds and verses; of the addresses over seeds."
 )
 

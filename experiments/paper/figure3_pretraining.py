@@ -101,11 +101,12 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
 
     lead, longer = paired(FULL, PLAIN), paired(FULL, "LM 10 %")
     above, seeds = above_half(found)
+    learnt = study.above_chance(*found.values())
     return [
         study.Finding(
             "LM adaptation is at least 4 points ahead of span corruption",
             "span corruption scores 0 on some tasks at Base, Large and XL",
-            study.difference(lead),
+            study.difference(lead) if learnt else None,
             at_least(4, refuted_below=0),
             study.seed_count([one for one, _ in lead]),
         ),
@@ -119,7 +120,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
         study.Finding(
             "100 % of the adaptation is at least as good as 10 %",
             "longer is better",
-            study.difference(longer),
+            study.difference(longer) if learnt else None,
             at_least(0),
             study.seed_count([one for one, _ in longer]),
         ),

@@ -1,4 +1,4 @@
-"""Which learning rate for which model and method? The search behind every other artefact.
+"""Which learning rate for which model and method? The search behind the ladder's trials.
 
 Question: of three rates, a factor of three to five apart, which gives the best validation accuracy
 on each rung of the ladder? Prompts and full fine-tuning get equally many rates, steps and seeds.

@@ -49,6 +49,8 @@ DEVIATIONS = (
     "SuperGLUE.",
     "Prompts: 20 vectors, 400 steps of 32 examples on the ladder and 50 of 16 on SmolLM2, AdamW; "
     "in the paper 100 vectors, 30,000 steps of 32, Adafactor.",
+    "Learning rates: three for each method, on one model of the ladder and on SmolLM2. Full "
+    "fine-tuning on SmolLM2 has the largest of its three; a larger one was not tried.",
     "Selection: on a validation split, tested on another; in the paper both on one.",
     "Answers: the candidate with the largest probability; in the paper generated.",
 )

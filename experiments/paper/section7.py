@@ -3,8 +3,9 @@
 Question: do prompts that start from labels keep the labels among their nearest tokens, are the
 neighbours alike, and how far did the vectors move?
 
-Prediction: labels persist as neighbours of at least 0.9 of their vectors, since prompts move
-little. It is refuted if they persist for less than half.
+Prediction: labels persist as neighbours of at least 0.9 of their vectors. It is refuted if they
+persist for less than half. Three prompts have six label vectors, too few for an interval that lies
+above 0.9: this can be refuted, and otherwise stays undecided.
 
 Command:
     softprompt sweep paper/figure1 --workdir runs/paper

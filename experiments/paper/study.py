@@ -73,7 +73,9 @@ SCORE_CAPTION = (
 )
 VERDICT_CAPTION = (
     "A prediction holds, or is refuted, if the whole 95 % interval lies in the range that says so; "
-    "otherwise, and with one seed, it is undecided."
+    "otherwise, with one seed, and where nothing compared is above chance, it is undecided. Two "
+    'that are equal are undecided too: "at least as good" holds only if the interval has nothing '
+    "below zero."
 )
 
 
@@ -250,9 +252,30 @@ def keyed(trials: Sequence[Row]) -> dict[tuple[str, int], Row]:
 
 
 def pairs(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The trials of both that have the same task and seed."""
+    """The trials of both that have the same task and seed.
+
+    Zero-shot has one trial a task, since nothing of it depends on the seed: it is paired with every
+    seed of the other side.
+    """
     one, other = keyed(ours), keyed(theirs)
+    one, other = _for_seeds_of(other, one), _for_seeds_of(one, other)
     return [(one[key], other[key]) for key in sorted(one.keys() & other.keys())]
+
+
+def _for_seeds_of(
+    wanted: Mapping[tuple[str, int], Row], found: Mapping[tuple[str, int], Row]
+) -> dict[tuple[str, int], Row]:
+    """The found trials, of which those that are zero-shot stand for every wanted seed."""
+    zero_shot = {key[0]: row for key, row in found.items() if value(row, "method.name") == "none"}
+    return dict(found) | {key: zero_shot[key[0]] for key in wanted if key[0] in zero_shot}
+
+
+def above_chance(*groups: Sequence[Row]) -> bool:
+    """Whether the score of any group of trials is above the most frequent label's, beyond chance.
+
+    Where none is, a difference between groups only says which label each of them always gives.
+    """
+    return any((found := mean(trials)) is not None and found.low > 0 for trials in groups)
 
 
 def difference(paired: Sequence[tuple[Row, Row]], task: str = "") -> Estimate | None:

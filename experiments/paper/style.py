@@ -193,15 +193,19 @@ def judged(rows: Sequence[Row], kind: str) -> np.ndarray:
 
 
 def share(rows: Sequence[Row], kind: str, style: str) -> Estimate | None:
-    """The share of continuations of a style, in %; at least as wide as Wilson's interval."""
+    """The share of continuations of a style, in %.
+
+    The continuations without a prompt are independent: Wilson's interval. Those behind a prompt are
+    so within its seed only: Student's interval over the seeds' shares, where it is wider.
+    """
     if not len(styles_SN := judged(rows, kind)):
         return None
     hits_SN = (styles_SN == style).astype(float)
-    found = mean_score({style: hits_SN})
+    found = mean_score({style: hits_SN.mean(1, keepdims=True)})
     low, high = wilson_interval(found.value, hits_SN.size)
-    low, high = max(0.0, min(low, found.low)), min(1.0, max(high, found.high))
-    wide = Estimate(found.value, low, high, found.draws)
-    return study.in_points(wide)
+    if KINDS[kind][1] != "none":
+        low, high = max(0.0, min(low, found.low)), min(1.0, max(high, found.high))
+    return study.in_points(Estimate(found.value, low, high, found.draws))
 
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:

@@ -1,4 +1,4 @@
-"""Table 3: is a vote of five prompts better than one?
+"""Table 3: is a majority vote of five prompts better than one?
 
 Question: five prompts of one frozen model, trained with five seeds: how do the mean of their
 scores, the best by validation, and their majority vote compare?
@@ -10,7 +10,7 @@ Command:
     softprompt sweep paper/table3 --workdir runs/paper
 
 Cost: 5 trials on SmolLM2, of which three are Figure 1's. The vote costs nothing more: the five
-prompts' rows are scored in one batch by `softprompt evaluate FOLDER FOLDER ...`.
+prompts' rows are scored in one batch by `softprompt evaluate --run FOLDER FOLDER ...`.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
         lead = study.in_points(mean_score({study.TASK: ahead_1E}))
     return [
         study.Finding(
-            "the vote of these five prompts is at least as good as their mean (points)",
+            "the majority vote of these five prompts is at least as good as their mean (points)",
             "SuperGLUE at XXL: mean 90.5, best 91.0, vote 91.3",
             lead,
             at_least(0),

@@ -28,7 +28,8 @@ WITHIN = 0.01  # of validation accuracy
 
 CAPTION = (
     "Seconds of training (without validation and compilation) until validation accuracy is within "
-    "1 point of a trial's best, the mean over seeds, with small marks for seeds."
+    "1 point of a trial's best, the mean over seeds, with small marks for seeds. Other work on the "
+    "machine lengthens them."
 )
 
 

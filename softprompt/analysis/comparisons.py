@@ -19,7 +19,7 @@ from softprompt.errors import UserError
 # The scores of one task: [seeds, examples], each in [0, 1].
 Scores = npt.NDArray[np.floating]
 
-DRAWS = 4000
+DRAWS = 20_000
 LEVEL = 0.95
 
 VERDICTS = ("holds", "refuted", "undecided", "not run")
@@ -84,7 +84,7 @@ def mean_score(
     if variance > 0:
         terms = (v**2 / n for v, n in zip(variances, freedoms, strict=True))
         freedom = variance**2 / sum(terms)
-        total += math.sqrt(variance) * random.standard_t(freedom, draws)
+        total += math.sqrt(variance) * _student(random, freedom, draws)
     value = float(np.mean([scores.mean() for scores in tasks.values()]))
     return _estimate(value, total, level)
 
@@ -123,7 +123,7 @@ def contrast(
         noise += weight**2 * _interaction(scores[task]) / scores[task].shape[1]
     if seeds > 1:
         variance = max(0.0, float(sums_S.var(ddof=1)) - noise) / seeds
-        total += math.sqrt(variance) * random.standard_t(seeds - 1, draws)
+        total += math.sqrt(variance) * _student(random, seeds - 1, draws)
     return _estimate(float(sums_S.mean()), total, level)
 
 
@@ -221,6 +221,16 @@ def _resampled_means(
     scale = math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975)
     middle = values_E.mean()
     return np.asarray(middle + scale * (means - middle))
+
+
+def _student(random: np.random.Generator, freedom: float, draws: int) -> npt.NDArray[np.floating]:
+    """Draws of Student's distribution, one from each of so many equally likely intervals.
+
+    With few degrees of freedom the ends of an interval lie far out, where independent draws are few
+    and the ends would move with the seed of the draws.
+    """
+    quantiles = stats.t.ppf((np.arange(draws) + 0.5) / draws, freedom)
+    return np.asarray(random.permutation(quantiles))
 
 
 def _seed_variance(scores_SE: Scores) -> float:

@@ -54,10 +54,23 @@ def test_the_readme_has_the_committed_verdicts():
     table = everything.table(read_records(report.RECORDS))
     held = table[table["verdict"] == "holds"]
     counts = table["verdict"].value_counts()
-    some = f"Of {len(table)} predictions {len(held)} hold, {counts['refuted']} are refuted, "
+    refuted = f"{counts['refuted']} {'is' if counts['refuted'] == 1 else 'are'} refuted"
+    some = f"Of {len(table)} predictions {len(held)} hold, {refuted}, "
     left = f"{counts['undecided']} are undecided and {counts['not run']} have not been run"
     assert some + left in readme
     assert [number for number in held["here (95 %)"] if number not in readme] == []
+
+
+def test_what_is_said_of_the_gap_is_what_was_found():
+    """Breaks when the slope of all models stands without that of the ladder alone."""
+    gap = figure1.gaps(read_records(report.RECORDS))
+    largest = gap.pop(study.SMOLLM2)
+    slope = figure1.size_slope(gap)
+    for page in ("README.md", "docs/study.md"):
+        text = " ".join((REPOSITORY / page).read_text().split())
+        for found in (largest, slope):
+            assert f"{found.value:.1f}" in text
+            assert f"{found.low:.1f} to {found.high:.1f}" in text
 
 
 def test_without_trials(tmp_path, capsys):
