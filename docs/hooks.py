@@ -7,6 +7,7 @@ from typing import Any
 
 from softprompt.commands import COMMANDS
 from softprompt.config import describe
+from softprompt.results import FACTS
 from softprompt.settings import allowed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,6 +32,7 @@ def on_files(files: Any, config: Any) -> Any:
 def pages() -> dict[str, str]:
     """The generated pages as Markdown, by their path below docs/."""
     found = {"reference/commands.md": commands_page(), "reference/config.md": config_page()}
+    found |= {"reference/rows.md": rows_page()}
     return found | {f"reference/python/{name}.md": python_page(name) for name in PACKAGES}
 
 
@@ -79,6 +81,25 @@ def config_page() -> str:
             lines += [f"## {section}"] if section else []
         lines += [f"### `{key.name}` {{ #{key.name} }}", _sentence(key.help), _facts(key)]
     return "\n\n".join(lines) + "\n"
+
+
+def rows_page() -> str:
+    """Every fact of a row."""
+    lines = [f"| `{name}` | {_sentence(meaning)} |" for name, meaning in FACTS.items()]
+    return "\n".join(
+        [
+            "# Rows",
+            "",
+            "Beside its config, versions, devices, data digests, seconds and "
+            "[metrics](../guides/results.md#rows), a trial's `result.json` has these numbers, or "
+            "null where they were not measured.",
+            "",
+            "| key | meaning |",
+            "| --- | --- |",
+            *lines,
+            "",
+        ]
+    )
 
 
 def _facts(key: Any) -> str:

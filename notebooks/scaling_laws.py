@@ -184,9 +184,10 @@ for what, call in {
 # %% [markdown]
 # ## The ladder
 #
-# The decoders `ladder/d0` to `ladder/d4` were trained here on the same text in the same order. Each
-# size has one run, so the exponent has no interval over seeds; the range over fits that leave one
-# size out says how much hangs on a single model. The T5s have another objective and are left out.
+# The decoders `ladder/d0` to `ladder/d3` were trained here on the same text in the same order. Each
+# size has one run, so the exponent has no interval over seeds, and three numbers are fitted to four
+# points: an illustration. With `ladder/d4`, the range over fits that leave one size out says how
+# much hangs on a single model. The T5s have another objective and are left out.
 
 # %%
 file = Path(LADDER or ROOT / "experiments/paper/results/ladder.json")

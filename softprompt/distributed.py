@@ -76,6 +76,13 @@ def from_first(content: bytes) -> bytes:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
 
 
+def agreed_text(text: str) -> str:
+    """What the first of several processes says, for all of them."""
+    import jax
+
+    return text if jax.process_count() == 1 else from_first(text.encode()).decode()
+
+
 def agreed(value: bool) -> bool:
     """What the first of several processes says, for all of them."""
     import jax

@@ -7,6 +7,8 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from softprompt.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "softprompt/COMMIT"  # in an archive, which is no git repository
 
@@ -36,8 +38,17 @@ def is_clean(commit: str) -> bool:
 
 
 def archive(commit: str) -> bytes:
-    """Returns the files of a clean commit and its name, as a .tar.gz."""
-    buffer = io.BytesIO(_git("archive", "--format=tar", commit))
+    """Returns the files of a clean commit and its name, as a .tar.gz.
+
+    Raises:
+        UserError: the code is not a clone of the repository.
+    """
+    try:
+        buffer = io.BytesIO(_git("archive", "--format=tar", commit))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"{ROOT} is not a clone that has commit {commit}; plan the sweep in one"
+        ) from error
     with tarfile.open(fileobj=buffer, mode="a") as tar:
         name = tarfile.TarInfo(COMMIT)
         name.size = len(commit)

@@ -70,6 +70,7 @@ def status(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from pathlib import Path
 
     from softprompt.console import print_columns
+    from softprompt.files import write_text
     from softprompt.trials.engine.status import COLUMNS, page, read_status, summary, table
     from softprompt.trials.engine.store import open_store
 
@@ -80,8 +81,7 @@ def status(arguments: argparse.Namespace, overrides: Overrides) -> int:
         print_columns(COLUMNS, table(found[2]))
         refresh = WATCH_SECONDS if arguments.watch else 0
         if arguments.html:
-            text = page(*found, arguments.price, refresh=refresh)
-            Path(arguments.html).write_text(text, encoding="utf-8")
+            write_text(Path(arguments.html), page(*found, arguments.price, refresh=refresh))
         if not refresh:
             return 0
         time.sleep(refresh)

@@ -21,7 +21,6 @@ def start_engine(
     experiment: "ModuleType", arguments: argparse.Namespace, overrides: Overrides
 ) -> int:
     """Plans a sweep in its folder, and lets an engine start workers."""
-    _check_flags(arguments)
     plan = write_sweep_plan(experiment, arguments, overrides)
     match arguments.engine:
         case "ray":
@@ -32,18 +31,23 @@ def start_engine(
     return 0
 
 
-def _check_flags(arguments: argparse.Namespace) -> None:
-    """Checks that what is given is for the engine that is given.
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Checks that the flags of a sweep are for the engine that is given, if one is.
 
     Raises:
         UserError: a flag of another engine, or of a sweep without one.
     """
     given = {"--shard": arguments.shard != "1/1", "--minutes": bool(arguments.minutes)}
     given |= {"--dry-run": arguments.dry_run, "--distributed": arguments.distributed is not None}
-    for flag in (flag for flag, is_given in given.items() if is_given):
-        raise UserError(f"{flag} is of sweeps without --engine; leave one of them out")
+    wrong = [flag for flag, is_given in given.items() if is_given]
+    if arguments.engine and wrong:
+        raise UserError(f"{wrong[0]} cannot be combined with --engine")
+    if arguments.target and not arguments.engine and not arguments.dry_run:
+        raise UserError("--target needs --engine or --dry-run")
     if arguments.engine != "slurm" and (arguments.slurm or arguments.workers != 1):
-        raise UserError(f"--workers and --slurm are of --engine slurm, not {arguments.engine}")
+        raise UserError("--workers and --slurm need --engine slurm")
+    if arguments.engine != "ray" and arguments.address != "auto":
+        raise UserError("--address needs --engine ray")
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}; allowed: 1 or more")
 

@@ -6,7 +6,6 @@ Modules that are slow to import are imported by the commands that need them.
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from softprompt.commands.base import (
     ANY_WEIGHTS,
@@ -18,9 +17,6 @@ from softprompt.commands.base import (
 )
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:

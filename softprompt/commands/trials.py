@@ -16,7 +16,7 @@ from softprompt.commands.base import (
     path,
     print_json,
 )
-from softprompt.commands.launch import ENGINE_FLAGS, start_engine, write_outputs
+from softprompt.commands.launch import ENGINE_FLAGS, check_flags, start_engine, write_outputs
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError
 
@@ -89,13 +89,12 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.trials import sweep as sweeps
     from softprompt.trials.experiment import load_experiment, make_trials
 
+    check_flags(arguments)
     experiment = load_experiment(arguments.experiment)
     if arguments.engine:
         return start_engine(experiment, arguments, overrides)
     shard = shards.parse_shard(arguments.shard)
     minutes = shards.parse_minutes(arguments.minutes)
-    if arguments.target and not arguments.dry_run:
-        raise UserError("--target is of --engine and --dry-run; leave it out")
     start_jax(arguments.distributed)  # before a config is resolved, which needs the devices
     trials = make_trials(experiment, arguments.subset, overrides, target=arguments.target or None)
     trials = shards.take_shard(trials, shard)

@@ -6,7 +6,7 @@ prompt's row is such a scalar too.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,20 +64,18 @@ class Adafactor(UpdateRule):
         needs=("factored",),
     )
     decay_rate: float = setting(0.8, "exponent of the second moment's decay", low=0, high=1)
+    start_step: ClassVar[int] = 0  # at which the decay of the second moment starts to count
 
     def transforms(self, rate: optax.GradientTransformation, weight_decay: float) -> Transforms:
         """Weight decay ignores the rate: each step multiplies the delta by 1 - weight_decay."""
         bounded = optax.clip_by_block_rms(1.0)
-        return [self.second_moment(0), bounded, rate, optax.add_decayed_weights(-weight_decay)]
-
-    def second_moment(self, start_step: int) -> optax.GradientTransformation:
-        """Divides by the root of the second moment; epsilon is added to the squared gradient."""
-        return optax.scale_by_factored_rms(
+        root = optax.scale_by_factored_rms(  # epsilon is added to the squared gradient
             factored=self.factored,
             decay_rate=self.decay_rate,
-            step_offset=-start_step,
+            step_offset=-self.start_step,
             min_dim_size_to_factor=self.factored_min,
         )
+        return [root, bounded, rate, optax.add_decayed_weights(-weight_decay)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +89,9 @@ class AdafactorT5X(Adafactor):
     is subtracted from the step; `start_step` is added to it.)
     """
 
-    start_step: int = setting(
+    start_step: int = setting(  # type: ignore[misc]  # a setting here
         1_100_000, "step at which the decay of the second moment starts to count", low=0, high=2**30
     )
-
-    def second_moment(self, start_step: int) -> optax.GradientTransformation:
-        """The same, with the step counted from `start_step`."""
-        return super().second_moment(self.start_step)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,25 +21,23 @@ from jax.sharding import PartitionSpec as P
 from softprompt.errors import UserError
 
 # The first match applies. An axis whose size the mesh does not divide is replicated instead.
+_STACK = r"((encoder|decoder)/)?"  # of a T5's layers; a decoder has one stack
+_ATTENTION = _STACK + r"layers/(attn|cross)"
+_NORMS = r"(layers/((attn|cross|mlp)(_post)?_norm|attn/[qk]_norm)|final_norm)/(scale|bias)"
 WEIGHT_RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding", P("model", None)),
     (r"head/kernel", P(None, "model")),
-    (r"layers/attn/[qkv]/kernel", P(None, None, "model", None)),
-    (r"layers/attn/o/kernel", P(None, "model", None, None)),
-    (r"layers/attn/[qkv]/bias", P(None, "model", None)),
-    (r"layers/mlp/(gate|up)/kernel", P(None, None, "model")),
-    (r"layers/mlp/(gate|up)/bias", P(None, "model")),
-    (r"layers/mlp/down/kernel", P(None, "model", None)),
-    (r"layers/(attn/o|mlp/down)/bias", P()),
-    (r"(layers/((attn|mlp)(_post)?_norm|attn/[qk]_norm)|final_norm)/(scale|bias)", P()),
+    (_ATTENTION + r"/[qkv]/kernel", P(None, None, "model", None)),
+    (_ATTENTION + r"/o/kernel", P(None, "model", None, None)),
+    (_ATTENTION + r"/[qkv]/bias", P(None, "model", None)),
+    (_STACK + r"layers/mlp/(gate|up)/kernel", P(None, None, "model")),
+    (_STACK + r"layers/mlp/(gate|up)/bias", P(None, "model")),
+    (_STACK + r"layers/mlp/down/kernel", P(None, "model", None)),
+    (_STACK + r"layers/(attn/o|mlp/down)/bias", P()),
+    (_STACK + _NORMS, P()),
     (r"positions/embedding|project_(in|out)/kernel", P()),
-    (r"(encoder|decoder)/relative_bias/embedding", P(None, "model")),
-    (r"(encoder|decoder)/layers/relative_bias/embedding", P(None, None, "model")),
-    (r"(encoder|decoder)/layers/(attn|cross)/[qkv]/kernel", P(None, None, "model", None)),
-    (r"(encoder|decoder)/layers/(attn|cross)/o/kernel", P(None, "model", None, None)),
-    (r"(encoder|decoder)/layers/mlp/(gate|up)/kernel", P(None, None, "model")),
-    (r"(encoder|decoder)/layers/mlp/down/kernel", P(None, "model", None)),
-    (r"(encoder|decoder)/(layers/(attn|cross|mlp)_norm|final_norm)/scale", P()),
+    (_STACK + r"relative_bias/embedding", P(None, "model")),
+    (_STACK + r"layers/relative_bias/embedding", P(None, None, "model")),
 )
 
 

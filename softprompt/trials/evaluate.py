@@ -81,7 +81,9 @@ def evaluate_runs(
         check_trained(folders[index])
         models.setdefault(weights_key(config), []).append(index)
     results: dict[int, dict[str, Any]] = {}
-    for indices in models.values():  # each model is loaded once, then freed
+
+    def run(indices: Sequence[int]) -> None:
+        """Loads a model; it is freed when the call ends, before the next one is loaded."""
         session, programs = Session(progress), dict[Any, dict[int, Prepared]]()
         for index in indices:
             config, known = requests[index]
@@ -92,6 +94,9 @@ def evaluate_runs(
             trials = [(folders[index], prepared) for index, prepared in group.items()]
             found = _measured(trials, split, generated=generated, any_weights=any_weights)
             results.update(zip(group, found, strict=True))
+
+    for indices in models.values():
+        run(indices)
     return [results[index] for index in range(len(folders))]
 
 

@@ -62,8 +62,8 @@ def write_trial_outputs(experiment: ModuleType, folder: epath.PathLike) -> list[
     """Writes the table and the figure of all finished trials below a folder.
 
     The rows have their answers (see `records.collect`). The caption names models, tasks and failed
-    trials. The first experiment that was swept into the
-    folder has table.md and so on; others have NAME-table.md and so on.
+    trials. The first experiment that was swept into the folder has table.md and so on; others have
+    NAME-table.md and so on.
 
     Returns:
         The files' names, the Markdown table's first.

@@ -26,7 +26,7 @@ from softprompt.data.pipeline import pad_rows
 from softprompt.errors import UserError
 from softprompt.files import check_writable, read_json, write_text
 from softprompt.methods import METHODS
-from softprompt.methods.delta_file import DELTA, save_delta
+from softprompt.methods.delta_file import DELTA, load_delta, save_delta
 from softprompt.pretrained.loading import Loaded
 from softprompt.results import Row, is_done, make_row, read_result, write_result
 from softprompt.training import checkpoints, loop
@@ -151,8 +151,8 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
             f"{folder} holds another trial ({'; '.join(differences(config, theirs))}: requested, "
             "stored); give another --workdir"
         )
-    trained = (folder / "checkpoints").exists() or not method_settings(config).trains
-    if (folder / DELTA).exists() and not trained and not is_done(folder):
+    delta = folder / DELTA
+    if delta.exists() and not is_done(folder) and "imported" in load_delta(delta)[1]:
         raise UserError(
             f"{folder} holds an imported delta, which training would replace; give another "
             "--workdir (method.init=file starts a prompt from one)"
@@ -197,9 +197,9 @@ def train_delta(
     """
     config, session = prepared.config, prepared.session
     state = initial_state(prepared)
+    inputs = loop_inputs(prepared, state, folder)
     if not prepared.frozen:  # the weights are trained, and were copied into the delta
         session.release(config)
-    inputs = loop_inputs(prepared, state, folder)
     with open_sinks(
         folder,
         trial_name(config),

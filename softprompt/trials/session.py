@@ -49,7 +49,7 @@ class Session:
         compile_seconds: time spent on compiling them for the trial of this session.
         members: the largest number of trials, including this session's, that took steps together.
         pauses: see `softprompt.training.loop.Pauses`.
-        claims: of the sweep whose trials are run; None if they are nobody else's.
+        claims: of the sweep; None if no other process can run its trials.
     """
 
     progress: Progress

@@ -1,6 +1,7 @@
 """Sweeps: run trials, one after another or in groups; skip finished ones."""
 
 import functools
+import json
 import math
 import time
 import traceback
@@ -15,10 +16,10 @@ from softprompt.config import (
     trial_name,
 )
 from softprompt.console import Progress
-from softprompt.distributed import agreed
+from softprompt.distributed import agreed, agreed_text
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_text
-from softprompt.results import Row, is_done, make_row, outcome, write_result
+from softprompt.results import Row, is_done, make_row, outcome, read_result, write_result
 from softprompt.trials.forecast import Estimate, Forecast
 from softprompt.trials.lock import Locked
 from softprompt.trials.starts import source, stages
@@ -74,6 +75,7 @@ def run_sweep(
     check_writable(workdir)
     folders = trial_folders(workdir, trials)
     todo = [index for index, folder in enumerate(folders) if not is_done(folder)]
+    todo = json.loads(agreed_text(json.dumps(todo)))  # others may end trials between two listings
     if finished := len(trials) - len(todo):
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
@@ -224,13 +226,15 @@ def record_failure(
 ) -> Row:
     """Writes and returns a failed trial's row, with traceback.txt unless it is a UserError.
 
-    Only process 0 writes.
+    Only process 0 writes. A row that is done stays: the error came after the trial's end.
     """
     import jax  # slow to import, and listing a sweep's trials does not need it
 
     if not isinstance(error, UserError) and jax.process_index() == 0:
         text = "".join(traceback.format_exception(error))
         write_text(epath.Path(folder) / "traceback.txt", text)
+    if is_done(folder) and (row := read_result(folder)) is not None:
+        return row
     row = make_row(config, status="failed", error=reason(error), seconds=seconds)
     write_result(folder, row)
     return row

@@ -16,7 +16,7 @@ from pathlib import Path
 from softprompt import interrupts
 from softprompt.trials.engine.child import serve
 from softprompt.trials.engine.link import parent
-from softprompt.trials.engine.publish import newest_step
+from softprompt.trials.engine.publish import WHOLE, newest_step
 
 
 def run_one(link, job, ends):
@@ -31,6 +31,7 @@ def run_one(link, job, ends):
         step += 1
         (folder / "checkpoints" / f"{step}.tmp").mkdir(parents=True)
         (folder / "checkpoints" / f"{step}.tmp" / "state").write_text(str(step))
+        (folder / "checkpoints" / f"{step}.tmp" / WHOLE).write_text("")
         (folder / "checkpoints" / f"{step}.tmp").rename(folder / "checkpoints" / str(step))
         with (folder / "metrics.jsonl").open("a") as log:
             log.write(f'{{"step": {step}}}\n')

@@ -136,7 +136,10 @@ def test_files_of_others_stay(tmp_path):
     [
         (["--engine", "ray", "--shard", "1/2"], ("--shard", "--engine")),
         (["--engine", "slurm", "--minutes", "5"], ("--minutes", "--engine")),
-        (["--engine", "ray", "--workers", "3"], ("--workers", "slurm", "ray")),
+        (["--engine", "ray", "--workers", "3"], ("--workers", "--engine slurm")),
+        (["--slurm", "gres=gpu:1"], ("--slurm", "--engine slurm")),
+        (["--address", "head:6379"], ("--address", "--engine ray")),
+        (["--target", "tpu"], ("--target", "--engine")),
         (["--engine", "slurm", "--workers", "0"], ("--workers", "0", "1 or more")),
         (["--engine", "ray"], ("--target", "auto", "tpu")),
     ],

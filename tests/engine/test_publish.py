@@ -2,17 +2,25 @@
 
 import pytest
 
-from softprompt.trials.engine.publish import bring_to_scratch, bring_to_store, newest_step, pack
+from softprompt.trials.engine.publish import (
+    WHOLE,
+    bring_to_scratch,
+    bring_to_store,
+    newest_step,
+    pack,
+)
 from softprompt.trials.engine.store import open_store
 
 SAVED = "queue/saved/a.1"
 
 
 def write(folder, *steps):
-    """A trial's folder with checkpoints after these steps, and one that is not whole."""
-    for step in (*steps, "900.tmp"):
+    """A trial's folder with checkpoints after these steps, and two that are not whole."""
+    for step in (*steps, "900.tmp", 901):  # as written to a disk, and to a bucket
         (folder / "checkpoints" / str(step)).mkdir(parents=True)
         (folder / "checkpoints" / str(step) / "state").write_text(str(step))
+        if step in steps:
+            (folder / "checkpoints" / str(step) / WHOLE).write_text("")
     (folder / "metrics.jsonl").write_text(f"{steps}\n")
     return folder
 
@@ -33,7 +41,11 @@ def test_a_publication_replaces_an_older_trial_in_scratch(tmp_path, packed):
         bring_to_scratch(store, SAVED, "t", folder)
         assert newest_step(folder) == expected
         if expected == 9:
-            assert files(folder) == ["checkpoints/9/state", "metrics.jsonl"]
+            assert files(folder) == [
+                f"checkpoints/9/{WHOLE}",
+                "checkpoints/9/state",
+                "metrics.jsonl",
+            ]
     assert len(list(scratch.iterdir())) == 3, "no temporary folder is left"
     bring_to_scratch(store, "queue/saved/gone", "t", scratch / "new")
     assert newest_step(scratch / "new") == 0

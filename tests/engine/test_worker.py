@@ -11,7 +11,10 @@ from collections import Counter
 import psutil
 import pytest
 
-from softprompt.trials.engine.claims import QUEUE, STOP, View
+from softprompt.trials.engine import worker as module
+from softprompt.trials.engine.claims import QUEUE, STOP, Claims, View
+from softprompt.trials.engine.holdings import Holdings
+from softprompt.trials.engine.restarts import CRASHED, FINAL
 from softprompt.trials.engine.status import read_status
 from softprompt.trials.engine.store import open_store
 from tests.engine.plans import job, start, write_plan
@@ -25,6 +28,37 @@ def finish(worker, seconds=60):
 
 def view(workdir):
     return View(open_store(workdir).list(QUEUE))
+
+
+def test_an_error_of_the_worker_itself_is_no_final_exit_code(tmp_path, monkeypatch, capsys):
+    """Mutation: it leaves with 1, after which nothing starts it again."""
+
+    def broken(self, seconds):
+        raise ZeroDivisionError("broken")
+
+    write_plan(tmp_path, [job(1)])
+    monkeypatch.setattr(module.Worker, "run", broken)
+    assert module.work(tmp_path) == CRASHED and CRASHED not in FINAL
+    assert "ZeroDivisionError: broken" in capsys.readouterr().err
+
+
+def test_what_a_child_gives_back_is_nothing_to_a_worker_that_follows(tmp_path):
+    """Mutation: it looks for trials that only the first worker holds. A group that ran as a whole
+    says nothing of how many more would fit."""
+    store, jobs = open_store(tmp_path), [job(1), job(2)]
+    plan, claims = write_plan(tmp_path, jobs), Claims(store)
+    for follows in (True, False):
+        holdings = Holdings(store, claims, place=tmp_path, local=False, say=lambda line: None)
+        stubs = {"child": None, "programs": None, "say": print}
+        worker = module.Worker(plan, claims, holdings, follows=follows, **stubs)
+        if not follows:
+            for claim, one in [(claims.take(one.trial, claims.beat({})), one) for one in jobs]:
+                holdings.begin(one, claim, claims.look())
+        for width, one in enumerate(jobs):
+            message = {"kind": "returned", "trials": [one.trial], "width": width}
+            worker._handle(message)
+        assert not holdings.held
+        assert worker._widths == ({"": 1} if follows else {"": 1, jobs[1].group: 1})
 
 
 def child_of(worker):

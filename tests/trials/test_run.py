@@ -10,7 +10,7 @@ from etils import epath
 
 from softprompt.config import from_dict, to_dict, trial_id
 from softprompt.errors import UserError
-from softprompt.methods.delta_file import load_delta
+from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.results import read_result
 from softprompt.training.logs import read_log
 from softprompt.training.memory import program_memory
@@ -312,15 +312,19 @@ def test_a_text_is_read_before_anything_is_trained(place, tiny_folder, tmp_path,
 
 
 def test_an_imported_delta_is_kept_by_a_sweep_that_tries_again(config, session, tmp_path):
-    """Mutation: the row of the first failure makes the folder a trial's own."""
-    folder = epath.Path(tmp_path / "imported")
-    claim(folder, config)
-    (folder / "delta.safetensors").write_bytes(b"theirs")
+    """Mutations: the row of the first failure makes the folder a trial's own; a trial's own delta
+    whose row was deleted is taken for an imported one."""
+    folder, own = epath.Path(tmp_path / "imported"), epath.Path(tmp_path / "own")
+    for place, origin in ((folder, {"imported": {}}), (own, {})):
+        claim(place, config)
+        save_delta(place / "delta.safetensors", {"prompt": np.zeros((1, 4))}, origin)
+    check_folder(own, config)
+    theirs = (folder / "delta.safetensors").read_bytes()
     for _ in range(2):
         with pytest.raises(UserError, match="holds an imported delta") as error:
             run_trial(config, folder, session=session)
         record_failure(config, folder, error.value, 1.0)
-    assert (folder / "delta.safetensors").read_bytes() == b"theirs"
+    assert (folder / "delta.safetensors").read_bytes() == theirs
 
 
 def test_claiming(config, tmp_path):

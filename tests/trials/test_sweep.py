@@ -68,6 +68,20 @@ def test_a_failed_trial_is_a_row_and_is_tried_again(tmp_path, capsys):
     assert results.is_done(folder)
 
 
+def test_an_error_after_the_row_keeps_the_row(tmp_path):
+    """Mutation: a store that is not reached at a trial's end makes it a failed one."""
+
+    class Late(Runner):
+        def __call__(self, made, folder):
+            super().__call__(made, folder)
+            raise UserError("the store is not reached")
+
+    trials = [config(1)]
+    assert run(trials, tmp_path, Late()) == []
+    stored = results.read_result(sweep.trial_folder(tmp_path, trials[0]))
+    assert (stored["status"], stored["error"]) == ("done", "")
+
+
 @pytest.mark.parametrize("stop", [SystemExit(75), KeyboardInterrupt()])
 def test_an_interruption_passes_and_leaves_no_row(tmp_path, stop):
     trials = [config(1), config(5)]

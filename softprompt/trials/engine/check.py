@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from softprompt.errors import UserError
 from softprompt.trials.engine.link import Child
@@ -51,21 +52,16 @@ def _check_store(store: Store, folder: str) -> str:
 
 def _check_claims(store: Store, folder: str) -> str:
     """Lets several writers create one file."""
-    won: list[int] = []
     barrier = threading.Barrier(WRITERS)
 
-    def write(number: int) -> None:
+    def create(number: int) -> bool:
         barrier.wait()
-        if store.create(f"{folder}/claim", str(number).encode()):
-            won.append(number)
+        return store.create(f"{folder}/claim", str(number).encode())
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(WRITERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if len(won) != 1:
-        raise UserError(f"{len(won)} of {WRITERS} writers created {folder}/claim; allowed: one")
+    with ThreadPoolExecutor(WRITERS) as writers:
+        won = sum(writers.map(create, range(WRITERS)))
+    if won != 1:
+        raise UserError(f"{won} of {WRITERS} writers created {folder}/claim; allowed: one")
     return f"one of {WRITERS} writers won"
 
 

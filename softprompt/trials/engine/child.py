@@ -32,7 +32,7 @@ Run = Callable[[Orders], bool]
 Receive = Callable[[], Message | None]
 
 HEARTBEAT = 30  # seconds until JAX takes another process of a trial for lost
-MEETING = 2.0  # seconds between two meetings of the processes while there is nothing to do
+POLL_SECONDS = 2.0  # between two synchronisations of all processes while there is nothing to do
 
 
 def serve(link: Link, run: Run, receive: Receive) -> int:
@@ -76,12 +76,13 @@ def run_batch(link: Link, session: "Session", jobs: Orders) -> bool:
     from softprompt.trials.groups import plan
 
     configs = [from_dict(job["config"]) for job in jobs]
-    positions, width = [0], 1
+    group, width = [0], 1
     if not jobs[0]["fail"]:
         group, width = next(iter(plan(session, configs)))
-        positions = group[:width]
+    positions = group[:width]
     if back := [job["trial"] for n, job in enumerate(jobs) if n not in positions]:
-        link.send("returned", trials=back, width=width)
+        # A group that is wholly run says nothing of how many more would have fitted.
+        link.send("returned", trials=back, width=width if len(group) > width else 0)
     clean = True
     for position, row, error in _rows(session, [(configs[n], jobs[n]) for n in positions]):
         final = error is None or isinstance(error, UserError)
@@ -142,7 +143,7 @@ def _run_alone(
 def orders_for_all(link: Link) -> Receive:
     """A function that returns the next order of the first process's worker, in each process.
 
-    While there is none the processes meet every few seconds, and find out whether to stop.
+    While there is none, all processes synchronise every 2 s and check whether to stop.
     """
     import jax
 
@@ -165,7 +166,7 @@ def orders_for_all(link: Link) -> Receive:
             content = b""
             if first:
                 with contextlib.suppress(queue.Empty):
-                    content = json.dumps(orders.get(timeout=MEETING)).encode()
+                    content = json.dumps(orders.get(timeout=POLL_SECONDS)).encode()
             if content := from_first(content):
                 order: Message | None = json.loads(content)
                 return order
@@ -196,7 +197,7 @@ def ready(link: Link, distributed: str | None) -> bool:
         dtype=resolve(base_config()).model.dtype,
         devices=f"{len(devices)} x {devices[0].device_kind}",
         chips=len(devices),
-        width=most_on(backend),
+        width=most_on(backend) if jax.process_count() == 1 else 1,
         programs=kind_of_programs(),
     )
     return True

@@ -6,7 +6,7 @@ Below `queue/` in the store, and each written once unless said otherwise:
     ended/ID.EPOCH    how the claim ended, unless by the trial's end or the worker's death
     saved/ID.EPOCH    the holder's newest checkpoint and log (rewritten)
     done/ID           the trial's result.json is there, and done
-    failed/ID         the same, and failed
+    failed/ID         the same, and failed; workers write it, a plain sweep tries again
     beats/WORKER      written anew every 15 s while the worker lives
     stop              workers save and leave
 
@@ -27,8 +27,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from softprompt.trials.engine.store import Store, StoreError
 
 QUEUE, STOP = "queue", "queue/stop"
@@ -43,7 +41,7 @@ class Timing:
     Attributes:
         beat: between two beats of a worker.
         dead: without a new beat, until an observer calls a worker dead.
-        fresh: since the own last beat, in which a worker may publish.
+        fresh: age of a worker's own last beat up to which it may publish.
         publish: between two publications of a trial.
         grace: between SIGTERM and SIGKILL for a child.
         silent: without a message, until a child is killed.
@@ -112,7 +110,10 @@ class View:
         return trial in self.done or trial in self.failed
 
     def free(self, trial: str) -> bool:
-        """Whether nobody holds a trial that is not over, deaths of holders aside."""
+        """Whether a trial can be claimed without a look at its last holder.
+
+        It is not over, and was not claimed before, or its last claim has ended.
+        """
         unclaimed = trial not in self.epochs or self.newest(trial) in self.ended
         return unclaimed and not self.over(trial)
 
@@ -178,7 +179,7 @@ class Claims:
         return claim
 
     def fresh(self) -> bool:
-        """Whether this worker's last beat is so new that nobody takes it for dead soon."""
+        """Whether the last beat is so recent that no observer can declare this worker dead yet."""
         return self._clock() - self._beaten < self.timing.fresh
 
     def holds(self, claim: Claim) -> bool:
@@ -330,8 +331,19 @@ def _encode(content: Mapping[str, Any]) -> bytes:
 
 def _process() -> dict[str, Any]:
     """Identifies this process: its machine, boot and process namespace, number and start."""
-    me = psutil.Process()
-    return {"machine": _machine(), "pid": me.pid, "started": me.create_time()}
+    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _started(pid: int) -> str:
+    """When a process started, in clock ticks since the machine did; "" if it has ended.
+
+    The wall clock may be set while a process runs.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]  # proc(5): the state, and the 22nd field
 
 
 def _machine() -> str:
@@ -347,8 +359,4 @@ def _gone(process: Mapping[str, Any]) -> bool:
     """Whether a process ran on this machine, and does not any more."""
     if not process["machine"] or process["machine"] != _machine():
         return False
-    try:
-        there = psutil.Process(process["pid"])
-        return there.create_time() != process["started"] or there.status() == "zombie"
-    except psutil.NoSuchProcess:
-        return True
+    return _started(process["pid"]) != process["started"]

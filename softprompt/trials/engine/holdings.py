@@ -1,6 +1,7 @@
 """The trials that a worker holds: what is published of them, and how their claims end."""
 
 import dataclasses
+import functools
 import shutil
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ class Held:
     Attributes:
         job, claim, folder: the trial, its claim and its folder in scratch.
         step: of the last published checkpoint.
-        published: when that was (`time.monotonic()`).
+        looked: when it was last looked for a newer one (`time.monotonic()`).
         spent: chip-seconds of this claim.
         unsaved: the part of them since the last publication.
         saved: the keys of the publications of all holders.
@@ -32,7 +33,7 @@ class Held:
     claim: Claim
     folder: epath.Path
     step: int
-    published: float
+    looked: float
     spent: float = 0.0
     unsaved: float = 0.0
     saved: tuple[str, ...] = ()
@@ -51,6 +52,11 @@ class Holdings:
         place: the folder of the trials' folders.
         local: whether it is scratch, from which trials are published; otherwise the store's.
         say: called with a line about each trial that is claimed or ends.
+
+    Attributes:
+        held: the trials by id.
+        beat: writes the worker's beat, before a publication that needs a new one.
+        lost: chip-seconds of earlier holders' work that the trials did again.
     """
 
     def __init__(
@@ -65,7 +71,8 @@ class Holdings:
         self._store, self._claims = store, claims
         self._place, self._local, self._say = epath.Path(place), local, say
         self.held: dict[str, Held] = {}
-        self.lost = 0.0  # chip-seconds of earlier holders' work that the trials did again
+        self.beat: Callable[[], Any] = functools.partial(claims.beat, {})
+        self.lost = 0.0
 
     def begin(self, job: Job, claim: Claim, view: View) -> dict[str, Any]:
         """Takes up a claimed trial; returns the child's order to run it.
@@ -83,7 +90,7 @@ class Holdings:
         if job.start and self._local:
             publish.fetch_start(self._store, job.start, Path(self._place))
         step, now = publish.newest_step(folder), time.monotonic()
-        self.held[job.trial] = Held(job, claim, folder, step, published=now, saved=saved)
+        self.held[job.trial] = Held(job, claim, folder, step, looked=now, saved=saved)
         self.lost += claim.facts.get("last_lost", 0.0)
         again = f", holder {claim.epoch}" if claim.epoch > 1 else ""
         self._say(f"claimed {job.name} ({job.trial}){again}")
@@ -105,7 +112,10 @@ class Holdings:
             Whether there was one.
         """
         before = time.monotonic() - self._claims.timing.publish
-        return any([self._publish(one) for one in self.held.values() if one.published <= before])
+        due = [one for one in self.held.values() if one.looked <= before]
+        for one in due:
+            one.looked = time.monotonic()
+        return any([self._publish(one) for one in due])
 
     def _publish(self, one: Held) -> bool:
         """Publishes a trial's newest checkpoint and its files as one object, if there is a new one.
@@ -117,14 +127,14 @@ class Holdings:
             return False
         content = publish.pack(Path(one.folder)) if self._local else b""
         self._store.write(f"{QUEUE}/saved/{one.claim.key}", content)
-        one.step, one.published, one.unsaved = step, time.monotonic(), 0.0
+        one.step, one.unsaved = step, 0.0
         one.saved = (*one.saved, one.claim.key)
         return True
 
     def _may_publish(self, one: Held) -> bool:
         """Whether this worker still holds a trial, and is known to live."""
         if not self._claims.fresh():
-            self._claims.beat({})
+            self.beat()
         return self._claims.holds(one.claim)
 
     def end(self, trial: str, *, done: bool, error: str, final: bool) -> bool:
@@ -165,10 +175,10 @@ class Holdings:
             "chip_seconds_lost": past.get("lost", 0.0),
         }
         publish.publish_row(self._store, one.folder, one.job.folder, facts)
-        if status == "failed":
-            self._claims.end(one.claim, "failed", one.facts())
         token = one.claim.facts["token"].encode()
         self._store.create(f"{QUEUE}/{status}/{one.job.trial}", token)
+        if status == "failed":  # after the mark of its end, so that nobody claims it in between
+            self._claims.end(one.claim, "failed", one.facts())
         if status == "done":
             for key in set(one.saved):
                 self._store.delete(f"{QUEUE}/saved/{key}")

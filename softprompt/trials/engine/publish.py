@@ -19,13 +19,15 @@ from softprompt.files import write_bytes
 from softprompt.trials.engine.store import Store
 
 CHECKPOINTS, DELTA, RESULT = "checkpoints", "delta.safetensors", "result.json"
+WHOLE = "commit_success.txt"  # the file that Orbax writes last into a checkpoint's folder
 
 
 def newest_step(folder: epath.PathLike) -> int:
     """The step of a trial's newest whole checkpoint; 0 if there is none."""
     root = epath.Path(folder) / CHECKPOINTS
-    steps = [path.name for path in root.iterdir() if path.name.isdigit()] if root.is_dir() else []
-    return max(map(int, steps), default=0)
+    there = root.iterdir() if root.is_dir() else ()
+    whole = [path.name for path in there if path.name.isdigit() and (path / WHOLE).exists()]
+    return max(map(int, whole), default=0)
 
 
 def pack(folder: Path) -> bytes:
@@ -76,11 +78,11 @@ def bring_to_store(store: Store, publication: str, name: str) -> None:
     content = store.read(publication)
     if not content:
         return
-    there = max((_step(file) for file in store.list(name)), default=0)
+    there = max(map(_whole_step, store.list(name)), default=0)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         files = [member for member in tar.getmembers() if member.isfile()]
         if max((_step(f"{name}/{file.name}") for file in files), default=0) > there:
-            for file in files:
+            for file in sorted(files, key=lambda file: file.name.endswith(WHOLE)):
                 source = tar.extractfile(file)
                 assert source is not None, f"{file.name} is a file"
                 store.write(f"{name}/{file.name}", source.read())
@@ -93,9 +95,14 @@ def _step(name: str) -> int:
     return int(step) if step.isdigit() else 0
 
 
+def _whole_step(name: str) -> int:
+    """The step of the checkpoint of which NAME/checkpoints/STEP/... is the last file, else 0."""
+    return _step(name) if name.split("/")[3:] == [WHOLE] else 0
+
+
 def _newest_files(names: Sequence[str], folder: str) -> list[str]:
-    """The files of a trial's folder in the store, of its checkpoints the newest one's only."""
-    newest = max(map(_step, names), default=0)
+    """The files of a trial's folder in the store, of its checkpoints the newest whole one's."""
+    newest = max(map(_whole_step, names), default=0)
     files = [n for n in names if f"/{CHECKPOINTS}/" not in n or 0 < _step(n) == newest]
     return [name.removeprefix(f"{folder}/") for name in files]
 

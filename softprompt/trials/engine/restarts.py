@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-STOPPED = 3  # exit code of `softprompt work` after `softprompt stop`
+# Exit codes of `softprompt work` after `softprompt stop`, and after an error of its own.
+STOPPED, CRASHED = 3, 70
 # Exit codes after which it is not started again: nothing is left to do, some trial failed for good,
 # a mistake in the command, `stop`.
 FINAL = (0, 1, 2, STOPPED)

@@ -37,7 +37,7 @@ def take_next(
             claim = claims.take(job.trial, view)
             if claim is not None:
                 taken.append((job, claim))
-            width = job.most or widths.get(job.group, widths[""])
+            width = widths.get(job.group, job.most or widths[""])
             if taken and (alone or len(taken) >= min(width, share)):
                 return taken
         if taken:

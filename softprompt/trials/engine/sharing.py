@@ -13,7 +13,8 @@ import jax
 from etils import epath
 
 from softprompt import interrupts
-from softprompt.distributed import agreed
+from softprompt.distributed import agreed_text
+from softprompt.errors import UserError
 from softprompt.results import is_done
 from softprompt.trials.engine import publish
 from softprompt.trials.engine.claims import QUEUE, Claim, Claims, Heart, View, lost
@@ -31,9 +32,16 @@ class Shared:
     """
 
     def __init__(self, workdir: epath.PathLike) -> None:
-        self._store, self._claims = open_store(workdir), Claims(open_store(workdir))
+        self._store = open_store(workdir)
+        self._claims, self._left = Claims(self._store), False
         self._held: dict[str, Claim] = {}
         self.heart = Heart(self._claims, self._facts, seen=self._check)
+
+    def leave(self) -> None:
+        """Writes the last beat, after the sweep."""
+        self._left = True
+        if jax.process_index() == 0:
+            self.heart.stop()
 
     @contextmanager
     def holding(self, trial: str, folder: epath.PathLike) -> Iterator[None]:
@@ -44,14 +52,21 @@ class Shared:
 
         Raises:
             Locked: another process holds it.
+            UserError: the store is not reached, or the trial's row is not readable.
         """
-        first = jax.process_index() == 0
-        if agreed(first and self._has_row(trial, folder)):
-            yield
-            return
-        claim = self._take(trial, epath.Path(folder).name) if first else None
-        if not agreed(claim is not None):
+        claim, outcome = None, ""
+        if jax.process_index() == 0:
+            try:
+                if not self._has_row(trial, folder):
+                    claim = self._take(trial, epath.Path(folder).name)
+                    outcome = "claimed" if claim else "taken"
+            except UserError as error:  # of all processes, so that none waits for this one
+                outcome = f"error: {error}"
+        outcome = agreed_text(outcome)
+        if outcome == "taken":
             raise Locked(f"trial {trial} is run by another process; its claims are in {QUEUE}/")
+        if outcome.startswith("error: "):
+            raise UserError(outcome.removeprefix("error: "))
         if claim is None:
             yield
             return
@@ -95,7 +110,8 @@ class Shared:
 
     def _facts(self) -> Mapping[str, Any]:
         held = {trial: {"chip_seconds": 0.0, "lost": 0.0} for trial in list(self._held)}
-        return {"machine": self._claims.machine, "chips": 0, "held": held}
+        facts = {"machine": self._claims.machine, "chips": 0}
+        return {**facts, "held": held, "left": self._left}
 
     def _check(self, view: View) -> None:
         """Ends the process if another one has taken a trial over, after it had stood still."""
@@ -115,8 +131,7 @@ def shared(workdir: epath.PathLike) -> Iterator[Shared]:
     try:
         yield claims
     finally:
-        if jax.process_index() == 0:
-            claims.heart.stop()
+        claims.leave()
 
 
 def is_sweep(folder: epath.PathLike) -> bool:

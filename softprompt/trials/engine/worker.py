@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from softprompt.trials.engine.compiled import Programs
 from softprompt.trials.engine.holdings import Holdings
 from softprompt.trials.engine.link import Child, Message
 from softprompt.trials.engine.plan import Plan, check_backend, check_worker, read_plan
-from softprompt.trials.engine.restarts import STOPPED
+from softprompt.trials.engine.restarts import CRASHED, STOPPED
 from softprompt.trials.engine.schedule import all_over, take_next
 from softprompt.trials.engine.store import StoreError, open_store
 
@@ -61,7 +62,8 @@ def work(
 
     Returns:
         The exit code: 0 if every trial is done, 1 if all are over and some failed, 3 if `stop` is
-        in the store, 75 if trials are left when the minutes are over or the store is not reached.
+        in the store, 75 if trials are left when the minutes are over or the store is not reached,
+        70 after an error of the worker itself. After 70 and 75 it is started again.
 
     Raises:
         UserError: there is no plan, its code or target is another, or no device can be opened.
@@ -87,6 +89,11 @@ def work(
         except StoreError as error:  # others take the trials over; a new worker may have more luck
             say(str(error))
             return interrupts.PREEMPTED
+        except UserError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            return CRASHED
 
 
 class Worker:
@@ -117,9 +124,11 @@ class Worker:
         self._new_child, self._follows, self._timing = child, follows, claims.timing
         self._programs, self._groups = programs, set[str]()
         self._heart = Heart(claims, self._facts)
+        holdings.beat = self._heart.beat
         self._held = holdings.held
         self._child: Child | None = None
-        self._starts = 0
+        self._failed_starts = 0  # of children, one after another, that did not find their devices
+        self._opened = False  # whether the child has said that it opened its devices, or could not
         self._wants, self._looked_at = False, View({})
         self._widths, self._model = {"": 1}, ""
         self._chips, self._used = 0, 0.0
@@ -136,7 +145,7 @@ class Worker:
             while (code := self._finished(late=time.monotonic() > end)) is None:
                 if self._child is None:
                     time.sleep(self._timing.beat if self._problem else 0.0)
-                    self._child = self._new_child()
+                    self._child, self._opened = self._new_child(), False
                     self._heard = time.monotonic()
                 self._handle(self._child.receive(TICK))
                 self._tick(claims=time.monotonic() <= end)
@@ -154,7 +163,8 @@ class Worker:
         if not self._held and all_over(self._plan, view):
             self._let_save()
             return int(any(job.trial in view.failed for job in self._plan.jobs))
-        if number is None and not view.stop and (self._held or not late):
+        busy = self._held or (self._follows and self._child is not None)
+        if number is None and not view.stop and (busy or not late):
             return None
         self._let_save()
         if number is not None:
@@ -191,21 +201,22 @@ class Worker:
                 check_backend(self._plan, message["backend"], message["dtype"])
                 self._claims.machine = f"{self._claims.host}: {message['devices']}"
                 self._chips, self._widths[""] = message["chips"], message["width"]
-                self._starts, self._problem = 0, ""
+                self._failed_starts, self._problem, self._opened = 0, "", True
                 self._programs.kind = message["programs"]
                 self._programs.fetch()
             case "unable":
                 state = "waits for its other hosts" if message["later"] else "opens no device"
-                self._problem = f"{state}: {message['error']}"
-                self._starts += not message["later"]
+                self._problem, self._opened = f"{state}: {message['error']}", True
+                self._failed_starts += not message["later"]
                 self._say(self._problem)
             case "next":
                 self._wants, self._looked_at = True, View({})
             case "stage":
                 self._stages[message["trial"]] = message["text"]
             case "returned":
-                for trial in message["trials"]:
-                    self._widths[self._held[trial].job.group] = message["width"]
+                for trial in self._held.keys() & set(message["trials"]):  # none in a follower
+                    if message["width"]:
+                        self._widths[self._held[trial].job.group] = message["width"]
                     self._holdings.release(trial)
             case "ended":
                 trial = message.pop("trial")
@@ -223,12 +234,16 @@ class Worker:
         Raises:
             UserError: several children one after another have found no devices.
         """
+        if not self._opened:
+            self._problem = f"the process ended with {code} before it opened a device"
+            self._failed_starts += 1
+            self._say(self._problem)
         self._child, self._wants = None, False
         self._programs.forget_unfinished()
         for trial in list(self._held):
             self._say(f"the process of {self._held[trial].job.name} died")
             self._holdings.release(trial, "released" if code == interrupts.PREEMPTED else "died")
-        if self._starts >= MOST_STARTS:
+        if self._failed_starts >= MOST_STARTS:
             raise UserError(f"{self._claims.host} {self._problem}")
 
     def _tick(self, *, claims: bool) -> None:
