@@ -173,6 +173,11 @@ class Bank:
     def _run(self, folder: Path) -> Stored:
         """A trial's selected delta."""
         config, file = read_config(folder), folder / DELTA
+        if config.model.tokenizer:
+            raise UserError(
+                f"{folder}: config key 'model.tokenizer' is {config.model.tokenizer!r}; allowed: "
+                f"'', the tokenizer of {self.loaded.name}"
+            )
         check_trained(folder)
         shapes = header(file)
         if not method_settings(config).trains_weights:

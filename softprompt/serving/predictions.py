@@ -51,7 +51,6 @@ class Predictions:
 
     def _same_weights(self, config: Any) -> bool:
         """Whether a trial's config names the engine's model as it is loaded."""
-        section, model = to_dict(config.model), self._loaded.model
-        ours = {"name": self._loaded.name, "dtype": model.dtype.name, "quantize": "none"}
-        same = all(section[key] == value for key, value in ours.items())
-        return same and not section["revision"] and jax.device_count() == 1
+        name, dtype = self._loaded.name, self._loaded.model.dtype.name
+        ours = {"name": name, "dtype": dtype, "revision": "", "quantize": "none", "tokenizer": ""}
+        return to_dict(config.model) == ours and jax.device_count() == 1
