@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.evaluate import check_trained
 from softprompt.trials.run import DELTA, read_config
 
-DTYPES = ("F32", "F16", "BF16", "F64")  # of a delta's tensors
+DTYPES = ("F32", "F16", "F64")  # of a trial's tensors; an adapter's may be BF16 too
 MOST_BYTES = 1 << 30  # of a delta's file
 
 
@@ -126,11 +126,6 @@ class Bank:
         """
         stored = self._adapter(folder) if (folder / ADAPTER_CONFIG).exists() else self._run(folder)
         settings, names = method_settings(stored.config), members(stored.config)
-        if settings.trains_weights or not settings.trains:
-            raise UserError(
-                f"{folder}: method {settings.name!r} cannot be served; allowed: methods that train "
-                "something beside the weights"
-            )
         setup = Setup(
             sizes=self.loaded.config,
             tasks=len(names),
@@ -178,12 +173,14 @@ class Bank:
                 f"{folder}: config key 'model.tokenizer' is {config.model.tokenizer!r}; allowed: "
                 f"'', the tokenizer of {self.loaded.name}"
             )
+        settings = method_settings(config)
+        if settings.trains_weights or not settings.trains:
+            raise UserError(
+                f"{folder}: method {settings.name!r} cannot be served; allowed: methods that train "
+                "something beside the weights"
+            )
         check_trained(folder)
-        shapes = header(file)
-        if not method_settings(config).trains_weights:
-            check_fit(shapes, config, self.loaded.config, file=str(file))
-        else:
-            return Stored(config, {}, 0, True)
+        check_fit(header(file, DTYPES), config, self.loaded.config, file=str(file))
         delta, origin = load_delta(file)
         self._check_weights(file, origin)
         check_finite(file, flatten_dict(delta, sep="/"))
@@ -194,7 +191,7 @@ class Bank:
         file = folder / TENSORS
         if not file.exists():
             raise UserError(f"{folder}: no {TENSORS}; adapters are read from safetensors only")
-        header(file)
+        header(file, (*DTYPES, "BF16"))
         adapter = read_adapter(folder)
         self._check_weights(file, adapter.provenance)
         delta, method = from_peft(adapter, self.loaded.config)
@@ -236,18 +233,18 @@ def lane_bytes(lane: Lane) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(lane))
 
 
-def header(file: Path) -> dict[str, Any]:
+def header(file: Path, dtypes: Sequence[str]) -> dict[str, Any]:
     """The shapes in a safetensors file, which is not read further.
 
     Raises:
-        UserError: the file is too large, or has a tensor of another dtype than floats.
+        UserError: the file is too large, or has a tensor of another dtype than `dtypes`.
     """
     if (size := file.stat().st_size) > MOST_BYTES:
         raise UserError(f"{file} has {size:,} bytes; allowed: {MOST_BYTES:,}")
     tensors = open_file(file).tensors
     for path, (dtype, _) in tensors.items():
-        if dtype not in DTYPES:
-            raise UserError(f"{file}: {path} is {dtype}; allowed: {', '.join(DTYPES)}")
+        if dtype not in dtypes:
+            raise UserError(f"{file}: {path} is {dtype}; allowed: {', '.join(dtypes)}")
     shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, (_, shape) in tensors.items()}
     return dict(unflatten_dict(shapes, sep="/"))
 

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
 from experiments.serving_tasks import make_task
@@ -54,7 +55,8 @@ def changed(folder, change):
     [
         ({"prompt": np.full((3, 48), np.nan, np.float32)}, "prompt: 144 of 144 are not finite"),
         ({"prompt": np.zeros((4, 48), np.float32)}, "prompt .4, 48. does not fit"),
-        ({"prompt": np.zeros((3, 48), np.int32)}, "prompt is I32; allowed: F32"),
+        ({"prompt": np.zeros((3, 48), np.int32)}, "prompt is I32; allowed: F32, F16, F64"),
+        ({"prompt": np.zeros((3, 48), bfloat16)}, "prompt is BF16; allowed: F32, F16, F64"),
         ({"more": np.zeros(2, np.float32)}, "more .2. does not fit"),
         ({"origin": {"fingerprint": "other"}}, "was trained on weights other"),
     ],
