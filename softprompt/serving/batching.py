@@ -23,8 +23,9 @@ class Ticket:
     Attributes:
         stream: gives its tokens their texts.
         place: of its row; None while it waits.
-        made: its generated tokens.
-        cancelled: its caller has no more use for it.
+        made: how many tokens it has generated.
+        cancelled: its caller wants no more events.
+        finished: its `Finish` was sent.
     """
 
     request: Request
@@ -34,9 +35,10 @@ class Ticket:
     place: Place | None = None
     made: int = 0
     cancelled: bool = False
+    finished: bool = False
 
     def emit(self, event: Token | Finish) -> None:
-        """Calls the caller, who loses the row if the call raises an error."""
+        """Calls `on_event`; an error that it raises cancels the request."""
         try:
             self.on_event(event)
         except Exception:
@@ -119,7 +121,10 @@ class Batcher:
                     self._take(ticket, Choice(*(field[ticket.place.slot] for field in choice)))
 
     def finish(self, ticket: Ticket, reason: str, error: str = "") -> None:
-        """Frees a request's row, and reports its end."""
+        """Frees a request's row, and reports its end, once."""
+        if ticket.finished:
+            return
+        ticket.finished = True
         if ticket.place is not None:
             ticket.place.pool.leave(ticket.place.slot)
             ticket.place = None

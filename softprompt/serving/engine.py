@@ -4,6 +4,7 @@ A pool's programs are compiled before a task of its kind can be used, so no requ
 compiler.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.console import Progress
-from softprompt.errors import UserError, one_line, unknown
+from softprompt.errors import UserError, unknown
 from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.serving.bank import Bank, Task
 from softprompt.serving.batching import Batcher, Ticket
 from softprompt.serving.placement import Sizes
 from softprompt.serving.predictions import Predictions
-from softprompt.serving.requests import Busy, OnEvent, Request, TaskInfo
+from softprompt.serving.requests import Busy, OnEvent, Request, Stopped, TaskInfo
 from softprompt.serving.text import TextStream
 from softprompt.serving.validation import check_request
 
@@ -60,7 +61,7 @@ class Engine:
         self._tasks = {"": self._bank.base}
         self._queue: deque[Ticket] = deque()
         self._wake, self._loading = threading.Condition(), threading.Lock()
-        self._closed, self._error = False, ""
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -70,6 +71,7 @@ class Engine:
         Raises:
             UserError: an unknown task, or a value that is not allowed.
             Busy: the queue is full.
+            Stopped: the engine has stopped.
         """
         task = self._task(request.task)
         config, sizes = self._bank.model.config, self._sizes
@@ -77,7 +79,8 @@ class Engine:
         stream = TextStream(self.tokenizer, request.stop)
         ticket = Ticket(request, on_event, task, stream)
         with self._wake:
-            self._check_open()
+            if self._closed:
+                raise Stopped("the engine has stopped")
             if len(self._queue) >= self._most:
                 raise Busy(f"{len(self._queue)} requests wait; allowed: {self._most}")
             self._queue.append(ticket)
@@ -191,13 +194,10 @@ class Engine:
             if one != name and not (task.member and one == f"{name}:{task.member}")
         }
 
-    def _check_open(self) -> None:
-        if self._closed or self._error:
-            raise UserError(f"the engine has stopped{': ' if self._error else ''}{self._error}")
-
     def _run(self) -> None:
         """The thread: joins waiting requests and steps all pools with rows, until it is closed."""
         batcher, waiting = self._batcher, list[Ticket]()
+        reason, error = "cancelled", ""
         try:
             while True:
                 with self._wake:
@@ -210,11 +210,11 @@ class Engine:
                     came = list(self._queue)[len(waiting) :]
                     self._queue = deque([*left, *came])
                 batcher.step()
-            reason = "cancelled"
-        except Exception as error:
-            self._error, reason = f"{type(error).__name__}: {one_line(error)}", "error"
+        except Exception:  # its text is for the log, not for clients
+            logging.exception("the engine's thread ends")
+            reason, error = "error", "the engine has stopped; its log says why"
         with self._wake:
             self._closed, rest = True, [*batcher.running, *self._queue]
             self._queue.clear()
         for ticket in rest:
-            batcher.finish(ticket, reason, self._error)
+            batcher.finish(ticket, reason, error)

@@ -10,6 +10,10 @@ class Busy(UserError):
     """The queue of requests is full; the caller may try again later."""
 
 
+class Stopped(UserError):
+    """The engine was closed, or an error ended its thread."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One completion.

@@ -10,10 +10,12 @@ import pytest
 from experiments.serving_tasks import alone, make_task, reference_logprobs
 from softprompt.errors import UserError
 from softprompt.inference.decode import generate
+from softprompt.inference.pool import Pool
 from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.serving.engine import Engine
+from softprompt.serving.http.errors import status_of
 from softprompt.serving.placement import Sizes
-from softprompt.serving.requests import Busy, Request
+from softprompt.serving.requests import Busy, Request, Stopped
 from tests.matrix import matrix
 from tests.serving.conftest import METHODS, Asked
 
@@ -218,6 +220,29 @@ def test_stop_texts_and_eos_end_a_row(engine, tiny_loaded):
     assert (ended.end.reason, ended.end.completion_tokens) == ("stop", len(ended.ids))
 
 
+def test_a_thread_that_dies_ends_every_request_once(tiny_loaded, monkeypatch, caplog):
+    """Mutations: a request that has finished, or that runs, is finished again; the error's text
+    reaches clients, or the log has no traceback; a stopped engine blames the request.
+    """
+    engine = Engine(tiny_loaded, sizes=Sizes(rows=2, input=20, new=9, scores=False))
+
+    def fail(pool, rows):
+        raise RuntimeError("an internal text")
+
+    monkeypatch.setattr(Pool, "join", fail)
+    with engine._wake:  # so that both are joined at once
+        echoed = Asked(engine, Request("", (5, 6), 0, echo=True))
+        joined = Asked(engine, Request("", (5, 6), 3))
+    engine._thread.join(60)
+    assert (echoed.wait().end.reason, joined.wait().end.reason) == ("length", "error")
+    assert engine.stats()["requests"] == 2
+    assert "an internal text" not in joined.end.error
+    assert "Traceback" in caplog.text and "an internal text" in caplog.text
+    with pytest.raises(Stopped) as raised:
+        engine.submit(Request("", (5, 6), 3), print)
+    assert status_of(raised.value) == 503
+
+
 def test_closing_cancels_what_is_left(tiny_loaded):
     """Mutation: `close` waits for all rows, or leaves their callers without an event."""
     engine = Engine(tiny_loaded, sizes=Sizes(rows=2, input=20, new=9, scores=False))
@@ -225,5 +250,5 @@ def test_closing_cancels_what_is_left(tiny_loaded):
     engine.close()
     assert made[-1].wait().end.reason == "cancelled"
     assert not engine.ready()
-    with pytest.raises(UserError, match="stopped"):
+    with pytest.raises(Stopped):
         engine.submit(Request("", (5, 6), 9), print)

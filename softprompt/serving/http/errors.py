@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from softprompt.errors import UserError
 from softprompt.serving.folders import NoTask
-from softprompt.serving.requests import Busy
+from softprompt.serving.requests import Busy, Stopped
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 BUSY = 429
@@ -45,7 +45,7 @@ def status_of(error: Exception) -> int:
     """The status that answers an error."""
     if isinstance(error, Refusal):
         return error.status
-    known = {Busy: BUSY, NoTask: 404, UserError: 400}  # the most special first
+    known = {Busy: BUSY, NoTask: 404, Stopped: 503, UserError: 400}  # subclasses before UserError
     return next((status for kind, status in known.items() if isinstance(error, kind)), 500)
 
 
