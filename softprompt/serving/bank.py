@@ -28,6 +28,7 @@ from softprompt.methods.delta_file import load_delta
 from softprompt.models.decoder import Context, Decoder
 from softprompt.pretrained.loading import Loaded
 from softprompt.pretrained.tensor_files import open_file
+from softprompt.serving.placement import Kind, kind_of
 from softprompt.serving.requests import TaskInfo
 from softprompt.training.step import StepConfig, shared_part
 from softprompt.trials.convert import check_tasks, with_method
@@ -41,10 +42,11 @@ MOST_BYTES = 1 << 30  # of a delta's file
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """One version of a task: what computes its lane.
+    """A task as it was when it was loaded; loading it again makes another `Task`.
 
     Attributes:
         info: facts about it.
+        kind: tasks of one kind share pools.
         bos: its texts begin with BOS.
         folder: of a trial; None for the base model and for an adapter.
         member: the name of the trial's task, if the trial has a prompt for each of several.
@@ -52,6 +54,7 @@ class Task:
     """
 
     info: TaskInfo
+    kind: Kind
     bos: bool
     folder: Path | None
     member: str | None
@@ -73,7 +76,7 @@ class Bank:
 
     Args:
         loaded: the frozen model, a decoder.
-        limit: bytes of the lanes that are kept.
+        limit: the most bytes of lanes to keep.
 
     Attributes:
         loaded: the frozen model.
@@ -93,7 +96,8 @@ class Bank:
         digest = _digest(loaded, {}, "base")
         info = TaskInfo("", "none", loaded.name, 0, 0, 0, time.time(), digest)
         bos = wants_bos("after", loaded.tokenizer)
-        self.base = Task(info, bos, None, None, lambda: jax.device_put(Lane(empty, {})))
+        lane = Lane(empty, {})
+        self.base = Task(info, kind_of(lane), bos, None, None, lambda: jax.device_put(lane))
 
     @property
     def bytes(self) -> int:
@@ -102,12 +106,14 @@ class Bank:
 
     def lane(self, task: Task) -> Lane:
         """The lane of a task, from the cache or computed."""
-        digest = task.info.digest
+        return self._lane(task.info.digest, task.make)
+
+    def _lane(self, digest: str, make: Callable[[], Lane]) -> Lane:
         with self._lock:
             if digest in self._lanes:
                 self._lanes.move_to_end(digest)
                 return self._lanes[digest]
-        lane = task.make()
+        lane = make()
         with self._lock:
             self._lanes[digest] = lane
             while self.bytes > self._limit and len(self._lanes) > 1:
@@ -147,23 +153,21 @@ class Bank:
         settings = method_settings(stored.config)
         make = functools.partial(make_lane, self.loaded.weights, step, stored.delta, number)
         method = json.dumps([to_dict(stored.config)["method"], number], sort_keys=True)
+        digest = _digest(self.loaded, stored.delta, method)
+        lane = self._lane(digest, make)
         info = TaskInfo(
             name=name,
             kind=settings.name,
             model=self.loaded.name,
-            length=0,
+            length=int(lane.context.used or 0),
             bytes_file=stored.size,
-            bytes_cache=0,
+            bytes_cache=lane_bytes(lane),
             loaded_at=time.time(),
-            digest=_digest(self.loaded, stored.delta, method),
+            digest=digest,
         )
         bos = wants_bos(settings.bos, self.loaded.tokenizer) and not settings.begins_with_bos
         member = None if number is None else members(stored.config)[number].task.name
-        task = Task(info, bos, folder if stored.trial else None, member, make)
-        lane = self.lane(task)
-        length, size = int(lane.context.used or 0), lane_bytes(lane)
-        known = dataclasses.replace(info, length=length, bytes_cache=size)
-        return dataclasses.replace(task, info=known)
+        return Task(info, kind_of(lane), bos, folder if stored.trial else None, member, make)
 
     def _run(self, folder: Path) -> Stored:
         """A trial's selected delta."""

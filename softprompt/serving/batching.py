@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from softprompt.inference.pool import Draw, Joining, padded
 from softprompt.inference.pool_programs import Choice
 from softprompt.serving.bank import Bank, Task
-from softprompt.serving.placement import Kind, KindPools, Place, Sizes, kind_of
+from softprompt.serving.placement import Kind, KindPools, Place, Sizes
 from softprompt.serving.requests import Finish, OnEvent, Request, Token
 from softprompt.serving.text import TextStream
 
@@ -65,14 +65,14 @@ class Batcher:
 
     def pools(self, task: Task) -> KindPools:
         """The pools of a task's kind, compiled for the first task of it."""
-        bank, lane = self._bank, self._bank.lane(task)
-        kind = kind_of(lane)
-        if kind not in self._kinds:  # rows of other kinds do not wait for the compiler
+        if task.kind not in self._kinds:  # rows of other kinds do not wait for the compiler
             with self._lock:
-                if kind not in self._kinds:
+                if task.kind not in self._kinds:
+                    bank, lane = self._bank, self._bank.lane(task)
                     made = KindPools(bank.model, bank.loaded.weights, lane, self._sizes)
-                    self._kinds = {**self._kinds, kind: made}  # another thread may read the old
-        return self._kinds[kind]
+                    # A new dict, because other threads may read the old one.
+                    self._kinds = {**self._kinds, task.kind: made}
+        return self._kinds[task.kind]
 
     def scored(self, task: Task, ids: Sequence[int]) -> Choice:
         """See `TextScores`."""

@@ -90,6 +90,17 @@ def test_echo_and_scores(engine, tiny_loaded, task_root):
     assert text == tiny_loaded.tokenizer.decode(tokens)
 
 
+def test_a_waiting_request_computes_no_lane(engine, monkeypatch):
+    """Mutation: the pools are looked up by the lane, which is computed again when it was evicted,
+    at every step and for every request that waits.
+    """
+    asked, lane = [], engine._bank.lane
+    monkeypatch.setattr(engine._bank, "lane", lambda task: (asked.append(task), lane(task))[1])
+    many = [Asked(engine, Request(name, (5, 6), 9)) for name in ("short", "long") * 6]
+    assert [one.wait().end.reason for one in many] == ["length"] * 12
+    assert len(asked) <= 12
+
+
 def test_draws_depend_on_the_seed_alone(engine):
     """Mutation: the key from the slot or from the number of requests so far."""
     draw = functools.partial(Request, "lora", inputs(1)[0], 9, temperature=1.5, logprobs=1)
