@@ -89,11 +89,12 @@ class Batcher:
             size = padded(len(ticket.request.tokens))
             if ticket.cancelled:
                 self.finish(ticket, "cancelled")
-            elif not ticket.request.max_new:
-                self._echo(ticket)
-                self.finish(ticket, "length")
             elif size > budget and budget < PREFILL:
                 left.append(ticket)
+            elif not ticket.request.max_new:
+                budget -= size
+                self._echo(ticket)
+                self.finish(ticket, "length")
             elif place := self._place(ticket, demand, taking):
                 ticket.place, budget = place, budget - size
                 batches.setdefault((id(place.pool), size), []).append(ticket)

@@ -12,10 +12,14 @@ from softprompt.errors import UserError
 from softprompt.inference.decode import generate
 from softprompt.inference.pool import Pool
 from softprompt.methods.delta_file import load_delta, save_delta
+from softprompt.serving import batching
+from softprompt.serving.bank import Bank
+from softprompt.serving.batching import Batcher, Ticket
 from softprompt.serving.engine import Engine
 from softprompt.serving.http.errors import status_of
 from softprompt.serving.placement import Sizes
 from softprompt.serving.requests import Busy, Request, Stopped
+from softprompt.serving.text import TextStream
 from tests.matrix import matrix
 from tests.serving.conftest import METHODS, Asked
 
@@ -99,6 +103,15 @@ def test_a_waiting_request_computes_no_lane(engine, monkeypatch):
     many = [Asked(engine, Request(name, (5, 6), 9)) for name in ("short", "long") * 6]
     assert [one.wait().end.reason for one in many] == ["length"] * 12
     assert len(asked) <= 12
+
+
+def test_inputs_that_are_only_scored_keep_to_the_budget(tiny_loaded, monkeypatch):
+    """Mutation: such an input costs nothing, or is run before the budget is looked at."""
+    monkeypatch.setattr(batching, "PREFILL", 64)
+    bank = Bank(tiny_loaded)
+    request, stream = Request("", (5, 6), 0, echo=True), TextStream(tiny_loaded.tokenizer)
+    tickets = [Ticket(request, print, bank.base, stream) for _ in range(5)]
+    assert Batcher(bank, Sizes()).join(tickets) == tickets[2:]
 
 
 def test_draws_depend_on_the_seed_alone(engine):
