@@ -180,6 +180,32 @@ def test_a_request_that_takes_too_long_is_ended():
         assert engine.running == {}
 
 
+def test_completions_do_not_wait_for_predictions():
+    """Breaks when predictions, which load and compile, take the threads that tokenise: run them in
+    `service.threads`.
+    """
+    go = threading.Event()
+    with fake_app() as (app, engine):
+        engine.predict = lambda task, texts: [go.wait(20)]
+
+        async def ask():
+            transport = httpx2.ASGITransport(app)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as one:
+                path = "/v1/tasks/short/predict"
+                predicting = [
+                    asyncio.create_task(one.post(path, json={"inputs": ["x"]})) for _ in range(8)
+                ]
+                await asyncio.sleep(0.1)
+                try:
+                    answer = await asyncio.wait_for(one.post("/v1/completions", json=ASK), 5)
+                finally:
+                    go.set()
+                return answer, await asyncio.gather(*predicting)
+
+        answer, predicted = asyncio.run(ask())
+        assert {one.status_code for one in (answer, *predicted)} == {200}
+
+
 def test_an_error_of_the_engine_reaches_the_client():
     """Breaks when a failed row looks like a short answer: drop the check of `reason`."""
     engine = FakeEngine(["short"])

@@ -38,7 +38,7 @@ def make_app(engine: Engine, settings: Settings, *, chat_template: str = "") -> 
         chat_template: of the model; "" refuses chats.
     """
     metrics = Metrics(engine)
-    service = Service(engine, settings, metrics, Threads(), chat_template)
+    service = Service(engine, settings, metrics, Threads(4), Threads(1), chat_template)
     app = Starlette(
         routes=[
             Route("/", page),
@@ -74,6 +74,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     yield
     watching.cancel()
     service.threads.close()
+    service.loading.close()
     await asyncio.to_thread(service.engine.close)
 
 

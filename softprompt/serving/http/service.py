@@ -13,15 +13,14 @@ from softprompt.serving.http.errors import BUSY, Refusal
 from softprompt.serving.http.metrics import Metrics
 from softprompt.serving.http.settings import Settings
 
-THREADS = 4
 MOST_WAITING = 64  # calls that wait for a thread or run in one
 
 
 class Threads:
-    """Runs blocking calls beside the event loop, and refuses them when too many wait."""
+    """Runs blocking calls in `count` threads beside the event loop, and refuses too many."""
 
-    def __init__(self) -> None:
-        self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, "softprompt-http")
+    def __init__(self, count: int) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(count, "softprompt-http")
         self._waiting = 0
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -52,7 +51,8 @@ class Service:
         engine: runs the rows.
         settings: of the server.
         metrics: of the server.
-        threads: for blocking calls.
+        threads: for calls that take milliseconds, such as tokenisation.
+        loading: for calls that may load and compile: loading, unloading and predictions.
         chat_template: the model's; "" if it has none.
     """
 
@@ -60,7 +60,8 @@ class Service:
     settings: Settings
     metrics: Metrics
     threads: Threads
-    chat_template: str = ""
+    loading: Threads
+    chat_template: str
 
     def resolve(self, name: str, user: str, field: str) -> str:
         """The task that a name stands for: "" is the base model, an alias gives the user's arm.
