@@ -76,7 +76,7 @@ class Engine:
         task = self._task(request.task)
         config, sizes = self._bank.model.config, self._sizes
         check_request(request, config, sizes, context=task.info.length)
-        stream = TextStream(self.tokenizer, request.stop)
+        stream = TextStream(self.tokenizer, request.stop, before=request.tokens)
         ticket = Ticket(request, on_event, task, stream)
         with self._wake:
             if self._closed:

@@ -92,6 +92,7 @@ def test_echo_and_scores(engine, tiny_loaded, task_root):
     np.testing.assert_allclose(sums, [sum(found[-3:]), sum(found[-3:-1])], atol=1e-3)
     text = "".join(token.text for token in asked.tokens)
     assert text == tiny_loaded.tokenizer.decode(tokens)
+    assert asked.ticket.stream._ids[-3:] == [7, 8, 9]  # an output's text continues the input's
 
 
 def test_a_waiting_request_computes_no_lane(engine, monkeypatch):
