@@ -73,9 +73,7 @@ class Engine:
             Busy: the queue is full.
             Stopped: the engine has stopped.
         """
-        task = self._task(request.task)
-        config, sizes = self._bank.model.config, self._sizes
-        check_request(request, config, sizes, context=task.info.length)
+        task = self.check(request)
         stream = TextStream(self.tokenizer, request.stop, before=request.tokens)
         ticket = Ticket(request, on_event, task, stream)
         with self._wake:
@@ -86,6 +84,17 @@ class Engine:
             self._queue.append(ticket)
             self._wake.notify()
         return ticket
+
+    def check(self, request: Request) -> Task:
+        """Checks a request without submitting it; returns its task.
+
+        Raises:
+            UserError: an unknown task, or a value that is not allowed.
+        """
+        task = self._task(request.task)
+        config, sizes = self._bank.model.config, self._sizes
+        check_request(request, config, sizes, context=task.info.length)
+        return task
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request, with the event `Finish("cancelled", ...)`; none if it has finished."""

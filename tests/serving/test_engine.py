@@ -211,6 +211,7 @@ def test_bad_requests_and_a_full_queue(engine, tiny_loaded):
         (Request("", tokens, 3, top_p=0), "top_p is 0"),
         (Request("", tokens, 3, seed=-1), "seed is -1"),
         (Request("", tokens, 3, logprobs=6), "logprobs is 6; allowed: 0 to 5"),
+        (Request("", tokens, 3, stop=("",)), "stop is "),
     ]:
         with pytest.raises(UserError, match=field.replace("(", r"\(")):
             engine.submit(request, print)
