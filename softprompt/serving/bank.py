@@ -34,7 +34,7 @@ from softprompt.training.step import StepConfig, shared_part
 from softprompt.trials.convert import check_tasks, with_method
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.evaluate import check_trained
-from softprompt.trials.run import DELTA, read_config
+from softprompt.trials.run import CONFIG, DELTA, read_config
 
 DTYPES = ("F32", "F16", "F64")  # of a trial's tensors; an adapter's may be BF16 too
 MOST_BYTES = 1 << 30  # of a delta's file
@@ -49,6 +49,7 @@ class Task:
         kind: tasks of one kind share pools.
         bos: its texts begin with BOS.
         folder: of a trial; None for the base model and for an adapter.
+        files: what `digest_files` gave when the trial was loaded.
         member: the name of the trial's task, if the trial has a prompt for each of several.
         make: computes the lane.
     """
@@ -57,18 +58,22 @@ class Task:
     kind: Kind
     bos: bool
     folder: Path | None
+    files: str
     member: str | None
     make: Callable[[], Lane]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A delta on the host, with the config of its method, and its file's size."""
+    """A delta on the host, with the config of its method, and its file's size.
+
+    `files` is what `digest_files` gives for a trial, and "" for an adapter.
+    """
 
     config: ConfigDict
     delta: dict[str, Any]
     size: int
-    trial: bool
+    files: str
 
 
 class Bank:
@@ -97,7 +102,7 @@ class Bank:
         info = TaskInfo("", "none", loaded.name, 0, 0, 0, time.time(), digest)
         bos = wants_bos("after", loaded.tokenizer)
         lane = Lane(empty, {})
-        self.base = Task(info, kind_of(lane), bos, None, None, lambda: jax.device_put(lane))
+        self.base = Task(info, kind_of(lane), bos, None, "", None, lambda: jax.device_put(lane))
 
     @property
     def bytes(self) -> int:
@@ -167,7 +172,8 @@ class Bank:
         )
         bos = wants_bos(settings.bos, self.loaded.tokenizer) and not settings.begins_with_bos
         member = None if number is None else members(stored.config)[number].task.name
-        return Task(info, kind_of(lane), bos, folder if stored.trial else None, member, make)
+        trial = folder if stored.files else None
+        return Task(info, kind_of(lane), bos, trial, stored.files, member, make)
 
     def _run(self, folder: Path) -> Stored:
         """A trial's selected delta."""
@@ -185,10 +191,11 @@ class Bank:
             )
         check_trained(folder)
         check_fit(header(file, DTYPES), config, self.loaded.config, file=str(file))
+        files = digest_files(folder)  # before the delta is read: a change meanwhile is noticed
         delta, origin = load_delta(file)
         self._check_weights(file, origin)
         check_finite(file, flatten_dict(delta, sep="/"))
-        return Stored(config, delta, file.stat().st_size, True)
+        return Stored(config, delta, file.stat().st_size, files)
 
     def _adapter(self, folder: Path) -> Stored:
         """A PEFT adapter's delta."""
@@ -204,7 +211,7 @@ class Bank:
         config = with_method(config, method, adapter.provenance, file=str(folder))
         check_tasks(config, delta, file=str(folder))
         check_fit(delta, config, self.loaded.config, file=str(file))
-        return Stored(config, delta, file.stat().st_size, False)
+        return Stored(config, delta, file.stat().st_size, "")
 
     def _check_weights(self, file: Path, origin: Mapping[str, Any]) -> None:
         """Checks that a file was trained on the model's weights, if it says on which."""
@@ -251,6 +258,12 @@ def header(file: Path, dtypes: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{file}: {path} is {dtype}; allowed: {', '.join(dtypes)}")
     shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, (_, shape) in tensors.items()}
     return dict(unflatten_dict(shapes, sep="/"))
+
+
+def digest_files(folder: Path) -> str:
+    """Identifies the config and the delta that a trial's folder holds now."""
+    files = [file for file in (folder / CONFIG, folder / DELTA) if file.exists()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _digest(loaded: Loaded, delta: Any, method: str) -> str:

@@ -99,6 +99,14 @@ def test_another_tokenizer_is_refused(tiny_loaded, tmp_path, monkeypatch):
     assert predictions._same_weights(config)
 
 
+def test_predict_answers_with_the_loaded_version(tiny_loaded, folder):
+    """Mutation: the folder is read at the first prediction, whatever it holds by then."""
+    (task,) = Bank(tiny_loaded).read("task", folder)
+    changed(folder, {"prompt": np.ones((3, 48), np.float32)})
+    with pytest.raises(UserError, match="'task': its folder has changed since it was loaded"):
+        Predictions(tiny_loaded, Progress())(task, ["a text"])
+
+
 def test_the_cache_keeps_the_last_used(tiny_loaded, task_root):
     """Mutation: the oldest is kept; lanes are looked up by name, not by content."""
     bank = Bank(tiny_loaded)
