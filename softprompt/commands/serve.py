@@ -27,6 +27,7 @@ def serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.console import Progress
     from softprompt.pretrained.chat import read_chat_template
     from softprompt.serving.folders import find_tasks, task_folder
+    from softprompt.serving.http.aliases import check_arms
     from softprompt.serving.http.app import make_app
     from softprompt.serving.http.server import listen, make_server
 
@@ -39,6 +40,8 @@ def serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
             for name in find_tasks(settings.root):
                 progress.stage(f"load {name}")
                 engine.load(name, task_folder(settings.root, name))
+            for alias in settings.aliases.values():
+                check_arms(alias, alias.arms, [task.name for task in engine.tasks()])
             host, port = listener.getsockname()[:2]
             progress.say(f"{len(engine.tasks())} tasks at http://{host}:{port}")
         template = read_chat_template(arguments.model)
