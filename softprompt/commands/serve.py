@@ -104,7 +104,12 @@ COMMANDS = {
             ),
             (
                 "--rows",
-                {"type": int, "default": 8, "help": "that run at once; others wait"},
+                {
+                    "type": int,
+                    "default": 8,
+                    "help": "of a pool; every kind of task has a pool for one task and one for "
+                    "mixed tasks, each of so many rows",
+                },
             ),
             ("--host", {"default": "127.0.0.1", "help": "another than loopback needs a key"}),
             ("--port", {"type": int, "default": 8000, "help": "0: any that is free"}),
@@ -128,7 +133,11 @@ COMMANDS = {
             ),
             (
                 "--max-input",
-                {"type": int, "default": 512, "help": "the most tokens of an input"},
+                {
+                    "type": int,
+                    "default": 512,
+                    "help": "the most tokens of an input, up to the model's context",
+                },
             ),
             (
                 "--max-tokens",

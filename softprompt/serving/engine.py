@@ -31,7 +31,7 @@ class Engine:
     Args:
         model: its name, see `load_model`; or the loaded model.
         dtype: of the weights and the computation.
-        sizes: of the pools.
+        sizes: of the pools; inputs and outputs may be no longer than the model's context.
         queue: the most requests that wait.
         cache: bytes of keys and values that are kept, beside those in the pools.
 
@@ -39,7 +39,8 @@ class Engine:
         tokenizer: the model's.
 
     Raises:
-        UserError: see `load_model`; or the model is an encoder-decoder.
+        UserError: see `load_model`; the model is an encoder-decoder; or inputs are too long, see
+            `padded`.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Engine:
         progress: Progress | None = None,
     ) -> None:
         loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
-        self._bank, self._sizes, self._most = Bank(loaded, limit=cache), sizes, queue
+        self._bank, self._most = Bank(loaded, limit=cache), queue
+        self._sizes = sizes = sizes.within(self._bank.model.config.context_length)
         self.tokenizer = loaded.tokenizer
         self._predictions = Predictions(loaded, progress or Progress())
         self._batcher = Batcher(self._bank, sizes)

@@ -2,6 +2,8 @@
 
 import functools
 import threading
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -11,13 +13,15 @@ from experiments.serving_tasks import alone, make_task, reference_logprobs
 from softprompt.errors import UserError
 from softprompt.inference.decode import generate
 from softprompt.inference.pool import Pool
+from softprompt.inference.pool_programs import Grid
 from softprompt.methods.delta_file import load_delta, save_delta
-from softprompt.serving import batching
+from softprompt.serving import batching, placement
+from softprompt.serving import engine as engine_module
 from softprompt.serving.bank import Bank
 from softprompt.serving.batching import Batcher, Ticket
 from softprompt.serving.engine import Engine
 from softprompt.serving.http.errors import status_of
-from softprompt.serving.placement import Sizes
+from softprompt.serving.placement import KindPools, Sizes
 from softprompt.serving.requests import Busy, Request, Stopped
 from softprompt.serving.text import TextStream
 from tests.matrix import matrix
@@ -74,6 +78,24 @@ def test_one_task_moves_to_a_pool_of_its_own(engine, tiny_loaded, task_root):
     ids = [one.wait().ids for one in many]
     assert ids == [wanted(tiny_loaded, task_root / "short", request)] * 5
     assert pools[0]._lanes is not None  # allocated when it was first used
+
+
+def test_one_row_is_one_pool_and_no_size_is_beyond_the_context(tiny_loaded, monkeypatch):
+    """Mutations: two equal pools with `rows=1`; inputs, outputs, or both together longer than the
+    model's context.
+    """
+    made, context = [], tiny_loaded.config.context_length
+    monkeypatch.setattr(placement, "Pool", lambda *a: made.append(a[-1]) or SimpleNamespace())
+    monkeypatch.setattr(placement, "TextScores", lambda *a: made.append(a[-1]))
+    like = SimpleNamespace(context=SimpleNamespace(slots=3), variables={})
+    sizes = Sizes(rows=1, input=200_000, new=200_000).within(context)
+    KindPools(tiny_loaded.model, tiny_loaded.weights, like, sizes)
+    assert made == [Grid(1, 1, context, context - 1), context]
+    batcher = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(engine_module, "Batcher", batcher)
+    with pytest.raises(InterruptedError):
+        Engine(tiny_loaded, sizes=Sizes(rows=1, input=200_000, new=200_000))
+    assert batcher.call_args.args[1] == sizes
 
 
 def test_echo_and_scores(engine, tiny_loaded, task_root):
