@@ -167,11 +167,15 @@ def test_a_client_that_leaves_frees_its_rows(stream):
 
 
 def test_a_request_that_takes_too_long_is_ended():
-    """Breaks when a request has no deadline: drop `timeout` in `Guard._run`."""
+    """Breaks when a request has no deadline, or its client asks again: drop `timeout`, or `retry`,
+    in `Guard._run`.
+    """
     engine = FakeEngine(["short"], pause=0.01)
     with fake_app(engine=engine, seconds=0.3) as (app, _):
         whole = post(app, "/v1/completions", ASK | {"max_tokens": 512})
         assert whole.status_code == 503
+        assert whole.headers["x-should-retry"] == "false"  # else OpenAI's clients ask twice more
+        assert "retry-after" not in whole.headers
         assert whole.json()["error"]["type"] == "server_error"
         streamed = post(app, "/v1/completions", ASK | {"max_tokens": 512, "stream": True})
         *parts, last = streamed.text.strip().split("\n\n")
@@ -238,6 +242,22 @@ def test_metrics_count_requests_by_route_not_by_path():
     assert len(counts) == 3
     assert 'softprompt_tokens_total{part="completion"} 7.0' in lines
     assert "softprompt_engine_rows 0.0" in lines
+
+
+def test_the_first_token_is_a_generated_one():
+    """Breaks when an echoed token is timed, or the end of a row that has none."""
+
+    def counted(app, **body):
+        post(app, "/v1/completions", ASK | body)
+        lines = call(app, "GET", "/metrics").text.splitlines()
+        name = "softprompt_first_token_seconds_count "
+        return next(float(line.split()[1]) for line in lines if line.startswith(name))
+
+    with fake_app() as (app, engine):
+        assert counted(app, echo=True, max_tokens=0, prompt="abc") == 0
+        assert counted(app, echo=True, max_tokens=2, prompt=["abc", "d"]) == 2
+        engine._step = lambda ticket, request, made, on_event: fail(engine, ticket, on_event)
+        assert counted(app) == 2
 
 
 def test_metrics_count_compilations():
