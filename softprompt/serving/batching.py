@@ -74,12 +74,6 @@ class Batcher:
                     self._kinds = {**self._kinds, task.kind: made}
         return self._kinds[task.kind]
 
-    def scored(self, task: Task, ids: Sequence[int]) -> Choice:
-        """See `TextScores`."""
-        scores = self.pools(task).scores
-        assert scores is not None, "an engine with these sizes scores no texts"
-        return scores(self._bank.lane(task), ids)
-
     def join(self, waiting: Sequence[Ticket]) -> list[Ticket]:
         """Runs the inputs of requests, oldest first, within the budget; returns the others."""
         budget, left, batches = PREFILL, list[Ticket](), dict[object, list[Ticket]]()
@@ -183,7 +177,9 @@ class Batcher:
         request, stream = ticket.request, TextStream(self._bank.loaded.tokenizer)
         tokens = [Token(id_, "", math.nan) for id_ in request.tokens]
         if request.logprobs is not None and len(tokens) > 1:
-            scored = self.scored(ticket.task, request.tokens)
+            scores = self.pools(ticket.task).scores
+            assert scores is not None, "an engine with these sizes scores no texts"
+            scored = scores(self._bank.lane(ticket.task), request.tokens)
             each = (Choice(*(field[n] for field in scored)) for n in range(len(tokens) - 1))
             tokens[1:] = [_token(choice, request) for choice in each]
         for token in tokens:

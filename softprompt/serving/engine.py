@@ -16,6 +16,7 @@ from softprompt.errors import UserError, unknown
 from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.serving.bank import Bank, Task
 from softprompt.serving.batching import Batcher, Ticket
+from softprompt.serving.folders import NoTask
 from softprompt.serving.placement import Sizes
 from softprompt.serving.predictions import Predictions
 from softprompt.serving.requests import Busy, OnEvent, Request, Stopped, TaskInfo
@@ -71,7 +72,7 @@ class Engine:
         """Queues a request. `on_event` is called in the engine's thread and must not wait.
 
         Raises:
-            UserError: an unknown task, or a value that is not allowed.
+            UserError: see `check`.
             Busy: the queue is full.
             Stopped: the engine has stopped.
         """
@@ -91,7 +92,8 @@ class Engine:
         """Checks a request without submitting it; returns its task.
 
         Raises:
-            UserError: an unknown task, or a value that is not allowed.
+            NoTask: its task is not loaded.
+            UserError: a value is not allowed.
         """
         task = self._task(request.task)
         config, sizes = self._bank.model.config, self._sizes
@@ -112,7 +114,7 @@ class Engine:
         """What the inputs of a task begin with: BOS or nothing.
 
         Raises:
-            UserError: an unknown task.
+            NoTask: the task is not loaded.
         """
         bos_id = self.tokenizer.bos_id
         return (bos_id,) if self._task(task).bos and bos_id is not None else ()
@@ -140,12 +142,12 @@ class Engine:
         """Forgets a task; its rows finish.
 
         Raises:
-            UserError: an unknown task.
+            NoTask: it is not loaded.
         """
         with self._loading, self._wake:
             left = self._without(name)
             if not name or len(left) == len(self._tasks):
-                raise unknown("task", name, [info.name for info in self.tasks()])
+                raise self._no_task(name)
             self._tasks = left
 
     def ready(self) -> bool:
@@ -157,30 +159,12 @@ class Engine:
         now = {"queue": len(self._queue), "running": len(self._batcher.running)}
         return {**now, **self._batcher.counts, "cache_bytes": self._bank.bytes}
 
-    def score(
-        self, task: str, prompt: Sequence[int], candidates: Sequence[Sequence[int]]
-    ) -> list[float]:
-        """The log-likelihood of each candidate after a prompt, in nats.
-
-        Raises:
-            UserError: an unknown task, an empty prompt or candidate, or one that is too long.
-        """
-        found, sums = self._task(task), []
-        for candidate in candidates:
-            text = (*prompt, *candidate)
-            request = Request(task, text, 0, logprobs=0, echo=True)
-            if not prompt or not candidate:
-                raise UserError("the prompt or a candidate has no tokens; allowed: 1 and more")
-            check_request(request, self._bank.model.config, self._sizes, context=found.info.length)
-            scored = self._batcher.scored(found, text)
-            sums.append(float(scored.logprobs[len(prompt) - 1 :].astype(float).sum()))
-        return sums
-
     def predict(self, task: str, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Answers texts with a trial's own template, as `softprompt predict` does.
 
         Raises:
-            UserError: an unknown task, or one without a template; see `Answering.predict`.
+            NoTask: the task is not loaded.
+            UserError: it has no template; see `Answering.predict`.
         """
         return self._predictions(self._task(task), texts)
 
@@ -192,10 +176,12 @@ class Engine:
         self._thread.join()
 
     def _task(self, name: str) -> Task:
-        tasks = self._tasks
-        if name not in tasks:
-            raise unknown("task", name, [one for one in tasks if one])
-        return tasks[name]
+        if (task := self._tasks.get(name)) is None:
+            raise self._no_task(name)
+        return task
+
+    def _no_task(self, name: str) -> NoTask:
+        return NoTask(str(unknown("task", name, [info.name for info in self.tasks()])))
 
     def _without(self, name: str) -> dict[str, Task]:
         """The tasks but the one of this name, or those of a trial with several prompts."""

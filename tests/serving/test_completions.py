@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer, byte_backend
 from softprompt.serving.http.answers import LEAST, TextAnswer
 from softprompt.serving.requests import Token
@@ -213,24 +212,3 @@ def test_a_full_queue_says_when_to_come_back():
         response = post(app, "/v1/completions", {"model": "short", "prompt": ["a", "b", "c"]})
         assert (response.status_code, response.headers["retry-after"]) == (429, "1")
         assert engine.running == {}
-
-
-def test_a_task_that_is_unloaded_meanwhile_is_not_found(monkeypatch):
-    """Breaks when the engine's error is passed on: a client would not know that a retry helps."""
-    with fake_app() as (app, engine):
-        opening, submit = engine.opening, engine.submit
-
-        def unload(task):
-            engine._names.pop("short", None)
-            return opening(task)
-
-        def refuse(request, on_event):
-            if request.task not in engine._names:
-                raise UserError("unknown task")
-            return submit(request, on_event)
-
-        monkeypatch.setattr(engine, "opening", unload)
-        monkeypatch.setattr(engine, "submit", refuse)
-        response = post(app, "/v1/completions", {"model": "short", "prompt": "x"})
-        assert response.status_code == 404
-        assert post(app, "/v1/completions", {"model": "long", "prompt": "x"}).status_code == 200

@@ -61,9 +61,8 @@ async def completions(http: HttpRequest) -> Response:
     stream, with_usage = take_stream(fields)
     fields.finish(NEUTRAL)
     answer = TextAnswer(*_named(task, service), logprobs=count is not None)
-    with service.using(task, "model"):
-        ids = await _ids(task, prompts, service)
-        rows = Rows(service.engine, _requests(task, ids, settings), service.metrics)
+    ids = await _ids(task, prompts, service)
+    rows = Rows(service.engine, _requests(task, ids, settings), service.metrics)
     return await _answer(rows, answer, stream=stream, usage=with_usage)
 
 
@@ -85,9 +84,8 @@ async def chat_completions(http: HttpRequest) -> Response:
     stream, with_usage = take_stream(fields)
     fields.finish(NEUTRAL_CHAT)
     answer = ChatAnswer(*_named(task, service), logprobs=logprobs)
-    with service.using(task, "model"):
-        ids = await _chat_ids(task, messages, service)
-        rows = Rows(service.engine, _requests(task, [ids], settings), service.metrics)
+    ids = await _chat_ids(task, messages, service)
+    rows = Rows(service.engine, _requests(task, [ids], settings), service.metrics)
     return await _answer(rows, answer, stream=stream, usage=with_usage)
 
 

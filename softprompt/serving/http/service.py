@@ -2,12 +2,10 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from softprompt.errors import UserError
 from softprompt.serving.engine import Engine
 from softprompt.serving.http.errors import BUSY, Refusal
 from softprompt.serving.http.metrics import Metrics
@@ -73,26 +71,9 @@ class Service:
         task = alias.arm(user) if alias else name
         if task == self.settings.base:
             return ""
-        self._check_loaded(task, field)
-        return task
-
-    @contextlib.contextmanager
-    def using(self, task: str, field: str) -> Iterator[None]:
-        """In the block, an error about a task that was unloaded meanwhile says so.
-
-        Raises:
-            Refusal: as for `resolve`.
-        """
-        try:
-            yield
-        except UserError:
-            if task:
-                self._check_loaded(task, field)
-            raise
-
-    def _check_loaded(self, task: str, field: str) -> None:
         if all(task != one.name for one in self.engine.tasks()):
             raise Refusal(f"{field}: no task {task!r} is loaded; /v1/models lists them", 404, field)
+        return task
 
     async def encode(self, task: str, texts: list[str]) -> list[list[int]]:
         """The token ids of texts, with BOS where the task's texts begin with it."""
