@@ -1,7 +1,7 @@
 """Continuous batching: one thread runs the rows of all tasks; requests join and leave at any step.
 
-A pool's programs are compiled before a task of its kind can be used, so no request waits for a
-compiler.
+A pool's programs are compiled before a task of its kind can be used, so that no completion waits
+for the compiler. `predict` compiles at its first request.
 """
 
 import logging
@@ -151,7 +151,7 @@ class Engine:
             self._tasks = left
 
     def ready(self) -> bool:
-        """Whether requests are served."""
+        """Whether the engine's thread runs."""
         return self._thread.is_alive() and not self._closed
 
     def stats(self) -> dict[str, float]:

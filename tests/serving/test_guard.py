@@ -274,7 +274,7 @@ def test_metrics_count_compilations():
 
 
 def test_ready_waits_for_the_engine():
-    """Breaks when `/ready` says yes before every program is compiled."""
+    """Breaks when `/ready` says yes though the engine's thread has ended."""
     with fake_app() as (app, engine):
         engine.is_ready = False
         assert call(app, "GET", "/ready").status_code == 503

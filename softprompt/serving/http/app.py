@@ -101,7 +101,10 @@ async def health(http: HttpRequest) -> Response:
 
 
 async def ready(http: HttpRequest) -> Response:
-    """Every program is compiled, so that the next request meets none that is not."""
+    """The engine's thread runs.
+
+    Its pools were compiled when their tasks were loaded; `predict` compiles at its first request.
+    """
     is_ready = http.app.state.service.engine.ready()
     return Json({"ready": is_ready}, 200 if is_ready else 503)
 
