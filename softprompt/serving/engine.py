@@ -34,7 +34,7 @@ class Engine:
         dtype: of the weights and the computation.
         sizes: of the pools; inputs and outputs may be no longer than the model's context.
         queue: the most requests that wait.
-        cache: bytes of keys and values that are kept, beside those in the pools.
+        progress: the display.
 
     Attributes:
         tokenizer: the model's.
@@ -51,11 +51,10 @@ class Engine:
         dtype: str = "float32",
         sizes: Sizes = SIZES,
         queue: int = 256,
-        cache: int = 1 << 30,
         progress: Progress | None = None,
     ) -> None:
         loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
-        self._bank, self._most = Bank(loaded, limit=cache), queue
+        self._bank, self._most = Bank(loaded), queue
         self._sizes = sizes = sizes.within(self._bank.model.config.context_length)
         self.tokenizer = loaded.tokenizer
         self._predictions = Predictions(loaded, progress or Progress())
