@@ -27,6 +27,7 @@ def serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.console import Progress
     from softprompt.pretrained.chat import read_chat_template
     from softprompt.serving.folders import find_tasks, task_folder
+    from softprompt.serving.http.aliases import check_arms
     from softprompt.serving.http.app import make_app
     from softprompt.serving.http.server import listen, make_server
 
@@ -39,6 +40,8 @@ def serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
             for name in find_tasks(settings.root):
                 progress.stage(f"load {name}")
                 engine.load(name, task_folder(settings.root, name))
+            for alias in settings.aliases.values():
+                check_arms(alias, alias.arms, [task.name for task in engine.tasks()])
             host, port = listener.getsockname()[:2]
             progress.say(f"{len(engine.tasks())} tasks at http://{host}:{port}")
         template = read_chat_template(arguments.model)
@@ -101,7 +104,12 @@ COMMANDS = {
             ),
             (
                 "--rows",
-                {"type": int, "default": 8, "help": "that run at once; others wait"},
+                {
+                    "type": int,
+                    "default": 8,
+                    "help": "of a pool; every kind of task has a pool for one task and one for "
+                    "mixed tasks, each of so many rows",
+                },
             ),
             ("--host", {"default": "127.0.0.1", "help": "another than loopback needs a key"}),
             ("--port", {"type": int, "default": 8000, "help": "0: any that is free"}),
@@ -125,7 +133,11 @@ COMMANDS = {
             ),
             (
                 "--max-input",
-                {"type": int, "default": 512, "help": "the most tokens of an input"},
+                {
+                    "type": int,
+                    "default": 512,
+                    "help": "the most tokens of an input, up to the model's context",
+                },
             ),
             (
                 "--max-tokens",

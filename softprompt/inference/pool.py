@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from softprompt.errors import UserError
 from softprompt.inference.pool_programs import (
     Choice,
     Grid,
@@ -29,8 +30,15 @@ SIZES = (32, 128, 512, 2048, 8192, 32768, 131072)  # what inputs and contexts ar
 
 
 def padded(length: int, sizes: Sequence[int] = SIZES) -> int:
-    """The smallest of the sizes, in ascending order, that is at least `length`; 0 for 0."""
-    return next(size for size in (0, *sizes) if size >= length)
+    """The smallest of the sizes, in ascending order, that is at least `length`; 0 for 0.
+
+    Raises:
+        UserError: none is.
+    """
+    for size in (0, *sizes):
+        if size >= length:
+            return size
+    raise UserError(f"an input or a context of {length} tokens; allowed: up to {sizes[-1]}")
 
 
 @dataclasses.dataclass(frozen=True)

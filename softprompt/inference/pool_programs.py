@@ -52,8 +52,8 @@ class Grid:
         rows: B, the rows of a lane.
         slots: S, for the tokens of a row's input.
         columns: N, for the tokens that a row generates.
-        together: inputs in one prefill. Fewer are padded to this number, because a row's rounding
-            would else depend on its company.
+        together: inputs in one prefill. Fewer are padded to this number, so that a row's rounding
+            does not depend on how many join with it.
     """
 
     lanes: int

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,44 +28,52 @@ from softprompt.methods.delta_file import load_delta
 from softprompt.models.decoder import Context, Decoder
 from softprompt.pretrained.loading import Loaded
 from softprompt.pretrained.tensor_files import open_file
+from softprompt.serving.placement import Kind, kind_of
 from softprompt.serving.requests import TaskInfo
 from softprompt.training.step import StepConfig, shared_part
 from softprompt.trials.convert import check_tasks, with_method
 from softprompt.trials.delta_shapes import check_fit
 from softprompt.trials.evaluate import check_trained
-from softprompt.trials.run import DELTA, read_config
+from softprompt.trials.run import CONFIG, DELTA, read_config
 
-DTYPES = ("F32", "F16", "BF16", "F64")  # of a delta's tensors
+DTYPES = ("F32", "F16", "F64")  # of a trial's tensors; an adapter's may be BF16 too
 MOST_BYTES = 1 << 30  # of a delta's file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """One version of a task: what computes its lane.
+    """A task as it was when it was loaded; loading it again makes another `Task`.
 
     Attributes:
         info: facts about it.
+        kind: tasks of one kind share pools.
         bos: its texts begin with BOS.
         folder: of a trial; None for the base model and for an adapter.
+        files: what `digest_files` gave when the trial was loaded.
         member: the name of the trial's task, if the trial has a prompt for each of several.
         make: computes the lane.
     """
 
     info: TaskInfo
+    kind: Kind
     bos: bool
     folder: Path | None
+    files: str
     member: str | None
     make: Callable[[], Lane]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A delta on the host, with the config of its method, and its file's size."""
+    """A delta on the host, with the config of its method, and its file's size.
+
+    `files` is what `digest_files` gives for a trial, and "" for an adapter.
+    """
 
     config: ConfigDict
     delta: dict[str, Any]
     size: int
-    trial: bool
+    files: str
 
 
 class Bank:
@@ -73,7 +81,7 @@ class Bank:
 
     Args:
         loaded: the frozen model, a decoder.
-        limit: bytes of the lanes that are kept.
+        limit: the most bytes of lanes to keep.
 
     Attributes:
         loaded: the frozen model.
@@ -93,7 +101,8 @@ class Bank:
         digest = _digest(loaded, {}, "base")
         info = TaskInfo("", "none", loaded.name, 0, 0, 0, time.time(), digest)
         bos = wants_bos("after", loaded.tokenizer)
-        self.base = Task(info, bos, None, None, lambda: jax.device_put(Lane(empty, {})))
+        lane = Lane(empty, {})
+        self.base = Task(info, kind_of(lane), bos, None, "", None, lambda: jax.device_put(lane))
 
     @property
     def bytes(self) -> int:
@@ -102,12 +111,14 @@ class Bank:
 
     def lane(self, task: Task) -> Lane:
         """The lane of a task, from the cache or computed."""
-        digest = task.info.digest
+        return self._lane(task.info.digest, task.make)
+
+    def _lane(self, digest: str, make: Callable[[], Lane]) -> Lane:
         with self._lock:
             if digest in self._lanes:
                 self._lanes.move_to_end(digest)
                 return self._lanes[digest]
-        lane = task.make()
+        lane = make()
         with self._lock:
             self._lanes[digest] = lane
             while self.bytes > self._limit and len(self._lanes) > 1:
@@ -126,11 +137,6 @@ class Bank:
         """
         stored = self._adapter(folder) if (folder / ADAPTER_CONFIG).exists() else self._run(folder)
         settings, names = method_settings(stored.config), members(stored.config)
-        if settings.trains_weights or not settings.trains:
-            raise UserError(
-                f"{folder}: method {settings.name!r} cannot be served; allowed: methods that train "
-                "something beside the weights"
-            )
         setup = Setup(
             sizes=self.loaded.config,
             tasks=len(names),
@@ -152,44 +158,51 @@ class Bank:
         settings = method_settings(stored.config)
         make = functools.partial(make_lane, self.loaded.weights, step, stored.delta, number)
         method = json.dumps([to_dict(stored.config)["method"], number], sort_keys=True)
+        digest = _digest(self.loaded, stored.delta, method)
+        lane = self._lane(digest, make)
         info = TaskInfo(
             name=name,
             kind=settings.name,
             model=self.loaded.name,
-            length=0,
+            length=int(lane.context.used or 0),
             bytes_file=stored.size,
-            bytes_cache=0,
+            bytes_cache=lane_bytes(lane),
             loaded_at=time.time(),
-            digest=_digest(self.loaded, stored.delta, method),
+            digest=digest,
         )
         bos = wants_bos(settings.bos, self.loaded.tokenizer) and not settings.begins_with_bos
         member = None if number is None else members(stored.config)[number].task.name
-        task = Task(info, bos, folder if stored.trial else None, member, make)
-        lane = self.lane(task)
-        length, size = int(lane.context.used or 0), lane_bytes(lane)
-        known = dataclasses.replace(info, length=length, bytes_cache=size)
-        return dataclasses.replace(task, info=known)
+        trial = folder if stored.files else None
+        return Task(info, kind_of(lane), bos, trial, stored.files, member, make)
 
     def _run(self, folder: Path) -> Stored:
         """A trial's selected delta."""
         config, file = read_config(folder), folder / DELTA
+        if config.model.tokenizer:
+            raise UserError(
+                f"{folder}: config key 'model.tokenizer' is {config.model.tokenizer!r}; allowed: "
+                f"'', the tokenizer of {self.loaded.name}"
+            )
+        settings = method_settings(config)
+        if settings.trains_weights or not settings.trains:
+            raise UserError(
+                f"{folder}: method {settings.name!r} cannot be served; allowed: methods that train "
+                "something beside the weights"
+            )
         check_trained(folder)
-        shapes = header(file)
-        if not method_settings(config).trains_weights:
-            check_fit(shapes, config, self.loaded.config, file=str(file))
-        else:
-            return Stored(config, {}, 0, True)
+        check_fit(header(file, DTYPES), config, self.loaded.config, file=str(file))
+        files = digest_files(folder)  # before the delta is read: a change meanwhile is noticed
         delta, origin = load_delta(file)
         self._check_weights(file, origin)
         check_finite(file, flatten_dict(delta, sep="/"))
-        return Stored(config, delta, file.stat().st_size, True)
+        return Stored(config, delta, file.stat().st_size, files)
 
     def _adapter(self, folder: Path) -> Stored:
         """A PEFT adapter's delta."""
         file = folder / TENSORS
         if not file.exists():
             raise UserError(f"{folder}: no {TENSORS}; adapters are read from safetensors only")
-        header(file)
+        header(file, (*DTYPES, "BF16"))
         adapter = read_adapter(folder)
         self._check_weights(file, adapter.provenance)
         delta, method = from_peft(adapter, self.loaded.config)
@@ -198,7 +211,7 @@ class Bank:
         config = with_method(config, method, adapter.provenance, file=str(folder))
         check_tasks(config, delta, file=str(folder))
         check_fit(delta, config, self.loaded.config, file=str(file))
-        return Stored(config, delta, file.stat().st_size, False)
+        return Stored(config, delta, file.stat().st_size, "")
 
     def _check_weights(self, file: Path, origin: Mapping[str, Any]) -> None:
         """Checks that a file was trained on the model's weights, if it says on which."""
@@ -231,20 +244,26 @@ def lane_bytes(lane: Lane) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(lane))
 
 
-def header(file: Path) -> dict[str, Any]:
+def header(file: Path, dtypes: Sequence[str]) -> dict[str, Any]:
     """The shapes in a safetensors file, which is not read further.
 
     Raises:
-        UserError: the file is too large, or has a tensor of another dtype than floats.
+        UserError: the file is too large, or has a tensor of another dtype than `dtypes`.
     """
     if (size := file.stat().st_size) > MOST_BYTES:
         raise UserError(f"{file} has {size:,} bytes; allowed: {MOST_BYTES:,}")
     tensors = open_file(file).tensors
     for path, (dtype, _) in tensors.items():
-        if dtype not in DTYPES:
-            raise UserError(f"{file}: {path} is {dtype}; allowed: {', '.join(DTYPES)}")
+        if dtype not in dtypes:
+            raise UserError(f"{file}: {path} is {dtype}; allowed: {', '.join(dtypes)}")
     shapes = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, (_, shape) in tensors.items()}
     return dict(unflatten_dict(shapes, sep="/"))
+
+
+def digest_files(folder: Path) -> str:
+    """Identifies the config and the delta that a trial's folder holds now."""
+    files = [file for file in (folder / CONFIG, folder / DELTA) if file.exists()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _digest(loaded: Loaded, delta: Any, method: str) -> str:

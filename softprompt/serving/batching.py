@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from softprompt.inference.pool import Draw, Joining, padded
 from softprompt.inference.pool_programs import Choice
 from softprompt.serving.bank import Bank, Task
-from softprompt.serving.placement import Kind, KindPools, Place, Sizes, kind_of
+from softprompt.serving.placement import Kind, KindPools, Place, Sizes
 from softprompt.serving.requests import Finish, OnEvent, Request, Token
 from softprompt.serving.text import TextStream
 
@@ -23,8 +23,9 @@ class Ticket:
     Attributes:
         stream: gives its tokens their texts.
         place: of its row; None while it waits.
-        made: its generated tokens.
-        cancelled: its caller has no more use for it.
+        made: how many tokens it has generated.
+        cancelled: its caller wants no more events.
+        finished: its `Finish` was sent.
     """
 
     request: Request
@@ -34,9 +35,10 @@ class Ticket:
     place: Place | None = None
     made: int = 0
     cancelled: bool = False
+    finished: bool = False
 
     def emit(self, event: Token | Finish) -> None:
-        """Calls the caller, who loses the row if the call raises an error."""
+        """Calls `on_event`; an error that it raises cancels the request."""
         try:
             self.on_event(event)
         except Exception:
@@ -63,20 +65,14 @@ class Batcher:
 
     def pools(self, task: Task) -> KindPools:
         """The pools of a task's kind, compiled for the first task of it."""
-        bank, lane = self._bank, self._bank.lane(task)
-        kind = kind_of(lane)
-        if kind not in self._kinds:  # rows of other kinds do not wait for the compiler
+        if task.kind not in self._kinds:  # rows of other kinds do not wait for the compiler
             with self._lock:
-                if kind not in self._kinds:
+                if task.kind not in self._kinds:
+                    bank, lane = self._bank, self._bank.lane(task)
                     made = KindPools(bank.model, bank.loaded.weights, lane, self._sizes)
-                    self._kinds = {**self._kinds, kind: made}  # another thread may read the old
-        return self._kinds[kind]
-
-    def scored(self, task: Task, ids: Sequence[int]) -> Choice:
-        """See `TextScores`."""
-        scores = self.pools(task).scores
-        assert scores is not None, "an engine with these sizes scores no texts"
-        return scores(self._bank.lane(task), ids)
+                    # A new dict, because other threads may read the old one.
+                    self._kinds = {**self._kinds, task.kind: made}
+        return self._kinds[task.kind]
 
     def join(self, waiting: Sequence[Ticket]) -> list[Ticket]:
         """Runs the inputs of requests, oldest first, within the budget; returns the others."""
@@ -87,11 +83,12 @@ class Batcher:
             size = padded(len(ticket.request.tokens))
             if ticket.cancelled:
                 self.finish(ticket, "cancelled")
-            elif not ticket.request.max_new:
-                self._echo(ticket)
-                self.finish(ticket, "length")
             elif size > budget and budget < PREFILL:
                 left.append(ticket)
+            elif not ticket.request.max_new:
+                budget -= size
+                self._echo(ticket)
+                self.finish(ticket, "length")
             elif place := self._place(ticket, demand, taking):
                 ticket.place, budget = place, budget - size
                 batches.setdefault((id(place.pool), size), []).append(ticket)
@@ -119,7 +116,10 @@ class Batcher:
                     self._take(ticket, Choice(*(field[ticket.place.slot] for field in choice)))
 
     def finish(self, ticket: Ticket, reason: str, error: str = "") -> None:
-        """Frees a request's row, and reports its end."""
+        """Frees a request's row, and reports its end, once."""
+        if ticket.finished:
+            return
+        ticket.finished = True
         if ticket.place is not None:
             ticket.place.pool.leave(ticket.place.slot)
             ticket.place = None
@@ -177,7 +177,9 @@ class Batcher:
         request, stream = ticket.request, TextStream(self._bank.loaded.tokenizer)
         tokens = [Token(id_, "", math.nan) for id_ in request.tokens]
         if request.logprobs is not None and len(tokens) > 1:
-            scored = self.scored(ticket.task, request.tokens)
+            scores = self.pools(ticket.task).scores
+            assert scores is not None, "an engine with these sizes scores no texts"
+            scored = scores(self._bank.lane(ticket.task), request.tokens)
             each = (Choice(*(field[n] for field in scored)) for n in range(len(tokens) - 1))
             tokens[1:] = [_token(choice, request) for choice in each]
         for token in tokens:

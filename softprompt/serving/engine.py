@@ -1,9 +1,10 @@
 """Continuous batching: one thread runs the rows of all tasks; requests join and leave at any step.
 
-A pool's programs are compiled before a task of its kind can be used, so no request waits for a
-compiler.
+A pool's programs are compiled before a task of its kind can be used, so that no completion waits
+for the compiler. `predict` compiles at its first request.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.console import Progress
-from softprompt.errors import UserError, one_line, unknown
+from softprompt.errors import UserError, unknown
 from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.serving.bank import Bank, Task
 from softprompt.serving.batching import Batcher, Ticket
+from softprompt.serving.folders import NoTask
 from softprompt.serving.placement import Sizes
 from softprompt.serving.predictions import Predictions
-from softprompt.serving.requests import Busy, OnEvent, Request, TaskInfo
+from softprompt.serving.requests import Busy, OnEvent, Request, Stopped, TaskInfo
 from softprompt.serving.text import TextStream
 from softprompt.serving.validation import check_request
 
@@ -30,15 +32,16 @@ class Engine:
     Args:
         model: its name, see `load_model`; or the loaded model.
         dtype: of the weights and the computation.
-        sizes: of the pools.
+        sizes: of the pools; inputs and outputs may be no longer than the model's context.
         queue: the most requests that wait.
-        cache: bytes of keys and values that are kept, beside those in the pools.
+        progress: the display.
 
     Attributes:
         tokenizer: the model's.
 
     Raises:
-        UserError: see `load_model`; or the model is an encoder-decoder.
+        UserError: see `load_model`; the model is an encoder-decoder; or inputs are too long, see
+            `padded`.
     """
 
     def __init__(
@@ -48,11 +51,11 @@ class Engine:
         dtype: str = "float32",
         sizes: Sizes = SIZES,
         queue: int = 256,
-        cache: int = 1 << 30,
         progress: Progress | None = None,
     ) -> None:
         loaded = load_model(model, dtype=dtype) if isinstance(model, str) else model
-        self._bank, self._sizes, self._most = Bank(loaded, limit=cache), sizes, queue
+        self._bank, self._most = Bank(loaded), queue
+        self._sizes = sizes = sizes.within(self._bank.model.config.context_length)
         self.tokenizer = loaded.tokenizer
         self._predictions = Predictions(loaded, progress or Progress())
         self._batcher = Batcher(self._bank, sizes)
@@ -60,7 +63,7 @@ class Engine:
         self._tasks = {"": self._bank.base}
         self._queue: deque[Ticket] = deque()
         self._wake, self._loading = threading.Condition(), threading.Lock()
-        self._closed, self._error = False, ""
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -68,21 +71,33 @@ class Engine:
         """Queues a request. `on_event` is called in the engine's thread and must not wait.
 
         Raises:
-            UserError: an unknown task, or a value that is not allowed.
+            UserError: see `check`.
             Busy: the queue is full.
+            Stopped: the engine has stopped.
         """
-        task = self._task(request.task)
-        config, sizes = self._bank.model.config, self._sizes
-        check_request(request, config, sizes, context=task.info.length)
-        stream = TextStream(self.tokenizer, request.stop)
+        task = self.check(request)
+        stream = TextStream(self.tokenizer, request.stop, before=request.tokens)
         ticket = Ticket(request, on_event, task, stream)
         with self._wake:
-            self._check_open()
+            if self._closed:
+                raise Stopped("the engine has stopped")
             if len(self._queue) >= self._most:
                 raise Busy(f"{len(self._queue)} requests wait; allowed: {self._most}")
             self._queue.append(ticket)
             self._wake.notify()
         return ticket
+
+    def check(self, request: Request) -> Task:
+        """Checks a request without submitting it; returns its task.
+
+        Raises:
+            NoTask: its task is not loaded.
+            UserError: a value is not allowed.
+        """
+        task = self._task(request.task)
+        config, sizes = self._bank.model.config, self._sizes
+        check_request(request, config, sizes, context=task.info.length)
+        return task
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request, with the event `Finish("cancelled", ...)`; none if it has finished."""
@@ -98,7 +113,7 @@ class Engine:
         """What the inputs of a task begin with: BOS or nothing.
 
         Raises:
-            UserError: an unknown task.
+            NoTask: the task is not loaded.
         """
         bos_id = self.tokenizer.bos_id
         return (bos_id,) if self._task(task).bos and bos_id is not None else ()
@@ -126,16 +141,16 @@ class Engine:
         """Forgets a task; its rows finish.
 
         Raises:
-            UserError: an unknown task.
+            NoTask: it is not loaded.
         """
         with self._loading, self._wake:
             left = self._without(name)
             if not name or len(left) == len(self._tasks):
-                raise unknown("task", name, [info.name for info in self.tasks()])
+                raise self._no_task(name)
             self._tasks = left
 
     def ready(self) -> bool:
-        """Whether requests are served."""
+        """Whether the engine's thread runs."""
         return self._thread.is_alive() and not self._closed
 
     def stats(self) -> dict[str, float]:
@@ -143,30 +158,12 @@ class Engine:
         now = {"queue": len(self._queue), "running": len(self._batcher.running)}
         return {**now, **self._batcher.counts, "cache_bytes": self._bank.bytes}
 
-    def score(
-        self, task: str, prompt: Sequence[int], candidates: Sequence[Sequence[int]]
-    ) -> list[float]:
-        """The log-likelihood of each candidate after a prompt, in nats.
-
-        Raises:
-            UserError: an unknown task, an empty prompt or candidate, or one that is too long.
-        """
-        found, sums = self._task(task), []
-        for candidate in candidates:
-            text = (*prompt, *candidate)
-            request = Request(task, text, 0, logprobs=0, echo=True)
-            if not prompt or not candidate:
-                raise UserError("the prompt or a candidate has no tokens; allowed: 1 and more")
-            check_request(request, self._bank.model.config, self._sizes, context=found.info.length)
-            scored = self._batcher.scored(found, text)
-            sums.append(float(scored.logprobs[len(prompt) - 1 :].astype(float).sum()))
-        return sums
-
     def predict(self, task: str, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Answers texts with a trial's own template, as `softprompt predict` does.
 
         Raises:
-            UserError: an unknown task, or one without a template; see `Answering.predict`.
+            NoTask: the task is not loaded.
+            UserError: it has no template; see `Answering.predict`.
         """
         return self._predictions(self._task(task), texts)
 
@@ -178,10 +175,12 @@ class Engine:
         self._thread.join()
 
     def _task(self, name: str) -> Task:
-        tasks = self._tasks
-        if name not in tasks:
-            raise unknown("task", name, [one for one in tasks if one])
-        return tasks[name]
+        if (task := self._tasks.get(name)) is None:
+            raise self._no_task(name)
+        return task
+
+    def _no_task(self, name: str) -> NoTask:
+        return NoTask(str(unknown("task", name, [info.name for info in self.tasks()])))
 
     def _without(self, name: str) -> dict[str, Task]:
         """The tasks but the one of this name, or those of a trial with several prompts."""
@@ -191,13 +190,10 @@ class Engine:
             if one != name and not (task.member and one == f"{name}:{task.member}")
         }
 
-    def _check_open(self) -> None:
-        if self._closed or self._error:
-            raise UserError(f"the engine has stopped{': ' if self._error else ''}{self._error}")
-
     def _run(self) -> None:
         """The thread: joins waiting requests and steps all pools with rows, until it is closed."""
         batcher, waiting = self._batcher, list[Ticket]()
+        reason, error = "cancelled", ""
         try:
             while True:
                 with self._wake:
@@ -210,11 +206,11 @@ class Engine:
                     came = list(self._queue)[len(waiting) :]
                     self._queue = deque([*left, *came])
                 batcher.step()
-            reason = "cancelled"
-        except Exception as error:
-            self._error, reason = f"{type(error).__name__}: {one_line(error)}", "error"
+        except Exception:  # its text is for the log, not for clients
+            logging.exception("the engine's thread ends")
+            reason, error = "error", "the engine has stopped; its log says why"
         with self._wake:
             self._closed, rest = True, [*batcher.running, *self._queue]
             self._queue.clear()
         for ticket in rest:
-            batcher.finish(ticket, reason, self._error)
+            batcher.finish(ticket, reason, error)

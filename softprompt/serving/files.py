@@ -61,6 +61,9 @@ def _line(file: Path, number: int, text: str) -> Line:
         if type(value) not in types:
             named = " or ".join(one.__name__ for one in types)
             raise UserError(f"{file}, line {number}: {field} is {value!r}; allowed: {named}")
+    if not all(isinstance(one, str) and one for one in record.get("stop", [])):
+        allowed = "a list of texts that are not empty"
+        raise UserError(f"{file}, line {number}: stop is {record['stop']!r}; allowed: {allowed}")
     return Line(number, record)
 
 
@@ -156,7 +159,7 @@ def answers(
     ahead: int,
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """The answers to lines, in order.
+    """The answers to lines, in order. All lines are checked before the first is submitted.
 
     Args:
         engine: that generates.
@@ -168,16 +171,19 @@ def answers(
     Raises:
         UserError: a line's value is not allowed.
     """
+    requests = []
+    for line, ids in lines:
+        try:
+            requests.append((line, request_of(line, ids, engine, defaults)))
+            engine.check(requests[-1][1])
+        except UserError as error:
+            raise UserError(f"line {line.number}: {error}") from error
     pending: list[tuple[Line, Answer]] = []
-    left = iter(lines)
+    left = iter(requests)
     for done in range(len(lines)):
-        for line, ids in left:
-            answer = Answer()
-            try:
-                engine.submit(request_of(line, ids, engine, defaults), answer.take)
-            except UserError as error:
-                raise UserError(f"line {line.number}: {error}") from error
-            pending.append((line, answer))
+        for line, request in left:
+            pending.append((line, Answer()))
+            engine.submit(request, pending[-1][1].take)
             if len(pending) >= ahead:
                 break
         line, answer = pending.pop(0)

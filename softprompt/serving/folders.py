@@ -11,7 +11,7 @@ MARKS = ("delta.safetensors", "adapter_config.json")  # a trial's folder, a PEFT
 
 
 class NoTask(UserError):
-    """There is no task of a name."""
+    """No task of this name is loaded, or has a folder."""
 
 
 def find_tasks(root: Path) -> list[str]:

@@ -43,6 +43,10 @@ class Sizes:
     together: int = 1
     scores: bool = True
 
+    def within(self, context: int) -> "Sizes":
+        """The sizes, with inputs and outputs of at most `context` tokens, the model's."""
+        return dataclasses.replace(self, input=min(self.input, context), new=min(self.new, context))
+
 
 class Place(NamedTuple):
     """A slot of a pool."""
@@ -63,10 +67,10 @@ class KindPools:
         if not like.context.slots and not jax.tree.leaves(like.variables):
             lanes = [1]  # lanes without content need not be told apart
         else:
-            lanes = [1, sizes.rows] if sizes.lanes is None else [sizes.lanes]
+            lanes = sorted({1, sizes.rows}) if sizes.lanes is None else [sizes.lanes]
         rest = sizes.input, max(sizes.new - 1, 1), sizes.together  # the last token is not run
         self.pools = [Pool(model, weights, like, Grid(n, sizes.rows // n, *rest)) for n in lanes]
-        most = sizes.input + sizes.new
+        most = min(sizes.input + sizes.new, model.config.context_length)
         self.scores = TextScores(model, weights, like, most) if sizes.scores else None
         self._held: dict[tuple[int, int], str] = {}  # pool's index and lane -> the task's digest
 

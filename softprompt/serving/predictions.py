@@ -11,7 +11,7 @@ from softprompt.config import to_dict
 from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.pretrained.loading import Loaded
-from softprompt.serving.bank import Task
+from softprompt.serving.bank import Task, digest_files
 from softprompt.trials.evaluate import Answering, on_this_machine
 from softprompt.trials.run import read_config
 from softprompt.trials.session import Session
@@ -35,12 +35,17 @@ class Predictions:
         """See `Answering.predict`.
 
         Raises:
-            UserError: the task is not a trial.
+            UserError: the task is not a trial, or its folder has changed since it was loaded.
         """
         if task.folder is None:
             raise UserError(f"task {task.info.name!r} has no template; allowed: a trial")
         with self._lock:
             if task not in self._answering:
+                if digest_files(task.folder) != task.files:
+                    raise UserError(
+                        f"task {task.info.name!r}: its folder has changed since it was loaded; "
+                        "load it again"
+                    )
                 config = on_this_machine(read_config(task.folder))
                 if self._same_weights(config):
                     self._session.keep(config, self._loaded)
@@ -51,7 +56,6 @@ class Predictions:
 
     def _same_weights(self, config: Any) -> bool:
         """Whether a trial's config names the engine's model as it is loaded."""
-        section, model = to_dict(config.model), self._loaded.model
-        ours = {"name": self._loaded.name, "dtype": model.dtype.name, "quantize": "none"}
-        same = all(section[key] == value for key, value in ours.items())
-        return same and not section["revision"] and jax.device_count() == 1
+        name, dtype = self._loaded.name, self._loaded.model.dtype.name
+        ours = {"name": name, "dtype": dtype, "revision": "", "quantize": "none", "tokenizer": ""}
+        return to_dict(config.model) == ours and jax.device_count() == 1

@@ -10,6 +10,10 @@ class Busy(UserError):
     """The queue of requests is full; the caller may try again later."""
 
 
+class Stopped(UserError):
+    """The engine was closed, or an error ended its thread."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One completion.
@@ -47,8 +51,8 @@ class Token:
     Attributes:
         id: of the token.
         text: what the token adds to the decoded output; "" while a character is incomplete.
-        logprob: log-probability of the model, before temperature and top-k; NaN for an echoed token
-            without logprobs, and for the first token of a text.
+        logprob: log-probability of the model, before temperature, top-k and top-p; NaN for the
+            first token of a text, and for echoed tokens if the request's `logprobs` is None.
         top: the most likely tokens (id, log-probability), as many as the request's `logprobs`.
     """
 
@@ -87,8 +91,8 @@ class TaskInfo:
         kind: the method that trained it.
         model: the frozen model's name.
         length: P, the positions of its context.
-        bytes_file: of its file.
-        bytes_cache: of its keys and values.
+        bytes_file: size of the file with its delta.
+        bytes_cache: size of its context's keys and values, and of the variables that rows read.
         loaded_at: seconds since 1970.
         digest: of its delta, the weights and the dtype.
     """

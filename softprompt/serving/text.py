@@ -7,6 +7,7 @@ from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.serving.requests import Token
 
 INCOMPLETE = "\ufffd"  # what part of a character decodes to
+BEFORE = 5  # tokens of the input with which an output is decoded
 
 
 class TextStream:
@@ -16,14 +17,25 @@ class TextStream:
     beginning of a stop text. The texts of all tokens together are the decoded output, cut before
     the first stop text.
 
+    Args:
+        tokenizer: of the model.
+        stop: the stop texts.
+        before: the input's ids: some tokenizers drop a space at a text's beginning, and an output
+            is not the beginning.
+
     Attributes:
         stopped: a stop text was found.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._decode, self._stop = tokenizer.decode, [text for text in stop if text]
-        self._ids: list[int] = []
-        self._first = self._read = 0  # ids before `_read` have their text; `_first` is before it
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
+        self._decode, self._stop = tokenizer.decode, stop
+        self._ids = list(before[-BEFORE:])
+        while INCOMPLETE in self._decode(self._ids):  # they begin within a character
+            del self._ids[0]
+        # Ids before `_read` have their text; those from `_first` on are decoded with new ones.
+        self._first, self._read = 0, len(self._ids)
         self._withheld: list[Token] = []
         self.stopped = False
 
@@ -51,10 +63,7 @@ class TextStream:
         return released
 
     def _added(self) -> str | None:
-        """The text of the ids since `_read`; None if its last character is incomplete.
-
-        Some tokens before it are decoded too: some tokenizers drop a space at a text's beginning.
-        """
+        """The text of the ids since `_read`; None if its last character is incomplete."""
         text = self._decode(self._ids[self._first :])
         if text.endswith(INCOMPLETE):
             return None

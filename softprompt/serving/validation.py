@@ -45,6 +45,8 @@ def check_request(request: Request, model: DecoderConfig, sizes: Sizes, *, conte
     _check(request, "top_k", _is_int(request.top_k, 0, 2**31 - 1), "0 (all) or more")
     _check(request, "top_p", 0 < request.top_p <= 1, "above 0, up to 1")
     _check(request, "seed", _is_int(request.seed, 0, 2**32 - 1), "0 to 4294967295")
+    texts = all(isinstance(text, str) and text for text in request.stop)
+    _check(request, "stop", texts, "texts that are not empty")
     known = request.logprobs is None or _is_int(request.logprobs, 0, ALTERNATIVES)
     _check(request, "logprobs", known, f"0 to {ALTERNATIVES}, or none")
 

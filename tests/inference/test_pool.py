@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from experiments.serving_tasks import reference_logprobs
+from softprompt.errors import UserError
 from softprompt.inference.decode import generate
-from softprompt.inference.pool import Draw, Joining, Pool
+from softprompt.inference.pool import Draw, Joining, Pool, padded
 from softprompt.inference.pool_programs import Grid, Lane, pad_context
 from softprompt.inference.sampling import sampling
 from softprompt.models.decoder import Context
@@ -123,6 +124,13 @@ def test_an_empty_context_is_a_pool_too(x64):
     lane = Lane(pad_context(empty, 0), {})
     made = run(Pool(model, weights, lane, Grid(2, 1, 32, 12)), [0] * 8, [lane])
     assert [token for token, _ in made[3]] == alone(model, weights, empty, 3)
+
+
+def test_what_no_size_holds_is_named():
+    """Mutation: `next` without a default, whose StopIteration is a traceback."""
+    assert [padded(length) for length in (0, 1, 32, 33)] == [0, 32, 32, 128]
+    with pytest.raises(UserError, match="131073 tokens; allowed: up to 131072"):
+        padded(131073)
 
 
 def test_what_a_row_leaves_behind_is_finite(x64):

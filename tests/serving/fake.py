@@ -14,6 +14,7 @@ from pathlib import Path
 
 from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer, byte_backend
+from softprompt.serving.folders import NoTask
 from softprompt.serving.requests import Busy, Finish, Request, TaskInfo, Token
 
 LETTERS = range(3 + 97, 3 + 123)  # ids of a to z: a byte's token is its value plus 3
@@ -47,7 +48,8 @@ class FakeEngine:
         return self._names[name]
 
     def unload(self, name):
-        del self._names[name]
+        if self._names.pop(name, None) is None:
+            raise NoTask(f"no task {name!r}")
 
     def opening(self, task):
         return ()

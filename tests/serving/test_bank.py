@@ -5,15 +5,20 @@ import json
 import jax
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
 from experiments.serving_tasks import make_task
+from softprompt.config import base_config, set_key
+from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.interchange.adapter_files import write_adapter
 from softprompt.interchange.peft import to_peft
 from softprompt.methods.delta_file import load_delta
 from softprompt.serving import bank as bank_module
 from softprompt.serving.bank import Bank, lane_bytes
+from softprompt.serving.predictions import Predictions
+from softprompt.trials.run import read_config
 from tests.serving.conftest import METHODS
 
 
@@ -50,7 +55,8 @@ def changed(folder, change):
     [
         ({"prompt": np.full((3, 48), np.nan, np.float32)}, "prompt: 144 of 144 are not finite"),
         ({"prompt": np.zeros((4, 48), np.float32)}, "prompt .4, 48. does not fit"),
-        ({"prompt": np.zeros((3, 48), np.int32)}, "prompt is I32; allowed: F32"),
+        ({"prompt": np.zeros((3, 48), np.int32)}, "prompt is I32; allowed: F32, F16, F64"),
+        ({"prompt": np.zeros((3, 48), bfloat16)}, "prompt is BF16; allowed: F32, F16, F64"),
         ({"more": np.zeros(2, np.float32)}, "more .2. does not fit"),
         ({"origin": {"fingerprint": "other"}}, "was trained on weights other"),
     ],
@@ -75,6 +81,30 @@ def test_full_fine_tuning_is_refused(tiny_loaded, tmp_path):
     folder = make_task(tmp_path / "full", tiny_loaded, seed=0, name="full")
     with pytest.raises(UserError, match="method 'full' cannot be served"):
         Bank(tiny_loaded).read("full", folder)
+
+
+def test_another_tokenizer_is_refused(tiny_loaded, tmp_path, monkeypatch):
+    """Mutations: a trial's ids are read as the engine's tokenizer spells them; `predict` of a
+    trial with another tokenizer takes the engine's model.
+    """
+    config = base_config().copy_and_resolve_references()
+    set_key(config, "model.tokenizer", "other/words")
+    folder = make_task(tmp_path / "task", tiny_loaded, seed=3, config=config, **METHODS["short"])
+    with pytest.raises(UserError, match="'model.tokenizer' is 'other/words'"):
+        Bank(tiny_loaded).read("task", folder)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config, predictions = read_config(folder), Predictions(tiny_loaded, Progress())
+    assert not predictions._same_weights(config)
+    set_key(config, "model.tokenizer", "")
+    assert predictions._same_weights(config)
+
+
+def test_predict_answers_with_the_loaded_version(tiny_loaded, folder):
+    """Mutation: the folder is read at the first prediction, whatever it holds by then."""
+    (task,) = Bank(tiny_loaded).read("task", folder)
+    changed(folder, {"prompt": np.ones((3, 48), np.float32)})
+    with pytest.raises(UserError, match="'task': its folder has changed since it was loaded"):
+        Predictions(tiny_loaded, Progress())(task, ["a text"])
 
 
 def test_the_cache_keeps_the_last_used(tiny_loaded, task_root):

@@ -2,6 +2,8 @@
 
 import functools
 import threading
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -10,10 +12,19 @@ import pytest
 from experiments.serving_tasks import alone, make_task, reference_logprobs
 from softprompt.errors import UserError
 from softprompt.inference.decode import generate
+from softprompt.inference.pool import Pool
+from softprompt.inference.pool_programs import Grid
 from softprompt.methods.delta_file import load_delta, save_delta
+from softprompt.serving import batching, placement
+from softprompt.serving import engine as engine_module
+from softprompt.serving.bank import Bank
+from softprompt.serving.batching import Batcher, Ticket
 from softprompt.serving.engine import Engine
-from softprompt.serving.placement import Sizes
-from softprompt.serving.requests import Busy, Request
+from softprompt.serving.folders import NoTask
+from softprompt.serving.http.errors import status_of
+from softprompt.serving.placement import KindPools, Sizes
+from softprompt.serving.requests import Busy, Request, Stopped
+from softprompt.serving.text import TextStream
 from tests.matrix import matrix
 from tests.serving.conftest import METHODS, Asked
 
@@ -70,10 +81,26 @@ def test_one_task_moves_to_a_pool_of_its_own(engine, tiny_loaded, task_root):
     assert pools[0]._lanes is not None  # allocated when it was first used
 
 
-def test_echo_and_scores(engine, tiny_loaded, task_root):
-    """Mutation: an echoed token has the log-probability of the next one; the sum leaves out the
-    candidate's first token.
+def test_one_row_is_one_pool_and_no_size_is_beyond_the_context(tiny_loaded, monkeypatch):
+    """Mutations: two equal pools with `rows=1`; inputs, outputs, or both together longer than the
+    model's context.
     """
+    made, context = [], tiny_loaded.config.context_length
+    monkeypatch.setattr(placement, "Pool", lambda *a: made.append(a[-1]) or SimpleNamespace())
+    monkeypatch.setattr(placement, "TextScores", lambda *a: made.append(a[-1]))
+    like = SimpleNamespace(context=SimpleNamespace(slots=3), variables={})
+    sizes = Sizes(rows=1, input=200_000, new=200_000).within(context)
+    KindPools(tiny_loaded.model, tiny_loaded.weights, like, sizes)
+    assert made == [Grid(1, 1, context, context - 1), context]
+    batcher = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(engine_module, "Batcher", batcher)
+    with pytest.raises(InterruptedError):
+        Engine(tiny_loaded, sizes=Sizes(rows=1, input=200_000, new=200_000))
+    assert batcher.call_args.args[1] == sizes
+
+
+def test_echo_and_scores(engine, tiny_loaded, task_root):
+    """Mutation: an echoed token has the log-probability of the next one."""
     tokens = inputs(1)[0] + (7, 8, 9)
     asked = Asked(engine, Request("long", tokens, 0, logprobs=2, echo=True)).wait()
     shared = alone(tiny_loaded, task_root / "long")
@@ -82,10 +109,29 @@ def test_echo_and_scores(engine, tiny_loaded, task_root):
     assert np.isnan(asked.tokens[0].logprob)
     np.testing.assert_allclose([t.logprob for t in asked.tokens[1:]], found, atol=1e-4)
     assert all(len(token.top) == 2 for token in asked.tokens[1:])
-    sums = engine.score("long", tokens[:-3], [tokens[-3:], tokens[-3:-1]])
-    np.testing.assert_allclose(sums, [sum(found[-3:]), sum(found[-3:-1])], atol=1e-3)
     text = "".join(token.text for token in asked.tokens)
     assert text == tiny_loaded.tokenizer.decode(tokens)
+    assert asked.ticket.stream._ids[-3:] == [7, 8, 9]  # an output's text continues the input's
+
+
+def test_a_waiting_request_computes_no_lane(engine, monkeypatch):
+    """Mutation: the pools are looked up by the lane, which is computed again when it was evicted,
+    at every step and for every request that waits.
+    """
+    asked, lane = [], engine._bank.lane
+    monkeypatch.setattr(engine._bank, "lane", lambda task: (asked.append(task), lane(task))[1])
+    many = [Asked(engine, Request(name, (5, 6), 9)) for name in ("short", "long") * 6]
+    assert [one.wait().end.reason for one in many] == ["length"] * 12
+    assert len(asked) <= 12
+
+
+def test_inputs_that_are_only_scored_keep_to_the_budget(tiny_loaded, monkeypatch):
+    """Mutation: such an input costs nothing, or is run before the budget is looked at."""
+    monkeypatch.setattr(batching, "PREFILL", 64)
+    bank = Bank(tiny_loaded)
+    request, stream = Request("", (5, 6), 0, echo=True), TextStream(tiny_loaded.tokenizer)
+    tickets = [Ticket(request, print, bank.base, stream) for _ in range(5)]
+    assert Batcher(bank, Sizes()).join(tickets) == tickets[2:]
 
 
 def test_draws_depend_on_the_seed_alone(engine):
@@ -119,8 +165,10 @@ def test_rows_finish_on_the_old_version(engine, tiny_loaded, task_root, tmp_path
         engine.load("changing", tmp_path / "none")
     assert Asked(engine, request).wait().ids == after.ids
     engine.unload("changing")
-    with pytest.raises(UserError, match="unknown task 'changing'"):
-        engine.submit(request, print)
+    for late in (lambda: engine.submit(request, print), lambda: engine.unload("changing")):
+        with pytest.raises(NoTask, match="unknown task 'changing'") as raised:
+            late()  # also of a task that is unloaded while its request is read
+        assert status_of(raised.value) == 404
 
 
 def test_a_cancelled_request_frees_its_row(engine):
@@ -184,6 +232,7 @@ def test_bad_requests_and_a_full_queue(engine, tiny_loaded):
         (Request("", tokens, 3, top_p=0), "top_p is 0"),
         (Request("", tokens, 3, seed=-1), "seed is -1"),
         (Request("", tokens, 3, logprobs=6), "logprobs is 6; allowed: 0 to 5"),
+        (Request("", tokens, 3, stop=("",)), "stop is "),
     ]:
         with pytest.raises(UserError, match=field.replace("(", r"\(")):
             engine.submit(request, print)
@@ -218,6 +267,29 @@ def test_stop_texts_and_eos_end_a_row(engine, tiny_loaded):
     assert (ended.end.reason, ended.end.completion_tokens) == ("stop", len(ended.ids))
 
 
+def test_a_thread_that_dies_ends_every_request_once(tiny_loaded, monkeypatch, caplog):
+    """Mutations: a request that has finished, or that runs, is finished again; the error's text
+    reaches clients, or the log has no traceback; a stopped engine blames the request.
+    """
+    engine = Engine(tiny_loaded, sizes=Sizes(rows=2, input=20, new=9, scores=False))
+
+    def fail(pool, rows):
+        raise RuntimeError("an internal text")
+
+    monkeypatch.setattr(Pool, "join", fail)
+    with engine._wake:  # so that both are joined at once
+        echoed = Asked(engine, Request("", (5, 6), 0, echo=True))
+        joined = Asked(engine, Request("", (5, 6), 3))
+    engine._thread.join(60)
+    assert (echoed.wait().end.reason, joined.wait().end.reason) == ("length", "error")
+    assert engine.stats()["requests"] == 2
+    assert "an internal text" not in joined.end.error
+    assert "Traceback" in caplog.text and "an internal text" in caplog.text
+    with pytest.raises(Stopped) as raised:
+        engine.submit(Request("", (5, 6), 3), print)
+    assert status_of(raised.value) == 503
+
+
 def test_closing_cancels_what_is_left(tiny_loaded):
     """Mutation: `close` waits for all rows, or leaves their callers without an event."""
     engine = Engine(tiny_loaded, sizes=Sizes(rows=2, input=20, new=9, scores=False))
@@ -225,5 +297,5 @@ def test_closing_cancels_what_is_left(tiny_loaded):
     engine.close()
     assert made[-1].wait().end.reason == "cancelled"
     assert not engine.ready()
-    with pytest.raises(UserError, match="stopped"):
+    with pytest.raises(Stopped):
         engine.submit(Request("", (5, 6), 9), print)

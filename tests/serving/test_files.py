@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,8 @@ from softprompt import cli
 from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.serving import engine as engine_module
-from softprompt.serving.files import finished_lines, read_lines
+from softprompt.serving.files import Line, answers, finished_lines, read_lines
+from softprompt.serving.requests import Request
 
 LINES = [
     {"task": "short", "input": "Review: a warm film", "max_new": 7},
@@ -85,6 +87,7 @@ def test_a_killed_command_goes_on(tiny_loaded, task_root, tmp_path):
         ('{"task": "short"}', "line 2: allowed: an object with the text field 'input'"),
         ('{"input": "a", "n": 2}', "line 2: field 'n'; allowed: task, input"),
         ('{"input": "a", "max_new": "2"}', "line 2: max_new is '2'; allowed: int"),
+        ('{"input": "a", "stop": [1]}', "line 2: stop is .1.; allowed: a list of texts"),
     ],
 )
 def test_bad_lines(tmp_path, line, message):
@@ -93,6 +96,20 @@ def test_bad_lines(tmp_path, line, message):
     file.write_text('{"input": "a"}\n' + line + "\n")
     with pytest.raises(UserError, match=message):
         read_lines(file)
+
+
+def test_all_lines_are_checked_before_the_first_is_submitted():
+    """Mutation: a line is checked when it is submitted, after answers were written."""
+
+    def check(request):
+        if request.temperature < 0:
+            raise UserError(f"temperature is {request.temperature}")
+
+    engine = SimpleNamespace(check=check, opening=lambda task: ())  # it cannot submit
+    records = [{"input": "a"}, {"input": "a", "temperature": -1}]
+    lines = [(Line(number, record), [5, 6]) for number, record in enumerate(records, 1)]
+    with pytest.raises(UserError, match="line 2: temperature is -1"):
+        next(answers(engine, lines, Request("", (), 5), ahead=1, progress=None))
 
 
 def test_a_text_may_hold_characters_that_end_lines(tmp_path):

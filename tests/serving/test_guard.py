@@ -167,17 +167,47 @@ def test_a_client_that_leaves_frees_its_rows(stream):
 
 
 def test_a_request_that_takes_too_long_is_ended():
-    """Breaks when a request has no deadline: drop `timeout` in `Guard._run`."""
+    """Breaks when a request has no deadline, or its client asks again: drop `timeout`, or `retry`,
+    in `Guard._run`.
+    """
     engine = FakeEngine(["short"], pause=0.01)
     with fake_app(engine=engine, seconds=0.3) as (app, _):
         whole = post(app, "/v1/completions", ASK | {"max_tokens": 512})
         assert whole.status_code == 503
+        assert whole.headers["x-should-retry"] == "false"  # else OpenAI's clients ask twice more
+        assert "retry-after" not in whole.headers
         assert whole.json()["error"]["type"] == "server_error"
         streamed = post(app, "/v1/completions", ASK | {"max_tokens": 512, "stream": True})
         *parts, last = streamed.text.strip().split("\n\n")
         assert len(parts) > 5
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
         assert engine.running == {}
+
+
+def test_completions_do_not_wait_for_predictions():
+    """Breaks when predictions, which load and compile, take the threads that tokenise: run them in
+    `service.threads`.
+    """
+    go = threading.Event()
+    with fake_app() as (app, engine):
+        engine.predict = lambda task, texts: [go.wait(20)]
+
+        async def ask():
+            transport = httpx2.ASGITransport(app)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as one:
+                path = "/v1/tasks/short/predict"
+                predicting = [
+                    asyncio.create_task(one.post(path, json={"inputs": ["x"]})) for _ in range(8)
+                ]
+                await asyncio.sleep(0.1)
+                try:
+                    answer = await asyncio.wait_for(one.post("/v1/completions", json=ASK), 5)
+                finally:
+                    go.set()
+                return answer, await asyncio.gather(*predicting)
+
+        answer, predicted = asyncio.run(ask())
+        assert {one.status_code for one in (answer, *predicted)} == {200}
 
 
 def test_an_error_of_the_engine_reaches_the_client():
@@ -214,6 +244,22 @@ def test_metrics_count_requests_by_route_not_by_path():
     assert "softprompt_engine_rows 0.0" in lines
 
 
+def test_the_first_token_is_a_generated_one():
+    """Breaks when an echoed token is timed, or the end of a row that has none."""
+
+    def counted(app, **body):
+        post(app, "/v1/completions", ASK | body)
+        lines = call(app, "GET", "/metrics").text.splitlines()
+        name = "softprompt_first_token_seconds_count "
+        return next(float(line.split()[1]) for line in lines if line.startswith(name))
+
+    with fake_app() as (app, engine):
+        assert counted(app, echo=True, max_tokens=0, prompt="abc") == 0
+        assert counted(app, echo=True, max_tokens=2, prompt=["abc", "d"]) == 2
+        engine._step = lambda ticket, request, made, on_event: fail(engine, ticket, on_event)
+        assert counted(app) == 2
+
+
 def test_metrics_count_compilations():
     """Breaks when JAX's event has another name: `COMPILED = "compile"`."""
 
@@ -228,7 +274,7 @@ def test_metrics_count_compilations():
 
 
 def test_ready_waits_for_the_engine():
-    """Breaks when `/ready` says yes before every program is compiled."""
+    """Breaks when `/ready` says yes though the engine's thread has ended."""
     with fake_app() as (app, engine):
         engine.is_ready = False
         assert call(app, "GET", "/ready").status_code == 503

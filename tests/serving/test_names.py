@@ -7,10 +7,12 @@ import os
 import httpx2
 import pytest
 
+from softprompt import cli
 from softprompt.errors import UserError
 from softprompt.serving.folders import NoTask, find_tasks, task_folder
 from softprompt.serving.http.aliases import check_aliases, parse_alias
 from softprompt.serving.http.errors import status_of
+from tests.serving.fake import FakeEngine
 from tests.serving.http import ADMIN_KEY, bearer, call, fake_app, post
 
 
@@ -134,6 +136,14 @@ def test_aliases_have_names_of_their_own_and_arms_that_exist():
     twice = [parse_alias("best=a:1"), parse_alias("best=b:1")]
     with pytest.raises(UserError, match="taken"):
         check_aliases(twice, ["model", "a", "b"])
+
+
+def test_an_arm_that_no_trial_has_ends_the_command(root, monkeypatch, capsys):
+    """Breaks when arms are checked by their trials alone: every user of this one would get 404."""
+    monkeypatch.setattr("softprompt.commands.serve.make_engine", lambda *_: FakeEngine())
+    command = ["serve", str(root), "--model", "absent", "--port", "0"]
+    assert cli.main([*command, "--alias", "best=short:1,long:movies:1"]) == 2
+    assert "'long:movies'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_answers_name_their_arm_and_outcomes_are_kept(root):

@@ -6,9 +6,9 @@ import hashlib
 import itertools
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, unknown
 from softprompt.serving.folders import NAME
 
 
@@ -60,14 +60,16 @@ def parse_alias(text: str) -> Alias:
 
 
 def check_aliases(aliases: Sequence[Alias], taken: Sequence[str]) -> None:
-    """Checks that aliases have names of their own, and arms among the tasks.
+    """Checks that aliases have names of their own, and arms among the folders of the root.
+
+    Which tasks a trial has is known when it is loaded; see `check_arms`.
 
     Args:
         aliases: to check.
-        taken: names of the base model and of the tasks.
+        taken: names of the base model and of the folders.
 
     Raises:
-        UserError: a name is taken, or an arm is not a task.
+        UserError: a name is taken, or an arm's folder is not there.
     """
     if taken[0] in taken[1:]:
         raise UserError(f"task {taken[0]!r} has the name of the model; rename its folder")
@@ -76,6 +78,15 @@ def check_aliases(aliases: Sequence[Alias], taken: Sequence[str]) -> None:
         if alias.name in used:
             raise UserError(f"--alias {alias.name}: the name is taken; give another")
         used.add(alias.name)
-        for arm in alias.arms:
-            if arm.partition(":")[0] not in taken[1:]:
-                raise UserError(f"--alias {alias.name}: {arm!r} is no task of the root")
+        check_arms(alias, [arm.partition(":")[0] for arm in alias.arms], taken[1:])
+
+
+def check_arms(alias: Alias, arms: Iterable[str], tasks: Collection[str]) -> None:
+    """Checks that an alias' arms, or the trials that have them, are among the tasks.
+
+    Raises:
+        UserError: an arm is not.
+    """
+    for arm in arms:
+        if arm not in tasks:
+            raise unknown(f"arm of --alias {alias.name}", arm, tasks)

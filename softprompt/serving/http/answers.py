@@ -83,7 +83,7 @@ class TextAnswer:
             return None
         found: dict[str, float] = {}
         for one, logprob in sorted([(token.id, token.logprob), *token.top], key=lambda x: -x[1]):
-            found.setdefault(self._tokenizer.decode([one]), max(logprob, LEAST))
+            found.setdefault(spelling(self._tokenizer, one), max(logprob, LEAST))
         return found
 
 
@@ -93,7 +93,7 @@ class ChatAnswer(TextAnswer):
     prefix, whole_kind, part_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def openings(self, count: int) -> list[dict[str, Any]]:
-        """A part a row that names the role."""
+        """For each row a part that names the role."""
         role = {"role": "assistant", "content": ""}
         choices = (self._delta(index, role, None, None) for index in range(count))
         return [self._part(choice) for choice in choices]
@@ -120,11 +120,17 @@ class ChatAnswer(TextAnswer):
         return {"content": [self._entry(token) for token in tokens]}
 
     def _entry(self, token: Token) -> dict[str, Any]:
-        top = [self._spelt(self._tokenizer.decode([one]), value) for one, value in token.top]
+        top = [self._spelt(spelling(self._tokenizer, one), value) for one, value in token.top]
         return {**self._spelt(token.text, token.logprob), "top_logprobs": top}
 
     def _spelt(self, text: str, logprob: float) -> dict[str, Any]:
         return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(text.encode())}
+
+
+def spelling(tokenizer: Tokenizer, token: int) -> str:
+    """The text of a token behind a letter: some tokenizers drop a space at a text's beginning."""
+    before = tokenizer.encode("a")
+    return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
 
 
 def finite(logprob: float) -> float | None:

@@ -38,7 +38,7 @@ def make_app(engine: Engine, settings: Settings, *, chat_template: str = "") -> 
         chat_template: of the model; "" refuses chats.
     """
     metrics = Metrics(engine)
-    service = Service(engine, settings, metrics, Threads(), chat_template)
+    service = Service(engine, settings, metrics, Threads(4), Threads(1), chat_template)
     app = Starlette(
         routes=[
             Route("/", page),
@@ -74,6 +74,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     yield
     watching.cancel()
     service.threads.close()
+    service.loading.close()
     await asyncio.to_thread(service.engine.close)
 
 
@@ -100,7 +101,10 @@ async def health(http: HttpRequest) -> Response:
 
 
 async def ready(http: HttpRequest) -> Response:
-    """Every program is compiled, so that the next request meets none that is not."""
+    """The engine's thread runs.
+
+    Its pools were compiled when their tasks were loaded; `predict` compiles at its first request.
+    """
     is_ready = http.app.state.service.engine.ready()
     return Json({"ready": is_ready}, 200 if is_ready else 503)
 

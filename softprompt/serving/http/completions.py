@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from softprompt.inference.pool_programs import ALTERNATIVES
 from softprompt.pretrained.chat import render_chat
 from softprompt.serving.http.answers import ChatAnswer, TextAnswer
 from softprompt.serving.http.errors import Json, Refusal
@@ -20,7 +21,6 @@ from softprompt.serving.requests import Request
 
 DEFAULT_TOKENS = 16  # OpenAI's, of a text completion
 DEFAULT_CHAT_TOKENS = 128
-MOST_ALTERNATIVES = 5
 MOST_STOPS = 16
 ROLES = ("system", "developer", "user", "assistant")
 
@@ -54,16 +54,15 @@ async def completions(http: HttpRequest) -> Response:
     task = take_task(fields, service)
     prompts = take_prompts(fields, service)
     echo = fields.flag("echo")
-    count = fields.integer("logprobs", None, 0, MOST_ALTERNATIVES)
+    count = fields.integer("logprobs", None, 0, ALTERNATIVES)
     least, most = 0 if echo else 1, service.settings.max_tokens
     max_new = fields.integer("max_tokens", min(DEFAULT_TOKENS, most), least, most)
     settings = {**take_sampling(fields), "max_new": max_new, "echo": echo, "logprobs": count}
     stream, with_usage = take_stream(fields)
     fields.finish(NEUTRAL)
     answer = TextAnswer(*_named(task, service), logprobs=count is not None)
-    with service.using(task, "model"):
-        ids = await _ids(task, prompts, service)
-        rows = Rows(service.engine, _requests(task, ids, settings), service.metrics)
+    ids = await _ids(task, prompts, service)
+    rows = Rows(service.engine, _requests(task, ids, settings), service.metrics)
     return await _answer(rows, answer, stream=stream, usage=with_usage)
 
 
@@ -76,15 +75,17 @@ async def chat_completions(http: HttpRequest) -> Response:
     most = service.settings.max_tokens
     old = fields.integer("max_tokens", min(DEFAULT_CHAT_TOKENS, most), 1, most)
     max_new = fields.integer("max_completion_tokens", old, 1, most)
-    logprobs, count = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 0, 5)
+    logprobs = fields.flag("logprobs")
+    count = fields.integer("top_logprobs", 0, 0, ALTERNATIVES)
+    if count and not logprobs:
+        raise refusal("top_logprobs", count, "only with logprobs")
     settings = {**take_sampling(fields), "max_new": max_new}
     settings["logprobs"] = count if logprobs else None
     stream, with_usage = take_stream(fields)
     fields.finish(NEUTRAL_CHAT)
     answer = ChatAnswer(*_named(task, service), logprobs=logprobs)
-    with service.using(task, "model"):
-        ids = await _chat_ids(task, messages, service)
-        rows = Rows(service.engine, _requests(task, [ids], settings), service.metrics)
+    ids = await _chat_ids(task, messages, service)
+    rows = Rows(service.engine, _requests(task, [ids], settings), service.metrics)
     return await _answer(rows, answer, stream=stream, usage=with_usage)
 
 

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from softprompt.errors import UserError
 from softprompt.serving.folders import NoTask
-from softprompt.serving.requests import Busy
+from softprompt.serving.requests import Busy, Stopped
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 BUSY = 429
@@ -20,12 +20,14 @@ class Refusal(UserError):
         message: one line: the field, its value and what is allowed.
         status: of HTTP.
         field: the field of the request's body, "" for none.
+        retry: False tells OpenAI's clients not to send the request again, as they do after a 5xx.
     """
 
-    def __init__(self, message: str, status: int = 400, field: str = "") -> None:
+    def __init__(
+        self, message: str, status: int = 400, field: str = "", *, retry: bool = True
+    ) -> None:
         super().__init__(message)
-        self.status = status
-        self.field = field
+        self.status, self.field, self.retry = status, field, retry
 
 
 class Json(JSONResponse):
@@ -45,7 +47,7 @@ def status_of(error: Exception) -> int:
     """The status that answers an error."""
     if isinstance(error, Refusal):
         return error.status
-    known = {Busy: BUSY, NoTask: 404, UserError: 400}  # the most special first
+    known = {Busy: BUSY, NoTask: 404, Stopped: 503, UserError: 400}  # subclasses before UserError
     return next((status for kind, status in known.items() if isinstance(error, kind)), 500)
 
 
@@ -62,10 +64,14 @@ def error_body(error: Exception) -> dict[str, Any]:
 def error_response(error: Exception) -> Response:
     """The answer to an error.
 
-    A refused body may be unread, so the connection is closed; a full queue says when to come back.
+    A refused body may be unread, so the connection is closed. The answer of a full queue, or of a
+    server that stops, says when to come back.
     """
     status = status_of(error)
     headers = {"connection": "close"} if status in (401, 408, 413, 421) else {}
     headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
-    headers |= {"retry-after": "1"} if status in (BUSY, 503) else {}
+    if not getattr(error, "retry", True):
+        headers["x-should-retry"] = "false"
+    elif status in (BUSY, 503):
+        headers["retry-after"] = "1"
     return Json(error_body(error), status, headers)

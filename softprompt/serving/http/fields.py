@@ -81,13 +81,13 @@ class Fields:
             raise refusal(name, value, "true or false")
         return value
 
-    def text(self, name: str, default: str | None = None, most: int = MOST_NAME) -> str:
-        """A string of at most `most` characters; without a default it must be there."""
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string of at most `MOST_NAME` characters; without a default it must be there."""
         value = self.take(name, default)
         if value is None:
             raise Refusal(f"{name} is missing; allowed: a string", field=name)
-        if not isinstance(value, str) or len(value) > most:
-            raise refusal(name, value, f"a string of at most {most} characters")
+        if not isinstance(value, str) or len(value) > MOST_NAME:
+            raise refusal(name, value, f"a string of at most {MOST_NAME} characters")
         return value
 
     def texts(self, name: str, most: int) -> list[str]:

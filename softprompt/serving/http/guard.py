@@ -13,7 +13,7 @@ from softprompt.serving.http.errors import Refusal, dump, error_body, error_resp
 from softprompt.serving.http.metrics import Metrics
 from softprompt.serving.http.settings import Settings
 
-OPEN = ("/", "/health", "/ready")  # paths that need no key: they tell and change nothing
+OPEN = ("/", "/health", "/ready")  # paths that need no key
 CHANGING = ("PUT", "DELETE")  # methods that need the admin key
 LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 CLIENT_LEFT = 499  # the status that metrics show; nobody receives it
@@ -22,9 +22,9 @@ CLIENT_LEFT = 499  # the status that metrics show; nobody receives it
 class Guard:
     """Refuses, bounds and counts requests in front of an application.
 
-    A request is judged by the method and path that the application routes by. A path that is not
-    in `OPEN` needs a key, known or not. When its client disconnects, the application's task is
-    cancelled.
+    Access is checked on the same method and path that the application routes by. Every path that is
+    not in `OPEN` needs a key, also one that does not exist. When a client disconnects, its request
+    is cancelled.
 
     Args:
         app: the application.
@@ -68,7 +68,7 @@ class Guard:
             if running.done():
                 await running
             elif not leaving.done():
-                raise Refusal(f"not answered in {self.settings.seconds:g} s", 503)
+                raise Refusal(f"not answered in {self.settings.seconds:g} s", 503, retry=False)
         finally:
             for task in (running, leaving):
                 task.cancel()

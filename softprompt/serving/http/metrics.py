@@ -86,7 +86,7 @@ class _Stats(Collector):
         self._engine = engine
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """A gauge a number."""
+        """A gauge for each number."""
         about = "Programs compiled since the server was made"
         yield GaugeMetricFamily("softprompt_compilations", about, value=len(_compiled))
         for name, value in self._engine.stats().items():

@@ -36,6 +36,7 @@ class Rows:
         self._began = time.monotonic()
         self._tickets: list[Ticket] = []
         self.count = len(requests)
+        self._to_echo = [len(one.tokens) if one.echo else 0 for one in requests]
         try:
             for index, request in enumerate(requests):
                 self._tickets.append(engine.submit(request, functools.partial(self._put, index)))
@@ -59,13 +60,14 @@ class Rows:
         Raises:
             Refusal: a row ended with an error.
         """
-        waiting, running = set(range(self.count)), self.count
+        running = self.count
         while running:
             index, event = await self._events.get()
-            if index in waiting:
-                waiting.discard(index)
-                self._metrics.first_token.observe(time.monotonic() - self._began)
-            if isinstance(event, Finish):
+            if isinstance(event, Token):
+                if self._to_echo[index] == 0:  # the first that was generated
+                    self._metrics.first_token.observe(time.monotonic() - self._began)
+                self._to_echo[index] -= 1
+            else:
                 running -= 1
                 if event.reason == "error":
                     raise Refusal(event.error, 500)
@@ -96,7 +98,7 @@ class Stream(Response):
     Args:
         rows: that run; they are freed when the stream ends, however it does.
         answer: in whose form.
-        usage: whether the last event tells the tokens.
+        usage: whether the stream ends with an event that counts the tokens.
     """
 
     def __init__(self, rows: Rows, answer: TextAnswer, *, usage: bool) -> None:
@@ -120,15 +122,16 @@ class Stream(Response):
     async def _lines(self) -> AsyncIterator[str]:
         """What each event says."""
         answer, finishes = self._answer, list[Finish]()
+        usage = {"usage": None} if self._usage else {}  # as OpenAI's parts before the last
         for part in answer.openings(self._rows.count):
-            yield dump(part)
+            yield dump(part | usage)
         try:
             async for index, event in self._rows.events():
                 if isinstance(event, Finish):
                     finishes.append(event)
-                    yield dump(answer.part(index, [], event.reason))
+                    yield dump(answer.part(index, [], event.reason) | usage)
                 else:
-                    yield dump(answer.part(index, [event], None))
+                    yield dump(answer.part(index, [event], None) | usage)
         except Refusal as error:
             yield dump(error_body(error))
             return

@@ -2,26 +2,23 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from softprompt.errors import UserError
 from softprompt.serving.engine import Engine
 from softprompt.serving.http.errors import BUSY, Refusal
 from softprompt.serving.http.metrics import Metrics
 from softprompt.serving.http.settings import Settings
 
-THREADS = 4
 MOST_WAITING = 64  # calls that wait for a thread or run in one
 
 
 class Threads:
-    """Runs blocking calls beside the event loop, and refuses them when too many wait."""
+    """Runs blocking calls in `count` threads beside the event loop, and refuses too many."""
 
-    def __init__(self) -> None:
-        self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, "softprompt-http")
+    def __init__(self, count: int) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(count, "softprompt-http")
         self._waiting = 0
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -52,7 +49,8 @@ class Service:
         engine: runs the rows.
         settings: of the server.
         metrics: of the server.
-        threads: for blocking calls.
+        threads: for calls that take milliseconds, such as tokenisation.
+        loading: for calls that may load and compile: loading, unloading and predictions.
         chat_template: the model's; "" if it has none.
     """
 
@@ -60,7 +58,8 @@ class Service:
     settings: Settings
     metrics: Metrics
     threads: Threads
-    chat_template: str = ""
+    loading: Threads
+    chat_template: str
 
     def resolve(self, name: str, user: str, field: str) -> str:
         """The task that a name stands for: "" is the base model, an alias gives the user's arm.
@@ -72,26 +71,9 @@ class Service:
         task = alias.arm(user) if alias else name
         if task == self.settings.base:
             return ""
-        self._check_loaded(task, field)
-        return task
-
-    @contextlib.contextmanager
-    def using(self, task: str, field: str) -> Iterator[None]:
-        """In the block, an error about a task that was unloaded meanwhile says so.
-
-        Raises:
-            Refusal: as for `resolve`.
-        """
-        try:
-            yield
-        except UserError:
-            if task:
-                self._check_loaded(task, field)
-            raise
-
-    def _check_loaded(self, task: str, field: str) -> None:
         if all(task != one.name for one in self.engine.tasks()):
             raise Refusal(f"{field}: no task {task!r} is loaded; /v1/models lists them", 404, field)
+        return task
 
     async def encode(self, task: str, texts: list[str]) -> list[list[int]]:
         """The token ids of texts, with BOS where the task's texts begin with it."""

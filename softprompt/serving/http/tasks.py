@@ -68,8 +68,7 @@ async def predict(http: HttpRequest) -> Response:
     task = service.resolve(http.path_params["name"], user, "the path")
     if not task:
         raise Refusal(f"{service.settings.base} is the model; allowed: a task or an alias", 404)
-    with service.using(task, "the path"):
-        found = await service.threads.run(service.engine.predict, task, inputs)
+    found = await service.loading.run(service.engine.predict, task, inputs)
     return Json({"task": task, "predictions": found})
 
 
@@ -88,16 +87,14 @@ async def load(http: HttpRequest) -> Response:
     folder = await service.threads.run(task_folder, service.settings.root, name)
     if name == service.settings.base or name in service.settings.aliases:
         raise Refusal(f"{name!r} is the name of the model or of an alias", 409)
-    return Json(_task(await service.threads.run(service.engine.load, name, folder)))
+    return Json(_task(await service.loading.run(service.engine.load, name, folder)))
 
 
 async def unload(http: HttpRequest) -> Response:
     """Forgets a task; its running rows finish."""
     service: Service = http.app.state.service
     name = http.path_params["name"]
-    if all(name != one.name.partition(":")[0] for one in service.engine.tasks()):  # NAME:TASK
-        raise Refusal("no task of this name is loaded", 404)
-    await service.threads.run(service.engine.unload, name)
+    await service.loading.run(service.engine.unload, name)
     return Json({"id": name, "object": "model", "deleted": True})
 
 
