@@ -209,8 +209,10 @@ def run_many(tmp_path, *, workers, trials, kill, seconds):
     write_plan(tmp_path, [job(n, steps=2, seconds=seconds / 2) for n in range(trials)])
     running = [start(tmp_path, ends, beat=0.5, dead=3.0) for _ in range(workers)]
     killed, rng, drain = 0, random.Random(0), []
-    while running and killed < kill:
+    while killed < kill:
         time.sleep(0.4)
+        alive = any(worker.poll() is None for worker in running)
+        assert alive, [worker.communicate()[0] for worker in running]
         target = rng.choice(running)
         if target.poll() is None and view(tmp_path).epochs:
             target.kill()
