@@ -74,8 +74,7 @@ def run_sweep(
     late = _clock(minutes)
     check_writable(workdir)
     folders = trial_folders(workdir, trials)
-    todo = [index for index, folder in enumerate(folders) if not is_done(folder)]
-    todo = json.loads(agreed_text(json.dumps(todo)))  # others may end trials between two listings
+    todo = _not_done(folders)
     if finished := len(trials) - len(todo):
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
@@ -105,6 +104,16 @@ def run_sweep(
                 taken.add(row["trial"])
     _say_left(progress, len(taken), len(forecast.todo) if late() else 0, len(trials))
     return failed
+
+
+def _not_done(folders: Sequence[epath.Path]) -> list[int]:
+    """Indices of the trials without a finished row, as the first process finds them.
+
+    Other sweeps and workers may end trials between the listings of two processes.
+    """
+    found = [index for index, folder in enumerate(folders) if not is_done(folder)]
+    todo: list[int] = json.loads(agreed_text(json.dumps(found)))
+    return todo
 
 
 def _say_left(progress: Progress, taken: int, waiting: int, total: int) -> None:
