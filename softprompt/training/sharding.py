@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 
 from softprompt.errors import UserError
 
-# The first match applies. An axis whose size the mesh does not divide is replicated instead.
 _STACK = r"((encoder|decoder)/)?"  # of a T5's layers; a decoder has one stack
 _ATTENTION = _STACK + r"layers/(attn|cross)"
 _NORMS = r"(layers/((attn|cross|mlp)(_post)?_norm|attn/[qk]_norm)|final_norm)/(scale|bias)"
+# The first match applies. An axis whose size the mesh does not divide is replicated instead.
 WEIGHT_RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding", P("model", None)),
     (r"head/kernel", P(None, "model")),

@@ -1,5 +1,6 @@
 """Sweeps: run trials, one after another or in groups; skip finished ones."""
 
+import contextlib
 import functools
 import json
 import math
@@ -226,7 +227,8 @@ def _failed(
         progress.say(str(error))
         return {"trial": trial_id(config), "name": trial_name(config), "status": "taken"}
     row = record_failure(config, folder, error, seconds)
-    progress.say(f"trial {row['name']} failed: {row['error']} (in {folder})")
+    how = "is done, but ended with an error" if row["status"] == "done" else "failed"
+    progress.say(f"trial {row['name']} {how}: {reason(error)} (in {folder})")
     return row
 
 
@@ -235,15 +237,17 @@ def record_failure(
 ) -> Row:
     """Writes and returns a failed trial's row, with traceback.txt unless it is a UserError.
 
-    Only process 0 writes. A row that is done stays: the error came after the trial's end.
+    Only process 0 writes. A row that is done stays, and is returned: the error came after the
+    trial's end.
     """
     import jax  # slow to import, and listing a sweep's trials does not need it
 
+    with contextlib.suppress(UserError):  # a row that is not readable is replaced
+        if (there := read_result(folder)) is not None and there["status"] == "done":
+            return there
     if not isinstance(error, UserError) and jax.process_index() == 0:
         text = "".join(traceback.format_exception(error))
         write_text(epath.Path(folder) / "traceback.txt", text)
-    if is_done(folder) and (row := read_result(folder)) is not None:
-        return row
     row = make_row(config, status="failed", error=reason(error), seconds=seconds)
     write_result(folder, row)
     return row

@@ -68,8 +68,9 @@ def test_a_failed_trial_is_a_row_and_is_tried_again(tmp_path, capsys):
     assert results.is_done(folder)
 
 
-def test_an_error_after_the_row_keeps_the_row(tmp_path):
-    """Mutation: a store that is not reached at a trial's end makes it a failed one."""
+def test_an_error_after_the_row_keeps_the_row(tmp_path, capsys):
+    """Mutations: a store that is not reached at a trial's end makes it a failed one; a row that is
+    not readable ends the sweep."""
 
     class Late(Runner):
         def __call__(self, made, folder):
@@ -80,6 +81,10 @@ def test_an_error_after_the_row_keeps_the_row(tmp_path):
     assert run(trials, tmp_path, Late()) == []
     stored = results.read_result(sweep.trial_folder(tmp_path, trials[0]))
     assert (stored["status"], stored["error"]) == ("done", "")
+    assert "is done, but ended with an error: the store is not reached" in capsys.readouterr().err
+    (tmp_path / "result.json").write_text("{")
+    row = sweep.record_failure(trials[0], tmp_path, UserError("not JSON"), 1.0)
+    assert results.read_result(tmp_path)["error"] == row["error"] == "not JSON"
 
 
 @pytest.mark.parametrize("stop", [SystemExit(75), KeyboardInterrupt()])
