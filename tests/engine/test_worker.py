@@ -54,7 +54,7 @@ def test_what_a_child_gives_back_is_nothing_to_a_worker_that_follows(tmp_path):
         if not follows:
             for claim, one in [(claims.take(one.trial, claims.beat({})), one) for one in jobs]:
                 holdings.begin(one, claim, claims.look())
-        for width, one in enumerate(jobs):
+        for width, one in zip((1, 0), jobs, strict=True):
             message = {"kind": "returned", "trials": [one.trial], "width": width}
             worker._handle(message)
         assert not holdings.held
