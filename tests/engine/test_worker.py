@@ -61,6 +61,25 @@ def test_what_a_child_gives_back_is_nothing_to_a_worker_that_follows(tmp_path):
         assert worker._widths == ({"": 1} if follows else {"": 1, jobs[1].group: 1})
 
 
+def test_a_failed_trial_is_over_before_its_claim_ends(tmp_path, monkeypatch):
+    """Mutation: the other way round, so that another worker may claim it in between."""
+    store, one, over = open_store(tmp_path), job(1), []
+    write_plan(tmp_path, [one])
+    claims = Claims(store)
+    claim, end = claims.take(one.trial, claims.beat({})), claims.end
+    holdings = Holdings(store, claims, place=tmp_path, local=False, say=lambda line: None)
+    holdings.begin(one, claim, claims.look())
+    store.write(f"{one.folder}/result.json", b'{"status": "failed"}')
+
+    def end_claim(*given):
+        over.append(view(tmp_path).over(one.trial))
+        end(*given)
+
+    monkeypatch.setattr(claims, "end", end_claim)
+    assert holdings.end(one.trial, done=False, error="x", final=True)
+    assert over == [True]
+
+
 def child_of(worker):
     """The child of a worker, once it has one."""
     for _ in range(200):
