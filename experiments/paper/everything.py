@@ -9,7 +9,7 @@ Command:
     python -m experiments.paper.continual --workdir runs/paper
     python -m experiments.paper.report --workdir runs/paper
 
-Cost: "laptop" is what two cores do in less than 90 minutes, with two seeds for some. `make paper`
+Cost: "laptop" is what two cores do in about 90 minutes, with two seeds for some. `make paper`
 runs these three commands. "full" is all trials, the most telling first; --minutes stops a sweep in
 time, and the same command goes on. `make paper-full` runs it, and `style` too. The ladder's models
 must be there (`softprompt ladder`).
