@@ -29,6 +29,7 @@ from experiments.paper import (
     figure3_length,
     figure3_pretraining,
     figure3_start,
+    scaling_law,
     section7,
     spot,
     steps,
@@ -48,6 +49,7 @@ from softprompt.trials.outputs import experiment_name
 # In the order in which their trials run; the artefacts without a sweep read the others' trials.
 ARTEFACTS: tuple[ModuleType, ...] = (
     figure1,
+    scaling_law,
     table1,
     section7,
     steps,
@@ -79,7 +81,7 @@ def of_two_seeds(config: ConfigDict) -> bool:
 
 # The trials of "laptop"; artefacts that are not here are for "full" alone.
 LAPTOP: dict[ModuleType, Callable[[ConfigDict], bool]] = {
-    figure1: on_movies,
+    figure1: lambda config: on_movies(config) and config.model.name != scaling_law.HELD_OUT,
     figure3_length: lambda config: config.method.length in (1, 20, 100),
     figure3_start: of_two_seeds,
     figure3_pretraining: lambda config: not on_movies(config),

@@ -15,7 +15,7 @@ the order is reversed, and if it loses more.
 Command:
     softprompt sweep paper/figure1 --workdir runs/paper
 
-Cost: 130 trials, 26 on each model ("pilot": d1, d3 and SmolLM2, 78). The ladder's models must be
+Cost: 156 trials, 26 on each model ("pilot": d1, d3 and SmolLM2, 78). The ladder's models must be
 there (`softprompt pretrain`, or `softprompt ladder import`). The report says what they took.
 """
 
@@ -35,7 +35,7 @@ from softprompt.results import Row
 
 MODELS = {
     "pilot": ("ladder/d1", "ladder/d3", study.SMOLLM2),
-    "full": ("ladder/d0", "ladder/d1", "ladder/d2", "ladder/d3", study.SMOLLM2),
+    "full": (*(f"ladder/d{n}" for n in range(5)), study.SMOLLM2),
 }
 METHODS = ("prompt", "full")
 BOTH = {"data__mixture": ",".join(study.TASKS)}

@@ -86,7 +86,7 @@ def mean_score(
         freedom = variance**2 / sum(terms)
         total += math.sqrt(variance) * _student(random, freedom, draws)
     value = float(np.mean([scores.mean() for scores in tasks.values()]))
-    return _estimate(value, total, level)
+    return estimate(value, total, level)
 
 
 def contrast(
@@ -124,7 +124,7 @@ def contrast(
     if seeds > 1:
         variance = max(0.0, float(sums_S.var(ddof=1)) - noise) / seeds
         total += math.sqrt(variance) * _student(random, seeds - 1, draws)
-    return _estimate(float(sums_S.mean()), total, level)
+    return estimate(float(sums_S.mean()), total, level)
 
 
 def slope(x: Sequence[float], groups: Sequence[Estimate], *, level: float = LEVEL) -> Estimate:
@@ -152,7 +152,7 @@ def weighted_sum(
         for n, (weight, one) in enumerate(pairs)
     )
     value = sum(weight * one.value for weight, one in pairs)
-    return _estimate(float(value), np.asarray(draws), level)
+    return estimate(float(value), np.asarray(draws), level)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,21 +206,25 @@ def verdict(found: Estimate | None, prediction: Prediction) -> str:
 def _resampled_means(
     random: np.random.Generator, values_E: npt.NDArray[np.floating], draws: int
 ) -> npt.NDArray[np.floating]:
-    """The mean of each of so many samples with replacement, widened for small samples.
-
-    A resample's variance is (n - 1) / n of an unbiased estimate, and its quantiles are the normal
-    distribution's; the deviations are scaled by what Student's are wider.
-    """
+    """The mean of each of so many samples with replacement, widened for small samples."""
     n = len(values_E)
     # How often each value is drawn decides a mean; equal values are drawn together.
     found, counts = np.unique(values_E, return_counts=True)
     drawn = random.multinomial(n, counts / n, size=draws)
     means = drawn @ found / n
-    if n < 2:
-        return np.asarray(means)
-    scale = math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975)
     middle = values_E.mean()
-    return np.asarray(middle + scale * (means - middle))
+    return np.asarray(middle + small_sample_factor(n) * (means - middle))
+
+
+def small_sample_factor(n: int) -> float:
+    """What deviations of resamples of n units are multiplied by.
+
+    A resample's variance is (n - 1) / n of an unbiased estimate, and its quantiles are the normal
+    distribution's, of which Student's are a multiple.
+    """
+    if n < 2:
+        return 1.0
+    return float(math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975))
 
 
 def _student(random: np.random.Generator, freedom: float, draws: int) -> npt.NDArray[np.floating]:
@@ -252,7 +256,8 @@ def _interaction(scores_SE: Scores) -> float:
     return float(np.square(rest_SE).sum()) / max(1, (seeds - 1) * max(1, examples - 1))
 
 
-def _estimate(value: float, draws: npt.NDArray[np.floating], level: float) -> Estimate:
+def estimate(value: float, draws: npt.NDArray[np.floating], level: float = LEVEL) -> Estimate:
+    """An estimate whose interval is that of the draws."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high), draws)
 

@@ -6,17 +6,20 @@ for a given exponent E and A follow by least squares.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize
 
+from softprompt.analysis.comparisons import LEVEL, Estimate, estimate, small_sample_factor
 from softprompt.errors import UserError
 
 FEWEST = 4  # sizes; three numbers are fitted
 HUBER = 1e-2  # of log loss: residuals beyond it count linearly
 EXPONENTS = np.geomspace(0.01, 3.0, 25)  # that the search starts from
+STEEPEST = 10.0  # exponent that is looked for: beyond it all sizes but the smallest are alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,10 @@ def fit(sizes: npt.ArrayLike, losses: npt.ArrayLike) -> ScalingLaw:
     # One search from the best of many starts; each costs a small least-squares problem.
     starts = [_projected(sizes_N / unit, losses_N, exponent) for exponent in EXPONENTS]
     best = min(starts, key=lambda start: float(np.square(residuals(np.log(start))).sum()))
-    found = optimize.least_squares(residuals, np.log(best), loss="huber", f_scale=HUBER)
+    limits = (-np.inf, [np.inf, np.inf, np.log(STEEPEST)])
+    found = optimize.least_squares(
+        residuals, np.log(best), loss="huber", f_scale=HUBER, bounds=limits
+    )
     floor, scale, exponent = np.exp(found.x)
     return ScalingLaw(float(floor), float(scale * unit**exponent), float(exponent))
 
@@ -77,7 +83,7 @@ def fit_with_interval(
     clusters: Sequence[object],
     *,
     draws: int = 400,
-    level: float = 0.95,
+    level: float = LEVEL,
     seed: int = 0,
 ) -> ScalingLaw:
     """The same with an interval of the exponent: a bootstrap of whole clusters.
@@ -91,26 +97,89 @@ def fit_with_interval(
         seed: of the resamples.
 
     Raises:
-        UserError: see `fit`; fewer than two clusters.
+        UserError: see `fit`; fewer than two clusters, or one lacks a size.
+    """
+    sizes_N, losses_N = np.asarray(sizes, float), np.asarray(losses, float)
+
+    def exponent(some: npt.NDArray[np.integer]) -> float:
+        return math.log(fit(sizes_N[some], losses_N[some]).exponent)
+
+    law = fit(sizes_N, losses_N)
+    found = _over_clusters(exponent, sizes_N, clusters, draws, seed)
+    low, high = np.exp(np.quantile(found, [(1 - level) / 2, (1 + level) / 2]))
+    return dataclasses.replace(law, low=float(low), high=float(high))
+
+
+def extrapolation_error(
+    sizes: Sequence[float],
+    losses: Sequence[float],
+    clusters: Sequence[object],
+    held_out: float,
+    *,
+    draws: int = 400,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Estimate:
+    """How far a law of the other sizes is from the mean loss at one of them.
+
+    Args:
+        sizes: of each loss.
+        losses: one a trial.
+        clusters: see `fit_with_interval`.
+        held_out: the size that is predicted.
+        draws: resamples.
+        level: of the interval.
+        seed: of the resamples.
+
+    Returns:
+        The predicted loss over the measured one, minus 1, with a bootstrap interval.
+
+    Raises:
+        UserError: see `fit_with_interval`; no loss at `held_out`.
+    """
+    sizes_N, losses_N = np.asarray(sizes, float), np.asarray(losses, float)
+    if held_out not in sizes_N:
+        raise UserError(f"no loss is of the held-out size {held_out:g}")
+
+    def error(some: npt.NDArray[np.integer]) -> float:
+        known = some[sizes_N[some] != held_out]
+        law = fit(sizes_N[known], losses_N[known])
+        return float(law(held_out) / losses_N[some[sizes_N[some] == held_out]].mean() - 1)
+
+    return estimate(
+        error(np.arange(len(sizes_N))),
+        _over_clusters(error, sizes_N, clusters, draws, seed),
+        level,
+    )
+
+
+def _over_clusters(
+    statistic: Callable[[npt.NDArray[np.integer]], float],
+    sizes_N: npt.NDArray[np.floating],
+    clusters: Sequence[object],
+    draws: int,
+    seed: int,
+) -> npt.NDArray[np.floating]:
+    """A statistic of resampled clusters, whose deviations are widened for few clusters.
+
+    Raises:
+        UserError: fewer than two clusters, or one lacks a size.
     """
     members: dict[object, list[int]] = {}
     for n, cluster in enumerate(clusters):
         members.setdefault(cluster, []).append(n)
     if len(members) < 2:
         raise UserError(f"an interval needs two clusters at least; there are {len(members)}")
-    sizes_N, losses_N = np.asarray(sizes, float), np.asarray(losses, float)
-    groups, random = list(members.values()), np.random.default_rng(seed)
-    law, exponents = fit(sizes_N, losses_N), []
-    # Deviations of so few clusters are widened as in `comparisons`: by n / (n - 1) in variance.
-    scale = np.sqrt(len(groups) / (len(groups) - 1))
-    for _ in range(draws):
-        drawn = random.integers(len(groups), size=len(groups))
-        some = np.concatenate([groups[n] for n in drawn])
-        if len(set(sizes_N[some])) >= FEWEST:
-            exponents.append(fit(sizes_N[some], losses_N[some]).exponent)
-    logs = np.log(law.exponent) + scale * (np.log(exponents) - np.log(law.exponent))
-    low, high = np.exp(np.quantile(logs, [(1 - level) / 2, (1 + level) / 2]))
-    return dataclasses.replace(law, low=float(low), high=float(high))
+    for cluster, some in members.items():
+        if lacking := set(sizes_N) - set(sizes_N[some]):
+            raise UserError(f"cluster {cluster} has no loss of size {min(lacking):g}")
+    groups = list(members.values())
+    drawn_DC = np.random.default_rng(seed).integers(len(groups), size=(draws, len(groups)))
+    drawn_DC.sort()  # few clusters give few different samples
+    different_DC, which_D = np.unique(drawn_DC, axis=0, return_inverse=True)
+    found_D = [statistic(np.array([i for n in some for i in groups[n]])) for some in different_DC]
+    middle = statistic(np.arange(len(sizes_N)))
+    return middle + small_sample_factor(len(groups)) * (np.array(found_D)[which_D] - middle)
 
 
 def _projected(

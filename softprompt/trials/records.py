@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from scipy import special
 
 from softprompt.analysis.comparisons import Scores
 from softprompt.errors import UserError
@@ -29,7 +30,8 @@ def collect(folder: epath.PathLike) -> list[Row]:
     `row["answers"]` has for each task: "examples", their number; "majority", the share of the most
     frequent label; "ids", a digest of the examples' ids in order; "right", a bit an example, 1 for
     a right label, in hex; "predicted", a letter an example, "a" for the first of the examples'
-    sorted labels, "?" for one that no example has.
+    sorted labels, "?" for one that no example has; and where candidates were scored
+    "cross_entropy", the mean nats of the right label among the candidates.
     `row["targets"]` has for each task whose targets' probabilities were measured: "ids" as above;
     "nats" and "tokens", of each example's target.
     `row["curve"]` has [step, seconds of training until then, value] for each validation of the
@@ -167,13 +169,20 @@ def _packed(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     labels = sorted({line["label"] for line in lines})
     letters = {label: chr(ord("a") + n) for n, label in enumerate(labels)}
     right = np.array([line["label"] == line["predicted"] for line in lines])
-    return {
+    packed = {
         "examples": len(lines),
         "majority": max(Counter(line["label"] for line in lines).values()) / len(lines),
         "ids": _ids_digest(lines),
         "right": np.packbits(right).tobytes().hex(),
         "predicted": "".join(letters.get(line["predicted"], "?") for line in lines),
     }
+    if all(line["label"] in line.get("scores", {}) for line in lines):
+        costs = [
+            special.logsumexp(list(line["scores"].values())) - line["scores"][line["label"]]
+            for line in lines
+        ]
+        packed["cross_entropy"] = round(float(np.mean(costs)), 5)
+    return packed
 
 
 def _target_costs(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

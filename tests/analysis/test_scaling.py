@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from softprompt.analysis.scaling import fit, fit_with_interval
+from softprompt.analysis.scaling import extrapolation_error, fit, fit_with_interval
 from softprompt.errors import UserError
 
 SIZES = np.array([1.1e5, 3.3e5, 9.5e5, 2.4e6, 7.4e6, 1.06e8])
@@ -46,6 +46,50 @@ def test_the_interval_covers_the_exponent():
     assert covered >= 20  # 95 % by its name, of 24
 
 
+def simulate(random, clusters):
+    """Sizes, losses and clusters, of which each has a level of its own."""
+    columns = [], [], []
+    for cluster in range(clusters):
+        level = random.normal(0, 0.03)
+        for size in SIZES:
+            loss = (1.0 + 30.0 * size**-0.25) * np.exp(level + random.normal(0, 0.01))
+            for column, value in zip(columns, (size, loss, cluster), strict=True):
+                column.append(value)
+    return columns
+
+
+def test_intervals_of_few_clusters():
+    """Breaks when three clusters give an interval as if they were many."""
+    random, exponents, errors, runs = np.random.default_rng(2), 0, 0, 24
+    for _ in range(runs):
+        data = simulate(random, 3)
+        law, error = fit_with_interval(*data), extrapolation_error(*data, SIZES[-1])
+        exponents += law.low <= 0.25 <= law.high
+        errors += error.low <= 0 <= error.high
+    assert min(exponents, errors) >= 21
+
+
+def test_the_held_out_size_decides_nothing():
+    """Breaks when the law is fitted to the loss that it predicts, or the error has no sign."""
+    sizes, losses, clusters = simulate(np.random.default_rng(3), 3)
+    exact = [1.0 + 30.0 * size**-0.25 for size in sizes]
+    assert extrapolation_error(sizes, exact, clusters, SIZES[-1]).value == pytest.approx(
+        0, abs=1e-4
+    )
+    higher = [
+        2 * loss if size == SIZES[-1] else loss for size, loss in zip(sizes, exact, strict=True)
+    ]
+    found = extrapolation_error(sizes, higher, clusters, SIZES[-1])
+    assert (found.value, found.high) == pytest.approx((-0.5, -0.5), abs=1e-4)
+
+
+def test_a_loss_that_falls_once():
+    """Breaks when the exponent runs away where all sizes but the smallest are alike."""
+    law = fit(SIZES, [2.0, *[1.0] * (len(SIZES) - 1)])
+    assert law.exponent <= 10
+    assert law(SIZES)[0] == pytest.approx(2, rel=0.01)
+
+
 def test_refusals():
     """Breaks when an exponent comes from too few sizes, or of numbers that have no logarithm."""
     with pytest.raises(UserError, match="4 different sizes at least; there are 3"):
@@ -54,3 +98,7 @@ def test_refusals():
         fit([1, 2, 3, 4], [3, 2, 1, -1])
     with pytest.raises(UserError, match="two clusters"):
         fit_with_interval([1, 2, 3, 4], [4, 3, 2, 1], [0, 0, 0, 0])
+    with pytest.raises(UserError, match="cluster b has no loss of size 4"):
+        fit_with_interval([1, 2, 3, 4, 1, 2, 3], [4, 3, 2, 1, 4, 3, 2], [*"aaaabbb"])
+    with pytest.raises(UserError, match="no loss is of the held-out size 5"):
+        extrapolation_error([1, 2, 3, 4], [4, 3, 2, 1], [0, 0, 1, 1], 5)

@@ -80,6 +80,22 @@ def test_what_targets_cost(tmp_path):
         target_nats(records, "own")
 
 
+def test_what_the_right_label_costs(tmp_path):
+    """Breaks when it is not normalised over the candidates, or is the predicted label's."""
+    scores = [{"good": -1.0, "bad": -1.0}, {"good": -3.0, "bad": -1.0}]
+    lines = [
+        {"id": n, "label": "good", "predicted": "bad", "scores": one}
+        for n, one in enumerate(scores)
+    ]
+    write_trial(tmp_path / "a", ["good"] * 9)
+    file = tmp_path / "a" / "predictions.jsonl"
+    assert "cross_entropy" not in collect(tmp_path)[0]["answers"]["own"]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    expected = (np.log(2) + np.log(1 + np.exp(2))) / 2
+    found = collect(tmp_path)[0]["answers"]["own"]["cross_entropy"]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"trial": "a"}'])
 def test_a_line_that_is_no_record(tmp_path, text):
     (tmp_path / "r.jsonl").write_text(f"{text}\n")
