@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.commands import COMMANDS
-from softprompt.config import describe
+from softprompt.config import KEYS
 from softprompt.results import FACTS
 from softprompt.settings import allowed
 
@@ -75,7 +75,7 @@ def config_page() -> str:
         "error that names the nearest ones.",
     ]
     section = None
-    for key in describe():
+    for key in KEYS.values():
         if (own := key.name.rpartition(".")[0]) != section:
             section = own
             lines += [f"## {section}"] if section else []

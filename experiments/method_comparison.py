@@ -231,10 +231,7 @@ def _chosen(rows: Sequence[Row]) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _line(
-    name: str,
-    rows: Sequence[Row],
-    lines: dict[tuple[str, int], dict[str, Any]],
-    plain: Row | None,
+    name: str, rows: Sequence[Row], lines: dict[tuple[str, int], dict[str, Any]], plain: Row | None
 ) -> dict[str, Any]:
     whole = lines.get((name, 0), {})
     done = _of(rows, name, whole.get("rate"))

@@ -52,10 +52,7 @@ CAPTION = (
 # (prompt length, initialisation, seed)
 POINTS = {
     "full": list(itertools.product(LENGTHS, INITS, SEEDS)),
-    "quickstart": [
-        (20, "labels", 0),
-        (100, "labels", 0),
-    ],
+    "quickstart": [(20, "labels", 0), (100, "labels", 0)],
 }
 
 

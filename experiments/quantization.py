@@ -37,12 +37,7 @@ from softprompt.errors import unknown
 from softprompt.results import Row
 
 MODELS = {"smollm2": "smollm2-135m-instruct-q4", "gemma3": "gemma3-270m-q4"}
-FORMS = (
-    ("float32", "none"),
-    ("bfloat16", "none"),
-    ("bfloat16", "int8"),
-    ("bfloat16", "int4"),
-)
+FORMS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "int4"))
 
 CAPTION = (
     "Weights in memory, perplexity of plain text, and test accuracy without and with a prompt that "

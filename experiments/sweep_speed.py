@@ -102,11 +102,7 @@ def figure(rows: Sequence[Row]) -> Figure:
         mean = sum(values) / len(values)
         lines.setdefault(init, []).append(Point(length, mean, min(values), max(values), values))
     return length_plot(
-        lines,
-        {},
-        xlabel="Length (vectors)",
-        ylabel="Test accuracy (%)",
-        title=subject(rows),
+        lines, {}, xlabel="Length (vectors)", ylabel="Test accuracy (%)", title=subject(rows)
     )
 
 

@@ -20,6 +20,13 @@ from tests.tiny import tiny_config, write_tokenizer
 
 VOCAB = 331
 
+
+def config_of_folder(folder):
+    """The model that a folder's config.json describes."""
+    file = Path(folder) / "config.json"
+    return read_family(json.loads(file.read_text()), file=str(file))[1]
+
+
 _GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",

@@ -234,10 +234,7 @@ def test_config_lists_keys(capsys):
         ([], "the following arguments are required"),
         (["tarin"], "invalid choice: 'tarin'"),
         (["train"], "required: --workdir (see softprompt train --help)"),
-        (
-            ["train", "--workdir", ""],
-            "argument --workdir: is ''; allowed: a path",
-        ),
+        (["train", "--workdir", ""], "argument --workdir: is ''; allowed: a path"),
         (["table", ""], "argument DIR: is ''; allowed: a path"),
         (["train", "--workdir", "w", "--confg.x=1"], "unrecognized arguments: --confg.x=1"),
         (["train", "--workdir", "w", "--config", "no.py"], "no config file 'no.py'"),

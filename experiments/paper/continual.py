@@ -28,7 +28,7 @@ from softprompt.analysis.comparisons import at_least
 from softprompt.analysis.plots import category_plot
 from softprompt.config import ConfigDict, resolve
 from softprompt.results import Row
-from softprompt.trials.merged_model import export_merged
+from softprompt.trials.convert import export_merged
 from softprompt.trials.run import DELTA
 from softprompt.trials.sweep import trial_folder
 

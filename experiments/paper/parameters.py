@@ -30,7 +30,7 @@ from softprompt.models.shapes import parameter_count
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.results import Row
-from softprompt.trials.delta_shapes import trained_count
+from softprompt.trials.delta_checks import trained_count
 from softprompt.trials.outputs import write_outputs
 
 SIZES = ("small", "base", "large", "xl", "xxl")

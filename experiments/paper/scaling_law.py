@@ -27,12 +27,7 @@ from matplotlib.figure import Figure
 from experiments.paper import figure1, figure3_length, study
 from softprompt.analysis.comparisons import Estimate, at_most, estimate, mean_score
 from softprompt.analysis.plots import COLOURS, Point, length_plot
-from softprompt.analysis.scaling import (
-    FEWEST,
-    ScalingLaw,
-    extrapolation_error,
-    fit_with_interval,
-)
+from softprompt.analysis.scaling import FEWEST, ScalingLaw, extrapolation_error, fit_with_interval
 from softprompt.results import Row
 
 METHODS = {"full": "full fine-tuning", "prompt": "a prompt"}

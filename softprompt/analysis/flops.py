@@ -99,12 +99,7 @@ def _context_work(contexts: Contexts) -> Work:
 
 
 def _rows_work(
-    encoded: Encoded,
-    layout: RowLayout,
-    contexts: Contexts,
-    own_N: np.ndarray,
-    *,
-    heads: float,
+    encoded: Encoded, layout: RowLayout, contexts: Contexts, own_N: np.ndarray, *, heads: float
 ) -> Work:
     """Work of all examples after the contexts, with `own_N` target tokens in the decoder."""
     inputs_N = np.array([len(ids) for ids in encoded.inputs], np.float64)

@@ -147,9 +147,7 @@ def extrapolation_error(
         return float(law(held_out) / losses_N[some[sizes_N[some] == held_out]].mean() - 1)
 
     return estimate(
-        error(np.arange(len(sizes_N))),
-        _over_clusters(error, sizes_N, clusters, draws, seed),
-        level,
+        error(np.arange(len(sizes_N))), _over_clusters(error, sizes_N, clusters, draws, seed), level
     )
 
 

@@ -6,11 +6,7 @@ Modules that are slow to import are imported by the commands that need them.
 import argparse
 from typing import TYPE_CHECKING
 
-from softprompt.commands.base import (
-    DISTRIBUTED,
-    Command,
-    Overrides,
-)
+from softprompt.commands.base import DISTRIBUTED, Command, Overrides
 from softprompt.console import print_columns
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError, unknown
@@ -51,24 +47,23 @@ def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
     import textwrap
     from fnmatch import fnmatchcase
 
-    from softprompt.config.schema import describe
+    from softprompt.config import KEYS
     from softprompt.settings import allowed
 
-    keys = {key.name: key for key in describe()}
     patterns = arguments.keys or ["*"]
     for pattern in patterns:
         names = [
-            name for name in keys if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+            name for name in KEYS if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
         ]
         if not names:
-            sections = {name.partition(".")[0] for name in keys}
-            raise unknown("config key", pattern, {*keys, *sections})
+            sections = {name.partition(".")[0] for name in KEYS}
+            raise unknown("config key", pattern, {*KEYS, *sections})
         for name in names:
-            key = keys[name]
+            key = KEYS[name]
             readers = [
                 f"with {by}={', '.join(who)}"
                 for by, who in key.owners.items()
-                if set(who) != set(keys[by].choices)
+                if set(who) != set(KEYS[by].choices)
             ]
             facts = "; ".join([allowed(key), *readers])
             print(f"{name} = {json.dumps(key.default)}  ({facts})")

@@ -179,10 +179,7 @@ COMMANDS = {
                 {"required": True, "choices": TARGETS, "help": "what the machines are started by"},
             ),
             ("--to", {**FOLDER, "help": "a new or empty folder for the files"}),
-            (
-                "--tpu",
-                {"default": "v6e-8", "metavar": "SLICE", "help": "such as v6e-8 (default)"},
-            ),
+            ("--tpu", {"default": "v6e-8", "metavar": "SLICE", "help": "such as v6e-8 (default)"}),
             (
                 "--count",
                 {"default": 1, "type": int, "metavar": "N", "help": "slices, or jobs of Slurm"},
@@ -190,5 +187,5 @@ COMMANDS = {
             ("--spot", {"action": "store_true", "help": "on capacity that may be taken away"}),
             SLURM,
         ],
-    ),
+    )
 }

@@ -7,14 +7,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 
-from softprompt.commands.base import (
-    ANY_WEIGHTS,
-    FOLDER,
-    Command,
-    Overrides,
-    path,
-    print_json,
-)
+from softprompt.commands.base import ANY_WEIGHTS, FOLDER, Command, Overrides, path, print_json
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError
 
@@ -118,10 +111,7 @@ COMMANDS = {
         "score trained prompts on a split",
         "softprompt evaluate --run runs/first runs/second --task sms_spam --split test",
         [
-            (
-                "--run",
-                {**FOLDER, "nargs": "+", "help": "trials' folders"},
-            ),
+            ("--run", {**FOLDER, "nargs": "+", "help": "trials' folders"}),
             ("--task", {"metavar": "NAME", "help": "default: the task or tasks of the trial"}),
             ("--split", {"default": "test", "help": "train, validation or test (default)"}),
             ("--generate", {"action": "store_true", "help": "also generate answers"}),
@@ -173,10 +163,7 @@ COMMANDS = {
                     "help": "an adapter's folder, or a .npy file [P, D]",
                 },
             ),
-            (
-                "--model",
-                {"required": True, "metavar": "NAME", "help": "the model of its training"},
-            ),
+            ("--model", {"required": True, "metavar": "NAME", "help": "the model of its training"}),
             ("--workdir", {**FOLDER, "help": "the new trial's folder"}),
             ("--config", {"default": "", "metavar": "FILE[:ARG]", "help": "config with the task"}),
             ANY_WEIGHTS,

@@ -148,5 +148,5 @@ COMMANDS = {
                 {"type": float, "default": 120.0, "help": "seconds that a request may take"},
             ),
         ],
-    ),
+    )
 }

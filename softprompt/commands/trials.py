@@ -8,14 +8,7 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from softprompt.commands.base import (
-    DISTRIBUTED,
-    FOLDER,
-    Command,
-    Overrides,
-    path,
-    print_json,
-)
+from softprompt.commands.base import DISTRIBUTED, FOLDER, Command, Overrides, path, print_json
 from softprompt.commands.launch import ENGINE_FLAGS, check_flags, start_engine, write_outputs
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError
@@ -186,11 +179,7 @@ COMMANDS = {
             ("--subset", {"default": "full", "help": "a named part of the experiment"}),
             (
                 "--shard",
-                {
-                    "default": "1/1",
-                    "metavar": "I/N",
-                    "help": "run the I-th of N parts, from 1",
-                },
+                {"default": "1/1", "metavar": "I/N", "help": "run the I-th of N parts, from 1"},
             ),
             (
                 "--minutes",
@@ -222,10 +211,7 @@ COMMANDS = {
                     "help": "holds result.json files at any depth, or outcomes.jsonl",
                 },
             ),
-            (
-                "--experiment",
-                {"metavar": "NAME", "help": "the experiment whose files to write"},
-            ),
+            ("--experiment", {"metavar": "NAME", "help": "the experiment whose files to write"}),
         ],
     ),
 }

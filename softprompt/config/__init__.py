@@ -1,7 +1,7 @@
 """A trial's configuration: its keys and their values, config files, and the trial's id."""
 
 from softprompt.config.checks import chooses, reads
-from softprompt.config.schema import Key, base_config, describe
+from softprompt.config.schema import KEYS, base_config
 from softprompt.config.values import (
     ConfigDict,
     differences,

@@ -21,8 +21,7 @@ class Task(Settings):
     section = "task"
 
     name: str = setting(
-        "movie_sentiment",
-        "a known task (`softprompt data`), or any name if `source` is set",
+        "movie_sentiment", "a known task (`softprompt data`), or any name if `source` is set"
     )
     source: str = setting(
         "",
@@ -62,9 +61,7 @@ class Task(Settings):
         "one; they are ranked where eval.metric is accuracy",
     )
     max_input: int = setting(
-        256,
-        "most tokens of an input; a longer input loses the end of its longest field",
-        low=1,
+        256, "most tokens of an input; a longer input loses the end of its longest field", low=1
     )
     max_target: int = setting(32, "most tokens of a target; a longer one is an error", low=1)
     eos: bool = setting(False, "end each target with EOS")

@@ -16,7 +16,7 @@ from softprompt.errors import UserError
 from softprompt.methods import METHODS
 from softprompt.methods.base import MethodSettings
 from softprompt.methods.initializers import INITIALIZERS
-from softprompt.settings import KINDS, Setting, Settings, keys, setting, summaries
+from softprompt.settings import Setting, Settings, keys, setting, summaries
 from softprompt.training.optimizers import OPTIMIZERS, Optimizer
 
 # Metrics that can select a delta: larger is better.
@@ -264,11 +264,6 @@ class Key(Setting):
     name: str = ""
     owners: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
-    @property
-    def type(self) -> str:
-        """A description of its type."""
-        return KINDS[type(self.default)]
-
 
 def _compose() -> dict[str, Key]:
     """Collects the keys of all settings classes, in the order of the sections."""
@@ -304,15 +299,10 @@ def _joined(name: str, found: Sequence[tuple[str, str, Setting]]) -> Key:
     return Key(**(vars(settings[0]) | joined), name=name, owners=owners)
 
 
-KEYS = _compose()
+KEYS = _compose()  # by name, in the order of the sections
 
 # Keys whose value is a mapping of user-defined names to strings.
 OPEN_MAPPINGS = tuple(name for name, key in KEYS.items() if isinstance(key.default, dict))
-
-
-def describe() -> list[Key]:
-    """All keys of a config with their metadata, in the order of the sections."""
-    return list(KEYS.values())
 
 
 def base_config() -> ConfigDict:

@@ -16,13 +16,7 @@ from ml_collections import ConfigDict
 
 from softprompt.config.checks import check_used, check_values
 from softprompt.config.data_sections import TASK_KEYS
-from softprompt.config.schema import (
-    KEYS,
-    METHOD_SETTINGS,
-    OPEN_MAPPINGS,
-    SECTIONS,
-    base_config,
-)
+from softprompt.config.schema import KEYS, METHOD_SETTINGS, OPEN_MAPPINGS, SECTIONS, base_config
 from softprompt.data.builtin_tasks import TASKS, get_task
 from softprompt.errors import UserError, nearest
 from softprompt.methods.base import MethodSettings

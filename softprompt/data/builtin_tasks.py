@@ -9,14 +9,7 @@ from typing import Any
 
 from softprompt.data import row_forms
 from softprompt.data.sources import FORMATS
-from softprompt.data.tasks import (
-    DEVELOPMENT,
-    HIDDEN_TEST,
-    ONE_FILE,
-    OWN_SPLITS,
-    TEST_ONLY,
-    Task,
-)
+from softprompt.data.tasks import DEVELOPMENT, HIDDEN_TEST, ONE_FILE, OWN_SPLITS, TEST_ONLY, Task
 from softprompt.errors import UserError, nearest, unknown
 
 

@@ -1,6 +1,5 @@
 """Encodes records as token ids: fills the template, and shortens the fields of long inputs."""
 
-import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from softprompt.data.digests import records_digest
 from softprompt.data.sources import Record
+from softprompt.data.subsets import records_digest
 from softprompt.data.tasks import Task, parse_template, target_text
 from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer
@@ -134,7 +133,9 @@ def encode(
     around = prefix, _special(tokenizer.eos_id, "EOS", input_eos)
     inputs, truncated = _inputs(records, task, tokenizer, around, max_input)
 
-    answer = functools.partial(_answer, task, tokenizer, suffix=suffix, max_target=max_target)
+    def answer(record: Record, text: str, name: str) -> np.ndarray:
+        where = f"{name} of example {record['id']!r}"
+        return _target(tokenizer, target_text(task, text), suffix, max_target, where)
 
     def target(record: Record, label: int) -> np.ndarray:
         if record["label"] is None:
@@ -171,21 +172,6 @@ def _own_parts(
         ),
         "words": tuple(np.array(ids, np.int32) for ids in words),
     }
-
-
-def _answer(
-    task: Task,
-    tokenizer: Tokenizer,
-    record: Record,
-    text: str,
-    name: str,
-    *,
-    suffix: list[int],
-    max_target: int,
-) -> np.ndarray:
-    """The token ids of an answer to a record of a free-text task."""
-    where = f"{name} of example {record['id']!r}"
-    return _target(tokenizer, target_text(task, text), suffix, max_target, where)
 
 
 def _labels(records: Sequence[Record], task: Task) -> np.ndarray:

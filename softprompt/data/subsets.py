@@ -1,9 +1,9 @@
-"""Subsets and hashes of records. Subsets depend on ids and a seed, not on the order of a file."""
+"""Subsets, hashes and digests of records. Subsets depend on ids and a seed, not on file order."""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from softprompt.data.sources import Record
 from softprompt.errors import UserError
@@ -103,3 +103,38 @@ def shared_texts(one: Sequence[Record], other: Sequence[Record], fields: Sequenc
     """
     known = {content_hash(record, fields) for record in one}
     return sum(content_hash(record, fields) in known for record in other)
+
+
+def records_digest(records: Sequence[Record], fields: Sequence[str]) -> str:
+    """Returns 16 hex digits that depend on the records' ids, fields, labels and order.
+
+    Args:
+        records: of a split.
+        fields: the text fields that count.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        texts = [record[name] for name in fields]
+        line = [record["id"], texts, record["label"], record.get("answers", ())]
+        line += [record[part] for part in ("group", "candidates", "correct") if part in record]
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_digests(now: Mapping[str, str], then: Mapping[str, str], *, made: str) -> None:
+    """Checks that data is what it was.
+
+    Args:
+        now: the digest of each split, by name.
+        then: the digests that were stored; splits without one (of older files) are not compared.
+        made: what was made with the stored data, such as a checkpoint's path.
+
+    Raises:
+        UserError: a split's digest differs.
+    """
+    for name, digest in now.items():
+        if then.get(name, digest) != digest:
+            raise UserError(
+                f"{made} was made with other data: the digest of {name} was {then[name]}, and now "
+                f"is {digest}; allowed: the same data, or a new folder"
+            )

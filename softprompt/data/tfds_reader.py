@@ -82,7 +82,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0:
         return [_plain(one) for one in value]
-    return _string(value)
+    return str(value)
 
 
 def _check_fields(columns: Columns, name: str, features: Mapping[str, Any]) -> None:
@@ -94,10 +94,6 @@ def _check_fields(columns: Columns, name: str, features: Mapping[str, Any]) -> N
                 f"tfds:{name} has no field {field!r}{nearest(field, features)}; "
                 f"known: {', '.join(features)}"
             )
-
-
-def _string(value: Any) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _open_split(builder: Any, name: str, split: str) -> Any:
@@ -231,6 +227,6 @@ def _tensorflow_names() -> SimpleNamespace:
     return SimpleNamespace(
         int32=np.int32,
         io=SimpleNamespace(gfile=gfile),
-        compat=SimpleNamespace(as_text=_string),
+        compat=SimpleNamespace(as_text=_plain),
         errors=SimpleNamespace(UnimplementedError=NotImplementedError),
     )

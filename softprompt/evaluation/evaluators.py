@@ -17,7 +17,6 @@ from softprompt.data.eval_batches import EvalBatch
 from softprompt.data.rows import RowLayout
 from softprompt.data.tasks import ANSWER_METRICS, LABEL_METRICS, Task
 from softprompt.evaluation import metrics as measures
-from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.ranking import Scores, normalise, score_batches, scored_at_once
 from softprompt.inference.beam import beam_search
 from softprompt.inference.continuous import generate_in_pool
@@ -210,7 +209,7 @@ def generated_labels(split: Split, ids: Sequence[Sequence[int]], tokenizer: Toke
     """Computes the result of `generation` for a task with verbalizers."""
     task, labels = split.task, split.encoded.labels
     texts = list(task.verbalizers.values())
-    predicted_N, illegal = read_labels(ids, texts, tokenizer, exact=task.exact)
+    predicted_N, illegal = measures.read_labels(ids, texts, tokenizer, exact=task.exact)
     predictions = [
         {
             "label": _name(task.labels, label),

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 
+from softprompt.pretrained.tokenizer import Tokenizer
+
 NOT_METRICS = ("examples", "classes_predicted")  # entries of scores that are not metrics
 
 
@@ -193,6 +195,42 @@ def referents(
         return {"examples": 0}
     right = [names_referent(predicted[n], named[n]) == bool(correct_N[n]) for n in known]
     return {"accuracy": float(np.mean(right)), "examples": len(known)}
+
+
+def read_labels(
+    answers: Sequence[Sequence[int]],
+    verbalizers: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    exact: bool = False,
+) -> tuple[np.ndarray, float]:
+    """Parses generated answers as labels.
+
+    An answer is the label whose verbalizer it starts with, followed by a word boundary. If several
+    match, the longest verbalizer counts. With `exact` it has to be the verbalizer, as T5 has it.
+
+    Args:
+        answers: generated ids of each example.
+        verbalizers: target texts, in the order of the labels.
+        tokenizer: the model's.
+        exact: see above.
+
+    Returns:
+        Label indices [N], -1 for an answer that is not a label; and the share of such answers.
+    """
+    words = [text.strip() for text in verbalizers]
+    labels_N = np.full(len(answers), -1)
+    for example, ids in enumerate(answers):
+        text = tokenizer.decode(ids).strip()
+        matches = [
+            word
+            for word in words
+            if text == word
+            or (not exact and text.startswith(word) and not text[len(word)].isalnum())
+        ]
+        if matches:
+            labels_N[example] = words.index(max(matches, key=len))
+    return labels_N, float(np.mean(labels_N < 0)) if len(answers) else 0.0
 
 
 def illegal_share(predicted: Sequence[str], choices: Sequence[Sequence[str]]) -> float:

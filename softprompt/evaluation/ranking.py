@@ -61,7 +61,7 @@ def one_program(make: Callable[Params, Program]) -> Callable[Params, Program]:
 
 
 @one_program
-def shared_function(config: StepConfig, mesh: Mesh) -> Callable[[Tree, Tree], Any]:
+def shared_function(config: StepConfig, mesh: Mesh | None) -> Callable[[Tree, Tree], Any]:
     """The jitted `shared_part`: (delta, weights) -> (variables, context), on every device."""
     del mesh  # only a key of the cache: the arguments have shardings
     return jax.jit(functools.partial(shared_part, config))

@@ -77,12 +77,7 @@ class Pool:
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        weights: Tree,
-        like: Lane,
-        grid: Grid,
-        sizes: Sequence[int] = SIZES,
+        self, model: Decoder, weights: Tree, like: Lane, grid: Grid, sizes: Sequence[int] = SIZES
     ) -> None:
         self.grid = grid = dataclasses.replace(grid, slots=padded(grid.slots, sizes))
         self._sizes = [size for size in sizes if size <= grid.slots]
@@ -109,8 +104,9 @@ class Pool:
 
     def set_lane(self, number: int, lane: Lane) -> None:
         """Writes a task into a lane that has no rows."""
-        if self._lanes is None:
-            self._allocate()
+        if self._lanes is None:  # allocated for the first task
+            arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes)
+            self._lanes, self._inputs, self._ring = jax.tree.map(jax.device_put, arrays)
         self._lanes = self._programs["lane"](self._lanes, np.int32(number), lane)
 
     def wait(self) -> None:
@@ -184,11 +180,6 @@ class Pool:
         for size in self._sizes:
             rows = Inputs(number_B, number_B, np.zeros((len(number_B), size), np.int32), number_B)
             yield size, fill.lower(self._weights, lanes, inputs, rows, how, flag)
-
-    def _allocate(self) -> None:
-        """Allocates the arrays, when the first task comes."""
-        arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes)
-        self._lanes, self._inputs, self._ring = jax.tree.map(jax.device_put, arrays)
 
 
 @functools.lru_cache(maxsize=32)

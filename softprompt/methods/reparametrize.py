@@ -17,16 +17,14 @@ EPSILON = 1e-5
 
 
 def init(key: jax.Array, prompt_PD: jax.Array, *, kind: str, bottleneck: int) -> dict[str, Any]:
-    """The networks' initial values by kind; {} for "none".
+    """The networks' initial values by kind.
 
     Args:
         key: a random key.
         prompt_PD: the rows.
-        kind: `method.reparam`: none, residual, residual_rows or mlp.
+        kind: `method.reparam`: residual, residual_rows or mlp.
         bottleneck: Z, the width of the hidden layers.
     """
-    if kind == "none":
-        return {}
     length, width = prompt_PD.shape
     dtype = prompt_PD.dtype
     if kind == "mlp":

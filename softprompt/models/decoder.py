@@ -35,22 +35,9 @@ from softprompt.models.decoder_layers import (
     attention_case,
     has_shorter_window,
 )
-from softprompt.models.dropout import (
-    Dropout,
-    RowDropout,
-    context_dropout,
-    dropped,
-    row_dropout,
-)
+from softprompt.models.dropout import Dropout, RowDropout, context_dropout, dropped, row_dropout
 from softprompt.models.kernels import REFERENCE, Kernel
-from softprompt.models.layers import (
-    NORMS,
-    Embed,
-    Linear,
-    Prefix,
-    accumulate,
-    read_delta,
-)
+from softprompt.models.layers import NORMS, Embed, Linear, Prefix, accumulate, read_delta
 from softprompt.models.positions import rotary_table
 from softprompt.models.rows import Rows
 from softprompt.models.stack import Gather, stack

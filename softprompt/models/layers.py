@@ -190,12 +190,7 @@ def project(
 
 
 def _product(
-    inputs: tuple[int, ...],
-    acc: jnp.dtype,
-    x: jax.Array,
-    kernel: jax.Array,
-    *,
-    flip: bool = False,
+    inputs: tuple[int, ...], acc: jnp.dtype, x: jax.Array, kernel: jax.Array, *, flip: bool = False
 ) -> jax.Array:
     """The product in `acc` of vectors [T, ...] with an array, summed over its axes `inputs`.
 

@@ -13,19 +13,15 @@ from softprompt.pretrained import gguf
 from softprompt.pretrained.loading import find, t5x_checkpoint
 
 
-def read_chat_template(name: str, *, revision: str | None = None) -> str:
-    """The chat template of a model; "" if it has none.
-
-    Args:
-        name: as for `load_model`.
-        revision: as for `load_model`.
+def read_chat_template(name: str) -> str:
+    """The chat template of a model, whose name is as for `load_model`; "" if it has none.
 
     Raises:
         UserError: no such model, or its files are unreadable.
     """
     if t5x_checkpoint(name):
         return ""
-    path = find(name, revision=revision)
+    path = find(name)
     if path.is_file():
         return str(gguf.File(path).get("tokenizer.chat_template", ""))
     file = path / "chat_template.jinja"

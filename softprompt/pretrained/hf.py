@@ -28,83 +28,53 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 FILES = (*TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json")
+Stored = tuple[Path, TensorFile, str]  # a tensor: its file, and its name in it
 PYTORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-def read_config(folder: str | os.PathLike[str]) -> DecoderConfig | T5Config:
-    """The model that config.json describes.
-
-    Raises:
-        UserError: no readable config.json, or one that `read_family` refuses.
-    """
-    return _read_family(Path(folder))[1]
-
-
 def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig | T5Config, Table, Source]:
-    """The folder's model, the rules that fill its leaves, and its tensors; reads headers only.
+    """The folder's model, the rules that fill its leaves, and its tensors.
+
+    Reads headers, and the tensors that may repeat the embeddings, such as a tied head.
 
     Raises:
-        UserError: what `read_config` and `open_source` raise.
+        UserError: no readable config.json, or one that `read_family` refuses; no weights, an absent
+            shard that the index names, or a file that cannot be read; a tensor that should repeat
+            the embeddings and differs.
     """
     folder = Path(folder)
-    family, config = _read_family(folder)
-    table = family.table(config)
-    source = open_source(
-        folder,
-        original=table["embed/embedding"].name,
-        copies=[*family.copies, *([_head_name(family, config)] if config.tied else [])],
-        harmless=family.harmless,
-        spellings=family.spellings,
-    )
-    return config, table, source
-
-
-def open_source(
-    folder: str | os.PathLike[str],
-    *,
-    original: str,
-    copies: Sequence[str],
-    harmless: str,
-    spellings: Sequence[tuple[str, str]] = (),
-) -> Source:
-    """The folder's tensors as a source of weights; reads headers, and tensors named in `copies`.
-
-    Args:
-        folder: holds model.safetensors, or an index and shards, or the same of pytorch_model.bin.
-        original: the name of the embeddings.
-        copies: names of tensors that may repeat the embeddings; if present they must equal them.
-        harmless: pattern of other tensors that fill no leaf and may be ignored.
-        spellings: as in `Family`.
-
-    Raises:
-        UserError: no weights, an absent shard that the index names, a file that cannot be read, or
-            a copy that differs.
-    """
-    folder = Path(folder)
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    where: dict[str, tuple[Path, TensorFile, str]] = {}
-    for file in _weight_files(folder):
-        opened = open_file(file)
-        for stored, kind in opened.tensors.items():
-            name = canonical(stored, spellings)
-            if name in where:
-                raise UserError(f"{file}: tensor {stored} is also in {where[name][0].name}")
-            tensors[name] = kind
-            where[name] = file, opened, stored
-
+    file = folder / "config.json"
+    family, config = read_family(read_json(file), file=str(file))
+    table, stored = family.table(config), _stored_tensors(folder, family.spellings)
+    original = table["embed/embedding"].name
+    copies = [*family.copies, *([_head_name(family, config)] if config.tied else [])]
     for copy in copies:
-        if {original, copy} <= set(where):
-            _check_copy(where[original], where[copy])
+        if {original, copy} <= stored.keys():
+            _check_copy(stored[original], stored[copy])
 
     def read(name: str) -> tuple[np.ndarray, np.ndarray]:
-        _, opened, stored = where[name]
-        values = opened.read(stored, ALL)
+        _, opened, name_in_file = stored[name]
+        values = opened.read(name_in_file, ALL)
         return values, values
 
-    def ignorable(name: str) -> bool:
-        return bool(re.fullmatch(harmless, name)) or name in copies
+    def harmless(name: str) -> bool:
+        return bool(re.fullmatch(family.harmless, name)) or name in copies
 
-    return Source(str(folder), tensors, read, ignorable)
+    tensors = {name: opened.tensors[theirs] for name, (_, opened, theirs) in stored.items()}
+    return config, table, Source(str(folder), tensors, read, harmless)
+
+
+def _stored_tensors(folder: Path, spellings: Sequence[tuple[str, str]]) -> dict[str, Stored]:
+    """The folder's tensors, by the names that the family's table has for them."""
+    found: dict[str, Stored] = {}
+    for file in _weight_files(folder):
+        opened = open_file(file)
+        for name_in_file in opened.tensors:
+            name = canonical(name_in_file, spellings)
+            if name in found:
+                raise UserError(f"{file}: tensor {name_in_file} is also in {found[name][0].name}")
+            found[name] = file, opened, name_in_file
+    return found
 
 
 def download(repo: str, *, revision: str | None = None, patterns: Sequence[str] = FILES) -> Path:
@@ -171,11 +141,6 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _read_family(folder: Path) -> tuple[Family, DecoderConfig | T5Config]:
-    file = folder / "config.json"
-    return read_family(read_json(file), file=str(file))
-
-
 def canonical(stored: str, spellings: Sequence[tuple[str, str]]) -> str:
     """The name that the family's table has for a stored tensor."""
     for pattern, replacement in spellings:
@@ -190,7 +155,7 @@ def _head_name(family: Family, config: DecoderConfig | T5Config) -> str:
     return family.table(dataclasses.replace(config, tied=False))["head/kernel"].name
 
 
-def _check_copy(original: tuple[Path, TensorFile, str], copy: tuple[Path, TensorFile, str]) -> None:
+def _check_copy(original: Stored, copy: Stored) -> None:
     """Raises where a tensor that should repeat the embeddings, such as a tied head, differs."""
     (_, ours, name), (file, theirs, other) = original, copy
     shape, step = ours.tensors[name][1], 4096  # in pieces: the matrix may be the largest tensor

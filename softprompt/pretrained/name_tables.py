@@ -19,7 +19,8 @@ from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.quantize import VALUES, input_axes, storage
 from softprompt.models.quantize import quantize as quantized
-from softprompt.models.shapes import decoder_shapes, leaf_dtype
+from softprompt.models.shapes import decoder_shapes, layer_count, leaf_dtype, t5_shapes
+from softprompt.models.t5_layers import T5Config
 
 Storage = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 Put = Callable[[str, np.ndarray], Any]
@@ -95,6 +96,14 @@ def decoder_table(config: DecoderConfig, names: Mapping[str, str]) -> dict[str, 
     return table
 
 
+def encoder_decoder_table(config: T5Config, names: Mapping[str, str]) -> dict[str, TensorRule]:
+    """The table of a T5 whose source names the tensor of each leaf so, `{}` for the layer."""
+    return {
+        path: torch_rule(path, names[path], leaf, layers=layer_count(config, path))
+        for path, leaf in t5_shapes(config).items()
+    }
+
+
 def torch_rule(path: str, name: str, leaf: tuple[int, ...], *, layers: int | None) -> TensorRule:
     """The rule of a leaf that `torch.nn` stores: kernels are [out, in], with flattened heads."""
     if path.endswith("/embedding"):
@@ -108,8 +117,27 @@ def torch_rule(path: str, name: str, leaf: tuple[int, ...], *, layers: int | Non
 
 def input_major(rule: TensorRule) -> TensorRule:
     """The rule of the same kernel where the source stores it as [in, out]."""
-    source = rule.source[::-1]
-    return dataclasses.replace(rule, source=source, convert=lambda x: x.reshape(rule.leaf))
+    return dataclasses.replace(rule, source=rule.source[::-1], convert=lambda x: rule.convert(x.T))
+
+
+def fused_qkv(
+    rules: Mapping[str, TensorRule], part: Callable[[TensorRule, int], TensorRule]
+) -> dict[str, TensorRule]:
+    """The rules where one tensor holds queries, keys and values: `part(rule, n)` is the n-th's."""
+    paths = {
+        f"layers/attn/{p}/{kind}": n for n, p in enumerate("qkv") for kind in ("kernel", "bias")
+    }
+    return {path: part(x, paths[path]) if path in paths else x for path, x in rules.items()}
+
+
+def third(rule: TensorRule, nth: int) -> TensorRule:
+    """The rule of one of three equal blocks of a tensor's rows."""
+    out, *inputs = rule.source
+
+    def convert(x: np.ndarray) -> np.ndarray:
+        return rule.convert(x[nth * out : (nth + 1) * out])
+
+    return dataclasses.replace(rule, source=(3 * out, *inputs), convert=convert)
 
 
 def read_weights(

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,8 @@ def _check(leaves: Mapping[str, Any], table: Table) -> None:
 
 def _save_weights(folder: Path, leaves: Mapping[str, Any], table: Table, shard_bytes: int) -> None:
     """Writes model.safetensors, or shards and their index."""
+    from huggingface_hub import split_state_dict_into_shards_factory  # slow to import
+
     pieces: dict[str, list[tuple[str, int | None]]] = {}
     for path, rule in table.items():
         for layer, name in enumerate(tensor_names(rule)):
@@ -121,31 +123,19 @@ def _save_weights(folder: Path, leaves: Mapping[str, Any], table: Table, shard_b
         name: int(np.prod(table[path].source)) * leaves[path].dtype.itemsize
         for name, ((path, _), *_) in pieces.items()
     }
-    shards = list(_shards(sizes, shard_bytes))
-    where: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        file = file if len(shards) > 1 else "model.safetensors"
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
         tensors = {name: _tensor(pieces[name], leaves, table) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(names, file)
         del tensors  # frees the memory before the next shard
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    """Groups of names of at most `limit` bytes each; a larger tensor is a group of its own."""
-    group: list[str] = []
-    total = 0
-    for name, size in sizes.items():
-        if group and total + size > limit:
-            yield group
-            group, total = [], 0
-        group.append(name)
-        total += size
-    yield group
 
 
 def _tensor(

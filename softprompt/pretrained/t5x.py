@@ -19,9 +19,9 @@ import tensorstore as ts
 from flax.serialization import msgpack_restore
 
 from softprompt.errors import UserError, one_line
-from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
+from softprompt.models.shapes import ATTENTIONS
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained.name_tables import Source, Table, TensorRule, input_major, torch_rule
+from softprompt.pretrained.name_tables import Source, Table, encoder_decoder_table, input_major
 
 # Stack -> its attentions and their norms, in the order of `ATTENTIONS`.
 MODULES = {
@@ -47,17 +47,9 @@ def open_folder(folder: str) -> tuple[T5Config, Table, Source]:
 
 def t5x_table(config: T5Config) -> Table:
     """The rules that fill the leaves from the arrays of a checkpoint."""
-    names = _names(config)
-
-    def one(path: str, leaf: tuple[int, ...]) -> TensorRule:
-        rule = torch_rule(path, names[path], leaf, layers=layer_count(config, path))
-        if path.endswith("/kernel"):
-            return input_major(rule)
-        if path.endswith("relative_bias/embedding"):
-            return dataclasses.replace(rule, source=leaf[::-1], convert=np.transpose)
-        return rule
-
-    return {path: one(path, leaf) for path, leaf in t5_shapes(config).items()}
+    rules = encoder_decoder_table(config, _names(config))
+    turned = [path for path in rules if path.endswith(("/kernel", "relative_bias/embedding"))]
+    return rules | {path: input_major(rules[path]) for path in turned}
 
 
 def _names(config: T5Config) -> dict[str, str]:

@@ -5,7 +5,6 @@ An archive is a tar file with the models' folders, followed by the SHA-256 of al
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import UserError
-from softprompt.files import check_writable
+from softprompt.files import check_writable, read_json
 from softprompt.models.shapes import leaf_shapes
 from softprompt.pretrained.ladder import (
     PREFIX,
@@ -80,7 +79,7 @@ def summary(name: str) -> dict[str, Any]:
         held-out text, share of the machine's peak, minutes, and the recipe's hash, the corpus'
         digest and the commit.
     """
-    facts = read_provenance(name)
+    facts = read_json(model_folder(name) / PROVENANCE)
     return {
         "name": name,
         "parameters": inner_parameters(name),
@@ -92,12 +91,6 @@ def summary(name: str) -> dict[str, Any]:
         "corpus": facts["corpus"]["digest"],
         "commit": facts["commit"],
     }
-
-
-def read_provenance(name: str) -> dict[str, Any]:
-    """The provenance of a model in the cache."""
-    facts: dict[str, Any] = json.loads((model_folder(name) / PROVENANCE).read_text())
-    return facts
 
 
 def pack(file: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from softprompt.analysis.flops import machine_flops, train_flops
 from softprompt.console import Progress
@@ -37,7 +38,7 @@ from softprompt.training import checkpoints, loop
 from softprompt.training.logs import MetricsLog, read_log
 from softprompt.training.optimizers import AdamW, OptimizerConfig, make_optimizer, rates, set_rate
 from softprompt.training.sharding import make_mesh, put_batch, weight_shardings
-from softprompt.training.step import StepConfig, StepResult, loss_fn
+from softprompt.training.step import StepConfig, loss_fn
 from softprompt.trials.lock import holding
 from softprompt.trials.prepare import state_shardings
 from softprompt.trials.run import mean_share
@@ -195,17 +196,12 @@ def first_weights(recipe: Recipe) -> dict[str, Any]:
     if recipe.start:
         folder = str(model_folder(recipe.start))
         return load_model(folder, put=lambda path, array: array.copy()).weights
-    config = recipe.config
-    weights: dict[str, Any] = {}
-    for number, (path, shape) in enumerate(leaf_shapes(config).items()):
+    leaves: dict[str, np.ndarray] = {}
+    for number, (path, shape) in enumerate(leaf_shapes(recipe.config).items()):
         rng = np.random.default_rng([recipe.seed, number])
-        values = rng.standard_normal(shape, np.float32) * _scale(config, path, shape)
-        *folders, last = path.split("/")
-        tree = weights
-        for folder in folders:
-            tree = tree.setdefault(folder, {})
-        tree[last] = np.ones(shape, np.float32) if last == "scale" else values
-    return weights
+        values = rng.standard_normal(shape, np.float32) * _scale(recipe.config, path, shape)
+        leaves[path] = np.ones(shape, np.float32) if path.endswith("/scale") else values
+    return dict(unflatten_dict(leaves, sep="/"))
 
 
 def _scale(config: Any, path: str, shape: tuple[int, ...]) -> np.float32:
@@ -307,16 +303,7 @@ def run_loop(
         if restored is not None:
             say(f"{recipe.name} resumes from step {restored.step} of {steps}")
         log = MetricsLog(inputs.folder, step=restored.step if restored else None, sinks=[])
-        calls = loop.train(config, inputs, restored or state, log, manager)
-        result: StepResult | None = None
-        try:
-            while True:
-                result = session.step(calls.send(result))  # type: ignore[arg-type]
-        except StopIteration as end:
-            done: loop.State = end.value
-            return done
-        finally:
-            calls.close()
+        return session.run(loop.train(config, inputs, restored or state, log, manager))
 
 
 def evaluator(

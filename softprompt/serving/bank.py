@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.config import ConfigDict, base_config, members, method_settings, set_key, to_dict
 from softprompt.errors import UserError
+from softprompt.evaluation.ranking import shared_function
 from softprompt.inference.pool import padded
 from softprompt.inference.pool_programs import Lane, pad_context
 from softprompt.interchange.adapter_files import CONFIG as ADAPTER_CONFIG
@@ -30,11 +31,10 @@ from softprompt.pretrained.loading import Loaded
 from softprompt.pretrained.tensor_files import open_file
 from softprompt.serving.placement import Kind, kind_of
 from softprompt.serving.requests import TaskInfo
-from softprompt.training.step import StepConfig, shared_part
+from softprompt.training.step import StepConfig
 from softprompt.trials.convert import check_tasks, with_method
-from softprompt.trials.delta_shapes import check_fit
-from softprompt.trials.evaluate import check_trained
-from softprompt.trials.run import CONFIG, DELTA, read_config
+from softprompt.trials.delta_checks import check_fit, check_weights
+from softprompt.trials.run import CONFIG, DELTA, check_trained, read_config
 
 DTYPES = ("F32", "F16", "F64")  # of a trial's tensors; an adapter's may be BF16 too
 MOST_BYTES = 1 << 30  # of a delta's file
@@ -193,7 +193,7 @@ class Bank:
         check_fit(header(file, DTYPES), config, self.loaded.config, file=str(file))
         files = digest_files(folder)  # before the delta is read: a change meanwhile is noticed
         delta, origin = load_delta(file)
-        self._check_weights(file, origin)
+        check_weights(file, origin.get("fingerprint", self.loaded.fingerprint), self.loaded)
         check_finite(file, flatten_dict(delta, sep="/"))
         return Stored(config, delta, file.stat().st_size, files)
 
@@ -204,7 +204,8 @@ class Bank:
             raise UserError(f"{folder}: no {TENSORS}; adapters are read from safetensors only")
         header(file, (*DTYPES, "BF16"))
         adapter = read_adapter(folder)
-        self._check_weights(file, adapter.provenance)
+        trained = adapter.provenance.get("fingerprint", self.loaded.fingerprint)
+        check_weights(file, trained, self.loaded)
         delta, method = from_peft(adapter, self.loaded.config)
         config = base_config()
         set_key(config, "model.name", self.loaded.name)
@@ -213,18 +214,10 @@ class Bank:
         check_fit(delta, config, self.loaded.config, file=str(file))
         return Stored(config, delta, file.stat().st_size, "")
 
-    def _check_weights(self, file: Path, origin: Mapping[str, Any]) -> None:
-        """Checks that a file was trained on the model's weights, if it says on which."""
-        trained, have = origin.get("fingerprint"), self.loaded.fingerprint
-        if trained is not None and trained != have:
-            raise UserError(
-                f"{file} was trained on weights {trained}; {self.loaded.name} has {have}"
-            )
-
 
 def make_lane(weights: Any, step: StepConfig, delta: Any, number: int | None) -> Lane:
     """Computes a delta's context and variables; `number` is that of one of several prompts."""
-    variables, context = _shared(step)(delta, weights)
+    variables, context = shared_function(step, None)(delta, weights)
     if number is not None:
         part = slice(number * context.slots, (number + 1) * context.slots)
         context = Context(context.k_LPGK[:, part], context.v_LPGK[:, part])
@@ -232,11 +225,6 @@ def make_lane(weights: Any, step: StepConfig, delta: Any, number: int | None) ->
         variables = {}  # rows read the context only
     lane: Lane = jax.device_put(Lane(pad_context(context, padded(context.slots)), variables))
     return lane
-
-
-@functools.lru_cache(maxsize=64)
-def _shared(step: StepConfig) -> Any:
-    return jax.jit(functools.partial(shared_part, step))
 
 
 def lane_bytes(lane: Lane) -> int:

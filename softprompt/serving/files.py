@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,18 +97,8 @@ def _answers(text: bytes, record: Mapping[str, Any]) -> bool:
     return isinstance(answer, dict) and {key: answer.get(key) for key in record} == record
 
 
-def request_of(line: Line, ids: Sequence[int], engine: Engine, defaults: Request) -> Request:
-    """A line's request; a field that it lacks has its default, and `seed` the line's number.
-
-    Args:
-        line: of the input file.
-        ids: of its input, without BOS.
-        engine: says which tasks have BOS.
-        defaults: of the fields.
-
-    Raises:
-        UserError: an unknown task.
-    """
+def _request(line: Line, ids: Sequence[int], engine: Engine, defaults: Request) -> Request:
+    """A line's request; a field that it lacks has its default, and `seed` the line's number."""
     given = {key: value for key, value in line.record.items() if key not in ("task", "input")}
     task = line.record.get("task", "")
     given |= {"stop": tuple(given["stop"])} if "stop" in given else {}
@@ -117,38 +107,18 @@ def request_of(line: Line, ids: Sequence[int], engine: Engine, defaults: Request
     return dataclasses.replace(defaults, task=task, tokens=tokens, **given)
 
 
-class Answer:
-    """Collects the events of a request."""
+def submit(engine: Engine, request: Request) -> Future[tuple[str, Finish]]:
+    """Submits a request; the result is its output and its last event."""
+    texts, done = list[str](), Future[tuple[str, Finish]]()
 
-    def __init__(self) -> None:
-        self._texts: list[str] = []
-        self._done = threading.Event()
-        self._end: Finish | None = None
-
-    def take(self, event: Token | Finish) -> None:
-        """Takes the next event."""
+    def take(event: Token | Finish) -> None:
         if isinstance(event, Token):
-            self._texts.append(event.text)
+            texts.append(event.text)
         else:
-            self._end = event
-            self._done.set()
+            done.set_result(("".join(texts), event))
 
-    def wait(self, line: Line) -> dict[str, Any]:
-        """The answer to a line: its fields, "output", "finish" and "new_tokens".
-
-        Raises:
-            UserError: the engine has stopped.
-        """
-        self._done.wait()
-        assert self._end is not None
-        if self._end.reason in ("error", "cancelled"):
-            raise UserError(f"line {line.number}: {self._end.error or self._end.reason}")
-        return {
-            **line.record,
-            "output": "".join(self._texts),
-            "finish": self._end.reason,
-            "new_tokens": self._end.completion_tokens,
-        }
+    engine.submit(request, take)
+    return done
 
 
 def answers(
@@ -159,7 +129,9 @@ def answers(
     ahead: int,
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """The answers to lines, in order. All lines are checked before the first is submitted.
+    """The answers to lines, in order: their fields, "output", "finish" and "new_tokens".
+
+    All lines are checked before the first is submitted.
 
     Args:
         engine: that generates.
@@ -169,23 +141,26 @@ def answers(
         progress: the display.
 
     Raises:
-        UserError: a line's value is not allowed.
+        UserError: a line's value is not allowed, or the engine has stopped.
     """
     requests = []
     for line, ids in lines:
         try:
-            requests.append((line, request_of(line, ids, engine, defaults)))
+            requests.append((line, _request(line, ids, engine, defaults)))
             engine.check(requests[-1][1])
         except UserError as error:
             raise UserError(f"line {line.number}: {error}") from error
-    pending: list[tuple[Line, Answer]] = []
+    pending: list[tuple[Line, Future[tuple[str, Finish]]]] = []
     left = iter(requests)
     for done in range(len(lines)):
         for line, request in left:
-            pending.append((line, Answer()))
-            engine.submit(request, pending[-1][1].take)
+            pending.append((line, submit(engine, request)))
             if len(pending) >= ahead:
                 break
         line, answer = pending.pop(0)
-        yield answer.wait(line)
+        output, end = answer.result()
+        if end.reason in ("error", "cancelled"):
+            raise UserError(f"line {line.number}: {end.error or end.reason}")
+        facts = {"finish": end.reason, "new_tokens": end.completion_tokens}
+        yield {**line.record, "output": output, **facts}
         progress.stage("generate", done + 1, len(lines))

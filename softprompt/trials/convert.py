@@ -26,16 +26,16 @@ from softprompt.interchange.adapter_files import CONFIG as ADAPTER_CONFIG
 from softprompt.interchange.adapter_files import Adapter, read_adapter, write_adapter
 from softprompt.interchange.module_names import ModelConfig
 from softprompt.methods import METHODS
-from softprompt.methods.base import MethodSettings
+from softprompt.methods.base import MethodSettings, Setup
 from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.loading import find_folder, load_model, read_model_config
+from softprompt.pretrained.save import save_folder
 from softprompt.results import read_result
 from softprompt.source import commit
-from softprompt.trials.delta_shapes import check_fit
+from softprompt.trials.delta_checks import ANY_WEIGHTS, check_fit, check_weights, read_delta
 from softprompt.trials.handover import export_added_tokens, export_vectors
-from softprompt.trials.merged_model import export_merged
-from softprompt.trials.run import CONFIG, DELTA, provenance, read_config
+from softprompt.trials.run import CONFIG, DELTA, check_trained, provenance, read_config
 
 PADDING = (
     "PEFT computes the trial's scores with padding on the right, or one text at a time; padding on "
@@ -64,30 +64,29 @@ def export_run(
     """
     to, config = epath.Path(to), read_config(folders[0])
     for folder in folders:
-        if not (epath.Path(folder) / DELTA).exists():
-            raise UserError(
-                f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train"
-            )
+        check_trained(folder)
     if to.exists():
         raise UserError(f"--to {to}: it exists; give a new path")
     if len(folders) > 1 and kind not in ("hf", "vllm"):
         raise UserError(f"--run: {len(folders)} trials; --format {kind} writes one; allowed: 1")
-    alone, notes = len(folders) == 1 and not method_settings(config).is_prompt, list[str]()
-    if kind == "hf" and alone:
-        wrote = export_merged(config, epath.Path(folders[0]) / DELTA, to)
-    elif kind in ("hf", "vllm"):
-        with _removed_on_error(to):
-            notes = {"hf": export_added_tokens, "vllm": export_vectors}[kind](folders, to)
-        wrote = sorted(str(file) for file in to.iterdir())
-    else:
-        wrote, notes = _export_delta(folders[0], config, kind=kind, to=to)
+    notes: list[str] = []
+    with _removed_on_error(to):
+        if kind == "vllm":
+            notes = export_vectors(folders, to)
+        elif kind == "hf" and (len(folders) > 1 or method_settings(config).is_prompt):
+            notes = export_added_tokens(folders, to)
+        elif kind == "hf":
+            export_merged(config, epath.Path(folders[0]) / DELTA, to)
+        else:
+            notes = _export_delta(folders[0], config, kind=kind, to=to)
+    wrote = sorted(str(file) for file in to.iterdir()) if to.is_dir() else [str(to)]
     return {"format": kind, "method": config.method.name, "wrote": wrote, "notes": notes}
 
 
 def _export_delta(
     folder: epath.PathLike, config: ConfigDict, *, kind: str, to: epath.Path
-) -> tuple[list[str], list[str]]:
-    """Writes the delta without the model; returns the files and the notes."""
+) -> list[str]:
+    """Writes the delta without the model; returns the notes."""
     file = epath.Path(folder) / DELTA
     delta, metadata = load_delta(file)
     model = read_model_config(config.model.name, revision=config.model.revision or None)
@@ -96,7 +95,7 @@ def _export_delta(
     notes = conventions(settings, model)
     if kind == "npy":
         write_bytes(to, prompt_arrays.to_npy(delta, model, method))
-        return [str(to)], notes
+        return notes
     base, note = base_model(config)
     adapter = peft.to_peft(
         delta,
@@ -106,15 +105,45 @@ def _export_delta(
         revision=config.model.revision,
         imported=metadata.get("imported", {}).get("adapter_config"),
     )
-    described = describe(config, model, metadata, folder)
-    with _removed_on_error(to):
-        write_adapter(to, Adapter(adapter.config, adapter.tensors, described))
+    described = export_metadata(config, model, metadata, folder)
+    write_adapter(to, Adapter(adapter.config, adapter.tensors, described))
     notes += [note] if note else []
     notes += [PADDING] if settings.is_context else []
     if settings.per_task:
         tasks = [f"{n} {one.task.name}" for n, one in enumerate(members(config))]
         notes.append(f"task ids: {', '.join(tasks)}")
-    return sorted(str(file) for file in to.iterdir()), notes
+    return notes
+
+
+def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) -> None:
+    """Writes a model with the delta merged into its weights, in float32, to a new local folder.
+
+    Raises:
+        UserError: the method has no `merge`; the delta was trained on other weights, or has other
+            shapes; the weights are quantised; the folder is not local.
+    """
+    settings = method_settings(config)
+    method = METHODS[settings.name]
+    if not hasattr(method, "merge"):
+        allowed = [name for name, method in METHODS.items() if hasattr(method, "merge")]
+        raise UserError(
+            f"--format hf: a {settings.name} cannot be merged into the model's weights; allowed "
+            f"for {', '.join(allowed)}, and for prompts, as added tokens"
+        )
+    if "://" in str(to):
+        raise UserError(f"--to {to}: a whole model is written to a local folder")
+    loaded = load_model(
+        config.model.name,
+        dtype="float32",
+        quantize=config.model.quantize,
+        revision=config.model.revision or None,
+        tokenizer_name=config.model.tokenizer,
+    )
+    delta = read_delta(delta_file, config, loaded)
+    cfg = method.resolve(settings, Setup(loaded.config))
+    weights = method.merge(delta, loaded.weights, cfg)
+    original = find_folder(config.model.name, revision=config.model.revision or None)
+    save_folder(to, loaded.config, weights, loaded.tokenizer, original=original)
 
 
 @contextlib.contextmanager
@@ -145,7 +174,7 @@ def base_model(config: ConfigDict) -> tuple[str | None, str]:
     return None, f"base_model_name_or_path is null, since transformers cannot load {name!r}"
 
 
-def describe(
+def export_metadata(
     config: ConfigDict, model: ModelConfig, metadata: Mapping[str, Any], folder: epath.PathLike
 ) -> dict[str, Any]:
     """The metadata of an exported file, about its origin."""
@@ -212,11 +241,8 @@ def import_run(
         put=lambda path, leaf: None,  # only the fingerprint is needed
     )
     trained = metadata.get("fingerprint", loaded.fingerprint)
-    if trained != loaded.fingerprint and not any_weights:
-        raise UserError(
-            f"{file} was trained on weights {trained}, {config.model.name} has "
-            f"{loaded.fingerprint}; --any-weights accepts it"
-        )
+    if not any_weights:
+        check_weights(file, trained, loaded, remedy=ANY_WEIGHTS)
     origin = {} if adapter is None else {"adapter_config": adapter.config}
     imported = {"imported": {"file": str(file), "trained_on": trained, **origin}}
     with _removed_on_error(workdir):

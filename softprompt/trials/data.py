@@ -10,14 +10,7 @@ from jax.sharding import Mesh
 
 from softprompt.config import ConfigDict, method_settings
 from softprompt.data.builtin_tasks import get_task
-from softprompt.data.encode import (
-    Encoded,
-    common_opening,
-    encode,
-    mix,
-    summary,
-    target_advice,
-)
+from softprompt.data.encode import Encoded, common_opening, encode, mix, summary, target_advice
 from softprompt.data.eval_batches import EvalShape, eval_batches, eval_shape
 from softprompt.data.packing import Template
 from softprompt.data.pipeline import TrainSource, train_template
@@ -35,8 +28,8 @@ Say = Callable[[str], None]
 
 # Tokens of an opening, at least. A method without a prompt runs the layers once more for it: a step
 # of LoRA with 32 examples (SmolLM2-135M in bfloat16, two CPU cores) took 1.03 of its time with an
-# opening of 2 tokens in the context, 0.97 with 5 and 0.79 with 8. The first words of the built-in
-# templates are shorter, so that their trials are packed into rows as ever.
+# opening of 2 tokens in the context, 0.97 with 5 and 0.79 with 8. The built-in templates begin
+# with fewer tokens, so their trials have no opening.
 LEAST = 8
 
 
@@ -69,30 +62,27 @@ class TaskData:
 
     def each(self, change: Callable[[Encoded], Encoded]) -> "TaskData":
         """Returns the task with `change` applied to each split."""
-        train, validation, test = (change(self.split(name)) for name in SPLITS)
-        return TaskData(self.task, train, validation, test, self.shared_texts)
+        changed: dict[str, Any] = {name: change(self.split(name)) for name in SPLITS}
+        return dataclasses.replace(self, **changed)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrialData:
     """The encoded tasks of a trial, and caches of their packed batches.
 
     Attributes:
-        tasks: the trial's task, or those of its mixture, in order.
+        tasks: the trial's task, or those of its mixture, in order; see `mixture`.
         train: the training examples of all tasks.
     """
 
-    def __init__(self, tasks: Sequence[TaskData]) -> None:
-        if len(tasks) == 1:
-            self.tasks, self.train = tuple(tasks), tasks[0].train
-        else:
-            self.tasks = tuple(one.each(_of_task(n)) for n, one in enumerate(tasks))
-            self.train = mix({one.task.name: one.train for one in tasks})
-        self._cache: dict[Hashable, Any] = {}
+    tasks: tuple[TaskData, ...]
+    train: Encoded
+    _cache: dict[Hashable, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def only(self, task: str) -> "TrialData":
         """Returns the data of one task of a mixture; its examples keep the task's number."""
         (of_task,) = (one for one in self.tasks if one.task.name == task)
-        return _trial_data((of_task,), of_task.train)
+        return TrialData((of_task,), of_task.train)
 
     @property
     def opening(self) -> tuple[int, ...]:
@@ -111,7 +101,7 @@ class TrialData:
         def make() -> TrialData:
             say(f"all inputs begin with {count} tokens, which are computed once")
             tasks = (one.each(lambda part: part.without_opening(count)) for one in self.tasks)
-            return _trial_data(tuple(tasks), self.train.without_opening(count))
+            return TrialData(tuple(tasks), self.train.without_opening(count))
 
         return self._once(("without", count), make) if count else self
 
@@ -195,26 +185,23 @@ class TrialData:
         return self._cache[key]
 
 
-def _trial_data(tasks: tuple[TaskData, ...], train: Encoded) -> TrialData:
-    """The data of tasks that have their numbers already, with new caches."""
-    data = TrialData.__new__(TrialData)
-    data.tasks, data.train, data._cache = tasks, train, {}
-    return data
+def mixture(tasks: Sequence[TaskData]) -> TrialData:
+    """The data of one task, or of several, whose examples then have the numbers of their tasks."""
+    if len(tasks) == 1:
+        return TrialData(tuple(tasks), tasks[0].train)
+    numbered = (one.each(functools.partial(with_number, n)) for n, one in enumerate(tasks))
+    return TrialData(tuple(numbered), mix({one.task.name: one.train for one in tasks}))
+
+
+def with_number(number: int, encoded: Encoded) -> Encoded:
+    """Marks examples as those of task `number` of a mixture."""
+    return dataclasses.replace(encoded, tasks=np.full(len(encoded.ids), number, np.int32))
 
 
 def long_opening(inputs: Iterable[np.ndarray]) -> tuple[int, ...]:
     """The tokens that all inputs begin with (see `common_opening`); () for fewer than LEAST."""
     opening = tuple(common_opening(inputs).tolist())
     return opening if len(opening) >= LEAST else ()
-
-
-def _of_task(number: int) -> Callable[[Encoded], Encoded]:
-    """A function that marks a split's examples as those of task `number` of a mixture."""
-
-    def mark(encoded: Encoded) -> Encoded:
-        return dataclasses.replace(encoded, tasks=np.full(len(encoded.ids), number, np.int32))
-
-    return mark
 
 
 def evaluators_of(task: Task, config: ConfigDict) -> list[str]:
@@ -264,7 +251,7 @@ def read_task(config: ConfigDict, loaded: Loaded, *, bos: bool, say: Say) -> Tas
         read[name] = records = seeded_sample(records, limit.get(name, 0))
         splits[name] = encode_records(config, loaded, task, records, bos=bos)
         if records:
-            say(f"{task.name} {name}: {describe(splits[name])}")
+            say(f"{task.name} {name}: {split_line(splits[name])}")
     shared_texts, warnings = overlaps(task, read)
     for line in warnings:
         say(line)
@@ -289,7 +276,7 @@ def encode_records(
     )
 
 
-def describe(encoded: Encoded) -> str:
+def split_line(encoded: Encoded) -> str:
     """A line about a split: examples, labels, lengths, and truncated inputs."""
     facts = summary(encoded)
     labels = [f"{count:,} {label}" for label, count in facts["labels"].items()]

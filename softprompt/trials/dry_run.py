@@ -9,7 +9,7 @@ from softprompt.config import ConfigDict, method_settings, trial_id, trial_name,
 from softprompt.console import duration
 from softprompt.results import Row, read_result
 from softprompt.trials.engine.plan import program_group
-from softprompt.trials.forecast import Estimate, corrected
+from softprompt.trials.forecast import Estimate
 from softprompt.trials.sweep import reason, trial_folders
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def dry_run(
         workdir: has the folders of trials that are done.
         estimate: returns "trainable", "flops", "memory_bytes" and "seconds" of a config.
         here: the backend whose seconds these are: "cpu", "gpu" or "tpu".
-        target: the backend that the sweep is for. Rows of trials that ran there correct the
-            seconds: of trials of the same program, or else of all.
+        target: the backend that the sweep is for. If trials have finished there, their seconds
+            correct the estimates: those of the same program if there are some, else all of them.
 
     Returns:
         A line for each trial, and the total. "state" is "done", "to run", or "fails: ..." if the
@@ -52,7 +52,9 @@ def dry_run(
     expected = {index: cost["seconds"] for index, cost in costs.items()}
     there = {n: row for n, row in done.items() if row["devices"]["platform"] == target}
     measured = {index: _seconds(row) for index, row in there.items() if index in costs}
-    seconds = corrected(expected, measured, {n: program_group(trials[n]) for n in costs})
+    groups = {n: program_group(trials[n]) for n in costs}
+    alike = {n: [m for m in measured if groups[m] == groups[n]] or list(measured) for n in costs}
+    seconds = {n: expected[n] * _ratio(expected, measured, alike[n]) for n in costs}
     states = [fails.get(n) or ("done" if n in done else "to run") for n in range(len(trials))]
     return _table(trials, states, costs, seconds), _source(expected, measured, here, target)
 
@@ -63,12 +65,20 @@ def _seconds(row: Row) -> float:
     return alone / (row["members"] or 1)
 
 
+def _ratio(
+    expected: Mapping[int, float], measured: Mapping[int, float], trials: Sequence[int]
+) -> float:
+    """The measured seconds of some trials over the estimated ones; 1 without trials."""
+    work = sum(expected[n] for n in trials)
+    return sum(measured[n] for n in trials) / max(work, 1e-9) if trials else 1.0
+
+
 def _source(
     expected: Mapping[int, float], measured: Mapping[int, float], here: str, target: str
 ) -> str:
     """Says where the times come from."""
     if measured:
-        ratio = sum(measured.values()) / max(sum(expected[n] for n in measured), 1e-9)
+        ratio = _ratio(expected, measured, list(measured))
         trials = f"{len(measured)} finished trial{'s' if len(measured) > 1 else ''}"
         return f"Times are estimates, corrected by {trials} on {target}: {ratio:.2f} times as long."
     note = f"Times are estimates for this machine's {here}, without compilation"
@@ -77,10 +87,7 @@ def _source(
 
 
 def _table(
-    trials: Sequence[ConfigDict],
-    states: Sequence[str],
-    costs: Costs,
-    seconds: Mapping[int, float],
+    trials: Sequence[ConfigDict], states: Sequence[str], costs: Costs, seconds: Mapping[int, float]
 ) -> "pd.DataFrame":
     """A line for each trial, and the total of those that are to run."""
     import pandas as pd  # slow to import

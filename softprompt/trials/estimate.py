@@ -18,13 +18,7 @@ from softprompt.models.decoder import DecoderConfig
 from softprompt.training.memory import bytes_of
 from softprompt.training.optimizers import make_optimizer
 from softprompt.trials.data import TrialData
-from softprompt.trials.prepare import (
-    Prepared,
-    delta_shapes,
-    prepare,
-    step_flops,
-    train_source,
-)
+from softprompt.trials.prepare import Prepared, delta_shapes, prepare, step_flops, train_source
 from softprompt.trials.session import Session, optimizer_config
 
 SHARE = 0.5  # of the machine's peak FLOPs that a step or an evaluation is expected to reach
@@ -73,12 +67,7 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
         memory += delta_bytes - (weights if method.trains_weights else 0)  # the delta replaces them
         seconds += steps * trainable * UPDATE / machine_bandwidth()
     seconds += flops / machine_flops(config.model.dtype) / SHARE
-    return {
-        "trainable": trainable,
-        "flops": flops,
-        "memory_bytes": memory,
-        "seconds": seconds,
-    }
+    return {"trainable": trainable, "flops": flops, "memory_bytes": memory, "seconds": seconds}
 
 
 def trained(prepared: Prepared) -> tuple[int, int]:

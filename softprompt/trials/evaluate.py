@@ -1,6 +1,5 @@
 """Uses finished trials: metrics on any split or task, and answers to lines of text."""
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,9 +21,9 @@ from softprompt.config import (
 )
 from softprompt.console import Progress
 from softprompt.data.builtin_tasks import get_task
-from softprompt.data.digests import check_digests
 from softprompt.data.encode import Encoded
 from softprompt.data.eval_batches import coarse_shape, eval_batches
+from softprompt.data.subsets import check_digests
 from softprompt.data.tasks import SPLITS, parse_template
 from softprompt.errors import UserError, unknown
 from softprompt.evaluation.evaluators import Split, generation
@@ -35,19 +34,15 @@ from softprompt.inference.sampling import GREEDY, Sampling
 from softprompt.methods.delta_file import load_delta
 from softprompt.training.sharding import nearest_sizes, put
 from softprompt.trials import side_by_side
-from softprompt.trials.data import encode_records, long_opening
-from softprompt.trials.delta_shapes import check_fit
+from softprompt.trials.data import encode_records, long_opening, with_number
+from softprompt.trials.delta_checks import ANY_WEIGHTS, read_delta
 from softprompt.trials.forward import ForwardPass, prepare_forward, text_bos
 from softprompt.trials.measure import measure, measure_one
-from softprompt.trials.prepare import (
-    Prepared,
-    delta_shardings,
-    prepare_scoring,
-)
-from softprompt.trials.run import DELTA, read_config
+from softprompt.trials.prepare import Prepared, delta_shardings, prepare_scoring
+from softprompt.trials.run import DELTA, check_trained, read_config
 from softprompt.trials.session import Session
 
-GROUP = 64  # lines in a batch
+LINES = 64  # in a batch
 
 
 def evaluate_runs(
@@ -127,7 +122,7 @@ def _measured(
             shared = [one.shared(delta) for one, delta in zip(prepared, deltas, strict=True)]
             shared += shared[:1] * (sizes[0] - size)  # padding, so that all chunks share a program
             scored = side_by_side.score_deltas(first, shared, split)[:size]
-            found = [one.metrics for one in scored]
+            found = [metrics for metrics, _ in scored]
         for one, delta, metrics in zip(prepared, deltas, found, strict=True):
             names = ",".join(each.task.name for each in one.tasks)
             result: dict[str, Any] = {"task": names, "split": split, **metrics}
@@ -176,16 +171,6 @@ def on_this_machine(config: ConfigDict) -> ConfigDict:
     return from_dict(tree)
 
 
-def check_trained(folder: epath.PathLike) -> None:
-    """Checks that a trial has a delta.
-
-    Raises:
-        UserError: it has none yet.
-    """
-    if not (epath.Path(folder) / DELTA).exists():
-        raise UserError(f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train")
-
-
 def trained_delta(folder: epath.PathLike, trial: ForwardPass, *, any_weights: bool = False) -> Any:
     """Loads a trial's selected delta to the devices.
 
@@ -193,15 +178,8 @@ def trained_delta(folder: epath.PathLike, trial: ForwardPass, *, any_weights: bo
         UserError: the delta was trained on other weights (unless `any_weights`), or does not have
             the leaves and shapes of its method and model.
     """
-    file = epath.Path(folder) / DELTA
-    delta, origin = load_delta(file)
-    if origin.get("fingerprint") != trial.loaded.fingerprint and not any_weights:
-        raise UserError(
-            f"{file} was trained on weights {origin.get('fingerprint')}, "
-            f"{trial.config.model.name} has {trial.loaded.fingerprint}; --any-weights "
-            "accepts it"
-        )
-    check_fit(delta, trial.config, trial.loaded.config, file=str(file))
+    file, remedy = epath.Path(folder) / DELTA, ANY_WEIGHTS
+    delta = read_delta(file, trial.config, trial.loaded, any_weights=any_weights, remedy=remedy)
     return jax.tree.map(put, delta, delta_shardings(trial, delta))
 
 
@@ -272,9 +250,8 @@ class Answering:
         encoded = encode_records(
             self.config, self.trial.loaded, self.task, records, bos=self.trial.bos
         )
-        tasks_N = np.full(len(lines), self.number, np.int32)
         opening = self._opening(encoded)
-        encoded = dataclasses.replace(encoded, tasks=tasks_N).without_opening(len(opening))
+        encoded = with_number(self.number, encoded).without_opening(len(opening))
         trial, shared = self._after(opening)
         if not self.task.verbalizers:
             evaluator = generation(self.config.eval.beams, max_new=self.config.task.max_target)
@@ -326,7 +303,8 @@ class Answering:
     def _opening(self, encoded: Encoded) -> tuple[int, ...]:
         """The tokens of the template's first words that all inputs begin with.
 
-        What lines have in common by chance is left to the rows: it would be another program.
+        A longer beginning that these lines share by chance stays in the rows, since each opening
+        compiles another program.
         """
         loaded = self.trial.loaded
         if loaded.encoder_decoder:
@@ -361,7 +339,7 @@ def predict_lines(
     progress: Progress,
     *,
     task: str | None = None,
-    group: int = GROUP,
+    batch_size: int = LINES,
     any_weights: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Answers lines of text with a finished trial; see `Answering`.
@@ -371,7 +349,7 @@ def predict_lines(
         lines: texts, without line ends.
         progress: the display.
         task: as for `Answering`.
-        group: lines in a batch; with 1 each line is answered at once.
+        batch_size: lines in a batch; with 1 each line is answered at once.
         any_weights: as for `Answering`.
 
     Yields:
@@ -379,6 +357,6 @@ def predict_lines(
     """
     answering = Answering(folder, progress, task=task, any_weights=any_weights)
     source, first = iter(lines), 1
-    while batch := list(itertools.islice(source, group)):
+    while batch := list(itertools.islice(source, batch_size)):
         yield from answering.predict(batch, first=first)
         first += len(batch)

@@ -10,29 +10,6 @@ Estimate = Callable[[ConfigDict], Mapping[str, float]]
 DECAY = 0.5  # weight of an observation, relative to the next one of its kind
 
 
-def corrected(
-    expected: Mapping[int, float], measured: Mapping[int, float], groups: Mapping[int, str]
-) -> dict[int, float]:
-    """Multiplies estimates by the ratio of measured to estimated seconds.
-
-    Args:
-        expected: estimated seconds of trials, by index.
-        measured: seconds of those that have finished.
-        groups: equal for trials of one program. The ratio is that of the trial's group, or of all
-            if none of its group has finished.
-    """
-
-    def ratio(finished: Sequence[int]) -> float:
-        return sum(measured[n] for n in finished) / max(sum(expected[n] for n in finished), 1e-9)
-
-    overall = ratio(list(measured)) if measured else 1.0
-    ratios: dict[str, float] = {}
-    for name in set(groups.values()):
-        finished = [index for index in measured if groups[index] == name]
-        ratios[name] = ratio(finished) if finished else overall
-    return {index: seconds * ratios[groups[index]] for index, seconds in expected.items()}
-
-
 class Forecast:
     """Predicts the remaining time, from estimates and from the times of finished trials.
 

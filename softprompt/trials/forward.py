@@ -1,7 +1,6 @@
 """Prepares the forward pass of a config: its model and its method, for any delta."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -79,7 +78,6 @@ def prepare_forward(
     *,
     train: Encoded | None = None,
     start: Start | None = None,
-    row_tokens: Callable[[RowLayout], int] | None = None,
     opening: tuple[int, ...] = (),
 ) -> ForwardPass:
     """Loads a config's model and sets up its method.
@@ -89,7 +87,6 @@ def prepare_forward(
         session: loads the model.
         train: the training examples, for few-shot methods and for prompt initialisers.
         start: the prompt's initialiser; None if the delta exists already.
-        row_tokens: layout -> length of training rows; None without training.
         opening: tokens that all texts begin with, and that are left out of the rows.
 
     Raises:
@@ -108,10 +105,7 @@ def prepare_forward(
     )
     cfg = METHODS[settings.name].resolve(settings, setup)
     model, layout, contexts = arrange(config, loaded, cfg)
-    named = config.mesh.attention not in ("auto", "reference") and settings.trains
-    tokens = row_tokens(layout) if row_tokens is not None and named else None
-    context = contexts.decoder + len(opening)
-    model = with_kernel(config, model, mesh, context=context, tokens=tokens)
+    model = with_kernel(config, model, mesh, context=contexts.decoder + len(opening))
     return ForwardPass(
         config=config,
         loaded=loaded,
@@ -125,7 +119,7 @@ def prepare_forward(
 
 
 def text_bos(config: ConfigDict, loaded: Loaded) -> bool:
-    """Whether texts begin with BOS; otherwise the context before them may."""
+    """Whether texts begin with BOS; False if BOS stands before the method's context, or nowhere."""
     settings = method_settings(config)
     return wants_bos(settings.bos, loaded.tokenizer) and not settings.begins_with_bos
 
@@ -175,7 +169,7 @@ def with_kernel(
     mesh: jax.sharding.Mesh,
     *,
     context: int,
-    tokens: int | None,
+    tokens: int | None = None,
 ) -> Model:
     """The model with the attention kernel of `mesh.attention`.
 

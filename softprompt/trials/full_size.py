@@ -28,12 +28,7 @@ from softprompt.trials.data import TaskData, TrialData
 from softprompt.trials.estimate import estimate, step_memory, trained
 from softprompt.trials.prepare import delta_shapes, prepare, train_source, trial_dropout
 from softprompt.trials.session import Session, optimizer_config
-from softprompt.trials.shape_check import (
-    GIB,
-    SLICES,
-    abstract_weights,
-    choose_placement,
-)
+from softprompt.trials.shape_check import GIB, SLICES, abstract_weights, choose_placement
 
 # A chip of Cloud TPU v5e. Source: https://cloud.google.com/tpu/docs/v5e.
 PEAK = 197e12  # FLOP/s in bfloat16
@@ -75,7 +70,7 @@ class ShapeSession(Session):
             development = task.counts[1] if task.counts else DEVELOPMENT
             train = longest(config, task, 4 * config.train.batch)
             test = longest(config, task, development)
-            return TrialData([TaskData(task, train, test, test)])
+            return TrialData((TaskData(task, train, test, test),), train)
 
         return self._cached(["longest", to_dict(config)], make)
 

@@ -4,7 +4,6 @@ A trial is a generator of training steps (`softprompt.trials.run.trial_steps`); 
 all of them, and stacks their steps into one program.
 """
 
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from softprompt.trials.prepare import (
     prepare,
     train_source,
 )
-from softprompt.trials.run import TrialSteps, trial_steps
+from softprompt.trials.run import TrialSteps, run_trial, trial_steps
 from softprompt.trials.session import Session, optimizer_config
 
 Job = tuple[ConfigDict, epath.Path]
@@ -114,11 +113,12 @@ def run_group(
     jobs: Sequence[Job],
     width: int,
     failed: Failed,
-    late: Callable[[], bool] = lambda: False,
+    time_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Row]]:
-    """Runs a group's trials, `width` at a time; when one ends the next starts, unless it is late.
+    """Runs a group's trials, `width` at a time; when one ends the next starts, unless time is over.
 
-    `failed` makes the row of a failed trial from its error and its seconds.
+    With a width of 1 they run one after another. `failed` makes the row of a failed trial from its
+    error and its seconds.
 
     Yields:
         The index in `jobs` and the row of each trial, when it ends.
@@ -126,12 +126,15 @@ def run_group(
     Raises:
         KeyboardInterrupt, SystemExit: after a signal, once every running trial is saved.
     """
+    if width == 1:
+        yield from ((index, _run_alone(session, job, failed)) for index, job in enumerate(jobs))
+        return
     machine_flops(jobs[0][0].model.dtype)  # measured before any trial runs
     waiting, running = deque(enumerate(jobs)), list[_Running]()
     stopped: BaseException | None = None
     try:
-        while running or (waiting and stopped is None and not late()):
-            while waiting and len(running) < width and stopped is None and not late():
+        while running or (waiting and stopped is None and not time_over()):
+            while waiting and len(running) < width and stopped is None and not time_over():
                 running.append(_Running(*waiting.popleft(), session, failed))
                 running[-1].begin()
                 stopped = running[-1].stopped
@@ -147,6 +150,15 @@ def run_group(
     finally:
         for one in running:
             one.close()
+
+
+def _run_alone(session: Session, job: Job, failed: Failed) -> Row:
+    """Runs one trial and returns its row; an error becomes a failed row."""
+    began = time.monotonic()
+    try:
+        return run_trial(*job, session=session)
+    except Exception as error:
+        return failed(*job, error, time.monotonic() - began)
 
 
 class _Running:
@@ -173,46 +185,46 @@ class _Running:
         with self._shared.pauses():
             self._advance(lambda: next(self._steps))
 
-    def resume(self, take: Callable[[StepCall], StepResult]) -> None:
-        """Takes the trial's step, and runs the trial until its next step or its end."""
-        assert self.call is not None
-        call, self.call = self.call, None
-        self._advance(lambda: self._steps.send(take(call)))
+    def resume(self, result: StepResult) -> None:
+        """Sends the step's outputs, and runs the trial until its next step or its end."""
+        self._advance(lambda: self._steps.send(result))
+
+    def fail(self, error: Exception) -> None:
+        """Ends the trial with an error."""
+        self.close()
+        self.row = self._failed(*self._job, error, time.monotonic() - self._began)
 
     def close(self) -> None:
         """Stops the trial."""
+        self.call = None
         self._steps.close()
 
     def _advance(self, run: Callable[[], StepCall]) -> None:
+        self.call = None
         try:
             self.call = run()
         except StopIteration as end:
             self.row = end.value
         except Exception as error:
-            self.close()
-            self.row = self._failed(*self._job, error, time.monotonic() - self._began)
+            self.fail(error)
         except (KeyboardInterrupt, SystemExit) as stop:
             self.stopped = stop
 
 
 def _take_steps(session: Session, running: Sequence[_Running], *, spare: bool) -> None:
     """Takes the steps of all trials in one program, then advances each trial."""
-    if not running:
+    calls = [one.call for one in running if one.call is not None]
+    if not calls:
         return
-    calls, first = [one.call for one in running if one.call is not None], running[0].session
+    compiling = running[0].session.compiling
     try:
         results = calls[0].program.steps(
-            calls, compiling=first.compiling, spare=spare, say=session.progress.say
+            calls, compiling=compiling, spare=spare, say=session.progress.say
         )
     except Exception as error:
         for one in running:
-            one.resume(functools.partial(_fail, error))
+            one.fail(error)
         return
-    by_call = dict(zip(map(id, calls), results, strict=True))
-    for one in running:
+    for one, result in zip(running, results, strict=True):
         one.session.members = max(one.session.members, len(running))
-        one.resume(lambda call: by_call[id(call)])
-
-
-def _fail(error: Exception, call: StepCall) -> StepResult:
-    raise error
+        one.resume(result)

@@ -20,12 +20,11 @@ from softprompt.interchange import vllm_client
 from softprompt.interchange.added_tokens import add_rows, add_tokens, token_names
 from softprompt.methods import METHODS
 from softprompt.methods.base import Setup
-from softprompt.methods.delta_file import load_delta
 from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.pretrained.save import save_folder
 from softprompt.pretrained.tokenizer import Tokenizer
-from softprompt.trials.delta_shapes import check_fit
+from softprompt.trials.delta_checks import read_delta
 from softprompt.trials.forward import text_bos
 from softprompt.trials.run import DELTA, read_config
 
@@ -33,8 +32,8 @@ SAME = ("name", "revision", "tokenizer", "quantize")  # keys of config.model
 
 ADDED = """# {model}, with prompts as added tokens
 
-A text after the tokens of a task gets what the task's trained prompt makes of it. tasks.json says
-for each task the string `begins`, its token ids `ids`, and the templates of the texts.
+The tokens of a task, put before a text, act as the task's trained prompt. tasks.json says for each
+task the string `begins`, its token ids `ids`, and the templates of the texts.
 
 * Send `begins` and the text as one string, or `ids` and the text's ids. Nothing goes before them:
   the tokenizer adds no BOS, since `begins` has it where the prompt was trained with it. A text
@@ -60,7 +59,7 @@ VECTORS = """# Prompts for {model} in vLLM
 
 prompts.safetensors has a tensor [P, D] for each task: the vectors that stand before the text.
 tasks.json says for each task the token ids that its text begins with (`text_begins`: BOS or
-nothing), and the templates of the texts. client.py asks vLLM with them:
+nothing), and the templates of the texts. client.py sends them to vLLM:
 
 ```sh
 echo '{{"task": "{task}", "input": "TEXT"}}' | python client.py --model FOLDER
@@ -125,7 +124,7 @@ def export_added_tokens(folders: Sequence[epath.PathLike], to: epath.Path) -> li
     facts = {"model": loaded.name, "first": ids[0], "last": ids[-1]}
     write_text(to / "README.md", ADDED.format(**facts, task=next(iter(tasks))))
     notes = [f"the added tokens have the ids {ids[0]} to {ids[-1]}; README.md says how to sample"]
-    return notes + _read_otherwise(tokenizer, tasks)
+    return notes + _tokenization_note(tokenizer, tasks)
 
 
 def _base(tokenizer: Tokenizer) -> str:
@@ -134,14 +133,14 @@ def _base(tokenizer: Tokenizer) -> str:
     return "" if bos_id is None else tokenizer.token(bos_id)
 
 
-def _read_otherwise(tokenizer: Tokenizer, tasks: Mapping[str, Any]) -> list[str]:
+def _tokenization_note(tokenizer: Tokenizer, tasks: Mapping[str, Any]) -> list[str]:
     """A note if a text has other ids after added tokens than alone."""
     for task in tasks.values():
         for text in task["templates"].values():
             if tokenizer.encode(task["begins"] + text) != task["ids"] + tokenizer.encode(text):
                 return [
-                    "the tokenizer reads a text after added tokens otherwise than alone, as in "
-                    "training; send `ids` and the ids of the text, not one string"
+                    "after added tokens the tokenizer gives a text other ids than in training, "
+                    "where it was encoded alone; send `ids` and the ids of the text, not one string"
                 ]
     return []
 
@@ -234,13 +233,7 @@ def _prompts_of(
     if loaded.encoder_decoder:
         raise UserError(f"--run {folder}: {loaded.name} is an encoder-decoder; allowed: decoders")
     file = epath.Path(folder) / DELTA
-    delta, metadata = load_delta(file)
-    if metadata.get("fingerprint") != loaded.fingerprint:
-        raise UserError(
-            f"{file} was trained on weights {metadata.get('fingerprint')}, {loaded.name} has "
-            f"{loaded.fingerprint}"
-        )
-    check_fit(delta, config, loaded.config, file=str(file))
+    delta = read_delta(file, config, loaded)
     method, tasks = METHODS[settings.name], [get_task(one.task) for one in members(config)]
     cfg = method.resolve(settings, Setup(loaded.config, tasks=len(tasks), loaded=loaded))
     prompt = np.asarray(method.variables(delta, loaded.weights, cfg, None)["prompt"], np.float32)

@@ -13,12 +13,12 @@ from softprompt.analysis.flops import Work, train_flops, train_work
 from softprompt.config import ConfigDict, method_settings, transfers
 from softprompt.data.encode import check_ranking
 from softprompt.data.pipeline import TrainSource
-from softprompt.data.rows import RowLayout, TrainBatch
+from softprompt.data.rows import TrainBatch
 from softprompt.data.splits import split_rule
 from softprompt.errors import UserError
 from softprompt.evaluation.perplexity import check_room
 from softprompt.methods import METHODS
-from softprompt.methods.initializers import embedding_rms
+from softprompt.methods.initializers import Start, embedding_rms
 from softprompt.models.dropout import Dropout
 from softprompt.models.layers import collections
 from softprompt.models.quantize import embedding
@@ -28,7 +28,7 @@ from softprompt.training.optimizers import make_optimizer, rates, set_row_cap
 from softprompt.training.sharding import path_name, put, random_key, replicated, weight_shardings
 from softprompt.training.step import StepConfig
 from softprompt.trials.data import TaskData, TrialData, evaluators_of
-from softprompt.trials.forward import ForwardPass, prepare_forward, text_bos
+from softprompt.trials.forward import ForwardPass, prepare_forward, text_bos, with_kernel
 from softprompt.trials.session import Session, optimizer_config
 from softprompt.trials.starts import located
 
@@ -67,42 +67,38 @@ def prepare(config: ConfigDict, session: Session, workdir: epath.Path | None = N
         workdir: has the trial that this one starts from; see `starts.located`.
 
     Raises:
-        UserError: see `load_model`, the task's source, and the method's settings; or a task is only
-            for tests.
+        UserError: see `load_model`, the task's source, and the method's settings; or a task has no
+            train split.
     """
     data = session.data(config, bos=text_bos(config, session.model(config)))
-    opening = opening_of(config, session, data)
-    rest = data.without_opening(len(opening), session.progress.say)
     for one in data.tasks:
         split_rule(one.task, "train")
         if "ranking" in evaluators_of(one.task, config):
             check_ranking(one.train, config.eval.score)
-
-    def row_tokens(layout: RowLayout) -> int:
-        return rest.template(config.train.batch, layout, session.progress.say).shape.tokens
-
-    made = prepare_forward(
-        config,
-        session,
-        train=data.train,
-        start=located(config, workdir),
-        row_tokens=row_tokens,
-        opening=opening,
-    )
+    made = prepare_scoring(config, session, start=located(config, workdir))
+    if config.mesh.attention not in ("auto", "reference") and method_settings(config).trains:
+        tokens = train_source(made).template.shape.tokens  # which the named kernel must support
+        context = made.contexts.decoder
+        with_kernel(config, made.step.model, made.mesh, context=context, tokens=tokens)
     for other in transfers(config):
         session.data(other, bos=made.bos)
     if config.eval.text:  # read before training, since it may not exist
         text = session.text(config, bos=made.bos)
         context = made.with_opening(()).contexts.decoder
         check_room(text, made.loaded, name=config.eval.text, context=context)
-    return Prepared(**vars(made), session=session, data=rest)
+    return made
 
 
-def prepare_scoring(config: ConfigDict, session: Session) -> Prepared:
-    """Loads the model and data of a config, for scoring a trained delta."""
+def prepare_scoring(
+    config: ConfigDict, session: Session, *, start: Start | None = None
+) -> Prepared:
+    """Loads the model and data of a config, for scoring a trained delta.
+
+    `start` is the prompt's initialiser; None if the delta exists already.
+    """
     data = session.data(config, bos=text_bos(config, session.model(config)))
     opening = opening_of(config, session, data)
-    made = prepare_forward(config, session, train=data.train, opening=opening)
+    made = prepare_forward(config, session, train=data.train, start=start, opening=opening)
     rest = data.without_opening(len(opening), session.progress.say)
     return Prepared(**vars(made), session=session, data=rest)
 
@@ -126,7 +122,7 @@ def train_source(prepared: Prepared) -> TrainSource:
 
 
 def keep_probabilities(config: ConfigDict) -> dict[str, np.ndarray]:
-    """Fields of a trial's `Dropout`, float32 [], without those whose rate is 0."""
+    """The keep probabilities of a trial's `Dropout`, float32 []; a rate of 0 has no field."""
     rates, drops = {"model": config.train.dropout}, method_settings(config).drops
     if drops:
         rates[drops] = config.method.dropout

@@ -21,8 +21,8 @@ from softprompt.config import (
     trial_id,
     trial_name,
 )
-from softprompt.data.digests import check_digests
 from softprompt.data.pipeline import pad_rows
+from softprompt.data.subsets import check_digests
 from softprompt.errors import UserError
 from softprompt.files import check_writable, read_json, write_text
 from softprompt.methods import METHODS
@@ -72,16 +72,8 @@ def run_trial(config: ConfigDict, folder: epath.PathLike, *, session: Session) -
         KeyboardInterrupt: after SIGINT; the state is saved.
         SystemExit: with 75 after SIGTERM or SIGHUP; the state is saved.
     """
-    steps = trial_steps(config, folder, session=session)
-    try:
-        call = next(steps)
-        while True:
-            call = steps.send(session.step(call))
-    except StopIteration as end:
-        row: Row = end.value
-        return row
-    finally:
-        steps.close()
+    row: Row = session.run(trial_steps(config, folder, session=session))
+    return row
 
 
 def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session) -> TrialSteps:
@@ -169,6 +161,16 @@ def claim(folder: epath.Path, config: ConfigDict) -> None:
         write_text(file, json.dumps(to_dict(config), indent=2) + "\n")
 
 
+def check_trained(folder: epath.PathLike) -> None:
+    """Checks that a trial has a delta.
+
+    Raises:
+        UserError: it has none yet.
+    """
+    if not (epath.Path(folder) / DELTA).exists():
+        raise UserError(f"{folder}: the trial has no {DELTA} yet; finish it with softprompt train")
+
+
 def read_config(folder: epath.PathLike) -> ConfigDict:
     """The resolved config of a trial's folder.
 
@@ -253,11 +255,13 @@ def loop_inputs(prepared: Prepared, state: loop.State, folder: epath.Path) -> lo
 
 def training_facts(inputs: loop.LoopInputs, state: loop.State, session: Session) -> dict[str, Any]:
     """The facts that `train_delta` returns."""
+    lines = [line for line in read_log(inputs.folder) if "examples_per_second" in line]
+    seconds = [inputs.source.examples / line["examples_per_second"] for line in lines]
     return {
         "steps": state.step,
         "flops": state.step * inputs.step_flops,
         **{name: mean_share(inputs.folder, name) for name in ("peak_share", "input_wait_share")},
-        "step_seconds": median_step(inputs.folder),
+        "step_seconds": float(np.median(seconds)) if seconds else None,
         "step_memory_bytes": inputs.program.memory(),
         "members": session.members,
         "seconds": state.seconds,
@@ -287,15 +291,6 @@ def loop_config(config: ConfigDict) -> loop.LoopConfig:
         snapshots=config.log.snapshots,
         patience=config.eval.patience,
         metric=config.eval.metric,
-    )
-
-
-def median_step(folder: epath.Path) -> float | None:
-    """The median seconds of a step, over log lines."""
-    lines = [line for line in read_log(folder) if "examples_per_second" in line]
-    batch = read_config(folder).train.batch
-    return (
-        float(np.median([batch / line["examples_per_second"] for line in lines])) if lines else None
     )
 
 

@@ -5,7 +5,7 @@ import functools
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from softprompt.training.memory import CACHE_SHARE, bytes_here, device_memory
 from softprompt.training.optimizers import OptimizerConfig
 from softprompt.training.sharding import Gather, make_mesh, put_weight
 from softprompt.training.step import StepCall, StepConfig, StepResult
-from softprompt.trials.data import TaskData, TrialData, read_task
+from softprompt.trials.data import TaskData, TrialData, mixture, read_task
 from softprompt.trials.programs import Static, StepProgram, shapes_key
 
 if TYPE_CHECKING:
@@ -81,6 +81,17 @@ class Session:
         """Runs the training step of one trial."""
         result: StepResult = call.program.step(call, self.compiling)
         return result
+
+    def run(self, steps: Generator[StepCall, StepResult, Any]) -> Any:
+        """Runs each step that a generator asks for; returns what the generator returns."""
+        try:
+            call = next(steps)
+            while True:
+                call = steps.send(self.step(call))
+        except StopIteration as end:
+            return end.value
+        finally:
+            steps.close()
 
     def holding(self, config: ConfigDict, folder: epath.PathLike) -> AbstractContextManager[None]:
         """Claims a trial for the duration of a block.
@@ -153,7 +164,7 @@ class Session:
         """The encoded data of a config's task or mixture; with `bos` each text begins with BOS."""
         key = ["data", *_tokenizer(config), to_dict(config.task), to_dict(config.data), bos]
         return self._cached(
-            key, lambda: TrialData([self._task(one, bos=bos) for one in members(config)])
+            key, lambda: mixture([self._task(one, bos=bos) for one in members(config)])
         )
 
     def _task(self, config: ConfigDict, *, bos: bool) -> TaskData:

@@ -10,7 +10,7 @@ would attend to the keys of all N contexts, of which it needs one.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -21,26 +21,14 @@ from softprompt.methods import METHODS
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, bytes_of, device_memory
 from softprompt.training.step import Shared
 from softprompt.trials.data import evaluators_of
-from softprompt.trials.prepare import (
-    Prepared,
-    delta_shapes,
-)
+from softprompt.trials.measure import Predictions
+from softprompt.trials.prepare import Prepared, delta_shapes
 
 
-class Scored(NamedTuple):
-    """The scores of a delta on a split.
-
-    Attributes:
-        metrics: joined by `over_tasks`.
-        predictions: task -> example id -> {"label", "predicted", "scores": {label: score}}.
-    """
-
-    metrics: dict[str, float]
-    predictions: dict[str, dict[str, dict[str, Any]]]
-
-
-def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> list[Scored]:
-    """Scores a split with each of several deltas.
+def score_deltas(
+    prepared: Prepared, shared: Sequence[Shared], split: str
+) -> list[tuple[dict[str, float], Predictions]]:
+    """Measures each of several deltas on a split; the results are those of `measure`.
 
     Args:
         prepared: any of their trials, which have equal keys `program`.
@@ -64,17 +52,12 @@ def score_deltas(prepared: Prepared, shared: Sequence[Shared], split: str) -> li
     scores = [run(task_batches) for task_batches in batches]
     results = []
     for n in range(len(shared)):
-        ranks = [
-            ranked(part, of_task[n], prepared.config.eval.score)
+        ranks = {
+            part.task.name: ranked(part, of_task[n], prepared.config.eval.score)
             for part, of_task in zip(parts, scores, strict=True)
-        ]
-        pairs = list(zip(parts, ranks, strict=True))
-        metrics = over_tasks({part.task.name: one.metrics for part, one in pairs})
-        predictions = {
-            part.task.name: dict(zip(part.encoded.ids, one.predictions, strict=True))
-            for part, one in pairs
         }
-        results.append(Scored(metrics, predictions))
+        metrics = over_tasks({task: one.metrics for task, one in ranks.items()})
+        results.append((metrics, [one.predictions for one in ranks.values()]))
     return results
 
 

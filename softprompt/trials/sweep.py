@@ -6,29 +6,24 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 from etils import epath
 
-from softprompt.config import (
-    ConfigDict,
-    trial_id,
-    trial_name,
-)
+from softprompt.config import ConfigDict, trial_id, trial_name
 from softprompt.console import Progress
 from softprompt.distributed import agreed, agreed_text
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_text
 from softprompt.results import Row, is_done, make_row, outcome, read_result, write_result
+from softprompt.trials.engine.sharing import shared
+from softprompt.trials.estimate import estimate
 from softprompt.trials.forecast import Estimate, Forecast
+from softprompt.trials.groups import plan, run_group
 from softprompt.trials.lock import Locked
+from softprompt.trials.session import Session
 from softprompt.trials.starts import source, stages
-
-if TYPE_CHECKING:
-    from softprompt.trials.session import Session
-
-RunTrial = Callable[[ConfigDict, epath.Path], Row]
 
 
 def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
@@ -48,11 +43,9 @@ def trial_folders(workdir: epath.PathLike, trials: Sequence[ConfigDict]) -> list
 def run_sweep(
     trials: Sequence[ConfigDict],
     workdir: epath.PathLike,
-    run_trial: RunTrial,
+    session: Session,
     *,
-    progress: Progress,
     estimate: Estimate | None = None,
-    session: "Session | None" = None,
     minutes: float = math.inf,
 ) -> list[Row]:
     """Runs the trials that are not done, one after another or in concurrent groups.
@@ -63,34 +56,35 @@ def run_sweep(
     Args:
         trials: resolved configs of different trials.
         workdir: has the trials' folders.
-        run_trial: runs one config in its folder, writes its row and returns it.
-        progress: the display.
+        session: of the process.
         estimate: returns the expected "seconds" of a config, to predict the remaining time.
-        session: for concurrent trials; None runs one after another.
         minutes: no trial starts when they have passed; those that run go on.
 
     Returns:
         The rows of failed trials.
     """
-    late = _clock(minutes)
+    progress, time_over = session.progress, _clock(minutes)
     check_writable(workdir)
     folders = trial_folders(workdir, trials)
     todo = _not_done(folders)
     if finished := len(trials) - len(todo):
         progress.say(f"{finished} of {len(trials)} trials are done already")
     forecast = Forecast({index: trials[index] for index in todo}, estimate)
-    failed: list[Row] = []
-    taken: set[str] = set()  # ids of trials that other processes run, or whose start they train
+    failed, fail = list[Row](), functools.partial(_failed, progress)
+    taken: set[str] = set()  # ids of trials that another process runs, or that start from these
     for positions, width in _groups(session, [trials[index] for index in todo]):
-        if late():
+        if time_over():
             break
         members = {(index := todo[n]): (trials[index], folders[index]) for n in positions}
         taken |= {trial_id(config) for config, _ in members.values() if source(config) in taken}
         members = {n: job for n, job in members.items() if trial_id(job[0]) not in taken}
-        if members:
-            _announce(progress, [config for config, _ in members.values()], forecast, len(trials))
+        if not members:
+            continue
+        indices, jobs = list(members), list(members.values())
+        _announce(progress, [config for config, _ in jobs], forecast, len(trials))
         began = time.monotonic()
-        for index, row in _run_group(members, width, run_trial, progress, session, late):
+        for position, row in run_group(session, jobs, width, fail, time_over):
+            index = indices[position]
             seconds, began = time.monotonic() - began, time.monotonic()
             others = [other for other in members if other in forecast.todo and other != index]
             done = row["status"] == "done"
@@ -103,7 +97,7 @@ def run_sweep(
                 failed.append(row)
             else:
                 taken.add(row["trial"])
-    _say_left(progress, len(taken), len(forecast.todo) if late() else 0, len(trials))
+    _say_left(progress, len(taken), len(forecast.todo) if time_over() else 0, len(trials))
     return failed
 
 
@@ -142,19 +136,9 @@ def _clock(minutes: float) -> Callable[[], bool]:
     return lambda: agreed(time.monotonic() >= end)
 
 
-def _groups(
-    session: "Session | None", trials: Sequence[ConfigDict]
-) -> Iterator[tuple[list[int], int]]:
-    """Groups of trials and their widths; without a session each trial is its own.
-
-    A trial that starts from another one's prompt is in a later group.
-    """
+def _groups(session: Session, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
+    """Groups and their widths; a trial that starts from another's prompt is in a later group."""
     for stage in stages(trials):
-        if session is None:
-            yield from (([position], 1) for position in stage)
-            continue
-        from softprompt.trials.groups import plan
-
         for positions, width in plan(session, [trials[position] for position in stage]):
             yield [stage[n] for n in positions], width
 
@@ -162,58 +146,13 @@ def _groups(
 def run_trials(
     trials: Sequence[ConfigDict],
     workdir: epath.PathLike,
-    session: "Session",
+    session: Session,
     minutes: float = math.inf,
 ) -> list[Row]:
     """Runs the trials that are not done; returns the rows of failed trials. See `run_sweep`."""
-    from softprompt.trials.engine.sharing import shared
-    from softprompt.trials.estimate import estimate
-    from softprompt.trials.run import run_trial
-
     with shared(workdir) as session.claims:
-        return run_sweep(
-            trials,
-            workdir,
-            lambda config, folder: run_trial(config, folder, session=session),
-            progress=session.progress,
-            estimate=lambda config: estimate(config, session),
-            session=session,
-            minutes=minutes,
-        )
-
-
-def _run_group(
-    members: Mapping[int, tuple[ConfigDict, epath.Path]],
-    width: int,
-    run_trial: RunTrial,
-    progress: Progress,
-    session: "Session | None",
-    late: Callable[[], bool],
-) -> Iterator[tuple[int, Row]]:
-    """Runs a group; yields the index and the row of each trial when it ends.
-
-    No other trial of it starts when it is late.
-    """
-    if session is None or width == 1:
-        for index, job in members.items():
-            yield index, _run_one(*job, run_trial, progress)
-        return
-    from softprompt.trials.groups import run_group
-
-    indices, failed = list(members), functools.partial(_failed, progress)
-    for position, row in run_group(session, list(members.values()), width, failed, late):
-        yield indices[position], row
-
-
-def _run_one(
-    config: ConfigDict, folder: epath.Path, run_trial: RunTrial, progress: Progress
-) -> Row:
-    """Runs a trial and returns its row; an error becomes a failed row."""
-    began = time.monotonic()
-    try:
-        return run_trial(config, folder)
-    except Exception as error:
-        return _failed(progress, config, folder, error, time.monotonic() - began)
+        expected = functools.partial(estimate, session=session)
+        return run_sweep(trials, workdir, session, estimate=expected, minutes=minutes)
 
 
 def _failed(
@@ -221,7 +160,8 @@ def _failed(
 ) -> Row:
     """Records and reports a failed trial, and returns its row.
 
-    One that another process runs is none: it is reported as "taken".
+    A trial that another process runs has not failed: its row has the status "taken", and is not
+    written.
     """
     if isinstance(error, Locked):
         progress.say(str(error))
@@ -240,8 +180,6 @@ def record_failure(
     Only process 0 writes. A row that is done stays, and is returned: the error came after the
     trial's end.
     """
-    import jax  # slow to import, and listing a sweep's trials does not need it
-
     with contextlib.suppress(UserError):  # a row that is not readable is replaced
         if (there := read_result(folder)) is not None and there["status"] == "done":
             return there

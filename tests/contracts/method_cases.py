@@ -40,10 +40,7 @@ CASES = {  # name -> the method and its configuration, for a decoder and for T5
         "multitask",
         lambda where: MultitaskConfig(P, None, SOURCE, places=where[:1], tasks=2, rank=3),
     ),
-    "prefix": (
-        "prefix",
-        lambda where: PrefixConfig(P, where and (*where, "cross")),
-    ),
+    "prefix": ("prefix", lambda where: PrefixConfig(P, where and (*where, "cross"))),
     "prefix, mlp": (
         "prefix",
         lambda where: PrefixConfig(P, where and (*where, "cross"), bottleneck=6),

@@ -24,10 +24,7 @@ from softprompt.pretrained.loading import Loaded
 from softprompt.results import read_result
 from softprompt.training.logs import read_log
 from softprompt.training.sharding import Gather, make_mesh, path_name, put_weight
-from softprompt.trials.prepare import (
-    initial_state,
-    prepare,
-)
+from softprompt.trials.prepare import initial_state, prepare
 from softprompt.trials.run import run_trial
 from softprompt.trials.session import Session
 from tests.families import write_family_folder
@@ -36,12 +33,7 @@ from tests.tiny import write_llama_folder
 from tests.tiny_t5 import write_complete_t5
 
 FIRST, LAST = 1e-5, 1e-4  # how far losses may differ at the first step and at the twentieth
-TRIAL = {
-    "train__steps": 20,
-    "train__batch": 12,
-    "optimizer__rate": 0.05,
-    "eval__select": "last",
-}
+TRIAL = {"train__steps": 20, "train__batch": 12, "optimizer__rate": 0.05, "eval__select": "last"}
 MESHES = [(8, 1), (2, 4)]  # (4, 2) and (2, 2) over two processes are below
 
 
@@ -134,9 +126,7 @@ def test_dropout_on_a_mesh(place, alone, tmp_path):
     more = {"train__dropout": 0.2, "method__dropout": 0.1, "train__steps": 6}
     run_trial(config_of(place, **more), tmp_path / "alone", session=session_on((1, 1)))
     run_trial(
-        config_of(place, **more, train__microbatches=2),
-        tmp_path / "w",
-        session=session_on((2, 1)),
+        config_of(place, **more, train__microbatches=2), tmp_path / "w", session=session_on((2, 1))
     )
     check_same(tmp_path / "w", tmp_path / "alone")
     assert np.abs(losses(tmp_path / "w") - losses(alone)[:6]).min() > 0.01, "dropped, each step"

@@ -28,13 +28,7 @@ from softprompt.models.dropout import (
     row_dropout,
 )
 from softprompt.models.stack import stack
-from softprompt.training.step import (
-    StepConfig,
-    accumulated,
-    loss_fn,
-    row_logits,
-    shared_part,
-)
+from softprompt.training.step import StepConfig, accumulated, loss_fn, row_logits, shared_part
 from tests.contracts.examples import by_example, double, equations, random_examples
 from tests.contracts.method_cases import moved
 from tests.tiny import tiny_decoder

@@ -8,13 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from softprompt.analysis.flops import (
-    Contexts,
-    forward_flops,
-    scoring_work,
-    train_flops,
-    train_work,
-)
+from softprompt.analysis.flops import Contexts, forward_flops, scoring_work, train_flops, train_work
 from softprompt.config import base_config
 from softprompt.data.builtin_tasks import get_task
 from softprompt.data.encode import Encoded, common_opening, encode
@@ -37,7 +31,7 @@ LENGTH, EXAMPLES = 100, 16
 
 @pytest.fixture(scope="module")
 def sizes() -> DecoderConfig:
-    return gguf.read_config(gguf.File(find("smollm2-135m-instruct-q4")))
+    return gguf.open_model(gguf.File(find("smollm2-135m-instruct-q4")))[0]
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from softprompt.methods.delta_file import load_delta
-from softprompt.trials.delta_shapes import check_fit
-from softprompt.trials.prepare import (
-    delta_shapes,
-    prepare,
-)
+from softprompt.trials.delta_checks import check_fit
+from softprompt.trials.prepare import delta_shapes, prepare
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import OneDevice, trial_config, two_tasks, write_task
 from tests.contracts.trials import StopAt, check_same, stored

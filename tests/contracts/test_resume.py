@@ -228,8 +228,7 @@ def whole(place, tiny_folder, session):
 
 
 @pytest.mark.parametrize(
-    ("number", "steps"),
-    [(signal.SIGINT, [2, 8, 13]), (signal.SIGTERM, [4, 11, 22])],
+    ("number", "steps"), [(signal.SIGINT, [2, 8, 13]), (signal.SIGTERM, [4, 11, 22])]
 )
 def test_interrupted_in_process(place, whole, tiny_folder, session, tmp_path, number, steps):
     """As above, at steps with and without a checkpoint, an evaluation or a snapshot."""

@@ -14,11 +14,7 @@ from softprompt.results import read_result
 from softprompt.training.logs import read_log
 from softprompt.trials.run import run_trial
 from softprompt.trials.sweep import run_sweep
-from tests.contracts.examples import (
-    session,
-    trial_config,
-    write_task,
-)
+from tests.contracts.examples import session, trial_config, write_task
 
 TRIALS = (
     {"seed": 0, "method__init": "vocabulary", "optimizer__rate": 0.02},
@@ -62,13 +58,7 @@ def apart(one, other):
 
 def run(trials, workdir, shared):
     """Runs a sweep; returns the rows that failed."""
-    return run_sweep(
-        trials,
-        workdir,
-        lambda config, folder: run_trial(config, folder, session=shared),
-        progress=shared.progress,
-        session=shared,
-    )
+    return run_sweep(trials, workdir, shared)
 
 
 def stored(folder):

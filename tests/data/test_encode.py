@@ -11,14 +11,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from softprompt.data.builtin_tasks import TASKS
-from softprompt.data.digests import check_digests, records_digest
-from softprompt.data.encode import (
-    check_ranking,
-    encode,
-    mix,
-    summary,
-    target_advice,
-)
+from softprompt.data.encode import check_ranking, encode, mix, summary, target_advice
+from softprompt.data.subsets import check_digests, records_digest
 from softprompt.data.tasks import Task
 from softprompt.errors import UserError
 from softprompt.pretrained.tokenizer import Tokenizer

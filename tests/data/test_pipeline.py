@@ -9,12 +9,7 @@ from hypothesis import strategies as st
 
 from softprompt.data.encode import Encoded
 from softprompt.data.eval_batches import EvalShape, collect, eval_batches, eval_shape
-from softprompt.data.pipeline import (
-    TrainSource,
-    pad_rows,
-    train_batches,
-    train_template,
-)
+from softprompt.data.pipeline import TrainSource, pad_rows, train_batches, train_template
 from softprompt.data.rows import EvalBatch
 from softprompt.errors import UserError
 

@@ -205,17 +205,7 @@ BOOLQ = "super_glue/boolq:1.0.2"
 
 def test_catalogue_dataset_is_read_under_its_own_name(boolq: Path) -> None:
     """Breaks when super_glue is not registered first or labels stay numbers."""
-    records = read_tfds(
-        BOOLQ,
-        "train",
-        Columns(
-            (
-                "question",
-                "passage",
-                "idx",
-            )
-        ),
-    )
+    records = read_tfds(BOOLQ, "train", Columns(("question", "passage", "idx")))
     assert [record["id"] for record in records] == [f"train-{n}" for n in range(5)]
     assert {(r["question"], r["passage"], r["idx"], r["label"]) for r in records} == {
         (f"q\xe9{n}", f"p{n}", str(n), str(n % 2 == 1)) for n in range(5)

@@ -13,13 +13,7 @@ from softprompt.config.schema import SELECTING
 from softprompt.data.builtin_tasks import TASKS, get_task
 from softprompt.data.splits import overlaps, read_split
 from softprompt.data.subsets import balanced_subset, label_counts, seeded_order, seeded_sample
-from softprompt.data.tasks import (
-    SPLITS,
-    SplitRule,
-    generated,
-    parse_template,
-    target_text,
-)
+from softprompt.data.tasks import SPLITS, SplitRule, generated, parse_template, target_text
 from softprompt.errors import UserError
 
 CATALOGUE = [name for name, task in TASKS.items() if "glue/" in task.source and task.verbalizers]

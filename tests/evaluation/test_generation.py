@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from softprompt.evaluation.generation import read_labels
-from softprompt.evaluation.metrics import classification
+from softprompt.evaluation.metrics import classification, read_labels
 from softprompt.pretrained.tokenizer import Tokenizer
 from tests.tiny import tiny_tokenizer
 

@@ -11,9 +11,7 @@ from softprompt.inference.decode import generate
 from softprompt.methods.delta_file import load_delta
 from softprompt.pretrained.loading import load_model
 from softprompt.trials.measure import latency_metrics
-from softprompt.trials.prepare import (
-    prepare,
-)
+from softprompt.trials.prepare import prepare
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, two_tasks, write_task
 from tests.tiny_t5 import write_complete_t5

@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 
-from softprompt.evaluation.metrics import (
-    classification,
-    free_text,
-    normalised_answer,
-    over_tasks,
-)
+from softprompt.evaluation.metrics import classification, free_text, normalised_answer, over_tasks
 
 
 def metrics(predicted, labels, classes):
@@ -92,11 +87,7 @@ def test_answers_are_compared_as_squad_does(predicted, answers, exact_match, f1)
     """By hand, by evaluate-v1.1.py. Breaks when a step of its normalisation, or the best answer, is
     left out, or words are compared as sets."""
     found = free_text([predicted], [answers])
-    assert found == {
-        "exact_match": exact_match,
-        "f1": pytest.approx(f1),
-        "examples": 1,
-    }
+    assert found == {"exact_match": exact_match, "f1": pytest.approx(f1), "examples": 1}
 
 
 def test_free_text_is_a_mean_over_answered_examples():

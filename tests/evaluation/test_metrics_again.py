@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from softprompt.data.builtin_tasks import TASKS
-from softprompt.evaluation.generation import read_labels
 from softprompt.evaluation.metrics import (
     choice,
     classification,
@@ -18,6 +17,7 @@ from softprompt.evaluation.metrics import (
     illegal_share,
     names_referent,
     over_tasks,
+    read_labels,
     referents,
     task_score,
 )

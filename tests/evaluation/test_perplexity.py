@@ -12,9 +12,7 @@ from softprompt.evaluation import perplexity as text
 from softprompt.evaluation.perplexity import read_text, text_pieces
 from softprompt.methods.delta_file import load_delta
 from softprompt.pretrained.loading import load_model
-from softprompt.trials.prepare import (
-    prepare,
-)
+from softprompt.trials.prepare import prepare
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.tiny import SENTENCES, write_llama_folder

@@ -10,8 +10,7 @@ from softprompt.interchange.adapter_files import Adapter
 from softprompt.interchange.module_names import ModelConfig
 from softprompt.interchange.peft import to_peft
 from softprompt.pretrained.families import read_family
-from softprompt.pretrained.hf import read_config
-from tests.families import VARIANTS, write_family_folder
+from tests.families import VARIANTS, config_of_folder, write_family_folder
 from tests.tiny_t5 import hf_t5_config, tiny_t5_config, write_t5_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
@@ -122,12 +121,7 @@ CASES: dict[str, Case] = {
     "multitask-t5": Case(
         "t5",
         "MultitaskPromptTuningConfig",
-        {
-            "num_virtual_tokens": 3,
-            "num_tasks": 2,
-            "num_ranks": 2,
-            "num_transformer_submodules": 1,
-        },
+        {"num_virtual_tokens": 3, "num_tasks": 2, "num_ranks": 2, "num_transformer_submodules": 1},
         {"name": "multitask", "length": 3, "rank": 2, "place": "encoder"},
     ),
     "prefix-llama": Case(
@@ -207,10 +201,7 @@ CASES: dict[str, Case] = {
     ),
     "ia3-llama": Case("llama", "IA3Config", {}, {"name": "ia3", "targets": "k,v,down"}),
     "ia3-gpt2": Case(
-        "gpt2",
-        "IA3Config",
-        {"fan_in_fan_out": True},
-        {"name": "ia3", "targets": "q,k,v,down"},
+        "gpt2", "IA3Config", {"fan_in_fan_out": True}, {"name": "ia3", "targets": "q,k,v,down"}
     ),
     "ia3-neox": Case("neox", "IA3Config", {}, {"name": "ia3", "targets": "q,k,v,down"}),
     "ia3-all-llama": Case(
@@ -239,7 +230,7 @@ def write_model(folder: Path, model: str) -> Path:
     """A folder that both sides read."""
     if is_t5(model):
         write_t5_folder(folder, **_T5_SIZES[model])
-        assert read_config(folder) == sizes(model)
+        assert config_of_folder(folder) == sizes(model)
         return folder
     return write_family_folder(folder, model, raw=MODELS[model])
 

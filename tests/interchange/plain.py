@@ -35,10 +35,7 @@ def logits(model: Decoder | T5, weights: Any, delta: Any, case: Case) -> np.ndar
         product_PD = leaves[path][TASK] @ leaves[f"{place}task_rows"][TASK]
         leaves = {f"{place}prompt": leaves[f"{place}prompt"] * product_PD}
     prompt = {path: leaf for path, leaf in leaves.items() if path.endswith("prompt")}
-    variables = {
-        "params": unflatten_dict(plain, sep="/"),
-        "delta": unflatten_dict(prompt, sep="/"),
-    }
+    variables = {"params": unflatten_dict(plain, sep="/"), "delta": unflatten_dict(prompt, sep="/")}
     kv = [leaves[path] for path in leaves if "prefix/" in path]
     prefix = Context(*map(jnp.asarray, kv)) if kv else None
     return np.asarray(run(model, variables, prefix))

@@ -43,8 +43,7 @@ def check_merged(model, weights, cfg, *tokens, tolerance, method=lora):
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
-    [("everywhere", "llama"), ("everywhere", "gpt2"), ("default", "gemma3")],
+    ("name", "family"), [("everywhere", "llama"), ("everywhere", "gpt2"), ("default", "gemma3")]
 )
 @pytest.mark.parametrize("method", matrix(("lora", "dora"), keep=("dora",)))
 def test_merged_decoders(x64, method, name, family):

@@ -18,9 +18,7 @@ from softprompt.methods.delta_file import save_delta
 from softprompt.methods.fewshot import balanced_draw
 from softprompt.methods.initializers import prompt_rows
 from softprompt.pretrained.loading import load_model
-from softprompt.trials.prepare import (
-    prepare,
-)
+from softprompt.trials.prepare import prepare
 from tests.contracts.examples import SNIPPETS, session, trial_config, write_task
 from tests.families import write_family_folder
 

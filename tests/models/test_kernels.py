@@ -23,9 +23,7 @@ from softprompt.training import step
 from softprompt.training.sharding import by_device
 from softprompt.trials.evaluate import on_this_machine
 from softprompt.trials.forward import with_kernel
-from softprompt.trials.prepare import (
-    prepare,
-)
+from softprompt.trials.prepare import prepare
 from tests.contracts.examples import (
     equations,
     one_device,

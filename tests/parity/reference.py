@@ -6,16 +6,9 @@ from typing import Any
 import pytest
 
 from tests.families import VARIANTS
-from tests.generation_cases import (
-    BEAMS,
-    EOS,
-    NEW,
-)
+from tests.generation_cases import BEAMS, EOS, NEW
 from tests.tiny_t5 import VARIANTS as T5_VARIANTS
-from tests.tiny_t5 import (
-    hf_t5_config,
-    tiny_t5_config,
-)
+from tests.tiny_t5 import hf_t5_config, tiny_t5_config
 
 torch = pytest.importorskip("torch")
 

@@ -73,7 +73,7 @@ def test_token_ids_and_decoding(file, reference, shared_data):
 
 def test_the_catalogued_config_is_that_of_the_file(file):
     entry = CATALOG[NAME]
-    config = gguf.read_config(file)
+    config = gguf.open_model(file)[0]
     assert config.norm_eps == pytest.approx(entry.config.norm_eps)
     for field in ("windows", "query_scale", "embed_scale", "rope_base_local", "vocab", "width"):
         assert getattr(config, field) == getattr(entry.config, field)

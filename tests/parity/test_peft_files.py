@@ -21,15 +21,7 @@ from softprompt.interchange.peft import from_peft, to_peft
 from softprompt.pretrained.loading import find
 from tests.families import write_family_folder
 from tests.interchange import methods, plain
-from tests.interchange.cases import (
-    CASES,
-    MODELS,
-    Case,
-    exported,
-    same_config,
-    sizes,
-    write_model,
-)
+from tests.interchange.cases import CASES, MODELS, Case, exported, same_config, sizes, write_model
 from tests.interchange.methods import CONFIGS
 
 pytestmark = pytest.mark.parity

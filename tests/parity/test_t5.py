@@ -12,11 +12,7 @@ from softprompt.models.rows import Rows
 from softprompt.models.t5 import T5
 from softprompt.models.t5_layers import bucket
 from tests.parity.reference import saved_by_transformers  # noqa: E402
-from tests.tiny_t5 import (
-    VARIANTS,
-    load_weights,
-    write_t5_folder,
-)
+from tests.tiny_t5 import VARIANTS, load_weights, write_t5_folder
 
 pytestmark = pytest.mark.parity
 

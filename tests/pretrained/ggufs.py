@@ -47,11 +47,7 @@ CASES = {
     "llama3": {**LLAMA3, "rope_theta": 500000.0},
     "qwen2": {},
     "qwen3": {},
-    "gemma2": {
-        "query_pre_attn_scalar": 20,
-        "attn_logit_softcapping": 50.0,
-        "rope_theta": 10000.0,
-    },
+    "gemma2": {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 50.0, "rope_theta": 10000.0},
     "gemma3": {
         "query_pre_attn_scalar": 20,
         "num_hidden_layers": 8,

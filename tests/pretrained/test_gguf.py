@@ -13,7 +13,7 @@ import pytest
 from softprompt.errors import UserError
 from softprompt.pretrained import hf
 from softprompt.pretrained.families import read_family
-from softprompt.pretrained.gguf import File, open_model, read_config
+from softprompt.pretrained.gguf import File, open_model
 from softprompt.pretrained.loading import load_model
 from softprompt.pretrained.name_tables import read_weights
 from tests.families import VARIANTS, family_tensors, write_family_folder
@@ -31,11 +31,7 @@ from tests.tiny_t5 import (
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "llama.json").read_text())
 Quant = gguf.GGMLQuantizationType
 
-SIZES = (
-    {},
-    {"tied": False},
-    {"heads": 3, "kv_heads": 1, "head_size": 24},
-)
+SIZES = ({}, {"tied": False}, {"heads": 3, "kv_heads": 1, "head_size": 24})
 
 
 @pytest.mark.real
@@ -97,9 +93,9 @@ def test_the_biggest_gemmas_scale_queries_by_width(tmp_path):
     for name, layers in {"gemma2": 46, "gemma3": 62}.items():
         raw = {**VARIANTS[name], "num_hidden_layers": layers, "hidden_size": 36}
         file = File(write_gguf(tmp_path / "a.gguf", model=(raw, {})))
-        assert read_config(file).query_scale == (36 // raw["num_attention_heads"]) ** -0.5
+        assert open_model(file)[0].query_scale == (36 // raw["num_attention_heads"]) ** -0.5
         file.metadata[f"{name}.block_count"] = layers - 1
-        assert read_config(file).query_scale == raw["head_dim"] ** -0.5
+        assert open_model(file)[0].query_scale == raw["head_dim"] ** -0.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,7 +122,7 @@ def test_t5_gives_config_and_weights_of_the_folder(tmp_path, family):
 
 
 def test_the_config_is_the_metadata(tmp_path):
-    config = read_config(File(write_gguf(tmp_path / "a.gguf", kv_heads=1, head_size=8)))
+    config, _, _ = open_model(File(write_gguf(tmp_path / "a.gguf", kv_heads=1, head_size=8)))
     assert_near(config, tiny_config(kv_heads=1, head_size=8))
 
 

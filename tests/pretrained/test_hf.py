@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from softprompt.errors import UserError
 from softprompt.pretrained import hf
 from softprompt.pretrained.loading import load_model
-from tests.families import VARIANTS, write_family_folder
+from tests.families import VARIANTS, config_of_folder, write_family_folder
 from tests.tiny import tiny_config, write_llama_folder
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "llama.json").read_text())
@@ -89,15 +89,15 @@ def test_bfloat16_files_are_read_exactly(folder):
 
 
 def test_config_of_either_generation_of_transformers(folder):
-    expected = hf.read_config(folder)
+    expected = config_of_folder(folder)
     assert expected == tiny_config()
     edit_config(
         folder, rope_theta=None, rope_parameters={"rope_theta": 1e4, "rope_type": "default"}
     )
-    assert hf.read_config(folder) == expected
+    assert config_of_folder(folder) == expected
     edit_config(folder, head_dim=None, num_key_value_heads=None)
-    assert hf.read_config(folder).head_size == 12
-    assert hf.read_config(folder).kv_heads == 4
+    assert config_of_folder(folder).head_size == 12
+    assert config_of_folder(folder).kv_heads == 4
 
 
 def test_missing_unexpected_and_misshapen_are_one_error(folder):
@@ -146,7 +146,7 @@ def test_the_text_part_of_a_gemma_that_sees_images(tmp_path, prefix):
     text = {k: v for k, v in VARIANTS["gemma3"].items() if k not in ("architectures", "head_dim")}
     raw = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
     (folder / "config.json").write_text(json.dumps(raw))
-    assert hf.read_config(folder) == dataclasses.replace(hf.read_config(plain), head_size=256)
+    assert config_of_folder(folder) == dataclasses.replace(config_of_folder(plain), head_size=256)
     text["head_dim"] = VARIANTS["gemma3"]["head_dim"]
     (folder / "config.json").write_text(json.dumps(raw))
     tensors = load_file(folder / "model.safetensors")

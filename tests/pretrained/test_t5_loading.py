@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from softprompt.errors import UserError
 from softprompt.models.t5 import T5
-from softprompt.pretrained import hf, t5x
+from softprompt.pretrained import t5x
 from softprompt.pretrained.families.t5 import t5_table
 from softprompt.pretrained.t5_sizes import BYT5, MT5, T5_10, T5_11
 from softprompt.training.sharding import make_mesh, path_name, weight_shardings
+from tests.families import config_of_folder
 from tests.pretrained.t5x_folders import write_t5x
 from tests.tiny_t5 import FAMILIES, load_weights, tiny_t5_config, tiny_t5_tensors, write_t5_folder
 
@@ -135,14 +136,14 @@ def change(folder, **changes):
 def test_what_a_config_says_of_the_head(tmp_path):
     # Breaks if: transformers 5's own key for an untied head is not read.
     folder = write_t5_folder(tmp_path)
-    assert not hf.read_config(folder).tied
+    assert not config_of_folder(folder).tied
     change(folder, tie_word_embeddings=True)
-    assert hf.read_config(folder).tied
+    assert config_of_folder(folder).tied
     change(folder, scale_decoder_outputs=False)
-    assert not hf.read_config(folder).tied
+    assert not config_of_folder(folder).tied
     mt5 = {"architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5"}
     change(folder, scale_decoder_outputs=True, **mt5)
-    assert not hf.read_config(folder).tied
+    assert not config_of_folder(folder).tied
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_the_feed_forward_of_a_config(changes, gated, activation, tmp_path):
     """Breaks when dense_act_fn does not override feed_forward_proj, as it does in transformers."""
     folder = write_t5_folder(tmp_path)
     change(folder, **changes)
-    config = hf.read_config(folder)
+    config = config_of_folder(folder)
     assert (config.gated, config.activation) == (gated, activation)
 
 

@@ -163,10 +163,7 @@ def test_a_run_that_is_stopped_is_as_if_it_never_was(tmp_path):
     stopped, alone = Launcher(tmp_path / "stopped"), Launcher(tmp_path / "alone")
     process = alone.start()
     try:
-        for number, code in (
-            (signal.SIGKILL, -signal.SIGKILL),
-            (signal.SIGTERM, 75),
-        ):
+        for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)):
             assert stopped.stop(number, after=25)[0] == code
             assert not list(stopped.cache.glob(f"ladder/tiny*/{PROVENANCE}"))
         code, said = stopped.stop()

@@ -180,10 +180,7 @@ def test_where_none_can_be_read_nothing_is_lost(tmp_path, state):
 def test_trials_in_turns_write_one_after_the_other(tmp_path, state, monkeypatch):
     """Orbax takes the writes of two managers for one another's. Breaks when a write begins before
     that of another manager has ended."""
-    with (
-        checkpoint_manager(tmp_path / "a") as first,
-        checkpoint_manager(tmp_path / "b") as second,
-    ):
+    with checkpoint_manager(tmp_path / "a") as first, checkpoint_manager(tmp_path / "b") as second:
         save(first, 1, state, NOTES)
         begin = second.save
 

@@ -185,10 +185,7 @@ def test_the_share_of_waiting_for_input(tmp_path, source):
     what one line waited is in the next one too.
     """
     slow = SlowSource(source.encoded, source.template, seed=0)
-    runs = {
-        "idle": Run(tmp_path / "idle", slow),
-        "busy": SlowRun(tmp_path / "busy", slow),
-    }
+    runs = {"idle": Run(tmp_path / "idle", slow), "busy": SlowRun(tmp_path / "busy", slow)}
     shares = {}
     for name, run in runs.items():
         run()

@@ -1,10 +1,13 @@
 """Configs, result rows and runs of sweeps that train nothing."""
 
+from unittest import mock
+
 from softprompt import results
 from softprompt.config import base_config
 from softprompt.console import Progress
-from softprompt.trials import sweep
+from softprompt.trials import groups, sweep
 from softprompt.trials.experiment import load_experiment, make_trials
+from softprompt.trials.session import Session
 
 
 def config(length=20, seed=0, name="prompt"):
@@ -46,9 +49,11 @@ class Runner:
         return row
 
 
-def run(trials, workdir, runner):
-    with Progress() as progress:
-        return sweep.run_sweep(trials, workdir, runner, progress=progress)
+def run(trials, workdir, runner, **options):
+    """Runs a sweep of which `runner` runs each trial; `options` are those of `run_sweep`."""
+    alone = lambda made, folder, session: runner(made, folder)  # noqa: E731
+    with mock.patch.object(groups, "run_trial", alone), Progress() as progress:
+        return sweep.run_sweep(trials, workdir, Session(progress), **options)
 
 
 def experiment_rows(subset):

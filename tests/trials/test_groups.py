@@ -108,8 +108,8 @@ def test_no_place_is_taken_when_the_time_is_over(tiny_folder, tmp_path, monkeypa
     jobs = [(config, tmp_path / "sweep" / str(n)) for n, config in enumerate(trials)]
     asked = []
     with session() as shared:
-        late = lambda: asked.append(1) or len(asked) > 3  # noqa: E731
-        ended = [index for index, _ in groups.run_group(shared, jobs, 2, None, late)]
+        time_over = lambda: asked.append(1) or len(asked) > 3  # noqa: E731
+        ended = [index for index, _ in groups.run_group(shared, jobs, 2, None, time_over)]
     assert sorted(ended) == [0, 1]
     assert not (tmp_path / "sweep" / "2").exists()
 
@@ -162,11 +162,7 @@ def test_what_is_never_grouped(tiny_folder, tmp_path, monkeypatch):
     source = (*({**FIRST, "seed": seed} for seed in range(2)),)
     with session() as shared:
         assert [*plan(shared, configs(tiny_folder, tmp_path, source, **ANY))] == [([0, 1], 2)]
-        for changes in (
-            {"method__name": "full"},
-            {"mesh__population": 1},
-            {"eval__latency": True},
-        ):
+        for changes in ({"method__name": "full"}, {"mesh__population": 1}, {"eval__latency": True}):
             trials = configs(tiny_folder, tmp_path, source, **(ANY | changes))
             assert [*plan(shared, trials)] == [([0], 1), ([1], 1)]
         none = {"method__name": "none", **ANY}

@@ -34,10 +34,7 @@ def train(root, model, method, **more):
 # Mutations: `merge` returns the base's weights; LoRA's scale left out of the config.
 @pytest.mark.parametrize(
     ("model", "method"),
-    matrix(
-        [("t5", "lora"), ("llama", "dora"), ("llama", "full")],
-        keep=[("llama", "dora")],
-    ),
+    matrix([("t5", "lora"), ("llama", "dora"), ("llama", "full")], keep=[("llama", "dora")]),
 )
 def test_the_folder_computes_what_base_and_delta_do(tmp_path, capsys, model, method):
     WRITE[model](write_task(tmp_path) / model)

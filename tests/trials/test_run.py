@@ -16,18 +16,8 @@ from softprompt.training.logs import read_log
 from softprompt.training.memory import program_memory
 from softprompt.trials.estimate import estimate
 from softprompt.trials.measure import measure
-from softprompt.trials.prepare import (
-    check_read,
-    initial_state,
-    prepare,
-    train_source,
-)
-from softprompt.trials.run import (
-    check_folder,
-    claim,
-    read_config,
-    run_trial,
-)
+from softprompt.trials.prepare import check_read, initial_state, prepare, train_source
+from softprompt.trials.run import check_folder, claim, read_config, run_trial
 from softprompt.trials.session import Session
 from softprompt.trials.sweep import record_failure
 from tests.own_task import SIZES, Lines, make_config, write_task

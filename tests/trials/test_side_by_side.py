@@ -15,10 +15,7 @@ from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.trials import side_by_side as many
 from softprompt.trials.evaluate import evaluate_runs, for_task, trained_delta
 from softprompt.trials.measure import measure
-from softprompt.trials.prepare import (
-    first_delta,
-    prepare,
-)
+from softprompt.trials.prepare import first_delta, prepare
 from softprompt.trials.run import DELTA, claim, provenance, read_config
 from softprompt.trials.session import Session
 from tests.contracts.examples import trial_config
@@ -81,15 +78,13 @@ def check_same(folders, task=None):
     results = many.score_deltas(made[0], parts, "test")
     for one, delta, result in zip(made, deltas, results, strict=True):
         metrics, predictions = measure(one, delta, "test")
-        assert result.metrics == metrics
-        for data, alone in zip(one.tasks, predictions, strict=True):
-            said = result.predictions[data.task.name]
-            assert list(said) == data.test.ids
-            for ours, theirs in zip(said.values(), alone, strict=True):
+        assert result[0] == metrics
+        for of_many, alone in zip(result[1], predictions, strict=True):
+            for ours, theirs in zip(of_many, alone, strict=True):
                 assert ours["predicted"] == theirs["predicted"]
                 found_C, scores_C = (list(p["scores"].values()) for p in (ours, theirs))
                 np.testing.assert_allclose(found_C, scores_C, atol=2e-5)  # rounded to 1e-5
-    assert results[0].predictions != results[1].predictions
+    assert results[0][1] != results[1][1]
 
 
 def test_side_by_side_is_one_at_a_time(runs):
@@ -161,7 +156,7 @@ def test_the_last_part_is_short(runs, monkeypatch):
 
     def say_which(prepared, shared, split):
         widths.append(len(shared))
-        return [many.Scored({"sum": float(own["prompt"].sum())}, {}) for own, _ in shared]
+        return [({"sum": float(own["prompt"].sum())}, []) for own, _ in shared]
 
     monkeypatch.setattr(many, "chunks", lambda *_: [2, 1])
     monkeypatch.setattr(many, "score_deltas", say_which)

@@ -6,11 +6,12 @@ import pytest
 
 from softprompt import results
 from softprompt.config import trial_id, trial_name
-from softprompt.console import Progress, duration
+from softprompt.console import duration
 from softprompt.errors import UserError
 from softprompt.trials import shards, sweep
 from softprompt.trials.dry_run import dry_run
 from softprompt.trials.experiment import load_experiment, make_trials
+from softprompt.trials.lock import Locked
 from softprompt.trials.outputs import write_outputs
 from tests.trials.rows import Runner, config, done_row, experiment_rows, run
 
@@ -37,8 +38,7 @@ def test_no_trial_starts_when_the_time_is_over(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: now[0]))
     trials, slow = [config(length) for length in (1, 5, 20)], Slow()
-    with Progress() as progress:
-        assert sweep.run_sweep(trials, tmp_path, slow, progress=progress, minutes=1) == []
+    assert run(trials, tmp_path, slow, minutes=1) == []
     assert slow.ran == [1, 5]
     said = capsys.readouterr().err
     assert "the minutes are over: 1 of 3 trials are not started" in said
@@ -87,6 +87,18 @@ def test_an_error_after_the_row_keeps_the_row(tmp_path, capsys):
     assert results.read_result(tmp_path)["error"] == row["error"] == "not JSON"
 
 
+def test_a_group_that_other_processes_have_taken(tmp_path, monkeypatch, capsys):
+    """Mutation: a group of which every trial starts from a taken one is run, though it is empty."""
+    trials = [config(1), config(5), config(20)]
+    start = trial_id(trials[0])
+    monkeypatch.setattr(sweep, "source", lambda made: "" if made.method.length == 1 else start)
+    monkeypatch.setattr(sweep, "plan", lambda session, some: [([0], 1), ([1, 2], 2)])
+    runner = Runner({1: Locked("another process runs it")})
+    assert run(trials, tmp_path, runner) == []
+    assert runner.ran == [1]
+    assert "3 of 3 trials are left to other processes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stop", [SystemExit(75), KeyboardInterrupt()])
 def test_an_interruption_passes_and_leaves_no_row(tmp_path, stop):
     trials = [config(1), config(5)]
@@ -104,9 +116,7 @@ def test_the_time_left_comes_from_the_estimates(tmp_path, capsys):
             raise UserError("no data")
         return {"seconds": 60.0 * made.method.length}
 
-    with Progress() as progress:
-        trials = [config(1), config(5), config(2)]
-        sweep.run_sweep(trials, tmp_path, Runner(), progress=progress, estimate=estimate)
+    run([config(1), config(5), config(2)], tmp_path, Runner(), estimate=estimate)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "trial 1 of 3: prompt-1-vocabulary-s0, about 3 min 0 s left"
     assert lines[1] == "prompt-1-vocabulary-s0: test accuracy 0.800 on 200 examples, 1 s"
@@ -129,8 +139,7 @@ def test_a_models_trials_are_estimated_when_its_turn_comes(tmp_path, capsys):
             asked.append(f"run {made.method.length}")
             return super().__call__(made, folder)
 
-    with Progress() as progress:
-        sweep.run_sweep(trials, tmp_path, Looking(), progress=progress, estimate=estimate)
+    run(trials, tmp_path, Looking(), estimate=estimate)
     assert asked == [1, 3, "run 1", 2, 4, "run 2", "run 3", "run 4"]
     assert "about 4 min 0 s left" in capsys.readouterr().err.splitlines()[0]
 

@@ -16,10 +16,7 @@ from softprompt.methods.delta_file import load_delta
 from softprompt.methods.initializers import prompt_rows
 from softprompt.trials.estimate import estimate
 from softprompt.trials.evaluate import predict_lines
-from softprompt.trials.prepare import (
-    prepare,
-    step_flops,
-)
+from softprompt.trials.prepare import prepare, step_flops
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, write_task
 from tests.models.t5_rows import alone
@@ -69,8 +66,7 @@ def losses(folder):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
-    ("where", "inline"),
-    [("encoder", True), ("decoder", False), ("both", False)],
+    ("where", "inline"), [("encoder", True), ("decoder", False), ("both", False)]
 )
 def test_prompts_of_every_form_learn(place, shared, tmp_path, where, inline):
     """Mutation: the prompt of one stack is never read; `prompt_to_input` is not passed on."""

@@ -76,7 +76,7 @@ def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, Decoder
         )
     family = FAMILIES[architecture]
     try:
-        config = family.config(read_keys(raw, family.keys, ignored=IGNORED | family.ignored))
+        config = family.read(read_keys(raw, family.keys, ignored=IGNORED | family.ignored))
         _check_sizes(config)
     except UserError as e:
         raise UserError(f"{file}: {e}") from None

@@ -28,11 +28,10 @@ class Family:
 
     Attributes:
         keys: the keys of config.json that it reads.
-        config: their values -> the model's config. Raises UserError for what the model does not
-            compute.
+        config: their values, and the fields that keys state directly -> the model's config. Raises
+            UserError for what the model does not compute.
         table: config -> the rules that fill the leaves.
-        raw: config -> config.json without `architectures`. Reading it gives the same config again
-            if the family has such a model at all.
+        others: config -> the keys of config.json that state no field directly.
         ignored: further keys of config.json that change nothing.
         harmless: pattern of tensors that fill no leaf and may be ignored: masks, frequencies.
         spellings: (pattern, replacement) of other prefixes of the tensors' names; the first that
@@ -41,13 +40,33 @@ class Family:
     """
 
     keys: Mapping[str, Key]
-    config: Callable[[Raw], Any]
+    config: Callable[[Raw, Raw], Any]
     table: Callable[[Any], Table]
-    raw: Callable[[Any], dict[str, Any]]
+    others: Callable[[Any], dict[str, Any]]
     ignored: frozenset[str] = frozenset()
     harmless: str = ""
     spellings: tuple[tuple[str, str], ...] = ()
     copies: tuple[str, ...] = ()
+
+    def read(self, values: Raw) -> Any:
+        """The model's config, from the values of `keys`."""
+        found = {key.field: values[name] for name, key in self.keys.items() if key.field}
+        if "activation" in found:
+            found["activation"] = ACTIVATIONS[found["activation"]]
+        return self.config(values, found)
+
+    def raw(self, config: Any) -> dict[str, Any]:
+        """A config.json without `architectures`.
+
+        Reading it gives the same config again if the family has such a model at all.
+        """
+        found = {name: getattr(config, key.field) for name, key in self.keys.items() if key.field}
+        found |= {
+            name: NAMED[config.activation]
+            for name, key in self.keys.items()
+            if key.field == "activation"
+        }
+        return {"model_type": self.keys["model_type"].default, **found, **self.others(config)}
 
 
 def decoder_keys(model_type: str, **keys: Key) -> dict[str, Key]:
@@ -60,23 +79,6 @@ def activation(default: str) -> Key:
     """The key of an activation, which is one of `ACTIVATIONS`."""
     others = (name for name in ACTIVATIONS if name != default)
     return one_of(default, *others, field="activation")
-
-
-def fields(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
-    """The fields of the model's config that keys state directly."""
-    found = {key.field: values[name] for name, key in keys.items() if key.field}
-    return (
-        found | {"activation": ACTIVATIONS[found["activation"]]} if "activation" in found else found
-    )
-
-
-def raw_fields(config: Any, keys: Mapping[str, Key]) -> dict[str, Any]:
-    """The same keys of a config.json, from the model's config."""
-    found = {name: getattr(config, key.field) for name, key in keys.items() if key.field}
-    acts = {
-        name: NAMED[config.activation] for name, key in keys.items() if key.field == "activation"
-    }
-    return {"model_type": keys["model_type"].default, **found, **acts}
 
 
 def windows(values: Raw, slides: Callable[[int], bool]) -> tuple[int, ...]:

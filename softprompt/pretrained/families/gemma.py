@@ -5,7 +5,6 @@ the width.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
@@ -54,14 +53,14 @@ def table(config: DecoderConfig) -> Table:
     return rules
 
 
-def _shared(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+def _shared(values: Raw, found: Raw) -> dict[str, Any]:
     scale, bias = values["hidden_size"] ** 0.5, values["attention_bias"]
-    return {**llama.shared(values, keys), "embed_scale": scale, "out_bias": bias}
+    return {**llama.shared(values, found), "embed_scale": scale, "out_bias": bias}
 
 
-def _sandwich(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+def _sandwich(values: Raw, found: Raw) -> dict[str, Any]:
     return {
-        **_shared(values, keys),
+        **_shared(values, found),
         "norms": "both",
         "query_scale": values["query_pre_attn_scalar"] ** -0.5,
         "attn_softcap": values["attn_logit_softcapping"] or 0.0,
@@ -69,25 +68,25 @@ def _sandwich(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
     }
 
 
-def _gemma(values: Raw) -> DecoderConfig:
-    found = _shared(values, GEMMA.keys) | rope.fields(values)
+def _gemma(values: Raw, found: Raw) -> DecoderConfig:
+    fields = _shared(values, found) | rope.fields(values)
     if values["hidden_act"] == "gelu":  # an old way to say tanh
-        found["activation"] = "gelu_tanh"
-    return DecoderConfig(**found)
+        fields["activation"] = "gelu_tanh"
+    return DecoderConfig(**fields)
 
 
-def _gemma2(values: Raw) -> DecoderConfig:
+def _gemma2(values: Raw, found: Raw) -> DecoderConfig:
     windows = base.windows(values, lambda n: n % 2 == 0)
-    return DecoderConfig(**_sandwich(values, GEMMA2.keys), **rope.fields(values), windows=windows)
+    return DecoderConfig(**_sandwich(values, found), **rope.fields(values), windows=windows)
 
 
-def _gemma3(values: Raw) -> DecoderConfig:
+def _gemma3(values: Raw, found: Raw) -> DecoderConfig:
     pattern, said = values["sliding_window_pattern"], values["_sliding_window_pattern"]
     if values["layer_types"] is None and said not in (None, pattern):
         raise refuse("_sliding_window_pattern", said, pattern)  # transformers does not read it
     windows = base.windows(values, lambda n: (n + 1) % pattern > 0)
-    found = _sandwich(values, GEMMA3.keys) | _two_ropes(values)
-    return DecoderConfig(**found, qk_norm=True, windows=windows)
+    fields = _sandwich(values, found) | _two_ropes(values)
+    return DecoderConfig(**fields, qk_norm=True, windows=windows)
 
 
 def _two_ropes(values: Raw) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def _two_ropes(values: Raw) -> dict[str, Any]:
     }
 
 
-def _gemma3_with_images(values: Raw) -> DecoderConfig:
+def _gemma3_with_images(values: Raw, found: Raw) -> DecoderConfig:
     """The text part alone; without an image it is a Gemma 3 whose logits are not capped."""
     text = json_keys.read_keys(
         values["text_config"] or {},
@@ -123,17 +122,14 @@ def _gemma3_with_images(values: Raw) -> DecoderConfig:
         ignored=json_keys.IGNORED | GEMMA3.ignored,
         prefix="text_config.",
     )
-    return dataclasses.replace(_gemma3(text), final_softcap=0.0, tied=values["tie_word_embeddings"])
+    config = GEMMA3.read(text)
+    return dataclasses.replace(config, final_softcap=0.0, tied=values["tie_word_embeddings"])
 
 
-def _raw(config: DecoderConfig, keys: Mapping[str, Key]) -> dict[str, Any]:
-    return {**base.raw_fields(config, keys), **rope.raw_fields(config)}
-
-
-def _raw_sandwich(config: DecoderConfig, keys: Mapping[str, Key]) -> dict[str, Any]:
+def _sandwich_others(config: DecoderConfig) -> dict[str, Any]:
     scalar = round(config.query_scale**-2, 9) if config.query_scale else config.head_size
     return {
-        **_raw(config, keys),
+        **rope.raw_fields(config),
         **base.raw_windows(config),
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "attn_logit_softcapping": config.attn_softcap or None,
@@ -141,16 +137,16 @@ def _raw_sandwich(config: DecoderConfig, keys: Mapping[str, Key]) -> dict[str, A
     }
 
 
-GEMMA: Family = Family(
+GEMMA = Family(
     _keys("gemma", hidden_act=base.activation("gelu_pytorch_tanh")),
     _gemma,
     table,
-    lambda config: _raw(config, GEMMA.keys),
+    rope.raw_fields,
     ignored=frozenset({"hidden_activation"}),
     harmless=ROTARY_BUFFERS,
     spellings=BARE,
 )
-GEMMA2: Family = Family(
+GEMMA2 = Family(
     _sandwich_keys(
         "gemma2",
         attn_logit_softcapping=number(50.0, null=True),
@@ -158,12 +154,12 @@ GEMMA2: Family = Family(
     ),
     _gemma2,
     table,
-    lambda config: _raw_sandwich(config, GEMMA2.keys),
+    _sandwich_others,
     ignored=frozenset({"hidden_act"}),
     harmless=ROTARY_BUFFERS,
     spellings=BARE,
 )
-GEMMA3: Family = Family(
+GEMMA3 = Family(
     _sandwich_keys(
         "gemma3_text",
         attn_logit_softcapping=one_of(None),
@@ -174,16 +170,16 @@ GEMMA3: Family = Family(
     ),
     _gemma3,
     table,
-    lambda config: _raw_sandwich(config, GEMMA3.keys),
+    _sandwich_others,
     ignored=frozenset({"hidden_act"}),
     harmless=ROTARY_BUFFERS,
     spellings=BARE,
 )
-GEMMA3_WITH_IMAGES: Family = Family(
+GEMMA3_WITH_IMAGES = Family(
     base.decoder_keys("gemma3", text_config=json_keys.section(), tie_word_embeddings=flag(True)),
     _gemma3_with_images,
     table,
-    lambda config: {"model_type": "gemma3", "text_config": GEMMA3.raw(config)},
+    lambda config: {"text_config": GEMMA3.raw(config)},
     ignored=frozenset(
         {
             "vision_config",

@@ -1,16 +1,10 @@
 """GPT-2: learned positions; matrices are [in, out], and one holds queries, keys and values."""
 
-import dataclasses
-import math
-from typing import Any
-
-import numpy as np
-
 from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.families import base
 from softprompt.pretrained.families.base import Family
 from softprompt.pretrained.families.keys import Raw, count, flag, number
-from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table, input_major
+from softprompt.pretrained.name_tables import Table, decoder_table, fused_qkv, input_major, third
 
 NAMES = {
     "embed": "transformer.wte",
@@ -44,11 +38,10 @@ KEYS = base.decoder_keys(
 )
 
 
-def _config(values: Raw) -> DecoderConfig:
+def _config(values: Raw, found: Raw) -> DecoderConfig:
     width, heads = values["n_embd"], values["n_head"]
-    found = base.fields(values, KEYS) | {"ffn": values["n_inner"] or 4 * width}
     return DecoderConfig(
-        **found,
+        **{**found, "ffn": values["n_inner"] or 4 * width},
         kv_heads=heads,
         head_size=width // heads,
         positions="learned",
@@ -62,35 +55,16 @@ def _config(values: Raw) -> DecoderConfig:
 
 
 def _table(config: DecoderConfig) -> Table:
-    rules = decoder_table(config, NAMES)
-    for path, rule in rules.items():
-        if path.startswith("layers/attn/") and path.split("/")[2] in "qkv":
-            rules[path] = _third(rule, "qkv".index(path.split("/")[2]))
-        elif path.startswith("layers/") and path.endswith("/kernel"):
-            rules[path] = input_major(rule)
-    return rules
-
-
-def _third(rule: TensorRule, nth: int) -> TensorRule:
-    """The rule of queries, keys or values: one of three blocks along the tensor's last axis."""
-    *inputs, out = rule.source[::-1]
-    size = math.prod(rule.leaf[-2:])
-
-    def convert(x: np.ndarray) -> np.ndarray:
-        return x[..., nth * size : (nth + 1) * size].reshape(rule.leaf)
-
-    return dataclasses.replace(rule, source=(*inputs, 3 * out), convert=convert)
-
-
-def _raw(config: DecoderConfig) -> dict[str, Any]:
-    return {**base.raw_fields(config, KEYS), "scale_attn_weights": config.query_scale == 0.0}
+    rules = fused_qkv(decoder_table(config, NAMES), third)
+    matrices = [path for path in rules if path.startswith("layers/") and path.endswith("/kernel")]
+    return rules | {path: input_major(rules[path]) for path in matrices}
 
 
 GPT2 = Family(
     KEYS,
     _config,
     _table,
-    _raw,
+    lambda config: {"scale_attn_weights": config.query_scale == 0.0},
     ignored=frozenset(
         "n_ctx reorder_and_upcast_attn summary_type summary_use_proj summary_activation"
         " summary_proj_to_labels summary_first_dropout".split()

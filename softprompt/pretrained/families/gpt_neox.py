@@ -13,7 +13,7 @@ from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.families import base, rope
 from softprompt.pretrained.families.base import Family
 from softprompt.pretrained.families.keys import Raw, count, flag, number, refuse
-from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table
+from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table, fused_qkv
 
 NAMES = {
     "embed": "gpt_neox.embed_in",
@@ -51,14 +51,14 @@ KEYS = base.decoder_keys(
 )
 
 
-def _config(values: Raw) -> DecoderConfig:
+def _config(values: Raw, found: Raw) -> DecoderConfig:
     heads, section = values["num_attention_heads"], rope.read(values)
     size = values["hidden_size"] // heads
     if values["head_dim"] not in (None, size):  # transformers lets it change the frequencies alone
         raise refuse("head_dim", values["head_dim"], size)
     theta = section["rope_theta"] or values["rotary_emb_base"]
     return DecoderConfig(
-        **base.fields(values, KEYS) | {"rope_base": float(theta)},
+        **{**found, "rope_base": float(theta)},
         kv_heads=heads,
         head_size=size,
         rope_scaling=rope.scaling(section, values),
@@ -82,13 +82,7 @@ def _rotary_size(size: int, fraction: float) -> int:
 
 
 def _table(config: DecoderConfig) -> Table:
-    rules = decoder_table(config, NAMES)
-    for nth, name in enumerate("qkv"):
-        for kind in ("kernel", "bias"):
-            path = f"layers/attn/{name}/{kind}"
-            if path in rules:
-                rules[path] = _interleaved(rules[path], nth)
-    return rules
+    return fused_qkv(decoder_table(config, NAMES), _interleaved)
 
 
 def _interleaved(rule: TensorRule, nth: int) -> TensorRule:
@@ -103,8 +97,8 @@ def _interleaved(rule: TensorRule, nth: int) -> TensorRule:
     return dataclasses.replace(rule, source=(3 * out, *inputs), convert=convert)
 
 
-def _raw(config: DecoderConfig) -> dict[str, Any]:
-    found = base.raw_fields(config, KEYS) | rope.raw_fields(config)
+def _others(config: DecoderConfig) -> dict[str, Any]:
+    found = rope.raw_fields(config)
     del found["rope_theta"]  # here it is called rotary_emb_base
     return {**found, "rotary_pct": config.rotary_size / config.head_size}
 
@@ -113,7 +107,7 @@ GPT_NEOX = Family(
     KEYS,
     _config,
     _table,
-    _raw,
+    _others,
     harmless=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
     spellings=(
         (r"lm_head\.", "embed_out."),

@@ -1,5 +1,6 @@
 """Llama 1 to 3, SmolLM2 and Mistral, and the names and keys that Qwen and Gemma share with them."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.families import base, rope
 from softprompt.pretrained.families.base import Family
 from softprompt.pretrained.families.keys import Key, Raw, count, flag, number, one_of
-from softprompt.pretrained.name_tables import Table, decoder_table
+from softprompt.pretrained.name_tables import decoder_table
 
 NAMES: Mapping[str, str] = {
     "embed": "model.embed_tokens",
@@ -68,40 +69,32 @@ def family_keys(model_type: str, **keys: Key) -> dict[str, Key]:
     }
 
 
-def shared(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+def shared(values: Raw, found: Raw) -> dict[str, Any]:
     """The fields of a decoder's config that all these families read alike, but for positions."""
     heads = values["num_attention_heads"]
     return {
-        **base.fields(values, keys),
+        **found,
         "kv_heads": values["num_key_value_heads"] or heads,
         "head_size": values["head_dim"] or values["hidden_size"] // heads,
     }
 
 
-def table(config: DecoderConfig) -> Table:
-    """A tensor for each leaf, under Llama's names."""
-    return decoder_table(config, NAMES)
+table = functools.partial(decoder_table, names=NAMES)  # a tensor for each leaf
 
 
-def _llama(values: Raw) -> DecoderConfig:
-    found = shared(values, LLAMA.keys) | rope.fields(values)
-    return DecoderConfig(**found, out_bias=values["attention_bias"])
+def _llama(values: Raw, found: Raw) -> DecoderConfig:
+    bias = values["attention_bias"]
+    return DecoderConfig(**shared(values, found), **rope.fields(values), out_bias=bias)
 
 
-def _mistral(values: Raw) -> DecoderConfig:
+def _mistral(values: Raw, found: Raw) -> DecoderConfig:
     window = values["sliding_window"]
     windows = (window,) * values["num_hidden_layers"] if window else ()
-    return DecoderConfig(**shared(values, MISTRAL.keys), **rope.fields(values), windows=windows)
+    return DecoderConfig(**shared(values, found), **rope.fields(values), windows=windows)
 
 
-def _raw_llama(config: DecoderConfig) -> dict[str, Any]:
-    return {**base.raw_fields(config, LLAMA.keys), **rope.raw_fields(config)}
-
-
-def _raw_mistral(config: DecoderConfig) -> dict[str, Any]:
-    window = max(config.windows, default=0) or None
-    found = base.raw_fields(config, MISTRAL.keys) | rope.raw_fields(config)
-    return {**found, "sliding_window": window}
+def _mistral_keys(config: DecoderConfig) -> dict[str, Any]:
+    return {**rope.raw_fields(config), "sliding_window": max(config.windows, default=0) or None}
 
 
 LLAMA = Family(
@@ -114,7 +107,7 @@ LLAMA = Family(
     ),
     _llama,
     table,
-    _raw_llama,
+    rope.raw_fields,
     ignored=frozenset({"max_sequence_length", "is_llama_config"}),
     harmless=ROTARY_BUFFERS,
     spellings=BARE,
@@ -125,7 +118,7 @@ MISTRAL = Family(
     ),
     _mistral,
     table,
-    _raw_mistral,
+    _mistral_keys,
     harmless=ROTARY_BUFFERS,
     spellings=BARE,
 )

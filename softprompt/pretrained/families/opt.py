@@ -1,12 +1,13 @@
 """OPT: learned positions from row 2 on; OPT-350m has narrow embeddings and norms after the sum."""
 
+import functools
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
 from softprompt.pretrained.families import base
 from softprompt.pretrained.families.base import Family
 from softprompt.pretrained.families.keys import Raw, count, flag, one_of
-from softprompt.pretrained.name_tables import Table, decoder_table
+from softprompt.pretrained.name_tables import decoder_table
 
 NAMES = {
     "embed": "model.decoder.embed_tokens",
@@ -44,12 +45,12 @@ KEYS = base.decoder_keys(
 )
 
 
-def _config(values: Raw) -> DecoderConfig:
+def _config(values: Raw, found: Raw) -> DecoderConfig:
     width, heads = values["hidden_size"], values["num_attention_heads"]
     narrow = values["word_embed_proj_dim"] or width
     before, bias = values["do_layer_norm_before"], values["enable_bias"]
     return DecoderConfig(
-        **base.fields(values, KEYS),
+        **found,
         kv_heads=heads,
         head_size=width // heads,
         embed_width=narrow if narrow != width else 0,
@@ -65,18 +66,19 @@ def _config(values: Raw) -> DecoderConfig:
     )
 
 
-def _table(config: DecoderConfig) -> Table:
-    return decoder_table(config, NAMES)
-
-
-def _raw(config: DecoderConfig) -> dict[str, Any]:
+def _others(config: DecoderConfig) -> dict[str, Any]:
     before = config.norms == "before"
     return {
-        **base.raw_fields(config, KEYS),
         "word_embed_proj_dim": config.prompt_width,
         "do_layer_norm_before": before,
         "_remove_final_layer_norm": before and not config.final_norm,
     }
 
 
-OPT = Family(KEYS, _config, _table, _raw, spellings=((r"decoder\.", "model.decoder."),))
+OPT = Family(
+    KEYS,
+    _config,
+    functools.partial(decoder_table, names=NAMES),
+    _others,
+    spellings=((r"decoder\.", "model.decoder."),),
+)

@@ -1,6 +1,5 @@
 """Qwen2 and 2.5 (biases of queries, keys and values) and Qwen3 (normalised queries and keys)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from softprompt.models.decoder import DecoderConfig
@@ -21,42 +20,42 @@ def _keys(model_type: str, **keys: Key) -> dict[str, Key]:
     )
 
 
-def _shared(values: Raw, keys: Mapping[str, Key]) -> dict[str, Any]:
+def _shared(values: Raw, found: Raw) -> dict[str, Any]:
     window = values["sliding_window"] if values["use_sliding_window"] else None
     first = values["max_window_layers"]
     windows = base.windows(
         {**values, "sliding_window": window}, lambda n: bool(window) and n >= first
     )
-    return {**llama.shared(values, keys), **rope.fields(values), "windows": windows}
+    return {**llama.shared(values, found), **rope.fields(values), "windows": windows}
 
 
-def _qwen2(values: Raw) -> DecoderConfig:
-    return DecoderConfig(**_shared(values, QWEN2.keys), qkv_bias=True)
+def _qwen2(values: Raw, found: Raw) -> DecoderConfig:
+    return DecoderConfig(**_shared(values, found), qkv_bias=True)
 
 
-def _qwen3(values: Raw) -> DecoderConfig:
+def _qwen3(values: Raw, found: Raw) -> DecoderConfig:
     bias = values["attention_bias"]
-    return DecoderConfig(**_shared(values, QWEN3.keys), qk_norm=True, out_bias=bias)
+    return DecoderConfig(**_shared(values, found), qk_norm=True, out_bias=bias)
 
 
-def _raw(config: DecoderConfig, keys: Mapping[str, Key]) -> dict[str, Any]:
+def _others(config: DecoderConfig) -> dict[str, Any]:
     windows = {"use_sliding_window": any(config.windows), **base.raw_windows(config)}
-    return {**base.raw_fields(config, keys), **rope.raw_fields(config), **windows}
+    return {**rope.raw_fields(config), **windows}
 
 
-QWEN2: Family = Family(
+QWEN2 = Family(
     _keys("qwen2"),
     _qwen2,
     llama.table,
-    lambda config: _raw(config, QWEN2.keys),
+    _others,
     harmless=llama.ROTARY_BUFFERS,
     spellings=llama.BARE,
 )
-QWEN3: Family = Family(
+QWEN3 = Family(
     _keys("qwen3", attention_bias=flag(False, "qkv_bias")),
     _qwen3,
     llama.table,
-    lambda config: _raw(config, QWEN3.keys),
+    _others,
     harmless=llama.ROTARY_BUFFERS,
     spellings=llama.BARE,
 )

@@ -1,15 +1,14 @@
 """T5 1.0 and 1.1, Flan-T5, ByT5, mT5, and UMT5, whose every layer has a relative bias."""
 
+import functools
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
+from softprompt.models.shapes import ATTENTIONS
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained.families import base
 from softprompt.pretrained.families.base import ACTIVATIONS, NAMED, Family
 from softprompt.pretrained.families.keys import COMMON, Key, Raw, count, flag, number, one_of
-from softprompt.pretrained.name_tables import Table, torch_rule
+from softprompt.pretrained.name_tables import Table, encoder_decoder_table
 
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
@@ -21,11 +20,7 @@ FEED_FORWARDS = [*ACTIVATIONS, *(f"gated-{name}" for name in ACTIVATIONS)]
 
 def t5_table(config: T5Config) -> Table:
     """The rules that fill the leaves from the tensors of a Hugging Face folder."""
-    names = _names(config)
-    return {
-        path: torch_rule(path, names[path], leaf, layers=layer_count(config, path))
-        for path, leaf in t5_shapes(config).items()
-    }
+    return encoder_decoder_table(config, _names(config))
 
 
 def _names(config: T5Config) -> dict[str, str]:
@@ -77,7 +72,7 @@ def _keys(
     }
 
 
-def _config(values: Raw, *, tied: bool, **more: Any) -> T5Config:
+def _config(values: Raw, found: Raw, *, tied: bool, **more: Any) -> T5Config:
     """The T5 of a config.json.
 
     transformers derives `dense_act_fn` and `is_gated_act` from `feed_forward_proj` unless they are
@@ -85,16 +80,17 @@ def _config(values: Raw, *, tied: bool, **more: Any) -> T5Config:
     """
     kind, gated = values["feed_forward_proj"], values["is_gated_act"]
     act = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
-    found = base.fields(values, T5.keys) | {
+    fields = {
+        **found,
         "decoder_layers": values["num_decoder_layers"] or values["num_layers"],
         "gated": kind.startswith("gated-") if gated is None else gated,
         "activation": ACTIVATIONS[values["dense_act_fn"] or act],
         "tied": tied,
     }
-    return T5Config(**found, **more)
+    return T5Config(**fields, **more)
 
 
-def _t5(values: Raw) -> T5Config:
+def _t5(values: Raw, found: Raw) -> T5Config:
     """A T5, whose head is tied if its input is scaled.
 
     transformers 5 writes `tie_word_embeddings: true` for every T5; its `scale_decoder_outputs` says
@@ -102,22 +98,21 @@ def _t5(values: Raw) -> T5Config:
     """
     scaled = values["scale_decoder_outputs"]
     tied = values["tie_word_embeddings"] is not False if scaled is None else scaled
-    return _config(values, tied=tied)
+    return _config(values, found, tied=tied)
 
 
-def _umt5(values: Raw) -> T5Config:
+def _umt5(values: Raw, found: Raw) -> T5Config:
     """A UMT5, whose head is untied if the config says so, as it was trained.
 
     transformers 5 scales the input of every UMT5's head, tied or not.
     """
     tied = values["tie_word_embeddings"] is not False
-    return _config(values, tied=tied, bias_per_layer=True)
+    return _config(values, found, tied=tied, bias_per_layer=True)
 
 
-def _raw(config: T5Config, keys: Mapping[str, Key]) -> dict[str, Any]:
+def _others(config: T5Config) -> dict[str, Any]:
     function = "gelu" if config.activation.startswith("gelu") else config.activation
     return {
-        **base.raw_fields(config, keys),
         "feed_forward_proj": f"gated-{function}" if config.gated else function,
         "dense_act_fn": NAMED[config.activation],
         "pad_token_id": 0,
@@ -134,27 +129,27 @@ SMALL: dict[str, Any] = {
     "feed_forward": "gated-gelu",
 }
 
-T5: Family = Family(
+T5 = Family(
     _keys("t5", vocab=32128, layers=6, heads=8, ffn=2048, feed_forward="relu"),
     _t5,
     t5_table,
-    lambda config: {**_raw(config, T5.keys), "scale_decoder_outputs": config.tied},
+    lambda config: {**_others(config), "scale_decoder_outputs": config.tied},
     harmless=re.escape(UNUSED),
     copies=COPIES,
 )
-MT5: Family = Family(
+MT5 = Family(
     _keys("mt5", **SMALL),
-    lambda values: _config(values, tied=False),  # transformers does not scale the head's input
+    functools.partial(_config, tied=False),  # transformers does not scale the head's input
     t5_table,
-    lambda config: _raw(config, MT5.keys),
+    _others,
     harmless=re.escape(UNUSED),
     copies=COPIES,
 )
-UMT5: Family = Family(
+UMT5 = Family(
     _keys("umt5", **SMALL),
     _umt5,
     t5_table,
-    lambda config: _raw(config, UMT5.keys),
+    _others,
     ignored=frozenset({"scalable_attention"}),
     copies=COPIES,
 )

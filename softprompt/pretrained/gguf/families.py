@@ -4,6 +4,7 @@ Keys and tensor names are those of llama.cpp's converter, which stores every mat
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +14,17 @@ import numpy as np
 from softprompt.errors import UserError
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.positions import RopeScaling, stretch
-from softprompt.models.shapes import ATTENTIONS, layer_count, t5_shapes
+from softprompt.models.shapes import ATTENTIONS
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.gguf.file import File
-from softprompt.pretrained.name_tables import Table, TensorRule, decoder_table, torch_rule
+from softprompt.pretrained.name_tables import (
+    Table,
+    TensorRule,
+    decoder_table,
+    encoder_decoder_table,
+    fused_qkv,
+    third,
+)
 
 Config = DecoderConfig | T5Config
 
@@ -56,9 +64,8 @@ class Family:
     harmless: str = ""
 
 
-def _plain(config: DecoderConfig) -> Table:
-    """A tensor for each leaf. The converter has already added 1 to the scales of Gemma's norms."""
-    return decoder_table(config, NAMES)
+# A tensor for each leaf. The converter has already added 1 to the scales of Gemma's norms.
+_plain = functools.partial(decoder_table, names=NAMES)
 
 
 def _sizes(file: File) -> dict[str, Any]:
@@ -139,7 +146,7 @@ def _llama_table(config: DecoderConfig) -> Table:
 
     llama.cpp interleaves the two halves of a head.
     """
-    rules = dict(decoder_table(config, NAMES))
+    rules = decoder_table(config, NAMES)
     for path, rule in rules.items():
         if path.startswith(("layers/attn/q/", "layers/attn/k/")):
             rules[path] = _uninterleaved(rule, config.head_size)
@@ -224,25 +231,10 @@ def _gpt2(file: File) -> DecoderConfig:
     )
 
 
-_FUSED = "blk.{}.attn_qkv"
-
-
 def _gpt2_table(config: DecoderConfig) -> Table:
     """Queries, keys and values are three equal blocks of one matrix's rows."""
-    rules = dict(decoder_table(config, {**NAMES, **{f"layers/attn/{n}": _FUSED for n in "qkv"}}))
-    for path, rule in rules.items():
-        if rule.name.startswith(_FUSED):
-            rules[path] = _third(rule, "qkv".index(path.split("/")[2]))
-    return rules
-
-
-def _third(rule: TensorRule, nth: int) -> TensorRule:
-    out, *inputs = rule.source
-
-    def convert(x: np.ndarray) -> np.ndarray:
-        return rule.convert(x[nth * out : (nth + 1) * out])
-
-    return dataclasses.replace(rule, source=(3 * out, *inputs), convert=convert)
+    fused = {f"layers/attn/{name}": "blk.{}.attn_qkv" for name in "qkv"}
+    return fused_qkv(decoder_table(config, {**NAMES, **fused}), third)
 
 
 def _t5(file: File) -> T5Config:
@@ -266,14 +258,6 @@ def _t5(file: File) -> T5Config:
     )
 
 
-def _t5_table(config: T5Config) -> Table:
-    names = _t5_tensor_names()
-    return {
-        path: torch_rule(path, names[path], leaf, layers=layer_count(config, path))
-        for path, leaf in t5_shapes(config).items()
-    }
-
-
 def _t5_tensor_names() -> dict[str, str]:
     """Path of a leaf -> name of its tensor, `{}` for the layer."""
     names = {"embed/embedding": "token_embd.weight", "head/kernel": "output.weight"}
@@ -292,6 +276,8 @@ def _t5_tensor_names() -> dict[str, str]:
             names[f"{layers}/mlp/{name}/kernel"] = f"{short}.blk.{{}}.ffn_{name}.weight"
     return names
 
+
+_t5_table = functools.partial(encoder_decoder_table, names=_t5_tensor_names())
 
 FAMILIES: dict[str, Family] = {
     "gemma2": Family(_gemma2, _plain),

@@ -54,11 +54,7 @@ def make_app(engine: Engine, settings: Settings, *, chat_template: str = "") -> 
             Route("/v1/tasks/{name}", unload, methods=["DELETE"]),
             Route("/v1/outcomes", outcome, methods=["POST"]),
         ],
-        exception_handlers={
-            UserError: _refuse,
-            HTTPException: _refuse_route,
-            Exception: _refuse,
-        },
+        exception_handlers={UserError: _refuse, HTTPException: _refuse_route, Exception: _refuse},
         lifespan=_lifespan,
     )
     app.router.redirect_slashes = False  # a redirect's URL is built from the Host header

@@ -4,7 +4,6 @@ Source: OpenAI's API reference, "Completions" and "Chat".
 """
 
 import secrets
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -58,12 +57,11 @@ async def completions(http: HttpRequest) -> Response:
     least, most = 0 if echo else 1, service.settings.max_tokens
     max_new = fields.integer("max_tokens", min(DEFAULT_TOKENS, most), least, most)
     settings = {**take_sampling(fields), "max_new": max_new, "echo": echo, "logprobs": count}
-    stream, with_usage = take_stream(fields)
+    stream = take_stream(fields)
     fields.finish(NEUTRAL)
-    answer = TextAnswer(*_named(task, service), logprobs=count is not None)
     ids = await _ids(task, prompts, service)
-    rows = Rows(service.engine, _requests(task, ids, settings), service.metrics)
-    return await _answer(rows, answer, stream=stream, usage=with_usage)
+    requests = [Request(task=task, tokens=tuple(one), **settings) for one in ids]
+    return await _answer(TextAnswer, requests, stream, service)
 
 
 async def chat_completions(http: HttpRequest) -> Response:
@@ -81,12 +79,11 @@ async def chat_completions(http: HttpRequest) -> Response:
         raise refusal("top_logprobs", count, "only with logprobs")
     settings = {**take_sampling(fields), "max_new": max_new}
     settings["logprobs"] = count if logprobs else None
-    stream, with_usage = take_stream(fields)
+    stream = take_stream(fields)
     fields.finish(NEUTRAL_CHAT)
-    answer = ChatAnswer(*_named(task, service), logprobs=logprobs)
     ids = await _chat_ids(task, messages, service)
-    rows = Rows(service.engine, _requests(task, [ids], settings), service.metrics)
-    return await _answer(rows, answer, stream=stream, usage=with_usage)
+    request = Request(task=task, tokens=tuple(ids), **settings)
+    return await _answer(ChatAnswer, [request], stream, service)
 
 
 def take_task(fields: Fields, service: Service) -> str:
@@ -190,18 +187,14 @@ async def _chat_ids(task: str, messages: list[dict[str, str]], service: Service)
     return ids[1:] if doubled else ids
 
 
-def _named(task: str, service: Service) -> tuple[str, Any]:
-    """What an answer needs: the name of the task that gives it, and the tokenizer."""
-    return task or service.settings.base, service.engine.tokenizer
-
-
-def _requests(task: str, ids: Sequence[Sequence[int]], settings: dict[str, Any]) -> list[Request]:
-    """A request of the engine for each prompt."""
-    return [Request(task=task, tokens=tuple(one), **settings) for one in ids]
-
-
-async def _answer(rows: Rows, answer: TextAnswer, *, stream: bool, usage: bool) -> Response:
-    """Answers when the rows are done, or as they go."""
-    if stream:
+async def _answer(
+    form: type[TextAnswer], requests: list[Request], stream: tuple[bool, bool], service: Service
+) -> Response:
+    """Answers when all rows are done, or as they go; `stream` is what `take_stream` returned."""
+    first, (streamed, usage) = requests[0], stream
+    name, logprobs = first.task or service.settings.base, first.logprobs is not None
+    answer = form(name, service.engine.tokenizer, logprobs=logprobs)
+    rows = Rows(service.engine, requests, service.metrics)
+    if streamed:
         return Stream(rows, answer, usage=usage)
     return Json(answer.whole(await rows.collect()))

@@ -71,36 +71,10 @@ def run_batch(link: Link, session: "Session", jobs: Orders) -> bool:
         False if an error was not the user's, which may have spoiled the session.
     """
     import jax
-
-    from softprompt.config import from_dict
-    from softprompt.trials.groups import plan
-
-    configs = [from_dict(job["config"]) for job in jobs]
-    group, width = [0], 1
-    if not jobs[0]["fail"]:
-        group, width = next(iter(plan(session, configs)))
-    positions = group[:width]
-    if back := [job["trial"] for n, job in enumerate(jobs) if n not in positions]:
-        # A group that is wholly run says nothing of how many more would have fitted.
-        link.send("returned", trials=back, width=width if len(group) > width else 0)
-    clean = True
-    for position, row, error in _rows(session, [(configs[n], jobs[n]) for n in positions]):
-        final = error is None or isinstance(error, UserError)
-        clean = clean and final
-        if not final and jax.process_count() > 1:
-            return False  # a lost process is an error in all others
-        trial, done = jobs[positions[position]]["trial"], row["status"] == "done"
-        link.send("ended", trial=trial, done=done, error=row["error"], final=final)
-    return clean
-
-
-def _rows(
-    session: "Session", pairs: Sequence[tuple["ConfigDict", Mapping[str, Any]]]
-) -> "Iterator[tuple[int, Row, Exception | None]]":
-    """Runs trials together; yields the position, row and error of each when it ends."""
     from etils import epath
 
-    from softprompt.trials.groups import run_group
+    from softprompt.config import from_dict
+    from softprompt.trials.groups import plan, run_group
     from softprompt.trials.sweep import record_failure
 
     errors: dict[str, Exception] = {}
@@ -112,32 +86,29 @@ def _rows(
         errors[row["trial"]] = error
         return row
 
-    batch = [(config, epath.Path(job["folder"])) for config, job in pairs]
-    if len(batch) > 1:
-        found = run_group(session, batch, len(batch), failed)
+    configs = [from_dict(job["config"]) for job in jobs]
+    group, width = [0], 1
+    if not jobs[0]["fail"]:
+        group, width = next(iter(plan(session, configs)))
+    positions = group[:width]
+    if back := [job["trial"] for n, job in enumerate(jobs) if n not in positions]:
+        # A group that is wholly run says nothing of how many more would have fitted.
+        link.send("returned", trials=back, width=width if len(group) > width else 0)
+    batch = [(configs[n], epath.Path(jobs[n]["folder"])) for n in positions]
+    if why := jobs[0]["fail"]:
+        rows = iter([(0, failed(*batch[0], UserError(why), 0.0))])
     else:
-        found = iter([(0, _run_alone(session, *batch[0], pairs[0][1]["fail"], failed))])
-    for position, row in found:
-        yield position, row, errors.get(row["trial"])
-
-
-def _run_alone(
-    session: "Session",
-    config: "ConfigDict",
-    folder: "epath.Path",
-    fail: str,
-    failed: "Callable[[ConfigDict, epath.Path, Exception, float], Row]",
-) -> "Row":
-    """Runs one trial, or only records that it fails for a reason."""
-    from softprompt.trials.run import run_trial
-
-    began = time.monotonic()
-    try:
-        if fail:
-            raise UserError(fail)
-        return run_trial(config, folder, session=session)
-    except Exception as error:
-        return failed(config, folder, error, time.monotonic() - began)
+        rows = run_group(session, batch, len(batch), failed)
+    clean = True
+    for position, row in rows:
+        error = errors.get(row["trial"])
+        final = error is None or isinstance(error, UserError)
+        clean = clean and final
+        if not final and jax.process_count() > 1:
+            return False  # a lost process is an error in all others
+        trial, done = jobs[positions[position]]["trial"], row["status"] == "done"
+        link.send("ended", trial=trial, done=done, error=row["error"], final=final)
+    return clean
 
 
 def orders_for_all(link: Link) -> Receive:

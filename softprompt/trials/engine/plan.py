@@ -104,7 +104,7 @@ def make_plan(
 
 
 def _job(config: "ConfigDict", folder: str, start: str) -> Job:
-    from softprompt.config import to_dict, trial_id, trial_name, weights_key
+    from softprompt.config import runs_alone, to_dict, trial_id, trial_name, weights_key
 
     return Job(
         trial=trial_id(config),
@@ -112,7 +112,7 @@ def _job(config: "ConfigDict", folder: str, start: str) -> Job:
         folder=folder,
         group=program_group(config),
         model=_digest(weights_key(config)),
-        most=_most(config),
+        most=1 if runs_alone(config) else int(config.mesh.population),
         config=to_dict(config),
         start=start,
     )
@@ -129,13 +129,6 @@ def program_group(config: "ConfigDict") -> str:
     }
     group = [weights_key(config), config.optimizer.name, keys]
     return _digest(json.dumps(group, sort_keys=True, default=dict))
-
-
-def _most(config: "ConfigDict") -> int:
-    """How many trials like this may run at a time; 0 if the device decides."""
-    from softprompt.config import runs_alone
-
-    return 1 if runs_alone(config) else int(config.mesh.population)
 
 
 def _digest(text: str) -> str:

@@ -198,12 +198,7 @@ class Driver:
 
 
 def run(
-    arguments: Sequence[str],
-    *,
-    sweep: str,
-    resource: str,
-    address: str,
-    say: Callable[[str], None],
+    arguments: Sequence[str], *, sweep: str, resource: str, address: str, say: Callable[[str], None]
 ) -> int:
     """Runs workers on the hosts of a cluster, those that join later too, until nothing is left.
 

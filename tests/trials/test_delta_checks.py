@@ -11,7 +11,7 @@ from softprompt.config import base_config, set_key
 from softprompt.errors import UserError
 from softprompt.methods.delta_file import save_delta
 from softprompt.pretrained.loading import load_model
-from softprompt.trials.delta_shapes import check_fit, folded_shapes
+from softprompt.trials.delta_checks import check_fit, folded_shapes
 from softprompt.trials.run import provenance
 from tests.mistakes import one_line
 from tests.own_task import give, make_config, write_task

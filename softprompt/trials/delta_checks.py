@@ -1,4 +1,4 @@
-"""Checks that a stored delta has the leaves and shapes that its method has for a model."""
+"""Reads a trial's delta, and checks that it has the leaves and shapes of its method and model."""
 
 import math
 from collections.abc import Iterable
@@ -6,16 +6,55 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.config import ConfigDict, members, method_settings
 from softprompt.errors import UserError
 from softprompt.methods import METHODS
 from softprompt.methods.base import Setup
+from softprompt.methods.delta_file import load_delta
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.shapes import leaf_shapes
 from softprompt.models.t5_layers import T5Config
-from softprompt.pretrained.loading import make_model
+from softprompt.pretrained.loading import Loaded, make_model
+
+ANY_WEIGHTS = "; --any-weights accepts it"  # the end of an error
+
+
+def read_delta(
+    file: epath.PathLike,
+    config: ConfigDict,
+    loaded: Loaded,
+    *,
+    any_weights: bool = False,
+    remedy: str = "",
+) -> dict[str, Any]:
+    """Reads a trial's delta for a model.
+
+    Raises:
+        UserError: see `load_delta`, `check_weights` (not with `any_weights`) and `check_fit`.
+    """
+    delta, provenance = load_delta(file)
+    if not any_weights:
+        check_weights(file, provenance.get("fingerprint"), loaded, remedy=remedy)
+    check_fit(delta, config, loaded.config, file=str(file))
+    return delta
+
+
+def check_weights(
+    file: epath.PathLike, trained: str | None, loaded: Loaded, *, remedy: str = ""
+) -> None:
+    """Checks that weights with the fingerprint `trained` are the model's.
+
+    Raises:
+        UserError: they are not; the message ends with `remedy`.
+    """
+    if trained != loaded.fingerprint:
+        raise UserError(
+            f"{file} was trained on weights {trained}, {loaded.name} has "
+            f"{loaded.fingerprint}{remedy}"
+        )
 
 
 def check_fit(
