@@ -14,10 +14,10 @@ import numpy as np
 from softprompt.config import (
     ConfigDict,
     base_config,
-    members,
     method_settings,
     resolve,
     set_key,
+    task_configs,
     to_dict,
 )
 from softprompt.files import write_text
@@ -69,7 +69,7 @@ def make_task(
 def method_config(config: ConfigDict, loaded: Loaded) -> Any:
     """The static configuration of a config's method."""
     settings = method_settings(config)
-    setup = Setup(loaded.config, tasks=len(members(config)), loaded=loaded)
+    setup = Setup(loaded.config, tasks=len(task_configs(config)), loaded=loaded)
     return METHODS[settings.name].resolve(settings, setup)
 
 

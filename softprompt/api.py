@@ -134,11 +134,11 @@ class Trial:
         return load_delta(self.folder / DELTA)[0]
 
     def log(self) -> pd.DataFrame:
-        """The log: a row a logged step, and one a validation."""
+        """The log: one row per logged step and per validation."""
         return pd.DataFrame(read_log(self.folder))
 
     def predictions(self) -> pd.DataFrame:
-        """What was predicted on the test split, a row an example."""
+        """The predictions on the test split, one row per example."""
         return pd.json_normalize(list(read_predictions(self.folder)))
 
     def evaluate(self, task: str | None = None, split: str = "test") -> dict[str, Any]:
@@ -221,7 +221,7 @@ def sweep(
 
 
 def rows(folder: epath.PathLike) -> pd.DataFrame:
-    """Returns the rows of all trials in or below a folder, a column a value.
+    """Returns the rows of all trials in or below a folder, with one column per value.
 
     Raises:
         UserError: the folder does not exist.
@@ -233,7 +233,7 @@ def rows(folder: epath.PathLike) -> pd.DataFrame:
 
 
 def plot_lengths(folder: epath.PathLike, metric: str = "accuracy") -> Figure:
-    """Draws test scores against prompt length, a line a method and initialiser.
+    """Draws test scores against prompt length, one line per method and initialiser.
 
     Args:
         folder: the trials in and below it are drawn.
@@ -273,7 +273,7 @@ def _point(length: int, some: Sequence[Row], metric: str) -> Point:
 
 
 def plot_learning(*trials: Trial, value: str = "loss") -> Figure:
-    """Draws a logged value against the steps, a line a trial.
+    """Draws a logged value against the steps, one line per trial.
 
     Args:
         trials: to compare.

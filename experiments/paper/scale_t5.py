@@ -32,7 +32,7 @@ from softprompt.errors import UserError, unknown
 from softprompt.models.shapes import parameter_count
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.results import Row
-from softprompt.trials.full_size import GIB, full_size
+from softprompt.trials.trial_cost import GIB, trial_cost
 
 SIZES = ("small", "base", "large", "xl", "xxl")
 SETS = ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
@@ -74,7 +74,7 @@ def sweep(subset: str = "full") -> list[ConfigDict]:
 def costs(
     sizes: Sequence[str] = SIZES,
     sets: Sequence[str] = SETS,
-    cost: Callable[[ConfigDict], dict[str, Any]] = full_size,
+    cost: Callable[[ConfigDict], dict[str, Any]] = trial_cost,
 ) -> pd.DataFrame:
     """What the trials of each size take: a line a size, over all sets and seeds, and the total."""
     lines, total = [], 0.0

@@ -40,7 +40,7 @@ from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.ladder import RUNGS
 from softprompt.results import Row
 from softprompt.trials.records import example_scores
-from softprompt.trials.starts import source
+from softprompt.trials.starts import start_id
 
 SMOLLM2 = "smollm2-135m-instruct-q4"
 TASK = "movie_sentiment"
@@ -185,7 +185,7 @@ def _identity(tree: str) -> str:
     """
     config = from_dict(json.loads(tree))
     config.model.dtype, config.eval.transfer = "float32", ""
-    if source(config):
+    if start_id(config):
         config.method.init_file = "trial"
     return trial_id(config)
 

@@ -15,7 +15,7 @@ from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 
 
-class Contexts(NamedTuple):
+class ContextLengths(NamedTuple):
     """The contexts of a pass.
 
     Attributes:
@@ -61,7 +61,9 @@ class Work:
         return Work(*(factor * count for count in dataclasses.astuple(self)))
 
 
-def train_work(encoded: Encoded, layout: RowLayout, contexts: Contexts, examples: int) -> Work:
+def train_work(
+    encoded: Encoded, layout: RowLayout, contexts: ContextLengths, examples: int
+) -> Work:
     """Work of an average training step.
 
     Args:
@@ -76,7 +78,7 @@ def train_work(encoded: Encoded, layout: RowLayout, contexts: Contexts, examples
     return total.times(examples / len(targets_N)) + _context_work(contexts)
 
 
-def scoring_work(encoded: Encoded, layout: RowLayout, contexts: Contexts) -> Work:
+def scoring_work(encoded: Encoded, layout: RowLayout, contexts: ContextLengths) -> Work:
     """Work of scoring every candidate of a split once; see `train_work` for the arguments."""
     ranked = [encoded.ranked(example) for example in range(len(encoded.inputs))]
     counts_N = np.array([len(candidates) for candidates in ranked], np.float64)
@@ -89,7 +91,7 @@ def scoring_work(encoded: Encoded, layout: RowLayout, contexts: Contexts) -> Wor
     return rows + _context_work(contexts)
 
 
-def _context_work(contexts: Contexts) -> Work:
+def _context_work(contexts: ContextLengths) -> Work:
     """Work of the contexts that are computed."""
     before, context, own = contexts.encoder, contexts.decoder, contexts.opening
     if not contexts.runs:
@@ -99,7 +101,12 @@ def _context_work(contexts: Contexts) -> Work:
 
 
 def _rows_work(
-    encoded: Encoded, layout: RowLayout, contexts: Contexts, own_N: np.ndarray, *, heads: float
+    encoded: Encoded,
+    layout: RowLayout,
+    contexts: ContextLengths,
+    own_N: np.ndarray,
+    *,
+    heads: float,
 ) -> Work:
     """Work of all examples after the contexts, with `own_N` target tokens in the decoder."""
     inputs_N = np.array([len(ids) for ids in encoded.inputs], np.float64)

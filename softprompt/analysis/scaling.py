@@ -90,7 +90,7 @@ def fit_with_interval(
 
     Args:
         sizes: of each loss.
-        losses: one a trial.
+        losses: one for each trial.
         clusters: what trials share across sizes, such as (seed, task): a cluster is drawn whole.
         draws: resamples.
         level: of the interval.
@@ -124,7 +124,7 @@ def extrapolation_error(
 
     Args:
         sizes: of each loss.
-        losses: one a trial.
+        losses: one for each trial.
         clusters: see `fit_with_interval`.
         held_out: the size that is predicted.
         draws: resamples.

@@ -228,7 +228,7 @@ def mark_best(table: pd.DataFrame, *, by: str, among: pd.Series) -> pd.DataFrame
 
 
 def overview(rows: Sequence[Row]) -> pd.DataFrame:
-    """Returns one line a trial: its name and id, the config keys that vary, scores and status."""
+    """Returns one line per trial: name, id, the config keys that vary, scores and status."""
     flat = [flatten(row["config"]) for row in rows]
     keys = sorted(set().union(*flat))
     varying = [key for key in keys if len({repr(config.get(key)) for config in flat}) > 1]

@@ -89,7 +89,7 @@ def models(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Lists the tasks, prepares one's data, or shows its examples."""
-    from softprompt.config import members
+    from softprompt.config import task_configs
     from softprompt.config.files import load_config
     from softprompt.data.builtin_tasks import TASKS, get_task
 
@@ -101,7 +101,7 @@ def data(arguments: argparse.Namespace, overrides: Overrides) -> int:
     if not (arguments.task or arguments.config or overrides):
         raise UserError(f"data {arguments.action} needs a task; known: {', '.join(sorted(TASKS))}")
     named = [("task.name", arguments.task), ("data.mixture", "")] if arguments.task else []
-    for member in members(load_config(arguments.config, [*named, *overrides])):
+    for member in task_configs(load_config(arguments.config, [*named, *overrides])):
         _show(get_task(member.task), examples=3 if arguments.action == "show" else 0)
     return 0
 

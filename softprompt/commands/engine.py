@@ -23,13 +23,13 @@ def write_sweep_plan(
     """Writes the plan of a sweep. It opens no device, which would keep a TPU from a worker."""
     from softprompt.trials.engine.plan import plan_sweep
     from softprompt.trials.experiment import make_trials
-    from softprompt.trials.outputs import claim_outputs, experiment_name
+    from softprompt.trials.outputs import experiment_name, record_experiment
 
     target, workdir = arguments.target, arguments.workdir
     trials = make_trials(experiment, arguments.subset, overrides, target=target)
     name = experiment_name(experiment)
     plan = plan_sweep(workdir, name, arguments.subset, trials, target=target)
-    claim_outputs(experiment, workdir)
+    record_experiment(experiment, workdir)
     print(f"softprompt: {len(plan.jobs)} trials planned in {workdir}", file=sys.stderr)
     if not is_clean(plan.commit):
         print(

@@ -98,7 +98,7 @@ COMMANDS = {
             ),
             ("--root", {**FOLDER, "help": "its folders are the tasks: trials or PEFT adapters"}),
             ("--model", {"required": True, "metavar": "NAME", "help": "the frozen model"}),
-            ("--to", {**FOLDER, "metavar": "FILE", "help": "the answers, one a line"}),
+            ("--to", {**FOLDER, "metavar": "FILE", "help": "the answers, one per line"}),
             ("--max-new", {"type": int, "default": 64, "help": "tokens of an answer, at most"}),
             ("--temperature", {"type": float, "default": 0.0, "help": "default: 0, greedy"}),
             ("--seed", {"type": int, "default": 0, "help": "line N has this seed plus N"}),

@@ -70,7 +70,7 @@ def _on_ray(arguments: argparse.Namespace, plan: "Plan", experiment: "ModuleType
         say=_say,
     )
     if any(row["status"] == "done" for row in read_rows(arguments.workdir)):
-        write_outputs(experiment, arguments.workdir)
+        show_outputs(experiment, arguments.workdir)
     return code
 
 
@@ -100,7 +100,7 @@ def _say(line: str) -> None:
     print(f"softprompt: {line}", file=sys.stderr, flush=True)
 
 
-def write_outputs(experiment: "ModuleType", folder: str) -> None:
+def show_outputs(experiment: "ModuleType", folder: str) -> None:
     """Writes the table and figure of all rows below a folder, and prints the table."""
     from etils import epath
 

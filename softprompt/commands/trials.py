@@ -9,14 +9,14 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from softprompt.commands.base import DISTRIBUTED, FOLDER, Command, Overrides, path, print_json
-from softprompt.commands.launch import ENGINE_FLAGS, check_flags, start_engine, write_outputs
+from softprompt.commands.launch import ENGINE_FLAGS, check_flags, show_outputs, start_engine
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from softprompt.trials.engine.sharing import Shared
+    from softprompt.trials.engine.sharing import SweepClaims
 
 
 def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
@@ -29,7 +29,7 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     config = load_config(arguments.config, overrides)  # its errors come before JAX is imported
     start_jax(arguments.distributed)
     if arguments.dry_run:
-        from softprompt.trials.full_size import report
+        from softprompt.trials.trial_cost import report
 
         print("\n".join(report(config)))
         return 0
@@ -66,14 +66,14 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
-def _claims(folder: str) -> "AbstractContextManager[Shared | None]":
+def _claims(folder: str) -> "AbstractContextManager[SweepClaims | None]":
     """The claims of the sweep that a trial's folder is part of; None if it is part of none."""
     from etils import epath
 
-    from softprompt.trials.engine.sharing import is_sweep, shared
+    from softprompt.trials.engine.sharing import is_sweep, sweep_claims
 
     parent = epath.Path(folder).parent
-    return shared(parent) if is_sweep(parent) else nullcontext()
+    return sweep_claims(parent) if is_sweep(parent) else nullcontext()
 
 
 def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
@@ -96,17 +96,17 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.console import Progress
     from softprompt.results import read_rows
     from softprompt.trials.estimate import estimate
-    from softprompt.trials.outputs import claim_outputs
+    from softprompt.trials.outputs import record_experiment
     from softprompt.trials.session import Session
 
     with Progress() as progress:
         session = Session(progress)
         if arguments.dry_run:
             from softprompt.analysis.tables import to_markdown
-            from softprompt.trials.dry_run import dry_run
+            from softprompt.trials.sweep_cost import sweep_cost
 
             here = jax.default_backend()
-            costs, note = dry_run(
+            costs, note = sweep_cost(
                 trials,
                 arguments.workdir,
                 lambda c: estimate(c, session),
@@ -116,7 +116,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
             print(to_markdown(costs, note), end="")
             return int(any(str(state).startswith("fails") for state in costs["state"]))
         if jax.process_index() == 0:
-            claim_outputs(experiment, arguments.workdir)
+            record_experiment(experiment, arguments.workdir)
         failed = sweeps.run_trials(trials, arguments.workdir, session, minutes)
         if session.compiled:
             progress.say(f"{len(session.compiled)} training programs compiled")
@@ -130,7 +130,7 @@ def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
         )
     if jax.process_index() == 0:
         if any(row["status"] == "done" for row in read_rows(arguments.workdir)):
-            write_outputs(experiment, arguments.workdir)
+            show_outputs(experiment, arguments.workdir)
     return 1 if failed else 0
 
 
@@ -141,7 +141,7 @@ def table(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.trials.experiment import load_experiment
 
     if arguments.experiment:
-        write_outputs(load_experiment(arguments.experiment), arguments.folder)
+        show_outputs(load_experiment(arguments.experiment), arguments.folder)
     else:
         rows = results.read_rows(arguments.folder)
         arms = outcomes.compare_arms(outcomes.read_outcomes(arguments.folder))

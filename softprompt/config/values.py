@@ -132,7 +132,7 @@ def _check_values(config: ConfigDict) -> None:
             raise UserError(unknown_key(name, KEYS))
         coerce(name, value, KEYS[name].default)
     check_values(values)
-    names = [one.task.name for one in members(config)]
+    names = [one.task.name for one in task_configs(config)]
     if double := [name for name in names if names.count(name) > 1]:
         raise UserError(
             f"config key 'data.mixture' names {double[0]!r} twice; allowed: each task once"
@@ -157,7 +157,7 @@ def optimizer_settings(config: ConfigDict) -> UpdateRule:
     return OPTIMIZERS[config.optimizer.name].of(flatten(config))
 
 
-def members(config: ConfigDict) -> list[ConfigDict]:
+def task_configs(config: ConfigDict) -> list[ConfigDict]:
     """The configs of a mixture's tasks, in order, which differ in the task; [config] for one task.
 
     Raises:
@@ -249,7 +249,7 @@ def resolve(
         on_cpu = (major, minor) >= (0, 12) and multiplies_bfloat16(cpu_flags or read_cpu_flags())
         resolved.model.dtype = "bfloat16" if backend != "cpu" or on_cpu else "float32"
     if resolved.eval.metric == "accuracy":
-        metrics = [_metrics(one) for one in members(resolved)]
+        metrics = [_metrics(one) for one in task_configs(resolved)]
         if not any("accuracy" in names for names in metrics):
             resolved.eval.metric = metrics[0][0]
     return resolved

@@ -25,21 +25,21 @@ Score = Literal["candidates", "targets"]
 
 @dataclass(frozen=True)
 class EvalShape:
-    """The shape of a scoring batch: R rows of T tokens, M heads (positions with logits), C pairs.
+    """The shape of a scoring batch: R rows of T tokens, M targets (positions with logits), C pairs.
 
     `inputs`: S, for an encoder-decoder.
     """
 
     rows: int
     tokens: int
-    heads: int
+    targets: int
     pairs: int
     inputs: int = 0
 
     @property
     def widths(self) -> Widths:
         """Positions in a row."""
-        return Widths(self.tokens, self.heads, self.inputs)
+        return Widths(self.tokens, self.targets, self.inputs)
 
 
 def eval_shape(
@@ -75,7 +75,7 @@ def eval_shape(
     most = max(map(len, packed))
     batches = -(-most * tokens // max(budget, tokens))
     per_batch = -(-most // batches // row_multiple) * row_multiple
-    own, heads, pairs = np.max(
+    own, targets, pairs = np.max(
         [
             size_N4[row, 1:].sum(axis=0)
             for size_N4, rows in zip(sizes, packed, strict=True)
@@ -84,17 +84,17 @@ def eval_shape(
         axis=0,
     )
     lengths = (int(own), tokens) if layout.encoder else (tokens, 0)
-    return EvalShape(per_batch, lengths[0], int(heads), int(pairs), inputs=lengths[1])
+    return EvalShape(per_batch, lengths[0], int(targets), int(pairs), inputs=lengths[1])
 
 
 def coarse_shape(encoded: Encoded, *, rows: int, layout: RowLayout = DECODER_LAYOUT) -> EvalShape:
     """A shape for scoring a few examples, one of few, so that few programs are compiled."""
     sizes_N4 = _sizes(encoded, "candidates", layout)
-    longest, own, heads, pairs = map(int, sizes_N4.max(axis=0))
+    longest, own, targets, pairs = map(int, sizes_N4.max(axis=0))
     packed = -(-longest // 64) * 64
     places = 1 << (packed // int(sizes_N4[:, 0].min()) - 1).bit_length()  # the shortest fill a row
     lengths = (places * own, packed) if layout.encoder else (packed, 0)
-    return EvalShape(rows, lengths[0], places * heads, places * pairs, inputs=lengths[1])
+    return EvalShape(rows, lengths[0], places * targets, places * pairs, inputs=lengths[1])
 
 
 def eval_batches(

@@ -36,11 +36,11 @@ class Pairs:
     """Tokens to be scored, each at a position: C pairs in a row.
 
     Attributes:
-        head: [R, C], which of the row's positions `rows.index` predicts the token.
+        position: [R, C], which of the row's positions `rows.index` predicts the token.
         token: [R, C], the token.
     """
 
-    head: Array
+    position: Array
     token: Array
 
 
@@ -95,7 +95,7 @@ class Widths(NamedTuple):
     """Positions in a row: its own (T), those with logits (M), and in the encoder's row (S)."""
 
     tokens: int
-    heads: int
+    targets: int
     inputs: int = 0
 
 
@@ -125,15 +125,15 @@ def scored_example(
     """
     tokens = encoded.inputs[number]
     if layout.start is None:
-        rows, head = _branches_of_input(tokens, scored)
+        rows, position = _branches_of_input(tokens, scored)
     else:
         rows = _branches(layout.start, layout.target_slots, scored)
-        head = np.arange(len(rows.index))
+        position = np.arange(len(rows.index))
     lengths = [len(one) for one in scored]
     return EvalBatch(
         rows=_with_input(layout, rows, tokens, encoded.task(number)),
-        pairs=Pairs(head, np.concatenate(scored)),
-        example=np.full(len(head), number),
+        pairs=Pairs(position, np.concatenate(scored)),
+        example=np.full(len(position), number),
         candidate=np.repeat(np.arange(len(scored)), lengths),
     )
 
@@ -159,7 +159,7 @@ def _with_input(layout: RowLayout, rows: Rows, tokens: np.ndarray, task: int) ->
 
 
 def _branches_of_input(tokens: np.ndarray, scored: Sequence[np.ndarray]) -> tuple[Rows, np.ndarray]:
-    """An input, then each sequence without its last token as a branch; and the heads of pairs.
+    """An input, then each sequence without its last token as a branch; and the targets of pairs.
 
     The input's last position predicts the first token of every sequence.
     """
@@ -172,8 +172,8 @@ def _branches_of_input(tokens: np.ndarray, scored: Sequence[np.ndarray]) -> tupl
         index=np.arange(end - 1, end + total),
         branches=np.repeat(np.arange(len(scored) + 1), [end, *own]),
     )
-    heads = np.split(np.arange(total) + 1, np.cumsum(own)[:-1])
-    return rows, np.concatenate([[0, *head] for head in heads])
+    targets = np.split(np.arange(total) + 1, np.cumsum(own)[:-1])
+    return rows, np.concatenate([[0, *position] for position in targets])
 
 
 def _branches(start: int, slots: int, scored: Sequence[np.ndarray]) -> Rows:
@@ -211,7 +211,7 @@ def empty_rows(layout: RowLayout, rows: int, widths: Widths, *, branches: bool =
         tokens=zeros(widths.tokens),
         segments=zeros(widths.tokens),
         positions=zeros(widths.tokens),
-        index=zeros(widths.heads),
+        index=zeros(widths.targets),
         prompt_index=zeros(widths.tokens) if layout.target_slots else None,
         which=zeros(widths.tokens) if layout.prompts and not layout.encoder else None,
         branches=zeros(widths.tokens) if branches else None,
@@ -223,10 +223,10 @@ def write_row(batch: Batch, row: int, examples: Sequence[Batch]) -> None:
     """Writes examples, one after another, into an empty row of a batch (in place)."""
     if not examples:
         return
-    tokens, heads, placed = 0, 0, []
+    tokens, targets, placed = 0, 0, []
     for segment, example in enumerate(examples, 1):
-        placed.append(_placed(example, segment, tokens=tokens, heads=heads))
-        tokens, heads = tokens + len(example.rows.tokens), heads + len(example.rows.index)
+        placed.append(_placed(example, segment, tokens=tokens, targets=targets))
+        tokens, targets = tokens + len(example.rows.tokens), targets + len(example.rows.index)
 
     def write(array: np.ndarray, *parts: np.ndarray) -> None:
         values = np.concatenate(parts)
@@ -240,7 +240,7 @@ def write_row(batch: Batch, row: int, examples: Sequence[Batch]) -> None:
 
 
 def _placed(
-    example: TrainBatch | EvalBatch, segment: int, *, tokens: int, heads: int
+    example: TrainBatch | EvalBatch, segment: int, *, tokens: int, targets: int
 ) -> TrainBatch | EvalBatch:
     """An example as a segment of its row, behind so many tokens and positions with logits."""
     rows, encoder = example.rows, example.rows.encoder
@@ -250,6 +250,6 @@ def _placed(
         rows, segments=rows.segments * segment, index=rows.index + tokens, encoder=encoder
     )
     if isinstance(example, EvalBatch):
-        pairs = replace(example.pairs, head=example.pairs.head + heads)
+        pairs = replace(example.pairs, position=example.pairs.position + targets)
         return replace(example, rows=rows, pairs=pairs)
     return replace(example, rows=rows)

@@ -79,7 +79,7 @@ def score_function(model: Model, mesh: Mesh, *, many: bool = False) -> Callable[
         norm_RM = jax.nn.logsumexp(logits_RMV, axis=-1)
 
         def log_probs(logits_MV: jax.Array, norm_M: jax.Array, pairs: Pairs) -> Any:
-            return logits_MV[pairs.head, pairs.token] - norm_M[pairs.head]
+            return logits_MV[pairs.position, pairs.token] - norm_M[pairs.position]
 
         return jax.vmap(log_probs)(logits_RMV, norm_RM, pairs)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from softprompt.inference.batches import MULTIPLE
 from softprompt.inference.decode import Inputs, Report, check_inputs
-from softprompt.inference.pool import Joining, Pool, Slot, Tree
+from softprompt.inference.pool import Joining, Pool, RowIndex, Tree
 from softprompt.inference.pool_programs import Grid, Lane, pad_context
 from softprompt.models.decoder import Decoder
 
@@ -78,9 +78,9 @@ def _run(
     together = pool.grid.together
     waiting = deque(sorted(range(len(inputs)), key=lambda example: len(inputs[example])))
     outputs: list[list[int]] = [[] for _ in inputs]
-    running: dict[Slot, int] = {}
+    running: dict[RowIndex, int] = {}
 
-    def take(slot: Slot, token: int) -> None:
+    def take(slot: RowIndex, token: int) -> None:
         """Adds a row's next token to its output; the row leaves where it ends."""
         output = outputs[running[slot]]
         if token != eos_id:

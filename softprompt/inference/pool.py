@@ -13,8 +13,8 @@ from softprompt.errors import UserError
 from softprompt.inference.pool_programs import (
     Choice,
     Grid,
-    Inputs,
     Lane,
+    PrefillBatch,
     RowState,
     lane_axes,
     prefill,
@@ -25,7 +25,7 @@ from softprompt.inference.sampling import RowSampling
 from softprompt.models.decoder import Decoder
 
 Tree = Any
-Slot = tuple[int, int]  # a lane, and a row in it
+RowIndex = tuple[int, int]  # a lane, and a row in it
 SIZES = (32, 128, 512, 2048, 8192, 32768, 131072)  # what inputs and contexts are padded to
 
 
@@ -55,7 +55,7 @@ class Draw:
 class Joining:
     """A new row: its slot, its input, its draw, and whether it needs alternatives."""
 
-    slot: Slot
+    slot: RowIndex
     tokens: Sequence[int] | np.ndarray
     draw: Draw = Draw()
     alternatives: bool = False
@@ -82,7 +82,7 @@ class Pool:
         self.grid = grid = dataclasses.replace(grid, slots=padded(grid.slots, sizes))
         self._sizes = [size for size in sizes if size <= grid.slots]
         shape = grid.lanes, grid.rows
-        self.free: set[Slot] = {(lane, row) for lane, row in np.ndindex(*shape)}
+        self.free: set[RowIndex] = {(lane, row) for lane, row in np.ndindex(*shape)}
         self._weights, self._column = weights, 0
         self._rows = RowState(*(np.zeros(shape, np.int32) for _ in RowState._fields))
         self._draws, self._alternatives = _greedy(shape), np.zeros(shape, bool)
@@ -132,7 +132,7 @@ class Pool:
         lanes_B, rows_B = np.array([row.slot for row in several], np.int32).T
         slots = lanes_B, rows_B
         arguments = (
-            Inputs(lanes_B, rows_B, ids_BT, self._rows.lengths[slots]),
+            PrefillBatch(lanes_B, rows_B, ids_BT, self._rows.lengths[slots]),
             _sampling({field: array[slots] for field, array in self._draws.items()}, 0),
             self._alternatives[slots].any(),
         )
@@ -158,7 +158,7 @@ class Pool:
         self._column = (self._column + 1) % self.grid.columns
         return made
 
-    def leave(self, slot: Slot) -> None:
+    def leave(self, slot: RowIndex) -> None:
         """Removes a row."""
         self.free.add(slot)
         self._draws["temperature"][slot] = 0  # an empty slot needs no noise
@@ -178,7 +178,9 @@ class Pool:
         number_B = np.zeros(self.grid.together, np.int32)
         how = _sampling(_greedy(number_B.shape), number_B)
         for size in self._sizes:
-            rows = Inputs(number_B, number_B, np.zeros((len(number_B), size), np.int32), number_B)
+            rows = PrefillBatch(
+                number_B, number_B, np.zeros((len(number_B), size), np.int32), number_B
+            )
             yield size, fill.lower(self._weights, lanes, inputs, rows, how, flag)
 
 

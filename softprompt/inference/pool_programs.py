@@ -120,7 +120,7 @@ def choose(logits_BV: jax.Array, how: RowSampling, alternatives: Any) -> Choice:
     return Choice(ids_B, chosen_B - norm_B, top_ids, top - norm_B[:, None])
 
 
-class Inputs(NamedTuple):
+class PrefillBatch(NamedTuple):
     """The inputs of B joining rows: lanes and rows in them [B], ids [B, T] and their lengths."""
 
     lanes: Any
@@ -135,7 +135,7 @@ def prefill(
     weights: Tree,
     lanes: Lane,
     caches: KeysValues,
-    inputs: Inputs,
+    inputs: PrefillBatch,
     how: RowSampling,
     alternatives: Any,
 ) -> tuple[Choice, KeysValues]:
@@ -147,7 +147,7 @@ def prefill(
         weights: the frozen weights.
         lanes: all, stacked.
         caches: keys and values of inputs [L, A, B, S, G, K], donated.
-        inputs: see `Inputs`; padded on the right.
+        inputs: see `PrefillBatch`; padded on the right.
         how: fields [B].
         alternatives: see `choose`.
 
@@ -155,7 +155,7 @@ def prefill(
         The first tokens, fields [B]; and the caches.
     """
 
-    def one(inputs: Inputs) -> tuple[jax.Array, KeysValues]:
+    def one(inputs: PrefillBatch) -> tuple[jax.Array, KeysValues]:
         lane = select_lane(lanes, axes, inputs.lanes)
         apply: Any = functools.partial(model.apply, collections(weights, lane.variables))
         row = inputs.ids, inputs.lengths

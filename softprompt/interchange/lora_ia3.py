@@ -21,8 +21,8 @@ from softprompt.interchange.module_names import (
     LinearModule,
     ModelConfig,
     is_targeted,
+    key_mapping,
     linear_modules,
-    spellings,
     stored_transposed,
     target_modules,
     tensor_name,
@@ -314,10 +314,10 @@ def _adapted_modules(adapter: Adapter, config: ModelConfig) -> list[AdaptedModul
 
 
 def _spelling(adapter: Adapter, config: ModelConfig) -> Callable[[str], str]:
-    """How an adapter's file spells a module's name (see `spellings`)."""
+    """How an adapter's file spells a module's name (see `key_mapping`)."""
     for tensor in adapter.tensors:
         theirs = tensor.removeprefix(PREFIX)
-        ours = canonical(theirs, spellings(config))
+        ours = canonical(theirs, key_mapping(config))
         if theirs != ours and theirs.endswith(ours):
             more = theirs.removesuffix(ours)
             return lambda name: more + name

@@ -116,7 +116,7 @@ def stored_transposed(config: ModelConfig) -> bool:
     return isinstance(config, DecoderConfig) and find_family(config)[1] is GPT2
 
 
-def spellings(config: ModelConfig) -> tuple[tuple[str, str], ...]:
+def key_mapping(config: ModelConfig) -> tuple[tuple[str, str], ...]:
     """(pattern, replacement) of other beginnings that the modules' names may have.
 
     They are those of every family with the same table: the names in a Gemma 3 that sees images
@@ -125,7 +125,7 @@ def spellings(config: ModelConfig) -> tuple[tuple[str, str], ...]:
     if isinstance(config, T5Config):
         return ()
     table = find_family(config)[1].table
-    return tuple(one for f in FAMILIES.values() if f.table is table for one in f.spellings)
+    return tuple(one for f in FAMILIES.values() if f.table is table for one in f.key_mapping)
 
 
 def target_modules(chosen: Iterable[str], config: ModelConfig) -> list[str] | str:

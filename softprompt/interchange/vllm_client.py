@@ -2,10 +2,9 @@
 
     python client.py --model FOLDER < requests.jsonl > answers.jsonl
 
-A request is a line {"task": NAME, "input": TEXT}; an answer is its line with "output" and
-"token_ids" added. The
-names of the tasks, and the templates that their texts follow, are in tasks.json. FOLDER has the
-model that the prompts were trained on, as a Hugging Face folder. Needs vLLM, which brings the rest.
+A request is a line {"task": NAME, "input": TEXT}; its answer is the same line with "output" and
+"token_ids" added. tasks.json has the names of the tasks and the templates of their texts. FOLDER is
+the Hugging Face folder of the model that the prompts were trained on. Needs vLLM only.
 
 The prompts and tasks.json are read from this file's own folder. A prompt's vectors enter as
 embeddings and the text as token ids, which vLLM embeds (tried with vLLM 0.32).

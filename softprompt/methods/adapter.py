@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from softprompt.methods.base import MethodSettings, Setup, as_stored, unchanged
-from softprompt.methods.sites import delta_dtype, keys_by_path, projections
+from softprompt.methods.projections import delta_dtype, keys_by_path, projections
 from softprompt.models import Model
 from softprompt.settings import setting
 

@@ -114,7 +114,7 @@ class Setup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
+class ContextShape:
     """The shape of a method's context.
 
     Attributes:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from softprompt.methods.base import MethodSettings, as_stored, no_configuration, unchanged
-from softprompt.methods.sites import delta_dtype, norms, projections
+from softprompt.methods.projections import delta_dtype, norms, projections
 from softprompt.models import Model
 
 resolve, variables, fold = no_configuration, as_stored, unchanged

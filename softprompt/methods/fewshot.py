@@ -13,7 +13,7 @@ import numpy as np
 from softprompt.data.encode import Encoded
 from softprompt.errors import UserError
 from softprompt.methods.base import (
-    Context,
+    ContextShape,
     MethodSettings,
     Setup,
     bos_setting,
@@ -83,9 +83,9 @@ def resolve(settings: Settings, setup: Setup) -> FewshotConfig:
     return FewshotConfig(tuple(tokens_P.tolist()), setup.sizes.embed_scale, places)
 
 
-def context(cfg: FewshotConfig) -> Context:
+def context(cfg: FewshotConfig) -> ContextShape:
     """The shape of the examples' context."""
-    return Context(len(cfg.tokens), cfg.places)
+    return ContextShape(len(cfg.tokens), cfg.places)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: FewshotConfig) -> dict[str, jax.Array]:

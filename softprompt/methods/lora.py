@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from softprompt.errors import UserError
 from softprompt.methods.base import MethodSettings, Setup, unchanged
-from softprompt.methods.sites import delta_dtype, keys_by_path, names, targeted
+from softprompt.methods.projections import delta_dtype, keys_by_path, names, targeted
 from softprompt.models import Model
 from softprompt.models.quantize import VALUES
 from softprompt.settings import setting

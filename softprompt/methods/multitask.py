@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from softprompt.errors import UserError
 from softprompt.methods import prompt
-from softprompt.methods.base import Context, Setup, TrainedContextSettings, unchanged
+from softprompt.methods.base import ContextShape, Setup, TrainedContextSettings, unchanged
 from softprompt.methods.prompt import PromptConfig
 from softprompt.models import Model
 from softprompt.settings import setting
@@ -75,9 +75,9 @@ def resolve(settings: Settings, setup: Setup) -> MultitaskConfig:
     )
 
 
-def context(cfg: MultitaskConfig) -> Context:
+def context(cfg: MultitaskConfig) -> ContextShape:
     """The shape of the prompts' contexts."""
-    return Context(cfg.length, cfg.places, prompts=cfg.tasks)
+    return ContextShape(cfg.length, cfg.places, prompts=cfg.tasks)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: MultitaskConfig) -> dict[str, Any]:

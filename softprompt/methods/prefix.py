@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.errors import UserError
-from softprompt.methods.base import Context, Setup, TrainedContextSettings
+from softprompt.methods.base import ContextShape, Setup, TrainedContextSettings
 from softprompt.methods.initializers import INITIALIZERS, Initializer
-from softprompt.methods.sites import delta_dtype
+from softprompt.methods.projections import delta_dtype
 from softprompt.models import T5, Model
 from softprompt.models.quantize import embedding
 from softprompt.settings import setting
@@ -133,9 +133,9 @@ def resolve(settings: Settings, setup: Setup) -> PrefixConfig:
     )
 
 
-def context(cfg: PrefixConfig) -> Context:
+def context(cfg: PrefixConfig) -> ContextShape:
     """The shape of the prefix."""
-    return Context(cfg.length, cfg.places)
+    return ContextShape(cfg.length, cfg.places)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig) -> dict[str, Any]:

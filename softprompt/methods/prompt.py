@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.methods import reparametrize
-from softprompt.methods.base import Context, Setup, TrainedContextSettings, bos_setting, wants_bos
+from softprompt.methods.base import (
+    ContextShape,
+    Setup,
+    TrainedContextSettings,
+    bos_setting,
+    wants_bos,
+)
 from softprompt.methods.initializers import Initializer
 from softprompt.models import Model
 from softprompt.models.dropout import Probability, masked
@@ -101,9 +107,9 @@ def resolve(settings: Settings, setup: Setup) -> PromptConfig:
     )
 
 
-def context(cfg: PromptConfig) -> Context:
+def context(cfg: PromptConfig) -> ContextShape:
     """The shape of the prompt's context."""
-    return Context(cfg.length + (cfg.bos_before is not None), cfg.places)
+    return ContextShape(cfg.length + (cfg.bos_before is not None), cfg.places)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[str, Any]:

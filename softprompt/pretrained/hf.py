@@ -45,7 +45,7 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig | T5Confi
     folder = Path(folder)
     file = folder / "config.json"
     family, config = read_family(read_json(file), file=str(file))
-    table, stored = family.table(config), _stored_tensors(folder, family.spellings)
+    table, stored = family.table(config), _stored_tensors(folder, family.key_mapping)
     original = table["embed/embedding"].name
     copies = [*family.copies, *([_head_name(family, config)] if config.tied else [])]
     for copy in copies:
@@ -58,19 +58,19 @@ def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig | T5Confi
         return values, values
 
     def harmless(name: str) -> bool:
-        return bool(re.fullmatch(family.harmless, name)) or name in copies
+        return bool(re.fullmatch(family.ignored_tensors, name)) or name in copies
 
     tensors = {name: opened.tensors[theirs] for name, (_, opened, theirs) in stored.items()}
     return config, table, Source(str(folder), tensors, read, harmless)
 
 
-def _stored_tensors(folder: Path, spellings: Sequence[tuple[str, str]]) -> dict[str, Stored]:
+def _stored_tensors(folder: Path, key_mapping: Sequence[tuple[str, str]]) -> dict[str, Stored]:
     """The folder's tensors, by the names that the family's table has for them."""
     found: dict[str, Stored] = {}
     for file in _weight_files(folder):
         opened = open_file(file)
         for name_in_file in opened.tensors:
-            name = canonical(name_in_file, spellings)
+            name = canonical(name_in_file, key_mapping)
             if name in found:
                 raise UserError(f"{file}: tensor {name_in_file} is also in {found[name][0].name}")
             found[name] = file, opened, name_in_file
@@ -141,9 +141,9 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def canonical(stored: str, spellings: Sequence[tuple[str, str]]) -> str:
+def canonical(stored: str, key_mapping: Sequence[tuple[str, str]]) -> str:
     """The name that the family's table has for a stored tensor."""
-    for pattern, replacement in spellings:
+    for pattern, replacement in key_mapping:
         name, found = re.subn(f"^{pattern}", replacement, stored)
         if found:
             return name

@@ -39,7 +39,7 @@ from softprompt.training.logs import MetricsLog, read_log
 from softprompt.training.optimizers import AdamW, OptimizerConfig, make_optimizer, rates, set_rate
 from softprompt.training.sharding import make_mesh, put_batch, weight_shardings
 from softprompt.training.step import StepConfig, loss_fn
-from softprompt.trials.lock import holding
+from softprompt.trials.lock import locked_folder
 from softprompt.trials.prepare import state_shardings
 from softprompt.trials.run import mean_share
 from softprompt.trials.session import Session
@@ -88,7 +88,7 @@ def pretrain(recipe: Recipe, session: Session) -> Path:
         session.progress.say(f"{recipe.name} is done already")
         return last_folder(recipe)
     work = ladder_dir() / ".work" / f"{recipe.name.removeprefix(PREFIX)}-{recipe.hash}"
-    with holding(work):
+    with locked_folder(work):
         facts = train(recipe, work, session)
         if jax.process_index() == 0:
             publish(recipe, work, facts)

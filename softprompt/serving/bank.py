@@ -15,7 +15,14 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from softprompt.config import ConfigDict, base_config, members, method_settings, set_key, to_dict
+from softprompt.config import (
+    ConfigDict,
+    base_config,
+    method_settings,
+    set_key,
+    task_configs,
+    to_dict,
+)
 from softprompt.errors import UserError
 from softprompt.evaluation.ranking import shared_function
 from softprompt.inference.pool import padded
@@ -41,8 +48,8 @@ MOST_BYTES = 1 << 30  # of a delta's file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """A task as it was when it was loaded; loading it again makes another `Task`.
+class LoadedTask:
+    """A task as it was when it was loaded; loading it again makes another `LoadedTask`.
 
     Attributes:
         info: facts about it.
@@ -102,14 +109,16 @@ class Bank:
         info = TaskInfo("", "none", loaded.name, 0, 0, 0, time.time(), digest)
         bos = wants_bos("after", loaded.tokenizer)
         lane = Lane(empty, {})
-        self.base = Task(info, kind_of(lane), bos, None, "", None, lambda: jax.device_put(lane))
+        self.base = LoadedTask(
+            info, kind_of(lane), bos, None, "", None, lambda: jax.device_put(lane)
+        )
 
     @property
     def bytes(self) -> int:
         """Bytes of the lanes that are kept."""
         return sum(map(lane_bytes, list(self._lanes.values())))  # the engine's thread may add one
 
-    def lane(self, task: Task) -> Lane:
+    def lane(self, task: LoadedTask) -> Lane:
         """The lane of a task, from the cache or computed."""
         return self._lane(task.info.digest, task.make)
 
@@ -125,7 +134,7 @@ class Bank:
                 self._lanes.popitem(last=False)
         return lane
 
-    def read(self, name: str, folder: Path) -> list[Task]:
+    def read(self, name: str, folder: Path) -> list[LoadedTask]:
         """Reads a task's folder: of a trial, or of a PEFT adapter in safetensors.
 
         A trial with a prompt for each of its tasks gives tasks NAME:TASK.
@@ -136,7 +145,7 @@ class Bank:
                 method trains weights.
         """
         stored = self._adapter(folder) if (folder / ADAPTER_CONFIG).exists() else self._run(folder)
-        settings, names = method_settings(stored.config), members(stored.config)
+        settings, names = method_settings(stored.config), task_configs(stored.config)
         setup = Setup(
             sizes=self.loaded.config,
             tasks=len(names),
@@ -154,7 +163,7 @@ class Bank:
 
     def _task(
         self, name: str, folder: Path, stored: Stored, step: StepConfig, number: int | None
-    ) -> Task:
+    ) -> LoadedTask:
         settings = method_settings(stored.config)
         make = functools.partial(make_lane, self.loaded.weights, step, stored.delta, number)
         method = json.dumps([to_dict(stored.config)["method"], number], sort_keys=True)
@@ -162,7 +171,7 @@ class Bank:
         lane = self._lane(digest, make)
         info = TaskInfo(
             name=name,
-            kind=settings.name,
+            method=settings.name,
             model=self.loaded.name,
             length=int(lane.context.used or 0),
             bytes_file=stored.size,
@@ -171,9 +180,9 @@ class Bank:
             digest=digest,
         )
         bos = wants_bos(settings.bos, self.loaded.tokenizer) and not settings.begins_with_bos
-        member = None if number is None else members(stored.config)[number].task.name
+        member = None if number is None else task_configs(stored.config)[number].task.name
         trial = folder if stored.files else None
-        return Task(info, kind_of(lane), bos, trial, stored.files, member, make)
+        return LoadedTask(info, kind_of(lane), bos, trial, stored.files, member, make)
 
     def _run(self, folder: Path) -> Stored:
         """A trial's selected delta."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from softprompt.inference.pool import Draw, Joining, padded
 from softprompt.inference.pool_programs import Choice
-from softprompt.serving.bank import Bank, Task
+from softprompt.serving.bank import Bank, LoadedTask
 from softprompt.serving.placement import Kind, KindPools, Place, Sizes
 from softprompt.serving.requests import Finish, OnEvent, Request, Token
 from softprompt.serving.text import TextStream
@@ -30,7 +30,7 @@ class Ticket:
 
     request: Request
     on_event: OnEvent
-    task: Task
+    task: LoadedTask
     stream: TextStream
     place: Place | None = None
     made: int = 0
@@ -63,7 +63,7 @@ class Batcher:
         self.running: list[Ticket] = []
         self.counts: Counter[str] = Counter(tokens=0, steps=0, requests=0)
 
-    def pools(self, task: Task) -> KindPools:
+    def pools(self, task: LoadedTask) -> KindPools:
         """The pools of a task's kind, compiled for the first task of it."""
         if task.kind not in self._kinds:  # rows of other kinds do not wait for the compiler
             with self._lock:

@@ -14,7 +14,7 @@ from typing import Any
 from softprompt.console import Progress
 from softprompt.errors import UserError, unknown
 from softprompt.pretrained.loading import Loaded, load_model
-from softprompt.serving.bank import Bank, Task
+from softprompt.serving.bank import Bank, LoadedTask
 from softprompt.serving.batching import Batcher, Ticket
 from softprompt.serving.folders import NoTask
 from softprompt.serving.placement import Sizes
@@ -87,7 +87,7 @@ class Engine:
             self._wake.notify()
         return ticket
 
-    def check(self, request: Request) -> Task:
+    def check(self, request: Request) -> LoadedTask:
         """Checks a request without submitting it; returns its task.
 
         Raises:
@@ -109,7 +109,7 @@ class Engine:
         """The loaded tasks, without the base model."""
         return [task.info for name, task in sorted(self._tasks.items()) if name]
 
-    def opening(self, task: str) -> tuple[int, ...]:
+    def bos_ids(self, task: str) -> tuple[int, ...]:
         """What the inputs of a task begin with: BOS or nothing.
 
         Raises:
@@ -174,7 +174,7 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
-    def _task(self, name: str) -> Task:
+    def _task(self, name: str) -> LoadedTask:
         if (task := self._tasks.get(name)) is None:
             raise self._no_task(name)
         return task
@@ -182,7 +182,7 @@ class Engine:
     def _no_task(self, name: str) -> NoTask:
         return NoTask(str(unknown("task", name, [info.name for info in self.tasks()])))
 
-    def _without(self, name: str) -> dict[str, Task]:
+    def _without(self, name: str) -> dict[str, LoadedTask]:
         """The tasks but the one of this name, or those of a trial with several prompts."""
         return {
             one: task

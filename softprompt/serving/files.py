@@ -103,7 +103,7 @@ def _request(line: Line, ids: Sequence[int], engine: Engine, defaults: Request) 
     task = line.record.get("task", "")
     given |= {"stop": tuple(given["stop"])} if "stop" in given else {}
     given = {"seed": defaults.seed + line.number, **given}
-    tokens = (*engine.opening(task), *ids)
+    tokens = (*engine.bos_ids(task), *ids)
     return dataclasses.replace(defaults, task=task, tokens=tokens, **given)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from softprompt.inference.pool import Pool, Slot, Tree
+from softprompt.inference.pool import Pool, RowIndex, Tree
 from softprompt.inference.pool_programs import Grid, Lane
 from softprompt.inference.text_scores import TextScores
 from softprompt.models.decoder import Decoder
@@ -52,7 +52,7 @@ class Place(NamedTuple):
     """A slot of a pool."""
 
     pool: Pool
-    slot: Slot
+    slot: RowIndex
 
 
 class KindPools:

@@ -11,7 +11,7 @@ from softprompt.config import to_dict
 from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.pretrained.loading import Loaded
-from softprompt.serving.bank import Task, digest_files
+from softprompt.serving.bank import LoadedTask, digest_files
 from softprompt.trials.evaluate import Answering, on_this_machine
 from softprompt.trials.run import read_config
 from softprompt.trials.session import Session
@@ -28,10 +28,10 @@ class Predictions:
 
     def __init__(self, loaded: Loaded, progress: Progress) -> None:
         self._loaded, self._session = loaded, Session(progress)
-        self._answering: WeakKeyDictionary[Task, Answering] = WeakKeyDictionary()
+        self._answering: WeakKeyDictionary[LoadedTask, Answering] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def __call__(self, task: Task, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def __call__(self, task: LoadedTask, texts: Sequence[str]) -> list[dict[str, Any]]:
         """See `Answering.predict`.
 
         Raises:

@@ -88,7 +88,7 @@ class TaskInfo:
 
     Attributes:
         name: of the task.
-        kind: the method that trained it.
+        method: that trained it.
         model: the frozen model's name.
         length: P, the positions of its context.
         bytes_file: size of the file with its delta.
@@ -98,7 +98,7 @@ class TaskInfo:
     """
 
     name: str
-    kind: str
+    method: str
     model: str
     length: int
     bytes_file: int

@@ -81,14 +81,14 @@ class State:
     seconds: float = 0.0
     began: float = dataclasses.field(default_factory=time.monotonic)
 
-    def tested(self) -> Tree:
+    def delta_to_evaluate(self) -> Tree:
         """The delta to validate and save: see `averaged`."""
         return averaged(self.delta, self.opt_state)
 
     def selected(self, which: str) -> tuple[Tree, dict[str, float], int]:
         """The "best" or "last" delta, its validation scores and its step."""
         if which == "last":
-            return self.tested(), self.last_scores, self.step
+            return self.delta_to_evaluate(), self.last_scores, self.step
         return self.best, self.best_scores, self.best_step
 
     def elapsed(self) -> float:
@@ -294,7 +294,7 @@ def finish_step(
         validate(loop, inputs, state, log)
     if loop.snapshots and step % loop.snapshots == 0:
         file = inputs.folder / "snapshots" / f"{step}.safetensors"
-        save_delta(file, inputs.fold(state.tested()), {"step": step, **inputs.notes})
+        save_delta(file, inputs.fold(state.delta_to_evaluate()), {"step": step, **inputs.notes})
     stop = stopped(loop, state)
     if end or stop or signalled or step % loop.checkpoint_every == 0:
         checkpoints.save(manager, step, state.arrays(), {**state.notes(), **inputs.notes})
@@ -310,7 +310,7 @@ def stopped(loop: LoopConfig, state: State) -> bool:
 
 def validate(loop: LoopConfig, inputs: LoopInputs, state: State, log: MetricsLog) -> None:
     """Scores the validation split, logs the scores, and copies the delta if it is the best."""
-    delta = state.tested()
+    delta = state.delta_to_evaluate()
     scores = inputs.evaluate(delta)
     value = scores[loop.metric]
     log.write({"step": state.step, **{f"validation/{k}": v for k, v in scores.items()}})
@@ -328,14 +328,14 @@ class Clock:
 
     def __init__(self, inputs: LoopInputs, feed: Feed, step: int):
         self._inputs, self._feed, self._step = inputs, feed, step
-        self._began, self._waited = self._now(), feed.waited
+        self._began, self._waited = self._now(), feed.idle_seconds
 
     def _now(self) -> float:
         return time.monotonic() - self._inputs.pauses.seconds
 
-    def rates(self, step: int) -> dict[str, float]:
+    def speeds(self, step: int) -> dict[str, float]:
         """Speeds over the steps since the last call, up to `step`."""
-        inputs, now, waited = self._inputs, self._now(), self._feed.waited
+        inputs, now, waited = self._inputs, self._now(), self._feed.idle_seconds
         steps, seconds = range(self._step, step), max(now - self._began, 1e-9)
         input_wait = waited - self._waited
         self._step, self._began, self._waited = step, now, waited
@@ -370,7 +370,7 @@ def log_metrics(
         )
     if step % loop.log_every == 0 or step == loop.steps:
         fill = inputs.source.fill(step - 1)
-        log.write({"step": step, **metrics, "rate": rate, "fill": fill, **clock.rates(step)})
+        log.write({"step": step, **metrics, "rate": rate, "fill": fill, **clock.speeds(step)})
     inputs.stage("train", step, loop.steps, f"loss {metrics['loss']:.4f}")
     return metrics
 

@@ -19,13 +19,13 @@ class Feed:
     A context manager: its exit ends the thread.
 
     Attributes:
-        waited: seconds for which the devices were idle because the next batch was late. Time in
+        idle_seconds: for which the devices were idle because the next batch was late. Time in
             which they still run the previous step does not count. Each wait is counted from the
             last check that found them busy, so it is too long by at most `POLL`, never too short.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, batches: Iterator[TrainBatch]):
-        self.waited = 0.0
+        self.idle_seconds = 0.0
         self._mesh, self._batches = mesh, batches
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._next = self._submit()
@@ -57,11 +57,11 @@ class Feed:
         return None if batch is None else put_batch(self._mesh, batch)
 
     def _wait(self, running: Any) -> None:
-        """Waits for the batch, and adds the time since the devices were last busy to `waited`."""
+        """Waits for the batch; the time since the devices were last busy is idle."""
         busy, loaded = time.monotonic(), False
         while not loaded:
             loaded = bool(wait([self._next], POLL).done)
             now = time.monotonic()  # before the check: busy devices were busy until now
             if not all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
                 busy = now
-        self.waited += now - busy
+        self.idle_seconds += now - busy

@@ -12,10 +12,10 @@ from flax.traverse_util import flatten_dict
 from softprompt.config import (
     ConfigDict,
     base_config,
-    members,
     method_settings,
     resolve,
     set_key,
+    task_configs,
     to_dict,
     validate,
 )
@@ -110,7 +110,7 @@ def _export_delta(
     notes += [note] if note else []
     notes += [PADDING] if settings.is_context else []
     if settings.per_task:
-        tasks = [f"{n} {one.task.name}" for n, one in enumerate(members(config))]
+        tasks = [f"{n} {one.task.name}" for n, one in enumerate(task_configs(config))]
         notes.append(f"task ids: {', '.join(tasks)}")
     return notes
 
@@ -263,7 +263,7 @@ def check_tasks(config: ConfigDict, delta: Mapping[str, Any], *, file: str) -> N
         UserError: the numbers differ.
     """
     found = [leaf for path, leaf in flatten_dict(delta, sep="/").items() if "task_cols" in path]
-    names = [one.task.name for one in members(config)]
+    names = [one.task.name for one in task_configs(config)]
     if found and len(found[0]) != len(names):
         raise UserError(
             f"{file} is for {len(found[0])} tasks, by number; the config has {len(names)}, "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from softprompt.config import ConfigDict, members, method_settings
+from softprompt.config import ConfigDict, method_settings, task_configs
 from softprompt.errors import UserError
 from softprompt.methods import METHODS
 from softprompt.methods.base import Setup
@@ -98,7 +98,7 @@ def folded_shapes(
         path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in leaf_shapes(sizes).items()
     }
     method = METHODS[settings.name]
-    cfg = method.resolve(settings, Setup(sizes, tasks=len(members(config))))
+    cfg = method.resolve(settings, Setup(sizes, tasks=len(task_configs(config))))
 
     def make(weights: Any) -> Any:
         return method.fold(method.init(jax.random.key(0), model, weights, cfg), cfg)

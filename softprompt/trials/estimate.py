@@ -63,14 +63,14 @@ def estimate(config: ConfigDict, session: Session) -> dict[str, float]:
         validations = 1 + (steps // every if every else 0) + int(not every or steps % every > 0)
         flops += steps * step_flops(prepared) + (validations - 1) * once["validation"]
         memory += step_memory(prepared, source.template.shape)
-        trainable, delta_bytes = trained(prepared)
+        trainable, delta_bytes = delta_size(prepared)
         memory += delta_bytes - (weights if method.trains_weights else 0)  # the delta replaces them
         seconds += steps * trainable * UPDATE / machine_bandwidth()
     seconds += flops / machine_flops(config.model.dtype) / SHARE
     return {"trainable": trainable, "flops": flops, "memory_bytes": memory, "seconds": seconds}
 
 
-def trained(prepared: Prepared) -> tuple[int, int]:
+def delta_size(prepared: Prepared) -> tuple[int, int]:
     """Parameters of the delta; bytes of it, its best values, gradient and optimizer state."""
     delta = delta_shapes(prepared)
     state = jax.eval_shape(make_optimizer(optimizer_config(prepared.config)).init, delta)
@@ -96,7 +96,7 @@ def step_memory(prepared: Prepared, shape: RowShape) -> float:
     context *= max(1, prepared.layout.prompts)
     size = {"float32": 4, "bfloat16": 2}[prepared.config.model.dtype]
     per_token = (7 * sizes.width + 2 * sizes.ffn) * size
-    own, logits = widths.tokens, 8 * rows * widths.heads * sizes.vocab
+    own, logits = widths.tokens, 8 * rows * widths.targets * sizes.vocab
     if isinstance(sizes, DecoderConfig):
         scores = rows * own * (own + context) * sizes.heads * 4
         return sizes.layers * per_token * (rows * own + context) + scores + logits

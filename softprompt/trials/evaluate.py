@@ -12,9 +12,9 @@ from etils import epath
 from softprompt.config import (
     ConfigDict,
     from_dict,
-    members,
     method_settings,
     of_task,
+    task_configs,
     to_dict,
     trial_name,
     weights_key,
@@ -148,7 +148,7 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
     Raises:
         UserError: the task is new, and the method has a prompt for each task.
     """
-    known = [one.task.name for one in members(config)]
+    known = [one.task.name for one in task_configs(config)]
     if task is None or task in known:
         return config, known
     if method_settings(config).per_task:
@@ -230,7 +230,7 @@ class Answering:
         self.trial = prepare_forward(config, session, train=train)
         self.delta = trained_delta(folder, self.trial, any_weights=any_weights)
         self.number = known.index(task or known[0])
-        self.config = members(config)[self.number]
+        self.config = task_configs(config)[self.number]
         self.task = get_task(self.config.task)
         self._openings: dict[tuple[int, ...], tuple[ForwardPass, Any]] = {}
 

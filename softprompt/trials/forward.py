@@ -5,15 +5,15 @@ from typing import Any, Self
 
 import jax
 
-from softprompt.analysis.flops import Contexts
-from softprompt.config import ConfigDict, members, method_settings
+from softprompt.analysis.flops import ContextLengths
+from softprompt.config import ConfigDict, method_settings, task_configs
 from softprompt.data.encode import Encoded
 from softprompt.data.rows import RowLayout
 from softprompt.errors import UserError
 from softprompt.evaluation.evaluators import Forward
 from softprompt.evaluation.ranking import shared_function
 from softprompt.methods import METHODS
-from softprompt.methods.base import Context, Setup, wants_bos
+from softprompt.methods.base import ContextShape, Setup, wants_bos
 from softprompt.methods.initializers import Start
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
@@ -48,7 +48,7 @@ class ForwardPass:
     step: StepConfig
     bos: bool
     layout: RowLayout
-    contexts: Contexts
+    contexts: ContextLengths
 
     def shared(self, delta: Tree) -> Shared:
         """Computes what all rows of a forward pass share: the variables and the context."""
@@ -96,9 +96,9 @@ def prepare_forward(
     settings = method_settings(config)
     setup = Setup(
         sizes=loaded.config,
-        tasks=len(members(config)),
+        tasks=len(task_configs(config)),
         seed=config.seed,
-        room=min(free_positions(one, loaded) for one in members(config)),
+        room=min(free_positions(one, loaded) for one in task_configs(config)),
         start=start,
         loaded=loaded,
         train=train,
@@ -142,25 +142,27 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
     return room
 
 
-def arrange(config: ConfigDict, loaded: Loaded, cfg: Any) -> tuple[Model, RowLayout, Contexts]:
+def arrange(
+    config: ConfigDict, loaded: Loaded, cfg: Any
+) -> tuple[Model, RowLayout, ContextLengths]:
     """The model configured for the method, the layout of its rows, and its contexts.
 
     `cfg` is the static configuration of the method.
     """
     method, settings = METHODS[config.method.name], method_settings(config)
-    context = method.context(cfg) if settings.is_context else Context()
+    context = method.context(cfg) if settings.is_context else ContextShape()
     length, places, prompts = context.length, context.places, context.prompts
     model, runs = loaded.model.clone(remat=config.mesh.remat), 0
     if settings.is_prompt:
         runs = max(1, prompts)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
-        return model, RowLayout(prompts=prompts), Contexts(0, length, runs)
+        return model, RowLayout(prompts=prompts), ContextLengths(0, length, runs)
     encoder, decoder = (length if stack in places else 0 for stack in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
     if settings.is_prompt and config.method.prompt_to_input:
         layout = RowLayout(loaded.config.start, encoder, decoder, prompts)
-        return model, layout, Contexts(runs=runs)
-    return model, RowLayout(loaded.config.start), Contexts(encoder, decoder, runs)
+        return model, layout, ContextLengths(runs=runs)
+    return model, RowLayout(loaded.config.start), ContextLengths(encoder, decoder, runs)
 
 
 def with_kernel(

@@ -17,7 +17,7 @@ from softprompt.config import ConfigDict, runs_alone, trial_name, weights_key
 from softprompt.results import Row
 from softprompt.training.memory import MEMORY_SHARE, bytes_here, device_memory
 from softprompt.training.step import StepCall, StepResult
-from softprompt.trials.estimate import step_memory, trained
+from softprompt.trials.estimate import delta_size, step_memory
 from softprompt.trials.prepare import (
     Prepared,
     delta_shapes,
@@ -34,7 +34,7 @@ Failed = Callable[[ConfigDict, epath.Path, Exception, float], Row]
 MOST = 16  # concurrent trials by default, on an accelerator
 
 
-def plan(session: Session, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
+def trial_groups(session: Session, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
     """Groups of trials, as indices into `trials`, and how many of each run concurrently.
 
     Trials of a group share a compiled step and the weights. They may differ in seed, initialiser,
@@ -86,7 +86,7 @@ def _program(session: Session, config: ConfigDict) -> tuple[Any, int]:
     drops = tuple(keep_probabilities(config))
     rows = (shape, prepared.layout, sizes)
     key = (prepared.step, drops, optimizer_config(config), weights_key(config), rows)
-    return key, max(1, min(most_at_once(config), room(prepared)))
+    return key, max(1, min(most_at_once(config), trials_that_fit(prepared)))
 
 
 def most_at_once(config: ConfigDict) -> int:
@@ -101,9 +101,12 @@ def most_on(backend: str) -> int:
     return 1 if backend == "cpu" else MOST
 
 
-def room(prepared: Prepared) -> int:
-    """How many trials like this fit into memory, by estimate; "data" splits rows or trials."""
-    each = step_memory(prepared, train_source(prepared).template.shape) + trained(prepared)[1]
+def trials_that_fit(prepared: Prepared) -> int:
+    """How many trials like this fit into memory, by estimate.
+
+    The devices along "data" share them.
+    """
+    each = step_memory(prepared, train_source(prepared).template.shape) + delta_size(prepared)[1]
     devices = 1 if jax.default_backend() == "cpu" else prepared.mesh.shape["data"]
     return int((MEMORY_SHARE * device_memory() - bytes_here(prepared.frozen)) * devices // each)
 

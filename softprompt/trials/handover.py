@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from softprompt.config import ConfigDict, members, method_settings
+from softprompt.config import ConfigDict, method_settings, task_configs
 from softprompt.data.builtin_tasks import get_task
 from softprompt.errors import UserError
 from softprompt.files import write_bytes, write_text
@@ -234,7 +234,7 @@ def _prompts_of(
         raise UserError(f"--run {folder}: {loaded.name} is an encoder-decoder; allowed: decoders")
     file = epath.Path(folder) / DELTA
     delta = read_delta(file, config, loaded)
-    method, tasks = METHODS[settings.name], [get_task(one.task) for one in members(config)]
+    method, tasks = METHODS[settings.name], [get_task(one.task) for one in task_configs(config)]
     cfg = method.resolve(settings, Setup(loaded.config, tasks=len(tasks), loaded=loaded))
     prompt = np.asarray(method.variables(delta, loaded.weights, cfg, None)["prompt"], np.float32)
     if not prompt.size:

@@ -14,7 +14,7 @@ from etils import epath
 
 from softprompt.errors import UserError
 
-LOCK, OWNER = ".lock", ".owner.json"
+LOCK, HOLDER = ".lock", ".owner.json"
 
 
 class Locked(UserError):
@@ -22,7 +22,7 @@ class Locked(UserError):
 
 
 @contextmanager
-def holding(folder: epath.PathLike) -> Iterator[None]:
+def locked_folder(folder: epath.PathLike) -> Iterator[None]:
     """Locks a folder for the duration of the block.
 
     The operating system releases the lock if the process dies. Buckets are not locked. Of several
@@ -41,23 +41,23 @@ def holding(folder: epath.PathLike) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise Locked(f"{path} is being trained by {_owner(path)}; wait for it to end") from error
+        raise Locked(f"{path} is being trained by {_holder(path)}; wait for it to end") from error
     try:
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
-        (path / OWNER).write_text(json.dumps(owner))
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%c")}
+        (path / HOLDER).write_text(json.dumps(holder))
         yield
     finally:
-        for name in (OWNER, LOCK):
+        for name in (HOLDER, LOCK):
             (path / name).unlink(missing_ok=True)
         lock.release()
         if new and not any(path.iterdir()):  # a failed command leaves no empty folder
             path.rmdir()
 
 
-def _owner(path: Path) -> str:
+def _holder(path: Path) -> str:
     """A description of the process that holds the lock."""
     try:
-        owner = json.loads((path / OWNER).read_text())
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        holder = json.loads((path / HOLDER).read_text())
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError):
         return "another process"

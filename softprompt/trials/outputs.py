@@ -14,7 +14,7 @@ from softprompt.results import Row
 from softprompt.trials.experiment import call_experiment
 from softprompt.trials.records import collect
 
-OWNER = "sweep.json"
+SWEEP_FILE = "sweep.json"
 MOST_FAILURES = 5  # listed in a caption
 
 
@@ -84,7 +84,7 @@ def write_trial_outputs(experiment: ModuleType, folder: epath.PathLike) -> list[
         experiment,
         done,
         folder,
-        prefix="" if owner(folder) == name else f"{name}-",
+        prefix="" if first_experiment(folder) == name else f"{name}-",
         notes=f"{len(done)} trials of {tables.subject(done)}. {failures}",
     )
 
@@ -101,25 +101,25 @@ def experiment_name(experiment: ModuleType) -> str:
     return Path(str(experiment.__file__)).stem
 
 
-def claim_outputs(experiment: ModuleType, folder: epath.PathLike) -> None:
+def record_experiment(experiment: ModuleType, folder: epath.PathLike) -> None:
     """Records the experiment of a folder, unless one is recorded already.
 
     Raises:
         UserError: the folder is not writable.
     """
     check_writable(folder)
-    if owner(folder) is None:
+    if first_experiment(folder) is None:
         text = json.dumps({"experiment": experiment_name(experiment)})
-        write_text(epath.Path(folder) / OWNER, f"{text}\n")
+        write_text(epath.Path(folder) / SWEEP_FILE, f"{text}\n")
 
 
-def owner(folder: epath.PathLike) -> str | None:
+def first_experiment(folder: epath.PathLike) -> str | None:
     """Returns the name of the experiment that was first swept into a folder; None without one.
 
     Raises:
         UserError: the folder's sweep.json is not readable.
     """
-    file = epath.Path(folder) / OWNER
+    file = epath.Path(folder) / SWEEP_FILE
     if not file.exists():
         return None
     try:

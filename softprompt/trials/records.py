@@ -28,9 +28,9 @@ def collect(folder: epath.PathLike) -> list[Row]:
     """Returns the rows of all trials in and below a folder; finished ones with their answers.
 
     `row["answers"]` has for each task: "examples", their number; "majority", the share of the most
-    frequent label; "ids", a digest of the examples' ids in order; "right", a bit an example, 1 for
-    a right label, in hex; "predicted", a letter an example, "a" for the first of the examples'
-    sorted labels, "?" for one that no example has; and where candidates were scored
+    frequent label; "ids", a digest of the examples' ids in order; "right", one bit per example, 1
+    for a right label, in hex; "predicted", one letter per example, "a" for the first of the
+    examples' sorted labels, "?" for one that no example has; and where candidates were scored
     "cross_entropy", the mean nats of the right label among the candidates.
     `row["targets"]` has for each task whose targets' probabilities were measured: "ids" as above;
     "nats" and "tokens", of each example's target.
@@ -46,7 +46,7 @@ def collect(folder: epath.PathLike) -> list[Row]:
 
 
 def write_records(file: epath.PathLike, records: Sequence[Row]) -> None:
-    """Writes records, one a line, in the order of their trials' ids."""
+    """Writes records, one per line, in the order of their trials' ids."""
     ordered = sorted(records, key=lambda row: row["trial"])
     write_text(file, "".join(f"{json.dumps(row, sort_keys=True)}\n" for row in ordered))
 

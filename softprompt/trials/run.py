@@ -15,8 +15,8 @@ from softprompt.config import (
     ConfigDict,
     differences,
     from_dict,
-    members,
     method_settings,
+    task_configs,
     to_dict,
     trial_id,
     trial_name,
@@ -35,7 +35,7 @@ from softprompt.training.memory import bytes_of, peak_memory
 from softprompt.training.optimizers import set_rate
 from softprompt.training.sharding import put_batch
 from softprompt.training.step import StepCall, StepResult
-from softprompt.trials.lock import holding
+from softprompt.trials.lock import locked_folder
 from softprompt.trials.measure import final_metrics, measure
 from softprompt.trials.prepare import (
     Prepared,
@@ -89,7 +89,7 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
     began = time.monotonic()
     check_folder(folder, config)
     compiled_before = session.compile_seconds
-    with session.holding(config, folder), holding(folder):
+    with session.claimed(config, folder), locked_folder(folder):
         row = read_result(folder)
         if row is not None and row["status"] == "done":
             session.progress.say(f"{trial_name(config)} is done already (in {folder})")
@@ -98,7 +98,7 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
         if method_settings(config).trains:
             delta, metrics, facts = yield from train_delta(prepared, folder)
         else:
-            claim(folder, config)
+            write_config(folder, config)
             delta, metrics, facts = {}, {"validation": measure(prepared, {}, "validation")[0]}, {}
         with session.pauses():
             metrics |= final_metrics(prepared, folder, delta)
@@ -151,10 +151,10 @@ def check_folder(folder: epath.Path, config: ConfigDict) -> None:
         )
 
 
-def claim(folder: epath.Path, config: ConfigDict) -> None:
-    """Writes the config into a new folder, after all checks of the user's input.
+def write_config(folder: epath.Path, config: ConfigDict) -> None:
+    """Writes config.json, after all checks of the user's input.
 
-    A command with an error therefore does not claim a folder, and can be corrected and rerun.
+    A command that fails a check leaves the folder free, so that it can be corrected and rerun.
     """
     file = folder / CONFIG
     if jax.process_index() == 0 and not file.exists():
@@ -209,7 +209,7 @@ def train_delta(
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
     ) as sinks:
-        claim(folder, config)
+        write_config(folder, config)
         with checkpoints.checkpoint_manager(folder / "checkpoints") as manager:
             check = functools.partial(check_origin, prepared, folder)
             restored = loop.restore(manager, state, check=check, say=session.progress.say)
@@ -323,6 +323,6 @@ def provenance(config: ConfigDict, loaded: Loaded) -> dict[str, Any]:
         "fingerprint": loaded.fingerprint,
         "method": config.method.name,
         "bos": config.method.bos,
-        "task": ",".join(one.task.name for one in members(config)),
+        "task": ",".join(one.task.name for one in task_configs(config)),
         "trial": trial_id(config),
     }

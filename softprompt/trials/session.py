@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from softprompt.config import (
     ConfigDict,
-    members,
     optimizer_settings,
+    task_configs,
     to_dict,
     trial_id,
     weights_key,
@@ -34,7 +34,7 @@ from softprompt.trials.data import TaskData, TrialData, mixture, read_task
 from softprompt.trials.programs import Static, StepProgram, shapes_key
 
 if TYPE_CHECKING:
-    from softprompt.trials.engine.sharing import Shared
+    from softprompt.trials.engine.sharing import SweepClaims
 
 CACHED_DATA = 8  # encoded tasks and mixtures in the cache
 
@@ -57,7 +57,7 @@ class Session:
     compile_seconds: float = 0.0
     members: int = 1
     pauses: Pauses = dataclasses.field(default_factory=Pauses)
-    claims: "Shared | None" = None
+    claims: "SweepClaims | None" = None
     _models: "OrderedDict[str, Loaded]" = dataclasses.field(default_factory=OrderedDict)
     _data: "OrderedDict[str, Any]" = dataclasses.field(default_factory=OrderedDict)
 
@@ -93,13 +93,13 @@ class Session:
         finally:
             steps.close()
 
-    def holding(self, config: ConfigDict, folder: epath.PathLike) -> AbstractContextManager[None]:
+    def claimed(self, config: ConfigDict, folder: epath.PathLike) -> AbstractContextManager[None]:
         """Claims a trial for the duration of a block.
 
         Raises:
             Locked: another process holds it.
         """
-        return self.claims.holding(trial_id(config), folder) if self.claims else nullcontext()
+        return self.claims.claimed(trial_id(config), folder) if self.claims else nullcontext()
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
@@ -164,7 +164,7 @@ class Session:
         """The encoded data of a config's task or mixture; with `bos` each text begins with BOS."""
         key = ["data", *_tokenizer(config), to_dict(config.task), to_dict(config.data), bos]
         return self._cached(
-            key, lambda: mixture([self._task(one, bos=bos) for one in members(config)])
+            key, lambda: mixture([self._task(one, bos=bos) for one in task_configs(config)])
         )
 
     def _task(self, config: ConfigDict, *, bos: bool) -> TaskData:

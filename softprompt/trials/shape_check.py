@@ -45,7 +45,7 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class ReferenceSlice:
     """A Cloud TPU slice: its number of chips, and the bytes of memory of each."""
 
     name: str
@@ -54,7 +54,7 @@ class Slice:
 
 
 # Source: https://cloud.google.com/tpu/docs/v5e and /v4.
-SLICES = (Slice("v5e-16", 16, 16 * GIB), Slice("v4-128", 64, 32 * GIB))
+SLICES = (ReferenceSlice("v5e-16", 16, 16 * GIB), ReferenceSlice("v4-128", 64, 32 * GIB))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _alike(a: Any, b: Any) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def choose_placement(config: Sizes, slice_: Slice) -> Placement:
+def choose_placement(config: Sizes, slice_: ReferenceSlice) -> Placement:
     """The first placement that fits: 1, 2, 4, ... chips along "model", else sharded weights.
 
     "model" is at most the side of a square mesh, since each doubling sends the activations of every

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from softprompt.config import ConfigDict, trial_id
 from softprompt.errors import UserError
-from softprompt.trials.starts import source
+from softprompt.trials.starts import start_id
 
 
 def parse_minutes(text: str) -> float:
@@ -43,7 +43,7 @@ def take_shard(trials: Sequence[ConfigDict], shard: tuple[int, int]) -> list[Con
     positions = {trial_id(config): n for n, config in enumerate(trials)}
 
     def first(n: int) -> int:
-        start = positions.get(source(trials[n]))
+        start = positions.get(start_id(trials[n]))
         return n if start is None else first(start)
 
     return [config for n, config in enumerate(trials) if first(n) % parts == part - 1]

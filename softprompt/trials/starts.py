@@ -20,7 +20,7 @@ from softprompt.results import find_trial, is_done
 PREFIX = "trial:"
 
 
-def source(config: ConfigDict) -> str:
+def start_id(config: ConfigDict) -> str:
     """Returns the id of the trial whose prompt a trial starts from; "" if there is none."""
     start = start_settings(config)
     if not isinstance(start, File) or not start.init_file.startswith(PREFIX):
@@ -39,7 +39,7 @@ def located(config: ConfigDict, workdir: epath.Path | None) -> Start | None:
     Raises:
         UserError: the folder has no finished trial with this id.
     """
-    start, identity = start_settings(config), source(config)
+    start, identity = start_settings(config), start_id(config)
     if not identity:
         return start
     if workdir is None:
@@ -68,7 +68,7 @@ def stages(trials: Sequence[ConfigDict]) -> list[list[int]]:
         if n in placed:
             return
         placed.add(n)
-        first = positions.get(source(trials[n]))
+        first = positions.get(start_id(trials[n]))
         if first is not None:
             place(first)
             if first in made[-1]:

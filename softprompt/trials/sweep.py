@@ -17,13 +17,13 @@ from softprompt.distributed import agreed, agreed_text
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_text
 from softprompt.results import Row, is_done, make_row, outcome, read_result, write_result
-from softprompt.trials.engine.sharing import shared
+from softprompt.trials.engine.sharing import sweep_claims
 from softprompt.trials.estimate import estimate
 from softprompt.trials.forecast import Estimate, Forecast
-from softprompt.trials.groups import plan, run_group
+from softprompt.trials.groups import run_group, trial_groups
 from softprompt.trials.lock import Locked
 from softprompt.trials.session import Session
-from softprompt.trials.starts import source, stages
+from softprompt.trials.starts import stages, start_id
 
 
 def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
@@ -76,7 +76,7 @@ def run_sweep(
         if time_over():
             break
         members = {(index := todo[n]): (trials[index], folders[index]) for n in positions}
-        taken |= {trial_id(config) for config, _ in members.values() if source(config) in taken}
+        taken |= {trial_id(config) for config, _ in members.values() if start_id(config) in taken}
         members = {n: job for n, job in members.items() if trial_id(job[0]) not in taken}
         if not members:
             continue
@@ -139,7 +139,7 @@ def _clock(minutes: float) -> Callable[[], bool]:
 def _groups(session: Session, trials: Sequence[ConfigDict]) -> Iterator[tuple[list[int], int]]:
     """Groups and their widths; a trial that starts from another's prompt is in a later group."""
     for stage in stages(trials):
-        for positions, width in plan(session, [trials[position] for position in stage]):
+        for positions, width in trial_groups(session, [trials[position] for position in stage]):
             yield [stage[n] for n in positions], width
 
 
@@ -150,7 +150,7 @@ def run_trials(
     minutes: float = math.inf,
 ) -> list[Row]:
     """Runs the trials that are not done; returns the rows of failed trials. See `run_sweep`."""
-    with shared(workdir) as session.claims:
+    with sweep_claims(workdir) as session.claims:
         expected = functools.partial(estimate, session=session)
         return run_sweep(trials, workdir, session, estimate=expected, minutes=minutes)
 

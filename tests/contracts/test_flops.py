@@ -8,7 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from softprompt.analysis.flops import Contexts, forward_flops, scoring_work, train_flops, train_work
+from softprompt.analysis.flops import (
+    ContextLengths,
+    forward_flops,
+    scoring_work,
+    train_flops,
+    train_work,
+)
 from softprompt.config import base_config
 from softprompt.data.builtin_tasks import get_task
 from softprompt.data.encode import Encoded, common_opening, encode
@@ -145,7 +151,7 @@ def test_an_instruction_costs_less_than_a_third(sizes, movies, tokenizer):
     one, counts = dataclasses.replace(sizes, layers=1), []
     for part, start in ((movies, ()), (rest, opening)):
         batch = TrainSource(part, train_template(part, examples=examples), seed=0)[0]
-        contexts = Contexts(decoder=length + len(start), opening=len(start))
+        contexts = ContextLengths(decoder=length + len(start), opening=len(start))
         work = train_work(part, DECODER_LAYOUT, contexts, examples)
         scored = forward_flops(sizes, scoring_work(part, DECODER_LAYOUT, contexts))
         compiled = once(sizes, batch, length=length, opening=start)

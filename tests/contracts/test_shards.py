@@ -10,7 +10,7 @@ import pytest
 from softprompt.training.optimizers import OptimizerConfig, make_optimizer, set_rate
 from softprompt.training.sharding import make_mesh, put_batch, replicated
 from softprompt.training.step import train_step
-from softprompt.trials import shape_check as full_size
+from softprompt.trials import shape_check
 from softprompt.trials.programs import Member, compile_population
 from tests.contracts.examples import packed, prompted, random_examples
 from tests.matrix import matrix
@@ -29,7 +29,7 @@ def small(monkeypatch):
     """Steps of 16 short rows, in float32: a CPU widens what is narrower before it gathers it."""
     changes = {"ROWS": 16, "TOKENS": 24, "TARGETS": 3, "PROMPT": 5}
     for name, value in {**changes, "DTYPE": jax.numpy.dtype("float32")}.items():
-        monkeypatch.setattr(full_size, name, value)
+        monkeypatch.setattr(shape_check, name, value)
 
 
 def shapes(text, operation):
@@ -43,8 +43,8 @@ def test_a_microbatch_takes_rows_of_every_device(small):
 
     Of weights that are split over "data": else `by_device` gives each its own rows in any case.
     """
-    text = full_size.compiled(DECODER, make_mesh(8, 1), "sharded").as_text()
-    batch = full_size.abstract_step(DECODER).arguments[3]
+    text = shape_check.compiled(DECODER, make_mesh(8, 1), "sharded").as_text()
+    batch = shape_check.abstract_step(DECODER).arguments[3]
     rows = {leaf.shape[1:] for leaf in jax.tree.leaves(batch)}
     gathered = shapes(text, "all-gather")
     assert (WIDTH, FFN) in gathered
@@ -57,10 +57,10 @@ def test_over_data_the_deltas_gradient_alone_is_summed(small, data, model):
 
     Over "model" the parts of products are summed, of tokens by width.
     """
-    text = full_size.compiled(DECODER, make_mesh(data, model), "replicated").as_text()
+    text = shape_check.compiled(DECODER, make_mesh(data, model), "replicated").as_text()
     results = re.findall(r" = (.*?) all-reduce(?:-start)?\(", text)
     found = {shape for result in results for shape in re.findall(r"\[([\d,]*)\]", result)}
-    delta = f"{full_size.PROMPT},{WIDTH}"
+    delta = f"{shape_check.PROMPT},{WIDTH}"
     assert delta in found
     heads = (f"{DECODER.kv_heads // model},{DECODER.head_size}",)
     assert not [shape for shape in found if shape.endswith(heads)], found
@@ -73,11 +73,11 @@ def test_a_device_takes_whole_trials(small, monkeypatch):
     """Mutation: the axis of members is left whole, so that every device takes rows of all trials,
     and computes the contexts of all.
     """
-    monkeypatch.setattr(full_size, "PROMPT", 24)
-    mesh, step = make_mesh(8, 1), full_size.abstract_step(DECODER)
+    monkeypatch.setattr(shape_check, "PROMPT", 24)
+    mesh, step = make_mesh(8, 1), shape_check.abstract_step(DECODER)
     flops = {}
     for members in (1, 8, 12):
-        told = step.static, full_size.OPTIMIZER, mesh, step.arguments
+        told = step.static, shape_check.OPTIMIZER, mesh, step.arguments
         flops[members] = compile_population(*told, members).cost_analysis()["flops"]
     assert flops[8] < 0.85 * 8 * flops[1]
     assert flops[12] > 0.95 * 12 * flops[1]
@@ -121,7 +121,7 @@ def test_a_layer_is_gathered_where_it_is_computed(small, config, remat):
     """Mutation: no `gather` in the model (XLA gathers the rows instead); the backward pass finds
     gathered weights ready made (`_keep` keeps all); shards along the layers.
     """
-    compiled = full_size.compiled(config, make_mesh(4, 2), "sharded", remat=remat)
+    compiled = shape_check.compiled(config, make_mesh(4, 2), "sharded", remat=remat)
     text = compiled.as_text()
     layer = (WIDTH, FFN // 2)  # of gate and up, the half that "model" leaves
     assert f"[{LAYERS},{WIDTH // 4},{FFN // 2}]" in text
@@ -129,7 +129,7 @@ def test_a_layer_is_gathered_where_it_is_computed(small, config, remat):
     assert shapes(text, "all-gather").count(layer) >= 8
     assert f"[{LAYERS},{WIDTH},{FFN // 2}]" not in text
     arguments = compiled.memory_analysis().argument_size_in_bytes
-    step = full_size.abstract_step(config)
-    weights = full_size.device_bytes(config, data=4, model=2, weights="sharded")
+    step = shape_check.abstract_step(config)
+    weights = shape_check.device_bytes(config, data=4, model=2, weights="sharded")
     rows = sum(leaf.size for leaf in jax.tree.leaves(step.arguments[3])) * 4 / 4
     assert arguments == pytest.approx(weights + step.trained_bytes + rows, rel=0.01)

@@ -173,7 +173,7 @@ def pretend_log_probs(batch: EvalBatch) -> np.ndarray:
     rows, pairs = batch.rows, batch.pairs
     log_probs_RC = np.full(batch.example.shape, np.nan)
     for row, pair in np.argwhere(batch.example >= 0):
-        index = rows.index[row, pairs.head[row, pair]]
+        index = rows.index[row, pairs.position[row, pair]]
         branches_T = rows.branches[row]
         seen = rows.segments[row] == rows.segments[row, index]
         seen &= (branches_T == 0) | (branches_T == branches_T[index])
@@ -219,7 +219,7 @@ def test_each_input_is_read_once_and_its_end_has_one_head():
     assert (batch.rows.segments > 0).sum() == 60 + 3 * own
     real = batch.example >= 0
     rows_RC = np.broadcast_to(np.arange(len(real))[:, None], real.shape)
-    heads = set(zip(rows_RC[real], batch.pairs.head[real], strict=True))
+    heads = set(zip(rows_RC[real], batch.pairs.position[real], strict=True))
     assert len(heads) == 3 * (1 + own)
 
 
@@ -261,7 +261,7 @@ def test_splits_share_one_shape():
         batches = eval_batches(split, shape)
         for batch in batches:
             assert batch.rows.tokens.shape == (shape.rows, shape.tokens)
-            assert batch.rows.index.shape == (shape.rows, shape.heads)
+            assert batch.rows.index.shape == (shape.rows, shape.targets)
             assert batch.pairs.token.shape == (shape.rows, shape.pairs)
             assert all(array.dtype == np.int32 for array in jax.tree.leaves(batch))
         scored = np.concatenate([batch.example.ravel() for batch in batches])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from softprompt.trials.engine import claims as module
-from softprompt.trials.engine.claims import QUEUE, Claims, Timing, lost
+from softprompt.trials.engine.claims import QUEUE, Claims, Timing, taken_over
 from softprompt.trials.engine.store import FolderStore
 
 NEW = {"chip_seconds": 3.0, "lost": 1.0}
@@ -33,19 +33,19 @@ def workers(tmp_path, monkeypatch):
 
 
 def test_one_of_two_workers_takes_a_trial_and_an_end_gives_it_back(workers):
-    """Mutations: a claim that is there is taken; a released trial keeps its epoch; one that is
+    """Mutations: a claim that is there is taken; a released trial keeps its attempt; one that is
     done is taken again."""
     (one, _), (two, _) = workers
     view = one.beat({})
     two.beat({})
     claim = one.take("a", view)
-    assert (claim.trial, claim.epoch) == ("a", 1)
+    assert (claim.trial, claim.attempt) == ("a", 1)
     assert two.take("a", view) is None, "which has not seen the claim"
     assert two.take("a", two.look()) is None
     one.end(claim, "released", NEW)
     again = two.take("a", two.look())
-    assert again.epoch == 2 and not one.holds(claim) and two.holds(again)
-    assert lost(claim, one.look()) and not lost(again, one.look())
+    assert again.attempt == 2 and not one.holds(claim) and two.holds(again)
+    assert taken_over(claim, one.look()) and not taken_over(again, one.look())
     two._store.create(f"{QUEUE}/done/a", b"")
     assert two.take("a", two.look()) is None
 
@@ -64,7 +64,7 @@ def test_a_worker_is_dead_after_ninety_seconds_of_the_observers_clock(workers):
     assert two.take("a", two.look()) is None
     clock.now += 2
     after = two.take("a", two.beat({}))
-    assert after.epoch == 2 and after.facts["deaths"] == 1
+    assert after.attempt == 2 and after.facts["deaths"] == 1
     assert not one.holds(claim) and one.take("a", one.look()) is None
 
 
@@ -76,7 +76,7 @@ def test_a_claim_of_a_worker_that_began_after_the_listing_is_not_free(workers):
     del view.beats[one.worker]
     assert two.take("a", view) is None
     one._store.delete(f"{QUEUE}/beats/{one.worker}")
-    assert two.take("a", view).epoch == 2
+    assert two.take("a", view).attempt == 2
 
 
 def test_a_process_of_this_machine_that_is_gone_is_dead_at_once(tmp_path):
@@ -86,7 +86,7 @@ def test_a_process_of_this_machine_that_is_gone_is_dead_at_once(tmp_path):
     assert two.take("a", two.look()) is None
     facts = claim.facts | {"process": claim.facts["process"] | {"started": 1.0}}
     one._store.write(f"{QUEUE}/claims/a.1", json.dumps(facts).encode())
-    assert Claims(one._store).take("a", two.look()).epoch == 2
+    assert Claims(one._store).take("a", two.look()).attempt == 2
 
 
 def test_a_claim_tells_what_was_before(workers):

@@ -108,7 +108,7 @@ def test_workers_train_what_a_local_sweep_trains(tmp_path, keys, monkeypatch):
     first = subprocess.Popen(command("work", "shared"), env=variables(), stdout=subprocess.PIPE)
     store = open_store("shared")
     for _ in range(600):
-        if View(store.list(QUEUE)).epochs:
+        if View(store.list(QUEUE)).attempts:
             break
         time.sleep(0.1)
     time.sleep(4)
@@ -138,7 +138,7 @@ def test_two_terminals_share_a_sweep(tmp_path, keys, monkeypatch):
     rows = results.read_rows("out")
     assert [row["status"] for row in rows] == ["done"] * 4
     seen = View(open_store("out").list(QUEUE))
-    assert set(seen.epochs.values()) == {1} and len(seen.done) == 4
+    assert set(seen.attempts.values()) == {1} and len(seen.done) == 4
 
 
 @pytest.mark.long
@@ -200,7 +200,7 @@ def test_claims_are_free_soon_after_sigterm_during_a_compilation(tmp_path, grace
     wait_for(lambda: "compile the training step" in stages(store), "compilation", 120)
     worker.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    (trial,) = View(store.list(QUEUE)).epochs
+    (trial,) = View(store.list(QUEUE)).attempts
     wait_for(lambda: View(store.list(QUEUE)).free(trial), "free claim", grace + 5)
     print(f"free after {time.monotonic() - began:.1f} s")
     assert worker.wait(10) == 75

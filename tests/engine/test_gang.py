@@ -68,7 +68,7 @@ def test_a_slice_of_two_hosts_of_which_one_is_killed(killed, tmp_path, monkeypat
         hosts[killed].wait()
         lost, step = time.monotonic(), newest_step(folder)
         hosts[killed] = start_host(tmp_path, port, killed)
-        wait_for(lambda: View(store.list(QUEUE)).epochs == {job["trial"]: 2}, "second holder", 90)
+        wait_for(lambda: View(store.list(QUEUE)).attempts == {job["trial"]: 2}, "second holder", 90)
         for devices in (1, 4):
             shutil.copytree(folder, tmp_path / f"{devices}")
         wait_for(lambda: newest_step(folder) > step, "newer checkpoint", 90)

@@ -6,8 +6,8 @@ import pytest
 
 from softprompt.config import base_config, set_key, trial_id
 from softprompt.errors import UserError
+from softprompt.trials.engine.claimed import ClaimedTrials
 from softprompt.trials.engine.claims import QUEUE, Claims, View
-from softprompt.trials.engine.holdings import Holdings
 from softprompt.trials.engine.plan import make_plan
 from softprompt.trials.engine.schedule import take_next
 from softprompt.trials.engine.store import open_store
@@ -32,7 +32,7 @@ def test_a_trial_waits_for_its_start_and_gets_its_prompt(tmp_path):
         store.write(f"{first.folder}/{name}", b"{}")
     store.create(f"{QUEUE}/done/{first.trial}", b"")
     view, [(name, claim)] = taken()
-    holdings = Holdings(store, claims, place=scratch, local=True, say=lambda line: None)
+    holdings = ClaimedTrials(store, claims, place=scratch, local=True, say=lambda line: None)
     assert name == "t2" and not scratch.exists()
     holdings.begin(second, claim, view)
     there = sorted(path.name for path in (scratch / first.folder).iterdir())

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from softprompt.trials.engine import worker as module
+from softprompt.trials.engine.claimed import ClaimedTrials
 from softprompt.trials.engine.claims import QUEUE, STOP, Claims, View
-from softprompt.trials.engine.holdings import Holdings
 from softprompt.trials.engine.restarts import CRASHED, FINAL
 from softprompt.trials.engine.status import read_status
 from softprompt.trials.engine.store import open_store
@@ -48,7 +48,7 @@ def test_what_a_child_gives_back_is_nothing_to_a_worker_that_follows(tmp_path):
     store, jobs = open_store(tmp_path), [job(1), job(2)]
     plan, claims = write_plan(tmp_path, jobs), Claims(store)
     for follows in (True, False):
-        holdings = Holdings(store, claims, place=tmp_path, local=False, say=lambda line: None)
+        holdings = ClaimedTrials(store, claims, place=tmp_path, local=False, say=lambda line: None)
         stubs = {"child": None, "programs": None, "say": print}
         worker = module.Worker(plan, claims, holdings, follows=follows, **stubs)
         if not follows:
@@ -67,7 +67,7 @@ def test_a_failed_trial_is_over_before_its_claim_ends(tmp_path, monkeypatch):
     write_plan(tmp_path, [one])
     claims = Claims(store)
     claim, end = claims.take(one.trial, claims.beat({})), claims.end
-    holdings = Holdings(store, claims, place=tmp_path, local=False, say=lambda line: None)
+    holdings = ClaimedTrials(store, claims, place=tmp_path, local=False, say=lambda line: None)
     holdings.begin(one, claim, claims.look())
     store.write(f"{one.folder}/result.json", b'{"status": "failed"}')
 
@@ -114,7 +114,7 @@ def test_each_trial_ends_as_it_should_and_the_exit_code_says_so(tmp_path):
     seen = view(tmp_path)
     assert seen.failed == {jobs[n].trial for n in (1, 2, 4)} and len(seen.done) == 3
     # Four deaths with a new checkpoint each, and one more if it waited behind the one that dies.
-    assert seen.epochs[jobs[3].trial] in (5, 6)
+    assert seen.attempts[jobs[3].trial] in (5, 6)
 
 
 def test_sigterm_publishes_and_gives_back_and_the_next_worker_goes_on(tmp_path):
@@ -123,7 +123,7 @@ def test_sigterm_publishes_and_gives_back_and_the_next_worker_goes_on(tmp_path):
     one = job(1, steps=60, seconds=0.1)
     plan = write_plan(tmp_path, [one])
     worker = start(tmp_path, tmp_path / "ends", publish=999.0, beat=30.0)
-    wait_until(lambda: one.trial in view(tmp_path).epochs)
+    wait_until(lambda: one.trial in view(tmp_path).attempts)
     time.sleep(1)
     worker.send_signal(signal.SIGTERM)
     code, output = finish(worker, 10)
@@ -148,7 +148,7 @@ def test_a_child_that_does_not_stop_is_killed_and_its_claims_are_free(tmp_path):
     one = job(1, steps=1, seconds=120.0)
     write_plan(tmp_path, [one])
     worker = start(tmp_path, tmp_path / "ends")
-    wait_until(lambda: one.trial in view(tmp_path).epochs)
+    wait_until(lambda: one.trial in view(tmp_path).attempts)
     began = time.monotonic()
     worker.send_signal(signal.SIGTERM)
     code, output = finish(worker, 20)
@@ -160,7 +160,7 @@ def test_a_child_dies_with_its_worker(tmp_path):
     """Mutation: no parent-death signal: the child of a killed worker trains on."""
     write_plan(tmp_path, [job(1, steps=1, seconds=120.0)])
     worker = start(tmp_path, tmp_path / "ends")
-    wait_until(lambda: view(tmp_path).epochs)
+    wait_until(lambda: view(tmp_path).attempts)
     child = child_of(worker)
     worker.kill()
     worker.wait()
@@ -207,7 +207,7 @@ def test_stop_lets_workers_leave_and_a_lost_claim_ends_the_work(tmp_path):
     write_plan(tmp_path, [one])
     store = open_store(tmp_path)
     worker = start(tmp_path, tmp_path / "ends")
-    wait_until(lambda: one.trial in view(tmp_path).epochs)
+    wait_until(lambda: one.trial in view(tmp_path).attempts)
     taken = {"worker": "other-1-a", "host": "other", "process": {"machine": ""}, "machine": "x"}
     store.write(f"{QUEUE}/beats/other-1-a", b"{}")
     store.write(f"{QUEUE}/claims/{one.trial}.2", json.dumps(taken).encode())
@@ -233,7 +233,7 @@ def run_many(tmp_path, *, workers, trials, kill, seconds):
         alive = any(worker.poll() is None for worker in running)
         assert alive, [worker.communicate()[0] for worker in running]
         target = rng.choice(running)
-        if target.poll() is None and view(tmp_path).epochs:
+        if target.poll() is None and view(tmp_path).attempts:
             target.kill()
             target.communicate()
             running.remove(target)
@@ -276,7 +276,7 @@ def test_eight_processes_two_hundred_trials(tmp_path):
     """5 % of the claims are killed. Mutations: as above."""
     _, killed = run_many(tmp_path, workers=8, trials=200, kill=10, seconds=0.4)
     check_published_once(tmp_path, 200)
-    print(f"{killed} workers killed, {max(view(tmp_path).epochs.values())} holders at most")
+    print(f"{killed} workers killed, {max(view(tmp_path).attempts.values())} holders at most")
 
 
 @pytest.mark.long

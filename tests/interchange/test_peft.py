@@ -120,7 +120,7 @@ def test_our_methods_give_the_same_logits(name, models):
 
 
 def test_other_beginnings_of_names():
-    """PEFT on a bare GPT-2 leaves out `transformer.`. Mutation: `spellings` is passed over."""
+    """PEFT on a bare GPT-2 leaves out `transformer.`. Mutation: `key_mapping` is passed over."""
     golden = read_adapter(GOLDEN / "lora-gpt2")
     short = {name.replace("transformer.", ""): x for name, x in golden.tensors.items()}
     assert short.keys() != golden.tensors.keys()

@@ -4,7 +4,7 @@ import pytest
 
 from experiments.paper import scale_t5, study
 from softprompt.config import resolve, to_dict, trial_id
-from softprompt.trials.full_size import GIB
+from softprompt.trials.trial_cost import GIB
 
 
 def test_trials():

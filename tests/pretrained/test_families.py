@@ -113,7 +113,7 @@ def test_scales_and_biases_stay_float32(tmp_path, name):
     ],
 )
 def test_other_spellings_and_buffers(tmp_path, name, rename, extra):
-    """Mutation: drop `spellings` or `harmless` of a family."""
+    """Mutation: drop `key_mapping` or `ignored_tensors` of a family."""
     folder = write_family_folder(tmp_path, name)
     before = load_model(str(folder))
     file = folder / "model.safetensors"

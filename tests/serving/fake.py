@@ -51,7 +51,7 @@ class FakeEngine:
         if self._names.pop(name, None) is None:
             raise NoTask(f"no task {name!r}")
 
-    def opening(self, task):
+    def bos_ids(self, task):
         return ()
 
     def ready(self):

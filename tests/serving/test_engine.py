@@ -67,7 +67,7 @@ def test_every_kind_equals_generate_alone(tiny_loaded, task_root, names):
         found = reference_logprobs(tiny_loaded, shared, *ids, room=32, which=which)
         np.testing.assert_allclose([token.logprob for token in one.tokens], found, atol=1e-4)
     engine.close()
-    assert {info.kind for info in engine.tasks()} >= {"prompt", "multitask"}
+    assert {info.method for info in engine.tasks()} >= {"prompt", "multitask"}
 
 
 def test_one_task_moves_to_a_pool_of_its_own(engine, tiny_loaded, task_root):

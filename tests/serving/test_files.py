@@ -105,7 +105,7 @@ def test_all_lines_are_checked_before_the_first_is_submitted():
         if request.temperature < 0:
             raise UserError(f"temperature is {request.temperature}")
 
-    engine = SimpleNamespace(check=check, opening=lambda task: ())  # it cannot submit
+    engine = SimpleNamespace(check=check, bos_ids=lambda task: ())  # it cannot submit
     records = [{"input": "a"}, {"input": "a", "temperature": -1}]
     lines = [(Line(number, record), [5, 6]) for number, record in enumerate(records, 1)]
     with pytest.raises(UserError, match="line 2: temperature is -1"):

@@ -237,7 +237,7 @@ def test_an_average_is_what_is_validated_and_kept(tmp_path, source):
     assert seen == ["validate 100", "validate 102", "validate 104", "validate 106"]
     assert (state.best_step, state.best["prompt"][0]) == (2, 102)
     assert state.best_scores["accuracy"] == 0.9
-    assert (state.delta["prompt"][0], state.tested()["prompt"][0]) == (6, 106)
+    assert (state.delta["prompt"][0], state.delta_to_evaluate()["prompt"][0]) == (6, 106)
     assert [number for number, *_ in run.seen] == [1, 2, 3, 4, 5, 6]
     assert load_delta(tmp_path / "snapshots" / "3.safetensors")[0]["prompt"][0] == 103
 

@@ -61,7 +61,7 @@ def test_devices_that_are_busy_do_not_wait(busy, late, counted, monkeypatch):
     running = SimpleNamespace(is_ready=lambda: now[0] >= busy)
     with Feed(one_device(), batches(1, gate=gate)) as feed:
         feed.take({"loss": running})
-    assert feed.waited == counted
+    assert feed.idle_seconds == counted
 
 
 def test_a_source_that_fails_fails_the_loop():

@@ -13,7 +13,7 @@ from softprompt.results import read_result
 from softprompt.training.loop import Pauses
 from softprompt.training.step import StepCall
 from softprompt.trials import groups, programs
-from softprompt.trials.groups import plan
+from softprompt.trials.groups import trial_groups
 from softprompt.trials.programs import Static, StepProgram
 from softprompt.trials.sweep import trial_folder
 from tests.contracts.examples import session
@@ -78,7 +78,7 @@ def test_how_much_is_dropped_is_data(tiny_folder, tmp_path, name, more):
     other = "method__dropout" if name == "train__dropout" else "train__dropout"
     some = [{**FIRST, **one} for one in ({name: 0.1}, {name: 0.3}, {}, {other: 0.1})]
     with session() as shared:
-        found = [*plan(shared, configs(tiny_folder, tmp_path, some, **ANY, **more))]
+        found = [*trial_groups(shared, configs(tiny_folder, tmp_path, some, **ANY, **more))]
     assert found == [([0, 1], 2), ([2], 1), ([3], 1)]
 
 
@@ -161,15 +161,17 @@ def test_what_is_never_grouped(tiny_folder, tmp_path, monkeypatch):
     grouped nevertheless."""
     source = (*({**FIRST, "seed": seed} for seed in range(2)),)
     with session() as shared:
-        assert [*plan(shared, configs(tiny_folder, tmp_path, source, **ANY))] == [([0, 1], 2)]
+        assert [*trial_groups(shared, configs(tiny_folder, tmp_path, source, **ANY))] == [
+            ([0, 1], 2)
+        ]
         for changes in ({"method__name": "full"}, {"mesh__population": 1}, {"eval__latency": True}):
             trials = configs(tiny_folder, tmp_path, source, **(ANY | changes))
-            assert [*plan(shared, trials)] == [([0], 1), ([1], 1)]
+            assert [*trial_groups(shared, trials)] == [([0], 1), ([1], 1)]
         none = {"method__name": "none", **ANY}
-        assert [*plan(shared, configs(tiny_folder, tmp_path, (none,)))] == [([0], 1)]
+        assert [*trial_groups(shared, configs(tiny_folder, tmp_path, (none,)))] == [([0], 1)]
         monkeypatch.setattr(groups, "device_memory", lambda: 1)
         trials = configs(tiny_folder, tmp_path, source, **ANY)
-        assert [*plan(shared, trials)] == [([0], 1), ([1], 1)]
+        assert [*trial_groups(shared, trials)] == [([0], 1), ([1], 1)]
 
 
 def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
@@ -184,7 +186,7 @@ def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
         for config in configs(model, tmp_path, ({**FIRST, "seed": seed},), mesh__population=2)
     ]
     with session() as shared:
-        found = plan(shared, trials)
+        found = trial_groups(shared, trials)
         assert next(found) == ([0, 2], 2)
         assert len(shared._models) == 1
         assert [*found] == [([1, 3], 2)]

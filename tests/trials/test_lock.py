@@ -8,10 +8,10 @@ import pytest
 from softprompt import cli
 from softprompt.config import trial_id
 from softprompt.trials.engine.claims import QUEUE, View
-from softprompt.trials.engine.sharing import shared
+from softprompt.trials.engine.sharing import sweep_claims
 from softprompt.trials.engine.store import open_store
-from softprompt.trials.lock import holding
-from softprompt.trials.outputs import OWNER
+from softprompt.trials.lock import locked_folder
+from softprompt.trials.outputs import SWEEP_FILE
 from tests.own_task import make_config, words, write_task
 
 
@@ -32,7 +32,7 @@ def refused(task, model, folder, capsys):
 
 def test_a_folder_is_trained_by_one_process(task, tiny_folder, tmp_path, capsys):
     """Mutation: the lock is not taken, and the second one truncates the first one's log."""
-    with holding(tmp_path / "w"):
+    with locked_folder(tmp_path / "w"):
         said = refused(task, tiny_folder, tmp_path / "w", capsys)
     assert f"{tmp_path / 'w'} is being trained by process {os.getpid()} on " in said
 
@@ -41,9 +41,12 @@ def test_a_trial_of_a_sweep_is_trained_by_one_process(task, tiny_folder, tmp_pat
     """Of a sweep that workers on other hosts share, whose locks this host may not see. Mutation:
     `train` takes no claim."""
     (tmp_path / "sweep" / "w").mkdir(parents=True)
-    (tmp_path / "sweep" / OWNER).write_text(json.dumps({"experiment": "some"}))
+    (tmp_path / "sweep" / SWEEP_FILE).write_text(json.dumps({"experiment": "some"}))
     trial = trial_id(make_config(task, tiny_folder))
-    with shared(tmp_path / "sweep") as claims, claims.holding(trial, tmp_path / "sweep" / "w"):
+    with (
+        sweep_claims(tmp_path / "sweep") as claims,
+        claims.claimed(trial, tmp_path / "sweep" / "w"),
+    ):
         said = refused(task, tiny_folder, tmp_path / "sweep" / "w", capsys)
     assert f"trial {trial} is run by another process" in said
 
@@ -53,9 +56,9 @@ def test_a_trial_that_ended_meanwhile_stays_done(tmp_path):
     of its end is deleted, as if its row were not there."""
     folder = tmp_path / "w"
     for _ in range(2):
-        with shared(tmp_path) as claims, claims.holding("some", folder):
+        with sweep_claims(tmp_path) as claims, claims.claimed("some", folder):
             folder.mkdir(exist_ok=True)
             row = {"trial": "some", "status": "done", "config": {}}
             (folder / "result.json").write_text(json.dumps(row))
         view = View(open_store(tmp_path).list(QUEUE))
-        assert (set(view.done), view.epochs["some"]) == ({"some"}, 1)
+        assert (set(view.done), view.attempts["some"]) == ({"some"}, 1)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from softprompt.analysis.flops import Contexts, train_work
+from softprompt.analysis.flops import ContextLengths, train_work
 from softprompt.config import trial_id, validate
 from softprompt.data.rows import RowLayout
 from softprompt.errors import UserError
@@ -65,7 +65,7 @@ def test_costs_count_every_tasks_context(tiny_folder, source, shared):
     mixture = two_tasks(source)
     config = trial_config(tiny_folder, source, data__mixture=mixture, method__name="multitask")
     prepared = prepare(config, shared)
-    plain = train_work(prepared.data.train, RowLayout(), Contexts(0, 5), 8)
+    plain = train_work(prepared.data.train, RowLayout(), ContextLengths(0, 5), 8)
     assert step_work(prepared).tokens == plain.tokens + 5
     assert step_work(prepared).keys == plain.keys + 5 * 6 / 2
     assert estimate(config, shared)["trainable"] == 5 * 48 + 2 * 8 * (5 + 48)

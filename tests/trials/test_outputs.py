@@ -67,8 +67,8 @@ def test_another_experiments_files_stand_beside_the_sweeps_own(tmp_path, monkeyp
     with pytest.raises(UserError, match="no finished trial below 'out': 1 of 1 trials failed"):
         outputs.write_trial_outputs(mine, "out")
     results.write_result(Path("out/done"), done_row(config(20)))
-    outputs.claim_outputs(mine, "out")
-    outputs.claim_outputs(other, "out")
+    outputs.record_experiment(mine, "out")
+    outputs.record_experiment(other, "out")
     assert outputs.write_trial_outputs(mine, "out")[0] == "table.md"
     before = Path("out/table.md").read_text()
     assert "|   1 |" in before

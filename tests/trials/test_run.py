@@ -17,7 +17,7 @@ from softprompt.training.memory import program_memory
 from softprompt.trials.estimate import estimate
 from softprompt.trials.measure import measure
 from softprompt.trials.prepare import check_read, initial_state, prepare, train_source
-from softprompt.trials.run import check_folder, claim, read_config, run_trial
+from softprompt.trials.run import check_folder, read_config, run_trial, write_config
 from softprompt.trials.session import Session
 from softprompt.trials.sweep import record_failure
 from tests.own_task import SIZES, Lines, make_config, write_task
@@ -306,7 +306,7 @@ def test_an_imported_delta_is_kept_by_a_sweep_that_tries_again(config, session, 
     whose row was deleted is taken for an imported one."""
     folder, own = epath.Path(tmp_path / "imported"), epath.Path(tmp_path / "own")
     for place, origin in ((folder, {"imported": {}}), (own, {})):
-        claim(place, config)
+        write_config(place, config)
         save_delta(place / "delta.safetensors", {"prompt": np.zeros((1, 4))}, origin)
     check_folder(own, config)
     theirs = (folder / "delta.safetensors").read_bytes()
@@ -321,17 +321,17 @@ def test_claiming(config, tmp_path):
     folder = epath.Path(tmp_path / "new")
     check_folder(folder, config)
     assert not folder.exists()
-    claim(folder, config)
+    write_config(folder, config)
     written = (folder / "config.json").read_text()
     assert to_dict(from_dict(json.loads(written))) == to_dict(config)
-    claim(folder, config)
+    write_config(folder, config)
     check_folder(folder, config)
     assert (folder / "config.json").read_text() == written
 
 
 def test_of_several_processes_the_first_claims(config, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    claim(epath.Path(tmp_path / "new"), config)
+    write_config(epath.Path(tmp_path / "new"), config)
     assert not (tmp_path / "new").exists()
 
 

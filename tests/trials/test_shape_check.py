@@ -13,7 +13,7 @@ from softprompt.models.shapes import leaf_shapes
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.training import sharding
 from softprompt.training.sharding import WEIGHT_RULES, make_mesh, put_weight
-from softprompt.trials import shape_check as full_size
+from softprompt.trials import shape_check
 from softprompt.trials.shape_check import SLICES, check_shapes, choose_placement, device_bytes
 from tests.tiny import tiny_config
 
@@ -64,8 +64,8 @@ def test_an_uncovered_leaf_fails_the_check(monkeypatch, capsys, forgetful):
     """
     rules = tuple(rule for rule in WEIGHT_RULES if "positions" not in rule[0])
     monkeypatch.setattr(sharding, "WEIGHT_RULES", rules)
-    monkeypatch.setattr(full_size, "virtual_devices", lambda: None)
-    monkeypatch.setattr(full_size, "report_memory", lambda entries: None)
+    monkeypatch.setattr(shape_check, "virtual_devices", lambda: None)
+    monkeypatch.setattr(shape_check, "report_memory", lambda entries: None)
     assert cli.main(["models", "--check", "openai-community/gpt2", "EleutherAI/pythia-14m"]) == 1
     written = capsys.readouterr()
     assert re.search(r"EleutherAI/pythia-14m +14,067,712 +12,800 +0\.03 GiB", written.out)
@@ -79,8 +79,8 @@ def test_shapes_that_disagree_fail_the_check(monkeypatch, capsys, forgetful):
     """Mutation: count a model's leaves without asking the model."""
     entry = CATALOG["EleutherAI/pythia-14m"]
     shapes = leaf_shapes(entry.config) | {"final_norm/scale": (129,)}
-    monkeypatch.setattr(full_size, "leaf_shapes", lambda config: shapes)
-    (failed,) = full_size.report([entry])
+    monkeypatch.setattr(shape_check, "leaf_shapes", lambda config: shapes)
+    (failed,) = shape_check.report([entry])
     assert failed.startswith("EleutherAI/pythia-14m: ")
     assert "129" in failed
 

@@ -16,7 +16,7 @@ from softprompt.trials import side_by_side as many
 from softprompt.trials.evaluate import evaluate_runs, for_task, trained_delta
 from softprompt.trials.measure import measure
 from softprompt.trials.prepare import first_delta, prepare
-from softprompt.trials.run import DELTA, claim, provenance, read_config
+from softprompt.trials.run import DELTA, provenance, read_config, write_config
 from softprompt.trials.session import Session
 from tests.contracts.examples import trial_config
 from tests.own_task import Lines, make_config, write_task
@@ -46,7 +46,7 @@ def write_trial(folder, model, place, shared, **changes):
     prepared, random = prepare(config, shared), np.random.default_rng(config.seed)
     delta = first_delta(prepared.step, jax.random.key(config.seed), prepared.loaded.weights)
     moved = jax.tree.map(lambda x: x + random.standard_normal(x.shape, np.float32), delta)
-    claim(epath.Path(folder), config)
+    write_config(epath.Path(folder), config)
     save_delta(folder / DELTA, jax.device_get(moved), provenance(config, prepared.loaded))
     return folder
 

@@ -9,10 +9,10 @@ from softprompt.config import trial_id, trial_name
 from softprompt.console import duration
 from softprompt.errors import UserError
 from softprompt.trials import shards, sweep
-from softprompt.trials.dry_run import dry_run
 from softprompt.trials.experiment import load_experiment, make_trials
 from softprompt.trials.lock import Locked
 from softprompt.trials.outputs import write_outputs
+from softprompt.trials.sweep_cost import sweep_cost
 from tests.trials.rows import Runner, config, done_row, experiment_rows, run
 
 
@@ -91,8 +91,8 @@ def test_a_group_that_other_processes_have_taken(tmp_path, monkeypatch, capsys):
     """Mutation: a group of which every trial starts from a taken one is run, though it is empty."""
     trials = [config(1), config(5), config(20)]
     start = trial_id(trials[0])
-    monkeypatch.setattr(sweep, "source", lambda made: "" if made.method.length == 1 else start)
-    monkeypatch.setattr(sweep, "plan", lambda session, some: [([0], 1), ([1, 2], 2)])
+    monkeypatch.setattr(sweep, "start_id", lambda made: "" if made.method.length == 1 else start)
+    monkeypatch.setattr(sweep, "trial_groups", lambda session, some: [([0], 1), ([1, 2], 2)])
     runner = Runner({1: Locked("another process runs it")})
     assert run(trials, tmp_path, runner) == []
     assert runner.ran == [1]
@@ -257,7 +257,7 @@ def test_dry_run_says_what_each_trial_costs(tmp_path):
     trials = [config(1), config(5), config(20, name="none")]
     results.write_result(sweep.trial_folder(tmp_path, trials[0]), done_row(trials[0]))
     cost = {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 90.0}
-    table, note = dry_run(trials, tmp_path, lambda made: cost, here="cpu", target="tpu")
+    table, note = sweep_cost(trials, tmp_path, lambda made: cost, here="cpu", target="tpu")
     assert note.startswith("Times are estimates for this machine's cpu") and "on tpu" in note
     assert list(table["state"]) == ["done", "to run", "to run", ""]
     assert list(map(str, table["steps"])) == ["100", "100", "0", ""]
@@ -280,7 +280,7 @@ def test_finished_trials_of_the_target_correct_a_dry_run(tmp_path):
         row |= {"members": members, "devices": {"platform": platform}}
         results.write_result(sweep.trial_folder(tmp_path, trials[number]), row)
     cost = {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 100.0}
-    table, note = dry_run(trials, tmp_path, lambda made: cost, here="cpu", target="tpu")
+    table, note = sweep_cost(trials, tmp_path, lambda made: cost, here="cpu", target="tpu")
     assert "corrected by 2 finished trials on tpu: 2.55 times as long" in note
     expected = [60, 60, 450, 450, 255, 450 + 255]
     assert list(table["time"]) == [duration(seconds) for seconds in expected]
@@ -297,7 +297,7 @@ def test_a_dry_run_says_which_trials_would_fail(tmp_path):
             raise UserError("no data")
         return {"trainable": 576, "flops": 2e12, "memory_bytes": 2**30, "seconds": 90.0}
 
-    table, _ = dry_run(trials, tmp_path, estimate, here="cpu", target="cpu")
+    table, _ = sweep_cost(trials, tmp_path, estimate, here="cpu", target="cpu")
     assert list(table["state"]) == ["to run", "to run", "fails: no data", ""]
     assert list(table["steps"])[:3] == [100] * 3
     assert (table["trial"].iloc[-1], table["time"].iloc[-1]) == ("2 to run", "3 min 0 s")

@@ -33,9 +33,9 @@ class Family:
         table: config -> the rules that fill the leaves.
         others: config -> the keys of config.json that state no field directly.
         ignored: further keys of config.json that change nothing.
-        harmless: pattern of tensors that fill no leaf and may be ignored: masks, frequencies.
-        spellings: (pattern, replacement) of other prefixes of the tensors' names; the first that
-            matches is replaced.
+        ignored_tensors: pattern of tensors that fill no leaf and may be ignored, such as masks.
+        key_mapping: (pattern, replacement) for tensors stored under other prefixes; the first match
+            is applied.
         copies: names of tensors that may repeat the embeddings.
     """
 
@@ -44,8 +44,8 @@ class Family:
     table: Callable[[Any], Table]
     others: Callable[[Any], dict[str, Any]]
     ignored: frozenset[str] = frozenset()
-    harmless: str = ""
-    spellings: tuple[tuple[str, str], ...] = ()
+    ignored_tensors: str = ""
+    key_mapping: tuple[tuple[str, str], ...] = ()
     copies: tuple[str, ...] = ()
 
     def read(self, values: Raw) -> Any:

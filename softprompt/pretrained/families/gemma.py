@@ -143,8 +143,8 @@ GEMMA = Family(
     table,
     rope.raw_fields,
     ignored=frozenset({"hidden_activation"}),
-    harmless=ROTARY_BUFFERS,
-    spellings=BARE,
+    ignored_tensors=ROTARY_BUFFERS,
+    key_mapping=BARE,
 )
 GEMMA2 = Family(
     _sandwich_keys(
@@ -156,8 +156,8 @@ GEMMA2 = Family(
     table,
     _sandwich_others,
     ignored=frozenset({"hidden_act"}),
-    harmless=ROTARY_BUFFERS,
-    spellings=BARE,
+    ignored_tensors=ROTARY_BUFFERS,
+    key_mapping=BARE,
 )
 GEMMA3 = Family(
     _sandwich_keys(
@@ -172,8 +172,8 @@ GEMMA3 = Family(
     table,
     _sandwich_others,
     ignored=frozenset({"hidden_act"}),
-    harmless=ROTARY_BUFFERS,
-    spellings=BARE,
+    ignored_tensors=ROTARY_BUFFERS,
+    key_mapping=BARE,
 )
 GEMMA3_WITH_IMAGES = Family(
     base.decoder_keys("gemma3", text_config=json_keys.section(), tie_word_embeddings=flag(True)),
@@ -189,8 +189,8 @@ GEMMA3_WITH_IMAGES = Family(
             "image_token_index",
         }
     ),
-    harmless=rf"{ROTARY_BUFFERS}|(model\.)?(vision_tower|multi_modal_projector)\..*",
-    spellings=(
+    ignored_tensors=rf"{ROTARY_BUFFERS}|(model\.)?(vision_tower|multi_modal_projector)\..*",
+    key_mapping=(
         (r"language_model\.model\.", "model."),
         (r"model\.language_model\.", "model."),
         (r"language_model\.lm_head\.", "lm_head."),

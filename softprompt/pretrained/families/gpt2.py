@@ -69,6 +69,6 @@ GPT2 = Family(
         "n_ctx reorder_and_upcast_attn summary_type summary_use_proj summary_activation"
         " summary_proj_to_labels summary_first_dropout".split()
     ),
-    harmless=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
-    spellings=((r"(?=(wte|wpe|h\.\d+|ln_f)\.)", "transformer."),),
+    ignored_tensors=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
+    key_mapping=((r"(?=(wte|wpe|h\.\d+|ln_f)\.)", "transformer."),),
 )

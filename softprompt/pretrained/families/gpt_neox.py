@@ -108,8 +108,8 @@ GPT_NEOX = Family(
     _config,
     _table,
     _others,
-    harmless=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
-    spellings=(
+    ignored_tensors=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
+    key_mapping=(
         (r"lm_head\.", "embed_out."),
         (r"(?=(embed_in|layers|final_layer_norm)\.)", "gpt_neox."),
     ),

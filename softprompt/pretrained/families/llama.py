@@ -109,8 +109,8 @@ LLAMA = Family(
     table,
     rope.raw_fields,
     ignored=frozenset({"max_sequence_length", "is_llama_config"}),
-    harmless=ROTARY_BUFFERS,
-    spellings=BARE,
+    ignored_tensors=ROTARY_BUFFERS,
+    key_mapping=BARE,
 )
 MISTRAL = Family(
     family_keys(
@@ -119,6 +119,6 @@ MISTRAL = Family(
     _mistral,
     table,
     _mistral_keys,
-    harmless=ROTARY_BUFFERS,
-    spellings=BARE,
+    ignored_tensors=ROTARY_BUFFERS,
+    key_mapping=BARE,
 )

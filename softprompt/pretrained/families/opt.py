@@ -80,5 +80,5 @@ OPT = Family(
     _config,
     functools.partial(decoder_table, names=NAMES),
     _others,
-    spellings=((r"decoder\.", "model.decoder."),),
+    key_mapping=((r"decoder\.", "model.decoder."),),
 )

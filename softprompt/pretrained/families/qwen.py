@@ -48,14 +48,14 @@ QWEN2 = Family(
     _qwen2,
     llama.table,
     _others,
-    harmless=llama.ROTARY_BUFFERS,
-    spellings=llama.BARE,
+    ignored_tensors=llama.ROTARY_BUFFERS,
+    key_mapping=llama.BARE,
 )
 QWEN3 = Family(
     _keys("qwen3", attention_bias=flag(False, "qkv_bias")),
     _qwen3,
     llama.table,
     _others,
-    harmless=llama.ROTARY_BUFFERS,
-    spellings=llama.BARE,
+    ignored_tensors=llama.ROTARY_BUFFERS,
+    key_mapping=llama.BARE,
 )

@@ -134,7 +134,7 @@ T5 = Family(
     _t5,
     t5_table,
     lambda config: {**_others(config), "scale_decoder_outputs": config.tied},
-    harmless=re.escape(UNUSED),
+    ignored_tensors=re.escape(UNUSED),
     copies=COPIES,
 )
 MT5 = Family(
@@ -142,7 +142,7 @@ MT5 = Family(
     functools.partial(_config, tied=False),  # transformers does not scale the head's input
     t5_table,
     _others,
-    harmless=re.escape(UNUSED),
+    ignored_tensors=re.escape(UNUSED),
     copies=COPIES,
 )
 UMT5 = Family(

@@ -28,6 +28,6 @@ def open_model(file: File) -> tuple[Config, Table, Source]:
         file=str(file.path),
         tensors={name: (tensor.kind, tensor.shape) for name, tensor in file.tensors.items()},
         read=file.read,
-        harmless=lambda name: bool(re.fullmatch(family.harmless, name)),
+        harmless=lambda name: bool(re.fullmatch(family.ignored_tensors, name)),
     )
     return config, family.table(config), source

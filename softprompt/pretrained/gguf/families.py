@@ -56,12 +56,12 @@ class Family:
     Attributes:
         config: file -> config, from the metadata.
         table: config -> the rules that fill the leaves.
-        harmless: pattern of tensors that fill no leaf and may be ignored.
+        ignored_tensors: pattern of tensors that fill no leaf and may be ignored.
     """
 
     config: Callable[[File], Config]
     table: Callable[[Any], Table]
-    harmless: str = ""
+    ignored_tensors: str = ""
 
 
 # A tensor for each leaf. The converter has already added 1 to the scales of Gemma's norms.

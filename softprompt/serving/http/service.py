@@ -80,5 +80,5 @@ class Service:
         return await self.threads.run(self._encode, task, texts)
 
     def _encode(self, task: str, texts: list[str]) -> list[list[int]]:
-        opening = self.engine.opening(task)
+        opening = self.engine.bos_ids(task)
         return [[*opening, *ids] for ids in self.engine.tokenizer.encode_batch(texts)]

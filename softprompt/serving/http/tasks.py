@@ -51,7 +51,7 @@ def _task(info: TaskInfo) -> dict[str, Any]:
         info.name,
         int(info.loaded_at),
         root=info.model,
-        method=info.kind,
+        method=info.method,
         length=info.length,
         bytes_file=info.bytes_file,
         bytes_cache=info.bytes_cache,

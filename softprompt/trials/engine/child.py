@@ -45,7 +45,7 @@ def serve(link: Link, run: Run, receive: Receive) -> int:
 
 
 class Reports(Progress):
-    """Tells the worker about stages, at most once a second, which also says that this one lives."""
+    """Sends stages to the worker, at most one a second, and so shows that the child lives."""
 
     def __init__(self, link: Link, trial: str = "") -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def run_batch(link: Link, session: "Session", jobs: Orders) -> bool:
     from etils import epath
 
     from softprompt.config import from_dict
-    from softprompt.trials.groups import plan, run_group
+    from softprompt.trials.groups import run_group, trial_groups
     from softprompt.trials.sweep import record_failure
 
     errors: dict[str, Exception] = {}
@@ -89,7 +89,7 @@ def run_batch(link: Link, session: "Session", jobs: Orders) -> bool:
     configs = [from_dict(job["config"]) for job in jobs]
     group, width = [0], 1
     if not jobs[0]["fail"]:
-        group, width = next(iter(plan(session, configs)))
+        group, width = next(iter(trial_groups(session, configs)))
     positions = group[:width]
     if back := [job["trial"] for n, job in enumerate(jobs) if n not in positions]:
         # A group that is wholly run says nothing of how many more would have fitted.

@@ -2,9 +2,9 @@
 
 Below `queue/` in the store, and each written once unless said otherwise:
 
-    claims/ID.EPOCH   a worker holds the trial; to take it over is to create EPOCH + 1
-    ended/ID.EPOCH    how the claim ended, unless by the trial's end or the worker's death
-    saved/ID.EPOCH    the holder's newest checkpoint and log (rewritten)
+    claims/ID.ATTEMPT   a worker holds the trial; another takes it over by creating ATTEMPT + 1
+    ended/ID.ATTEMPT    how the claim ended, unless by the trial's end or the worker's death
+    saved/ID.ATTEMPT    the holder's newest checkpoint and log (rewritten)
     done/ID           the trial's result.json is there, and done
     failed/ID         the same, and failed; workers write it, a plain sweep tries again
     beats/WORKER      written anew every 15 s while the worker lives
@@ -60,21 +60,21 @@ class Claim:
     """A trial that a worker holds. `facts` are the content of the claim's file: see `history`."""
 
     trial: str
-    epoch: int
+    attempt: int
     facts: dict[str, Any]
 
     @property
     def key(self) -> str:
         """The last part of the names of the claim's files."""
-        return f"{self.trial}.{self.epoch}"
+        return f"{self.trial}.{self.attempt}"
 
 
 class View:
     """The state of a sweep: a listing of `queue/`.
 
     Attributes:
-        epochs: the newest epoch of each trial that was ever claimed.
-        ended, saved: keys ID.EPOCH of claims.
+        attempts: the newest attempt of each trial that was ever claimed.
+        ended, saved: keys ID.ATTEMPT of claims.
         done, failed: ids of trials.
         beats: a text for each worker that changes with every beat.
         stop: whether workers shall leave.
@@ -85,10 +85,10 @@ class View:
         for name, version in listing.items():
             _, folder, *rest = name.split("/")
             parts.setdefault(folder, {})["/".join(rest)] = version
-        self.epochs: dict[str, int] = {}
+        self.attempts: dict[str, int] = {}
         for key in parts.get("claims", {}):
-            trial, _, epoch = key.rpartition(".")
-            self.epochs[trial] = max(int(epoch), self.epochs.get(trial, 0))
+            trial, _, attempt = key.rpartition(".")
+            self.attempts[trial] = max(int(attempt), self.attempts.get(trial, 0))
         self.ended = parts.get("ended", {}).keys()
         self.saved = parts.get("saved", {}).keys()
         self.done = parts.get("done", {}).keys()
@@ -98,11 +98,11 @@ class View:
 
     def newest(self, trial: str) -> str:
         """The key of a trial's newest claim."""
-        return f"{trial}.{self.epochs[trial]}"
+        return f"{trial}.{self.attempts[trial]}"
 
     def publications(self, claim: Claim) -> tuple[str, ...]:
         """The keys of what holders of a claimed trial have published, the newest first."""
-        keys = (f"{claim.trial}.{epoch}" for epoch in range(claim.epoch, 0, -1))
+        keys = (f"{claim.trial}.{attempt}" for attempt in range(claim.attempt, 0, -1))
         return tuple(key for key in keys if key in self.saved)
 
     def over(self, trial: str) -> bool:
@@ -114,7 +114,7 @@ class View:
 
         It is not over, and was not claimed before, or its last claim has ended.
         """
-        unclaimed = trial not in self.epochs or self.newest(trial) in self.ended
+        unclaimed = trial not in self.attempts or self.newest(trial) in self.ended
         return unclaimed and not self.over(trial)
 
 
@@ -159,7 +159,7 @@ class Claims:
         return view
 
     def alive(self, view: View) -> list[str]:
-        """The workers whose last beat this one has not yet seen for too long; itself included."""
+        """The workers with a heartbeat seen in the last `dead` seconds, this one included."""
         now, dead = self._clock(), self.timing.dead
         return [one for one in view.beats if now - self._seen[one][1] < dead]
 
@@ -167,13 +167,13 @@ class Claims:
         """Claims a trial; None if it is over, or held by another worker that may live."""
         if view.over(trial):
             return None
-        epoch = view.epochs.get(trial, 0)
-        if epoch and not view.free(trial) and not self._dead(view.newest(trial), view):
+        attempt = view.attempts.get(trial, 0)
+        if attempt and not view.free(trial) and not self._dead(view.newest(trial), view):
             return None
-        past = self.history(trial, view) if epoch else {}
+        past = self.history(trial, view) if attempt else {}
         identity = {"worker": self.worker, "host": self.host, "process": _process()}
         facts = {**past, **identity, "token": secrets.token_hex(8), "machine": self.machine}
-        claim = Claim(trial, epoch + 1, facts)
+        claim = Claim(trial, attempt + 1, facts)
         if not self._store.create(f"{QUEUE}/claims/{claim.key}", _encode(facts)):
             return None
         return claim
@@ -183,8 +183,8 @@ class Claims:
         return self._clock() - self._beaten < self.timing.fresh
 
     def holds(self, claim: Claim) -> bool:
-        """Whether nobody has taken a claim over: the next epoch does not exist."""
-        return self._store.read(f"{QUEUE}/claims/{claim.trial}.{claim.epoch + 1}") is None
+        """Whether nobody has taken a claim over: the next attempt does not exist."""
+        return self._store.read(f"{QUEUE}/claims/{claim.trial}.{claim.attempt + 1}") is None
 
     def end(self, claim: Claim, how: str, spent: Mapping[str, float], error: str = "") -> None:
         """Ends a claim.
@@ -201,7 +201,7 @@ class Claims:
 
     def failed_here(self, trial: str, view: View) -> bool:
         """Whether a trial's last error was on this host, and another host may try it."""
-        if trial not in view.epochs or view.newest(trial) not in view.ended:
+        if trial not in view.attempts or view.newest(trial) not in view.ended:
             return False
         ended = self._read(f"ended/{view.newest(trial)}")
         if ended["how"] != "error" or ended["host"] != self.host:
@@ -222,7 +222,7 @@ class Claims:
 
     def deaths(self, trial: str, view: View) -> int:
         """How many holders of a trial died one after another, if its last claim has ended."""
-        ended = trial in view.epochs and view.newest(trial) in view.ended
+        ended = trial in view.attempts and view.newest(trial) in view.ended
         return int(self.history(trial, view).get("deaths", 0)) if ended else 0
 
     def history(self, trial: str, view: View) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class Claims:
         return self._contents[name]
 
 
-class Heart:
+class Heartbeat:
     """Beats in a thread of its own, and keeps the newest view of the sweep.
 
     Args:
@@ -320,9 +320,9 @@ class Heart:
                 self._tell(self.beat())
 
 
-def lost(claim: Claim, view: View) -> bool:
+def taken_over(claim: Claim, view: View) -> bool:
     """Whether another worker has taken a claim over."""
-    return view.epochs.get(claim.trial, 0) > claim.epoch
+    return view.attempts.get(claim.trial, 0) > claim.attempt
 
 
 def _encode(content: Mapping[str, Any]) -> bytes:

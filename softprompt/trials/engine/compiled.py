@@ -77,7 +77,7 @@ class Programs:
                 self._shared.add(file.name)
 
     def forget_unfinished(self) -> None:
-        """Deletes what a process that died may have written in part, which JAX never replaces."""
+        """Deletes files that a dead process may have left incomplete; JAX never rewrites them."""
         for file in () if self._own else self._folder.glob(f"*{SUFFIX}"):
             if not _is_whole(file):
                 file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The connection of a worker and its child: JSON objects, one a line, over a socket."""
+"""The connection of a worker and its child: JSON objects, one per line, over a socket."""
 
 import json
 import os

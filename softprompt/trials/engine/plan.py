@@ -88,17 +88,17 @@ def make_plan(
         UserError: a trial starts from the prompt of one that is not among them.
     """
     from softprompt.config import base_config, resolve, trial_id, trial_name
-    from softprompt.trials.starts import source
+    from softprompt.trials.starts import start_id
 
     dtype = resolve(base_config(), backend=target).model.dtype if target else ""
     by_id = {trial_id(config): name for config, name in zip(trials, folders, strict=True)}
     for config in trials:
-        if (one := source(config)) and one not in by_id:
+        if (one := start_id(config)) and one not in by_id:
             raise UserError(
                 f"{trial_name(config)} starts from trial {one}, which is not in this sweep; "
                 "allowed for workers: one that is"
             )
-    starts = [by_id.get(source(config), "") for config in trials]
+    starts = [by_id.get(start_id(config), "") for config in trials]
     jobs = tuple(map(_job, trials, folders, starts))
     return Plan(experiment, subset, commit(), target, dtype, secrets.token_hex(8), jobs)
 

@@ -17,15 +17,15 @@ from softprompt.distributed import agreed_text
 from softprompt.errors import UserError
 from softprompt.results import is_done
 from softprompt.trials.engine import publish
-from softprompt.trials.engine.claims import QUEUE, Claim, Claims, Heart, View, lost
+from softprompt.trials.engine.claims import QUEUE, Claim, Claims, Heartbeat, View, taken_over
 from softprompt.trials.engine.plan import PLAN
 from softprompt.trials.engine.store import open_store
 from softprompt.trials.lock import Locked
-from softprompt.trials.outputs import OWNER
+from softprompt.trials.outputs import SWEEP_FILE
 
 
-class Shared:
-    """The claims of this process; of several processes of one run, the first one takes them.
+class SweepClaims:
+    """The claims of a run that trains in the store itself; of several processes, process 0 claims.
 
     Args:
         workdir: the sweep's, local or gs://.
@@ -35,16 +35,16 @@ class Shared:
         self._store = open_store(workdir)
         self._claims, self._left = Claims(self._store), False
         self._held: dict[str, Claim] = {}
-        self.heart = Heart(self._claims, self._facts, seen=self._check)
+        self.heartbeat = Heartbeat(self._claims, self._facts, seen=self._check)
 
     def leave(self) -> None:
         """Writes the last beat, after the sweep."""
         self._left = True
         if jax.process_index() == 0:
-            self.heart.stop()
+            self.heartbeat.stop()
 
     @contextmanager
-    def holding(self, trial: str, folder: epath.PathLike) -> Iterator[None]:
+    def claimed(self, trial: str, folder: epath.PathLike) -> Iterator[None]:
         """Claims a trial for the duration of the block, at whose end it is done.
 
         If a worker has published a newer checkpoint than the trial's folder holds, it is brought
@@ -116,18 +116,18 @@ class Shared:
     def _check(self, view: View) -> None:
         """Ends the process if another one has taken a trial over, after it had stood still."""
         for claim in list(self._held.values()):
-            if lost(claim, view):
+            if taken_over(claim, view):
                 line = f"softprompt: trial {claim.trial} was taken over by another process"
                 print(line, file=sys.stderr, flush=True)
                 os._exit(interrupts.PREEMPTED)
 
 
 @contextmanager
-def shared(workdir: epath.PathLike) -> Iterator[Shared]:
+def sweep_claims(workdir: epath.PathLike) -> Iterator[SweepClaims]:
     """The claims of a sweep, which beat for the duration of the block."""
-    claims = Shared(workdir)
+    claims = SweepClaims(workdir)
     if jax.process_index() == 0:
-        claims.heart.start()
+        claims.heartbeat.start()
     try:
         yield claims
     finally:
@@ -136,4 +136,4 @@ def shared(workdir: epath.PathLike) -> Iterator[Shared]:
 
 def is_sweep(folder: epath.PathLike) -> bool:
     """Whether trials have been swept into a folder, or are planned there."""
-    return any((epath.Path(folder) / name).exists() for name in (OWNER, PLAN))
+    return any((epath.Path(folder) / name).exists() for name in (SWEEP_FILE, PLAN))

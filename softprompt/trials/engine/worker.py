@@ -19,9 +19,9 @@ from typing import Any
 from softprompt import interrupts
 from softprompt.distributed import parse_distributed
 from softprompt.errors import UserError
-from softprompt.trials.engine.claims import Claims, Heart, Timing, View, lost
+from softprompt.trials.engine.claimed import ClaimedTrials
+from softprompt.trials.engine.claims import Claims, Heartbeat, Timing, View, taken_over
 from softprompt.trials.engine.compiled import Programs
-from softprompt.trials.engine.holdings import Holdings
 from softprompt.trials.engine.link import Child, Message
 from softprompt.trials.engine.plan import Plan, check_backend, check_worker, read_plan
 from softprompt.trials.engine.restarts import CRASHED, STOPPED
@@ -79,11 +79,13 @@ def work(
         follows = member is None or member[1] > 0
         command = [*command, distributed]
     local = distributed is None
-    holdings = Holdings(store, claims, place=scratch if local else workdir, local=local, say=say)
+    claimed = ClaimedTrials(
+        store, claims, place=scratch if local else workdir, local=local, say=say
+    )
     with interrupts.saving():
         programs = Programs(store, scratch)
         child = functools.partial(Child, command, programs.environment())
-        worker = Worker(plan, claims, holdings, child, programs=programs, follows=follows, say=say)
+        worker = Worker(plan, claims, claimed, child, programs=programs, follows=follows, say=say)
         try:
             return worker.run(60 * minutes)
         except StoreError as error:  # others take the trials over; a new worker may have more luck
@@ -102,7 +104,7 @@ class Worker:
     Args:
         plan: the sweep's.
         claims: the worker's.
-        holdings: the trials that it holds.
+        claimed: the trials that it holds.
         child: starts the child.
         programs: that it compiles.
         follows: whether another worker claims what the child runs.
@@ -113,19 +115,19 @@ class Worker:
         self,
         plan: Plan,
         claims: Claims,
-        holdings: Holdings,
+        claimed: ClaimedTrials,
         child: Callable[[], Child],
         *,
         programs: Programs,
         follows: bool,
         say: Say,
     ) -> None:
-        self._plan, self._claims, self._holdings, self._say = plan, claims, holdings, say
+        self._plan, self._claims, self._claimed, self._say = plan, claims, claimed, say
         self._new_child, self._follows, self._timing = child, follows, claims.timing
         self._programs, self._groups = programs, set[str]()
-        self._heart = Heart(claims, self._facts)
-        holdings.beat = self._heart.beat
-        self._held = holdings.held
+        self._heartbeat = Heartbeat(claims, self._facts)
+        claimed.beat = self._heartbeat.beat
+        self._held = claimed.held
         self._child: Child | None = None
         self._failed_starts = 0  # of children, one after another, that did not find their devices
         self._opened = False  # whether the child has said that it opened its devices, or could not
@@ -140,7 +142,7 @@ class Worker:
     def run(self, seconds: float) -> int:
         """Runs trials until none is left or something stops the worker; see `work`."""
         end = time.monotonic() + seconds
-        self._heart.start()
+        self._heartbeat.start()
         try:
             while (code := self._finished(late=time.monotonic() > end)) is None:
                 if self._child is None:
@@ -155,11 +157,11 @@ class Worker:
                 self._child.kill()
             self._left = True
             with contextlib.suppress(UserError):
-                self._heart.stop()
+                self._heartbeat.stop()
 
     def _finished(self, *, late: bool) -> int | None:
         """The exit code, if the worker shall leave now."""
-        view, number = self._heart.view, interrupts.requested()
+        view, number = self._heartbeat.view, interrupts.requested()
         if not self._held and all_over(self._plan, view):
             self._let_save()
             return int(any(job.trial in view.failed for job in self._plan.jobs))
@@ -189,7 +191,7 @@ class Worker:
             self._child.kill()
             self._child = None
         for trial in list(self._held):
-            self._holdings.release(trial)
+            self._claimed.release(trial)
 
     def _handle(self, message: Message | None) -> None:
         """Acts on a message of the child."""
@@ -217,10 +219,10 @@ class Worker:
                 for trial in self._held.keys() & set(message["trials"]):  # none in a follower
                     if message["width"]:
                         self._widths[self._held[trial].job.group] = message["width"]
-                    self._holdings.release(trial)
+                    self._claimed.release(trial)
             case "ended":
                 trial = message.pop("trial")
-                if trial in self._held and self._holdings.end(trial, **message):
+                if trial in self._held and self._claimed.end(trial, **message):
                     self._counts["done" if message["done"] else "failed"] += 1
                 self._programs.publish(idle=not self._held)
             case "exit":
@@ -242,20 +244,20 @@ class Worker:
         self._programs.forget_unfinished()
         for trial in list(self._held):
             self._say(f"the process of {self._held[trial].job.name} died")
-            self._holdings.release(trial, "released" if code == interrupts.PREEMPTED else "died")
+            self._claimed.release(trial, "released" if code == interrupts.PREEMPTED else "died")
         if self._failed_starts >= MOST_STARTS:
             raise UserError(f"{self._claims.host} {self._problem}")
 
     def _tick(self, *, claims: bool) -> None:
         """Does what is due."""
-        now, view = time.monotonic(), self._heart.view
+        now, view = time.monotonic(), self._heartbeat.view
         spent, self._ticked = (now - self._ticked) * self._chips, now
         if self._held:
             self._used += spent
-            self._holdings.spend(spent)
-        if self._holdings.publish_due():
+            self._claimed.spend(spent)
+        if self._claimed.publish_due():
             self._programs.publish()
-        if any(lost(one.claim, view) for one in self._held.values()):
+        if any(taken_over(one.claim, view) for one in self._held.values()):
             self._end_child("a trial was taken over by another worker")
         elif self._held and now - self._heard > self._timing.silent:
             self._end_child(f"the process said nothing for {self._timing.silent:g} s")
@@ -265,22 +267,22 @@ class Worker:
     def _end_child(self, reason: str) -> None:
         """Kills the child, and gives its trials back."""
         self._say(reason)
-        view = self._heart.view
-        for trial in [t for t, one in self._held.items() if lost(one.claim, view)]:
-            self._holdings.drop(trial)
+        view = self._heartbeat.view
+        for trial in [t for t, one in self._held.items() if taken_over(one.claim, view)]:
+            self._claimed.drop(trial)
         if self._child is not None:
             self._child.kill()
 
     def _claim(self) -> None:
         """Claims trials for the child, which is waiting."""
-        view = self._looked_at = self._heart.look()
+        view = self._looked_at = self._heartbeat.look()
         taken = take_next(self._plan, self._claims, view, widths=self._widths, model=self._model)
         if taken and self._child is not None:
             self._wants, self._model, self._stages = False, taken[0][0].model, {}
             if (group := taken[0][0].group) not in self._groups:
                 self._groups.add(group)
                 self._programs.fetch()
-            jobs = [self._holdings.begin(job, claim, view) for job, claim in taken]
+            jobs = [self._claimed.begin(job, claim, view) for job, claim in taken]
             self._child.send("run", jobs=jobs)
 
     def _stage(self, name: str) -> str:
@@ -294,7 +296,7 @@ class Worker:
             "machine": self._claims.machine,
             "chips": self._chips,
             "chip_seconds": self._used,
-            "chip_seconds_lost": self._holdings.lost,
+            "chip_seconds_lost": self._claimed.lost,
             "held": {trial: one.facts() for trial, one in held.items()},
             "stages": {one.job.name: self._stage(one.job.name) for one in held.values()},
             "problem": self._problem,

@@ -17,7 +17,7 @@ from softprompt.trials.engine.store import Store
 
 
 @dataclasses.dataclass
-class Held:
+class ClaimedTrial:
     """A trial that this worker holds.
 
     Attributes:
@@ -43,7 +43,7 @@ class Held:
         return {"chip_seconds": self.spent, "lost": self.unsaved}
 
 
-class Holdings:
+class ClaimedTrials:
     """The trials that a worker holds.
 
     Args:
@@ -70,7 +70,7 @@ class Holdings:
     ) -> None:
         self._store, self._claims = store, claims
         self._place, self._local, self._say = epath.Path(place), local, say
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, ClaimedTrial] = {}
         self.beat: Callable[[], Any] = functools.partial(claims.beat, {})
         self.lost = 0.0
 
@@ -90,9 +90,9 @@ class Holdings:
         if job.start and self._local:
             publish.fetch_start(self._store, job.start, Path(self._place))
         step, now = publish.newest_step(folder), time.monotonic()
-        self.held[job.trial] = Held(job, claim, folder, step, looked=now, saved=saved)
+        self.held[job.trial] = ClaimedTrial(job, claim, folder, step, looked=now, saved=saved)
         self.lost += claim.facts.get("last_lost", 0.0)
-        again = f", holder {claim.epoch}" if claim.epoch > 1 else ""
+        again = f", holder {claim.attempt}" if claim.attempt > 1 else ""
         self._say(f"claimed {job.name} ({job.trial}){again}")
         fail = ""
         if claim.facts.get("deaths", 0) >= MOST_DEATHS:
@@ -117,7 +117,7 @@ class Holdings:
             one.looked = time.monotonic()
         return any([self._publish(one) for one in due])
 
-    def _publish(self, one: Held) -> bool:
+    def _publish(self, one: ClaimedTrial) -> bool:
         """Publishes a trial's newest checkpoint and its files as one object, if there is a new one.
 
         For a trial that runs in the store the object is empty, and says that there was progress.
@@ -131,7 +131,7 @@ class Holdings:
         one.saved = (*one.saved, one.claim.key)
         return True
 
-    def _may_publish(self, one: Held) -> bool:
+    def _may_publish(self, one: ClaimedTrial) -> bool:
         """Whether this worker still holds a trial, and is known to live."""
         if not self._claims.fresh():
             self.beat()
@@ -162,7 +162,7 @@ class Holdings:
         self._say(f"{one.job.name} is done" if done else f"{one.job.name} failed: {error}")
         return True
 
-    def _publish_end(self, one: Held, status: str) -> None:
+    def _publish_end(self, one: ClaimedTrial, status: str) -> None:
         """Publishes the files of a trial that is over, and deletes what is not needed any more."""
         if self._local:
             publish.publish_files(self._store, Path(one.folder), one.job.folder)

@@ -25,7 +25,7 @@ from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.training.optimizers import make_optimizer
 from softprompt.training.step import train_step
 from softprompt.trials.data import TaskData, TrialData
-from softprompt.trials.estimate import estimate, step_memory, trained
+from softprompt.trials.estimate import delta_size, estimate, step_memory
 from softprompt.trials.prepare import delta_shapes, prepare, train_source, trial_dropout
 from softprompt.trials.session import Session, optimizer_config
 from softprompt.trials.shape_check import GIB, SLICES, abstract_weights, choose_placement
@@ -95,7 +95,7 @@ def longest(config: ConfigDict, task: Task, count: int) -> Encoded:
     )
 
 
-def full_size(config: ConfigDict) -> dict[str, Any]:
+def trial_cost(config: ConfigDict) -> dict[str, Any]:
     """Traces a trial's training step at full size and states its cost.
 
     Args:
@@ -121,7 +121,7 @@ def full_size(config: ConfigDict) -> dict[str, Any]:
     costs = estimate(config, session)
     slice_, parameters = SLICES[0], CATALOG[config.model.name].parameters
     placement = choose_placement(prepared.loaded.config, slice_)
-    count, delta_bytes = trained(prepared)
+    count, delta_bytes = delta_size(prepared)
     activations = step_memory(prepared, source.template.shape) / placement.data
     used = placement.weight_bytes + delta_bytes + activations
     return {
@@ -147,7 +147,7 @@ def full_size(config: ConfigDict) -> dict[str, Any]:
 
 def report(config: ConfigDict) -> list[str]:
     """The lines that `train --dry-run` prints."""
-    found = full_size(config)
+    found = trial_cost(config)
     sizes = [found[f"{part}_bytes"] / GIB for part in ("weight", "delta", "activation")]
     room = "fits" if found["fits"] else "does not fit without mesh.remat=layer or microbatches"
     return [

@@ -15,7 +15,7 @@ from softprompt.models.shapes import leaf_shapes
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class Projection:
     """A projection of a stack of layers.
 
     Attributes:
@@ -36,14 +36,16 @@ class Site:
         return self.path.rsplit("/", 1)[-1]
 
 
-def projections(model: Model) -> list[Site]:
+def projections(model: Model) -> list[Projection]:
     """All projections in the layers, sorted by path."""
     sites = []
     for path, shape in sorted(leaf_shapes(model.config).items()):
         if path.endswith("/kernel") and "layers/" in path:
             inputs = len(input_axes(path))
             sites.append(
-                Site(path[: -len("/kernel")], shape[0], shape[1 : 1 + inputs], shape[1 + inputs :])
+                Projection(
+                    path[: -len("/kernel")], shape[0], shape[1 : 1 + inputs], shape[1 + inputs :]
+                )
             )
     return sites
 
@@ -63,7 +65,7 @@ def delta_dtype(weights: Any) -> jnp.dtype:
     return functools.reduce(jnp.promote_types, floats, jnp.dtype("float32"))
 
 
-def targeted(model: Model, names: Sequence[str], *, more: Iterable[str] = ()) -> list[Site]:
+def targeted(model: Model, names: Sequence[str], *, more: Iterable[str] = ()) -> list[Projection]:
     """The projections with these names, such as "q" and "down", in all layers.
 
     `more` are names that are allowed besides those of projections.

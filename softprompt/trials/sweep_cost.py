@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Costs = Mapping[int, Mapping[str, float]]
 
 
-def dry_run(
+def sweep_cost(
     trials: Sequence[ConfigDict],
     workdir: epath.PathLike,
     estimate: Estimate,

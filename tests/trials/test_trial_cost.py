@@ -6,8 +6,8 @@ from softprompt import cli
 from softprompt.config import base_config, validate
 from softprompt.config.files import load_config
 from softprompt.data.builtin_tasks import TASKS, get_task
-from softprompt.trials import full_size
-from softprompt.trials.full_size import PEAK, SHARE
+from softprompt.trials import trial_cost
+from softprompt.trials.trial_cost import PEAK, SHARE
 from tests.matrix import matrix
 
 SIZES = {  # parameters (the paper's Table 4), width
@@ -42,7 +42,7 @@ def test_every_set_has_the_papers_setting(size):
 @pytest.mark.parametrize("size", matrix(SIZES, keep=("small",)))
 def test_a_step_is_traced_at_full_size(size):
     """Breaks when a step's shapes do not fit, or parameters are not the paper's."""
-    found = full_size.full_size(paper(size, "boolq_dev"))
+    found = trial_cost.trial_cost(paper(size, "boolq_dev"))
     parameters, width = SIZES[size]
     assert (found["frozen"], found["trained"]) == (parameters, 100 * width)
     assert (found["steps"], found["batch"]) == (30_000, 32)
@@ -68,7 +68,7 @@ def test_cost_of_a_trial_by_hand():
     products, attention = forward(own, 1)
     steps = 30_000 * 32 * (2 * products + 3 * attention)
     evaluations = 32 * 277 * sum(forward(2 * own, 2))  # 31 of validation, and the test
-    found = full_size.full_size(config)
+    found = trial_cost.trial_cost(config)
     assert found["flops"] == pytest.approx(steps + evaluations, rel=0.01)
     assert evaluations / steps > 0.004
 
