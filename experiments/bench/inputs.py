@@ -20,7 +20,7 @@ from softprompt.config import ConfigDict
 from softprompt.console import Progress
 from softprompt.evaluation.perplexity import read_text
 from softprompt.files import write_bytes, write_text
-from softprompt.models.decoder import DecoderConfig
+from softprompt.models import ModelConfig
 from softprompt.models.shapes import leaf_dtype
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.catalog import CATALOG
@@ -57,7 +57,7 @@ def write(job: Job) -> dict[str, Any]:
     return {}
 
 
-def read_model(name: str, dtype: str) -> tuple[DecoderConfig | T5Config, Any, Tokenizer]:
+def read_model(name: str, dtype: str) -> tuple[ModelConfig, Any, Tokenizer]:
     """Sizes, weights and tokenizer of a model of the catalogue.
 
     "random NAME" is a T5 with the sizes of NAME. Its weights are random, and its tokenizer is

@@ -11,8 +11,8 @@ import numpy as np
 
 from softprompt.data.encode import Encoded
 from softprompt.data.rows import RowLayout
+from softprompt.models import ModelConfig
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.t5_layers import T5Config
 
 
 class ContextLengths(NamedTuple):
@@ -126,12 +126,12 @@ def _rows_work(
     )
 
 
-def forward_flops(config: DecoderConfig | T5Config, work: Work) -> float:
+def forward_flops(config: ModelConfig, work: Work) -> float:
     """Multiplications and additions of one forward pass."""
     return _products(config, work) + _attention(config, work)
 
 
-def train_flops(config: DecoderConfig | T5Config, work: Work, *, weights: bool = False) -> float:
+def train_flops(config: ModelConfig, work: Work, *, weights: bool = False) -> float:
     """FLOPs of a training step: 4 N a token for a frozen model, 6 N if the weights are trained.
 
     Both operands of attention's products depend on the delta, so attention costs three times its
@@ -141,7 +141,7 @@ def train_flops(config: DecoderConfig | T5Config, work: Work, *, weights: bool =
     return (3 if weights else 2) * _products(config, work) + 3 * _attention(config, work)
 
 
-def _products(config: DecoderConfig | T5Config, work: Work) -> float:
+def _products(config: ModelConfig, work: Work) -> float:
     """FLOPs of products with frozen matrices; those of embeddings and norms are negligible."""
     c, ffn = config, (3 if config.gated else 2) * config.width * config.ffn
     head = 2 * work.targets * c.vocab
@@ -154,7 +154,7 @@ def _products(config: DecoderConfig | T5Config, work: Work) -> float:
     return 2 * (encoder + decoder) + head * c.width
 
 
-def _attention(config: DecoderConfig | T5Config, work: Work) -> float:
+def _attention(config: ModelConfig, work: Work) -> float:
     """FLOPs of scores and mixed values."""
     c = config
     if isinstance(c, DecoderConfig):

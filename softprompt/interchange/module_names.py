@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from softprompt.models import ModelConfig
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.shapes import decoder_shapes
 from softprompt.models.t5_layers import T5Config
@@ -16,7 +17,6 @@ from softprompt.pretrained.families.gpt2 import GPT2
 from softprompt.pretrained.families.t5 import t5_table
 from softprompt.pretrained.name_tables import TensorRule
 
-ModelConfig = DecoderConfig | T5Config
 View = Callable[[np.ndarray], np.ndarray]
 PREFIX = "base_model.model."  # of every name in a file of PEFT
 

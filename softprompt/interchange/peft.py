@@ -15,7 +15,6 @@ from softprompt.errors import UserError
 from softprompt.interchange.adapter_config import TASKS, check_config, complete_config
 from softprompt.interchange.adapter_files import Adapter
 from softprompt.interchange.lora_ia3 import ia3_from, ia3_to, lora_from, lora_to
-from softprompt.interchange.module_names import ModelConfig
 from softprompt.interchange.prompts import (
     Leaves,
     multitask_from,
@@ -26,6 +25,7 @@ from softprompt.interchange.prompts import (
     prompt_to,
 )
 from softprompt.methods import METHODS
+from softprompt.models import ModelConfig
 from softprompt.models.t5_layers import T5Config
 
 # PEFT's type -> (leaves, model, method) -> tensors and config fields.

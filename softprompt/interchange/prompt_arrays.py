@@ -19,9 +19,9 @@ from flax.traverse_util import flatten_dict
 
 from softprompt.errors import UserError
 from softprompt.interchange.adapter_files import check_finite
-from softprompt.interchange.module_names import ModelConfig
 from softprompt.interchange.peft import check_context
 from softprompt.interchange.prompts import prompt_scope
+from softprompt.models import ModelConfig
 
 MAGIC = b"\x93NUMPY"
 

@@ -13,7 +13,7 @@ import numpy as np
 from softprompt.errors import UserError
 from softprompt.interchange.adapter_config import refuse, whole_number
 from softprompt.interchange.adapter_files import Adapter
-from softprompt.interchange.module_names import ModelConfig
+from softprompt.models import ModelConfig
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.name_tables import mismatches

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from softprompt.data.encode import Encoded
 from softprompt.errors import UserError
 from softprompt.methods import initializers
+from softprompt.models import ModelConfig
 from softprompt.models.decoder_layers import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ class Setup:
         train: the training examples.
     """
 
-    sizes: DecoderConfig | T5Config
+    sizes: ModelConfig
     tasks: int = 1
     seed: int = 0
     room: int = 2**30

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from softprompt.models import ModelConfig
 from softprompt.models.decoder_layers import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 
@@ -14,12 +15,12 @@ ATTENTIONS = {
 }
 
 
-def parameter_count(config: DecoderConfig | T5Config) -> int:
+def parameter_count(config: ModelConfig) -> int:
     """Exact number of parameters of a model, counted from its config; a tied head counts once."""
     return sum(math.prod(shape) for shape in leaf_shapes(config).values())
 
 
-def leaf_shapes(config: DecoderConfig | T5Config) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Leaf path -> shape, for every leaf of the weights; stacked layers are the first axis."""
 
     def stacked(path: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from softprompt.downloads import SplitFile, Terms, Wheel
 from softprompt.errors import UserError
-from softprompt.models.decoder import DecoderConfig
+from softprompt.models import ModelConfig
 from softprompt.models.shapes import parameter_count
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.families import find_family, read_family
@@ -79,7 +79,7 @@ class Entry:
 
     name: str
     family: str
-    config: DecoderConfig | T5Config
+    config: ModelConfig
     source: WheelMember | SplitFile | Hub | T5XFolder | Pretraining
     licence: str
     original: str = ""

@@ -12,8 +12,7 @@ import numpy as np
 from softprompt.downloads import cache_dir
 from softprompt.errors import UserError
 from softprompt.files import read_json
-from softprompt.models.decoder import DecoderConfig
-from softprompt.models.t5_layers import T5Config
+from softprompt.models import ModelConfig
 from softprompt.pretrained.families import Family, read_family
 from softprompt.pretrained.name_tables import Source, Table
 from softprompt.pretrained.tensor_files import ALL, TensorFile, open_file
@@ -32,7 +31,7 @@ Stored = tuple[Path, TensorFile, str]  # a tensor: its file, and its name in it
 PYTORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-def open_folder(folder: str | os.PathLike[str]) -> tuple[DecoderConfig | T5Config, Table, Source]:
+def open_folder(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Table, Source]:
     """The folder's model, the rules that fill its leaves, and its tensors.
 
     Reads headers, and the tensors that may repeat the embeddings, such as a tied head.
@@ -150,7 +149,7 @@ def canonical(stored: str, key_mapping: Sequence[tuple[str, str]]) -> str:
     return stored
 
 
-def _head_name(family: Family, config: DecoderConfig | T5Config) -> str:
+def _head_name(family: Family, config: ModelConfig) -> str:
     """The name that the head would have if it were not tied."""
     return family.table(dataclasses.replace(config, tied=False))["head/kernel"].name
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from softprompt.downloads import cache_dir
 from softprompt.errors import UserError
+from softprompt.models import ModelConfig
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 
@@ -38,7 +39,7 @@ def _t5(layers: int, width: int, ffn: int) -> T5Config:
 
 
 # Llama's architecture, and that of T5 1.1.
-RUNGS: dict[str, DecoderConfig | T5Config] = {
+RUNGS: dict[str, ModelConfig] = {
     "ladder/d0": _decoder(2, 64, 192),
     "ladder/d1": _decoder(3, 96, 256),
     "ladder/d2": _decoder(3, 160, 448),

@@ -11,8 +11,7 @@ import numpy as np
 
 from softprompt.downloads import SplitFile, fetch_split_file, fetch_wheel_member
 from softprompt.errors import UserError, unknown
-from softprompt.models import T5, Decoder, Model
-from softprompt.models.decoder import DecoderConfig
+from softprompt.models import T5, Decoder, Model, ModelConfig
 from softprompt.models.quantize import KINDS
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained import gguf, hf, t5x, tokenizer
@@ -24,7 +23,7 @@ DTYPES = ("bfloat16", "float32")
 HUB_NAME = r"[\w.-]+/[\w.-]+"
 T5X_TOKENIZER = "google/t5-v1_1-base"  # T5 1.0, 1.1 and Flan-T5 of every size share a vocabulary
 
-Opened = tuple[DecoderConfig | T5Config, Table, Source]
+Opened = tuple[ModelConfig, Table, Source]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Loaded:
     tokenizer: tokenizer.Tokenizer
     fingerprint: str
     name: str
-    config: DecoderConfig | T5Config
+    config: ModelConfig
 
     @property
     def encoder_decoder(self) -> bool:
@@ -96,7 +95,7 @@ def load_model(
     return Loaded(make_model(config, dtype), weights, text, fingerprint, name, config)
 
 
-def read_model_config(name: str, *, revision: str | None = None) -> DecoderConfig | T5Config:
+def read_model_config(name: str, *, revision: str | None = None) -> ModelConfig:
     """The sizes of a model, without its weights, from the catalogue if it has the name.
 
     Raises:
@@ -153,7 +152,7 @@ def t5x_checkpoint(name: str) -> str | None:
     return str(folder) if local else name if name.startswith("gs://") else None
 
 
-def make_model(config: DecoderConfig | T5Config, dtype: str) -> Model:
+def make_model(config: ModelConfig, dtype: str) -> Model:
     """The model of a config, without weights."""
     if isinstance(config, T5Config):
         return T5(config, dtype=jnp.dtype(dtype))

@@ -17,22 +17,20 @@ from tokenizers.processors import TemplateProcessing
 
 from softprompt.errors import UserError
 from softprompt.files import read_json
-from softprompt.models.decoder import DecoderConfig
+from softprompt.models import ModelConfig
 from softprompt.models.quantize import VALUES
-from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained import hf
 from softprompt.pretrained.families import find_family
 from softprompt.pretrained.name_tables import Table, tensor_names
 from softprompt.pretrained.tokenizer import Tokenizer
 
-Config = DecoderConfig | T5Config
 BESIDE = ("generation_config.json", "chat_template.jinja", "chat_template.json")
 COPIED = (*hf.TOKENIZER_FILES[1:], *BESIDE)
 
 
 def save_folder(
     folder: str | os.PathLike[str],
-    config: Config,
+    config: ModelConfig,
     weights: Mapping[str, Any],
     tokenizer: Tokenizer,
     *,
@@ -84,7 +82,7 @@ def save_folder(
 
 
 def _describe(
-    config: Config, tokenizer: Tokenizer, original: str | os.PathLike[str] | None
+    config: ModelConfig, tokenizer: Tokenizer, original: str | os.PathLike[str] | None
 ) -> tuple[dict[str, Any], Table]:
     """The content of config.json, and the name table that goes with it."""
     if original is not None:

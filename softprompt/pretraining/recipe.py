@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import UserError, nearest
+from softprompt.models import ModelConfig
 from softprompt.models.decoder import DecoderConfig
-from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.ladder import PREFIX, RUNGS
 
 ROW = 256  # positions of a row
@@ -46,7 +46,7 @@ class Recipe:
     """
 
     name: str
-    config: DecoderConfig | T5Config
+    config: ModelConfig
     objective: str = "causal"
     tokens: int = EPOCH
     keep: dict[str, float] = dataclasses.field(default_factory=lambda: dict(SNAPSHOTS))

@@ -24,10 +24,10 @@ from softprompt.files import write_bytes, write_text
 from softprompt.interchange import peft, prompt_arrays
 from softprompt.interchange.adapter_files import CONFIG as ADAPTER_CONFIG
 from softprompt.interchange.adapter_files import Adapter, read_adapter, write_adapter
-from softprompt.interchange.module_names import ModelConfig
 from softprompt.methods import METHODS
 from softprompt.methods.base import MethodSettings, Setup
 from softprompt.methods.delta_file import load_delta, save_delta
+from softprompt.models import ModelConfig
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.loading import find_folder, load_model, read_model_config
 from softprompt.pretrained.save import save_folder

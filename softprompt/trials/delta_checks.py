@@ -14,9 +14,8 @@ from softprompt.errors import UserError
 from softprompt.methods import METHODS
 from softprompt.methods.base import Setup
 from softprompt.methods.delta_file import load_delta
-from softprompt.models.decoder import DecoderConfig
+from softprompt.models import ModelConfig
 from softprompt.models.shapes import leaf_shapes
-from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.loading import Loaded, make_model
 
 ANY_WEIGHTS = "; --any-weights accepts it"  # the end of an error
@@ -57,9 +56,7 @@ def check_weights(
         )
 
 
-def check_fit(
-    delta: dict[str, Any], config: ConfigDict, sizes: DecoderConfig | T5Config, *, file: str
-) -> None:
+def check_fit(delta: dict[str, Any], config: ConfigDict, sizes: ModelConfig, *, file: str) -> None:
     """Checks that a folded delta has exactly the leaves of its method for this model.
 
     If the method may leave out modules, the delta must have all leaves of each module that it has.
@@ -84,14 +81,12 @@ def check_fit(
             raise UserError(f"{file}: {path} is missing; allowed: {', '.join(together)}, together")
 
 
-def trained_count(config: ConfigDict, sizes: DecoderConfig | T5Config) -> int:
+def trained_count(config: ConfigDict, sizes: ModelConfig) -> int:
     """The number of values in a config's folded delta, for a model of these sizes."""
     return sum(math.prod(shape) for shape in folded_shapes(config, sizes).values())
 
 
-def folded_shapes(
-    config: ConfigDict, sizes: DecoderConfig | T5Config
-) -> dict[str, tuple[int, ...]]:
+def folded_shapes(config: ConfigDict, sizes: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The path and shape of each leaf of a config's folded delta, for a model of these sizes."""
     settings, model = method_settings(config), make_model(sizes, "float32")
     abstract = {

@@ -23,8 +23,7 @@ from softprompt.data.pipeline import empty_batch
 from softprompt.data.rows import DECODER_LAYOUT, RowLayout, TrainBatch
 from softprompt.methods import METHODS, initializers
 from softprompt.methods.prompt import PromptConfig
-from softprompt.models import T5, Decoder, Model
-from softprompt.models.decoder_layers import DecoderConfig
+from softprompt.models import T5, Decoder, Model, ModelConfig
 from softprompt.models.shapes import leaf_dtype, leaf_shapes
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.catalog import Entry, select
@@ -34,8 +33,6 @@ from softprompt.training.step import StepConfig, train_step
 from softprompt.trials.programs import compile_step
 
 Tree = Any
-Sizes = DecoderConfig | T5Config
-
 # P, R, T and M of the step that is checked; a T5's encoder reads P + T.
 PROMPT, ROWS, TOKENS, TARGETS = 100, 32, 512, 8
 DTYPE = jnp.dtype("bfloat16")
@@ -95,7 +92,7 @@ class Step:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def abstract_step(config: Sizes) -> Step:
+def abstract_step(config: ModelConfig) -> Step:
     """A prompt-tuning step of a model of these sizes, with weights in bfloat16, as shapes only.
 
     T5's prompt is prepended to the encoder's input, as in the paper.
@@ -115,7 +112,7 @@ def abstract_step(config: Sizes) -> Step:
     return Step(step, (delta, state, weights, abstract_batch(layout), None))
 
 
-def abstract_weights(config: Sizes) -> Tree:
+def abstract_weights(config: ModelConfig) -> Tree:
     """The tree of the frozen weights' shapes and dtypes."""
     leaves = {
         path: jax.ShapeDtypeStruct(shape, leaf_dtype(path, DTYPE))
@@ -132,7 +129,7 @@ def abstract_batch(layout: RowLayout) -> TrainBatch:
 
 
 @functools.cache
-def check_shapes(config: Sizes) -> Step:
+def check_shapes(config: ModelConfig) -> Step:
     """Traces the step of a model of these sizes with its real shapes.
 
     Raises:
@@ -153,7 +150,7 @@ def _alike(a: Any, b: Any) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def choose_placement(config: Sizes, slice_: ReferenceSlice) -> Placement:
+def choose_placement(config: ModelConfig, slice_: ReferenceSlice) -> Placement:
     """The first placement that fits: 1, 2, 4, ... chips along "model", else sharded weights.
 
     "model" is at most the side of a square mesh, since each doubling sends the activations of every
@@ -171,7 +168,7 @@ def choose_placement(config: Sizes, slice_: ReferenceSlice) -> Placement:
     return Placement(data, model, weights, size, fits)
 
 
-def device_bytes(config: Sizes, *, data: int, model: int, weights: str) -> int:
+def device_bytes(config: ModelConfig, *, data: int, model: int, weights: str) -> int:
     """Bytes of the weights that one device of a mesh holds."""
     mesh = AbstractMesh((data, model), ("data", "model"))
     total = 0
@@ -182,7 +179,7 @@ def device_bytes(config: Sizes, *, data: int, model: int, weights: str) -> int:
     return total
 
 
-def compiled(config: Sizes, mesh: Mesh, weights: str, *, remat: str = "layer") -> Any:
+def compiled(config: ModelConfig, mesh: Mesh, weights: str, *, remat: str = "layer") -> Any:
     """Compiles the step from shapes for a mesh of this machine; devices run a row at a time."""
     delta, state, frozen, batch, dropout = abstract_step(config).arguments
     shardings = weight_shardings(frozen, mesh, weights=weights)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.interchange.adapter_files import Adapter
-from softprompt.interchange.module_names import ModelConfig
 from softprompt.interchange.peft import to_peft
+from softprompt.models import ModelConfig
 from softprompt.pretrained.families import read_family
 from tests.families import VARIANTS, config_of_folder, write_family_folder
 from tests.tiny_t5 import hf_t5_config, tiny_t5_config, write_t5_folder

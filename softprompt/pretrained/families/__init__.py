@@ -3,6 +3,7 @@
 import functools
 
 from softprompt.errors import UserError
+from softprompt.models import ModelConfig
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.families.base import Family
@@ -40,7 +41,7 @@ FAMILIES = DECODERS | ENCODER_DECODERS
 
 
 @functools.cache
-def find_family(config: DecoderConfig | T5Config) -> tuple[str, Family]:
+def find_family(config: ModelConfig) -> tuple[str, Family]:
     """The architecture of transformers that computes what a model computes, and its family.
 
     Raises:
@@ -56,7 +57,7 @@ def find_family(config: DecoderConfig | T5Config) -> tuple[str, Family]:
     raise UserError(f"no family of transformers computes what this config says: {config}")
 
 
-def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, DecoderConfig | T5Config]:
+def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, ModelConfig]:
     """The family of a config.json's content, and the model that it describes.
 
     Args:
@@ -83,7 +84,7 @@ def read_family(raw: Raw, *, file: str = "config.json") -> tuple[Family, Decoder
     return family, config
 
 
-def _check_sizes(config: DecoderConfig | T5Config) -> None:
+def _check_sizes(config: ModelConfig) -> None:
     """Raises where sizes do not go together. Tensors of other shapes are found by their table."""
     if isinstance(config, T5Config):
         if config.start >= config.vocab:

@@ -3,13 +3,14 @@
 import re
 
 from softprompt.errors import UserError
-from softprompt.pretrained.gguf.families import FAMILIES, Config
+from softprompt.models import ModelConfig
+from softprompt.pretrained.gguf.families import FAMILIES
 from softprompt.pretrained.gguf.file import File
 from softprompt.pretrained.gguf.text import read_tokenizer
 from softprompt.pretrained.name_tables import Source, Table
 
 
-def open_model(file: File) -> tuple[Config, Table, Source]:
+def open_model(file: File) -> tuple[ModelConfig, Table, Source]:
     """The model in a file, the rules that fill its leaves, and its tensors.
 
     Each tensor is dequantised to float32 when it is read.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.errors import UserError
+from softprompt.models import ModelConfig
 from softprompt.models.decoder import DecoderConfig
 from softprompt.models.positions import RopeScaling, stretch
 from softprompt.models.shapes import ATTENTIONS
@@ -25,8 +26,6 @@ from softprompt.pretrained.name_tables import (
     fused_qkv,
     third,
 )
-
-Config = DecoderConfig | T5Config
 
 NAMES: Mapping[str, str] = {
     "embed": "token_embd",
@@ -59,7 +58,7 @@ class Family:
         ignored_tensors: pattern of tensors that fill no leaf and may be ignored.
     """
 
-    config: Callable[[File], Config]
+    config: Callable[[File], ModelConfig]
     table: Callable[[Any], Table]
     ignored_tensors: str = ""
 
