@@ -69,6 +69,19 @@ def test_intervals_of_few_clusters():
     assert min(exponents, errors) >= 21
 
 
+def test_an_interval_of_two_clusters_is_widened():
+    """Breaks when two clusters give an interval that ends at what one of them says alone."""
+    sizes, losses, clusters = simulate(np.random.default_rng(4), 2)
+    found = extrapolation_error(sizes, losses, clusters, SIZES[-1])
+    each = []
+    for one in range(2):
+        alone = [loss for loss, cluster in zip(losses, clusters, strict=True) if cluster == one] * 2
+        each.append(extrapolation_error(sizes, alone, clusters, SIZES[-1]).value - found.value)
+    factor = 2**0.5 * 12.706 / 1.960  # Student's interval of one degree of freedom over the normal
+    ends = [found.low - found.value, found.high - found.value]
+    assert ends == pytest.approx([factor * min(0, *each), factor * max(0, *each)], rel=1e-3)
+
+
 def test_the_held_out_size_decides_nothing():
     """Breaks when the law is fitted to the loss that it predicts, or the error has no sign."""
     sizes, losses, clusters = simulate(np.random.default_rng(3), 3)

@@ -32,6 +32,8 @@ def test_scaling_law():
     worse, two = law * [1, 1, 1, 1, 1.4], ["holds", "refuted"]
     assert verdicts(scaling_law, [*rungs("full", law), *rungs("prompt", worse)])[:2] == two
     assert verdicts(scaling_law, [*rungs("full", worse), *rungs("prompt", law)])[:2] == two[::-1]
+    told = scaling_law.table(rungs("full", worse))["law (nats)"].astype(float)
+    assert told.tolist() == pytest.approx(law.tolist(), abs=2e-3)
     rows = [*rungs("full", law), *rungs("prompt", law, accuracy=0.5)]
     assert verdicts(scaling_law, rows)[:2] == ["holds", "undecided"]
     table = scaling_law.table(rows)

@@ -101,6 +101,21 @@ def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_pat
     assert max(apart(ours, alone(trials[4], tmp_path / "alone"))) <= 1e-5
 
 
+def test_a_step_that_fails_ends_every_trial_of_it(tiny_folder, tmp_path, monkeypatch):
+    """Mutations: the trials of a failed step are stepped again; their folders stay locked."""
+
+    def steps(program, calls, **options):
+        raise RuntimeError(f"{len(calls)} trials")
+
+    monkeypatch.setattr(StepProgram, "steps", steps)
+    some = [{**FIRST, "seed": seed} for seed in range(3)]
+    trials = configs(tiny_folder, tmp_path, some, mesh__population=2)
+    with session() as shared:
+        failed = run(trials, tmp_path / "sweep", shared)
+    assert [row["error"][-8:] for row in failed] == ["2 trials", "2 trials", "1 trials"]
+    assert list((tmp_path / "sweep").glob("*/.lock")) == []
+
+
 @pytest.mark.matrix
 def test_no_place_is_taken_when_the_time_is_over(tiny_folder, tmp_path, monkeypatch):
     """Mutation: a member that is running is stopped; a free place is taken late."""

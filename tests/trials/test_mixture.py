@@ -10,7 +10,8 @@ from softprompt.config import trial_id, validate
 from softprompt.data.rows import RowLayout
 from softprompt.errors import UserError
 from softprompt.trials.estimate import estimate
-from softprompt.trials.prepare import prepare, step_work
+from softprompt.trials.measure import measure
+from softprompt.trials.prepare import initial_state, prepare, step_work
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import session, trial_config, two_tasks, write_task
 from tests.tiny_t5 import write_complete_t5
@@ -47,6 +48,20 @@ def test_any_method_trains_on_a_mixture(tiny_folder, source, shared, tmp_path):
     train = prepared.data.train
     said = {(train.task(n), decode(ids)) for n, ids in enumerate(train.targets)}
     assert said == {(0, " negative"), (0, " positive"), (1, " not at all"), (1, " yes")}
+
+
+def test_each_task_is_scored_with_its_own_prompt(tiny_folder, source, shared):
+    """Mutation: examples of validation and test have the number of another task."""
+    changes = {"data__mixture": two_tasks(source), "method__name": "multitask"}
+    prepared = prepare(trial_config(tiny_folder, source, **changes), shared)
+    delta = initial_state(prepared).delta
+    cols_NPZ = delta["task_cols"]
+    other = {**delta, "task_cols": cols_NPZ.at[1].set(3 * cols_NPZ[1])}
+    for split in ("validation", "test"):
+        (first, second), (same, changed) = (
+            measure(prepared, one, split)[1] for one in (delta, other)
+        )
+        assert same == first and changed != second
 
 
 def test_a_cap_bounds_a_task(tiny_folder, source, shared):
