@@ -83,8 +83,8 @@ inside = "contains" if law.low <= TRUTH.exponent <= law.high else "does not cont
 print(f"The interval of a, {law.low:.3f} to {law.high:.3f}, {inside} the true {TRUTH.exponent}.")
 
 # %% [markdown]
-# One interval that contains the truth may be luck. Of many studies, 95 % should have one that does.
-# An interval from few seeds is a little too narrow: count how often it contains the truth.
+# One interval that contains the truth may be luck. Of many studies, 95 % should have one that does:
+# count them. Resampled exponents of few seeds are spread out, as Student's distribution is.
 
 # %%
 laws = [fit_seeds(simulate(study), len(sizes)) for study in range(1, STUDIES + 1)]
@@ -184,10 +184,11 @@ for what, call in {
 # %% [markdown]
 # ## The ladder
 #
-# The decoders `ladder/d0` to `ladder/d3` were trained here on the same text in the same order. Each
-# size has one run, so the exponent has no interval over seeds, and three numbers are fitted to four
-# points: an illustration. With `ladder/d4`, the range over fits that leave one size out says how
-# much hangs on a single model. The T5s have another objective and are left out.
+# The decoders `ladder/d0` to `ladder/d4` were trained here on the same text in the same order. Each
+# size has one run, so the exponent has no interval over seeds; the range over fits that leave one
+# size out says how much hangs on a single model. The T5s have another objective and are left out.
+# `experiments/paper/scaling_law.py` asks the same of the test losses of prompts and full
+# fine-tuning, which have seeds.
 
 # %%
 file = Path(LADDER or ROOT / "experiments/paper/results/ladder.json")
