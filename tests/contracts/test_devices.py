@@ -106,6 +106,15 @@ def test_any_mesh_trains_the_same(place, alone, tmp_path, shape):
     check_same(tmp_path / "w", alone)
 
 
+@pytest.mark.matrix
+def test_heads_that_no_mesh_divides(place, tmp_path):
+    """Fails if heads are split over devices that their number is no multiple of."""
+    model = write_llama_folder(tmp_path / "model", heads=9, kv_heads=3, width=54)
+    for name, shape in (("alone", (1, 1)), ("w", (2, 4))):
+        run_trial(config_of(place, model=model), tmp_path / name, session=session_on(shape))
+    check_same(tmp_path / "w", tmp_path / "alone")
+
+
 def test_sharded_weights_train_the_same(place, alone, tmp_path):
     """Fails if a layer is computed with its shards as if they were whole, or if the session leaves
     `gather` out or the weights whole.
@@ -296,7 +305,7 @@ def run_smollm2(smollm2, folder, shape):
     16 examples a step: on fewer, float32 rounding alone moves the loss of 30 layers by 1e-5.
     """
     more = {"model": smollm2.name, "task__template": "{text}:", "optimizer__rate": 0.005}
-    config = config_of(folder, **more, train__batch=16, method__length=4)
+    config = config_of(folder, **more, train__batch=16, train__steps=6, method__length=4)
     session = LoadedSession(Progress())
     session.shape, session.loaded = shape, smollm2
     run_trial(config, folder / f"{shape}", session=session)
@@ -312,8 +321,8 @@ def snippets_folder(tmp_path_factory):
 
 @pytest.mark.real
 @pytest.mark.long
-def test_smollm2_for_twenty_steps(smollm2, snippets_folder):
-    """Eight devices share two cores: minutes. Other meshes are tested on tiny models."""
+def test_smollm2_on_a_mesh(smollm2, snippets_folder):
+    """Eight devices share two cores: six steps. Twenty, and other meshes, are on tiny models."""
     alone, sharded = (run_smollm2(smollm2, snippets_folder, shape) for shape in ((1, 1), (2, 4)))
     check_same(sharded, alone)
 
