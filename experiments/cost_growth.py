@@ -253,7 +253,7 @@ def stepper(prepared: Prepared, members: int, count: int) -> Callable[[int], flo
         compiling = prepared.session.compiling
         if members == 1:
             return [program.step(calls[0], compiling)]
-        return program.steps(calls, compiling=compiling, spare=False, say=print)
+        return program.steps(calls, compiling=compiling, more_to_start=False, say=print)
 
     def step(n: int) -> float:
         nonlocal states

@@ -77,7 +77,7 @@ def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
                 f"--config.{key}: import takes the method from the file; allowed: "
                 "--config.method.bos"
             )
-    # Errors in the config come before JAX is imported.
+    # Errors in the config come before JAX opens the devices.
     config = load_config(arguments.config, [*overrides, ("model.name", arguments.model)])
     start_jax()
     from softprompt.console import Progress

@@ -26,7 +26,9 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from softprompt.config import resolve
     from softprompt.config.files import load_config
 
-    config = load_config(arguments.config, overrides)  # its errors come before JAX is imported
+    config = load_config(
+        arguments.config, overrides
+    )  # its errors come before JAX opens the devices
     start_jax(arguments.distributed)
     if arguments.dry_run:
         from softprompt.trials.trial_cost import report

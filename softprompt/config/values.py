@@ -241,7 +241,7 @@ def resolve(
     resolved = _tree(config.to_dict()).lock()
     if resolved.model.dtype == "auto":
         if not backend:
-            import jax  # finds the devices, which a process may leave to another one
+            import jax
 
             backend = jax.default_backend()
         version = jax_version or importlib.metadata.version("jax")

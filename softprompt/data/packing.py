@@ -45,11 +45,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Template:
-    """What all epochs and all seeds share: the shape, and the bucket and row of every place.
+    """The part of the packing that does not depend on epoch or seed.
 
     Attributes:
         shape: rows, tokens and targets of every step.
-        bucket_N: the bucket of each example.
+        bucket_N: the bucket of each example, by its length.
         slot_SB: for each place, an index into the examples sorted by bucket, shuffled within each.
         rows_SB: the row of each place.
     """

@@ -73,8 +73,8 @@ class RowLayout:
             decoder-only model, in whose row the target follows the input.
         input_slots: prompt vectors that stand inline before each input in the encoder's row.
         target_slots: prompt vectors that stand inline before each target sequence.
-        prompts: how many prompts (an encoder-decoder's stand before inputs) there are for examples
-            to have one of, by their task; 0 where all have the same.
+        prompts: the number of a mixture's prompts, one for each task (in an encoder-decoder, before
+            the input); 0 if all examples have the same prompt.
     """
 
     start: int | None = None
@@ -139,7 +139,7 @@ def scored_example(
 
 
 def _sequence(tokens: np.ndarray, slots: int = 0, *, first: int = 0) -> Rows:
-    """Tokens of one example behind the slots of an inline prompt, whose rows count from `first`."""
+    """The `slots` positions of an inline prompt, whose rows begin at `first`, then the tokens."""
     index = np.arange(slots + len(tokens)) - slots
     return Rows(
         tokens=np.concatenate([np.zeros(slots, np.int32), tokens]),

@@ -41,7 +41,7 @@ class Columns:
             all are.
         labels: the labels that are allowed; None for free text.
         clean: changes each text, answer and candidate.
-        form: changes each row before its fields are read.
+        transform_row: changes each row before its fields are read.
     """
 
     texts: tuple[str, ...]
@@ -52,7 +52,7 @@ class Columns:
     correct: str = ""
     labels: Collection[str] | None = None
     clean: Callable[[str], str] | None = None
-    form: Callable[[Row], Row] | None = None
+    transform_row: Callable[[Row], Row] | None = None
 
 
 def read_file(
@@ -98,7 +98,7 @@ def make_records(
     records: list[Record] = []
     seen: dict[str, str] = {}
     for where, row in rows:
-        row = columns.form(row) if columns.form else row
+        row = columns.transform_row(row) if columns.transform_row else row
         key = _text(row, columns.id, where) if columns.id else f"{id_prefix}-{len(records)}"
         if key in seen:
             raise UserError(f"{where}: id {key!r} was already used in {seen[key]}")

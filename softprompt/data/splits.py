@@ -30,8 +30,8 @@ def read_split(task: Task, split: str) -> list[Record]:
     if task.counts and len(read) != (count := task.counts[rule.split != "train"]):
         say(f"warning: {_origin(task, rule)} has {len(read):,} rows; in the paper it has {count:,}")
     records = _select(read, rule, task)
-    if split == "train" and task.train_form:
-        records = [one for record in records for one in task.train_form(record)]
+    if split == "train" and task.expand_record:
+        records = [one for record in records for one in task.expand_record(record)]
     origin = _origin(task, rule)
     if not records:
         advice = "; allowed: more examples, or a file for each split" if rule.by_hash else ""

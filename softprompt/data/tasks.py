@@ -103,9 +103,9 @@ class Task:
         reported: the metrics whose mean is `task_score`; () for none.
         exact: whether a generated answer has to be the label itself, rather than to begin with it.
         clean: changes each text of an example; None for none.
-        form: changes each row before its fields are read; None for none.
+        transform_row: changes each row before its fields are read; None for none.
         t5: what T5's form of the task replaces; None where it only has another template.
-        train_form: the training examples that a record becomes; None for itself.
+        expand_record: the training examples that a record becomes; None for itself.
         words: what class-label initialisation begins with, for a task without verbalizers.
         counts: rows of the source's train and development splits; () where they are not known.
         url: where to download the source from, if it is a file.
@@ -126,9 +126,9 @@ class Task:
     reported: tuple[str, ...] = ()
     exact: bool = False
     clean: Callable[[str], str] | None = None
-    form: Callable[[Row], Row] | None = None
+    transform_row: Callable[[Row], Row] | None = None
     t5: Mapping[str, Any] = field(default_factory=dict)
-    train_form: Callable[[Record], list[Record]] | None = None
+    expand_record: Callable[[Record], list[Record]] | None = None
     words: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
     url: str = ""
@@ -160,7 +160,7 @@ class Task:
             correct=self.correct_field,
             labels=self.labels or None,
             clean=self.clean,
-            form=self.form,
+            transform_row=self.transform_row,
         )
 
     @property

@@ -47,7 +47,7 @@ def read_tfds(name: str, split: str, columns: Columns) -> list[Record]:
         builder = _prepared(name)
         source = _open_split(builder, name, split)
         features = builder.info.features
-        if columns.form is None:
+        if columns.transform_row is None:
             _check_fields(columns, name, features)
         rows = [source[index] for index in range(len(source))]
     if not columns.id and "id" in features and isinstance(features["id"], tfds.features.Text):

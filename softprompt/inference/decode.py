@@ -27,7 +27,7 @@ NO_TOKEN = -1  # an EOS id that no model generates
 
 
 class State(NamedTuple):
-    """The loop's carry: `made` tokens are chosen; the last of each row is not yet run."""
+    """The loop's carry: `made` tokens of each row are sampled; the last one has not been run."""
 
     made: jax.Array
     last_B: jax.Array

@@ -1,4 +1,4 @@
-"""A pool of rows: its compiled programs, its arrays on the device, and its rows' state here."""
+"""A pool of rows: its compiled programs, its device arrays, and its rows' state on the host."""
 
 import dataclasses
 import functools

@@ -180,9 +180,10 @@ def prefill(
 
 
 class RowState(NamedTuple):
-    """The rows of a step, int32 [A, B]: the last token, the input's length, the tokens run since.
+    """The rows of a step, int32 [A, B].
 
-    The last token is chosen but not yet run.
+    The last sampled token, which has not been run; the input's length; and the number of generated
+    tokens that have been.
     """
 
     ids: Any

@@ -142,7 +142,7 @@ def run_group(
                 running[-1].begin()
                 stopped = running[-1].stopped
             steps = [one for one in running if one.call is not None]
-            _take_steps(session, steps, spare=bool(waiting))
+            _take_steps(session, steps, more_to_start=bool(waiting))
             for one in running:
                 stopped = stopped or one.stopped
                 if one.row is not None:
@@ -214,7 +214,7 @@ class _Running:
             self.stopped = stop
 
 
-def _take_steps(session: Session, running: Sequence[_Running], *, spare: bool) -> None:
+def _take_steps(session: Session, running: Sequence[_Running], *, more_to_start: bool) -> None:
     """Takes the steps of all trials in one program, then advances each trial."""
     calls = [one.call for one in running if one.call is not None]
     if not calls:
@@ -222,7 +222,7 @@ def _take_steps(session: Session, running: Sequence[_Running], *, spare: bool) -
     compiling = running[0].session.compiling
     try:
         results = calls[0].program.steps(
-            calls, compiling=compiling, spare=spare, say=session.progress.say
+            calls, compiling=compiling, more_to_start=more_to_start, say=session.progress.say
         )
     except Exception as error:
         for one in running:

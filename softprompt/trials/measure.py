@@ -68,7 +68,7 @@ def predictions_by_id(
 ) -> Iterator[dict]:
     """Lines of predictions.jsonl: id and prediction of each example.
 
-    Those of a mixture, or with `named`, also have the task.
+    Lines of a mixture also have the task; `named` adds it to those of a single task.
     """
     for one, of_task in zip(prepared.tasks, found, strict=True):
         task = {"task": one.task.name} if named or len(prepared.tasks) > 1 else {}

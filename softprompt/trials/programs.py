@@ -55,7 +55,7 @@ class StepProgram:
         calls: Sequence[StepCall],
         *,
         compiling: Compiling,
-        spare: bool,
+        more_to_start: bool,
         say: Callable[[str], None],
     ) -> list[StepResult]:
         """Runs the steps of several trials on one model, stacked.
@@ -65,15 +65,15 @@ class StepProgram:
         Args:
             calls: of this program.
             compiling: the context in which a program is compiled.
-            spare: new trials are about to start, so a larger compiled program is used, padded with
-                copies.
+            more_to_start: more trials are about to start: a wider compiled program is used, padded
+                with copies.
             say: called with a line if memory does not suffice.
         """
         assert all(call.program is self for call in calls), "stacked steps share a program"
         assert all(call.weights is calls[0].weights for call in calls), "and weights"
         results = list[StepResult]()
         while chunk := calls[len(results) :][: self._most]:
-            width = self._width(len(chunk), spare=spare)
+            width = self._width(len(chunk), more_to_start=more_to_start)
             try:
                 results += self._stacked(chunk, width, compiling)
             except Exception as error:
@@ -103,9 +103,9 @@ class StepProgram:
         results: list[StepResult] = self.compiled[width](padded, first.weights)
         return results[: len(calls)]
 
-    def _width(self, count: int, *, spare: bool) -> int:
+    def _width(self, count: int, *, more_to_start: bool) -> int:
         """The width of the program to run: a suitable compiled one, else `count`."""
-        most = sys.maxsize if spare else 2 * count
+        most = sys.maxsize if more_to_start else 2 * count
         return min((n for n in self.compiled if count <= n <= most), default=count)
 
 

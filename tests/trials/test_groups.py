@@ -212,9 +212,9 @@ def calls(program, keys, weights):
     return [StepCall(program, {}, {}, weights, key, key) for key in keys]
 
 
-def take(program, some, said, *, spare=False):
+def take(program, some, said, *, more_to_start=False):
     """The keys and batches that a program of `fake_compiler` gives back."""
-    return program.steps(some, compiling=Pauses(), spare=spare, say=said.append)
+    return program.steps(some, compiling=Pauses(), more_to_start=more_to_start, say=said.append)
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_places_are_kept_while_trials_are_waiting(compiled):
     """Mutation: what three of four leave is compiled anew, though others are about to come."""
     program = StepProgram(Static(None, None, None))
     program.compiled[4] = lambda members, weights: [m.dropout for m in members]
-    assert take(program, calls(program, "a", {}), [], spare=True) == ["a"]
+    assert take(program, calls(program, "a", {}), [], more_to_start=True) == ["a"]
     assert compiled == []
     take(program, calls(program, "a", {}), [])
     assert compiled == [1]

@@ -1,8 +1,8 @@
 """Moves a trial between local scratch and the results store.
 
-While it trains, its newest whole checkpoint and its other files travel as one tar file, a
-publication. That of a trial which runs in its folder in the store is empty: the files are there. At
-a trial's end its files are copied one by one, and result.json last.
+During training, a trial's newest complete checkpoint and its other files are uploaded as one tar
+file, a publication. A trial that trains in the store itself uploads nothing: its publication is an
+empty file. At the end its files are copied one by one, result.json last.
 """
 
 import io
