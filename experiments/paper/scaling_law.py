@@ -37,8 +37,8 @@ LADDER = [model for model in figure1.MODELS["full"] if model != study.SMOLLM2]
 CAPTION = (
     "Mean cross-entropy of the right label among the task's labels, in nats, on the test examples, "
     "with its 95 % interval over seeds. Dashed: the law that is fitted without d4, whose "
-    "exponent is in the last line of its method. Trials select by validation accuracy, not by "
-    "this loss."
+    "exponent is in the last line of its method; 10 is the largest that is looked for, where all "
+    "models but the smallest are alike. Trials select by validation accuracy, not by this loss."
 )
 
 Losses = dict[tuple[str, int], float]  # (task, seed) -> loss
