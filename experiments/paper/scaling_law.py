@@ -8,7 +8,7 @@ the task's labels on the test examples; the same answer to two equally frequent 
 Prediction: the law is within 10 % of the loss on d4, for full fine-tuning and for a prompt. It is
 refuted if it is further away, and undecided where no model is above chance. A longer prompt gains
 little: on SmolLM2, where the loss is A P^-a, ten times the length lowers it by at most 10 %. It is
-refuted if that is more.
+refuted if that is more. The trials of d4 ran after this was written, those of the lengths before.
 
 Command:
     softprompt sweep paper/figure1 --workdir runs/paper
@@ -50,9 +50,11 @@ def measured(trials: Sequence[Row]) -> Losses:
     return {key: one["cross_entropy"] for key, one in answers.items() if "cross_entropy" in one}
 
 
-def by_model(rows: Sequence[Row], method: str) -> dict[str, Losses]:
-    """Model of the ladder -> losses of the tasks and seeds that all its models have, by size."""
-    trials = figure1.by_line(rows)[method]
+def by_model(trials: Mapping[str, Sequence[Row]]) -> dict[str, Losses]:
+    """Model of the ladder -> losses of the tasks and seeds that all its models have, by size.
+
+    `trials` are those of a method by model; see `figure1.by_line`.
+    """
     found = {model: measured(trials[model]) for model in LADDER if model in trials}
     common = sorted(set.intersection(*map(set, found.values()))) if found else []
     return {model: {key: some[key] for key in common} for model, some in found.items() if common}
@@ -65,16 +67,16 @@ def columns(found: Mapping[str, Losses]) -> tuple[list[float], list[float], list
     return sizes, losses, clusters
 
 
-def distance(rows: Sequence[Row], method: str) -> tuple[Estimate | None, int]:
+def distance(trials: Mapping[str, Sequence[Row]]) -> tuple[Estimate | None, int]:
     """How far the law is from the held-out loss, in %, either way; and the number of seeds.
 
     None where the models are too few, or none is above chance.
     """
-    found = by_model(rows, method)
+    found = by_model(trials)
     seeds = len({seed for _, seed in found.get(HELD_OUT, {})})
     if seeds < 2 or len(found) <= FEWEST:
         return None, 0
-    if not study.above_chance(*(figure1.by_line(rows)[method][model] for model in found)):
+    if not study.above_chance(*(trials[model] for model in found)):
         return None, seeds
     error = extrapolation_error(*columns(found), study.size(HELD_OUT))
     return estimate(100 * abs(error.value), 100 * np.abs(error.draws)), seeds
@@ -96,10 +98,10 @@ def length_gain(rows: Sequence[Row]) -> tuple[Estimate | None, int]:
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The predictions, and what was found."""
-    made = []
+    made, lines = [], figure1.by_line(rows)
     for method, name in METHODS.items():
         claim = f"the law of the smaller models is within 10 % of {name}'s loss on d4 (% away)"
-        found, seeds = distance(rows, method)
+        found, seeds = distance(lines[method])
         made.append(study.Finding(claim, "", found, at_most(10), seeds))
     claim = "ten times the length lowers the loss by at most 10 % (%)"
     found, seeds = length_gain(rows)
@@ -116,9 +118,9 @@ def law_of_smaller(found: Mapping[str, Losses]) -> ScalingLaw | None:
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line for each method and model: the loss, and what the law says of it."""
-    lines = []
+    lines, trials = [], figure1.by_line(rows)
     for method in METHODS:
-        found = by_model(rows, method)
+        found = by_model(trials[method])
         law = law_of_smaller(found)
         told = f"{law.exponent:.2f} ({law.low:.2f} to {law.high:.2f})" if law else ""
         for model, some in found.items():
@@ -137,7 +139,8 @@ def point(model: str, losses: Losses) -> Point:
 
 def figure(rows: Sequence[Row]) -> Figure:
     """Returns the losses by size, with the law of each method."""
-    found = {method: by_model(rows, method) for method in METHODS}
+    trials = figure1.by_line(rows)
+    found = {method: by_model(trials[method]) for method in METHODS}
     series = {name: [point(*one) for one in some.items()] for name, some in found.items()}
     title = "Scaling law: test loss by size"
     drawn = length_plot(series, {}, xlabel="Parameters", ylabel="Test loss (nats)", title=title)

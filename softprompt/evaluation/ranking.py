@@ -50,7 +50,7 @@ def one_program(make: Callable[Params, Program]) -> Callable[Params, Program]:
     call `make` in each of several threads, and each would compile its own function.
     """
     lock = threading.Lock()
-    cached: Program = functools.lru_cache(maxsize=32)(make)
+    cached: Program = functools.lru_cache(maxsize=64)(make)
 
     @functools.wraps(make)
     def locked(*args: Params.args, **kwargs: Params.kwargs) -> Program:

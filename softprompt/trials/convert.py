@@ -148,7 +148,7 @@ def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) ->
 
 @contextlib.contextmanager
 def _removed_on_error(folder: epath.Path) -> Iterator[None]:
-    """Removes a new folder if the block that writes it raises an exception."""
+    """Removes a new folder, or file, if the block that writes it raises an exception."""
     try:
         yield
     except BaseException:

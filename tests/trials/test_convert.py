@@ -54,6 +54,19 @@ def taking(place, model="llama", **more):
     return ["--model", place / model, "--config.model.dtype=float32", *about]
 
 
+def test_half_a_file_is_removed(place, tmp_path, monkeypatch):
+    """Mutation: only what is written as a folder is removed after an error."""
+
+    def full(file, content):
+        file.write_bytes(content[:8])
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(convert, "write_bytes", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        convert.export_run([place / "llama" / "run"], kind="npy", to=tmp_path / "p.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("model", ["llama", "t5"])
 @pytest.mark.parametrize("kind", ["peft", "npy"])
 def test_there_and_back(place, tmp_path, capsys, model, kind):
