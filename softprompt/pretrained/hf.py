@@ -76,12 +76,12 @@ def _stored_tensors(folder: Path, key_mapping: Sequence[tuple[str, str]]) -> dic
     return found
 
 
-def download(repo: str, *, revision: str | None = None, patterns: Sequence[str] = FILES) -> Path:
+def download(repo: str, *, revision: str = "", patterns: Sequence[str] = FILES) -> Path:
     """Downloads files of a hub repository into the cache, with progress.
 
     Args:
         repo: its name.
-        revision: branch, tag or commit; None for the default branch.
+        revision: branch, tag or commit; "" for the default branch.
         patterns: of the files. With `FILES`, PyTorch's own files are downloaded where a repository
             has no safetensors.
 
@@ -95,7 +95,7 @@ def download(repo: str, *, revision: str | None = None, patterns: Sequence[str] 
     return folder
 
 
-def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def _snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import: only for hub names
 
     where = f"{repo}@{revision}" if revision else repo
@@ -103,7 +103,7 @@ def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
         return Path(
             snapshot_download(
                 repo,
-                revision=revision,
+                revision=revision or None,
                 cache_dir=cache_dir() / "hub",
                 allow_patterns=list(patterns),
             )

@@ -58,7 +58,7 @@ def load_model(
     dtype: str = "float32",
     quantize: str = "none",
     put: Put | None = None,
-    revision: str | None = None,
+    revision: str = "",
     tokenizer_name: str = "",
 ) -> Loaded:
     """Loads a frozen model, and downloads it first if the cache does not hold it.
@@ -72,7 +72,7 @@ def load_model(
         put: called with the path of each leaf, such as "layers/attn/q/kernel", and its array as
             soon as it is read; the tree of weights holds what it returns, for instance a sharded
             array. Default: puts the array on the default device.
-        revision: branch, tag or commit of a hub repository; None for its default branch.
+        revision: branch, tag or commit of a hub repository; "" for its default branch.
         tokenizer_name: a folder or hub repository with the tokenizer; "" for the model's own. A T5X
             checkpoint has no tokenizer; that of T5 1.1 is used.
 
@@ -95,7 +95,7 @@ def load_model(
     return Loaded(make_model(config, dtype), weights, text, fingerprint, name, config)
 
 
-def read_model_config(name: str, *, revision: str | None = None) -> ModelConfig:
+def read_model_config(name: str, *, revision: str = "") -> ModelConfig:
     """The sizes of a model, without its weights, from the catalogue if it has the name.
 
     Raises:
@@ -106,7 +106,7 @@ def read_model_config(name: str, *, revision: str | None = None) -> ModelConfig:
 
 
 def _open(
-    name: str, revision: str | None, tokenizer_name: str
+    name: str, revision: str, tokenizer_name: str
 ) -> tuple[Path | str, Opened, tokenizer.Tokenizer]:
     """A model's location, its opened files and its tokenizer; reads no weights."""
     entry = CATALOG.get(name)
@@ -159,7 +159,7 @@ def make_model(config: ModelConfig, dtype: str) -> Model:
     return Decoder(config, dtype=jnp.dtype(dtype))
 
 
-def find(name: str, *, revision: str | None = None) -> Path:
+def find(name: str, *, revision: str = "") -> Path:
     """The local folder or .gguf file of a model, downloaded if it is not in the cache.
 
     Raises:
@@ -188,7 +188,7 @@ def find(name: str, *, revision: str | None = None) -> Path:
     raise unknown_model(name)
 
 
-def find_folder(name: str, *, revision: str | None = None) -> Path | None:
+def find_folder(name: str, *, revision: str = "") -> Path | None:
     """The Hugging Face folder of a model; None if the model is stored in another format.
 
     Raises:

@@ -89,7 +89,7 @@ def _export_delta(
     """Writes the delta without the model; returns the notes."""
     file = epath.Path(folder) / DELTA
     delta, metadata = load_delta(file)
-    model = read_model_config(config.model.name, revision=config.model.revision or None)
+    model = read_model_config(config.model.name, revision=config.model.revision)
     check_fit(delta, config, model, file=str(file))
     method, settings = to_dict(config)["method"], method_settings(config)
     notes = conventions(settings, model)
@@ -136,13 +136,13 @@ def export_merged(config: ConfigDict, delta_file: epath.Path, to: epath.Path) ->
         config.model.name,
         dtype="float32",
         quantize=config.model.quantize,
-        revision=config.model.revision or None,
+        revision=config.model.revision,
         tokenizer_name=config.model.tokenizer,
     )
     delta = read_delta(delta_file, config, loaded)
     cfg = method.resolve(settings, Setup(loaded.config))
     weights = method.merge(delta, loaded.weights, cfg)
-    original = find_folder(config.model.name, revision=config.model.revision or None)
+    original = find_folder(config.model.name, revision=config.model.revision)
     save_folder(to, loaded.config, weights, loaded.tokenizer, original=original)
 
 
@@ -163,7 +163,7 @@ def base_model(config: ConfigDict) -> tuple[str | None, str]:
     It is a name that transformers can load: the repository that a model of the catalogue was made
     from, or the folder or repository that the config names. None if there is no such name.
     """
-    name, revision = config.model.name, config.model.revision or None
+    name, revision = config.model.name, config.model.revision
     if (entry := CATALOG.get(name)) and entry.original:
         return entry.original, (
             f"base_model_name_or_path is {entry.original!r}, which {name!r} was made from; the "
@@ -227,7 +227,7 @@ def import_run(
         raise UserError(f"--workdir {workdir}: not empty; give a new folder")
     adapter = open_source(file)
     metadata = dict(adapter.provenance) if adapter else {}
-    model = read_model_config(config.model.name, revision=config.model.revision or None)
+    model = read_model_config(config.model.name, revision=config.model.revision)
     if adapter is None:
         delta, method = prompt_arrays.from_npy(file, model)
     else:
@@ -236,7 +236,7 @@ def import_run(
     check_tasks(config, delta, file=str(file))
     loaded = load_model(
         config.model.name,
-        revision=config.model.revision or None,
+        revision=config.model.revision,
         tokenizer_name=config.model.tokenizer,
         put=lambda path, leaf: None,  # only the fingerprint is needed
     )

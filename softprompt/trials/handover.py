@@ -195,7 +195,7 @@ def read_prompts(
     loaded = load_model(
         first.model.name,
         dtype="float32",
-        revision=first.model.revision or None,
+        revision=first.model.revision,
         tokenizer_name=first.model.tokenizer,
         put=put,
     )

@@ -147,7 +147,7 @@ class Session:
             dtype=model.dtype,
             quantize=model.quantize,
             put=functools.partial(put_weight, mesh, weights=config.mesh.weights),
-            revision=model.revision or None,
+            revision=model.revision,
             tokenizer_name=model.tokenizer,
         )
         if config.mesh.weights == "replicated":

@@ -254,6 +254,8 @@ def test_the_hub_is_asked_for_what_is_read_and_nothing_else(monkeypatch, tmp_pat
     assert all(wanted(call, file) for file in files)
     others = ["pytorch_model.bin", "onnx/model.onnx", "README.md", "a.gguf"]
     assert not any(wanted(call, file) for file in others)
+    hf.download("some/repo")  # mutation: the hub is asked for a revision named ""
+    assert asked[-1]["revision"] is None
 
 
 def test_pytorch_files_are_fetched_where_there_are_no_safetensors(monkeypatch, tmp_path):
