@@ -72,6 +72,19 @@ def keys(tmp_path_factory, tiny_folder):
     return [word for word in given if not word.startswith("--config.method.length")]
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A folder for compiled programs."""
+    return str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture
+def compile_once(programs, monkeypatch):
+    """The processes of these tests compile a program once between them."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", programs)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
 def command(*arguments):
     return [sys.executable, "-m", "softprompt", *map(str, arguments)]
 
@@ -97,6 +110,7 @@ def same_trials(left, right):
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("compile_once")
 def test_workers_train_what_a_local_sweep_trains(tmp_path, keys, monkeypatch):
     """Two workers, one of which is stopped in the middle, against one process without workers, bit
     for bit. Mutation: the next holder begins without the checkpoint, or with the log of another."""
@@ -124,6 +138,7 @@ def test_workers_train_what_a_local_sweep_trains(tmp_path, keys, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("compile_once")
 def test_two_terminals_share_a_sweep(tmp_path, keys, monkeypatch):
     """Mutations: both train the same trial; one that the other terminal trains is a failed row."""
     monkeypatch.chdir(tmp_path)
@@ -207,20 +222,20 @@ def test_claims_are_free_soon_after_sigterm_during_a_compilation(tmp_path, grace
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("compile_once")
 def test_workers_and_a_plain_sweep_go_on_where_the_other_one_was(tmp_path, keys, monkeypatch):
     """A sweep is killed, a worker goes on and is stopped, a sweep ends it, bit for bit. Mutations:
     a checkpoint in the trial's folder is not looked at, nor one that a worker has published."""
     monkeypatch.chdir(tmp_path)
     Path("some.py").write_text(EXPERIMENT)
-    kept = variables(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"))
     keys = [*keys, "--config.train.steps=600", "--config.log.checkpoint_every=25"]
     sweep = ["sweep", "some.py", "--subset", "1", *keys, "--workdir"]
-    subprocess.run(command(*sweep, "alone"), env=kept, check=True, capture_output=True)
+    subprocess.run(command(*sweep, "alone"), env=variables(), check=True, capture_output=True)
     (name,) = (path.name for path in Path("alone").iterdir() if path.is_dir() and "-" in path.name)
 
     def stop(words, folder, number, after):
         with open("log", "w") as log:
-            one = subprocess.Popen(command(*words), env=kept, stdout=log, stderr=log)
+            one = subprocess.Popen(command(*words), env=variables(), stdout=log, stderr=log)
         wait_for(lambda: newest_step(folder) >= after, "checkpoint", 300)
         one.send_signal(number)
         one.wait()
@@ -231,7 +246,7 @@ def test_workers_and_a_plain_sweep_go_on_where_the_other_one_was(tmp_path, keys,
     scratch = scratch_folder(read_plan(open_store("shared"))) / name
     second, began = stop(["work", "shared"], scratch, signal.SIGTERM, first + 50)
     shutil.rmtree(scratch)
-    last = subprocess.run(command(*sweep, "shared"), env=kept, stderr=subprocess.PIPE)
+    last = subprocess.run(command(*sweep, "shared"), env=variables(), stderr=subprocess.PIPE)
     print(first, began, second, resumed(last.stderr.decode()))
     assert (began, resumed(last.stderr.decode())) == ([first], [second]) and second < 600
     same_trials("alone", "shared")

@@ -60,7 +60,7 @@ def test_a_resumed_file_is_the_same(tiny_loaded, task_root, tmp_path, monkeypatc
 @pytest.mark.long
 def test_a_killed_command_goes_on(tiny_loaded, task_root, tmp_path):
     """Mutations: answers are written when all are there; a broken line stays."""
-    lines = [one | {"max_new": 9} for one in LINES * 200]
+    lines = [one | {"max_new": 9} for one in LINES * 100]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def process(to):
