@@ -1,14 +1,15 @@
 """Paired differences between methods, with intervals, and verdicts on predictions.
 
-Two methods are compared on the same test examples. Two things are random: which examples a test set
-has, which more seeds do not change, and the seeds. The first is resampled, since its distribution
-is known from many examples; the second, of which there are three or five, is drawn from Student's
-distribution, because resampling three numbers gives intervals that are too narrow.
+Two methods are compared on the same test examples. Two things are random and crossed with one
+another: which examples a test set has, which more seeds do not change, and the seeds. The variance
+of a mean is estimated from both, and its interval is Student's with the degrees of freedom that
+they give: few where the seeds decide, many where the examples do.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,29 +65,15 @@ def mean_score(
 ) -> Estimate:
     """Returns the mean over tasks, seeds and examples of scores, with its interval.
 
-    With one seed the interval is that of the examples alone.
+    With one seed the interval is that of the examples alone; with more it is never narrower.
 
-    Source: the bootstrap of examples is Efron and Tibshirani 1993, chapter 13; the degrees of
-    freedom of the seeds' variance are Satterthwaite's (1946).
+    Source: two-way crossed random effects with one value a cell, Searle, Casella and McCulloch
+    1992, chapter 4; the degrees of freedom are Satterthwaite's (1946).
     """
-    random = np.random.default_rng(seed)
-    count = len(tasks)
-    total = np.zeros(draws)
-    variances, freedoms = [], []
-    for scores_SE in tasks.values():
-        seeds, examples = scores_SE.shape
-        by_example_E = scores_SE.mean(0)
-        total += _resampled_means(random, by_example_E, draws) / count
-        if seeds > 1:
-            variances.append(_seed_variance(scores_SE) / seeds / count**2)
-            freedoms.append(seeds - 1)
-    variance = sum(variances)
-    if variance > 0:
-        terms = (v**2 / n for v, n in zip(variances, freedoms, strict=True))
-        freedom = variance**2 / sum(terms)
-        total += math.sqrt(variance) * _student(random, freedom, draws)
-    value = float(np.mean([scores.mean() for scores in tasks.values()]))
-    return estimate(value, total, level)
+    weight = 1 / len(tasks)
+    terms = [_variance_terms(weight * scores_SE) for scores_SE in tasks.values()]
+    value = weight * sum(float(scores_SE.mean()) for scores_SE in tasks.values())
+    return _student_interval(value, terms, draws, level, seed)
 
 
 def contrast(
@@ -100,7 +87,7 @@ def contrast(
     """Returns a weighted sum of the means of several tasks on which the same trials were tested.
 
     A seed's effect is common to the tasks, so its variance is that of the seeds' weighted sums; the
-    examples of each task are resampled by themselves.
+    examples of each task are its own.
 
     Args:
         weights: task -> weight.
@@ -115,16 +102,11 @@ def contrast(
     counts = {len(scores[task]) for task in weights}
     if len(counts) > 1:
         raise UserError(f"a contrast needs the same seeds of each task; there are {sorted(counts)}")
-    random, (seeds,) = np.random.default_rng(seed), counts
-    total, sums_S, noise = np.zeros(draws), np.zeros(seeds), 0.0
-    for task, weight in weights.items():
-        total += weight * _resampled_means(random, scores[task].mean(0), draws)
-        sums_S += weight * scores[task].mean(1)
-        noise += weight**2 * _interaction(scores[task]) / scores[task].shape[1]
-    if seeds > 1:
-        variance = max(0.0, float(sums_S.var(ddof=1)) - noise) / seeds
-        total += math.sqrt(variance) * _student(random, seeds - 1, draws)
-    return estimate(float(sums_S.mean()), total, level)
+    weighted = [weight * scores[task] for task, weight in weights.items()]
+    sums_S = np.sum([scores_SE.mean(1) for scores_SE in weighted], axis=0)
+    terms = [_variance_terms(scores_SE)._replace(seeds=NOTHING) for scores_SE in weighted]
+    terms.append(VarianceTerms(seeds=_mean_variance(sums_S)))
+    return _student_interval(float(sums_S.mean()), terms, draws, level, seed)
 
 
 def slope(x: Sequence[float], groups: Sequence[Estimate], *, level: float = LEVEL) -> Estimate:
@@ -203,17 +185,60 @@ def verdict(found: Estimate | None, prediction: Prediction) -> str:
     return "undecided"
 
 
-def _resampled_means(
-    random: np.random.Generator, values_E: npt.NDArray[np.floating], draws: int
-) -> npt.NDArray[np.floating]:
-    """The mean of each of so many samples with replacement, widened for small samples."""
-    n = len(values_E)
-    # How often each value is drawn decides a mean; equal values are drawn together.
-    found, counts = np.unique(values_E, return_counts=True)
-    drawn = random.multinomial(n, counts / n, size=draws)
-    means = drawn @ found / n
-    middle = values_E.mean()
-    return np.asarray(middle + small_sample_factor(n) * (means - middle))
+class Variance(NamedTuple):
+    """An estimated variance of a mean, and the degrees of freedom of the estimate."""
+
+    value: float
+    freedom: int
+
+
+NOTHING = Variance(0.0, 1)
+
+
+class VarianceTerms(NamedTuple):
+    """What the variance of a mean over seeds and examples is made of.
+
+    Attributes:
+        examples: of the mean over examples, whose scores are means over seeds.
+        seeds: of the mean over seeds, whose scores are means over examples.
+        both: what the two have in common, and so count twice: the part of single answers that
+            neither the seed nor the example explains.
+    """
+
+    examples: Variance = NOTHING
+    seeds: Variance = NOTHING
+    both: Variance = NOTHING
+
+
+def _variance_terms(scores_SE: Scores) -> VarianceTerms:
+    seeds, examples = scores_SE.shape
+    means_S, means_E = scores_SE.mean(1), scores_SE.mean(0)
+    rest_SE = scores_SE - means_S[:, None] - means_E + scores_SE.mean()
+    freedom = (seeds - 1) * (examples - 1)
+    rest = float(np.square(rest_SE).sum()) / freedom / rest_SE.size if freedom else 0.0
+    both = Variance(rest, freedom) if freedom else NOTHING
+    return VarianceTerms(_mean_variance(means_E), _mean_variance(means_S), both)
+
+
+def _mean_variance(values: npt.NDArray[np.floating]) -> Variance:
+    """Of the mean of independent values; nothing is known from a single one."""
+    n = len(values)
+    return Variance(float(values.var(ddof=1)) / n, n - 1) if n > 1 else NOTHING
+
+
+def _student_interval(
+    value: float, terms: Sequence[VarianceTerms], draws: int, level: float, seed: int
+) -> Estimate:
+    """An estimate whose variance is the sum of independent terms, at least that of examples."""
+    examples = sum(term.examples.value for term in terms)
+    others = sum(term.seeds.value - term.both.value for term in terms)
+    variance = examples + max(0.0, others)
+    if variance == 0:
+        return estimate(value, np.full(draws, value), level)
+    squares = sum(part.value**2 / part.freedom for term in terms for part in term)
+    random = np.random.default_rng(seed)
+    deviations = _student(random, variance**2 / squares, draws)
+    return estimate(value, value + math.sqrt(variance) * deviations, level)
 
 
 def small_sample_factor(n: int) -> float:
@@ -235,25 +260,6 @@ def _student(random: np.random.Generator, freedom: float, draws: int) -> npt.NDA
     """
     quantiles = stats.t.ppf((np.arange(draws) + 0.5) / draws, freedom)
     return np.asarray(random.permutation(quantiles))
-
-
-def _seed_variance(scores_SE: Scores) -> float:
-    """The variance of a seed's expected score, at least 0.
-
-    Seeds' means over the same examples differ also because single answers do, which resampling the
-    examples already counts: the mean square of the interaction is subtracted.
-    Source: Searle, Casella and McCulloch 1992, chapter 4 (two-way crossed, one value a cell).
-    """
-    within = _interaction(scores_SE) / scores_SE.shape[1]
-    return max(0.0, float(scores_SE.mean(1).var(ddof=1)) - within)
-
-
-def _interaction(scores_SE: Scores) -> float:
-    """The variance of single answers that neither the seed nor the example explains."""
-    seeds, examples = scores_SE.shape
-    means_S, means_E = scores_SE.mean(1, keepdims=True), scores_SE.mean(0, keepdims=True)
-    rest_SE = scores_SE - means_S - means_E + scores_SE.mean()
-    return float(np.square(rest_SE).sum()) / max(1, (seeds - 1) * max(1, examples - 1))
 
 
 def estimate(value: float, draws: npt.NDArray[np.floating], level: float = LEVEL) -> Estimate:

@@ -36,26 +36,35 @@ def simulated(random, *, gap, seeds, examples, tasks, spread):
 
 @pytest.mark.parametrize(
     ("seeds", "examples", "tasks", "spread"),
-    [(1, 300, 1, 0.0), (3, 300, 1, 0.05), (3, 200, 3, 0.03), (5, 100, 2, 0.0)],
+    [
+        (1, 300, 1, 0.0),
+        (3, 300, 1, 0.05),
+        (3, 200, 3, 0.03),
+        (5, 100, 2, 0.0),
+        (3, 1000, 1, 0.03),
+        (5, 1000, 1, 0.02),
+    ],
 )
 def test_intervals_cover_the_truth_as_often_as_they_say(seeds, examples, tasks, spread):
-    """Breaks when seeds are resampled as examples are (too narrow), when pairs are torn apart (too
-    wide), or when examples count once for each seed."""
-    random, trials, covered = np.random.default_rng(0), 600, 0
+    """Breaks when seeds are resampled as examples are, or what examples explain is subtracted from
+    what seeds do (too narrow); when pairs are torn apart (too wide); or when examples count once
+    for each seed."""
+    random, trials, covered = np.random.default_rng(0), 2000, 0
     for trial in range(trials):
         pair = simulated(
             random, gap=0.05, seeds=seeds, examples=examples, tasks=tasks, spread=spread
         )
         found = paired_difference(*pair, draws=400, seed=trial)
         covered += found.low <= 0.05 <= found.high
-    # 93 to 97 %, and what 600 trials can be off by.
-    assert 0.93 - 0.018 < covered / trials < 0.97 + 0.018
+    # 93 to 97 %, and what 2,000 trials can be off by.
+    print(f"{covered / trials:.3f}")
+    assert 0.93 - 0.01 < covered / trials < 0.97 + 0.01
 
 
 def test_a_contrast_of_tasks_with_common_seeds_covers_the_truth():
     """Breaks when the tasks' seeds are taken as independent (91 %)."""
     weights = {"a": -1.0, "b": 0.5, "c": 0.5}
-    random, trials, covered = np.random.default_rng(0), 600, 0
+    random, trials, covered = np.random.default_rng(0), 2000, 0
     for trial in range(trials):
         seeds_S = random.normal(0, 0.2, 3)  # common to b and c
         scores = {
@@ -64,7 +73,8 @@ def test_a_contrast_of_tasks_with_common_seeds_covers_the_truth():
         }
         found = contrast(weights, scores, draws=400, seed=trial)
         covered += found.low <= 0.2 <= found.high
-    assert 0.93 - 0.018 < covered / trials < 0.97 + 0.018
+    print(f"{covered / trials:.3f}")
+    assert 0.93 - 0.01 < covered / trials < 0.97 + 0.01
 
 
 def test_a_contrast_of_one_task_is_its_mean():
