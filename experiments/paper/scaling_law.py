@@ -21,14 +21,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.paper import figure1, figure3_length, study
-from softprompt.analysis.comparisons import Estimate, at_most, estimate, mean_score
+from softprompt.analysis.comparisons import Estimate, Scores, at_most, estimate, mean_score
 from softprompt.analysis.plots import COLOURS, Point, length_plot
 from softprompt.analysis.scaling import FEWEST, ScalingLaw, extrapolation_error, fit_with_interval
 from softprompt.results import Row
+from softprompt.trials.records import label_nats
 
 METHODS = {"full": "full fine-tuning", "prompt": "a prompt"}
 HELD_OUT = "ladder/d4"
@@ -36,18 +38,23 @@ LADDER = [model for model in figure1.MODELS["full"] if model != study.SMOLLM2]
 
 CAPTION = (
     "Mean cross-entropy of the right label among the task's labels, in nats, on the test examples, "
-    "with its 95 % interval over seeds. Dashed: the law that is fitted without d4, whose "
-    "exponent is in the last line of its method; 10 is the largest that is looked for, where all "
-    "models but the smallest are alike. Trials select by validation accuracy, not by this loss."
+    "with its 95 % interval over seeds and examples. Dashed: the law that is fitted without d4, "
+    "whose exponent is in the last line of its method; 10 is the largest that is looked for, where "
+    "all models but the smallest are alike. Trials select by validation accuracy, not by this loss."
 )
 
-Losses = dict[tuple[str, int], float]  # (task, seed) -> loss
+# (task, seed) -> cross-entropy of each test example's right label
+Losses = dict[tuple[str, int], npt.NDArray[np.floating]]
 
 
 def measured(trials: Sequence[Row]) -> Losses:
     """The losses of the trials whose labels were scored."""
-    answers = {key: row["answers"][key[0]] for key, row in study.keyed(trials).items()}
-    return {key: one["cross_entropy"] for key, one in answers.items() if "cross_entropy" in one}
+    scored = {
+        key: row
+        for key, row in study.keyed(trials).items()
+        if "label_nats" in row["answers"][key[0]]
+    }
+    return {key: label_nats([row], key[0])[0] for key, row in scored.items()}
 
 
 def by_model(trials: Mapping[str, Sequence[Row]]) -> dict[str, Losses]:
@@ -60,11 +67,11 @@ def by_model(trials: Mapping[str, Sequence[Row]]) -> dict[str, Losses]:
     return {model: {key: some[key] for key in common} for model, some in found.items() if common}
 
 
-def columns(found: Mapping[str, Losses]) -> tuple[list[float], list[float], list[Any]]:
-    """The size, the loss, and the task with the seed of each trial."""
+def columns(found: Mapping[str, Losses]) -> tuple[list[float], Scores, list[Any]]:
+    """The size, the losses [trials, examples], and the task with the seed of each trial."""
     flat = [(study.size(one), loss, key) for one in found for key, loss in found[one].items()]
     sizes, losses, clusters = (list(column) for column in zip(*flat, strict=True))
-    return sizes, losses, clusters
+    return sizes, np.array(losses), clusters
 
 
 def distance(trials: Mapping[str, Sequence[Row]]) -> tuple[Estimate | None, int]:
@@ -82,18 +89,27 @@ def distance(trials: Mapping[str, Sequence[Row]]) -> tuple[Estimate | None, int]
     return estimate(100 * abs(error.value), 100 * np.abs(error.draws)), seeds
 
 
-def length_gain(rows: Sequence[Row]) -> tuple[Estimate | None, int]:
-    """By how many % ten times the length lowers a prompt's loss; and the number of seeds.
+def length_exponent(rows: Sequence[Row]) -> tuple[Estimate | None, int]:
+    """The exponent a of a prompt's loss, A P^-a for P vectors; and the number of seeds.
 
-    From the exponent of each seed, by least squares of logarithms.
+    It is a least-squares slope of logarithms. To first order it is a sum over the losses of single
+    examples, whose interval is over seeds and examples.
     """
     found = {n: measured(trials) for n, trials in figure3_length.by_length(rows).items()}
     common = set.intersection(*map(set, found.values())) if len(found) >= FEWEST else set()
     if not common:
         return None, 0
-    losses_LS = np.array([[some[key] for key in sorted(common)] for some in found.values()])
-    exponents_S = -np.polyfit(np.log10(list(found)), np.log10(losses_LS), 1)[0]
-    return study.in_points(mean_score({"": 1 - 10 ** -exponents_S[:, None]})), len(common)
+    losses_LSE = np.array([[some[key] for key in sorted(common)] for some in found.values()])
+    logs_L, means_L = np.log(list(found)), losses_LSE.mean((1, 2))
+    slopes_L = (logs_L - logs_L.mean()) / np.square(logs_L - logs_L.mean()).sum()
+    exponent = -float(slopes_L @ np.log(means_L))
+    first_order = mean_score({"": -np.tensordot(slopes_L / means_L, losses_LSE, 1)})
+    return estimate(exponent, exponent + first_order.draws - first_order.value), len(common)
+
+
+def length_gain(exponent: Estimate) -> Estimate:
+    """By how many % ten times the length lowers the loss."""
+    return estimate(100 * (1 - 10**-exponent.value), 100 * (1 - 10**-exponent.draws))
 
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
@@ -104,8 +120,9 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
         found, seeds = distance(lines[method])
         made.append(study.Finding(claim, "", found, at_most(10), seeds))
     claim = "ten times the length lowers the loss by at most 10 % (%)"
-    found, seeds = length_gain(rows)
-    made.append(study.Finding(claim, "beyond 20 little is gained", found, at_most(10), seeds))
+    exponent, seeds = length_exponent(rows)
+    gain = exponent and length_gain(exponent)
+    made.append(study.Finding(claim, "beyond 20 little is gained", gain, at_most(10), seeds))
     return made
 
 
@@ -133,8 +150,9 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 def point(model: str, losses: Losses) -> Point:
     """The mean loss of a model's trials."""
-    mean = mean_score({"": np.array(list(losses.values()))[:, None]})
-    return Point(study.size(model), mean.value, mean.low, mean.high, tuple(losses.values()))
+    mean = mean_score({"": np.array(list(losses.values()))})
+    each = tuple(float(one.mean()) for one in losses.values())
+    return Point(study.size(model), mean.value, mean.low, mean.high, each)
 
 
 def figure(rows: Sequence[Row]) -> Figure:

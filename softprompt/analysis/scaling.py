@@ -16,9 +16,13 @@ from scipy import optimize
 from softprompt.analysis.comparisons import LEVEL, Estimate, estimate, small_sample_factor
 from softprompt.errors import UserError
 
+Trials = npt.NDArray[np.integer]  # indices
+Losses = npt.NDArray[np.floating]  # [trials]
+
 FEWEST = 4  # sizes; three numbers are fitted
 HUBER = 1e-2  # of log loss: residuals beyond it count linearly
 EXPONENTS = np.geomspace(0.01, 3.0, 25)  # that the search starts from
+EXAMPLE_DRAWS = 100  # different resamples of the examples: each is a fit, of some milliseconds
 STEEPEST = 10.0  # exponent that is looked for: beyond it all sizes but the smallest are alike
 
 
@@ -79,18 +83,19 @@ def fit(sizes: npt.ArrayLike, losses: npt.ArrayLike) -> ScalingLaw:
 
 def fit_with_interval(
     sizes: Sequence[float],
-    losses: Sequence[float],
+    losses: npt.ArrayLike,
     clusters: Sequence[object],
     *,
     draws: int = 400,
     level: float = LEVEL,
     seed: int = 0,
 ) -> ScalingLaw:
-    """The same with an interval of the exponent: a bootstrap of whole clusters.
+    """The same with an interval of the exponent: a bootstrap of whole clusters and of examples.
 
     Args:
-        sizes: of each loss.
-        losses: one for each trial.
+        sizes: of each trial.
+        losses: of each trial, [trials]; or of its test examples, which all trials have in common,
+            [trials, examples].
         clusters: what trials share across sizes, such as (seed, task): a cluster is drawn whole.
         draws: resamples.
         level: of the interval.
@@ -99,20 +104,20 @@ def fit_with_interval(
     Raises:
         UserError: see `fit`; fewer than two clusters, or one lacks a size.
     """
-    sizes_N, losses_N = np.asarray(sizes, float), np.asarray(losses, float)
+    sizes_N, losses_NE = np.asarray(sizes, float), _by_example(losses)
 
-    def exponent(some: npt.NDArray[np.integer]) -> float:
+    def exponent(some: Trials, losses_N: Losses) -> float:
         return math.log(fit(sizes_N[some], losses_N[some]).exponent)
 
-    law = fit(sizes_N, losses_N)
-    found = _over_clusters(exponent, sizes_N, clusters, draws, seed)
+    law = fit(sizes_N, losses_NE.mean(1))
+    found = _over_clusters(exponent, sizes_N, losses_NE, clusters, draws, seed)
     low, high = np.exp(np.quantile(found, [(1 - level) / 2, (1 + level) / 2]))
     return dataclasses.replace(law, low=float(low), high=float(high))
 
 
 def extrapolation_error(
     sizes: Sequence[float],
-    losses: Sequence[float],
+    losses: npt.ArrayLike,
     clusters: Sequence[object],
     held_out: float,
     *,
@@ -123,8 +128,8 @@ def extrapolation_error(
     """How far a law of the other sizes is from the mean loss at one of them.
 
     Args:
-        sizes: of each loss.
-        losses: one for each trial.
+        sizes: of each trial.
+        losses: see `fit_with_interval`.
         clusters: see `fit_with_interval`.
         held_out: the size that is predicted.
         draws: resamples.
@@ -137,28 +142,37 @@ def extrapolation_error(
     Raises:
         UserError: see `fit_with_interval`; no loss at `held_out`.
     """
-    sizes_N, losses_N = np.asarray(sizes, float), np.asarray(losses, float)
+    sizes_N, losses_NE = np.asarray(sizes, float), _by_example(losses)
     if held_out not in sizes_N:
         raise UserError(f"no loss is of the held-out size {held_out:g}")
 
-    def error(some: npt.NDArray[np.integer]) -> float:
+    def error(some: Trials, losses_N: Losses) -> float:
         known = some[sizes_N[some] != held_out]
         law = fit(sizes_N[known], losses_N[known])
         return float(law(held_out) / losses_N[some[sizes_N[some] == held_out]].mean() - 1)
 
-    return estimate(
-        error(np.arange(len(sizes_N))), _over_clusters(error, sizes_N, clusters, draws, seed), level
-    )
+    value = error(np.arange(len(sizes_N)), losses_NE.mean(1))
+    return estimate(value, _over_clusters(error, sizes_N, losses_NE, clusters, draws, seed), level)
+
+
+def _by_example(losses: npt.ArrayLike) -> npt.NDArray[np.floating]:
+    """The losses as [trials, examples]; with one for each trial, a single column."""
+    array = np.asarray(losses, float)
+    return array if array.ndim == 2 else array[:, None]
 
 
 def _over_clusters(
-    statistic: Callable[[npt.NDArray[np.integer]], float],
+    statistic: Callable[[Trials, Losses], float],
     sizes_N: npt.NDArray[np.floating],
+    losses_NE: npt.NDArray[np.floating],
     clusters: Sequence[object],
     draws: int,
     seed: int,
 ) -> npt.NDArray[np.floating]:
-    """A statistic of resampled clusters, whose deviations are widened for few clusters.
+    """A statistic of resampled clusters and examples, widened for few clusters.
+
+    Its arguments are the trials that were drawn, and the loss of every trial over the examples that
+    were drawn.
 
     Raises:
         UserError: fewer than two clusters, or one lacks a size.
@@ -171,13 +185,22 @@ def _over_clusters(
     for cluster, some in members.items():
         if lacking := set(sizes_N) - set(sizes_N[some]):
             raise UserError(f"cluster {cluster} has no loss of size {min(lacking):g}")
-    groups = list(members.values())
-    drawn_DC = np.random.default_rng(seed).integers(len(groups), size=(draws, len(groups)))
+    groups, (trials, examples) = list(members.values()), losses_NE.shape
+    random, losses_N = np.random.default_rng(seed), losses_NE.mean(1)
+    drawn_DC = random.integers(len(groups), size=(draws, len(groups)))
     drawn_DC.sort()  # few clusters give few different samples
     different_DC, which_D = np.unique(drawn_DC, axis=0, return_inverse=True)
-    found_D = [statistic(np.array([i for n in some for i in groups[n]])) for some in different_DC]
-    middle = statistic(np.arange(len(sizes_N)))
-    return middle + small_sample_factor(len(groups)) * (np.array(found_D)[which_D] - middle)
+    members_D = [np.array([i for n in some for i in groups[n]]) for some in different_DC]
+    found_D = np.array([statistic(some, losses_N) for some in members_D])[which_D]
+    middle = statistic(np.arange(trials), losses_N)
+    deviations_D = small_sample_factor(len(groups)) * (found_D - middle)
+    if examples > 1:  # which ones a test set has is independent of the clusters
+        shares = np.full(examples, 1 / examples)
+        means_KN = random.multinomial(examples, shares, size=EXAMPLE_DRAWS) @ losses_NE.T / examples
+        others_K = np.array([statistic(np.arange(trials), means_N) for means_N in means_KN])
+        others_D = others_K[random.integers(EXAMPLE_DRAWS, size=draws)]
+        deviations_D += small_sample_factor(examples) * (others_D - middle)
+    return np.asarray(middle + deviations_D)
 
 
 def _projected(

@@ -31,7 +31,7 @@ def collect(folder: epath.PathLike) -> list[Row]:
     frequent label; "ids", a digest of the examples' ids in order; "right", one bit per example, 1
     for a right label, in hex; "predicted", one letter per example, "a" for the first of the
     examples' sorted labels, "?" for one that no example has; and where candidates were scored
-    "cross_entropy", the mean nats of the right label among the candidates.
+    "label_nats", the cross-entropy of each example's right label among the candidates.
     `row["targets"]` has for each task whose targets' probabilities were measured: "ids" as above;
     "nats" and "tokens", of each example's target.
     `row["curve"]` has [step, seconds of training until then, value] for each validation of the
@@ -85,6 +85,19 @@ def example_scores(records: Sequence[Row], task: str) -> Scores:
     rows = [np.unpackbits(b, count=one["examples"]) for b, one in zip(bits, found, strict=True)]
     majority = found[0]["majority"]
     return (np.array(rows, float) - majority) / (1 - majority)
+
+
+def label_nats(records: Sequence[Row], task: str) -> Scores:
+    """The cross-entropy of each test example's right label, in nats, [trials, examples].
+
+    Raises:
+        UserError: see `example_scores`; or a trial scored no candidates.
+    """
+    found = _of_task(records, ANSWERS, task)
+    for record, one in zip(records, found, strict=True):
+        if "label_nats" not in one:
+            raise UserError(f"trial {record['name']} ({record['trial']}): no scores of {task!r}")
+    return np.array([one["label_nats"] for one in found])
 
 
 def target_nats(records: Sequence[Row], task: str) -> Scores:
@@ -181,7 +194,7 @@ def _packed(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
             special.logsumexp(list(line["scores"].values())) - line["scores"][line["label"]]
             for line in lines
         ]
-        packed["cross_entropy"] = round(float(np.mean(costs)), 5)
+        packed["label_nats"] = [round(float(cost), 2) for cost in costs]
     return packed
 
 

@@ -82,6 +82,22 @@ def test_an_interval_of_two_clusters_is_widened():
     assert ends == pytest.approx([factor * min(0, *each), factor * max(0, *each)], rel=1e-3)
 
 
+def test_examples_count_too():
+    """Breaks when seeds that agree leave an interval without width, though test sets differ."""
+    random = np.random.default_rng(0)
+    losses_NE = (1.0 + 30.0 * SIZES**-0.25)[:, None] * random.gamma(4, 0.25, (len(SIZES), 300))
+    twice, clusters = np.tile(losses_NE, (2, 1)), [n for n in (0, 1) for _ in SIZES]
+    sizes = np.tile(SIZES, 2).tolist()
+    held_out = [
+        extrapolation_error(sizes, losses, clusters, SIZES[-1]) for losses in (twice, twice.mean(1))
+    ]
+    assert held_out[1].high == held_out[1].low == pytest.approx(held_out[0].value)
+    # The measured loss alone: the spread of a mean of 300 examples, half of a single one's mean.
+    assert held_out[0].high - held_out[0].low > 2 * 1.96 * 0.5 / 300**0.5
+    law, same = (fit_with_interval(sizes, losses, clusters) for losses in (twice, twice.mean(1)))
+    assert same.high - same.low < 1e-9 < law.high - law.low
+
+
 def test_the_held_out_size_decides_nothing():
     """Breaks when the law is fitted to the loss that it predicts, or the error has no sign."""
     sizes, losses, clusters = simulate(np.random.default_rng(3), 3)

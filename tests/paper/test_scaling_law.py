@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 
 from experiments.paper import figure3_length, scaling_law, study
-from tests.paper.simulated import record, seeds
+from tests.paper.simulated import EXAMPLES, record, seeds
 from tests.paper.test_artefacts import LARGE, verdicts
 
 
 def with_loss(rows, loss):
     """The same trials, whose right labels cost so many nats on average."""
     for row in rows:
-        row["answers"][study.TASK]["cross_entropy"] = loss
+        nats = loss * np.where(np.arange(EXAMPLES) % 3, 0.5, 2)
+        row["answers"][study.TASK]["label_nats"] = (nats * loss / nats.mean()).tolist()
     return rows
 
 

@@ -10,6 +10,7 @@ from softprompt.errors import UserError
 from softprompt.trials.records import (
     collect,
     example_scores,
+    label_nats,
     read_records,
     target_nats,
     vote,
@@ -89,11 +90,11 @@ def test_what_the_right_label_costs(tmp_path):
     ]
     write_trial(tmp_path / "a", ["good"] * 9)
     file = tmp_path / "a" / "predictions.jsonl"
-    assert "cross_entropy" not in collect(tmp_path)[0]["answers"]["own"]
+    with pytest.raises(UserError, match="no scores of 'own'"):
+        label_nats(collect(tmp_path), "own")
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    expected = (np.log(2) + np.log(1 + np.exp(2))) / 2
-    found = collect(tmp_path)[0]["answers"]["own"]["cross_entropy"]
-    assert found == pytest.approx(expected, abs=1e-5)
+    found = label_nats(collect(tmp_path), "own")
+    np.testing.assert_allclose(found, [[np.log(2), np.log(1 + np.exp(2))]], atol=0.005)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"trial": "a"}'])
