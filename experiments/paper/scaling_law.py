@@ -52,7 +52,7 @@ def measured(trials: Sequence[Row]) -> Losses:
     scored = {
         key: row
         for key, row in study.keyed(trials).items()
-        if "label_nats" in row["answers"][key[0]]
+        if "label_centinats" in row["answers"][key[0]]
     }
     return {key: label_nats([row], key[0])[0] for key, row in scored.items()}
 

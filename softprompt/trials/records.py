@@ -31,7 +31,7 @@ def collect(folder: epath.PathLike) -> list[Row]:
     frequent label; "ids", a digest of the examples' ids in order; "right", one bit per example, 1
     for a right label, in hex; "predicted", one letter per example, "a" for the first of the
     examples' sorted labels, "?" for one that no example has; and where candidates were scored
-    "label_nats", the cross-entropy of each example's right label among the candidates.
+    "label_centinats", the cross-entropy of each right label among the candidates, in 1/100 nats.
     `row["targets"]` has for each task whose targets' probabilities were measured: "ids" as above;
     "nats" and "tokens", of each example's target.
     `row["curve"]` has [step, seconds of training until then, value] for each validation of the
@@ -95,9 +95,9 @@ def label_nats(records: Sequence[Row], task: str) -> Scores:
     """
     found = _of_task(records, ANSWERS, task)
     for record, one in zip(records, found, strict=True):
-        if "label_nats" not in one:
+        if "label_centinats" not in one:
             raise UserError(f"trial {record['name']} ({record['trial']}): no scores of {task!r}")
-    return np.array([one["label_nats"] for one in found])
+    return np.array([one["label_centinats"] for one in found]) / 100
 
 
 def target_nats(records: Sequence[Row], task: str) -> Scores:
@@ -194,7 +194,7 @@ def _packed(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
             special.logsumexp(list(line["scores"].values())) - line["scores"][line["label"]]
             for line in lines
         ]
-        packed["label_nats"] = [round(float(cost), 2) for cost in costs]
+        packed["label_centinats"] = [round(100 * float(cost)) for cost in costs]
     return packed
 
 
