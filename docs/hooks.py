@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FIGURES = REPOSITORY / "experiments" / "figures"
 PACKAGES = (
     *("api", "config", "models", "pretrained", "methods", "data", "training"),
-    *("evaluation", "inference", "interchange", "serving", "trials", "analysis", "results"),
+    *("evaluation", "inference", "interchange", "trials", "analysis", "results"),
+    *("pretraining", "serving"),
 )
 
 

@@ -15,8 +15,17 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from softprompt.analysis.plots import STYLE, Point, length_plot
-from softprompt.analysis.tables import summarise
-from softprompt.config import ConfigDict, base_config, resolve, set_key, validate
+from softprompt.analysis.tables import IGNORED, by_differences, summarise
+from softprompt.config import (
+    ConfigDict,
+    base_config,
+    flatten,
+    from_dict,
+    reads,
+    resolve,
+    set_key,
+    validate,
+)
 from softprompt.config.files import load_config
 from softprompt.console import Progress
 from softprompt.errors import UserError
@@ -27,9 +36,9 @@ from softprompt.training.logs import read_log
 from softprompt.trials.evaluate import Answering, evaluate_runs
 from softprompt.trials.experiment import check_trials_differ, load_experiment, make_trials
 from softprompt.trials.measure import read_predictions
-from softprompt.trials.run import DELTA, read_config, run_trial
+from softprompt.trials.run import DELTA, read_config
 from softprompt.trials.session import Session
-from softprompt.trials.sweep import run_trials
+from softprompt.trials.sweep import run_one, run_trials
 
 Source: TypeAlias = str | ConfigDict | Mapping[str, Any]
 
@@ -95,10 +104,10 @@ def train(
     """
     resolved = resolve(make_config(source, **overrides))
     if session is not None:
-        run_trial(resolved, workdir, session=session)
+        run_one(resolved, workdir, session)
     else:
         with Progress() as progress:
-            run_trial(resolved, workdir, session=Session(progress))
+            run_one(resolved, workdir, Session(progress))
     return load_trial(workdir)
 
 
@@ -174,10 +183,16 @@ class Trial:
         """
         return self._answering(None).generate(texts, max_new=max_new)
 
-    @functools.cache  # noqa: B019  a trial's model stays loaded while the trial is held
+    @functools.cached_property
+    def _loaded(self) -> dict[str | None, Answering]:
+        """By task; their models stay in memory as long as the trial."""
+        return {}
+
     def _answering(self, task: str | None) -> Answering:
-        with Progress() as progress:
-            return Answering(self.folder, progress, task=task)
+        if task not in self._loaded:
+            with Progress() as progress:
+                self._loaded[task] = Answering(self.folder, progress, task=task)
+        return self._loaded[task]
 
 
 def load_trial(folder: epath.PathLike) -> Trial:
@@ -185,6 +200,9 @@ def load_trial(folder: epath.PathLike) -> Trial:
 
     Raises:
         UserError: there is no trial in it.
+
+    Example:
+        sp.load_trial("runs/one").metrics["test"]["accuracy"]
     """
     trial = Trial(epath.Path(folder))
     _ = trial.config
@@ -205,7 +223,7 @@ def sweep(
         UserError: an unknown experiment or subset, or two configs that are the same trial.
 
     Example:
-        configs = [sp.make_config(method__length=n) for n in (1, 5, 20)]
+        configs = [sp.make_config("configs/quickstart.py", method__length=n) for n in (1, 5)]
         frame = sp.sweep(configs, "runs/lengths")
     """
     if isinstance(trials, str):
@@ -233,7 +251,9 @@ def rows(folder: epath.PathLike) -> pd.DataFrame:
 
 
 def plot_lengths(folder: epath.PathLike, metric: str = "accuracy") -> Figure:
-    """Draws test scores against prompt length, one line per method and initialiser.
+    """Draws test scores against prompt length.
+
+    Trials that differ in more than length and seed are lines of their own.
 
     Args:
         folder: the trials in and below it are drawn.
@@ -245,21 +265,36 @@ def plot_lengths(folder: epath.PathLike, metric: str = "accuracy") -> Figure:
     Example:
         sp.plot_lengths("runs/lengths").savefig("lengths.png")
     """
-    found = [row for row in read_rows(folder) if row["config"].get("method", {}).get("length")]
-    groups: dict[str, dict[int, list[Row]]] = {}
-    for row in found:
-        if row["metrics"].get("test", {}).get(metric) is not None:
-            method = row["config"]["method"]
-            name = f"{method['name']}, {method['init']}"
-            groups.setdefault(name, {}).setdefault(method["length"], []).append(row)
-    if not groups:
+    found = [
+        row
+        for row in read_rows(folder)
+        if row["metrics"].get("test", {}).get(metric) is not None and _has_length(row)
+    ]
+    if not found:
         raise UserError(f"{folder}: no finished trial has a prompt and the metric {metric!r}")
+    kinds: dict[str, list[Row]] = {}
+    for row in found:
+        method = row["config"]["method"]
+        kinds.setdefault(f"{method['name']}, {method['init']}", []).append(row)
     lines = {
-        name: [_point(length, some, metric) for length, some in sorted(lengths.items())]
-        for name, lengths in groups.items()
+        f"{kind}, {also}" if also else kind: _points(some, metric)
+        for kind, rows in kinds.items()
+        for also, some in by_differences(rows, ignored={*IGNORED, "method.length"}).items()
     }
     label = metric.replace("_", " ")
     return length_plot(lines, {}, xlabel="Prompt length", ylabel=f"Test {label}")
+
+
+def _has_length(row: Row) -> bool:
+    return reads(flatten(from_dict(row["config"])), "method.length")
+
+
+def _points(rows: Sequence[Row], metric: str) -> list[Point]:
+    """A point for each length of trials that otherwise differ in their seed."""
+    lengths: dict[int, list[Row]] = {}
+    for row in rows:
+        lengths.setdefault(row["config"]["method"]["length"], []).append(row)
+    return [_point(length, some, metric) for length, some in sorted(lengths.items())]
 
 
 def _point(length: int, some: Sequence[Row], metric: str) -> Point:
@@ -278,13 +313,23 @@ def plot_learning(*trials: Trial, value: str = "loss") -> Figure:
     Args:
         trials: to compare.
         value: a name in `Trial.log`, such as "loss" or "validation/accuracy".
+
+    Raises:
+        UserError: a trial has not logged it.
+
+    Example:
+        sp.plot_learning(sp.load_trial("runs/one"), value="validation/accuracy")
     """
+    logs = {trial.folder.name: trial.log() for trial in trials}
+    for name, log in logs.items():
+        if value not in log:
+            raise UserError(f"{name} has not logged {value!r}; it has: {', '.join(map(str, log))}")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6, 3.5))
         axes = figure.subplots()
-        for trial in trials:
-            line = trial.log().dropna(subset=[value])
-            axes.plot(line["step"], line[value], label=trial.folder.name)
+        for name, log in logs.items():
+            line = log.dropna(subset=[value])
+            axes.plot(line["step"], line[value], label=name)
         axes.set_xlabel("Step")
         axes.set_ylabel(value)
         axes.legend(frameon=False)

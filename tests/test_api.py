@@ -1,13 +1,16 @@
 """The Python API: what a notebook does, on a tiny model."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
 
 import softprompt as sp
+from softprompt.config import resolve, to_dict
 from softprompt.errors import UserError
 from softprompt.results import read_result
 from tests.own_task import Lines, settings, write_task
@@ -86,6 +89,52 @@ def test_a_sweep_and_its_plots(keys, trial, tmp_path):
     assert len(lines[0].get_xdata()) == 8
     with pytest.raises(UserError, match="are the same"):
         sp.sweep([configs[0], configs[0]], tmp_path)
+
+
+def test_lines_of_lengths(tmp_path):
+    """Breaks when a method without a length is drawn, or trials of two models are one point."""
+
+    def write(name, accuracy, **changes):
+        config = to_dict(resolve(sp.make_config(changes)))
+        metrics = {"test": {"accuracy": accuracy, "examples": 100}}
+        row = {"trial": name, "name": name, "status": "done", "config": config, "metrics": metrics}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(row))
+
+    write("none", 0.5, **{"method.name": "none"})
+    write("lora", 0.5, **{"method.name": "lora"})
+    for length in (1, 5):
+        write(f"prompt{length}", 0.6, **{"method.length": length})
+    (line,) = labels(sp.plot_lengths(tmp_path))
+    assert line == "prompt, vocabulary"
+    for length in (1, 5):
+        other = {"model.name": "EleutherAI/pythia-14m", "method.length": length}
+        write(f"other{length}", 0.9, **other)
+    assert [line.split(", ")[2:] for line in labels(sp.plot_lengths(tmp_path))] == [
+        [f"model.name={name}"] for name in ("smollm2-135m-instruct-q4", "EleutherAI/pythia-14m")
+    ]
+
+
+def labels(figure):
+    """The names of a figure's lines."""
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_a_trial_that_fails_leaves_a_row(keys, tmp_path, monkeypatch):
+    """Breaks when a notebook's failed trial is not in the folder's rows, as a command's is."""
+    with pytest.raises(UserError, match="not finite"):
+        sp.train(keys, tmp_path / "nan", optimizer__rate=1e30, optimizer__name="sgd")
+    assert read_result(tmp_path / "nan")["status"] == "failed"
+
+
+def test_a_model_is_freed_with_its_trial(trial):
+    """Breaks when a cache outside of the trial keeps its model."""
+    other = sp.load_trial(trial.folder)
+    other.predict(["a warm film"])
+    left = weakref.ref(other)
+    del other
+    gc.collect()
+    assert left() is None
 
 
 def test_trials_share_a_session(keys, tmp_path):

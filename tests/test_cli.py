@@ -14,6 +14,7 @@ import pytest
 from softprompt import cli, results
 from softprompt.config.schema import KEYS
 from softprompt.errors import UserError
+from softprompt.trials.evaluate import Answering
 from tests.own_task import give
 from tests.tiny import write_llama_folder
 
@@ -159,6 +160,22 @@ def test_predict_answers_each_line(trained, capsys, monkeypatch, form):
             label, *shares = answer.split("\t")
             assert label in ("good", "bad")
             assert sorted(share.split("=")[0] for share in shares) == ["bad", "good"]
+
+
+def test_predict_on_a_terminal(trained, capsys, monkeypatch):
+    """Breaks when a line that is typed is not answered before the next one is read."""
+    give(monkeypatch, "a warm film\n")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    batches = []
+    predict = Answering.predict
+
+    def watched(self, texts, **options):
+        batches.append(len(texts))
+        return predict(self, texts, **options)
+
+    monkeypatch.setattr(Answering, "predict", watched)
+    assert cli.main(["predict", "--run", str(trained)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(batches) == batches[0] == 1
 
 
 def test_predict_needs_no_data(place, trained, capsys, monkeypatch, tmp_path):
@@ -366,7 +383,7 @@ def test_a_trial_that_fails_is_a_row_and_exits_with_one(place, tmp_path, monkeyp
     def broken(config, folder, *, session):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("softprompt.trials.run.run_trial", broken)
+    monkeypatch.setattr("softprompt.trials.sweep.run_trial", broken)
     assert cli.main(["train", *keys(place), "--workdir", str(tmp_path / "w")]) == 1
     assert "trial failed: RuntimeError: RESOURCE_EXHAUSTED" in capsys.readouterr().err
     row = results.read_result(tmp_path / "w")
@@ -377,7 +394,7 @@ def test_sigterm_passes_through(place, tmp_path, monkeypatch):
     def stopped(config, folder, *, session):
         raise SystemExit(75)
 
-    monkeypatch.setattr("softprompt.trials.run.run_trial", stopped)
+    monkeypatch.setattr("softprompt.trials.sweep.run_trial", stopped)
     with pytest.raises(SystemExit) as done:
         cli.main(["train", *keys(place), "--workdir", str(tmp_path / "w")])
     assert done.value.code == 75

@@ -1,6 +1,7 @@
 """The command line where the shell, the disk or the environment takes something away."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -43,3 +44,28 @@ def test_a_closed_standard_error_is_replaced(tmp_path):
         cwd=REPOSITORY,
     )
     assert (done.returncode, done.stdout) == (2, b"")
+
+
+SAVING = """
+import sys, time
+from softprompt import interrupts
+interrupts.exit_at_once()
+with interrupts.saving():
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_signal_ends_a_process_that_saves():
+    """Breaks when a second Ctrl-C waits for the save that the first one asked for."""
+    command = [sys.executable, "-c", SAVING]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        said = process.stderr.read()
+    assert said == "softprompt: interrupted; the same command resumes\n"

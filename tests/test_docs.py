@@ -4,9 +4,11 @@ Each page is read from top to bottom. A fenced block with a title is a file of t
 `python` and `sh` blocks are run, and a block after `<!-- not run: reason -->` is only parsed.
 """
 
+import inspect
 import json
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import jax
 import pytest
 import uvicorn
 
+import softprompt as sp
 from softprompt import cli
 from softprompt.config import base_config, flatten, set_key
 from softprompt.data.builtin_tasks import TASKS
@@ -172,3 +175,19 @@ def test_blocks_run(page, desk, monkeypatch):
                 assert program == "softprompt", f"{page}: {program} does not run in this test"
                 give(monkeypatch, given)
                 assert cli.main(words) == 0, f"{page}: softprompt {' '.join(words)}"
+
+
+IN_A_NOTEBOOK = (
+    *(sp.load_model, sp.make_config, sp.train, sp.load_trial, sp.Trial.evaluate, sp.Trial.predict),
+    *(sp.Trial.generate, sp.Trial, sp.sweep, sp.rows, sp.plot_lengths, sp.plot_learning),
+)
+
+
+@pytest.mark.matrix
+def test_examples_of_the_api_run(desk):
+    """Breaks when an example no longer does what its docstring says, or a name has none."""
+    assert {one.__name__ for one in IN_A_NOTEBOOK} > {*sp.__all__} - {"Loaded"}
+    names: dict[str, object] = {"sp": sp}
+    for one in IN_A_NOTEBOOK:
+        code = re.search("^Example:\n(.*)", inspect.getdoc(one), re.MULTILINE | re.DOTALL)
+        exec(textwrap.dedent(code[1]), names)

@@ -41,12 +41,18 @@ def predict(arguments: argparse.Namespace, overrides: Overrides) -> int:
     start_jax()
 
     from softprompt.console import Progress
-    from softprompt.trials.evaluate import predict_lines
+    from softprompt.trials.evaluate import LINES, predict_lines
 
-    options = {"task": arguments.task, "any_weights": arguments.any_weights}
-    options |= {"group": 1} if sys.stdin.isatty() else {}
     with Progress() as progress:
-        for answer in predict_lines(arguments.run, _lines(sys.stdin.buffer), progress, **options):
+        answers = predict_lines(
+            arguments.run,
+            _lines(sys.stdin.buffer),
+            progress,
+            task=arguments.task,
+            batch_size=1 if sys.stdin.isatty() else LINES,
+            any_weights=arguments.any_weights,
+        )
+        for answer in answers:
             if arguments.format == "json":
                 print(json.dumps(answer, ensure_ascii=False), flush=True)
             elif "answer" in answer:  # to a free-text task

@@ -5,24 +5,15 @@ Modules that are slow to import are imported by the commands that need them.
 
 import argparse
 import sys
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from softprompt.commands.base import DISTRIBUTED, FOLDER, Command, Overrides, path, print_json
 from softprompt.commands.launch import ENGINE_FLAGS, check_flags, show_outputs, start_engine
 from softprompt.distributed import start_jax
 from softprompt.errors import UserError
 
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from softprompt.trials.engine.sharing import SweepClaims
-
 
 def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Trains one trial and prints its scores."""
-    import time
-
     from softprompt.config import resolve
     from softprompt.config.files import load_config
 
@@ -37,28 +28,17 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
         return 0
     from softprompt.console import Progress
     from softprompt.results import cautions
-    from softprompt.training.loop import Diverged
-    from softprompt.trials.run import run_trial
     from softprompt.trials.session import Session
-    from softprompt.trials.sweep import record_failure
+    from softprompt.trials.sweep import reason, run_one
 
-    config = resolve(config)
-    began = time.monotonic()
     try:
-        with Progress() as progress, _claims(arguments.workdir) as claims:
-            session = Session(progress, claims=claims)
-            row = run_trial(config, arguments.workdir, session=session)
-    except Diverged as error:
-        record_failure(config, arguments.workdir, error, time.monotonic() - began)
-        raise
+        with Progress() as progress:
+            row = run_one(resolve(config), arguments.workdir, Session(progress))
     except UserError:
         raise
     except Exception as error:
-        row = record_failure(config, arguments.workdir, error, time.monotonic() - began)
-        print(
-            f"softprompt: trial failed: {row['error']} (more in {arguments.workdir}/traceback.txt)",
-            file=sys.stderr,
-        )
+        more = f"more in {arguments.workdir}/traceback.txt"
+        print(f"softprompt: trial failed: {reason(error)} ({more})", file=sys.stderr)
         return 1
     for caution in cautions(row):
         print(f"softprompt: note: {caution}", file=sys.stderr)
@@ -66,16 +46,6 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
         {key: row[key] for key in ("trial", "name", "status", "steps", "seconds", "metrics")}
     )
     return 0
-
-
-def _claims(folder: str) -> "AbstractContextManager[SweepClaims | None]":
-    """The claims of the sweep that a trial's folder is part of; None if it is part of none."""
-    from etils import epath
-
-    from softprompt.trials.engine.sharing import is_sweep, sweep_claims
-
-    parent = epath.Path(folder).parent
-    return sweep_claims(parent) if is_sweep(parent) else nullcontext()
 
 
 def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:

@@ -79,6 +79,10 @@ def load_model(
     Raises:
         UserError: an unknown name, a failed download, an unreadable file, an unsupported
             architecture, or tensors that do not match the config.
+
+    Example:
+        loaded = sp.load_model("smollm2-135m-instruct-q4", dtype="bfloat16")
+        loaded.tokenizer.encode("a quiet, moving film")
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)

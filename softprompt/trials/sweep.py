@@ -17,11 +17,13 @@ from softprompt.distributed import agreed, agreed_text
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_text
 from softprompt.results import Row, is_done, make_row, outcome, read_result, write_result
-from softprompt.trials.engine.sharing import sweep_claims
+from softprompt.training.loop import Diverged
+from softprompt.trials.engine.sharing import is_sweep, sweep_claims
 from softprompt.trials.estimate import estimate
 from softprompt.trials.forecast import Estimate, Forecast
 from softprompt.trials.groups import run_group, trial_groups
 from softprompt.trials.lock import Locked
+from softprompt.trials.run import run_trial
 from softprompt.trials.session import Session
 from softprompt.trials.starts import stages, start_id
 
@@ -170,6 +172,24 @@ def _failed(
     how = "is done, but ended with an error" if row["status"] == "done" else "failed"
     progress.say(f"trial {row['name']} {how}: {reason(error)} (in {folder})")
     return row
+
+
+def run_one(config: ConfigDict, folder: epath.PathLike, session: Session) -> Row:
+    """Runs one trial, and returns its row. In a sweep's folder it claims the trial as a sweep does.
+
+    Raises:
+        UserError: anything that the user can mend; the loss is not finite.
+        Exception: of a trial that failed, whose row and traceback are written.
+    """
+    parent, began = epath.Path(folder).parent, time.monotonic()
+    claims = sweep_claims(parent) if is_sweep(parent) else contextlib.nullcontext()
+    try:
+        with claims as session.claims:
+            return run_trial(config, folder, session=session)
+    except Exception as error:
+        if isinstance(error, Diverged) or not isinstance(error, UserError):
+            record_failure(config, folder, error, time.monotonic() - began)
+        raise
 
 
 def record_failure(
