@@ -163,7 +163,7 @@ def _trial(
         set_key(config, key, value)
     steps, warmup, every, validation, test, tokens = SIZES[subset]
     config.seed, config.data.train_examples = seed, examples
-    config.mesh.population = 1  # each is timed alone
+    config.compute.population = 1  # each is timed alone
     config.data.validation_examples, config.data.test_examples = validation, test
     if name != BASE:
         config.optimizer.rate, config.optimizer.warmup = rate, warmup

@@ -110,7 +110,7 @@ def commands(form: str, folder: Path, overrides: Sequence[str]) -> list[list[str
     """The command lines of a form, one after another; what the trials have in common comes last."""
     program = [sys.executable, "-m", "softprompt"]
     if form != "cold":
-        population = f"--config.mesh.population={1 if form == 'warm' else 0}"
+        population = f"--config.compute.population={1 if form == 'warm' else 0}"
         sweeping = [*program, "sweep", "sweep_speed", "--workdir", str(folder), population]
         return [[*sweeping, *overrides]]
     found, plain = [], flatten(base_config())

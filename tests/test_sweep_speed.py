@@ -24,7 +24,7 @@ def test_the_forms_are_the_same_trials(tmp_path):
     assert len({trial_id(config) for config in trials}) == 12
     for form, places in (("warm", 1), ("together", 0)):
         ((*_, population, last),) = sweep_speed.commands(form, tmp_path, more)
-        assert (population, last) == (f"--config.mesh.population={places}", *more)
+        assert (population, last) == (f"--config.compute.population={places}", *more)
 
 
 def row(config, accuracy, **facts):

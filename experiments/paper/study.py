@@ -103,7 +103,7 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
         "data.test_examples": 1000,
     }
     if model == SMOLLM2:
-        keys["mesh.population"] = 1  # alone, so that Table 5 compares times
+        keys["compute.population"] = 1  # alone, so that Table 5 compares times
     if method not in ("none", "fewshot"):
         keys |= {
             "optimizer.rate": rate,

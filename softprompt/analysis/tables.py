@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from softprompt.config import base_config, flatten, scientific, task_names
+from softprompt.config import base_config, flatten, scientific, task_names, with_new_names
 from softprompt.evaluation.metrics import NOT_METRICS
 from softprompt.results import Row, cautions
 
@@ -229,7 +229,7 @@ def mark_best(table: pd.DataFrame, *, by: str, among: pd.Series) -> pd.DataFrame
 
 def overview(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns one line per trial: name, id, the config keys that vary, scores and status."""
-    flat = [flatten(row["config"]) for row in rows]
+    flat = [with_new_names(flatten(row["config"])) for row in rows]
     keys = sorted(set().union(*flat))
     varying = [key for key in keys if len({repr(config.get(key)) for config in flat}) > 1]
     lines = []

@@ -47,7 +47,7 @@ def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
     import textwrap
     from fnmatch import fnmatchcase
 
-    from softprompt.config import KEYS
+    from softprompt.config import KEYS, RENAMED, unknown_key
     from softprompt.settings import allowed
 
     patterns = arguments.keys or ["*"]
@@ -55,6 +55,8 @@ def config(arguments: argparse.Namespace, overrides: Overrides) -> int:
         names = [
             name for name in KEYS if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
         ]
+        if pattern in RENAMED:
+            raise UserError(unknown_key(pattern, KEYS))
         if not names:
             sections = {name.partition(".")[0] for name in KEYS}
             raise unknown("config key", pattern, {*KEYS, *sections})

@@ -3,6 +3,7 @@
 from softprompt.config.checks import chooses, reads
 from softprompt.config.schema import KEYS, base_config
 from softprompt.config.values import (
+    RENAMED,
     ConfigDict,
     differences,
     flatten,
@@ -24,5 +25,6 @@ from softprompt.config.values import (
     unknown_key,
     validate,
     weights_key,
+    with_new_names,
 )
 from softprompt.settings import coerce

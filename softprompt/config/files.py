@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from softprompt.config import (
+    RENAMED,
     ConfigDict,
     base_config,
     coerce,
@@ -101,10 +102,15 @@ def _line(error: Exception, file: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The text of an error; a locked ConfigDict's error about a key becomes `unknown_key`."""
+    """The text of an error; a locked ConfigDict's error about a key becomes `unknown_key`.
+
+    That error has the last part of the key alone.
+    """
     text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, AttributeError | KeyError) and 'Key "' in text:
-        return unknown_key(text.split('Key "', 1)[1].split('"', 1)[0], flatten(base_config()))
+        key = text.split('Key "', 1)[1].split('"', 1)[0]
+        renamed = (old for old in RENAMED if old.endswith(f".{key}"))
+        return unknown_key(next(renamed, key), flatten(base_config()))
     return f"{type(error).__name__}: {text}"
 
 

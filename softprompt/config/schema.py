@@ -195,13 +195,35 @@ class Log(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Mesh(Settings):
-    """Devices, memory and concurrent trials."""
+    """Devices, and how they hold the weights."""
 
     section = "mesh"
     scientific = False
 
     data: int = setting(-1, "devices along the data axis; -1 is all devices / `model`", low=-1)
     model: int = setting(1, "devices along the model axis", low=1)
+    weights: str = setting(
+        "replicated",
+        "how the data axis holds the weights: replicated, or sharded (each layer is gathered when "
+        "it is computed; for models that do not fit otherwise)",
+        choices=("replicated", "sharded"),
+    )
+
+    def check(self) -> None:
+        """Checks that the data axis has devices."""
+        if self.data == 0:
+            raise UserError(
+                "config key 'mesh.data' is 0; allowed: -1 (all devices that are left) or at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute(Settings):
+    """Memory, attention kernels and concurrent trials."""
+
+    section = "compute"
+    scientific = False
+
     remat: str = setting(
         "none",
         "what the backward pass recomputes to save memory: none (cheap operations alone) or layer "
@@ -214,12 +236,6 @@ class Mesh(Settings):
         "GPUs) or reference (matrix products, anywhere); auto uses a kernel where one is supported",
         choices=("auto", "reference", "splash", "cudnn"),
     )
-    weights: str = setting(
-        "replicated",
-        "how the data axis holds the weights: replicated, or sharded (each layer is gathered when "
-        "it is computed; for models that do not fit otherwise)",
-        choices=("replicated", "sharded"),
-    )
     population: int = setting(
         0,
         "most trials of a sweep that run at the same time, if memory suffices; 1 runs one after "
@@ -227,16 +243,9 @@ class Mesh(Settings):
         low=0,
     )
 
-    def check(self) -> None:
-        """Checks that the data axis has devices."""
-        if self.data == 0:
-            raise UserError(
-                "config key 'mesh.data' is 0; allowed: -1 (all devices that are left) or at least 1"
-            )
-
 
 SECTIONS: tuple[type[Settings], ...] = (
-    *(General, Model, Method, Task, Data, Optimizer, Train, Eval, Log, Mesh),
+    *(General, Model, Method, Task, Data, Optimizer, Train, Eval, Log, Mesh, Compute),
 )
 
 # Key -> the settings classes that it selects from, by name.

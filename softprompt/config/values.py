@@ -24,6 +24,13 @@ from softprompt.methods.initializers import INITIALIZERS, Start
 from softprompt.settings import coerce
 from softprompt.training.optimizers import OPTIMIZERS, UpdateRule
 
+# Old name of a key -> its name. Stored configs may have old names; users are told the new one.
+RENAMED = {
+    "mesh.attention": "compute.attention",
+    "mesh.population": "compute.population",
+    "mesh.remat": "compute.remat",
+}
+
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Returns {"method.length": 20, ...}, keys sorted; values of `OPEN_MAPPINGS` stay mappings."""
@@ -50,16 +57,22 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     """Returns a locked config from nested dicts; missing keys (of older runs) get their defaults.
 
-    It allows keys that have no effect, since a run may be older than the check for them.
+    It allows keys that have no effect, since a run may be older than the check for them, and old
+    names of keys.
 
     Raises:
         UserError: an unknown key, a value of the wrong type, or one that is not allowed.
     """
     config = base_config()
-    for key, value in flatten(tree).items():
+    for key, value in with_new_names(flatten(tree)).items():
         set_key(config, key, value)
     _check_values(config)
     return config
+
+
+def with_new_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat keys of a stored config, of which those in `RENAMED` get their new names."""
+    return {RENAMED.get(key, key): value for key, value in flat.items()}
 
 
 def set_key(config: ConfigDict, key: str, value: Any) -> None:
@@ -71,7 +84,8 @@ def set_key(config: ConfigDict, key: str, value: Any) -> None:
         value: of the key's type, or a string of the command line.
 
     Raises:
-        UserError: the key is unknown (lists near matches) or the value has another type.
+        UserError: the key is unknown (names near matches, or its new name), or the value has
+            another type.
     """
     for mapping in OPEN_MAPPINGS:
         if key.startswith(f"{mapping}.") and len(key) > len(mapping) + 1:
@@ -94,7 +108,9 @@ def _tree(tree: Mapping[str, Any]) -> ConfigDict:
 
 
 def unknown_key(key: str, known: Mapping[str, Any]) -> str:
-    """An error line with near matches, or with the section's keys if there are none."""
+    """An error line with a renamed key's new name, near matches, or else the section's keys."""
+    if key in RENAMED:
+        return f"config key {key!r} is now called {RENAMED[key]!r}"
     inside = [path for path in known if path.startswith(f"{key.split('.', 1)[0]}.")]
     if inside and "." not in key:
         return f"config key {key!r} is a section; its keys: {', '.join(inside)}"
@@ -285,8 +301,8 @@ def read_cpu_flags() -> str:
 def scientific(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Returns the scientific flat keys that differ from their defaults, sorted.
 
-    Mesh and logging are not scientific. Since defaults are left out, a new key whose default keeps
-    the old behaviour does not change the result.
+    Mesh, compute and logging are not scientific. Since defaults are left out, a new key whose
+    default keeps the old behaviour does not change the result.
     """
     defaults = flatten(base_config())
     return {

@@ -162,12 +162,12 @@ def on_this_machine(config: ConfigDict) -> ConfigDict:
     The machine and the shapes of rows may differ from those of training.
     """
     tree = to_dict(config)
-    mesh = tree["mesh"]
+    mesh, compute = tree["mesh"], tree["compute"]
     mesh["data"], mesh["model"] = nearest_sizes(
         mesh["data"], mesh["model"], count=jax.device_count()
     )
-    if mesh["attention"] != "reference":
-        mesh["attention"] = "auto"
+    if compute["attention"] != "reference":
+        compute["attention"] = "auto"
     return from_dict(tree)
 
 

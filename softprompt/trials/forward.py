@@ -152,7 +152,7 @@ def arrange(
     method, settings = METHODS[config.method.name], method_settings(config)
     context = method.context(cfg) if settings.is_context else ContextShape()
     length, places, prompts = context.length, context.places, context.prompts
-    model, runs = loaded.model.clone(remat=config.mesh.remat), 0
+    model, runs = loaded.model.clone(remat=config.compute.remat), 0
     if settings.is_prompt:
         runs = max(1, prompts)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
@@ -173,12 +173,12 @@ def with_kernel(
     context: int,
     tokens: int | None = None,
 ) -> Model:
-    """The model with the attention kernel of `mesh.attention`.
+    """The model with the attention kernel of `compute.attention`.
 
     Row shapes that the kernel does not support use the reference attention when they are traced.
 
     Args:
-        config: has `mesh.attention`.
+        config: has `compute.attention`.
         model: with the reference attention.
         mesh: the devices.
         context: tokens before a row.
@@ -191,7 +191,7 @@ def with_kernel(
         case = Case(model.dtype.name, model.config.head_size, bias=True)
     else:
         case = attention_case(model.config, model.dtype, context=context, tokens=tokens)
-    name = choose(config.mesh.attention, case, device_of(mesh))
+    name = choose(config.compute.attention, case, device_of(mesh))
     if name == "reference":
         return model
     return model.clone(attention=Kernel(name, mesh if mesh.size > 1 else None))

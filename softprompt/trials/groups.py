@@ -59,7 +59,7 @@ def _groups(
     for index in indices:
         key, width = _program(session, trials[index])
         groups.setdefault(key or index, []).append(index)
-        widths[key or index] = width
+        widths[key or index] = min(width, widths.get(key or index, width))
     for key, group in groups.items():
         width = min(widths[key], len(group))
         if width == 1:
@@ -93,7 +93,7 @@ def most_at_once(config: ConfigDict) -> int:
     """How many trials like this may run concurrently; 1 if it must run alone."""
     if runs_alone(config) or jax.process_count() > 1:
         return 1
-    return int(config.mesh.population or most_on(jax.default_backend()))
+    return int(config.compute.population or most_on(jax.default_backend()))
 
 
 def most_on(backend: str) -> int:

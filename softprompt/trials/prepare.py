@@ -76,7 +76,7 @@ def prepare(config: ConfigDict, session: Session, workdir: epath.Path | None = N
         if "ranking" in evaluators_of(one.task, config):
             check_ranking(one.train, config.eval.score)
     made = prepare_scoring(config, session, start=located(config, workdir))
-    if config.mesh.attention not in ("auto", "reference") and method_settings(config).trains:
+    if config.compute.attention not in ("auto", "reference") and method_settings(config).trains:
         tokens = train_source(made).template.shape.tokens  # which the named kernel must support
         context = made.contexts.decoder
         with_kernel(config, made.step.model, made.mesh, context=context, tokens=tokens)

@@ -264,7 +264,7 @@ def run(names: Sequence[str]) -> int:
         f"weights in {DTYPE.name}. A chip's weights are those of a (data x model) mesh; they fit "
         f"where prompt and optimizer state leave {ALLOWANCE:.0%} of its memory to the program, "
         "gathered layers, and the activations of a row at a time (train.microbatches) with "
-        "mesh.remat=layer."
+        "compute.remat=layer."
     )
     report_memory([e for e in entries if not any(f.startswith(f"{e.name}: ") for f in failed)])
     for line in failed:

@@ -149,7 +149,7 @@ def report(config: ConfigDict) -> list[str]:
     """The lines that `train --dry-run` prints."""
     found = trial_cost(config)
     sizes = [found[f"{part}_bytes"] / GIB for part in ("weight", "delta", "activation")]
-    room = "fits" if found["fits"] else "does not fit without mesh.remat=layer or microbatches"
+    room = "fits" if found["fits"] else "does not fit without compute.remat=layer or microbatches"
     return [
         f"trial   {found['name']}: {found['trained']:,} parameters on {found['model']}, "
         f"{found['frozen']:,}",

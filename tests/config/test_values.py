@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.config import base_config, from_dict, resolve, schema, scientific, to_dict, trial_id
+from softprompt.config import (
+    base_config,
+    from_dict,
+    resolve,
+    schema,
+    scientific,
+    to_dict,
+    trial_id,
+    weights_key,
+)
 from softprompt.config import values as configs
 from softprompt.config.files import list_modules, load_config, parse_arg
 from softprompt.data.builtin_tasks import get_task
@@ -66,7 +75,7 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
         ("method.lenght", "5", "unknown config key 'method.lenght' (did you mean method.length"),
         ("lenght", "5", "did you mean method.length"),
         ("metod.length", "5", "did you mean method.length"),
-        ("foo.bar", "5", "sections: data, eval"),
+        ("foo.bar", "5", "sections: compute, data, eval"),
         ("method", "5", "'method' is a section; its keys: method.alpha, method.bos"),
         ("method.length", "long", "config key 'method.length' is 'long'; it takes a whole number"),
         ("method.length", "2.5", "a whole number"),
@@ -106,6 +115,7 @@ def test_overrides_are_read_as_the_keys_type(key, text, value):
         ("optimizer.max_row_norm", "-1", "'optimizer.max_row_norm' is -1.0; allowed: at least 0"),
         ("optimizer.max_row_norm", "inf", "'optimizer.max_row_norm' is inf; allowed: at least 0"),
         ("mesh.data", "0", "config key 'mesh.data' is 0"),
+        ("mesh.remat", "layer", "config key 'mesh.remat' is now called 'compute.remat'"),
         ("task.source", "my.jsonl", "allowed: jsonl:PATH"),
         ("data.mixture", "sms_spam,", "'data.mixture' has an entry {'name': ''}; allowed: the n"),
         ("data.mixture", "[]", "'data.mixture' has an entry None; allowed: the name of a task"),
@@ -169,6 +179,27 @@ def test_a_config_of_an_older_version_takes_defaults_for_what_it_lacks():
     assert to_dict(from_dict(tree)) == to_dict(resolved(method__length=5))
     with pytest.raises(UserError, match="unknown config key 'method.size'"):
         from_dict({"method": {"size": 3}})
+
+
+def test_a_stored_config_may_have_old_names():
+    """Mutations: an old name is unknown; its value is dropped; a renamed key changes the id."""
+    config = resolved(compute__remat="layer", compute__population=4, compute__attention="reference")
+    tree = to_dict(config)
+    tree["mesh"] |= tree.pop("compute")
+    again = from_dict(json.loads(json.dumps(tree)))
+    assert to_dict(again) == to_dict(config)
+    assert trial_id(again) == trial_id(resolved())
+    assert scientific(tree) == scientific(config)
+    assert configs.RENAMED.keys().isdisjoint(schema.KEYS)
+    assert set(configs.RENAMED.values()) <= schema.KEYS.keys()
+
+
+def test_weights_are_the_same_whatever_is_computed_with_them():
+    """Breaks when trials that differ in how they run load the same model twice."""
+    key = weights_key(resolved())
+    assert key == weights_key(resolved(compute__population=4, compute__remat="layer"))
+    assert key != weights_key(resolved(mesh__model=2))
+    assert key != weights_key(resolved(mesh__weights="sharded"))
 
 
 def test_id_is_the_same_in_every_version():
@@ -315,6 +346,7 @@ def test_the_papers_sizes():
     [
         ("c.method.lenght = 5", "bad.py, line 4: unknown config key 'lenght' (did you mean method"),
         ("c.method.length = 'x'", "bad.py, line 4: TypeError: "),
+        ("c.mesh.remat = 'layer'", "config key 'mesh.remat' is now called 'compute.remat'"),
         ("return 3", "get_config() returned int"),
         ("import nothing_of_this_name", "ModuleNotFoundError"),
         ("c.method.length = -1", "config key 'method.length' is -1"),

@@ -123,7 +123,9 @@ def test_a_whole_sweep_traces_a_program_a_length(tiny_folder, tmp_path, programs
     for a trial; a place that another trial takes is compiled anew.
     """
     source = write_task(tmp_path)
-    trials = [trial_config(tiny_folder, source, mesh__population=population, **one) for one in GRID]
+    trials = [
+        trial_config(tiny_folder, source, compute__population=population, **one) for one in GRID
+    ]
     with session() as shared:
         assert run(trials, tmp_path / "sweep", shared) == []
     step = "train_step" if population == 1 else "population_step"

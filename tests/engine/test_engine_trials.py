@@ -264,7 +264,7 @@ def test_a_worker_on_an_empty_host_compiles_nothing_again(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     write_complete_t5(tmp_path / "model")
     room = {"task__max_input": 64, "task__max_target": 8, "method__name": "lora"}
-    keys = words(write_task(tmp_path), tmp_path / "model", **room, mesh__population=1)
+    keys = words(write_task(tmp_path), tmp_path / "model", **room, compute__population=1)
     Path("some.py").write_text(EXPERIMENT)
     assert cli.main(["sweep", "some.py", "--subset=3", *keys, *PLANNED]) == 0
     store = open_store("shared")

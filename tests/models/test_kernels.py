@@ -338,7 +338,7 @@ def test_auto_takes_what_serves():
 
 
 # Mutations: `with_kernel` that does not ask for the rows' length; a mesh of one device handed on;
-# `mesh.attention` in a scientific section.
+# `compute.attention` in a scientific section.
 def test_a_trial_s_kernel(tiny_folder, tmp_path, monkeypatch):
     source = write_task(tmp_path)
     with session() as shared:
@@ -347,23 +347,25 @@ def test_a_trial_s_kernel(tiny_folder, tmp_path, monkeypatch):
             prepared = prepare(trial_config(tiny_folder, source, **changes), shared)
             return prepared.step.model.attention
 
-        assert attention() == attention(mesh__attention="reference") == REFERENCE
-        with pytest.raises(UserError, match="'mesh.attention' is 'splash'.*this is a cpu; allowed"):
-            attention(mesh__attention="splash")
+        assert attention() == attention(compute__attention="reference") == REFERENCE
+        with pytest.raises(
+            UserError, match="'compute.attention' is 'splash'.*this is a cpu; allowed"
+        ):
+            attention(compute__attention="splash")
         monkeypatch.setattr("softprompt.trials.forward.device_of", lambda mesh: TPU)
         assert attention() == Kernel("splash")
         with pytest.raises(UserError, match="blocks are of 128 tokens, and rows have"):
-            attention(mesh__attention="splash")
-    configs = [trial_config(tiny_folder, source, mesh__attention=a) for a in ("auto", "splash")]
+            attention(compute__attention="splash")
+    configs = [trial_config(tiny_folder, source, compute__attention=a) for a in ("auto", "splash")]
     assert len(set(map(trial_id, configs))) == 1
 
 
 # Mutation: `on_this_machine` returns the config as it was trained.
 @pytest.mark.parametrize(("trained", "used"), [("splash", "auto"), ("reference", "reference")])
 def test_a_run_is_opened_where_its_kernel_is_not(tmp_path, trained, used):
-    config = trial_config(tmp_path, "jsonl:none", mesh__attention=trained)
-    assert on_this_machine(config).mesh.attention == used
-    assert config.mesh.attention == trained
+    config = trial_config(tmp_path, "jsonl:none", compute__attention=trained)
+    assert on_this_machine(config).compute.attention == used
+    assert config.compute.attention == trained
 
 
 # Mutation: `with_kernel` returns an encoder-decoder before it looks at what is asked for.
@@ -373,6 +375,6 @@ def test_an_encoder_decoder_has_the_reference(tiny_folder, monkeypatch):
     rows = {"context": 0, "tokens": 256}
     config = trial_config(tiny_folder, "jsonl:none")
     assert with_kernel(config, model, one_device(), **rows) is model
-    config.mesh.attention = "splash"
+    config.compute.attention = "splash"
     with pytest.raises(UserError, match="relative bias"):
         with_kernel(config, model, one_device(), **rows)

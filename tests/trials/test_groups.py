@@ -21,7 +21,7 @@ from tests.contracts.trials import OTHER, TRIALS, alone, apart, configs, ended, 
 from tests.matrix import matrix
 from tests.tiny import write_llama_folder
 
-FIRST, ANY = TRIALS[0], {"mesh__population": 4}
+FIRST, ANY = TRIALS[0], {"compute__population": 4}
 
 
 def rows_of(trials, workdir):
@@ -87,7 +87,7 @@ def test_a_free_place_is_taken_and_a_failure_is_one_trial_s(tiny_folder, tmp_pat
     waits for the whole group; the others of a failed step's program fail with it."""
     some = [{**FIRST, "seed": seed} for seed in range(4)]
     some.insert(1, {**FIRST, "optimizer__rate": 1e30})
-    trials = configs(tiny_folder, tmp_path, some, mesh__population=2)
+    trials = configs(tiny_folder, tmp_path, some, compute__population=2)
     workdir = tmp_path / "sweep"
     with session() as shared:
         failed = run(trials, workdir, shared)
@@ -109,7 +109,7 @@ def test_a_step_that_fails_ends_every_trial_of_it(tiny_folder, tmp_path, monkeyp
 
     monkeypatch.setattr(StepProgram, "steps", steps)
     some = [{**FIRST, "seed": seed} for seed in range(3)]
-    trials = configs(tiny_folder, tmp_path, some, mesh__population=2)
+    trials = configs(tiny_folder, tmp_path, some, compute__population=2)
     with session() as shared:
         failed = run(trials, tmp_path / "sweep", shared)
     assert [row["error"][-8:] for row in failed] == ["2 trials", "2 trials", "1 trials"]
@@ -146,7 +146,7 @@ def test_who_stops_early_leaves(tiny_folder, tmp_path):
 def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypatch, number):
     """Contract 9. Mutation: the members after the first that leaves are not driven to their end."""
     some = [{**FIRST, "seed": seed} for seed in range(3)]
-    changes = {"log__checkpoint_every": 100, "mesh__population": 2}
+    changes = {"log__checkpoint_every": 100, "compute__population": 2}
     trials = configs(tiny_folder, tmp_path, some, **changes)
     taken, step = [], StepProgram._stacked
 
@@ -179,7 +179,11 @@ def test_what_is_never_grouped(tiny_folder, tmp_path, monkeypatch):
         assert [*trial_groups(shared, configs(tiny_folder, tmp_path, source, **ANY))] == [
             ([0, 1], 2)
         ]
-        for changes in ({"method__name": "full"}, {"mesh__population": 1}, {"eval__latency": True}):
+        for changes in (
+            {"method__name": "full"},
+            {"compute__population": 1},
+            {"eval__latency": True},
+        ):
             trials = configs(tiny_folder, tmp_path, source, **(ANY | changes))
             assert [*trial_groups(shared, trials)] == [([0], 1), ([1], 1)]
         none = {"method__name": "none", **ANY}
@@ -198,7 +202,7 @@ def test_trials_of_unlike_weights_are_apart(tiny_folder, tmp_path):
         config
         for seed in range(2)
         for model in (tiny_folder, other)
-        for config in configs(model, tmp_path, ({**FIRST, "seed": seed},), mesh__population=2)
+        for config in configs(model, tmp_path, ({**FIRST, "seed": seed},), compute__population=2)
     ]
     with session() as shared:
         found = trial_groups(shared, trials)

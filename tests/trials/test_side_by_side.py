@@ -194,7 +194,8 @@ def test_a_trial_of_another_machine(runs, tmp_path):
     shutil.copytree(runs["a"], tmp_path / "a")
     file = tmp_path / "a" / "config.json"
     config = json.loads(file.read_text())
-    config["mesh"] |= {"data": 3, "model": 4, "attention": "splash"}
+    config["mesh"] |= {"data": 3, "model": 4}
+    config["compute"]["attention"] = "splash"
     file.write_text(json.dumps(config))
     (here,) = evaluate_runs([runs["a"]], progress=Lines())
     (found,) = evaluate_runs([tmp_path / "a"], progress=Lines())

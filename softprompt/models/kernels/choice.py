@@ -127,7 +127,7 @@ def _cudnn_checks(case: Case, device: Device | None) -> list[tuple[bool, str]]:
 
 
 def choose(wanted: str, case: Case, device: Device) -> str:
-    """The kernel for `config.mesh.attention`; "auto" is the first that supports the case.
+    """The kernel for `config.compute.attention`; "auto" is the first that supports the case.
 
     Raises:
         UserError: the wanted kernel does not support the case.
@@ -136,7 +136,7 @@ def choose(wanted: str, case: Case, device: Device) -> str:
         return next(name for name in KERNELS if not refusal(name, case, device))
     if reason := refusal(wanted, case, device):
         raise UserError(
-            f"config key 'mesh.attention' is {wanted!r}, which cannot run here: {reason}; "
+            f"config key 'compute.attention' is {wanted!r}, which cannot run here: {reason}; "
             "allowed here: auto, reference"
         )
     return wanted

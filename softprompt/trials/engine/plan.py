@@ -112,7 +112,7 @@ def _job(config: "ConfigDict", folder: str, start: str) -> Job:
         folder=folder,
         group=program_group(config),
         model=_digest(weights_key(config)),
-        most=1 if runs_alone(config) else int(config.mesh.population),
+        most=1 if runs_alone(config) else int(config.compute.population),
         config=to_dict(config),
         start=start,
     )
