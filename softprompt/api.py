@@ -172,11 +172,11 @@ class Trial:
         return list(self._answering(task).predict(texts))
 
     def generate(self, texts: Sequence[str], max_new: int = 32) -> list[str]:
-        """Continues texts greedily, as they are, behind the delta.
+        """Continues texts greedily with the delta, without the task's template.
 
         Args:
-            texts: without the task's template.
-            max_new: tokens of a continuation, at most.
+            texts: any.
+            max_new: largest number of tokens of a continuation.
 
         Example:
             trial.generate(["Once upon a time"], max_new=16)

@@ -29,7 +29,7 @@ class _State:
 
 @contextmanager
 def saving() -> Iterator[None]:
-    """Records signals in the block; one that nobody acted on is raised at its end.
+    """Records signals in the block; a signal that was not handled is raised at its end.
 
     Several blocks may be open, and may end in any order: each of several interleaved trials has
     one. Python handles signals in the main thread only; in other threads this does nothing.

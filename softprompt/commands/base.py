@@ -1,4 +1,4 @@
-"""What a command of the command line is."""
+"""The description of a command of the command line."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ class Command:
     """A command.
 
     Attributes:
-        run: does it, and returns its exit code.
+        run: runs the command, and returns its exit code.
         summary: what it does, in one line.
         example: a command line.
         flags: names of its arguments, with argparse's keywords.
@@ -29,7 +29,7 @@ class Command:
 
 
 def path(text: str) -> str:
-    """Returns a path as it was given; "" would mean the working directory."""
+    """Returns a path unchanged; "" is an error, since it would mean the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("is ''; allowed: a path that is not empty")
     return text
@@ -49,7 +49,7 @@ DISTRIBUTED: Flag = (
 
 ANY_WEIGHTS: Flag = (
     "--any-weights",
-    {"action": "store_true", "help": "allow other weights than those of the training"},
+    {"action": "store_true", "help": "accept a delta that was trained on other weights"},
 )
 
 

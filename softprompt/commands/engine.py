@@ -20,7 +20,7 @@ STORE = ("workdir", {"type": path, "metavar": "DIR", "help": "the sweep's folder
 def write_sweep_plan(
     experiment: "ModuleType", arguments: argparse.Namespace, overrides: Overrides
 ) -> "Plan":
-    """Writes the plan of a sweep. It opens no device, which would keep a TPU from a worker."""
+    """Writes the plan of a sweep. It opens no device, since a worker needs the TPU."""
     from softprompt.trials.engine.plan import plan_sweep
     from softprompt.trials.experiment import make_trials
     from softprompt.trials.outputs import experiment_name, record_experiment

@@ -28,7 +28,7 @@ def generate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     lines, output = read_lines(Path(arguments.input)), Path(arguments.to)
     done = finished_lines(output, lines)
     tasks = {str(line.record.get("task", "")) for line in lines} - {""}
-    names = sorted({task.partition(":")[0] for task in tasks})  # NAME:TASK is of a trial's several
+    names = sorted({task.partition(":")[0] for task in tasks})  # of NAME:TASK
     folders = {name: task_folder(Path(arguments.root), name) for name in names}
     if done == len(lines):
         return 0

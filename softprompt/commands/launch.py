@@ -32,7 +32,7 @@ def start_engine(
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Checks that the flags of a sweep are for the engine that is given, if one is.
+    """Checks that the flags of a sweep suit its engine, if it has one.
 
     Raises:
         UserError: a flag of another engine, or of a sweep without one.
@@ -176,7 +176,7 @@ COMMANDS = {
             ("workdir", {"type": path, "metavar": "DIR", "help": "a folder with a plan"}),
             (
                 "--on",
-                {"required": True, "choices": TARGETS, "help": "what the machines are started by"},
+                {"required": True, "choices": TARGETS, "help": "what starts the machines"},
             ),
             ("--to", {**FOLDER, "help": "a new or empty folder for the files"}),
             ("--tpu", {"default": "v6e-8", "metavar": "SLICE", "help": "such as v6e-8 (default)"}),

@@ -13,7 +13,7 @@ from softprompt.errors import UserError
 
 
 def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    """Prints a trained prompt's scores as JSON, a list of them where there are several."""
+    """Prints the scores of trained prompts as JSON: an object for one, a list for several."""
     start_jax()
     from softprompt.console import Progress
     from softprompt.trials.evaluate import evaluate_runs

@@ -59,7 +59,7 @@ def make_engine(arguments: argparse.Namespace, progress: "Progress") -> "Engine"
 
 
 def read_settings(arguments: argparse.Namespace) -> "Settings":
-    """The server's settings; what is wrong is found before the model is loaded.
+    """The server's settings, checked before the model is loaded.
 
     Raises:
         UserError: see the functions that it calls, or a bound that is not positive.
@@ -93,7 +93,7 @@ def read_settings(arguments: argparse.Namespace) -> "Settings":
 COMMANDS = {
     "serve": Command(
         serve,
-        "answer requests with every task of a folder, mixed in one batch, as OpenAI's clients ask",
+        "serve every task of a folder over HTTP, mixed in one batch, to OpenAI's clients",
         "softprompt serve runs/tasks --model smollm2-135m-instruct-q4",
         [
             ("root", {"type": path, "metavar": "ROOT", "help": "its folders are the tasks"}),
@@ -107,11 +107,14 @@ COMMANDS = {
                 {
                     "type": int,
                     "default": 8,
-                    "help": "of a pool; every kind of task has a pool for one task and one for "
-                    "mixed tasks, each of so many rows",
+                    "help": "rows of a pool; each kind of task has one pool for a single task and "
+                    "one for mixed tasks",
                 },
             ),
-            ("--host", {"default": "127.0.0.1", "help": "another than loopback needs a key"}),
+            (
+                "--host",
+                {"default": "127.0.0.1", "help": "an address other than loopback needs a key"},
+            ),
             ("--port", {"type": int, "default": 8000, "help": "0: any that is free"}),
             ("--key-file", {"default": "", "metavar": "FILE", "help": "holds the requests' key"}),
             (
@@ -119,7 +122,7 @@ COMMANDS = {
                 {
                     "default": "",
                     "metavar": "FILE",
-                    "help": "holds the key that loads and unloads tasks; default: nobody may",
+                    "help": "holds the key to load and unload tasks; without it both are off",
                 },
             ),
             (

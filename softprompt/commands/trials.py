@@ -158,7 +158,7 @@ COMMANDS = {
                 {
                     "default": "",
                     "metavar": "N",
-                    "help": "start no trial after N minutes; the same command goes on later",
+                    "help": "start no trial after N minutes; run the same command to continue",
                 },
             ),
             (

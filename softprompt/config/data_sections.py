@@ -30,8 +30,8 @@ class Task(Settings):
     )
     form: str = setting(
         "prose",
-        "the text of a known task: prose, or t5, which is `name: value` pairs of its fields and "
-        "the bare label, as the paper has it; generated labels are then compared as a whole",
+        "how a known task becomes text: prose, or t5 (`name: value` pairs of its fields, the bare "
+        "label as target, as in the paper; a generated label must match exactly)",
         choices=("prose", "t5"),
     )
     template: str = setting(
@@ -61,9 +61,13 @@ class Task(Settings):
         "one; they are ranked where eval.metric is accuracy",
     )
     max_input: int = setting(
-        256, "most tokens of an input; a longer input loses the end of its longest field", low=1
+        256,
+        "largest number of tokens of an input; a longer input loses the end of its longest field",
+        low=1,
     )
-    max_target: int = setting(32, "most tokens of a target; a longer one is an error", low=1)
+    max_target: int = setting(
+        32, "largest number of tokens of a target; a longer one is an error", low=1
+    )
     eos: bool = setting(False, "end each target with EOS")
 
     def check(self) -> None:
@@ -97,7 +101,8 @@ class Data(Settings):
     )
     cap: int = setting(
         0,
-        "most training examples of a task; a larger task gives a balanced subset; 0 is all",
+        "largest number of training examples of a task; a larger task is cut to a balanced subset; "
+        "0 is all",
         low=0,
     )
     train_examples: int = setting(

@@ -142,17 +142,17 @@ class Eval(Settings):
     )
     metrics: str = setting(
         "",
-        "metrics, separated by commas: accuracy and macro_f1, and where the task has them f1 (of "
-        "its positive label), group_match (groups that are right as a whole) and task_score (the "
-        "mean of the metrics that the paper reports), rank a task's candidates; the same after "
-        "generated_, and illegal, parse generated answers as labels; exact_match and f1 compare "
-        "generated answers of free-text tasks, of which log_likelihood (of a target's token, in "
-        'nats) and perplexity measure the first right answer\'s probability; "" is the first of '
-        "these kinds that the task has",
+        "metrics, separated by commas. By ranking candidates: accuracy, macro_f1 and, where the "
+        "task has them, f1 (of its positive label), group_match (groups that are right as a whole) "
+        "and task_score (mean of the metrics that the paper reports). By generation, as labels: "
+        "the same names after generated_, and illegal (share of answers that are no candidate); as "
+        "free text: exact_match, f1. By likelihood of a free-text task's first right answer: "
+        "log_likelihood (mean log-probability of a token) and perplexity. Empty: those of the "
+        "task's first evaluator",
     )
     metric: str = setting(
         "accuracy",
-        "metric that selects the delta; by default a free-text task's is its first",
+        "metric that selects the delta; the default for a free-text task is its first metric",
         choices=SELECTING,
         for_training=True,
     )
@@ -170,10 +170,12 @@ class Eval(Settings):
     )
     transfer: str = setting(
         "",
-        "other built-in tasks, separated by commas, whose test splits the selected delta is also "
-        "measured on (domain shift)",
+        "other built-in tasks, separated by commas, on whose test splits the selected delta is "
+        "also measured (domain shift)",
     )
-    text_tokens: int = setting(65536, "most tokens of the text", low=512, needs=("text",))
+    text_tokens: int = setting(
+        65536, "largest number of tokens of the text", low=512, needs=("text",)
+    )
     latency: bool = setting(
         False, "measure the latency of prefill and decoding with the delta, against the base model"
     )
@@ -226,7 +228,7 @@ class Compute(Settings):
 
     remat: str = setting(
         "none",
-        "what the backward pass recomputes to save memory: none (cheap operations alone) or layer "
+        "what the backward pass recomputes to save memory: none (only cheap operations) or layer "
         "(everything but the inputs of layers)",
         choices=("none", "layer"),
     )
@@ -238,8 +240,8 @@ class Compute(Settings):
     )
     population: int = setting(
         0,
-        "most trials of a sweep that run at the same time, if memory suffices; 1 runs one after "
-        "another; 0 is 1 on a CPU and 16 on an accelerator, in one vmapped program",
+        "largest number of a sweep's trials that run in one vmapped program, if memory allows; 1 "
+        "runs them one after another; 0 is 1 on a CPU and 16 on an accelerator",
         low=0,
     )
 

@@ -208,7 +208,7 @@ def transfers(config: ConfigDict) -> list[ConfigDict]:
     """The configs of the tasks in `eval.transfer`, in order.
 
     Raises:
-        UserError: one is no built-in task, is named twice, or is one that the config trains on.
+        UserError: one is not a built-in task, is named twice, or is one that the config trains on.
     """
     names = [name.strip() for name in config.eval.transfer.split(",") if name.strip()]
     for n, name in enumerate(names):
@@ -334,7 +334,8 @@ def weights_key(config: ConfigDict) -> str:
 def runs_alone(config: ConfigDict) -> bool:
     """Whether no other trial may run beside this one.
 
-    It trains nothing, or the weights, or measures a latency, which would be that of others too.
+    It trains nothing, it trains the weights, or it measures a latency, which other trials would
+    disturb.
     """
     method = method_settings(config)
     return not method.trains or method.trains_weights or bool(config.eval.latency)

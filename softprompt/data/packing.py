@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ENOUGH = 0.95  # the shortest rows that fill this much on average are taken: attention costs less
+# The search for a row length stops at this mean fill: shorter rows make attention cheaper.
+ENOUGH = 0.95
 QUANTA = 20  # buckets in the mean length
 TRIES = 20  # orders in which a step is packed before a row length is given up
 
@@ -134,7 +135,8 @@ def choose_rows(sizes_SB: np.ndarray, *, used: float, multiple: int) -> tuple[in
     longest = _round_up(int(sizes_SB.max()), multiple)
     last = _round_up(int(sizes_SB.sum(axis=1).max()), multiple)
     last = min(last, max(1024 // multiple * multiple, 4 * longest))
-    fullest = np.argsort(-sizes_SB.sum(axis=1), kind="stable")  # what will not fit shows at once
+    # The fullest steps come first, so that too few rows fail early.
+    fullest = np.argsort(-sizes_SB.sum(axis=1), kind="stable")
     steps = sizes_SB[fullest].tolist()
     best_fill, tokens, packed = 0.0, longest, steps
     for candidate in range(longest, last + 1, multiple):
@@ -239,7 +241,7 @@ def _part_twins(bucket_SB: np.ndarray, members: np.ndarray) -> None:
 
 
 def _slots(bucket_SB: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Numbers each bucket's places through its examples, around and around.
+    """Numbers each bucket's places cyclically through its examples.
 
     A step's places of a bucket are neighbours in this order, so that they take different examples.
     """

@@ -3,6 +3,9 @@
 An evaluator is a function (forward, shared, split, progress) -> Result. `forward` has the inputs of
 a forward pass besides the delta. `shared` is computed from the delta once for all rows. `split` has
 the examples of one task. `Task.metrics` lists a task's evaluators and the metrics of each.
+
+Two measurements are not evaluators. Latency (`softprompt.evaluation.latency`) compares two models.
+A text whose perplexity is measured (`softprompt.evaluation.perplexity`) has no task.
 """
 
 import functools
@@ -25,7 +28,7 @@ from softprompt.models import Decoder, Model
 from softprompt.pretrained.tokenizer import Tokenizer
 from softprompt.training.step import Shared
 
-BATCH = 64  # inputs that are generated from together
+BATCH = 64  # inputs in one generation batch
 
 
 class Forward(NamedTuple):

@@ -225,7 +225,7 @@ class Bank:
 
 
 def make_lane(weights: Any, step: StepConfig, delta: Any, number: int | None) -> Lane:
-    """Computes a delta's context and variables; `number` is that of one of several prompts."""
+    """Computes a delta's context and variables; `number` selects one of several prompts."""
     variables, context = shared_function(step, None)(delta, weights)
     if number is not None:
         part = slice(number * context.slots, (number + 1) * context.slots)
@@ -242,7 +242,7 @@ def lane_bytes(lane: Lane) -> int:
 
 
 def header(file: Path, dtypes: Sequence[str]) -> dict[str, Any]:
-    """The shapes in a safetensors file, which is not read further.
+    """The shapes of a safetensors file's tensors; only its header is read.
 
     Raises:
         UserError: the file is too large, or has a tensor of another dtype than `dtypes`.

@@ -13,7 +13,7 @@ from softprompt.serving.placement import Kind, KindPools, Place, Sizes
 from softprompt.serving.requests import Finish, OnEvent, Request, Token
 from softprompt.serving.text import TextStream
 
-PREFILL = 512  # padded tokens of inputs that are run between two steps; one input at least
+PREFILL = 512  # padded input tokens that are run between two steps; at least one input is run
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,7 +64,7 @@ class Batcher:
         self.counts: Counter[str] = Counter(tokens=0, steps=0, requests=0)
 
     def pools(self, task: LoadedTask) -> KindPools:
-        """The pools of a task's kind, compiled for the first task of it."""
+        """The pools of a task's kind, compiled for the kind's first task."""
         if task.kind not in self._kinds:  # rows of other kinds do not wait for the compiler
             with self._lock:
                 if task.kind not in self._kinds:

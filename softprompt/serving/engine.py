@@ -183,7 +183,7 @@ class Engine:
         return NoTask(str(unknown("task", name, [info.name for info in self.tasks()])))
 
     def _without(self, name: str) -> dict[str, LoadedTask]:
-        """The tasks but the one of this name, or those of a trial with several prompts."""
+        """The tasks without the one of this name, or without those of the trial of this name."""
         return {
             one: task
             for one, task in self._tasks.items()

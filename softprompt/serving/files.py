@@ -98,7 +98,7 @@ def _answers(text: bytes, record: Mapping[str, Any]) -> bool:
 
 
 def _request(line: Line, ids: Sequence[int], engine: Engine, defaults: Request) -> Request:
-    """A line's request; a field that it lacks has its default, and `seed` the line's number."""
+    """A line's request, with defaults; the default seed is increased by the line's number."""
     given = {key: value for key, value in line.record.items() if key not in ("task", "input")}
     task = line.record.get("task", "")
     given |= {"stop": tuple(given["stop"])} if "stop" in given else {}

@@ -11,7 +11,7 @@ MARKS = ("delta.safetensors", "adapter_config.json")  # a trial's folder, a PEFT
 
 
 class NoTask(UserError):
-    """No task of this name is loaded, or has a folder."""
+    """No task of this name is loaded, or no folder has this name."""
 
 
 def find_tasks(root: Path) -> list[str]:
@@ -30,7 +30,7 @@ def find_tasks(root: Path) -> list[str]:
 
 
 def task_folder(root: Path, name: str) -> Path:
-    """The folder of a task, by its name alone; neither it nor what it holds may lie elsewhere.
+    """The folder of a task. Neither it nor its files may be links that leave the root.
 
     Raises:
         UserError: not a name, or a link that leaves the root.

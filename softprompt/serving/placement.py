@@ -29,10 +29,11 @@ class Sizes:
         rows: of a pool.
         input: the most tokens of an input.
         new: the most tokens of an output.
-        lanes: None: pools of `rows` x 1 for mixed tasks, and of 1 x `rows` for a task that fills
-            half of it. A number: one pool, of so many lanes.
-        together: inputs in one prefill (see `Grid`). A pool with rows waits until it has so many
-            free slots: more tokens a second, and a later first token.
+        lanes: None makes two pools: `rows` x 1 for mixed tasks, and 1 x `rows` for a task that
+            fills at least half of it. A number makes one pool with so many lanes.
+        together: inputs in one prefill (see `Grid`). A pool with running rows takes new ones only
+            when it has so many free slots. A larger number gives more tokens per second, and a
+            later first token.
         scores: also compile the programs that score texts.
     """
 
@@ -75,7 +76,7 @@ class KindPools:
         self._held: dict[tuple[int, int], str] = {}  # pool's index and lane -> the task's digest
 
     def open_pools(self, waiting: int) -> set[int]:
-        """Indices of pools that take rows now, where so many requests wait; see `Sizes`."""
+        """Indices of pools that take rows now, when `waiting` requests wait; see `Sizes`."""
         return {
             index
             for index, pool in enumerate(self.pools)

@@ -25,8 +25,7 @@ class Request:
         temperature: 0 chooses the most likely token.
         top_k: only this many of the most likely tokens may be drawn; 0: all.
         top_p: only the most likely tokens that together reach this probability; 1: all.
-        seed: of the draws, which depend on nothing else than the seed, the logits and the number of
-            the token.
+        seed: of the draws, which depend only on the seed, the logits and the token's index.
         stop: the output ends before the first of these texts.
         logprobs: how many alternatives of each token to report, 0 to 5; None: none.
         echo: the input's tokens are reported first.

@@ -34,7 +34,7 @@ class TextStream:
         self._ids = list(before[-BEFORE:])
         while INCOMPLETE in self._decode(self._ids):  # they begin within a character
             del self._ids[0]
-        # Ids before `_read` have their text; those from `_first` on are decoded with new ones.
+        # The texts of ids before `_read` are known; new ids are decoded after those from `_first`.
         self._first, self._read = 0, len(self._ids)
         self._withheld: list[Token] = []
         self.stopped = False
@@ -82,7 +82,7 @@ def _may_begin(text: str, stop: str) -> bool:
 
 
 def _cut(tokens: list[Token], length: int) -> list[Token]:
-    """The tokens, with texts of `length` characters together."""
+    """The tokens, with their texts cut to `length` characters in total."""
     made = []
     for token in tokens:
         made.append(dataclasses.replace(token, text=token.text[:length]))

@@ -1,6 +1,6 @@
 """A loss over chunks of positions, so that the logits of all positions never exist at once.
 
-The gradients of a chunk are computed with its loss, while its logits are there. The backward pass
+The gradients of a chunk are computed with its loss, while its logits exist. The backward pass
 only scales them, so that no logits are computed twice.
 """
 

@@ -67,7 +67,7 @@ class State:
 
     `best` is the delta, or moving average of deltas, with the best validation score; `waited`
     counts validations since then. `seconds` is the wall time of the trial's earlier processes, and
-    `began` is when this one started it (`time.monotonic()`).
+    `began` is when this process started to train it (`time.monotonic()`).
     """
 
     delta: Tree
@@ -123,7 +123,7 @@ class Pauses:
 
     @property
     def seconds(self) -> float:
-        """All seconds so far, those of a block that is still open included."""
+        """All seconds so far, including those of a block that is still open."""
         return self._closed + (time.monotonic() - self._began if self._open else 0.0)
 
     @contextmanager

@@ -142,8 +142,8 @@ class Optimizer(Settings):
     warmup: int = setting(0, "steps in which the rate rises from zero to its peak", low=0)
     weight_decay: float = setting(
         0.0,
-        "share of the delta that a step takes away, times the rate; with adafactor and "
-        "adafactor_t5x not times the rate",
+        "share of the delta that each step removes, multiplied by the rate (not with adafactor and "
+        "adafactor_t5x)",
         low=0,
     )
     clip: float = setting(0.0, "largest global gradient norm; 0 is off", low=0)

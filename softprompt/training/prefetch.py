@@ -19,9 +19,10 @@ class Feed:
     A context manager: its exit ends the thread.
 
     Attributes:
-        idle_seconds: for which the devices were idle because the next batch was late. Time in
-            which they still run the previous step does not count. Each wait is counted from the
-            last check that found them busy, so it is too long by at most `POLL`, never too short.
+        idle_seconds: seconds in which the devices were idle because the next batch was late.
+            Time in which they still run the previous step does not count. Each wait is counted
+            from the last check that found them busy, so it is too long by at most `POLL`, never
+            too short.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, batches: Iterator[TrainBatch]):

@@ -73,9 +73,9 @@ def make_mesh(
 
 
 def nearest_sizes(data: int, model: int, *, count: int) -> tuple[int, int]:
-    """The sizes of a mesh, adapted to `count` devices if they do not suit them.
+    """The sizes of a mesh, changed if they do not fit `count` devices.
 
-    Then `model` becomes the greatest common divisor of the two, and `data` the rest (-1).
+    Then `model` becomes its greatest common divisor with `count`, and `data` the rest (-1).
     """
     if count % model == 0 and data in (-1, count // model):
         return data, model

@@ -26,8 +26,8 @@ from softprompt.pretrained.loading import Loaded
 
 Say = Callable[[str], None]
 
-# Tokens of an opening, at least. A method without a prompt runs the layers once more for it: a step
-# of LoRA with 32 examples (SmolLM2-135M in bfloat16, two CPU cores) took 1.03 of its time with an
+# Fewest tokens of an opening. A method without a prompt runs the layers once more for it: a step of
+# LoRA with 32 examples (SmolLM2-135M in bfloat16, two CPU cores) took 1.03 of its time with an
 # opening of 2 tokens in the context, 0.97 with 5 and 0.79 with 8. The built-in templates begin
 # with fewer tokens, so their trials have no opening.
 LEAST = 8
@@ -80,7 +80,7 @@ class TrialData:
     _cache: dict[Hashable, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def only(self, task: str) -> "TrialData":
-        """Returns the data of one task of a mixture; its examples keep the task's number."""
+        """Returns the data of one task of a mixture; its examples keep the task's index."""
         (of_task,) = (one for one in self.tasks if one.task.name == task)
         return TrialData((of_task,), of_task.train)
 
@@ -126,7 +126,7 @@ class TrialData:
 
         Tasks without candidates have no batches.
 
-        To score several `deltas` side by side, a batch has fewer rows by this factor.
+        If several `deltas` are scored side by side, a batch has that many times fewer rows.
         """
         shape = self.eval_shape(split, mesh=mesh, layout=layout, deltas=deltas)
         return self._once(
@@ -186,7 +186,7 @@ class TrialData:
 
 
 def mixture(tasks: Sequence[TaskData]) -> TrialData:
-    """The data of one task, or of several, whose examples then have the numbers of their tasks."""
+    """The data of one task, or of several; then each example has its task's index."""
     if len(tasks) == 1:
         return TrialData(tuple(tasks), tasks[0].train)
     numbered = (one.each(functools.partial(with_number, n)) for n, one in enumerate(tasks))

@@ -314,7 +314,7 @@ class Answering:
         return long_opening([np.array([*start, *words, -1]), *encoded.inputs])
 
     def _after(self, opening: tuple[int, ...]) -> tuple[ForwardPass, Any]:
-        """The trial, and what all rows share, for texts that begin with these tokens."""
+        """The forward pass for texts with this opening, and its variables and context."""
         if opening not in self._openings:
             trial = self.trial.with_opening(opening)
             self._openings[opening] = trial, trial.shared(self.delta)

@@ -56,7 +56,7 @@ class ForwardPass:
         return shared
 
     def with_opening(self, opening: tuple[int, ...]) -> Self:
-        """The same for texts that all begin with these tokens, which are left out of the rows."""
+        """The forward pass for texts that all begin with these tokens, which the rows leave out."""
         more = len(opening) - len(self.step.opening)
         contexts = self.contexts._replace(
             decoder=self.contexts.decoder + more, opening=len(opening)
@@ -67,7 +67,7 @@ class ForwardPass:
 
     @property
     def forward(self) -> Forward:
-        """The same, as the input of evaluators."""
+        """The forward pass as the input of evaluators."""
         tokenizer = self.loaded.tokenizer
         return Forward(self.step.model, self.frozen, self.mesh, self.layout, tokenizer)
 
@@ -119,7 +119,10 @@ def prepare_forward(
 
 
 def text_bos(config: ConfigDict, loaded: Loaded) -> bool:
-    """Whether texts begin with BOS; False if BOS stands before the method's context, or nowhere."""
+    """Whether texts begin with BOS.
+
+    It is False if BOS comes before the method's context or is not used.
+    """
     settings = method_settings(config)
     return wants_bos(settings.bos, loaded.tokenizer) and not settings.begins_with_bos
 

@@ -38,9 +38,11 @@ def trial_groups(session: Session, trials: Sequence[ConfigDict]) -> Iterator[tup
     """Groups of trials, as indices into `trials`, and how many of each run concurrently.
 
     Trials of a group share a compiled step and the weights. They may differ in seed, initialiser,
-    rate, schedule, length of training, dropout rate and, if their rows have equal shapes, task. The
-    groups of a model are consecutive, and are found when the first of them is due, so that a sweep
-    over models loads each model once.
+    rate, schedule, length of training, dropout rate and, if their rows have equal shapes, task.
+
+    The groups of one model are yielded consecutively. Its trials are prepared when the first group
+    is requested, so each model is loaded once. A trial that must run alone is a group of its own,
+    and these groups keep the order of `trials`.
     """
     models: dict[Any, list[int]] = {}
     for index, config in enumerate(trials):
@@ -165,7 +167,10 @@ def _run_alone(session: Session, job: Job, failed: Failed) -> Row:
 
 
 class _Running:
-    """A trial that has started, with its next step (`call`), or its row or signal at the end."""
+    """A started trial. `call` has the arguments of its next step.
+
+    When it ends, `row` is its result or `stopped` the signal that ended it.
+    """
 
     def __init__(self, index: int, job: Job, session: Session, failed: Failed) -> None:
         self.index = index

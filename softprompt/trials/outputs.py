@@ -28,7 +28,7 @@ def write_outputs(
 ) -> list[str]:
     """Writes table.md, .csv and .tex and figure.png and .pdf, each atomically.
 
-    `prefix` is of the files' names; `notes` are sentences added to the experiment's caption.
+    The files' names begin with `prefix`; `notes` are sentences added to the experiment's caption.
 
     Returns:
         The files' names.

@@ -54,7 +54,7 @@ class Prepared(ForwardPass):
         return self.data.tasks
 
     def of(self, task: str) -> "Prepared":
-        """Returns the same for one task of a mixture, which keeps its number."""
+        """The same trial with one task of its mixture; the task keeps its index."""
         return dataclasses.replace(self, data=self.data.only(task))
 
 
@@ -106,8 +106,8 @@ def prepare_scoring(
 def opening_of(config: ConfigDict, session: Session, data: TrialData) -> tuple[int, ...]:
     """The tokens that all inputs of a trial begin with and that its contexts therefore hold.
 
-    An encoder-decoder has none: its encoder reads an input's first tokens with the others. Nor has
-    a trial with dropout in the model, where examples have separate masks.
+    An encoder-decoder has none: its encoder reads an input's first tokens with the others. A trial
+    with dropout in the model has none either, since each example has its own mask.
     """
     drops = keep_probabilities(config).keys() - {"prompt"}
     return () if session.model(config).encoder_decoder or drops else data.opening
@@ -161,7 +161,10 @@ def initial_state(prepared: Prepared) -> loop.State:
 
 
 def delta_shardings(prepared: ForwardPass, delta: Tree) -> Tree:
-    """The shardings of a delta (arrays or shapes): replicated, or the rules of trained weights."""
+    """The shardings of a delta (arrays or shapes).
+
+    They are those of the weights if the method trains them, else replicated.
+    """
     mesh = prepared.mesh
     if METHODS[prepared.step.method].Settings.trains_weights:
         return weight_shardings(delta, mesh, weights=prepared.config.mesh.weights)
@@ -255,7 +258,7 @@ def seen_rms(loaded: Loaded) -> float:
 
 
 def step_work(prepared: Prepared) -> Work:
-    """The work of an average step, without padding, and with each context once."""
+    """The work of an average step, without padding, counting each context once."""
     batch = prepared.config.train.batch
     return train_work(prepared.data.train, prepared.layout, prepared.contexts, batch)
 

@@ -40,7 +40,8 @@ class StepProgram:
     def __init__(self, static: Static) -> None:
         self.static = static
         self.compiled: dict[int, Any] = {}
-        self._most = sys.maxsize  # stacked trials at most; lowered when memory does not suffice
+        # Largest number of stacked trials; when memory runs out, half of the width that was tried.
+        self._most = sys.maxsize
 
     def step(self, call: StepCall, compiling: Compiling) -> StepResult:
         """Runs the step of one trial; donates its delta and optimizer state."""
@@ -60,14 +61,15 @@ class StepProgram:
     ) -> list[StepResult]:
         """Runs the steps of several trials on one model, stacked.
 
-        If memory does not suffice, the number of stacked trials is halved from then on.
+        If memory runs out, at most half as many trials are stacked from then on.
 
         Args:
             calls: of this program.
             compiling: the context in which a program is compiled.
-            more_to_start: more trials are about to start: a wider compiled program is used, padded
-                with copies.
-            say: called with a line if memory does not suffice.
+            more_to_start: more trials are about to start, so a wider program that is already
+                compiled is used, padded with copies of the first trial. Otherwise only one that is
+                at most twice as wide is used.
+            say: called with a line if memory runs out.
         """
         assert all(call.program is self for call in calls), "stacked steps share a program"
         assert all(call.weights is calls[0].weights for call in calls), "and weights"
@@ -81,7 +83,8 @@ class StepProgram:
                     raise
                 self._most = width // 2
                 self.compiled = {n: one for n, one in self.compiled.items() if n <= self._most}
-                say(f"no memory for {width} steps together: {self._most} at a time from now on")
+                most = f"running {self._most} at a time"
+                say(f"not enough memory to run {width} steps together; {most}")
         return results
 
     def memory(self) -> int | None:

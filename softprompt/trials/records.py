@@ -52,7 +52,7 @@ def write_records(file: epath.PathLike, records: Sequence[Row]) -> None:
 
 
 def read_records(file: epath.PathLike) -> list[Row]:
-    """Reads them.
+    """Reads the records of a file that `write_records` wrote.
 
     Raises:
         UserError: no such file, or a line is not a record.
@@ -78,7 +78,7 @@ def example_scores(records: Sequence[Row], task: str) -> Scores:
     is always right: (accuracy - majority) / (1 - majority).
 
     Raises:
-        UserError: a trial has no answers to the task, or to other examples than the first.
+        UserError: a trial has no answers to the task, or other examples than the first trial.
     """
     found = _of_task(records, ANSWERS, task)
     bits = [np.frombuffer(bytes.fromhex(one["right"]), np.uint8) for one in found]
@@ -103,11 +103,10 @@ def label_nats(records: Sequence[Row], task: str) -> Scores:
 def target_nats(records: Sequence[Row], task: str) -> Scores:
     """The nats that each test example's target costs in each trial, [trials, examples].
 
-    They are in units of a target's mean length, so that a trial's mean is its nats a token, over
-    all tokens.
+    Each is divided by the mean length of the targets, so a trial's mean is its nats per token.
 
     Raises:
-        UserError: a trial has no such numbers of the task, or of other examples than the first.
+        UserError: a trial has no targets of the task, or other examples than the first trial.
     """
     found = _of_task(records, TARGETS, task)
     lengths = np.array([one["tokens"] for one in found], float)
@@ -117,8 +116,8 @@ def target_nats(records: Sequence[Row], task: str) -> Scores:
 def vote(records: Sequence[Row], task: str) -> Scores:
     """The score of each test example by majority vote of trials, [1, examples].
 
-    Of labels with equally many votes, the one wins that the earliest trial voted for: sort the
-    trials by validation, the best first.
+    A tie goes to the label that the earliest trial voted for, so sort the trials by validation
+    score, best first.
 
     Raises:
         UserError: see `example_scores`.
@@ -135,7 +134,7 @@ def _of_task(records: Sequence[Row], part: str, task: str) -> list[dict[str, Any
     """The entry of a task in each record's `part`; all are about the same examples.
 
     Raises:
-        UserError: a trial has none, or about other examples than the first.
+        UserError: a trial has none, or other examples than the first trial.
     """
     found = []
     for record in records:

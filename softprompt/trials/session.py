@@ -47,9 +47,9 @@ class Session:
         progress: the display.
         programs: the training steps, by their static configuration and shapes.
         compile_seconds: time spent on compiling them for the trial of this session.
-        members: the largest number of trials, including this session's, that took steps together.
+        members: the most trials, this one included, that ran at a time.
         pauses: see `softprompt.training.loop.Pauses`.
-        claims: of the sweep; None if no other process can run its trials.
+        claims: the sweep's claims on its trials; None if no other process can run them.
     """
 
     progress: Progress
@@ -118,7 +118,8 @@ class Session:
         """The frozen model of a resolved config, on its mesh.
 
         Before another is loaded, the least recently used models are dropped until the rest take
-        at most `CACHE_SHARE` of a device's memory. A trial's reference keeps a model in memory.
+        at most `CACHE_SHARE` of a device's memory. A model stays in memory as long as a trial
+        refers to it.
         """
         key = weights_key(config)
         if key not in self._models:

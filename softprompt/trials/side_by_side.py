@@ -83,9 +83,9 @@ def program(prepared: Prepared) -> tuple[Any, ...]:
 def chunks(prepared: Prepared, count: int, split: str) -> list[int]:
     """How many of `count` deltas to score at a time: equal chunks, the last one may be smaller.
 
-    A chunk is as large as memory allows for its contexts, by estimate, and as the tokens of a batch
-    allow with a row per delta and device. Trained weights are scored one by one, and so are trials
-    with other evaluators than ranking.
+    The size is limited by the estimated memory of a chunk's contexts, and by the tokens of a batch,
+    which has at least a row per delta and device. Trained weights are scored one by one, and so are
+    trials with other evaluators than ranking.
     """
     used = {name for one in prepared.tasks for name in evaluators_of(one.task, prepared.config)}
     if METHODS[prepared.step.method].Settings.trains_weights or used != {"ranking"}:

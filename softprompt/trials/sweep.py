@@ -60,7 +60,7 @@ def run_sweep(
         workdir: has the trials' folders.
         session: of the process.
         estimate: returns the expected "seconds" of a config, to predict the remaining time.
-        minutes: no trial starts when they have passed; those that run go on.
+        minutes: no trial starts after so many minutes; running trials continue.
 
     Returns:
         The rows of failed trials.
@@ -106,7 +106,8 @@ def run_sweep(
 def _not_done(folders: Sequence[epath.Path]) -> list[int]:
     """Indices of the trials without a finished row, as the first process finds them.
 
-    Other sweeps and workers may end trials between the listings of two processes.
+    All processes use the first one's list, since another sweep may finish a trial between two
+    listings.
     """
     found = [index for index, folder in enumerate(folders) if not is_done(folder)]
     todo: list[int] = json.loads(agreed_text(json.dumps(found)))
@@ -119,7 +120,7 @@ def _say_left(progress: Progress, taken: int, waiting: int, total: int) -> None:
         progress.say(f"{taken} of {total} trials are left to other processes")
     if waiting:
         left_over = f"{waiting} of {total} trials are not started"
-        progress.say(f"the minutes are over: {left_over}; the same command goes on")
+        progress.say(f"time limit reached: {left_over}; run the same command to continue")
 
 
 def _announce(

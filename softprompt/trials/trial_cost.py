@@ -32,10 +32,10 @@ from softprompt.trials.shape_check import GIB, SLICES, abstract_weights, choose_
 
 # A chip of Cloud TPU v5e. Source: https://cloud.google.com/tpu/docs/v5e.
 PEAK = 197e12  # FLOP/s in bfloat16
-SHARE = 0.4  # of it that is assumed to be reached
+SHARE = 0.4  # of the peak, assumed to be reached
 
-DEVELOPMENT = 1000  # examples, where the paper does not state a task's
-CANDIDATES = 16  # of an example with candidates of its own, such as ReCoRD's entities
+DEVELOPMENT = 1000  # development examples of a task for which the paper states no number
+CANDIDATES = 16  # of an example that has its own candidates, such as ReCoRD's entities
 
 
 class ShapeSession(Session):
@@ -76,7 +76,7 @@ class ShapeSession(Session):
 
 
 def longest(config: ConfigDict, task: Task, count: int) -> Encoded:
-    """So many examples of a task with the longest inputs and targets that a config allows."""
+    """`count` examples of a task with the longest inputs and targets that a config allows."""
     input_T = np.zeros(config.task.max_input, np.int32)
     targets = [np.full(config.task.max_target, n, np.int32) for n in range(CANDIDATES)]
     labels, own = len(task.verbalizers), targets if task.candidates_field else []

@@ -262,7 +262,7 @@ def test_as_many_steps_are_taken_at_a_time_as_memory_has_room_for(compiled):
         found = take(program, calls(program, "abcde", weights), said)
         assert found == [(key, key) for key in "abcde"]
     assert (compiled, list(program.compiled)) == ([5, 2], [2])
-    assert said == ["no memory for 5 steps together: 2 at a time from now on"]
+    assert said == ["not enough memory to run 5 steps together; running 2 at a time"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         take(program, calls(program, ["broken"], weights), said)
     assert len(said) == 1

@@ -41,7 +41,7 @@ def test_no_trial_starts_when_the_time_is_over(tmp_path, monkeypatch, capsys):
     assert run(trials, tmp_path, slow, minutes=1) == []
     assert slow.ran == [1, 5]
     said = capsys.readouterr().err
-    assert "the minutes are over: 1 of 3 trials are not started" in said
+    assert "time limit reached: 1 of 3 trials are not started" in said
     assert "trial 2 of 3" in said and "trial 3 of 3" not in said
     run(trials, tmp_path, slow)
     assert slow.ran == [1, 5, 20]

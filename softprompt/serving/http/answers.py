@@ -45,7 +45,7 @@ class TextAnswer:
         return {**self._head, "object": self.whole_kind, "choices": choices, "usage": done}
 
     def openings(self, count: int) -> list[dict[str, Any]]:
-        """What comes before the parts of `count` rows."""
+        """The parts that come before those of `count` rows."""
         return []
 
     def part(self, index: int, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class TextAnswer:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Four lists, an entry a token; both log-probabilities of a text's first token are null."""
+        """Four lists, an entry per token. A text's first token has null log-probabilities."""
         offsets = []
         for token in tokens:
             offsets.append(self._lengths.get(index, 0))
@@ -128,7 +128,7 @@ class ChatAnswer(TextAnswer):
 
 
 def spelling(tokenizer: Tokenizer, token: int) -> str:
-    """The text of a token behind a letter: some tokenizers drop a space at a text's beginning."""
+    """The text of a token after a letter: some tokenizers drop a space at a text's beginning."""
     before = tokenizer.encode("a")
     return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
 

@@ -23,7 +23,7 @@ from softprompt.serving.http.settings import Settings
 from softprompt.serving.http.tasks import list_models, load, outcome, predict, show_model, unload
 
 PAGE = Path(__file__).with_name("page.html")
-POLICY = (  # the page loads nothing but itself and asks nobody but this server
+POLICY = (  # the page loads nothing else and connects only to this server
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )

@@ -18,12 +18,12 @@ from softprompt.serving.http.rows import Rows, Stream
 from softprompt.serving.http.service import Service
 from softprompt.serving.requests import Request
 
-DEFAULT_TOKENS = 16  # OpenAI's, of a text completion
+DEFAULT_TOKENS = 16  # OpenAI's default for a text completion
 DEFAULT_CHAT_TOKENS = 128
 MOST_STOPS = 16
 ROLES = ("system", "developer", "user", "assistant")
 
-# Unsupported fields, and the values at which they ask for nothing.
+# Unsupported fields, with the values that have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "frequency_penalty": (0, 0.0),
@@ -171,7 +171,7 @@ async def _ids(task: str, prompts: list[Any], service: Service) -> list[list[int
 
 
 async def _chat_ids(task: str, messages: list[dict[str, str]], service: Service) -> list[int]:
-    """The token ids of a conversation. A template that writes BOS is not given another."""
+    """The token ids of a conversation. If the template writes BOS, no other is added."""
     if not service.chat_template:
         raise Refusal(
             f"{service.settings.base} has no chat template; /v1/completions needs none", 400
@@ -190,7 +190,7 @@ async def _chat_ids(task: str, messages: list[dict[str, str]], service: Service)
 async def _answer(
     form: type[TextAnswer], requests: list[Request], stream: tuple[bool, bool], service: Service
 ) -> Response:
-    """Answers when all rows are done, or as they go; `stream` is what `take_stream` returned."""
+    """Answers when all rows are done, or streams; `stream` is the result of `take_stream`."""
     first, (streamed, usage) = requests[0], stream
     name, logprobs = first.task or service.settings.base, first.logprobs is not None
     answer = form(name, service.engine.tokenizer, logprobs=logprobs)

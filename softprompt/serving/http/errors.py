@@ -64,8 +64,8 @@ def error_body(error: Exception) -> dict[str, Any]:
 def error_response(error: Exception) -> Response:
     """The answer to an error.
 
-    A refused body may be unread, so the connection is closed. The answer of a full queue, or of a
-    server that stops, says when to come back.
+    The connection is closed if the request's body may be unread. If the queue is full or the server
+    stops, a header says when to retry.
     """
     status = status_of(error)
     headers = {"connection": "close"} if status in (401, 408, 413, 421) else {}

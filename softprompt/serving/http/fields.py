@@ -1,4 +1,4 @@
-"""The fields of a request's JSON body: checked, and refused by name where they have no meaning."""
+"""The fields of a request's JSON body, with checks; unknown fields are refused by name."""
 
 import json
 import math
@@ -16,7 +16,7 @@ def parse_body(body: bytes) -> "Fields":
     """The fields of a body.
 
     Raises:
-        Refusal: it is not a JSON object, or has numbers that JSON lacks or lone surrogates.
+        Refusal: it is not a JSON object, or has NaN, infinite numbers or lone surrogates.
     """
     try:
         text = body.decode()
@@ -35,7 +35,7 @@ def _no_constant(name: str) -> None:
 
 
 def shown(value: object) -> str:
-    """A value in a message: cut short, and of a list or an object (which may be deep) its kind."""
+    """A value for a message, shortened; of a list or an object, which may be deep, the kind."""
     if isinstance(value, list | dict):
         return f"a list of {len(value)}" if isinstance(value, list) else "an object"
     text = repr(value[: MOST_SHOWN + 1] if isinstance(value, str) else value)
@@ -43,7 +43,7 @@ def shown(value: object) -> str:
 
 
 class Fields:
-    """Takes checked values out of a JSON object. `finish` refuses what is left; null is absence.
+    """Takes checked values out of a JSON object. `finish` refuses the rest. Null counts as absent.
 
     Args:
         values: the object.
@@ -101,10 +101,10 @@ class Fields:
         return found
 
     def finish(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuses what was not taken, but for values that ask for nothing.
+        """Refuses fields that were not taken, except unsupported ones whose value has no effect.
 
         Args:
-            neutral: unsupported fields and the values at which they may be given.
+            neutral: unsupported fields, with the values that are allowed.
 
         Raises:
             Refusal: another field, or another value of an unsupported one.

@@ -1,4 +1,4 @@
-"""What every request passes first: its key, its host, the bounds on its body and its time."""
+"""The checks of every request: its key, its host, and limits on its body and its time."""
 
 import asyncio
 import hmac
@@ -16,14 +16,14 @@ from softprompt.serving.http.settings import Settings
 OPEN = ("/", "/health", "/ready")  # paths that need no key
 CHANGING = ("PUT", "DELETE")  # methods that need the admin key
 LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.IGNORECASE)
-CLIENT_LEFT = 499  # the status that metrics show; nobody receives it
+CLIENT_LEFT = 499  # a status in the metrics; no client receives it
 
 
 class Guard:
     """Refuses, bounds and counts requests in front of an application.
 
     Access is checked on the same method and path that the application routes by. Every path that is
-    not in `OPEN` needs a key, also one that does not exist. When a client disconnects, its request
+    not in `OPEN` needs a key, even one that does not exist. When a client disconnects, its request
     is cancelled.
 
     Args:
@@ -53,9 +53,9 @@ class Guard:
             self.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, sent: "_Sent") -> None:
-        """Runs the application until it ends, the client leaves, or the time is over.
+        """Runs the application until it ends, the client leaves, or the time limit is reached.
 
-        Loading may compile programs, so a change may take its time.
+        `CHANGING` methods have no time limit, since loading may compile programs.
         """
         running = asyncio.ensure_future(self.app(scope, _replay(body), sent))
         leaving = asyncio.ensure_future(_disconnect(receive))
@@ -76,7 +76,7 @@ class Guard:
 
 
 class _Sent:
-    """Sends an answer and remembers how far it came."""
+    """Sends an answer, and records whether it has started and ended."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -100,11 +100,11 @@ class _Sent:
 
 
 def check_access(scope: MutableMapping[str, Any], settings: Settings) -> None:
-    """Checks a request's key, or without keys that a page of another site did not send it.
+    """Checks a request's key. A server without keys checks the Host header instead.
 
     Raises:
-        Refusal: the key is missing or wrong, changes are switched off, or the host is another one
-            than loopback's (which a name that another site points here would have).
+        Refusal: the key is missing or wrong, changes are switched off, or the Host header is not
+            loopback's (as in a DNS rebinding attack).
     """
     changing = scope["method"] in CHANGING
     if changing and not settings.admin_key:
@@ -128,8 +128,8 @@ async def read_body(receive: Receive, scope: Scope, settings: Settings) -> bytes
     """A request's body.
 
     Raises:
-        Refusal: it is too large, comes too slowly, or is not declared as JSON. The last is what
-            makes browsers ask before they send it for another site's page, and they are refused.
+        Refusal: it is too large, comes too slowly, or is not declared as JSON. A browser sends JSON
+            for another site's page only after a CORS preflight request, which is refused.
     """
     parts = bytearray()
     try:

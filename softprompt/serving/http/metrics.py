@@ -24,7 +24,7 @@ _compiled: list[float] = []  # seconds of each compilation since the first serve
 
 @functools.cache
 def watch_compilations() -> None:
-    """Writes down JAX's compilations from now on, once a process."""
+    """Records JAX's compilations from now on; only the first call has an effect."""
     jax.monitoring.register_event_duration_secs_listener(_note)
 
 

@@ -96,8 +96,8 @@ class Stream(Response):
     """Sends the rows' tokens as server-sent events.
 
     Args:
-        rows: that run; they are freed when the stream ends, however it does.
-        answer: in whose form.
+        rows: running rows; they are freed when the stream ends for any reason.
+        answer: makes the events.
         usage: whether the stream ends with an event that counts the tokens.
     """
 
@@ -120,7 +120,7 @@ class Stream(Response):
             self._rows.free()
 
     async def _lines(self) -> AsyncIterator[str]:
-        """What each event says."""
+        """The data of each event."""
         answer, finishes = self._answer, list[Finish]()
         usage = {"usage": None} if self._usage else {}  # as OpenAI's parts before the last
         for part in answer.openings(self._rows.count):

@@ -22,7 +22,7 @@ LEAST_KEY = 16  # characters
 
 
 class BoundedProtocol(H11Protocol):
-    """Closes a connection whose next request does not come whole in `HEADER_SECONDS`."""
+    """Closes a connection whose next request is not complete within `HEADER_SECONDS`."""
 
     def connection_made(self, transport: Any) -> None:
         """Begins to wait for the first request."""

@@ -15,7 +15,7 @@ MOST_WAITING = 64  # calls that wait for a thread or run in one
 
 
 class Threads:
-    """Runs blocking calls in `count` threads beside the event loop, and refuses too many."""
+    """Runs blocking calls in `count` threads beside the event loop; refuses too many at once."""
 
     def __init__(self, count: int) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(count, "softprompt-http")

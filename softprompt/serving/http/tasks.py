@@ -99,7 +99,7 @@ async def unload(http: HttpRequest) -> Response:
 
 
 async def outcome(http: HttpRequest) -> Response:
-    """Appends what came of an answer: a number, for the arm that the answer named."""
+    """Records the outcome of an answer, a number, for the arm that gave it."""
     service: Service = http.app.state.service
     fields = parse_body(await http.body())
     name, arm, user = fields.text("alias"), fields.text("arm"), fields.text("user", "")

@@ -62,7 +62,7 @@ def work(
 
     Returns:
         The exit code: 0 if every trial is done, 1 if all are over and some failed, 3 if `stop` is
-        in the store, 75 if trials are left when the minutes are over or the store is not reached,
+        in the store, 75 if trials are left when time is over or the store is not reached,
         70 after an error of the worker itself. After 70 and 75 it is started again.
 
     Raises:
@@ -172,7 +172,7 @@ class Worker:
         if number is not None:
             raise interrupts.leaving(number)
         if view.stop:
-            self._say("stopped; after softprompt stop --undo the same command goes on")
+            self._say("stopped; after softprompt stop --undo, run the same command to continue")
         return STOPPED if view.stop else interrupts.PREEMPTED
 
     def _let_save(self) -> None:
