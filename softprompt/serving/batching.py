@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from softprompt.inference.pool import Draw, Joining, padded
 from softprompt.inference.pool_programs import Choice
 from softprompt.serving.bank import Bank, LoadedTask
-from softprompt.serving.placement import Kind, KindPools, Place, Sizes
+from softprompt.serving.placement import Kind, KindPools, PoolSlot, Sizes
 from softprompt.serving.requests import Finish, OnEvent, Request, Token
 from softprompt.serving.text import TextStream
 
@@ -22,7 +22,7 @@ class Ticket:
 
     Attributes:
         stream: gives its tokens their texts.
-        place: of its row; None while it waits.
+        pool_slot: of its row; None while it waits.
         made: how many tokens it has generated.
         cancelled: its caller wants no more events.
         finished: its `Finish` was sent.
@@ -32,7 +32,7 @@ class Ticket:
     on_event: OnEvent
     task: LoadedTask
     stream: TextStream
-    place: Place | None = None
+    pool_slot: PoolSlot | None = None
     made: int = 0
     cancelled: bool = False
     finished: bool = False
@@ -89,14 +89,14 @@ class Batcher:
                 budget -= size
                 self._echo(ticket)
                 self.finish(ticket, "length")
-            elif place := self._place(ticket, demand, taking):
-                ticket.place, budget = place, budget - size
-                batches.setdefault((id(place.pool), size), []).append(ticket)
+            elif pool_slot := self._assign(ticket, demand, taking):
+                ticket.pool_slot, budget = pool_slot, budget - size
+                batches.setdefault((id(pool_slot.pool), size), []).append(ticket)
             else:
                 left.append(ticket)
         for batch in batches.values():
-            assert batch[0].place is not None
-            together = batch[0].place.pool.grid.together
+            assert batch[0].pool_slot is not None
+            together = batch[0].pool_slot.pool.grid.together
             for first in range(0, len(batch), together):
                 self._prefill(batch[first : first + together])
         return left
@@ -111,40 +111,44 @@ class Batcher:
                     continue
                 choice = pool.step()
                 self.counts["steps"] += 1
-                for ticket in [one for one in self.running if one.place and one.place.pool is pool]:
-                    assert ticket.place is not None
-                    self._take(ticket, Choice(*(field[ticket.place.slot] for field in choice)))
+                for ticket in [
+                    one for one in self.running if one.pool_slot and one.pool_slot.pool is pool
+                ]:
+                    assert ticket.pool_slot is not None
+                    self._take(ticket, Choice(*(field[ticket.pool_slot.slot] for field in choice)))
 
     def finish(self, ticket: Ticket, reason: str, error: str = "") -> None:
         """Frees a request's row, and reports its end, once."""
         if ticket.finished:
             return
         ticket.finished = True
-        if ticket.place is not None:
-            ticket.place.pool.leave(ticket.place.slot)
-            ticket.place = None
+        if ticket.pool_slot is not None:
+            ticket.pool_slot.pool.leave(ticket.pool_slot.slot)
+            ticket.pool_slot = None
             self.running = [one for one in self.running if one is not ticket]
         self.counts["requests"] += 1
         ticket.emit(Finish(reason, len(ticket.request.tokens), ticket.made, error))
 
-    def _place(
+    def _assign(
         self, ticket: Ticket, demand: Counter[str], taking: Mapping[int, set[int]]
-    ) -> Place | None:
+    ) -> PoolSlot | None:
         digest, kind = ticket.task.info.digest, self.pools(ticket.task)
         lane = lambda: self._bank.lane(ticket.task)  # noqa: E731
-        return kind.place(digest, demand[digest], lane, taking.get(id(kind), set()))
+        return kind.assign(digest, demand[digest], lane, taking.get(id(kind), set()))
 
     def _prefill(self, batch: Sequence[Ticket]) -> None:
         """Runs the inputs of requests in one program."""
         rows = []
         for ticket in batch:
-            assert ticket.place is not None
+            assert ticket.pool_slot is not None
             request = ticket.request
             draw = Draw(request.temperature, request.top_k, request.top_p, request.seed)
-            rows.append(Joining(ticket.place.slot, request.tokens, draw, bool(request.logprobs)))
-        assert batch[0].place is not None
+            rows.append(
+                Joining(ticket.pool_slot.slot, request.tokens, draw, bool(request.logprobs))
+            )
+        assert batch[0].pool_slot is not None
         self.running = [*self.running, *batch]
-        for ticket, choice in zip(batch, batch[0].place.pool.join(rows), strict=True):
+        for ticket, choice in zip(batch, batch[0].pool_slot.pool.join(rows), strict=True):
             if ticket.request.echo:
                 self._echo(ticket)
             self._take(ticket, choice)

@@ -49,7 +49,7 @@ class Sizes:
         return dataclasses.replace(self, input=min(self.input, context), new=min(self.new, context))
 
 
-class Place(NamedTuple):
+class PoolSlot(NamedTuple):
     """A slot of a pool."""
 
     pool: Pool
@@ -83,9 +83,9 @@ class KindPools:
             if not pool.running or len(pool.free) >= min(pool.grid.together, waiting)
         }
 
-    def place(
+    def assign(
         self, digest: str, demand: int, lane: Callable[[], Lane], open_: Collection[int]
-    ) -> Place | None:
+    ) -> PoolSlot | None:
         """Reserves a slot for a row of a task; None if there is none now.
 
         Args:
@@ -108,7 +108,7 @@ class KindPools:
                 self._held[index, number] = digest
             slot = min(slot for slot in pool.free if slot[0] == number)
             pool.free.remove(slot)
-            return Place(pool, slot)
+            return PoolSlot(pool, slot)
         return None
 
     def _lane(self, index: int, digest: str) -> int | None:

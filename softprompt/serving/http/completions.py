@@ -14,7 +14,7 @@ from softprompt.pretrained.chat import render_chat
 from softprompt.serving.http.answers import ChatAnswer, TextAnswer
 from softprompt.serving.http.errors import Json, Refusal
 from softprompt.serving.http.fields import Fields, is_text, parse_body, refusal
-from softprompt.serving.http.rows import Rows, Stream
+from softprompt.serving.http.request_rows import Rows, Stream
 from softprompt.serving.http.service import Service
 from softprompt.serving.requests import Request
 
