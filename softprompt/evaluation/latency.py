@@ -105,12 +105,12 @@ def functions(
         run = prefill_function(model)
         return jax.block_until_ready(run(weights, shared, *arguments, slots=slots))
 
-    logits_BV, memory = prefill()
+    logits_BV, input_cache = prefill()
 
     def decode() -> Any:
         run = decode_function(model, mesh)
         return jax.block_until_ready(
-            run(weights, shared, memory, logits_BV, row_ids, rules, new=new)
+            run(weights, shared, input_cache, logits_BV, row_ids, rules, new=new)
         )
 
     return prefill, decode

@@ -100,7 +100,7 @@ def search(
     model: Model,
     weights: Tree,
     shared: tuple[Tree, Any],
-    memory: Any,
+    input_cache: Any,
     logits_BV: jax.Array,
     real_B: jax.Array,
     rules: Rules,
@@ -110,7 +110,7 @@ def search(
 ) -> jax.Array:
     """The best sequence [B, new] of each input; `real_B` is true where a row has an example.
 
-    The other arguments are as for `decode`. The memory of an input is the same for all of its
+    The other arguments are as for `decode`. The input cache of an input is the same for all of its
     beams.
     """
 
@@ -131,7 +131,9 @@ def search(
     def step(state: State) -> State:
         last = state.made - 1
         tokens_BC = jax.lax.dynamic_index_in_dim(state.beams.live_CN, last, 2, keepdims=False)
-        logits_BCV, cache = extend(model, weights, shared, memory, state.cache, tokens_BC, last)
+        logits_BCV, cache = extend(
+            model, weights, shared, input_cache, state.cache, tokens_BC, last
+        )
         found, parent_BC = step_beams(state.beams, logits_BCV, state.made)
         reorder = jax.vmap(lambda part, parent_C: part[:, parent_C], (1, 0), 1)
         cache = reorder(cache[0], parent_BC), reorder(cache[1], parent_BC)
@@ -142,7 +144,7 @@ def search(
     first = first._replace(open=real_B)
     logits_BCV = jnp.broadcast_to(logits_BV[:, None], (rows, beams, logits_BV.shape[1]))
     found, _ = step_beams(first, logits_BCV, jnp.array(0))
-    state = State(jnp.array(1), found, empty_cache(memory, new, beams))
+    state = State(jnp.array(1), found, empty_cache(input_cache, new, beams))
     return jax.lax.while_loop(more, step, state).beams.ended_CN[:, 0]
 
 
@@ -190,10 +192,12 @@ def beam_search(
         raise UserError(f"beams is {beams}; allowed: 1 to {model.config.vocab // 2}")
     rules = Rules(max_new, NO_TOKEN if eos_id is None else eos_id, length_penalty)
 
-    def run(memory: Any, logits_BV: jax.Array, batch: InputBatch) -> jax.Array:
+    def run(input_cache: Any, logits_BV: jax.Array, batch: InputBatch) -> jax.Array:
         sizes = {"beams": beams, "new": slots_for(max_new)}
         real_B = batch.example_B >= 0
-        return search_function(model)(weights, shared, memory, logits_BV, real_B, rules, **sizes)
+        return search_function(model)(
+            weights, shared, input_cache, logits_BV, real_B, rules, **sizes
+        )
 
     given = model, weights, shared, inputs, run
     outputs = over_batches(*given, max_new=max_new, batch=batch, **options)

@@ -56,7 +56,7 @@ def decode(
     model: Model,
     weights: Tree,
     shared: tuple[Tree, Any],
-    memory: Any,
+    input_cache: Any,
     logits_BV: jax.Array,
     rows: RowIds,
     rules: Rules,
@@ -69,7 +69,7 @@ def decode(
         model: a decoder or a T5.
         weights: its frozen weights.
         shared: the method's variables and the context.
-        memory: from `prefill`.
+        input_cache: from `prefill`.
         logits_BV: of the first new token.
         rows: see `RowIds`.
         rules: when to stop, and how to choose tokens.
@@ -86,7 +86,7 @@ def decode(
 
     def step(state: State) -> State:
         logits_BV, cache = extend(
-            model, weights, shared, memory, state.cache, state.last_B, state.made - 1
+            model, weights, shared, input_cache, state.cache, state.last_B, state.made - 1
         )
         tokens_B, done_B = pick(logits_BV, state.made, state.done_B)
         out_BN = jax.lax.dynamic_update_slice(state.out_BN, tokens_B[:, None], (0, state.made))
@@ -94,7 +94,7 @@ def decode(
 
     tokens_B, done_B = pick(logits_BV, 0, ~rows.real_B)
     out_BN = jnp.full((len(tokens_B), new), rules.eos_id, jnp.int32).at[:, 0].set(tokens_B)
-    first = State(jnp.array(1), tokens_B, done_B, out_BN, empty_cache(memory, new))
+    first = State(jnp.array(1), tokens_B, done_B, out_BN, empty_cache(input_cache, new))
     return jax.lax.while_loop(more, step, first).out_BN
 
 
@@ -160,11 +160,11 @@ def generate(
     rules = Rules(max_new, eos, sampling, jax.random.key(seed))
     decoded = decode_function(model, mesh)
 
-    def run(memory: Any, logits_BV: jax.Array, batch: InputBatch) -> jax.Array:
+    def run(input_cache: Any, logits_BV: jax.Array, batch: InputBatch) -> jax.Array:
         real_B = batch.example_B >= 0
         rows = on_rows(mesh, RowIds(numbers[batch.example_B].astype(np.uint32), real_B))
         new = slots_for(max_new)
-        return decoded(weights, shared, memory, logits_BV, rows, rules, new=new)
+        return decoded(weights, shared, input_cache, logits_BV, rows, rules, new=new)
 
     options: dict[str, Any] = {"max_new": max_new, "batch": batch, "room": room, "mesh": mesh}
     options |= {"which": which, "progress": progress}
@@ -186,7 +186,7 @@ def over_batches(
     which: Sequence[int] | None = None,
     progress: Report = lambda done, total: None,
 ) -> list[np.ndarray]:
-    """Runs `run(memory, logits, batch)` on each batch; returns its output for each input.
+    """Runs `run(input_cache, logits, batch)` on each batch; returns its output for each input.
 
     Raises:
         UserError: see `generate`.
@@ -200,8 +200,8 @@ def over_batches(
     for part in batches:
         which_B = None if which is None else np.asarray(which, np.int32)[part.example_B]
         rows = on_rows(mesh, (part.tokens_BT, part.lengths_B, which_B))
-        logits_BV, memory = prefill_function(model)(weights, shared, *rows, slots=slots)
-        out_BN = np.asarray(run(memory, logits_BV, part))
+        logits_BV, input_cache = prefill_function(model)(weights, shared, *rows, slots=slots)
+        out_BN = np.asarray(run(input_cache, logits_BV, part))
         outputs.update(zip(part.example_B.tolist(), out_BN, strict=True))
         outputs.pop(-1, None)  # empty rows
         progress(len(outputs), len(inputs))

@@ -27,7 +27,7 @@ import numpy as np
 from flax import struct
 
 from softprompt.inference.sampling import RowSampling, choose_by_row
-from softprompt.models.decoder import Cached, Context, Decoder, Memory
+from softprompt.models.decoder import Cached, Context, Decoder, InputCache
 from softprompt.models.layers import collections
 
 Tree = Any
@@ -159,9 +159,9 @@ def prefill(
         lane = select_lane(lanes, axes, inputs.lanes)
         apply: Any = functools.partial(model.apply, collections(weights, lane.variables))
         row = inputs.ids, inputs.lengths
-        x_D, memory = apply(lane.context, *row, slots=len(inputs.ids), method="prefill")
+        x_D, input_cache = apply(lane.context, *row, slots=len(inputs.ids), method="prefill")
         logits_1V: Any = apply(x_D[None], method="logits")
-        return logits_1V[0], (memory.cached.k_LSGK, memory.cached.v_LSGK)
+        return logits_1V[0], (input_cache.cached.k_LSGK, input_cache.cached.v_LSGK)
 
     logits_BV, new = jax.vmap(one, out_axes=(0, 1))(inputs)
 
@@ -227,11 +227,11 @@ def step(
         apply: Any = functools.partial(model.apply, collections(weights, lane.variables))
 
         def one(inputs: KeysValues, ring: KeysValues, row: RowState) -> Any:
-            memory = Memory(Cached(*inputs, slots_S, slots_S < row.lengths), row.lengths)
+            input_cache = InputCache(Cached(*inputs, slots_S, slots_S < row.lengths), row.lengths)
             position = row.lengths + row.counts
             cached = Cached(*ring, position - 1 - age_N, age_N < row.counts)
             new = row.ids[None], position[None]
-            x_1D, kv = apply(lane.context, memory, cached, *new, method="extend")
+            x_1D, kv = apply(lane.context, input_cache, cached, *new, method="extend")
             return x_1D[0], kv
 
         x_BD, kv = jax.vmap(one, (1, 1, 0), (0, 1))(inputs, ring, rows)

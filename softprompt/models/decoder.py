@@ -13,8 +13,8 @@ Under `jax.vmap` over rows the context has no batch axis: it is computed once, f
 
 Generation uses the context and a cache of the row's own keys and values:
 
-    x_D, memory = model.apply(variables, context, tokens_T, length, method="prefill")
-    x_TD, kv = model.apply(variables, context, memory, cache, tokens_T, positions_T,
+    x_D, input_cache = model.apply(variables, context, tokens_T, length, method="prefill")
+    x_TD, kv = model.apply(variables, context, input_cache, cache, tokens_T, positions_T,
                            method="extend")
 """
 
@@ -102,7 +102,7 @@ class Cached:
 
 
 @struct.dataclass
-class Memory:
+class InputCache:
     """The constant state of an input during generation.
 
     It holds the input's keys and values, its length, and the number of the context that it sees
@@ -224,8 +224,8 @@ class Decoder(nn.Module):
         """The head's inputs [M, D] at the positions `row.index`; arguments as for `hidden`."""
         return self.final_states(self.hidden(context, row, dropout)[row.index])
 
-    # The axes of `prefill`'s memory for `jax.vmap` over inputs.
-    memory_axes: ClassVar[Any] = Memory(Cached(1, 1, None, 0), 0, 0)  # type: ignore[arg-type]
+    # The axes of `prefill`'s input cache for `jax.vmap` over inputs.
+    input_cache_axes: ClassVar[Any] = InputCache(Cached(1, 1, None, 0), 0, 0)  # type: ignore[arg-type]
 
     def prefill(
         self,
@@ -235,7 +235,7 @@ class Decoder(nn.Module):
         which: jax.Array | None = None,
         *,
         slots: int,
-    ) -> tuple[jax.Array, Memory]:
+    ) -> tuple[jax.Array, InputCache]:
         """Runs the input of a generation.
 
         Args:
@@ -243,10 +243,10 @@ class Decoder(nn.Module):
             tokens_T: the input's tokens, padded on the right.
             length: the number of tokens, a scalar, at least 1.
             which: the number of the context that the input sees, a scalar. None: there is one.
-            slots: S of the memory, at least T.
+            slots: S of the input cache, at least T.
 
         Returns:
-            The residual stream [D] at the last token, and the memory for `extend`.
+            The residual stream [D] at the last token, and the input cache for `extend`.
         """
         index_T = jnp.arange(tokens_T.shape[0])
         mask_TS = index_T[:, None] >= index_T
@@ -256,21 +256,21 @@ class Decoder(nn.Module):
         spare = ((0, 0), (0, slots - index_T.shape[0]), (0, 0), (0, 0))
         k_LSGK, v_LSGK = (jnp.pad(part, spare) for part in kv)
         cached = Cached(k_LSGK, v_LSGK, index_S, index_S < length)
-        return x_TD[length - 1], Memory(cached, length, which)
+        return x_TD[length - 1], InputCache(cached, length, which)
 
     def extend(
         self,
         context: Context,
-        memory: Memory,
+        input_cache: InputCache,
         cache: Cached,
         tokens_T: jax.Array,
         positions_T: jax.Array,
     ) -> tuple[jax.Array, KeysValues]:
-        """Runs the next tokens of one row; they attend to context, memory, cache and each other.
+        """Runs the next tokens of one row; they attend to the context, both caches, each other.
 
         Args:
             context: as for `prefill`.
-            memory: of the row's input, from `prefill`.
+            input_cache: of the row's input, from `prefill`.
             cache: keys and values of the tokens between the input and these.
             tokens_T: consecutive tokens.
             positions_T: their positions in the row, from 0, without the context.
@@ -282,8 +282,8 @@ class Decoder(nn.Module):
         index_T = jnp.arange(tokens_T.shape[0])
         mask_TS = index_T[:, None] >= index_T
         x_TD, positions_T = self.embed(tokens_T), positions_T + context.length
-        cached = memory.cached, cache
-        return self._run(x_TD, context, mask_TS, positions_T, cached, which=memory.which)
+        cached = input_cache.cached, cache
+        return self._run(x_TD, context, mask_TS, positions_T, cached, which=input_cache.which)
 
     def logits(self, x_MD: jax.Array) -> jax.Array:
         """Logits [M, V] of the residual stream [M, D], at least float32."""

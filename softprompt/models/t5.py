@@ -19,8 +19,8 @@ It is computed once a step, and every segment sees it as if it came right before
 With inline prompts the contexts are empty and the calls are the same. A segment's positions, its
 slots first, must be adjacent in the row, because the relative bias is computed from row indices.
 
-Generation uses `prefill` and `extend`, as in a decoder. The memory of an input also holds the keys
-and values for cross-attention, which are computed once.
+Generation uses `prefill` and `extend`, as in a decoder. The input cache also holds the keys and
+values for cross-attention, which are computed once.
 """
 
 from dataclasses import replace
@@ -56,7 +56,7 @@ class Contexts:
 
 
 @struct.dataclass
-class Memory:
+class InputCache:
     """The constant state of an input during generation.
 
     Attributes:
@@ -183,9 +183,9 @@ class T5(nn.Module):
         x_TD = self.decode(contexts, states_SD, row, (drop, encoder_drop))
         return self.decoder.final_states(x_TD[row.index], drop and drop.at(row.index))
 
-    # The axes of `prefill`'s memory for `jax.vmap` over inputs.
+    # The axes of `prefill`'s input cache for `jax.vmap` over inputs.
     _axes = Cached(1, 1, None, None)  # type: ignore[arg-type]
-    memory_axes: ClassVar[Any] = Memory(None, 1, 0, _axes, None)  # type: ignore[arg-type]
+    input_cache_axes: ClassVar[Any] = InputCache(None, 1, 0, _axes, None)  # type: ignore[arg-type]
 
     def prefill(
         self,
@@ -195,7 +195,7 @@ class T5(nn.Module):
         which: jax.Array | None = None,
         *,
         slots: int,
-    ) -> tuple[jax.Array, Memory]:
+    ) -> tuple[jax.Array, InputCache]:
         """Encodes an input, and runs the decoder on its inline prompt and the start token.
 
         Args:
@@ -203,10 +203,10 @@ class T5(nn.Module):
             tokens_S: the input's tokens, padded on the right.
             length: the number of tokens, a scalar.
             which: the number of the input's prompt, a scalar. None: there is one prompt.
-            slots: size of the memory for the input's tokens, at least S.
+            slots: size of the input cache for the input's tokens, at least S.
 
         Returns:
-            The decoder's residual stream [D] at the start token, and the memory for `extend`.
+            The decoder's residual stream [D] at the start token, and the input cache for `extend`.
         """
         spare = slots - tokens_S.shape[0]
         encoder = self._plain_row(self.encoder, tokens_S, which)
@@ -231,14 +231,14 @@ class T5(nn.Module):
         pads = ((0, 0), (0, spare), (0, 0), (0, 0))
         own = jnp.pad(k_LSHK, pads), jnp.pad(v_LSHK, pads)
         cached = Cached(*kv, index_T, index_T >= 0)
-        return x_TD[-1], Memory(
+        return x_TD[-1], InputCache(
             shared, own, jnp.pad(valid_S, (0, spare)), cached, jnp.array(len(index_T))
         )
 
     def extend(
         self,
         contexts: Contexts,
-        memory: Memory,
+        input_cache: InputCache,
         cache: Cached,
         tokens_T: jax.Array,
         positions_T: jax.Array,
@@ -253,9 +253,9 @@ class T5(nn.Module):
             contexts.decoder,
             index_T[:, None] >= index_T,
             positions_T,
-            cached=(memory.cached, cache),
-            known_cross=(memory.shared, memory.cross),
-            cross_mask_TS=memory.valid_S,
+            cached=(input_cache.cached, cache),
+            known_cross=(input_cache.shared, input_cache.cross),
+            cross_mask_TS=input_cache.valid_S,
             cross_prefix=contexts.cross,
         )
         return x_TD, kv

@@ -37,14 +37,14 @@ def cached_logits(model, collections, inputs_BT, lengths_B, after_BN):
     """Logits [N, B, V] that predict each token of `after_BN`, a token at a time."""
     weights, variables = collections["params"], collections["delta"]
     shared = variables, model.apply(collections, method="prompt_context")
-    logits_BV, memory = prefill(model, weights, shared, inputs_BT, lengths_B, slots=16)
+    logits_BV, input_cache = prefill(model, weights, shared, inputs_BT, lengths_B, slots=16)
 
     def step(carry, nth):
         logits_BV, cache = carry
-        after = extend(model, weights, shared, memory, cache, after_BN[:, nth], nth)
+        after = extend(model, weights, shared, input_cache, cache, after_BN[:, nth], nth)
         return after, logits_BV
 
-    first = logits_BV, empty_cache(memory, STEPS + 3)
+    first = logits_BV, empty_cache(input_cache, STEPS + 3)
     return jax.lax.scan(step, first, jnp.arange(STEPS))[1]
 
 
@@ -141,14 +141,14 @@ def extended(model, variables, input_T, pieces):
     context = model.apply(variables, method="prompt_context")
     length = jnp.array(len(input_T))
     run = functools.partial(model.apply, variables)
-    _, memory = run(context, input_T, length, slots=16, method="prefill")
+    _, input_cache = run(context, input_T, length, slots=16, method="prefill")
     cache, outputs, first = None, [], 0
     for tokens_T in pieces:
-        places_T = memory.length + first + jnp.arange(len(tokens_T))
+        places_T = input_cache.length + first + jnp.arange(len(tokens_T))
         if cache is None:
-            like = memory.cached.k_LSGK[:, :0]
+            like = input_cache.cached.k_LSGK[:, :0]
             cache = Cached(like, like, jnp.zeros(0, int), jnp.zeros(0, bool))
-        x_TD, kv = run(context, memory, cache, tokens_T, places_T, method="extend")
+        x_TD, kv = run(context, input_cache, cache, tokens_T, places_T, method="extend")
         outputs.append(run(x_TD, method="logits"))
         kv = jax.tree.map(lambda *pair: jnp.concatenate(pair, 1), (cache.k_LSGK, cache.v_LSGK), kv)
         places_S = jnp.concatenate([cache.positions_S, places_T])
@@ -185,11 +185,11 @@ def test_layers_read_the_cache_and_never_copy_it(x64, name):
     def run(tokens_BT):
         shared = {}, model.apply({"params": weights}, method="prompt_context")
         lengths_B = jnp.array([40, 3])
-        _, memory = prefill(model, weights, shared, tokens_BT, lengths_B, slots=slots)
-        return shared, memory, empty_cache(memory, new)
+        _, input_cache = prefill(model, weights, shared, tokens_BT, lengths_B, slots=slots)
+        return shared, input_cache, empty_cache(input_cache, new)
 
-    def step(shared, memory, cache):
-        return extend(model, weights, shared, memory, cache, tokens_BT[:, 0], jnp.array(1))
+    def step(shared, input_cache, cache):
+        return extend(model, weights, shared, input_cache, cache, tokens_BT[:, 0], jnp.array(1))
 
     jaxpr = jax.make_jaxpr(step)(*jax.eval_shape(run, tokens_BT))
     (layers,) = (e for e in equations(jaxpr) if e.primitive.name == "scan")

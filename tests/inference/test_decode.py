@@ -145,7 +145,7 @@ def test_it_stops_when_all_rows_have_ended():
     model, weights = tiny_decoder(dtype="float32")
     shared = {}, model.apply({"params": weights}, method="empty_context")
     rows = module.RowIds(jnp.zeros(2, jnp.uint32), jnp.array([True, False]))
-    logits_BV, memory = module.prefill_function(model)(
+    logits_BV, input_cache = module.prefill_function(model)(
         weights, shared, jnp.array([[5, 6, 7]] * 2), jnp.array([3, 1]), slots=8
     )
     eos = int(jnp.argmax(logits_BV[0]))
@@ -160,7 +160,7 @@ def test_it_stops_when_all_rows_have_ended():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "while_loop", counted)
-        out_BN = module.decode(model, weights, shared, memory, logits_BV, rows, rules, new=64)
+        out_BN = module.decode(model, weights, shared, input_cache, logits_BV, rows, rules, new=64)
     assert ends == [1]
     assert (np.asarray(out_BN) == eos).all()
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.models.attention import Part
+from softprompt.models.kernels.batching import on_shards, over_rows
 from softprompt.models.kernels.choice import Kernel
-from softprompt.models.kernels.rows import on_shards, over_rows
 
 ALIGNED = 8  # the number of keys is a multiple: a mask needs 2, and 8 align in bfloat16
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from softprompt.models import attention
 from softprompt.models.attention import Part, accumulate, by_head, by_token
+from softprompt.models.kernels.batching import on_shards, over_rows
 from softprompt.models.kernels.choice import BLOCK, Kernel
-from softprompt.models.kernels.rows import on_shards, over_rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
