@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from softprompt.data.encode import Encoded
-from softprompt.data.packing import ENOUGH, best_fit
+from softprompt.data.packing import TARGET_FILL, best_fit
 from softprompt.data.rows import (
     DECODER_LAYOUT,
     EvalBatch,
@@ -70,7 +70,7 @@ def eval_shape(
         fill = used / (candidate * sum(map(len, rows)))
         if fill > best_fill:
             best_fill, tokens, packed = fill, candidate, rows
-        if fill >= ENOUGH:
+        if fill >= TARGET_FILL:
             break
     most = max(map(len, packed))
     batches = -(-most * tokens // max(budget, tokens))
@@ -92,9 +92,10 @@ def coarse_shape(encoded: Encoded, *, rows: int, layout: RowLayout = DECODER_LAY
     sizes_N4 = _sizes(encoded, "candidates", layout)
     longest, own, targets, pairs = map(int, sizes_N4.max(axis=0))
     packed = -(-longest // 64) * 64
-    places = 1 << (packed // int(sizes_N4[:, 0].min()) - 1).bit_length()  # the shortest fill a row
-    lengths = (places * own, packed) if layout.encoder else (packed, 0)
-    return EvalShape(rows, lengths[0], places * targets, places * pairs, inputs=lengths[1])
+    shortest = int(sizes_N4[:, 0].min())
+    examples = 1 << (packed // shortest - 1).bit_length()  # the shortest fill a row
+    lengths = (examples * own, packed) if layout.encoder else (packed, 0)
+    return EvalShape(rows, lengths[0], examples * targets, examples * pairs, inputs=lengths[1])
 
 
 def eval_batches(

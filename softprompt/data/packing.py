@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # The search for a row length stops at this mean fill: shorter rows make attention cheaper.
-ENOUGH = 0.95
+TARGET_FILL = 0.95
 QUANTA = 20  # buckets in the mean length
 TRIES = 20  # orders in which a step is packed before a row length is given up
 
@@ -102,7 +102,7 @@ def plan_template(
     ranks = _ranks(len(lengths), examples)
     order = np.argsort(lengths, kind="stable")
     bucket_SB = _deal(bucket_N[order][ranks][::-1], size_of, examples)
-    _part_twins(bucket_SB, np.bincount(bucket_N))
+    _separate_repeats(bucket_SB, np.bincount(bucket_N))
     bucket_SB = -np.sort(-bucket_SB, axis=1)
     used = lengths[order][ranks].sum() / len(bucket_SB)
     tokens, rows_SB = choose_rows(size_of[bucket_SB], used=used, multiple=multiple)
@@ -120,8 +120,8 @@ def choose_rows(sizes_SB: np.ndarray, *, used: float, multiple: int) -> tuple[in
     """Chooses the row length and packs every step into equally many rows.
 
     Lengths are tried upwards, in steps of `multiple`, from the longest place: the first that fills
-    ENOUGH is taken, otherwise the one that fills most. The search ends where a step fits in one
-    row, or at 1024 tokens or four times the longest place, whichever is more: beyond that
+    TARGET_FILL is taken, otherwise the one that fills most. The search ends where a step fits in
+    one row, or at 1024 tokens or four times the longest place, whichever is more: beyond that
     attention costs more than the padding it would save.
 
     Args:
@@ -145,7 +145,7 @@ def choose_rows(sizes_SB: np.ndarray, *, used: float, multiple: int) -> tuple[in
         if rows is not None:
             best_fill = used / (candidate * (1 + max(map(max, rows))))
             tokens, packed = candidate, rows
-            if best_fill >= ENOUGH:
+            if best_fill >= TARGET_FILL:
                 break
     rows_SB = np.empty(sizes_SB.shape, np.int64)
     rows_SB[fullest] = packed
@@ -216,7 +216,7 @@ def _deal(buckets: np.ndarray, size_of: np.ndarray, examples: int) -> np.ndarray
     return np.array(steps, np.int64)
 
 
-def _part_twins(bucket_SB: np.ndarray, members: np.ndarray) -> None:
+def _separate_repeats(bucket_SB: np.ndarray, members: np.ndarray) -> None:
     """Swaps places until no step has more places of a bucket than it has examples (in place).
 
     A partner always exists: a bucket has at most twice as many places as examples, so that every
@@ -276,6 +276,6 @@ def _pack(sizes: list[int], tokens: int, most: int) -> list[int] | None:
         rows = best_fit([sizes[item] for item in order], tokens)
         if max(rows) < most:
             return [row for _, row in sorted(zip(order, rows, strict=True))]
-        homeless = [item for item, row in zip(order, rows, strict=True) if row >= most]
-        order = homeless + [item for item in order if item not in homeless]
+        unplaced = [item for item, row in zip(order, rows, strict=True) if row >= most]
+        order = unplaced + [item for item in order if item not in unplaced]
     return None

@@ -50,7 +50,7 @@ def fill(template: Template, plan: Plan, lengths: np.ndarray) -> float:
 )
 def test_any_lengths_give_full_steps_that_hold_every_example(lengths, examples, seed):
     # Mutations: capacity from the bucket's mean length; M from each example's own target;
-    # _slots without `% members`; _part_twins removed.
+    # _slots without `% members`; _separate_repeats removed.
     lengths = np.array(lengths)
     targets = targets_like(lengths)
     template = plan_template(lengths, targets, examples=examples)
@@ -67,7 +67,7 @@ def test_any_lengths_give_full_steps_that_hold_every_example(lengths, examples, 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=3, max_size=12), st.data())
 def test_an_example_used_twice_is_never_twice_in_one_step(lengths, data):
-    # Mutation: _part_twins removed (few lengths, so that buckets of one member are dealt twice).
+    # Mutation: _separate_repeats removed (few lengths: buckets of one member are dealt twice).
     examples = data.draw(st.integers(2, len(lengths) - 1))
     lengths = np.array(lengths) * 100
     plan = plan_template(lengths, lengths, examples=examples).epoch(0, 0)
