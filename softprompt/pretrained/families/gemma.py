@@ -53,14 +53,14 @@ def table(config: DecoderConfig) -> Table:
     return rules
 
 
-def _shared(values: Raw, found: Raw) -> dict[str, Any]:
+def _common_fields(values: Raw, found: Raw) -> dict[str, Any]:
     scale, bias = values["hidden_size"] ** 0.5, values["attention_bias"]
-    return {**llama.shared(values, found), "embed_scale": scale, "out_bias": bias}
+    return {**llama.common_fields(values, found), "embed_scale": scale, "out_bias": bias}
 
 
 def _sandwich(values: Raw, found: Raw) -> dict[str, Any]:
     return {
-        **_shared(values, found),
+        **_common_fields(values, found),
         "norms": "both",
         "query_scale": values["query_pre_attn_scalar"] ** -0.5,
         "attn_softcap": values["attn_logit_softcapping"] or 0.0,
@@ -69,7 +69,7 @@ def _sandwich(values: Raw, found: Raw) -> dict[str, Any]:
 
 
 def _gemma(values: Raw, found: Raw) -> DecoderConfig:
-    fields = _shared(values, found) | rope.fields(values)
+    fields = _common_fields(values, found) | rope.fields(values)
     if values["hidden_act"] == "gelu":  # an old way to say tanh
         fields["activation"] = "gelu_tanh"
     return DecoderConfig(**fields)

@@ -69,7 +69,7 @@ def family_keys(model_type: str, **keys: Key) -> dict[str, Key]:
     }
 
 
-def shared(values: Raw, found: Raw) -> dict[str, Any]:
+def common_fields(values: Raw, found: Raw) -> dict[str, Any]:
     """The fields of a decoder's config that all these families read alike, but for positions."""
     heads = values["num_attention_heads"]
     return {
@@ -84,13 +84,13 @@ table = functools.partial(decoder_table, names=NAMES)  # a tensor for each leaf
 
 def _llama(values: Raw, found: Raw) -> DecoderConfig:
     bias = values["attention_bias"]
-    return DecoderConfig(**shared(values, found), **rope.fields(values), out_bias=bias)
+    return DecoderConfig(**common_fields(values, found), **rope.fields(values), out_bias=bias)
 
 
 def _mistral(values: Raw, found: Raw) -> DecoderConfig:
     window = values["sliding_window"]
     windows = (window,) * values["num_hidden_layers"] if window else ()
-    return DecoderConfig(**shared(values, found), **rope.fields(values), windows=windows)
+    return DecoderConfig(**common_fields(values, found), **rope.fields(values), windows=windows)
 
 
 def _mistral_keys(config: DecoderConfig) -> dict[str, Any]:

@@ -20,22 +20,22 @@ def _keys(model_type: str, **keys: Key) -> dict[str, Key]:
     )
 
 
-def _shared(values: Raw, found: Raw) -> dict[str, Any]:
+def _common_fields(values: Raw, found: Raw) -> dict[str, Any]:
     window = values["sliding_window"] if values["use_sliding_window"] else None
     first = values["max_window_layers"]
     windows = base.windows(
         {**values, "sliding_window": window}, lambda n: bool(window) and n >= first
     )
-    return {**llama.shared(values, found), **rope.fields(values), "windows": windows}
+    return {**llama.common_fields(values, found), **rope.fields(values), "windows": windows}
 
 
 def _qwen2(values: Raw, found: Raw) -> DecoderConfig:
-    return DecoderConfig(**_shared(values, found), qkv_bias=True)
+    return DecoderConfig(**_common_fields(values, found), qkv_bias=True)
 
 
 def _qwen3(values: Raw, found: Raw) -> DecoderConfig:
     bias = values["attention_bias"]
-    return DecoderConfig(**_shared(values, found), qk_norm=True, out_bias=bias)
+    return DecoderConfig(**_common_fields(values, found), qk_norm=True, out_bias=bias)
 
 
 def _others(config: DecoderConfig) -> dict[str, Any]:
