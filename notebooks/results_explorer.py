@@ -56,7 +56,7 @@ OURS, THEIRS = "full", "prompt"  # two methods to compare
 # %%
 source = Path(SOURCE or ROOT / "experiments/paper/results/records.jsonl")
 records = collect(source) if source.is_dir() else read_records(source)
-folders = {row["trial"]: place for place, row in read_trials(source)} if source.is_dir() else {}
+folders = {row["trial"]: path for path, row in read_trials(source)} if source.is_dir() else {}
 if EXPERIMENT:
     records = study.own(records, load_experiment(EXPERIMENT).sweep("full"))
     records = study.select(records, task__name=study.TASK, data__mixture="")

@@ -21,7 +21,7 @@ from softprompt.config import (
     base_config,
     flatten,
     from_dict,
-    reads,
+    has_effect,
     resolve,
     set_key,
     validate,
@@ -33,7 +33,7 @@ from softprompt.methods.delta_file import load_delta
 from softprompt.pretrained.loading import Loaded, load_model
 from softprompt.results import Row, read_result, read_rows, to_frame
 from softprompt.training.logs import read_log
-from softprompt.trials.evaluate import Answering, evaluate_runs
+from softprompt.trials.evaluate import Predictor, evaluate_trials
 from softprompt.trials.experiment import check_trials_differ, load_experiment, make_trials
 from softprompt.trials.measure import read_predictions
 from softprompt.trials.run import DELTA, read_config
@@ -157,7 +157,7 @@ class Trial:
             trial.evaluate(task="amazon_sentiment")["accuracy"]
         """
         with Progress() as progress:
-            return evaluate_runs([self.folder], task=task, split=split, progress=progress)[0]
+            return evaluate_trials([self.folder], task=task, split=split, progress=progress)[0]
 
     def predict(self, texts: Sequence[str], task: str | None = None) -> list[dict[str, Any]]:
         """Labels texts, or answers them where the task's answers are free text.
@@ -169,7 +169,7 @@ class Trial:
         Example:
             trial.predict(["a quiet, moving film"])[0]["label"]
         """
-        return list(self._answering(task).predict(texts))
+        return list(self._predictor(task).predict(texts))
 
     def generate(self, texts: Sequence[str], max_new: int = 32) -> list[str]:
         """Continues texts greedily with the delta, without the task's template.
@@ -181,18 +181,18 @@ class Trial:
         Example:
             trial.generate(["Once upon a time"], max_new=16)
         """
-        return self._answering(None).generate(texts, max_new=max_new)
+        return self._predictor(None).generate(texts, max_new=max_new)
 
     @functools.cached_property
-    def _loaded(self) -> dict[str | None, Answering]:
+    def _predictors(self) -> dict[str | None, Predictor]:
         """By task; their models stay in memory as long as the trial."""
         return {}
 
-    def _answering(self, task: str | None) -> Answering:
-        if task not in self._loaded:
+    def _predictor(self, task: str | None) -> Predictor:
+        if task not in self._predictors:
             with Progress() as progress:
-                self._loaded[task] = Answering(self.folder, progress, task=task)
-        return self._loaded[task]
+                self._predictors[task] = Predictor(self.folder, progress, task=task)
+        return self._predictors[task]
 
 
 def load_trial(folder: epath.PathLike) -> Trial:
@@ -286,7 +286,7 @@ def plot_lengths(folder: epath.PathLike, metric: str = "accuracy") -> Figure:
 
 
 def _has_length(row: Row) -> bool:
-    return reads(flatten(from_dict(row["config"])), "method.length")
+    return has_effect(flatten(from_dict(row["config"])), "method.length")
 
 
 def _points(rows: Sequence[Row], metric: str) -> list[Point]:

@@ -46,7 +46,7 @@ class Progress:
         return self
 
     @contextmanager
-    def part(self, name: str) -> "Iterator[Progress]":
+    def for_trial(self, name: str) -> "Iterator[Progress]":
         """The progress of one of several concurrent trials, with its own lines and bar."""
         made = Progress(self._stream)
         made._bars, made._trial, made._name = self._bars, name, f"{name}: "

@@ -1,8 +1,9 @@
 """Signals: training saves its state before the process exits; other commands exit at once.
 
-SIGINT (Ctrl-C), SIGTERM and SIGHUP ask a process to stop. In a `saving` block they are recorded:
-the training loop checks `requested` after each step, saves, and raises `leaving`. Elsewhere they
-have their usual effect, or end the process at once if a command has called `exit_at_once`.
+SIGINT (Ctrl-C), SIGTERM and SIGHUP ask a process to stop. In a `deferred_signals` block they are
+recorded: the training loop checks `requested` after each step, saves, and raises `exit_exception`.
+Elsewhere they have their usual effect, or end the process at once if a command has called
+`exit_at_once`.
 """
 
 import os
@@ -21,14 +22,14 @@ SHOW_CURSOR = "\x1b[?25h"
 class _State:
     """The signal handling of the process."""
 
-    received: signal.Signals | None = None  # in a `saving` block
-    blocks = 0  # open `saving` blocks
+    received: signal.Signals | None = None  # in a `deferred_signals` block
+    blocks = 0  # open `deferred_signals` blocks
     watched = False  # `exit_at_once` has been called
-    handlers: dict[signal.Signals, Any] = {}  # outside of `saving` blocks
+    handlers: dict[signal.Signals, Any] = {}  # outside of `deferred_signals` blocks
 
 
 @contextmanager
-def saving() -> Iterator[None]:
+def deferred_signals() -> Iterator[None]:
     """Records signals in the block; a signal that was not handled is raised at its end.
 
     Several blocks may be open, and may end in any order: each of several interleaved trials has
@@ -51,7 +52,7 @@ def saving() -> Iterator[None]:
                 for number, handler in _State.handlers.items():
                     signal.signal(number, handler)
         if late is not None and sys.exception() is None:
-            raise leaving(late)
+            raise exit_exception(late)
 
 
 def _record(number: int, frame: Any) -> None:
@@ -63,7 +64,7 @@ def requested() -> signal.Signals | None:
     return _State.received
 
 
-def leaving(number: signal.Signals | None) -> BaseException:
+def exit_exception(number: signal.Signals | None) -> BaseException:
     """The exception to raise after saving: KeyboardInterrupt for SIGINT, else SystemExit(75)."""
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(PREEMPTED)
 
@@ -71,8 +72,8 @@ def leaving(number: signal.Signals | None) -> BaseException:
 def exit_at_once() -> None:
     """Makes signals end the process at once, with one line and an exit code.
 
-    In a `saving` block the first signal is recorded, and the second one ends the process. A
-    separate thread receives the signals, since the main thread may be compiling for minutes.
+    In a `deferred_signals` block the first signal is recorded, and the second one ends the process.
+    A separate thread receives the signals, since the main thread may be compiling for minutes.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -14,7 +14,7 @@ import pytest
 from softprompt import cli, results
 from softprompt.config.schema import KEYS
 from softprompt.errors import UserError
-from softprompt.trials.evaluate import Answering
+from softprompt.trials.evaluate import Predictor
 from tests.own_task import give
 from tests.tiny import write_llama_folder
 
@@ -167,13 +167,13 @@ def test_predict_on_a_terminal(trained, capsys, monkeypatch):
     give(monkeypatch, "a warm film\n")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     batches = []
-    predict = Answering.predict
+    predict = Predictor.predict
 
     def watched(self, texts, **options):
         batches.append(len(texts))
         return predict(self, texts, **options)
 
-    monkeypatch.setattr(Answering, "predict", watched)
+    monkeypatch.setattr(Predictor, "predict", watched)
     assert cli.main(["predict", "--run", str(trained)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(batches) == batches[0] == 1
 

@@ -46,7 +46,7 @@ def test_a_trial_beside_others_takes_its_bar_away(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: True)
     with Progress(stream) as progress:
-        with progress.part("prompt-5") as part:
+        with progress.for_trial("prompt-5") as part:
             part.stage("train", 50, 100)
             (bar,) = progress._bars.tasks
             assert bar.description == "prompt-5: train"

@@ -227,12 +227,12 @@ def measured(workdir: str) -> list[Row]:
     """
     records = collect(workdir)
     wanted = {row["trial"] for row in section7.prompts(records)}
-    found = {row["trial"]: style.measure(place) for place, row in read_trials(workdir)}
+    found = {row["trial"]: style.measure(path) for path, row in read_trials(workdir)}
     with Progress() as progress:
         session = Session(progress)
-        for place, row in read_trials(workdir):
+        for path, row in read_trials(workdir):
             if row["trial"] in wanted:
-                found[row["trial"]] |= {"geometry": section7.measure(place, session)}
+                found[row["trial"]] |= {"geometry": section7.measure(path, session)}
     return [row | found[row["trial"]] for row in records]
 
 
@@ -252,9 +252,9 @@ def keep(records: Sequence[Row], rungs: Sequence[dict[str, Any]], workdir: str) 
             old.unlink()
     write(records, DOCS, rungs, page=False)
     wanted = {row["trial"] for row in section7.trials(records)}
-    for place, row in read_trials(workdir):
+    for path, row in read_trials(workdir):
         if row["trial"] in wanted:
-            (PROMPTS / f"{row['name']}.safetensors").write_bytes((place / DELTA).read_bytes())
+            (PROMPTS / f"{row['name']}.safetensors").write_bytes((path / DELTA).read_bytes())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

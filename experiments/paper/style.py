@@ -44,7 +44,7 @@ from softprompt.evaluation.perplexity import read_text
 from softprompt.files import read_json, write_text
 from softprompt.inference.sampling import sampling
 from softprompt.results import Row, is_done
-from softprompt.trials.evaluate import Answering
+from softprompt.trials.evaluate import Predictor
 from softprompt.trials.session import Session
 from softprompt.trials.sweep import trial_folder
 
@@ -152,10 +152,10 @@ def continuations(
     folder: epath.PathLike, seeds: Sequence[int], session: Session
 ) -> dict[str, list[str]]:
     """Seed -> continuations behind a trial's prompt."""
-    answering = Answering(folder, session.progress, session=session)
+    predictor = Predictor(folder, session.progress, session=session)
     starts, how = [START] * COUNT, sampling(1.0)
     return {
-        str(seed): answering.generate(starts, max_new=NEW, sampling=how, seed=seed)
+        str(seed): predictor.generate(starts, max_new=NEW, sampling=how, seed=seed)
         for seed in seeds
     }
 

@@ -41,11 +41,11 @@ def append_outcome(folder: str | os.PathLike[str], outcome: Outcome) -> None:
     line = {"time": round(time.time(), 3), **outcome, "user": digest if user else ""}
     file = Path(folder) / FILE
     try:
-        place = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(place, (json.dumps(line, allow_nan=False) + "\n").encode())
+            os.write(descriptor, (json.dumps(line, allow_nan=False) + "\n").encode())
         finally:
-            os.close(place)
+            os.close(descriptor)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
 

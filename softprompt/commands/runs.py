@@ -16,10 +16,10 @@ def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Prints the scores of trained prompts as JSON: an object for one, a list for several."""
     start_jax()
     from softprompt.console import Progress
-    from softprompt.trials.evaluate import evaluate_runs
+    from softprompt.trials.evaluate import evaluate_trials
 
     with Progress() as progress:
-        scores = evaluate_runs(
+        scores = evaluate_trials(
             arguments.run,
             task=arguments.task,
             split=arguments.split,

@@ -1,6 +1,6 @@
 """A trial's configuration: its keys and their values, config files, and the trial's id."""
 
-from softprompt.config.checks import chooses, reads
+from softprompt.config.checks import has_effect, is_chooser
 from softprompt.config.schema import KEYS, base_config
 from softprompt.config.values import (
     RENAMED,
@@ -8,14 +8,14 @@ from softprompt.config.values import (
     differences,
     flatten,
     from_dict,
+    initializer_settings,
     method_settings,
-    of_task,
     optimizer_settings,
     resolve,
     runs_alone,
     scientific,
     set_key,
-    start_settings,
+    task_config,
     task_configs,
     task_names,
     to_dict,

@@ -15,7 +15,7 @@ from softprompt.settings import Setting, Settings, check_value, keys
 OFF_UNTRAINED = ("train.ema", "train.dropout", "optimizer.max_row_norm")
 
 
-def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, type[Settings]]]:
+def settings_classes(values: Mapping[str, Any]) -> Iterator[tuple[str, type[Settings]]]:
     """The settings classes of a config, each with the choice that adds it.
 
     The choice is as in "method.name=lora", or "" for a section. A chooser that the config does not
@@ -34,7 +34,7 @@ def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, type[Settings]]]:
 
 def own_settings(values: Mapping[str, Any]) -> dict[str, Setting]:
     """The keys that a config's method, initialiser and optimizer have, with their settings."""
-    return {name: one for _, cls in parts(values) for name, one in keys(cls).items()}
+    return {name: one for _, cls in settings_classes(values) for name, one in keys(cls).items()}
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     """
     for name, value in values.items():
         check_value(name, value, KEYS[name])
-    for where, cls in parts(values):
+    for where, cls in settings_classes(values):
         for name, one in keys(cls).items():
             check_value(name, values[name], one, where=where and f"for {where}")
         cls.of(values).check()
@@ -68,12 +68,12 @@ def check_values(values: Mapping[str, Any]) -> None:
         )
 
 
-def chooses(key: str) -> bool:
+def is_chooser(key: str) -> bool:
     """Whether the effect of other keys depends on this one."""
     return key in CHOOSERS or any(key in other.needs for other in KEYS.values())
 
 
-def reads(values: Mapping[str, Any], key: str) -> bool:
+def has_effect(values: Mapping[str, Any], key: str) -> bool:
     """Whether a key has an effect on a config's trial."""
     found = own_settings(values).get(key)
     if found is None or not _needs_met(values, found):
@@ -98,7 +98,7 @@ def check_used(values: Mapping[str, Any]) -> None:
         if values[name] == key.default or name in ALWAYS_ALLOWED:
             continue
         if name not in own:
-            raise UserError(_foreign(name, values, own))
+            raise UserError(_not_a_key_of(name, values, own))
         if not _needs_met(values, own[name]):
             raise UserError(
                 f"config key {name!r} is {values[name]!r}; allowed: {key.default!r} without "
@@ -111,13 +111,13 @@ def check_used(values: Mapping[str, Any]) -> None:
             )
 
 
-def _foreign(name: str, values: Mapping[str, Any], own: Mapping[str, Setting]) -> str:
+def _not_a_key_of(name: str, values: Mapping[str, Any], own: Mapping[str, Setting]) -> str:
     """The error for a key that the config's method, optimizer or initialiser does not have."""
     ((chooser, owners),) = KEYS[name].owners.items()
     while chooser not in own:  # the config does not have the chooser either
         ((chooser, owners),) = KEYS[chooser].owners.items()
     choice = f"{chooser}={values[chooser]}"
-    (cls,) = [cls for where, cls in parts(values) if where == choice] or [Settings]
+    (cls,) = [cls for where, cls in settings_classes(values) if where == choice] or [Settings]
     return (
         f"config key {name!r} is {values[name]!r}; {choice} has no such key "
         f"({', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it); "

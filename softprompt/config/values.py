@@ -20,7 +20,7 @@ from softprompt.config.schema import KEYS, METHOD_SETTINGS, OPEN_MAPPINGS, SECTI
 from softprompt.data.builtin_tasks import TASKS, get_task
 from softprompt.errors import UserError, nearest
 from softprompt.methods.base import MethodSettings
-from softprompt.methods.initializers import INITIALIZERS, Start
+from softprompt.methods.initializers import INITIALIZERS, InitializerSettings
 from softprompt.settings import coerce
 from softprompt.training.optimizers import OPTIMIZERS, UpdateRule
 
@@ -162,7 +162,7 @@ def method_settings(config: ConfigDict) -> MethodSettings:
     return METHOD_SETTINGS[config.method.name].of(flatten(config))
 
 
-def start_settings(config: ConfigDict) -> Start | None:
+def initializer_settings(config: ConfigDict) -> InitializerSettings | None:
     """The settings of a config's initialiser; None if `method.init` names none."""
     cls = INITIALIZERS.get(config.method.init)
     return cls.of(flatten(config)) if cls else None
@@ -182,10 +182,10 @@ def task_configs(config: ConfigDict) -> list[ConfigDict]:
     """
     if not config.data.mixture:
         return [config]
-    return [of_task(config, keys) for keys in _entries(config.data.mixture)]
+    return [task_config(config, keys) for keys in _entries(config.data.mixture)]
 
 
-def of_task(config: ConfigDict, keys: Mapping[str, Any]) -> ConfigDict:
+def task_config(config: ConfigDict, keys: Mapping[str, Any]) -> ConfigDict:
     """The config for one task: keys of another task are reset, lengths and EOS are kept.
 
     Args:
@@ -218,7 +218,7 @@ def transfers(config: ConfigDict) -> list[ConfigDict]:
                 f"config key 'eval.transfer' names {name!r}{nearest(name, allowed)}; allowed, each "
                 f"once: {', '.join(allowed)}"
             )
-    return [of_task(config, {"name": name}) for name in names]
+    return [task_config(config, {"name": name}) for name in names]
 
 
 def _entries(mixture: str) -> list[dict[str, Any]]:

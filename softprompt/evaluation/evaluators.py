@@ -1,6 +1,6 @@
 """Evaluators: each computes metrics of a delta on a split, and a prediction for every example.
 
-An evaluator is a function (forward, shared, split, progress) -> Result. `forward` has the inputs of
+An evaluator is a function (inputs, shared, split, progress) -> Result. `inputs` has the inputs of
 a forward pass besides the delta. `shared` is computed from the delta once for all rows. `split` has
 the examples of one task. `Task.metrics` lists a task's evaluators and the metrics of each.
 
@@ -31,7 +31,7 @@ from softprompt.training.step import Shared
 BATCH = 64  # inputs in one generation batch
 
 
-class Forward(NamedTuple):
+class EvaluatorInputs(NamedTuple):
     """The inputs of a forward pass besides the delta.
 
     Attributes:
@@ -75,7 +75,7 @@ class Result(NamedTuple):
     predictions: list[dict[str, Any]]
 
 
-Evaluator = Callable[[Forward, Shared, Split, Report], Result]
+Evaluator = Callable[[EvaluatorInputs, Shared, Split, Report], Result]
 
 
 def ranking(score: str = "sum") -> Evaluator:
@@ -85,14 +85,14 @@ def ranking(score: str = "sum") -> Evaluator:
         score: "sum" or "mean" of the log-probabilities of a candidate's tokens.
     """
 
-    def evaluate(forward: Forward, shared: Shared, split: Split, report: Report) -> Result:
+    def evaluate(inputs: EvaluatorInputs, shared: Shared, split: Split, report: Report) -> Result:
         found = score_batches(
-            forward.model,
-            forward.weights,
+            inputs.model,
+            inputs.weights,
             shared,
             split.batches(),
-            mesh=forward.mesh,
-            at_once=scored_at_once(forward.mesh),
+            mesh=inputs.mesh,
+            at_once=scored_at_once(inputs.mesh),
             progress=report,
         )
         return ranked(split, found, score)
@@ -148,8 +148,8 @@ def generation(beams: int = 1, max_new: int = 32) -> Evaluator:
         max_new: largest number of tokens of an answer to a free-text task.
     """
 
-    def evaluate(forward: Forward, shared: Shared, split: Split, report: Report) -> Result:
-        encoded, tokenizer = split.encoded, forward.tokenizer
+    def evaluate(inputs: EvaluatorInputs, shared: Shared, split: Split, report: Report) -> Result:
+        encoded, tokenizer = split.encoded, inputs.tokenizer
         longest = max((len(ids) for ids in encoded.candidates), default=max_new - 1)
         options: dict[str, Any] = {
             "max_new": longest + 1,
@@ -158,12 +158,12 @@ def generation(beams: int = 1, max_new: int = 32) -> Evaluator:
             "progress": report,
         }
         run: Callable[..., list[list[int]]] = generate_in_pool
-        if beams > 1 or not _fits_pool(forward):
-            options["mesh"] = forward.mesh
-            if forward.layout.prompts:
+        if beams > 1 or not _fits_pool(inputs):
+            options["mesh"] = inputs.mesh
+            if inputs.layout.prompts:
                 options["which"] = [encoded.task(example) for example in range(len(encoded.ids))]
             run = generate if beams == 1 else functools.partial(beam_search, beams=beams)
-        ids = run(forward.model, forward.weights, shared, encoded.inputs, **options)
+        ids = run(inputs.model, inputs.weights, shared, encoded.inputs, **options)
         if split.task.verbalizers:
             return generated_labels(split, ids, tokenizer)
         return generated_answers(split, [_first_line(tokenizer.decode(one)) for one in ids])
@@ -171,10 +171,10 @@ def generation(beams: int = 1, max_new: int = 32) -> Evaluator:
     return evaluate
 
 
-def _fits_pool(forward: Forward) -> bool:
+def _fits_pool(inputs: EvaluatorInputs) -> bool:
     """Whether a pool can run the rows: of a decoder, on one device, after a single context."""
-    alone = forward.mesh.size == 1 and not forward.layout.prompts
-    return alone and isinstance(forward.model, Decoder)
+    alone = inputs.mesh.size == 1 and not inputs.layout.prompts
+    return alone and isinstance(inputs.model, Decoder)
 
 
 def _first_line(text: str) -> str:

@@ -17,7 +17,7 @@ from softprompt.data.rows import DECODER_LAYOUT, RowLayout
 from softprompt.data.tasks import LIKELIHOOD
 from softprompt.downloads import Wheel, fetch_wheel_members
 from softprompt.errors import UserError, nearest
-from softprompt.evaluation.evaluators import Forward, Result, Split
+from softprompt.evaluation.evaluators import EvaluatorInputs, Result, Split
 from softprompt.evaluation.ranking import (
     Scores,
     score_batches,
@@ -116,12 +116,12 @@ def check_room(pieces: Encoded, loaded: Loaded, *, name: str, context: int) -> N
 
 
 def perplexity(
-    forward: Forward, shared: Shared, pieces: Encoded, report: Report
+    inputs: EvaluatorInputs, shared: Shared, pieces: Encoded, report: Report
 ) -> dict[str, float]:
     """Measures the perplexity of a text after a delta's prompt, or with its changed weights.
 
     Args:
-        forward: the inputs of a forward pass.
+        inputs: of a forward pass.
         shared: the method's variables and the context, computed from the delta.
         pieces: of the text, from `text_pieces`.
         report: called with the batches done and their total.
@@ -129,12 +129,12 @@ def perplexity(
     Returns:
         perplexity, nats (per token), and tokens (how many were predicted).
     """
-    sums_N1, lengths_N1 = _score_targets(forward, shared, pieces, DECODER_LAYOUT, report)
+    sums_N1, lengths_N1 = _score_targets(inputs, shared, pieces, DECODER_LAYOUT, report)
     nats = token_nll(sums_N1, lengths_N1)
     return {"perplexity": math.exp(nats), "nats": nats, "tokens": int(lengths_N1.sum())}
 
 
-def likelihood(forward: Forward, shared: Shared, split: Split, report: Report) -> Result:
+def likelihood(inputs: EvaluatorInputs, shared: Shared, split: Split, report: Report) -> Result:
     """Measures the probability of each example's target, its first right answer: an evaluator.
 
     Examples without an answer are left out. EOS counts where targets end with it.
@@ -149,7 +149,7 @@ def likelihood(forward: Forward, shared: Shared, split: Split, report: Report) -
     if not known:
         return Result({"examples": 0}, predictions)
     sums_N1, lengths_N1 = _score_targets(
-        forward, shared, _only(encoded, known), forward.layout, report
+        inputs, shared, _only(encoded, known), inputs.layout, report
     )
     for n, total, count in zip(known, sums_N1[:, 0], lengths_N1[:, 0], strict=True):
         predictions[n] = {"nats": round(-float(total), 4), "tokens": int(count)}
@@ -171,20 +171,20 @@ def _only(encoded: Encoded, wanted: list[int]) -> Encoded:
 
 
 def _score_targets(
-    forward: Forward, shared: Shared, encoded: Encoded, layout: RowLayout, report: Report
+    inputs: EvaluatorInputs, shared: Shared, encoded: Encoded, layout: RowLayout, report: Report
 ) -> Scores:
     """The log-probability of each example's target and its tokens, [N, 1] each."""
-    rows = forward.mesh.shape["data"]
+    rows = inputs.mesh.shape["data"]
     shape = eval_shape(
         encoded, budget=scoring_budget(), row_multiple=rows, score="targets", layout=layout
     )
     return score_batches(
-        forward.model,
-        forward.weights,
+        inputs.model,
+        inputs.weights,
         shared,
         eval_batches(encoded, shape, score="targets", layout=layout),
-        mesh=forward.mesh,
-        at_once=scored_at_once(forward.mesh),
+        mesh=inputs.mesh,
+        at_once=scored_at_once(inputs.mesh),
         progress=report,
     )
 

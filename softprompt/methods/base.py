@@ -84,7 +84,7 @@ class Setup:
         tasks: the number of tasks in the mixture.
         seed: of the trial.
         room: the number of positions that the model has for the method's context.
-        start: the settings of the initialiser `method.init`. It is None, as are `loaded` and
+        initializer_settings: of the initialiser `method.init`. It is None, as are `loaded` and
             `train`, if only the shapes of the delta are needed.
         loaded: the pretrained model.
         train: the training examples.
@@ -94,7 +94,7 @@ class Setup:
     tasks: int = 1
     seed: int = 0
     room: int = 2**30
-    start: initializers.Start | None = None
+    initializer_settings: initializers.InitializerSettings | None = None
     loaded: "Loaded | None" = None
     train: Encoded | None = None
 
@@ -109,9 +109,9 @@ class Setup:
         Raises:
             UserError: the initialiser's text or file cannot be used for this model.
         """
-        if self.start is None or self.loaded is None or self.train is None:
+        if self.initializer_settings is None or self.loaded is None or self.train is None:
             return initializers.uniform()
-        return self.start.initializer(self.loaded, self.train, place=place)
+        return self.initializer_settings.initializer(self.loaded, self.train, place=place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +120,14 @@ class ContextShape:
 
     Attributes:
         length: in vectors, including a BOS before them.
-        places: the stacks of an encoder-decoder with a context of this length, "encoder" or
-            "decoder" (other places have no positions); () for a decoder.
+        stacks: of an encoder-decoder, those with a context of this length, "encoder" or "decoder"
+            (a prefix of cross-attention has no positions); () for a decoder.
         prompts: the number of prompts if each task of a mixture has its own; 0 if all examples have
             the same.
     """
 
     length: int = 0
-    places: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
     prompts: int = 0
 
 
@@ -157,7 +157,7 @@ class TrainedContextSettings(MethodSettings):
         return f"{self.name}-{self.length}-{self.init}"
 
     def stacks(self, setup: Setup) -> tuple[str, ...]:
-        """The places of `method.place` in an encoder-decoder; () for a decoder.
+        """What `method.place` names in an encoder-decoder; () for a decoder.
 
         Raises:
             UserError: the model is a decoder, and a key of encoder-decoders is set.

@@ -60,12 +60,12 @@ class FewshotConfig:
     Attributes:
         tokens: of the examples.
         embed_scale: the model's, as in `PromptConfig`.
-        places: the stack of an encoder-decoder that reads them, "encoder"; () for a decoder.
+        stacks: the stack of an encoder-decoder that reads them, "encoder"; () for a decoder.
     """
 
     tokens: tuple[int, ...] = ()
     embed_scale: float = 1.0
-    places: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
 
 
 def resolve(settings: Settings, setup: Setup) -> FewshotConfig:
@@ -79,13 +79,13 @@ def resolve(settings: Settings, setup: Setup) -> FewshotConfig:
     tokens_P = few_shot_tokens(
         settings, setup.loaded, setup.train, seed=setup.seed, room=setup.room
     )
-    places = ("encoder",) if setup.encoder_decoder else ()
-    return FewshotConfig(tuple(tokens_P.tolist()), setup.sizes.embed_scale, places)
+    stacks = ("encoder",) if setup.encoder_decoder else ()
+    return FewshotConfig(tuple(tokens_P.tolist()), setup.sizes.embed_scale, stacks)
 
 
 def context(cfg: FewshotConfig) -> ContextShape:
     """The shape of the examples' context."""
-    return ContextShape(len(cfg.tokens), cfg.places)
+    return ContextShape(len(cfg.tokens), cfg.stacks)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: FewshotConfig) -> dict[str, jax.Array]:
@@ -98,7 +98,7 @@ def variables(delta: Any, weights: Any, cfg: FewshotConfig, task_ids: Any) -> di
     tokens_P = np.array(cfg.tokens, np.int32)
     rows_PD = embedding({name: leaf[tokens_P] for name, leaf in weights["embed"].items()})
     prompt = {"prompt": rows_PD * jnp.asarray(cfg.embed_scale, rows_PD.dtype)}
-    return {place: prompt for place in cfg.places} if cfg.places else prompt
+    return {stack: prompt for stack in cfg.stacks} if cfg.stacks else prompt
 
 
 def few_shot_tokens(

@@ -132,7 +132,7 @@ def common_tokens(texts: Iterable[Iterable[int]], number: int) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start(Settings):
+class InitializerSettings(Settings):
     """Base class of the initialisers' settings."""
 
     section = "method"
@@ -152,7 +152,7 @@ class Start(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform(Start):
+class Uniform(InitializerSettings):
     """Uniform noise with the embeddings' RMS."""
 
     bound: ClassVar[float | None] = None
@@ -170,7 +170,7 @@ class UniformPaper(Uniform):
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary(Start):
+class Vocabulary(InitializerSettings):
     """Embeddings of common tokens."""
 
     common_tokens: int = setting(5000, "how many of the most common tokens are sampled from", low=1)
@@ -222,7 +222,7 @@ class Labels(Vocabulary):
 
 
 @dataclasses.dataclass(frozen=True)
-class Text(Start):
+class Text(InitializerSettings):
     """The embeddings of a text's tokens, repeated if the text is short."""
 
     init_text: str = setting("", "the text whose token embeddings start the prompt")
@@ -276,7 +276,7 @@ class File(Vocabulary):
         return from_rows(rows_PD, rest, name=self.init_file)
 
 
-INITIALIZERS: dict[str, type[Start]] = {
+INITIALIZERS: dict[str, type[InitializerSettings]] = {
     "vocabulary": Vocabulary,
     "uniform": Uniform,
     "uniform_paper": UniformPaper,

@@ -69,7 +69,7 @@ def resolve(settings: Settings, setup: Setup) -> MultitaskConfig:
         settings.length,
         initializer=setup.initializer(settings.place),
         embed_scale=setup.sizes.embed_scale,
-        places=settings.stacks(setup),
+        stacks=settings.stacks(setup),
         tasks=setup.tasks,
         rank=settings.rank,
     )
@@ -77,7 +77,7 @@ def resolve(settings: Settings, setup: Setup) -> MultitaskConfig:
 
 def context(cfg: MultitaskConfig) -> ContextShape:
     """The shape of the prompts' contexts."""
-    return ContextShape(cfg.length, cfg.places, prompts=cfg.tasks)
+    return ContextShape(cfg.length, cfg.stacks, prompts=cfg.tasks)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: MultitaskConfig) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def init(key: jax.Array, model: Model, weights: Any, cfg: MultitaskConfig) -> di
     """
     first = prompt.init(key, model, weights, cfg)
     key = jax.random.fold_in(key, 8)  # independent of the initialiser's draws
-    if cfg.places:
-        return {place: part | _factors(key, part["prompt"], cfg) for place, part in first.items()}
+    if cfg.stacks:
+        return {stack: part | _factors(key, part["prompt"], cfg) for stack, part in first.items()}
     return first | _factors(key, first["prompt"], cfg)
 
 
@@ -108,8 +108,8 @@ def variables(
     delta: dict[str, Any], weights: Any, cfg: MultitaskConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
     """The prompts [N, P, D] of the tasks `task_ids`, or of all tasks (None)."""
-    if cfg.places:
-        return {place: _prompts(part, task_ids) for place, part in delta.items()}
+    if cfg.stacks:
+        return {stack: _prompts(part, task_ids) for stack, part in delta.items()}
     return _prompts(delta, task_ids)
 
 

@@ -27,7 +27,7 @@ from softprompt.models.quantize import embedding
 from softprompt.settings import setting
 
 STDDEV = 0.02  # of "noise"
-PLACES = {
+LEAVES = {  # value of `method.place` -> a prefix's path in the delta
     "encoder": ("encoder", "prefix"),
     "decoder": ("decoder", "prefix"),
     "cross": ("decoder", "cross_prefix"),
@@ -80,7 +80,7 @@ class PrefixConfig:
 
     Attributes:
         length: P.
-        places: "encoder" and "decoder" (self-attention) and "cross" of an encoder-decoder; () for a
+        stacks: "encoder" and "decoder" (self-attention) and "cross" of an encoder-decoder; () for a
             decoder.
         start: "noise", "zeros", or "rows": the keys and values of the initialiser's rows, run as a
             prompt.
@@ -90,7 +90,7 @@ class PrefixConfig:
     """
 
     length: int
-    places: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
     start: str = dataclasses.field(default="noise", compare=False)
     initializer: Initializer | None = dataclasses.field(default=None, compare=False)
     embed_scale: float = 1.0
@@ -101,31 +101,31 @@ def resolve(settings: Settings, setup: Setup) -> PrefixConfig:
     """The static configuration for a trial.
 
     Raises:
-        UserError: the model has no room for the prefix, or lacks the place; the place does not
-            allow the initialisation; see `Setup.initializer`.
+        UserError: the model has no room for the prefix; `method.place` names what the model lacks,
+            or does not allow the initialisation; see `Setup.initializer`.
     """
     settings.check_room(setup)
-    places, from_prompt = settings.stacks(setup), settings.from_prompt
-    if setup.start is None and from_prompt:
-        return PrefixConfig(settings.length, places)  # has the same shape
-    if "cross" in places and from_prompt:
+    stacks, from_prompt = settings.stacks(setup), settings.from_prompt
+    if setup.initializer_settings is None and from_prompt:
+        return PrefixConfig(settings.length, stacks)  # has the same shape
+    if "cross" in stacks and from_prompt:
         raise UserError(
             f"config key 'method.init' is {settings.init!r}; allowed for a prefix of "
             "cross-attention: noise, zeros"
         )
-    if places and not from_prompt and not settings.prompt_to_input:
+    if stacks and not from_prompt and not settings.prompt_to_input:
         raise UserError(
             "config key 'method.prompt_to_input' is False; allowed for a prefix with "
             f"method.init={settings.init}: True"
         )
-    if "encoder" in places and settings.prompt_to_input and from_prompt:
+    if "encoder" in stacks and settings.prompt_to_input and from_prompt:
         raise UserError(
             f"config key 'method.init' is {settings.init!r}: in an encoder, keys and values of a "
             "prompt depend on the input; allowed: noise, zeros, or method.prompt_to_input=False"
         )
     return PrefixConfig(
         settings.length,
-        places,
+        stacks,
         "rows" if from_prompt else settings.init,
         setup.initializer(settings.place) if from_prompt else None,
         setup.sizes.embed_scale,
@@ -135,17 +135,17 @@ def resolve(settings: Settings, setup: Setup) -> PrefixConfig:
 
 def context(cfg: PrefixConfig) -> ContextShape:
     """The shape of the prefix."""
-    return ContextShape(cfg.length, cfg.places)
+    return ContextShape(cfg.length, cfg.stacks)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PrefixConfig) -> dict[str, Any]:
-    """Returns the prefix of each place, float32 (float64 where the weights are)."""
+    """Returns the prefix of each of `cfg.stacks`, float32 (float64 where the weights are)."""
     dtype = delta_dtype(weights)
-    if not cfg.places:
+    if not cfg.stacks:
         return {"prefix": _initial(key, model, weights, cfg, dtype)}
     delta: dict[str, Any] = {}
-    for n, place in enumerate(cfg.places):
-        stack, name = PLACES[place]
+    for n, attention in enumerate(cfg.stacks):
+        stack, name = LEAVES[attention]
         prefix = _initial(jax.random.fold_in(key, n), model, weights, cfg, dtype, stack)
         delta.setdefault(stack, {})[name] = prefix
     return delta
@@ -208,7 +208,7 @@ def _network(
 def variables(
     delta: dict[str, Any], weights: Any, cfg: PrefixConfig, task_ids: jax.Array | None
 ) -> dict[str, Any]:
-    """The keys and values of each place."""
+    """The keys and values of each prefix."""
     return _map_prefixes(delta, _computed)
 
 

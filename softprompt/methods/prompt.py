@@ -71,7 +71,7 @@ class PromptConfig:
             share a compiled step.
         embed_scale: the model's. A prompt enters after the scaling of embeddings, so the initial
             prompt, and BOS before it, are scaled embeddings.
-        places: the stacks of an encoder-decoder, "encoder", "decoder" or both, that each have their
+        stacks: the stacks of an encoder-decoder, "encoder", "decoder" or both, that each have their
             own prompt; () for a decoder.
         reparam: none, residual, residual_rows or mlp (see `reparametrize`).
         bottleneck: of the reparametrisation's networks.
@@ -81,7 +81,7 @@ class PromptConfig:
     bos_before: int | None = None
     initializer: Initializer | None = dataclasses.field(default=None, compare=False)
     embed_scale: float = 1.0
-    places: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
     reparam: str = "none"
     bottleneck: int = 0
 
@@ -90,7 +90,7 @@ def resolve(settings: Settings, setup: Setup) -> PromptConfig:
     """The static configuration for a trial.
 
     Raises:
-        UserError: the model has no room for the prompt, or lacks the place; the tokenizer lacks
+        UserError: the model has no room for the prompt, or lacks the stack; the tokenizer lacks
             BOS; see `Setup.initializer`.
     """
     settings.check_room(setup)
@@ -109,18 +109,18 @@ def resolve(settings: Settings, setup: Setup) -> PromptConfig:
 
 def context(cfg: PromptConfig) -> ContextShape:
     """The shape of the prompt's context."""
-    return ContextShape(cfg.length + (cfg.bos_before is not None), cfg.places)
+    return ContextShape(cfg.length + (cfg.bos_before is not None), cfg.stacks)
 
 
 def init(key: jax.Array, model: Model, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
-    """Returns {"prompt": [P, D]} for each place, float32 (float64 for float64 weights).
+    """Returns {"prompt": [P, D]} for each stack, float32 (float64 for float64 weights).
 
     D is the width of the embeddings. With a `reparam` there is also "net".
     """
-    if not cfg.places:
+    if not cfg.stacks:
         return _initial(key, weights, cfg)
-    keys = [key if n == 0 else jax.random.fold_in(key, n) for n in range(len(cfg.places))]
-    return {place: _initial(k, weights, cfg) for place, k in zip(cfg.places, keys, strict=True)}
+    keys = [key if n == 0 else jax.random.fold_in(key, n) for n in range(len(cfg.stacks))]
+    return {stack: _initial(k, weights, cfg) for stack, k in zip(cfg.stacks, keys, strict=True)}
 
 
 def _initial(key: jax.Array, weights: Any, cfg: PromptConfig) -> dict[str, Any]:
@@ -171,8 +171,8 @@ def _scaled(x: jax.Array, cfg: PromptConfig) -> jax.Array:
 
 def fold(delta: dict[str, Any], cfg: PromptConfig) -> dict[str, Any]:
     """Returns the prompts that the networks compute; the delta unchanged if there are none."""
-    if cfg.places:
-        return {place: _folded(part) for place, part in delta.items()}
+    if cfg.stacks:
+        return {stack: _folded(part) for stack, part in delta.items()}
     return _folded(delta)
 
 

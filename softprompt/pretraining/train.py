@@ -330,7 +330,7 @@ def step_flops(recipe: Recipe, source: Pieces) -> float:
 def publish(recipe: Recipe, work: Path, facts: dict[str, Any]) -> None:
     """Saves the kept models as Hugging Face folders, the last one last.
 
-    A folder is written beside its place, and moved there when it is complete.
+    A folder is written beside its target, and moved there when it is complete.
     """
     losses = {line["step"]: line for line in read_log(work) if "validation/loss" in line}
     tokenizer, steps = facts.pop("tokenizer"), facts["steps"]
@@ -356,8 +356,8 @@ def publish(recipe: Recipe, work: Path, facts: dict[str, Any]) -> None:
             **facts,
         }
         write_text(staging / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
-        place = model_folder(name)
+        target = model_folder(name)
         if is_made(name):
-            shutil.rmtree(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging, place)
+            shutil.rmtree(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging, target)

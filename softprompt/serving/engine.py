@@ -163,7 +163,7 @@ class Engine:
 
         Raises:
             NoTask: the task is not loaded.
-            UserError: it has no template; see `Answering.predict`.
+            UserError: it has no template; see `Predictor.predict`.
         """
         return self._predictions(self._task(task), texts)
 

@@ -12,7 +12,7 @@ from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.pretrained.loading import Loaded
 from softprompt.serving.bank import LoadedTask, digest_files
-from softprompt.trials.evaluate import Answering, on_this_machine
+from softprompt.trials.evaluate import Predictor, on_this_machine
 from softprompt.trials.run import read_config
 from softprompt.trials.session import Session
 
@@ -28,11 +28,11 @@ class Predictions:
 
     def __init__(self, loaded: Loaded, progress: Progress) -> None:
         self._loaded, self._session = loaded, Session(progress)
-        self._answering: WeakKeyDictionary[LoadedTask, Answering] = WeakKeyDictionary()
+        self._predictors: WeakKeyDictionary[LoadedTask, Predictor] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def __call__(self, task: LoadedTask, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """See `Answering.predict`.
+        """See `Predictor.predict`.
 
         Raises:
             UserError: the task is not a trial, or its folder has changed since it was loaded.
@@ -40,7 +40,7 @@ class Predictions:
         if task.folder is None:
             raise UserError(f"task {task.info.name!r} has no template; allowed: a trial")
         with self._lock:
-            if task not in self._answering:
+            if task not in self._predictors:
                 if digest_files(task.folder) != task.files:
                     raise UserError(
                         f"task {task.info.name!r}: its folder has changed since it was loaded; "
@@ -48,11 +48,11 @@ class Predictions:
                     )
                 config = on_this_machine(read_config(task.folder))
                 if self._same_weights(config):
-                    self._session.keep(config, self._loaded)
-                self._answering[task] = Answering(
+                    self._session.add_model(config, self._loaded)
+                self._predictors[task] = Predictor(
                     task.folder, self._session.progress, task=task.member, session=self._session
                 )
-            return list(self._answering[task].predict(texts))
+            return list(self._predictors[task].predict(texts))
 
     def _same_weights(self, config: Any) -> bool:
         """Whether a trial's config names the engine's model as it is loaded."""

@@ -27,7 +27,7 @@ from softprompt.models.dropout import Dropout, at_step
 from softprompt.training import checkpoints
 from softprompt.training.logs import MetricsLog
 from softprompt.training.optimizers import averaged, set_rate
-from softprompt.training.prefetch import Feed
+from softprompt.training.prefetch import Prefetcher
 from softprompt.training.step import StepCall, StepResult
 
 Tree = Any
@@ -227,13 +227,13 @@ def train(
     last: dict[str, float] = {}
     steps = {"start": state.step, "stop": loop.steps}
     batches = iter(train_batches(inputs.source, **steps, row_multiple=inputs.row_multiple))
-    with saving(), Feed(inputs.mesh, batches) as feed:
+    with deferred_signals(), Prefetcher(inputs.mesh, batches) as prefetcher:
         if state.step == 0:
             with inputs.pauses():
                 validate(loop, inputs, state, log)
-        clock = Clock(inputs, feed, state.step)
-        while state.step < loop.steps and not stopped(loop, state):
-            batch = feed.take(pending and pending[1])
+        clock = Clock(inputs, prefetcher, state.step)
+        while state.step < loop.steps and not out_of_patience(loop, state):
+            batch = prefetcher.take(pending and pending[1])
             rate = float(inputs.rates[state.step])
             opt_state = set_rate(state.opt_state, inputs.rates[state.step])
             state.delta, state.opt_state, metrics = yield StepCall(
@@ -254,13 +254,13 @@ def train(
                 pending = None
                 with inputs.pauses():
                     finish_step(loop, inputs, state, log, manager, signalled)
-                clock = Clock(inputs, feed, state.step)
+                clock = Clock(inputs, prefetcher, state.step)
     return state
 
 
-def saving() -> AbstractContextManager[None]:
+def deferred_signals() -> AbstractContextManager[None]:
     """Defers signals in the block to the end of a step; with several processes, JAX does so."""
-    return interrupts.saving() if jax.process_count() == 1 else nullcontext()
+    return interrupts.deferred_signals() if jax.process_count() == 1 else nullcontext()
 
 
 _sync_points = itertools.count(1)  # across all trials: sync points of JAX must increase
@@ -295,15 +295,15 @@ def finish_step(
     if loop.snapshots and step % loop.snapshots == 0:
         file = inputs.folder / "snapshots" / f"{step}.safetensors"
         save_delta(file, inputs.fold(state.delta_to_evaluate()), {"step": step, **inputs.notes})
-    stop = stopped(loop, state)
-    if end or stop or signalled or step % loop.checkpoint_every == 0:
+    early = out_of_patience(loop, state)
+    if end or early or signalled or step % loop.checkpoint_every == 0:
         checkpoints.save(manager, step, state.arrays(), {**state.notes(), **inputs.notes})
-    if signalled and not end and not stop:
+    if signalled and not end and not early:
         manager.wait_until_finished()
-        raise interrupts.leaving(signalled)
+        raise interrupts.exit_exception(signalled)
 
 
-def stopped(loop: LoopConfig, state: State) -> bool:
+def out_of_patience(loop: LoopConfig, state: State) -> bool:
     """Whether patience has run out."""
     return bool(loop.patience) and state.waited >= loop.patience
 
@@ -326,16 +326,16 @@ def validate(loop: LoopConfig, inputs: LoopInputs, state: State, log: MetricsLog
 class Clock:
     """Measures speeds since the last log line or validation; excludes pauses."""
 
-    def __init__(self, inputs: LoopInputs, feed: Feed, step: int):
-        self._inputs, self._feed, self._step = inputs, feed, step
-        self._began, self._waited = self._now(), feed.idle_seconds
+    def __init__(self, inputs: LoopInputs, prefetcher: Prefetcher, step: int):
+        self._inputs, self._prefetcher, self._step = inputs, prefetcher, step
+        self._began, self._waited = self._now(), prefetcher.idle_seconds
 
     def _now(self) -> float:
         return time.monotonic() - self._inputs.pauses.seconds
 
     def speeds(self, step: int) -> dict[str, float]:
         """Speeds over the steps since the last call, up to `step`."""
-        inputs, now, waited = self._inputs, self._now(), self._feed.idle_seconds
+        inputs, now, waited = self._inputs, self._now(), self._prefetcher.idle_seconds
         steps, seconds = range(self._step, step), max(now - self._began, 1e-9)
         input_wait = waited - self._waited
         self._step, self._began, self._waited = step, now, waited

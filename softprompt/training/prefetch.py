@@ -13,7 +13,7 @@ from softprompt.training.sharding import put_batch
 POLL = 0.001  # seconds between checks whether the devices are busy, while a batch is late
 
 
-class Feed:
+class Prefetcher:
     """Puts the next batch on the devices in a background thread, while they run a step.
 
     A context manager: its exit ends the thread.
@@ -31,7 +31,7 @@ class Feed:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._next = self._submit()
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 # LoRA with 32 examples (SmolLM2-135M in bfloat16, two CPU cores) took 1.03 of its time with an
 # opening of 2 tokens in the context, 0.97 with 5 and 0.79 with 8. The built-in templates begin
 # with fewer tokens, so their trials have no opening.
-LEAST = 8
+MIN_OPENING = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ class TrialData:
             ),
         )
 
-    def parts(self, split: str, *, mesh: Mesh, layout: RowLayout) -> list[Split]:
+    def task_splits(self, split: str, *, mesh: Mesh, layout: RowLayout) -> list[Split]:
         """A split of each task, as the input of evaluators."""
 
         def packed(number: int) -> list[EvalBatch]:
@@ -199,9 +199,9 @@ def with_number(number: int, encoded: Encoded) -> Encoded:
 
 
 def long_opening(inputs: Iterable[np.ndarray]) -> tuple[int, ...]:
-    """The tokens that all inputs begin with (see `common_opening`); () for fewer than LEAST."""
+    """The tokens that all inputs begin with (see `common_opening`); () for too few."""
     opening = tuple(common_opening(inputs).tolist())
-    return opening if len(opening) >= LEAST else ()
+    return opening if len(opening) >= MIN_OPENING else ()
 
 
 def evaluators_of(task: Task, config: ConfigDict) -> list[str]:

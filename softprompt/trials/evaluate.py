@@ -13,7 +13,7 @@ from softprompt.config import (
     ConfigDict,
     from_dict,
     method_settings,
-    of_task,
+    task_config,
     task_configs,
     to_dict,
     trial_name,
@@ -45,7 +45,7 @@ from softprompt.trials.session import Session
 LINES = 64  # in a batch
 
 
-def evaluate_runs(
+def evaluate_trials(
     folders: Sequence[epath.PathLike],
     *,
     task: str | None = None,
@@ -83,8 +83,8 @@ def evaluate_runs(
         for index in indices:
             config, known = requests[index]
             prepared = prepare_scoring(config, session)
-            prepared = prepared.of(task) if task in known else prepared
-            programs.setdefault(side_by_side.program(prepared), {})[index] = prepared
+            prepared = prepared.for_task(task) if task in known else prepared
+            programs.setdefault(side_by_side.program_key(prepared), {})[index] = prepared
         for group in programs.values():
             trials = [(folders[index], prepared) for index, prepared in group.items()]
             found = _measured(trials, split, generated=generated, any_weights=any_weights)
@@ -102,9 +102,9 @@ def _measured(
     generated: bool,
     any_weights: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The results of `evaluate_runs` for (folder, trial) pairs that share a program."""
+    """The results of `evaluate_trials` for (folder, trial) pairs that share a program."""
     first = trials[0][1]
-    sizes, left = side_by_side.chunks(first, len(trials), split), iter(trials)
+    sizes, left = side_by_side.chunk_sizes(first, len(trials), split), iter(trials)
     if sizes[0] > 1:
         name = trial_name(read_config(trials[0][0]))
         first.session.progress.say(
@@ -134,7 +134,7 @@ def _measured(
 def generated_metrics(prepared: Prepared, delta: Any, split: str) -> dict[str, float]:
     """Metrics of greedily generated answers; an answer that is not a label counts as wrong."""
     shared, found = prepared.shared(delta), {}
-    for part in prepared.data.parts(split, mesh=prepared.mesh, layout=prepared.layout):
+    for part in prepared.data.task_splits(split, mesh=prepared.mesh, layout=prepared.layout):
         metrics = measure_one("generation", prepared, shared, part, split).metrics
         found[part.task.name] = {k.removeprefix("generated_"): v for k, v in metrics.items()}
     return over_tasks(found)
@@ -143,7 +143,7 @@ def generated_metrics(prepared: Prepared, delta: Any, split: str) -> dict[str, f
 def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str]]:
     """A trial's config for a task, which may be a new one, and the names of the config's tasks.
 
-    Few-shot examples are drawn from a new task; otherwise see `of_task`.
+    Few-shot examples are drawn from a new task; otherwise see `task_config`.
 
     Raises:
         UserError: the task is new, and the method has a prompt for each task.
@@ -153,7 +153,7 @@ def for_task(config: ConfigDict, task: str | None) -> tuple[ConfigDict, list[str
         return config, known
     if method_settings(config).per_task:
         raise unknown("--task", task, known)
-    return of_task(config, {"name": task}), [task]
+    return task_config(config, {"name": task}), [task]
 
 
 def on_this_machine(config: ConfigDict) -> ConfigDict:
@@ -195,7 +195,7 @@ def warn_other_data(folder: epath.PathLike, prepared: Prepared, split: str) -> N
         prepared.session.progress.say(f"warning: {error}")
 
 
-class Answering:
+class Predictor:
     """Answers texts with a finished trial.
 
     Args:
@@ -252,11 +252,11 @@ class Answering:
         )
         opening = self._opening(encoded)
         encoded = with_number(self.number, encoded).without_opening(len(opening))
-        trial, shared = self._after(opening)
+        trial, shared = self._with_opening(opening)
         if not self.task.verbalizers:
             evaluator = generation(self.config.eval.beams, max_new=self.config.task.max_target)
             part = Split(self.task, encoded, lambda: [])
-            result = evaluator(trial.forward, shared, part, lambda done, total: None)
+            result = evaluator(trial.evaluator_inputs, shared, part, lambda done, total: None)
             for line, prediction in zip(lines, result.predictions, strict=True):
                 yield {"text": line, "answer": prediction["predicted"]}
             return
@@ -289,7 +289,7 @@ class Answering:
         ids = generate(
             self.trial.step.model,
             self.trial.frozen,
-            self._after(())[1],
+            self._with_opening(())[1],
             [[*start, *loaded.tokenizer.encode(text)] for text in texts],
             max_new=max_new,
             eos_id=loaded.tokenizer.eos_id,
@@ -313,7 +313,7 @@ class Answering:
         words = loaded.tokenizer.encode(parse_template(self.task.template)[0][0])
         return long_opening([np.array([*start, *words, -1]), *encoded.inputs])
 
-    def _after(self, opening: tuple[int, ...]) -> tuple[ForwardPass, Any]:
+    def _with_opening(self, opening: tuple[int, ...]) -> tuple[ForwardPass, Any]:
         """The forward pass for texts with this opening, and its variables and context."""
         if opening not in self._openings:
             trial = self.trial.with_opening(opening)
@@ -342,21 +342,21 @@ def predict_lines(
     batch_size: int = LINES,
     any_weights: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Answers lines of text with a finished trial; see `Answering`.
+    """Answers lines of text with a finished trial; see `Predictor`.
 
     Args:
         folder: of the trial.
         lines: texts, without line ends.
         progress: the display.
-        task: as for `Answering`.
+        task: as for `Predictor`.
         batch_size: lines in a batch; with 1 each line is answered at once.
-        any_weights: as for `Answering`.
+        any_weights: as for `Predictor`.
 
     Yields:
-        The results of `Answering.predict` for each line, in order.
+        The results of `Predictor.predict` for each line, in order.
     """
-    answering = Answering(folder, progress, task=task, any_weights=any_weights)
+    predictor = Predictor(folder, progress, task=task, any_weights=any_weights)
     source, first = iter(lines), 1
     while batch := list(itertools.islice(source, batch_size)):
-        yield from answering.predict(batch, first=first)
+        yield from predictor.predict(batch, first=first)
         first += len(batch)

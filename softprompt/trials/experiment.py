@@ -10,9 +10,9 @@ from typing import Any
 
 from softprompt.config import (
     ConfigDict,
-    chooses,
     flatten,
-    reads,
+    has_effect,
+    is_chooser,
     resolve,
     set_key,
     trial_id,
@@ -116,8 +116,8 @@ def make_trials(
             config that depends on the backend without a target.
     """
     configs = _experiment_configs(experiment, subset)
-    for key, value in sorted(overrides, key=lambda pair: not chooses(pair[0])):
-        readers = [config for config in configs if reads(flatten(config), key)]
+    for key, value in sorted(overrides, key=lambda pair: not is_chooser(pair[0])):
+        readers = [config for config in configs if has_effect(flatten(config), key)]
         for config in readers or configs:
             set_key(config, key, value)
     for config in configs:

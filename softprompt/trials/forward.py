@@ -10,11 +10,11 @@ from softprompt.config import ConfigDict, method_settings, task_configs
 from softprompt.data.encode import Encoded
 from softprompt.data.rows import RowLayout
 from softprompt.errors import UserError
-from softprompt.evaluation.evaluators import Forward
+from softprompt.evaluation.evaluators import EvaluatorInputs
 from softprompt.evaluation.ranking import shared_function
 from softprompt.methods import METHODS
 from softprompt.methods.base import ContextShape, Setup, wants_bos
-from softprompt.methods.initializers import Start
+from softprompt.methods.initializers import InitializerSettings
 from softprompt.models import T5, Model
 from softprompt.models.decoder_layers import attention_case
 from softprompt.models.kernels import Case, Kernel, choose, device_of
@@ -66,10 +66,10 @@ class ForwardPass:
         )
 
     @property
-    def forward(self) -> Forward:
+    def evaluator_inputs(self) -> EvaluatorInputs:
         """The forward pass as the input of evaluators."""
         tokenizer = self.loaded.tokenizer
-        return Forward(self.step.model, self.frozen, self.mesh, self.layout, tokenizer)
+        return EvaluatorInputs(self.step.model, self.frozen, self.mesh, self.layout, tokenizer)
 
 
 def prepare_forward(
@@ -77,7 +77,7 @@ def prepare_forward(
     session: Session,
     *,
     train: Encoded | None = None,
-    start: Start | None = None,
+    initializer: InitializerSettings | None = None,
     opening: tuple[int, ...] = (),
 ) -> ForwardPass:
     """Loads a config's model and sets up its method.
@@ -86,7 +86,7 @@ def prepare_forward(
         config: resolved.
         session: loads the model.
         train: the training examples, for few-shot methods and for prompt initialisers.
-        start: the prompt's initialiser; None if the delta exists already.
+        initializer: settings of the prompt's initialiser; None if the delta exists already.
         opening: tokens that all texts begin with, and that are left out of the rows.
 
     Raises:
@@ -99,12 +99,12 @@ def prepare_forward(
         tasks=len(task_configs(config)),
         seed=config.seed,
         room=min(free_positions(one, loaded) for one in task_configs(config)),
-        start=start,
+        initializer_settings=initializer,
         loaded=loaded,
         train=train,
     )
     cfg = METHODS[settings.name].resolve(settings, setup)
-    model, layout, contexts = arrange(config, loaded, cfg)
+    model, layout, contexts = configure_model(config, loaded, cfg)
     model = with_kernel(config, model, mesh, context=contexts.decoder + len(opening))
     return ForwardPass(
         config=config,
@@ -145,7 +145,7 @@ def free_positions(config: ConfigDict, loaded: Loaded) -> int:
     return room
 
 
-def arrange(
+def configure_model(
     config: ConfigDict, loaded: Loaded, cfg: Any
 ) -> tuple[Model, RowLayout, ContextLengths]:
     """The model configured for the method, the layout of its rows, and its contexts.
@@ -154,13 +154,13 @@ def arrange(
     """
     method, settings = METHODS[config.method.name], method_settings(config)
     context = method.context(cfg) if settings.is_context else ContextShape()
-    length, places, prompts = context.length, context.places, context.prompts
+    length, stacks, prompts = context.length, context.stacks, context.prompts
     model, runs = loaded.model.clone(remat=config.compute.remat), 0
     if settings.is_prompt:
         runs = max(1, prompts)
     if not (isinstance(model, T5) and isinstance(loaded.config, T5Config)):
         return model, RowLayout(prompts=prompts), ContextLengths(0, length, runs)
-    encoder, decoder = (length if stack in places else 0 for stack in ("encoder", "decoder"))
+    encoder, decoder = (length if stack in stacks else 0 for stack in ("encoder", "decoder"))
     model = model.clone(prompt_to_input=config.method.prompt_to_input)
     if settings.is_prompt and config.method.prompt_to_input:
         layout = RowLayout(loaded.config.start, encoder, decoder, prompts)

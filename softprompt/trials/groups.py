@@ -59,7 +59,7 @@ def _groups(
     groups: dict[Any, list[int]] = {}
     widths: dict[Any, int] = {}
     for index in indices:
-        key, width = _program(session, trials[index])
+        key, width = _group_key(session, trials[index])
         groups.setdefault(key or index, []).append(index)
         widths[key or index] = min(width, widths.get(key or index, width))
     for key, group in groups.items():
@@ -74,7 +74,7 @@ def _groups(
         yield group, width
 
 
-def _program(session: Session, config: ConfigDict) -> tuple[Any, int]:
+def _group_key(session: Session, config: ConfigDict) -> tuple[Any, int]:
     """The key of a trial's group, and how many may run concurrently; (None, 1) if it runs alone."""
     if most_at_once(config) == 1:
         return None, 1
@@ -178,19 +178,19 @@ class _Running:
         self.row: Row | None = None
         self.stopped: BaseException | None = None
         self._job, self._failed, self._began = job, failed, time.monotonic()
-        self._shared = session
+        self._sweep_session = session
         self.session = session
         self._steps = self._trial()
 
     def _trial(self) -> TrialSteps:
         config, folder = self._job
-        with self._shared.progress.part(trial_name(config)) as progress:
-            self.session = self._shared.beside_others(progress)
+        with self._sweep_session.progress.for_trial(trial_name(config)) as progress:
+            self.session = self._sweep_session.beside_others(progress)
             return (yield from trial_steps(config, folder, session=self.session))
 
     def begin(self) -> None:
         """Runs the trial until its first step."""
-        with self._shared.pauses():
+        with self._sweep_session.pauses():
             self._advance(lambda: next(self._steps))
 
     def resume(self, result: StepResult) -> None:

@@ -41,7 +41,7 @@ def measure(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, floa
         The metrics, joined by `over_tasks`, and the predictions of all evaluators.
     """
     shared, metrics, predictions = prepared.shared(delta), {}, []
-    for part in prepared.data.parts(split, mesh=prepared.mesh, layout=prepared.layout):
+    for part in prepared.data.task_splits(split, mesh=prepared.mesh, layout=prepared.layout):
         results = [
             measure_one(name, prepared, shared, part, split)
             for name in evaluators_of(part.task, prepared.config)
@@ -60,7 +60,7 @@ def measure_one(name: str, prepared: Prepared, shared: Any, part: Split, split: 
     """Runs one evaluator on one task."""
     verb = "generate" if name == "generation" else "score"
     report = functools.partial(prepared.session.progress.stage, f"{verb} {split}")
-    return evaluator(name, prepared.config)(prepared.forward, shared, part, report)
+    return evaluator(name, prepared.config)(prepared.evaluator_inputs, shared, part, report)
 
 
 def predictions_by_id(
@@ -107,7 +107,7 @@ def final_metrics(prepared: Prepared, folder: epath.Path, delta: Tree) -> dict[s
         pieces = prepared.session.text(prepared.config, bos=prepared.bos)
         report = functools.partial(prepared.session.progress.stage, "score text")
         shared = prepared.with_opening(()).shared(delta)
-        metrics["text"] = perplexity(prepared.forward, shared, pieces, report)
+        metrics["text"] = perplexity(prepared.evaluator_inputs, shared, pieces, report)
     if prepared.config.eval.latency:
         metrics["latency"] = latency_metrics(prepared, delta)
     return metrics

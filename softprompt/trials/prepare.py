@@ -18,7 +18,7 @@ from softprompt.data.splits import split_rule
 from softprompt.errors import UserError
 from softprompt.evaluation.perplexity import check_room
 from softprompt.methods import METHODS
-from softprompt.methods.initializers import Start, embedding_rms
+from softprompt.methods.initializers import InitializerSettings, embedding_rms
 from softprompt.models.dropout import Dropout
 from softprompt.models.layers import collections
 from softprompt.models.quantize import embedding
@@ -53,7 +53,7 @@ class Prepared(ForwardPass):
         """The config's task, or those of its mixture."""
         return self.data.tasks
 
-    def of(self, task: str) -> "Prepared":
+    def for_task(self, task: str) -> "Prepared":
         """The same trial with one task of its mixture; the task keeps its index."""
         return dataclasses.replace(self, data=self.data.only(task))
 
@@ -75,7 +75,7 @@ def prepare(config: ConfigDict, session: Session, workdir: epath.Path | None = N
         split_rule(one.task, "train")
         if "ranking" in evaluators_of(one.task, config):
             check_ranking(one.train, config.eval.score)
-    made = prepare_scoring(config, session, start=located(config, workdir))
+    made = prepare_scoring(config, session, initializer=located(config, workdir))
     if config.compute.attention not in ("auto", "reference") and method_settings(config).trains:
         tokens = train_source(made).template.shape.tokens  # which the named kernel must support
         context = made.contexts.decoder
@@ -90,15 +90,17 @@ def prepare(config: ConfigDict, session: Session, workdir: epath.Path | None = N
 
 
 def prepare_scoring(
-    config: ConfigDict, session: Session, *, start: Start | None = None
+    config: ConfigDict, session: Session, *, initializer: InitializerSettings | None = None
 ) -> Prepared:
     """Loads the model and data of a config, for scoring a trained delta.
 
-    `start` is the prompt's initialiser; None if the delta exists already.
+    `initializer` has the settings of the prompt's initialiser; None if the delta exists already.
     """
     data = session.data(config, bos=text_bos(config, session.model(config)))
     opening = opening_of(config, session, data)
-    made = prepare_forward(config, session, train=data.train, start=start, opening=opening)
+    made = prepare_forward(
+        config, session, train=data.train, initializer=initializer, opening=opening
+    )
     rest = data.without_opening(len(opening), session.progress.say)
     return Prepared(**vars(made), session=session, data=rest)
 
@@ -238,7 +240,7 @@ def learning_rates(prepared: Prepared) -> np.ndarray:
     """The absolute learning rate of every step, float32 [steps]."""
     o, peak = prepared.config.optimizer, prepared.config.optimizer.rate
     if o.rate_unit == "embedding_rms":
-        peak *= seen_rms(prepared.loaded)
+        peak *= scaled_embedding_rms(prepared.loaded)
     return rates(o.schedule, peak=peak, warmup=o.warmup, steps=prepared.config.train.steps)
 
 
@@ -247,11 +249,11 @@ def row_cap(prepared: Prepared) -> np.ndarray:
     o, cap = prepared.config.optimizer, prepared.config.optimizer.max_row_norm
     if o.rate_unit == "embedding_rms":
         width = jax.eval_shape(embedding, prepared.loaded.weights["embed"]).shape[1]
-        cap *= seen_rms(prepared.loaded) * width**0.5
+        cap *= scaled_embedding_rms(prepared.loaded) * width**0.5
     return np.asarray(cap, np.float32)
 
 
-def seen_rms(loaded: Loaded) -> float:
+def scaled_embedding_rms(loaded: Loaded) -> float:
     """The RMS of the embeddings after the model's scaling, if it has one."""
     rms = jax.jit(lambda embed: embedding_rms(embedding(embed)))
     return float(rms(loaded.weights["embed"])) * loaded.config.embed_scale

@@ -40,9 +40,7 @@ def collect(folder: epath.PathLike) -> list[Row]:
     Raises:
         UserError: the folder does not exist, or a row is unreadable.
     """
-    return [
-        row | _predictions(place, row) | _curve(place, row) for place, row in read_trials(folder)
-    ]
+    return [row | _predictions(path, row) | _curve(path, row) for path, row in read_trials(folder)]
 
 
 def write_records(file: epath.PathLike, records: Sequence[Row]) -> None:

@@ -128,7 +128,7 @@ class Session:
         self._models.move_to_end(key)
         return self._models[key]
 
-    def keep(self, config: ConfigDict, loaded: Loaded) -> None:
+    def add_model(self, config: ConfigDict, loaded: Loaded) -> None:
         """Takes a model that is loaded already, for this config and those with equal weights."""
         self._models[weights_key(config)] = loaded
 

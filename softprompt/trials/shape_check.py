@@ -98,12 +98,12 @@ def abstract_step(config: ModelConfig) -> Step:
     T5's prompt is prepended to the encoder's input, as in the paper.
     """
     model: Model
-    places: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
     if isinstance(config, T5Config):
-        model, places, layout = T5(config, DTYPE), ("encoder",), RowLayout(0, input_slots=PROMPT)
+        model, stacks, layout = T5(config, DTYPE), ("encoder",), RowLayout(0, input_slots=PROMPT)
     else:
         model, layout = Decoder(config, DTYPE), DECODER_LAYOUT
-    prompt = PromptConfig(PROMPT, initializer=initializers.uniform(), places=places)
+    prompt = PromptConfig(PROMPT, initializer=initializers.uniform(), stacks=stacks)
     init = functools.partial(METHODS["prompt"].init, model=model, cfg=prompt)
     weights, key = abstract_weights(config), jax.eval_shape(lambda: jax.random.key(0))
     delta = jax.eval_shape(lambda key, weights: init(key, weights=weights), key, weights)

@@ -31,12 +31,12 @@ def score_deltas(
     """Measures each of several deltas on a split; the results are those of `measure`.
 
     Args:
-        prepared: any of their trials, which have equal keys `program`.
+        prepared: any of their trials, which have equal `program_key`s.
         shared: the result of `Prepared.shared` for each delta.
         split: train, validation or test.
     """
     session, mesh, step = prepared.session, prepared.mesh, prepared.step
-    parts = prepared.data.parts(split, mesh=mesh, layout=prepared.layout)
+    splits = prepared.data.task_splits(split, mesh=mesh, layout=prepared.layout)
     batches = prepared.data.eval_batches(
         split, mesh=mesh, layout=prepared.layout, deltas=len(shared)
     )
@@ -53,15 +53,15 @@ def score_deltas(
     results = []
     for n in range(len(shared)):
         ranks = {
-            part.task.name: ranked(part, of_task[n], prepared.config.eval.score)
-            for part, of_task in zip(parts, scores, strict=True)
+            part.task.name: ranked(part, task_scores[n], prepared.config.eval.score)
+            for part, task_scores in zip(splits, scores, strict=True)
         }
         metrics = over_tasks({task: one.metrics for task, one in ranks.items()})
         results.append((metrics, [one.predictions for one in ranks.values()]))
     return results
 
 
-def program(prepared: Prepared) -> tuple[Any, ...]:
+def program_key(prepared: Prepared) -> tuple[Any, ...]:
     """A key: trials of a session with equal keys can be scored side by side.
 
     They may differ in seed, initialiser and training.
@@ -80,7 +80,7 @@ def program(prepared: Prepared) -> tuple[Any, ...]:
     )
 
 
-def chunks(prepared: Prepared, count: int, split: str) -> list[int]:
+def chunk_sizes(prepared: Prepared, count: int, split: str) -> list[int]:
     """How many of `count` deltas to score at a time: equal chunks, the last one may be smaller.
 
     The size is limited by the estimated memory of a chunk's contexts, and by the tokens of a batch,
@@ -98,8 +98,8 @@ def chunks(prepared: Prepared, count: int, split: str) -> list[int]:
     room = int((MEMORY_SHARE * device_memory() - weights) // each) if each else count
     tokens = shape.rows * (shape.tokens + shape.inputs)
     most = max(1, min(scoring_budget() // tokens, room, count))
-    parts = -(-count // most)
-    size = -(-count // parts)
+    chunks = -(-count // most)
+    size = -(-count // chunks)
     return [min(size, count - first) for first in range(0, count, size)]
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from softprompt.config import ConfigDict, start_settings, trial_id
+from softprompt.config import ConfigDict, initializer_settings, trial_id
 from softprompt.errors import UserError
 from softprompt.methods.delta_file import DELTA
-from softprompt.methods.initializers import INITIALIZERS, File, Start
+from softprompt.methods.initializers import INITIALIZERS, File, InitializerSettings
 from softprompt.results import find_trial, is_done
 
 PREFIX = "trial:"
@@ -22,13 +22,13 @@ PREFIX = "trial:"
 
 def start_id(config: ConfigDict) -> str:
     """Returns the id of the trial whose prompt a trial starts from; "" if there is none."""
-    start = start_settings(config)
-    if not isinstance(start, File) or not start.init_file.startswith(PREFIX):
+    settings = initializer_settings(config)
+    if not isinstance(settings, File) or not settings.init_file.startswith(PREFIX):
         return ""
-    return start.init_file.removeprefix(PREFIX)
+    return settings.init_file.removeprefix(PREFIX)
 
 
-def located(config: ConfigDict, workdir: epath.Path | None) -> Start | None:
+def located(config: ConfigDict, workdir: epath.Path | None) -> InitializerSettings | None:
     """Returns the settings of a trial's initialiser, with `trial:ID` replaced by that trial's file.
 
     Args:
@@ -39,9 +39,9 @@ def located(config: ConfigDict, workdir: epath.Path | None) -> Start | None:
     Raises:
         UserError: the folder has no finished trial with this id.
     """
-    start, identity = start_settings(config), start_id(config)
+    settings, identity = initializer_settings(config), start_id(config)
     if not identity:
-        return start
+        return settings
     if workdir is None:
         return INITIALIZERS["vocabulary"]()
     folder = find_trial(workdir, identity)
@@ -50,8 +50,8 @@ def located(config: ConfigDict, workdir: epath.Path | None) -> Start | None:
             f"config key 'method.init_file' is '{PREFIX}{identity}'; allowed: the id of a finished "
             f"trial in {workdir}"
         )
-    assert isinstance(start, File)
-    return dataclasses.replace(start, init_file=str(folder / DELTA))
+    assert isinstance(settings, File)
+    return dataclasses.replace(settings, init_file=str(folder / DELTA))
 
 
 def stages(trials: Sequence[ConfigDict]) -> list[list[int]]:
@@ -62,19 +62,19 @@ def stages(trials: Sequence[ConfigDict]) -> list[list[int]]:
     """
     positions = {trial_id(config): n for n, config in enumerate(trials)}
     made: list[list[int]] = [[]]
-    placed: set[int] = set()
+    visited: set[int] = set()
 
-    def place(n: int) -> None:
-        if n in placed:
+    def visit(n: int) -> None:
+        if n in visited:
             return
-        placed.add(n)
+        visited.add(n)
         first = positions.get(start_id(trials[n]))
         if first is not None:
-            place(first)
+            visit(first)
             if first in made[-1]:
                 made.append([])
         made[-1].append(n)
 
     for n in range(len(trials)):
-        place(n)
+        visit(n)
     return made

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from softprompt.config import base_config, flatten, from_dict, reads, to_dict, trial_id
-from softprompt.config.checks import check_used, parts
+from softprompt.config import base_config, flatten, from_dict, has_effect, to_dict, trial_id
+from softprompt.config.checks import check_used, settings_classes
 from softprompt.config.files import load_config
 from softprompt.config.schema import ALWAYS_ALLOWED, CHOOSERS, KEYS, METHOD_SETTINGS, SECTIONS
 from softprompt.errors import UserError
@@ -152,11 +152,11 @@ def test_every_key_that_needs_another_is_refused_without():
         if not key.needs or "method.name" in key.owners:
             continue
         values = usual | {"optimizer.name": "adafactor"} | dict.fromkeys(key.needs, 0)
-        assert not reads(values, name)
+        assert not has_effect(values, name)
         with pytest.raises(UserError, match=f"{name}.* without {' or '.join(key.needs)}"):
             check_used(values | {name: usual[name] + 1})
         for other in key.needs:
-            assert reads(values | {other: 1}, name)
+            assert has_effect(values | {other: 1}, name)
 
 
 def test_every_key_says_what_it_is():
@@ -181,7 +181,7 @@ def test_a_method_has_its_own_keys_and_functions(name):
     for key in KEYS:
         if key.startswith("method.") and key not in shared:
             assert (key in own) == (name in KEYS[key].owners.get("method.name", ()))
-    assert [cls for where, cls in parts(values) if where == f"method.name={name}"] == [
+    assert [cls for where, cls in settings_classes(values) if where == f"method.name={name}"] == [
         METHOD_SETTINGS[name]
     ]
     settings = method.Settings.of(values)
@@ -204,6 +204,8 @@ def test_a_run_that_is_older_than_the_check_is_read():
     tree["model"]["dtype"] = "float32"
     found = from_dict(tree)
     assert found.method.shots == 2
-    assert not reads(flatten(found), "method.shots") and reads(flatten(found), "method.rank")
+    assert not has_effect(flatten(found), "method.shots") and has_effect(
+        flatten(found), "method.rank"
+    )
     plain = from_dict({**tree, "method": {"name": "lora", "rank": 4}})
     assert trial_id(found) != trial_id(plain), "as it was"

@@ -28,7 +28,7 @@ EVERY = ("q", "k", "v", "o", "up", "gate", "down")
 STACKS = ("encoder", "decoder")
 SOURCE = vocabulary(range(90))
 CASES = {  # name -> the method and its configuration, for a decoder and for T5
-    "prompt": ("prompt", lambda where: PromptConfig(P, None, SOURCE, places=where)),
+    "prompt": ("prompt", lambda where: PromptConfig(P, None, SOURCE, stacks=where)),
     **{
         f"prompt, {kind}": (
             "prompt",
@@ -38,7 +38,7 @@ CASES = {  # name -> the method and its configuration, for a decoder and for T5
     },
     "multitask": (
         "multitask",
-        lambda where: MultitaskConfig(P, None, SOURCE, places=where[:1], tasks=2, rank=3),
+        lambda where: MultitaskConfig(P, None, SOURCE, stacks=where[:1], tasks=2, rank=3),
     ),
     "prefix": ("prefix", lambda where: PrefixConfig(P, where and (*where, "cross"))),
     "prefix, mlp": (

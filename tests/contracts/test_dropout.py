@@ -48,13 +48,13 @@ pytestmark = pytest.mark.usefixtures("x64")
 @functools.cache
 def made(kind, method, names):
     """A step, its delta (moved off its start), the weights and the layout."""
-    places = () if kind == "decoder" else ("encoder", "decoder")
-    model, weights = (tiny_t5 if places else tiny_decoder)()
+    stacks = () if kind == "decoder" else ("encoder", "decoder")
+    model, weights = (tiny_t5 if stacks else tiny_decoder)()
     slots = P if method == "prompt" else 0
-    layout = RowLayout(0, slots, slots) if places else DECODER_LAYOUT
+    layout = RowLayout(0, slots, slots) if stacks else DECODER_LAYOUT
     cfg = {
-        "prompt": PromptConfig(P, None, SOURCE, places=places),
-        "prefix": PrefixConfig(P, places and (*places, "cross")),
+        "prompt": PromptConfig(P, None, SOURCE, stacks=stacks),
+        "prefix": PrefixConfig(P, stacks and (*stacks, "cross")),
         "lora": LoraConfig(3, 5.0, targets=("q", "down") if "model" in names else PROJECTIONS),
     }[method]
     fresh = jax.jit(lambda weights: METHODS[method].init(KEY, model, weights, cfg))(weights)
@@ -224,10 +224,10 @@ def test_masks_keep_the_mean_and_differ_where_they_should():
 
 def test_a_prompt_is_dropped_once_a_step_and_bos_never():
     """Mutations: BOS is dropped too; both stacks get one mask; no scaling."""
-    delta = {place: {"prompt": jnp.ones((3, 4))} for place in ("encoder", "decoder")}
-    cfg, keys = PromptConfig(3, places=("encoder", "decoder")), jax.random.split(KEY, 2000)
+    delta = {stack: {"prompt": jnp.ones((3, 4))} for stack in ("encoder", "decoder")}
+    cfg, keys = PromptConfig(3, stacks=("encoder", "decoder")), jax.random.split(KEY, 2000)
     many = jax.jit(jax.vmap(lambda key: dropped_prompt(delta, cfg, key, 0.75)))(keys)
-    first, second = (np.asarray(many[place]["prompt"]) for place in ("encoder", "decoder"))
+    first, second = (np.asarray(many[stack]["prompt"]) for stack in ("encoder", "decoder"))
     for x in (first, second):
         assert np.abs(x.mean(axis=0) - 1).max() < 5 * np.sqrt(1 / 3 / 2000)
     assert (first != second).mean() == pytest.approx(2 * 0.75 * 0.25, abs=0.03)

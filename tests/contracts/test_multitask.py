@@ -57,7 +57,7 @@ def base(kind):
 def make(kind):
     """The step and a delta after a step in a random direction."""
     model, weights, where, _, _ = base(kind)
-    cfg = MultitaskConfig(P, None, vocabulary(range(90)), places=where, **SIZES)
+    cfg = MultitaskConfig(P, None, vocabulary(range(90)), stacks=where, **SIZES)
     fresh = multitask.init(KEY, model, weights, cfg)
     return StepConfig(model, "multitask", cfg), moved(fresh)
 
@@ -70,7 +70,7 @@ def own(kind, delta, task, xp=np):
         part["task_cols"][task][:, :, None] * part["task_rows"][task][None, :, :], axis=1
     )
     single = {"prompt": xp.asarray(part["prompt"]) * factor_PD}
-    step = StepConfig(model, "prompt", PromptConfig(P, places=where))
+    step = StepConfig(model, "prompt", PromptConfig(P, stacks=where))
     return step, {"encoder": single} if where else single
 
 
@@ -145,9 +145,9 @@ def test_gradients_are_those_of_the_separate_prompts(kind):
 def test_fresh_tasks_have_the_shared_prompt(kind):
     """Contract 2. Mutation: both factors begin as noise, as PEFT's do."""
     model, weights, where, _, _ = base(kind)
-    cfg = MultitaskConfig(P, None, vocabulary(range(90)), places=where, **SIZES)
+    cfg = MultitaskConfig(P, None, vocabulary(range(90)), stacks=where, **SIZES)
     ours = multitask.variables(multitask.init(KEY, model, weights, cfg), weights, cfg, None)
-    single = PromptConfig(P, None, vocabulary(range(90)), places=where)
+    single = PromptConfig(P, None, vocabulary(range(90)), stacks=where)
     theirs = prompt.init(KEY, model, weights, single)
     for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         np.testing.assert_array_equal(one, np.stack([other] * 3))

@@ -22,7 +22,7 @@ from softprompt.models.decoder import Decoder
 from softprompt.pretrained.loading import load_model
 from softprompt.training.step import StepConfig, gradients, shared_part
 from softprompt.trials import data as trial_data
-from softprompt.trials.evaluate import Answering
+from softprompt.trials.evaluate import Predictor
 from softprompt.trials.prepare import prepare, step_work
 from softprompt.trials.run import run_trial
 from tests.contracts.examples import (
@@ -227,7 +227,7 @@ def test_the_seam(tiny_folder, tmp_path, case):
         changes = {"task__template": template, "task__max_input": limit, "train__batch": 2}
         made, whole = prepared_with(tiny_folder, source, shared, **changes)
         opening, tokens = made.step.opening, made.loaded.tokenizer.encode(words)
-        assert len(opening) >= trial_data.LEAST
+        assert len(opening) >= trial_data.MIN_OPENING
         assert list(opening) == tokens[: len(opening)]
         assert (len(opening) == len(tokens)) == complete
         for rest, full in zip(made.data.tasks, whole.tasks, strict=True):
@@ -302,8 +302,8 @@ def test_a_trial(tmp_path, monkeypatch):
         "train__batch": 40,  # all examples, so that a step has the same ones however long they are
     }
     rows, states, said = [], [], []
-    for least in (trial_data.LEAST, 10**6):
-        monkeypatch.setattr(trial_data, "LEAST", least)
+    for least in (trial_data.MIN_OPENING, 10**6):
+        monkeypatch.setattr(trial_data, "MIN_OPENING", least)
         folder = tmp_path / str(least)
         with session() as shared:
             row = run_trial(trial_config(model, source, **changes), folder, session=shared)
@@ -321,11 +321,11 @@ def test_a_trial(tmp_path, monkeypatch):
         assert ours == theirs
     answered = []
     for least in (8, 10**6):
-        monkeypatch.setattr(trial_data, "LEAST", least)
+        monkeypatch.setattr(trial_data, "MIN_OPENING", least)
         with session() as shared:
-            answering = Answering(folder, shared.progress)
-            found = list(answering.predict(["a film", "very dull", ""]))
-            answered.append((found, answering.generate(["the plot", "and"], max_new=4)))
+            predictor = Predictor(folder, shared.progress)
+            found = list(predictor.predict(["a film", "very dull", ""]))
+            answered.append((found, predictor.generate(["the plot", "and"], max_new=4)))
     for ours, theirs in zip(answered[0][0], answered[1][0], strict=True):
         assert ours.pop("probabilities") == pytest.approx(theirs.pop("probabilities"), abs=1e-5)
     assert answered[0] == answered[1]

@@ -20,7 +20,7 @@ from softprompt.console import Progress
 from softprompt.errors import UserError
 from softprompt.results import read_result
 from softprompt.training.logs import read_line
-from softprompt.trials.evaluate import evaluate_runs
+from softprompt.trials.evaluate import evaluate_trials
 from softprompt.trials.run import run_trial
 from softprompt.trials.session import Session
 from tests.contracts.trials import StopAt, check_same
@@ -343,10 +343,10 @@ def test_other_data_is_not_gone_on_with(tiny_folder, session, tmp_path):
         run_trial(config, tmp_path / "w", session=Session(Progress()))
     run_trial(config, tmp_path / "new", session=Session(Progress()))
     lines = Lines()
-    evaluate_runs([tmp_path / "new"], progress=lines)
+    evaluate_trials([tmp_path / "new"], progress=lines)
     assert not [line for line in lines.said if "other data" in line]
     write_task(tmp_path)
-    evaluate_runs([tmp_path / "new"], progress=lines)
+    evaluate_trials([tmp_path / "new"], progress=lines)
     assert [line for line in lines.said if "digest of test was" in line]
 
 

@@ -39,12 +39,12 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def make(form):
     """Step, delta, weights and layout of a tiny T5 with prompts in this form."""
-    places, inline, layout = FORMS[form]
+    stacks, inline, layout = FORMS[form]
     model, weights = tiny_t5(prompt_to_input=inline)
-    cfg = PromptConfig(P, None, vocabulary(range(model.config.vocab)), places=places)
-    delta = init(jax.random.key(3), model, weights, cfg) if places else {}
+    cfg = PromptConfig(P, None, vocabulary(range(model.config.vocab)), stacks=stacks)
+    delta = init(jax.random.key(3), model, weights, cfg) if stacks else {}
     moved = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(4), x.shape), delta)
-    return StepConfig(model, "prompt" if places else "none", cfg), moved, weights, layout
+    return StepConfig(model, "prompt" if stacks else "none", cfg), moved, weights, layout
 
 
 def examples():

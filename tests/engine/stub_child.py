@@ -66,7 +66,7 @@ def main():
     link.send("ready", **facts, programs="stub")
 
     def run(jobs):
-        with interrupts.saving():
+        with interrupts.deferred_signals():
             for job in jobs:
                 run_one(link, job, ends)
         return True

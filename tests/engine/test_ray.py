@@ -19,7 +19,7 @@ import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 from ray.exceptions import OutOfMemoryError  # noqa: E402
 
-from softprompt.trials.engine.ray import Driver, Placement, place  # noqa: E402
+from softprompt.trials.engine.ray import Driver, Placement, placements  # noqa: E402
 from tests.engine import tiny_sweep  # noqa: E402
 from tests.engine.waiting import wait_for  # noqa: E402
 
@@ -54,15 +54,17 @@ def test_every_whole_host_gets_a_worker():
     ]
     address = f"host-0d0000:{20000 + 0x0D0000 % 10000}"
     assert (
-        place(nodes, "TPU")
-        == place(nodes, "")
+        placements(nodes, "TPU")
+        == placements(nodes, "")
         == [
             Placement("0b0000", "", "TPU", 8),
             Placement("0d0000", f"{address},0,2", "TPU", 4),
             Placement("0e0000", f"{address},1,2", "TPU", 4),
         ]
     )
-    assert place(nodes, "CPU") == place(nodes[:1], "") == [Placement("0a0000", "", "CPU", 8)]
+    assert (
+        placements(nodes, "CPU") == placements(nodes[:1], "") == [Placement("0a0000", "", "CPU", 8)]
+    )
 
 
 def test_a_supervisor_that_ray_kills_for_memory_is_started_again(monkeypatch):

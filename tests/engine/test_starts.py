@@ -32,7 +32,7 @@ def test_a_trial_waits_for_its_start_and_gets_its_prompt(tmp_path):
         store.write(f"{first.folder}/{name}", b"{}")
     store.create(f"{QUEUE}/done/{first.trial}", b"")
     view, [(name, claim)] = taken()
-    holdings = ClaimedTrials(store, claims, place=scratch, local=True, say=lambda line: None)
+    holdings = ClaimedTrials(store, claims, workdir=scratch, local=True, say=lambda line: None)
     assert name == "t2" and not scratch.exists()
     holdings.begin(second, claim, view)
     there = sorted(path.name for path in (scratch / first.folder).iterdir())

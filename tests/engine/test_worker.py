@@ -48,7 +48,9 @@ def test_what_a_child_gives_back_is_nothing_to_a_worker_that_follows(tmp_path):
     store, jobs = open_store(tmp_path), [job(1), job(2)]
     plan, claims = write_plan(tmp_path, jobs), Claims(store)
     for follows in (True, False):
-        holdings = ClaimedTrials(store, claims, place=tmp_path, local=False, say=lambda line: None)
+        holdings = ClaimedTrials(
+            store, claims, workdir=tmp_path, local=False, say=lambda line: None
+        )
         stubs = {"child": None, "programs": None, "say": print}
         worker = module.Worker(plan, claims, holdings, follows=follows, **stubs)
         if not follows:
@@ -67,7 +69,7 @@ def test_a_failed_trial_is_over_before_its_claim_ends(tmp_path, monkeypatch):
     write_plan(tmp_path, [one])
     claims = Claims(store)
     claim, end = claims.take(one.trial, claims.beat({})), claims.end
-    holdings = ClaimedTrials(store, claims, place=tmp_path, local=False, say=lambda line: None)
+    holdings = ClaimedTrials(store, claims, workdir=tmp_path, local=False, say=lambda line: None)
     holdings.begin(one, claim, claims.look())
     store.write(f"{one.folder}/result.json", b'{"status": "failed"}')
 

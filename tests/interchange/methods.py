@@ -24,7 +24,7 @@ from tests.interchange.texts import TASK
 from tests.tiny_t5 import load_weights
 
 
-def places(case: Case, *, place: str) -> tuple[str, ...]:
+def stacks(case: Case, *, place: str) -> tuple[str, ...]:
     return (place,) if is_t5(case.model) else ()
 
 
@@ -39,12 +39,12 @@ def lora(case: Case) -> LoraConfig:
 # Name of a method -> its configuration for a case. A method that is listed here is held to PEFT.
 CONFIGS: dict[str, Callable[[Case], Any]] = {
     "prompt": lambda case: PromptConfig(
-        case.method["length"], places=places(case, place="encoder")
+        case.method["length"], stacks=stacks(case, place="encoder")
     ),
     "multitask": lambda case: MultitaskConfig(
-        case.method["length"], places=places(case, place="encoder"), rank=case.method["rank"]
+        case.method["length"], stacks=stacks(case, place="encoder"), rank=case.method["rank"]
     ),
-    "prefix": lambda case: PrefixConfig(case.method["length"], places(case, place="decoder")),
+    "prefix": lambda case: PrefixConfig(case.method["length"], stacks(case, place="decoder")),
     "lora": lora,
     "dora": lora,
     "ia3": lambda case: Ia3Config(targets(case)),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt.config import method_settings, start_settings
+from softprompt.config import initializer_settings, method_settings
 from softprompt.data.encode import encode
 from softprompt.errors import UserError
 from softprompt.methods import METHODS
@@ -49,9 +49,14 @@ def encoded(loaded, *, eos):
 def resolved(loaded, train, *, room=400, **changes):
     """The static configuration of a config's method."""
     config = trial_config("tiny", "jsonl:x", **changes)
-    settings, start = method_settings(config), start_settings(config)
+    settings, initializer = method_settings(config), initializer_settings(config)
     setup = Setup(
-        loaded.config, seed=config.seed, room=room, start=start, loaded=loaded, train=train
+        loaded.config,
+        seed=config.seed,
+        room=room,
+        initializer_settings=initializer,
+        loaded=loaded,
+        train=train,
     )
     return METHODS[settings.name].resolve(settings, setup)
 

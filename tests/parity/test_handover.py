@@ -9,7 +9,7 @@ from softprompt.console import Progress
 from softprompt.inference.decode import cut
 from softprompt.pretrained.loading import load_model, read_model_config
 from softprompt.trials.convert import export_run
-from softprompt.trials.evaluate import Answering
+from softprompt.trials.evaluate import Predictor
 from tests.families import VOCAB, write_family_folder
 from tests.handover_cases import TEXTS, begin_with_bos, random_prompt, write_trial
 from tests.own_task import write_task
@@ -51,7 +51,7 @@ def test_transformers_generates_what_the_trials_do(place):
     tokenizer, ours = AutoTokenizer.from_pretrained(folder), load_model(folder).tokenizer
     tasks = json.loads((place / "hf" / "tasks.json").read_text())["tasks"]
     for name in ("first", "second"):
-        wanted = Answering(place / name, Progress()).generate(TEXTS, max_new=NEW)
+        wanted = Predictor(place / name, Progress()).generate(TEXTS, max_new=NEW)
         for text, answer in zip(TEXTS, wanted, strict=True):
             given = tokenizer(tasks[name]["begins"] + text, return_tensors="pt")
             read = given["input_ids"][0].tolist()

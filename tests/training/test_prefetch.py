@@ -9,7 +9,7 @@ import pytest
 
 from softprompt.models.rows import Rows
 from softprompt.training import prefetch as feed_module
-from softprompt.training.prefetch import Feed
+from softprompt.training.prefetch import Prefetcher
 from tests.contracts.examples import one_device
 
 
@@ -26,16 +26,16 @@ def batches(count, *, asked=None, gate=None):
 def test_the_next_batch_is_made_before_it_is_asked_for():
     """Mutation: `take` makes it. The second is asked for by the first `take`, and the third not."""
     asked = threading.Semaphore(0)
-    with Feed(one_device(), batches(3, asked=asked)) as feed:
+    with Prefetcher(one_device(), batches(3, asked=asked)) as prefetcher:
         for number in range(3):
             assert asked.acquire(timeout=5)
             if number == 0:
                 assert not asked.acquire(timeout=0.1), "one ahead, no more"
-            batch = feed.take(None)
+            batch = prefetcher.take(None)
             assert set(batch.tokens.sharding.device_set) == set(one_device().devices.flat)
             assert np.unique(batch.tokens).tolist() == [number]
         with pytest.raises(StopIteration):
-            feed.take(None)
+            prefetcher.take(None)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_devices_that_are_busy_do_not_wait(busy, late, counted, monkeypatch):
     monkeypatch.setattr(feed_module, "wait", look)
     monkeypatch.setattr(feed_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     running = SimpleNamespace(is_ready=lambda: now[0] >= busy)
-    with Feed(one_device(), batches(1, gate=gate)) as feed:
-        feed.take({"loss": running})
-    assert feed.idle_seconds == counted
+    with Prefetcher(one_device(), batches(1, gate=gate)) as prefetcher:
+        prefetcher.take({"loss": running})
+    assert prefetcher.idle_seconds == counted
 
 
 def test_a_source_that_fails_fails_the_loop():
@@ -71,7 +71,7 @@ def test_a_source_that_fails_fails_the_loop():
         yield from batches(1)
         raise OSError("disk")
 
-    with Feed(one_device(), broken()) as feed:
-        feed.take(None)
+    with Prefetcher(one_device(), broken()) as prefetcher:
+        prefetcher.take(None)
         with pytest.raises(OSError, match="disk"):
-            feed.take(None)
+            prefetcher.take(None)

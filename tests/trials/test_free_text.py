@@ -17,7 +17,7 @@ from softprompt.inference.sampling import sampling
 from softprompt.results import read_result
 from softprompt.training.logs import read_log
 from softprompt.trials.data import evaluators_of
-from softprompt.trials.evaluate import Answering
+from softprompt.trials.evaluate import Predictor
 from tests.own_task import give
 
 ANSWERS = {"paris": ["the city", "a city"], "rome": ["the story"], "film": ["it is old", "old"]}
@@ -184,7 +184,7 @@ def test_a_language_is_modelled(language, tmp_path, capsys, monkeypatch):
     assert cli.main(["predict", "--run", str(folder)]) == 2
     said = capsys.readouterr().err
     assert "line 1 has 1 tab-separated fields; the task takes 0: an empty line" in said
-    write = functools.partial(Answering(folder, Progress()).generate, ["Text:"] * 4, max_new=8)
+    write = functools.partial(Predictor(folder, Progress()).generate, ["Text:"] * 4, max_new=8)
     assert len(set(write())) == 1
     drawn = [write(sampling=sampling(1.0), seed=seed) for seed in (3, 3, 4)]
     assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 1

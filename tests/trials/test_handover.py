@@ -18,7 +18,7 @@ from softprompt.models.decoder import Decoder
 from softprompt.pretrained.loading import load_model
 from softprompt.training.step import StepConfig, shared_part
 from softprompt.trials import handover
-from softprompt.trials.evaluate import Answering
+from softprompt.trials.evaluate import Predictor
 from softprompt.trials.handover import export_added_tokens
 from tests.handover_cases import TEXTS, begin_with_bos, random_prompt, write_trial
 from tests.mistakes import run
@@ -68,7 +68,7 @@ def test_the_folder_generates_what_the_trials_do(place, tmp_path, capsys):
     wanted = [
         text
         for name in names
-        for text in Answering(place / name, Lines()).generate(TEXTS, max_new=NEW)
+        for text in Predictor(place / name, Lines()).generate(TEXTS, max_new=NEW)
     ]
     assert answers == wanted and len(set(answers)) > 3
     tied = Decoder(dataclasses.replace(loaded.config, tied=True))

@@ -43,7 +43,9 @@ def test_any_method_trains_on_a_mixture(tiny_folder, source, shared, tmp_path):
     assert [line["task"] for line in told] == ["own"] * 12 + ["other"] * 12
     prepared = prepare(config, shared)
     decode = prepared.loaded.tokenizer.decode
-    texts = {name: [decode(ids) for ids in prepared.of(name).data.train.inputs] for name in names}
+    texts = {
+        name: [decode(ids) for ids in prepared.for_task(name).data.train.inputs] for name in names
+    }
     assert [decode(ids) for ids in prepared.data.train.inputs] == texts["own"] + texts["other"]
     train = prepared.data.train
     said = {(train.task(n), decode(ids)) for n, ids in enumerate(train.targets)}

@@ -13,7 +13,7 @@ from softprompt.console import Progress
 from softprompt.data.builtin_tasks import TASKS, get_task
 from softprompt.methods.delta_file import load_delta, save_delta
 from softprompt.trials import side_by_side as many
-from softprompt.trials.evaluate import evaluate_runs, for_task, trained_delta
+from softprompt.trials.evaluate import evaluate_trials, for_task, trained_delta
 from softprompt.trials.measure import measure
 from softprompt.trials.prepare import first_delta, prepare
 from softprompt.trials.run import DELTA, provenance, read_config, write_config
@@ -65,8 +65,8 @@ def together(folders, task=None):
     """Trials of one program, with what each one's rows share and its delta, in one session."""
     shared = Session(Lines())
     made = [prepare(read_config(folder), shared) for folder in folders]
-    assert len({many.program(one) for one in made}) == 1
-    made = [one.of(task) if task else one for one in made]
+    assert len({many.program_key(one) for one in made}) == 1
+    made = [one.for_task(task) if task else one for one in made]
     deltas = [trained_delta(folder, one) for folder, one in zip(folders, made, strict=True)]
     parts = [one.shared(delta) for one, delta in zip(made, deltas, strict=True)]
     return made, parts, deltas
@@ -119,8 +119,8 @@ def test_an_encoder_decoder_side_by_side(tmp_path):
 def test_which_are_scored_together(runs):
     """Mutation: trials of other lengths or methods share a program; trained weights are stacked."""
     progress = Lines()
-    results = evaluate_runs(list(runs.values()), progress=progress)
-    alone = [evaluate_runs([folder], progress=Lines())[0] for folder in runs.values()]
+    results = evaluate_trials(list(runs.values()), progress=progress)
+    alone = [evaluate_trials([folder], progress=Lines())[0] for folder in runs.values()]
     assert results == alone
     said = [line for line in progress.said if "side by side" in line]
     assert said == [
@@ -137,17 +137,17 @@ def test_parts_of_a_group(runs, monkeypatch):
     one, budget = made[0], many.scoring_budget
     shape = one.data.eval_shape("test", mesh=one.mesh, layout=one.layout)
     width = shape.tokens * 8
-    assert many.chunks(one, 1, "test") == [1]
+    assert many.chunk_sizes(one, 1, "test") == [1]
     for most, wanted in ((3, [3, 3, 1]), (5, [4, 3]), (7, [7]), (100, [7])):
         monkeypatch.setattr(many, "scoring_budget", lambda most=most: most * width)
-        assert many.chunks(one, 7, "test") == wanted
+        assert many.chunk_sizes(one, 7, "test") == wanted
     monkeypatch.setattr(many, "scoring_budget", budget)
     each, weights = many.shared_bytes(one), sum(x.nbytes for x in jax.tree.leaves(one.frozen))
     assert each == 3 * 48 * 4 + 2 * 3 * 3 * 2 * 12 * 4, "the prompt, and keys and values"
     for room, wanted in ((4.5 * each, [2, 2, 2, 1]), (-weights, [1] * 7)):
         bytes_there = (weights + room) / many.MEMORY_SHARE
         monkeypatch.setattr(many, "device_memory", lambda there=bytes_there: there)
-        assert many.chunks(one, 7, "test") == wanted
+        assert many.chunk_sizes(one, 7, "test") == wanted
 
 
 def test_the_last_part_is_short(runs, monkeypatch):
@@ -158,9 +158,9 @@ def test_the_last_part_is_short(runs, monkeypatch):
         widths.append(len(shared))
         return [({"sum": float(own["prompt"].sum())}, []) for own, _ in shared]
 
-    monkeypatch.setattr(many, "chunks", lambda *_: [2, 1])
+    monkeypatch.setattr(many, "chunk_sizes", lambda *_: [2, 1])
     monkeypatch.setattr(many, "score_deltas", say_which)
-    found = evaluate_runs(folders, progress=Lines())
+    found = evaluate_trials(folders, progress=Lines())
     sums = [load_delta(folder / DELTA)[0]["prompt"].sum() for folder in folders]
     assert [one["sum"] for one in found] == pytest.approx(sums, abs=1e-3)
     assert widths == [2, 2], "one program"
@@ -172,8 +172,8 @@ def test_the_longest_example_is_of_the_split_that_is_scored(tiny_folder, tmp_pat
     with open(place / "train.jsonl", "a") as opened:
         opened.write(json.dumps({"text": "a warm film " * 20, "label": "good"}) + "\n")
     folders = [write_trial(place / str(n), tiny_folder, place, shared, seed=n) for n in range(2)]
-    together = evaluate_runs(folders, split="train", progress=Lines())
-    (alone,) = evaluate_runs(folders[:1], split="train", progress=Lines())
+    together = evaluate_trials(folders, split="train", progress=Lines())
+    (alone,) = evaluate_trials(folders[:1], split="train", progress=Lines())
     assert alone == together[0] and alone["examples"] == 49
 
 
@@ -185,7 +185,7 @@ def test_what_a_prompt_started_from_may_be_gone(runs, tiny_folder, tmp_path):
     allowed = {"method__init_any_weights": True}
     write_trial(tmp_path / "run", tiny_folder, place, shared, **source, **allowed)
     file.unlink()
-    (found,) = evaluate_runs([tmp_path / "run"], progress=Lines())
+    (found,) = evaluate_trials([tmp_path / "run"], progress=Lines())
     assert found["examples"] == 20
 
 
@@ -197,8 +197,8 @@ def test_a_trial_of_another_machine(runs, tmp_path):
     config["mesh"] |= {"data": 3, "model": 4}
     config["compute"]["attention"] = "splash"
     file.write_text(json.dumps(config))
-    (here,) = evaluate_runs([runs["a"]], progress=Lines())
-    (found,) = evaluate_runs([tmp_path / "a"], progress=Lines())
+    (here,) = evaluate_trials([runs["a"]], progress=Lines())
+    (found,) = evaluate_trials([tmp_path / "a"], progress=Lines())
     assert found == here
 
 

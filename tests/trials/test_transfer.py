@@ -10,7 +10,7 @@ from softprompt.data.builtin_tasks import TASKS, get_task
 from softprompt.errors import UserError
 from softprompt.methods.delta_file import load_delta
 from softprompt.trials.estimate import estimate
-from softprompt.trials.evaluate import evaluate_runs
+from softprompt.trials.evaluate import evaluate_trials
 from softprompt.trials.measure import read_predictions
 from softprompt.trials.records import collect, example_scores
 from softprompt.trials.run import DELTA, run_trial
@@ -44,7 +44,7 @@ def test_it_is_what_evaluation_finds(place, tiny_folder, tmp_path, method):
     found = row["metrics"]["transfer"]
     assert [found[name]["examples"] for name in ("elsewhere", "longer")] == [10, 14]
     for name, metrics in found.items():
-        (again,) = evaluate_runs([tmp_path / "run"], task=name, progress=Lines())
+        (again,) = evaluate_trials([tmp_path / "run"], task=name, progress=Lines())
         assert metrics["accuracy"] == again["accuracy"]
         assert metrics["macro_f1"] == again["macro_f1"]
     tasks = [line.get("task") for line in read_predictions(tmp_path / "run")]

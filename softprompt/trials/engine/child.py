@@ -59,7 +59,7 @@ class Reports(Progress):
             self._link.send("stage", trial=self._of, text=f"{what}{count} {note}".strip())
 
     @contextmanager
-    def part(self, name: str) -> Iterator[Progress]:
+    def for_trial(self, name: str) -> Iterator[Progress]:
         """See `Progress`."""
         yield Reports(self._link, name)
 

@@ -49,7 +49,7 @@ class ClaimedTrials:
     Args:
         store: the sweep's.
         claims: the worker's.
-        place: the folder of the trials' folders.
+        workdir: the folder of the trials' folders.
         local: whether it is scratch, from which trials are published; otherwise the store's.
         say: called with a line about each trial that is claimed or ends.
 
@@ -64,12 +64,12 @@ class ClaimedTrials:
         store: Store,
         claims: Claims,
         *,
-        place: epath.PathLike,
+        workdir: epath.PathLike,
         local: bool,
         say: Callable[[str], None],
     ) -> None:
         self._store, self._claims = store, claims
-        self._place, self._local, self._say = epath.Path(place), local, say
+        self._workdir, self._local, self._say = epath.Path(workdir), local, say
         self.held: dict[str, ClaimedTrial] = {}
         self.beat: Callable[[], Any] = functools.partial(claims.beat, {})
         self.lost = 0.0
@@ -80,7 +80,7 @@ class ClaimedTrials:
         The newest publication of earlier holders is brought to where it runs, unless a newer
         checkpoint is there. So is the prompt that the trial starts from.
         """
-        folder = self._place / job.folder
+        folder = self._workdir / job.folder
         saved = view.publications(claim)
         if saved and self._local:
             publication = f"{QUEUE}/saved/{saved[0]}"
@@ -88,7 +88,7 @@ class ClaimedTrials:
         elif saved:
             publish.bring_to_store(self._store, f"{QUEUE}/saved/{saved[0]}", job.folder)
         if job.start and self._local:
-            publish.fetch_start(self._store, job.start, Path(self._place))
+            publish.fetch_start(self._store, job.start, Path(self._workdir))
         step, now = publish.newest_step(folder), time.monotonic()
         self.held[job.trial] = ClaimedTrial(job, claim, folder, step, looked=now, saved=saved)
         self.lost += claim.facts.get("last_lost", 0.0)

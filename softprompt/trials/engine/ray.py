@@ -54,7 +54,7 @@ class Placement:
     amount: float
 
 
-def place(nodes: Sequence[Mapping[str, Any]], resource: str) -> list[Placement]:
+def placements(nodes: Sequence[Mapping[str, Any]], resource: str) -> list[Placement]:
     """Returns where processes of workers run now: on every host, but on slices only if whole.
 
     Args:
@@ -138,10 +138,10 @@ class Driver:
 
     def regroup(self) -> None:
         """Starts supervisors where they are missing, and stops those of broken slices."""
-        placements = set(place(ray.nodes(), self._resource))
-        for gone in self._running.keys() - placements:
+        wanted = set(placements(ray.nodes(), self._resource))
+        for gone in self._running.keys() - wanted:
             self._running.pop(gone)[0].stop.remote()
-        for new in placements - self._running.keys() - self._codes.keys():
+        for new in wanted - self._running.keys() - self._codes.keys():
             supervisor = self._start(new)
             self._running[new] = (supervisor, supervisor.wait.remote())
         self._report()
@@ -224,13 +224,13 @@ def run(
     """
     _connect(address)
     try:
-        with interrupts.saving():
+        with interrupts.deferred_signals():
             driver = Driver(arguments, sweep, resource, say)
             regrouped = -math.inf
             while (code := driver.code) is None:
                 if interrupts.requested():
                     driver.stop(40.0)
-                    raise interrupts.leaving(interrupts.requested())
+                    raise interrupts.exit_exception(interrupts.requested())
                 if time.monotonic() - regrouped >= REGROUP_SECONDS:
                     driver.regroup()
                     regrouped = time.monotonic()

@@ -80,9 +80,9 @@ def work(
         command = [*command, distributed]
     local = distributed is None
     claimed = ClaimedTrials(
-        store, claims, place=scratch if local else workdir, local=local, say=say
+        store, claims, workdir=scratch if local else workdir, local=local, say=say
     )
-    with interrupts.saving():
+    with interrupts.deferred_signals():
         programs = Programs(store, scratch)
         child = functools.partial(Child, command, programs.environment())
         worker = Worker(plan, claims, claimed, child, programs=programs, follows=follows, say=say)
@@ -170,7 +170,7 @@ class Worker:
             return None
         self._let_save()
         if number is not None:
-            raise interrupts.leaving(number)
+            raise interrupts.exit_exception(number)
         if view.stop:
             self._say("stopped; after softprompt stop --undo, run the same command to continue")
         return STOPPED if view.stop else interrupts.PREEMPTED
