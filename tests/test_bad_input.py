@@ -151,8 +151,8 @@ def refuse(capsys, tmp_path):
             {"method__init": "file"},
             "config key 'method.init_file' is empty; method.init=file needs",
         ),
-        ({"mesh__model": 3}, "config.mesh.model 3 does not divide the 8 devices"),
-        ({"mesh__data": 3}, "config.mesh.data 3 x config.mesh.model 1 is not the 8 devices"),
+        ({"mesh__model": 3}, "config key 'mesh.model' is 3; allowed: a positive divisor of 8"),
+        ({"mesh__data": 3}, "config key 'mesh.data' is 3; allowed: -1, or 8 (8 devices"),
     ],
 )
 def test_config(refuse, place, tiny_folder, more, message):

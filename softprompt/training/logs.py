@@ -102,7 +102,8 @@ def _tensorboard(folder: epath.PathLike, stack: ExitStack) -> Sink:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise UserError(
-            "config.log.tensorboard is True; it needs tensorboardX: pip install 'softprompt[sweep]'"
+            "config key 'log.tensorboard' is True; allowed: False without tensorboardX (pip "
+            "install 'softprompt[sweep]')"
         ) from error
     writer = stack.enter_context(SummaryWriter(str(epath.Path(folder) / "tensorboard")))
 
@@ -120,7 +121,8 @@ def _wandb(config: Mapping[str, Any], name: str, stack: ExitStack) -> Sink:
         import wandb
     except ImportError as error:
         raise UserError(
-            "config.log.wandb is True; it needs wandb: pip install 'softprompt[sweep]'"
+            "config key 'log.wandb' is True; allowed: False without wandb (pip install "
+            "'softprompt[sweep]')"
         ) from error
     run = wandb.init(project="softprompt", name=name, config=config, reinit="create_new")
     stack.enter_context(run)  # concurrent trials have separate runs

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt.errors import UserError, unknown
+from softprompt.errors import UserError, nearest
 from softprompt.settings import Settings, setting, summaries
 from softprompt.training.sharding import path_name
 
@@ -304,7 +304,10 @@ def rates(name: str, *, peak: float, warmup: int, steps: int) -> np.ndarray:
         "linear": optax.linear_schedule(peak, 0.0, rest),
     }
     if name not in decays:
-        raise unknown("config.optimizer.schedule", name, decays)
+        raise UserError(
+            f"config key 'optimizer.schedule' is {name!r}{nearest(name, decays)}; allowed: "
+            f"{', '.join(decays)}"
+        )
     climb = optax.linear_schedule(0.0, peak, warmup)
     schedule = optax.join_schedules([climb, decays[name]], [warmup]) if warmup else decays[name]
     table = jax.vmap(schedule)(jnp.arange(steps) + offset) * jnp.ones(steps)

@@ -62,11 +62,15 @@ def make_mesh(
     """
     count = len(jax.devices() if devices is None else devices)
     if model < 1 or count % model:
-        raise UserError(f"config.mesh.model {model} does not divide the {count} devices")
+        raise UserError(
+            f"config key 'mesh.model' is {model}; allowed: a positive divisor of {count}, the "
+            "number of devices"
+        )
     size = count // model if data == -1 else data
     if size * model != count:
         raise UserError(
-            f"config.mesh.data {data} x config.mesh.model {model} is not the {count} devices"
+            f"config key 'mesh.data' is {data}; allowed: -1, or {count // model} "
+            f"({count} devices / mesh.model={model})"
         )
     axis_types = (AxisType.Auto,) * 2
     return jax.make_mesh((size, model), ("data", "model"), axis_types=axis_types, devices=devices)

@@ -106,7 +106,7 @@ def test_no_sinks_unless_they_are_asked_for(tmp_path):
 @pytest.mark.parametrize(("key", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_sink_without_its_package(tmp_path, monkeypatch, key, package):
     monkeypatch.setitem(sys.modules, package, None)
-    wanted = rf"config.log.{key} is True; it needs {package}: pip"
+    wanted = rf"config key 'log.{key}' is True; allowed: False without {package}"
     with pytest.raises(UserError, match=wanted), opened(tmp_path, key):
         pass
 

@@ -152,7 +152,7 @@ def test_rows_are_split_over_data_and_deltas_are_whole():
 @pytest.mark.parametrize("data, model", [(3, 2), (4, 4), (-1, 3), (-1, 0), (8, -1)])
 def test_a_mesh_that_is_not_all_devices_is_refused(data, model):
     """Mutation: use fewer devices."""
-    with pytest.raises(UserError, match="config.mesh.*8 devices"):
+    with pytest.raises(UserError, match="config key 'mesh.*; allowed: .*8"):
         make_mesh(data, model)
 
 
