@@ -38,9 +38,10 @@ LADDER = [model for model in figure1.MODELS["full"] if model != study.SMOLLM2]
 
 CAPTION = (
     "Mean cross-entropy of the right label among the task's labels, in nats, on the test examples, "
-    "with its 95 % interval over seeds and examples. Dashed: the law that is fitted without d4, "
-    "whose exponent is in the last line of its method; 10 is the largest that is looked for, where "
-    "all models but the smallest are alike. Trials select by validation accuracy, not by this loss."
+    "with its 95 % interval over seeds and examples, cut at 0. Dashed: the law that is fitted "
+    "without d4, whose exponent is in the last line of its method; 10 is the largest that is "
+    "looked for, where all models but the smallest are alike. Trials select by validation "
+    "accuracy, not by this loss."
 )
 
 # (task, seed) -> cross-entropy of each test example's right label
@@ -149,16 +150,16 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def point(model: str, losses: Losses) -> Point:
-    """The mean loss of a model's trials."""
+    """The mean loss of a model's trials; no loss is below 0, so neither is the interval."""
     mean = mean_score({"": np.array(list(losses.values()))})
     each = tuple(float(one.mean()) for one in losses.values())
-    return Point(study.size(model), mean.value, mean.low, mean.high, each)
+    return Point(study.size(model), mean.value, max(0.0, mean.low), mean.high, each)
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Returns the losses by size, with the law of each method."""
+    """Returns the losses by size, with the law of each method, in the colours of Figure 1."""
     trials = figure1.by_line(rows)
-    found = {method: by_model(trials[method]) for method in METHODS}
+    found = {method: by_model(trials[method]) for method in figure1.METHODS}
     series = {name: [point(*one) for one in some.items()] for name, some in found.items()}
     title = "Scaling law: test loss by size"
     drawn = length_plot(series, {}, xlabel="Parameters", ylabel="Test loss (nats)", title=title)

@@ -166,6 +166,7 @@ def _scale(axes: Axes, lengths: Sequence[float]) -> None:
     """Makes the x axis logarithmic, with the lengths as its ticks."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", labelsize=8)  # sizes that are a factor of two apart do not touch
     if lengths:
         axes.set_xticks(list(lengths), [short(length) for length in lengths])
         axes.set_xlim(min(lengths) / 1.3, max(lengths) * 1.3)

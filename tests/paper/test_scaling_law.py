@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.paper import figure3_length, scaling_law, study
+from experiments.paper import figure1, figure3_length, scaling_law, study
 from tests.paper.simulated import EXAMPLES, record, seeds
 from tests.paper.test_artefacts import LARGE, verdicts
 
@@ -42,6 +42,17 @@ def test_scaling_law():
     assert len(scaling_law.figure(rows).axes[0].lines) > len(scaling_law.METHODS)
     without = [row for row in rows if study.value(row, "model.name") != "ladder/d2"]
     assert verdicts(scaling_law, without)[:2] == ["not run"] * 2
+
+
+def test_the_figure():
+    """Breaks when a method has another colour than in Figure 1, or a loss may be negative."""
+    rows = [*rungs("full", [0.5] * 5), *rungs("prompt", [0.6] * 5)]
+    drawn = [one.figure(rows).axes[0].texts for one in (scaling_law, figure1)]
+    ours, theirs = ({text.get_text(): text.get_color() for text in texts} for texts in drawn)
+    assert ours == theirs and ours.keys() == {"prompt", "full"}
+    losses = {(study.TASK, seed): np.full(9, loss) for seed, loss in enumerate((0.1, 5.0))}
+    wide = scaling_law.point("ladder/d0", losses)
+    assert wide.low == 0 and wide.mean == pytest.approx(2.55)
 
 
 def test_scaling_law_of_length():
