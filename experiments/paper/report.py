@@ -10,12 +10,12 @@ follow from the records alone; with --workdir, prompts are measured for them, wh
 """
 
 import argparse
-import html
 import io
 import json
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,9 +24,19 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from experiments.paper import everything, parameters, section7, study, style
+from experiments.paper import (
+    coverage,
+    deviations,
+    errata,
+    everything,
+    parameters,
+    parts,
+    scale_t5,
+    section7,
+    study,
+    style,
+)
 from softprompt.analysis.comparisons import VERDICTS
-from softprompt.analysis.tables import to_html, to_markdown
 from softprompt.console import Progress, duration
 from softprompt.errors import UserError
 from softprompt.files import write_text
@@ -42,46 +52,11 @@ RESULTS = Path(__file__).parent / "results"
 RECORDS, PROMPTS, LADDER = RESULTS / "records.jsonl", RESULTS / "prompts", RESULTS / "ladder.json"
 DOCS = Path(__file__).parents[2] / "docs" / "study"
 
-DEVIATIONS = (
-    "Models: decoders that are pretrained here and SmolLM2-135M, and a small T5 for Figures 3c and "
-    "3d; in the paper T5 1.1 from 77M to 11,135M parameters, LM-adapted.",
-    "Tasks: question types, and the sentiment of movie snippets and of other domains; in the paper "
-    "SuperGLUE.",
-    "Prompts: 20 vectors, 400 steps of 32 examples on the ladder and 50 of 16 on SmolLM2, AdamW; "
-    "in the paper 100 vectors, 30,000 steps of 32, Adafactor.",
-    "Learning rates: three for each method, on one model of the ladder and on SmolLM2. Full "
-    "fine-tuning on SmolLM2 has the largest of its three; a larger one was not tried.",
-    "Selection: on a validation split, tested on another; in the paper both on one.",
-    "Answers: the candidate with the largest probability; in the paper generated.",
-)
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ccc; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #181818; --line: #444; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 52rem; margin: auto; padding: 1rem; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; }
-th, td { min-width: 3.5rem; }
-th { cursor: pointer; }
-td:not(.number) { min-width: 6.5rem; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-pre { overflow-x: auto; background: color-mix(in srgb, var(--line) 30%, transparent);
-  padding: 0.5rem; border-radius: 6px; }
-pre, code { font-size: 0.9em; }
-"""
-SORT = """
-for (const th of document.querySelectorAll("th")) th.onclick = () => {
-  const rows = [...th.closest("table").tBodies[0].rows], n = th.cellIndex;
-  const key = row => row.cells[n].textContent.replaceAll(",", "");
-  const up = th.dataset.up !== "1"; th.dataset.up = up ? "1" : "";
-  rows.sort((a, b) => key(a).localeCompare(key(b), "en", {numeric: true}) * (up ? 1 : -1));
-  th.closest("table").tBodies[0].append(...rows);
-};
-"""
-
+TITLE = "Prompt tuning at the scale of a laptop"
+# Commits that the history has under another name since it was rewritten; see experiments/LOG.md.
+REWRITTEN = {"5b2311d": "1754a60", "171fac9": "21d8e37"}
+# The plural of a verdict, where it is another word.
+PLURAL = {"holds": "hold"}
 
 Findings = Mapping[ModuleType, Sequence[study.Finding]]
 
@@ -111,16 +86,31 @@ def findings(artefact: ModuleType, records: Sequence[Row]) -> list[study.Finding
 
 def summary(records: Sequence[Row], found: Findings) -> str:
     """How many trials there are, what they took, and what the verdicts are."""
-    done = [row for row in records if row["status"] == "done"]
-    spent = sum(row.get("seconds") or 0 for row in done)
+    done = study.select(records)
     each = [one.verdict for some in found.values() for one in some]
-    counts = ", ".join(f"{each.count(word)} {word}" for word in VERDICTS)
-    versions = sorted({f"jax {row['versions']['jax']}" for row in done if "versions" in row})
-    kinds = sorted({f"{d['count']} {d['kind']}" for row in done if (d := row.get("devices"))})
+    counts = {word: each.count(word) for word in VERDICTS}
+    told = (f"{n} {word if n == 1 else PLURAL.get(word, word)}" for word, n in counts.items())
+    ran, all_ = coverage.whole_study(records)
     return (
-        f"{len(done)} trials, {duration(spent)} in all; {', '.join((*versions, *kinds))}. "
-        f"Predictions: {counts}."
+        f"{ran} of {all_} trials of the whole study; {len(done)} records, "
+        f"{duration(spent(done))} in all. Predictions: {', '.join(told)}."
     )
+
+
+def spent(trials: Sequence[Row]) -> float:
+    """The seconds that trials took."""
+    return float(sum(row.get("seconds") or 0 for row in trials))
+
+
+def trials_of(artefact: ModuleType, records: Sequence[Row]) -> str:
+    """How many of an artefact's trials have run, what they took, and what they were tested on."""
+    if not (count := coverage.planned_count(artefact)):
+        return "None."
+    found = coverage.done(artefact, records)
+    examples = coverage.example_counts(artefact, found).items()
+    tested = ", ".join(f"{n:,} of {task}" for task, n in examples)
+    said = f"{len(found)} of {count} have run, {duration(spent(found))} in all"
+    return f"{said}; test examples: {tested}." if tested else f"{said}."
 
 
 def svg(artefact: ModuleType, records: Sequence[Row]) -> str:
@@ -135,37 +125,40 @@ def svg(artefact: ModuleType, records: Sequence[Row]) -> str:
 
 def part(
     artefact: ModuleType, found: Sequence[study.Finding], records: Sequence[Row], folder: Path
-) -> tuple[str, str]:
-    """An artefact's part of the report as Markdown, with its figure in a file, and as HTML."""
+) -> list[parts.Part]:
+    """An artefact's part of the report; its figure is also a file in the folder."""
     table = artefact.table(records)
-    drawn = svg(artefact, records) if len(table) else ""
-    told = [(word, section(artefact, word)) for word in ("Question", "Prediction")]
-    lines = [f"## {title(artefact)}", *(f"**{word}.** {text}" for word, text in told if text)]
-    lines.append(f"**Command.** {'; '.join(f'`{one}`' for one in command(artefact).splitlines())}")
-    page = [f"<h2>{html.escape(title(artefact))}</h2>"]
-    page += [f"<p><b>{word}.</b> {html.escape(text)}</p>" for word, text in told if text]
-    page.append(f"<pre>{html.escape(command(artefact))}</pre>")
-    for frame in (study.finding_table(found), table):
-        if len(frame):
-            lines.append(to_markdown(frame).rstrip())
-            page.append(f'<div class="wide">{to_html(frame)}</div>')
-    caption = artefact.CAPTION if drawn else "Not run."
-    if drawn:
-        file = f"figures/{experiment_name(artefact)}.svg"
-        write_text(folder / file, drawn)
-        lines.append(f"![{title(artefact)}]({file})")
-        page.append(drawn)
-    lines.append(caption)
-    page.append(f"<p>{html.escape(caption)}</p>")
-    return "\n\n".join(lines), "\n".join(page)
+    made = [parts.heading(title(artefact))]
+    for word in ("Question", "Prediction"):
+        made += [parts.paragraph(text, word)] if (text := section(artefact, word)) else []
+    made.append(parts.paragraph(deviations.BY_ARTEFACT[artefact], "Deviations from the paper"))
+    made.append(parts.paragraph(trials_of(artefact, records), "Trials"))
+    made.append(parts.commands(command(artefact).splitlines()))
+    made += [parts.table(one) for one in (study.finding_table(found), table) if len(one)]
+    if not len(table):
+        return [*made, parts.paragraph("Not run.")]
+    file, drawn = f"figures/{experiment_name(artefact)}.svg", svg(artefact, records)
+    write_text(folder / file, drawn)
+    return [*made, parts.picture(title(artefact), file, drawn), parts.paragraph(artefact.CAPTION)]
 
 
-def verdicts(found: Findings) -> tuple[str, str]:
-    """All predictions with their verdicts, as Markdown and as HTML."""
-    columns = ["artefact", "prediction", "here (95 %)", "verdict"]
-    table, note = everything.verdict_table(found)[columns], study.VERDICT_CAPTION
-    page = f'<h2>Verdicts</h2><div class="wide">{to_html(table)}</div><p>{note}</p>'
-    return f"## Verdicts\n\n{to_markdown(table)}\n{note}", page
+def verdicts(found: Findings) -> list[parts.Part]:
+    """All predictions with their verdicts; a phone shows the first three columns."""
+    columns = ["verdict", "prediction", "here (95 %)", "artefact"]
+    table = everything.verdict_table({one: some for one, some in found.items() if some})[columns]
+    return [parts.heading("Verdicts"), parts.table(table), parts.paragraph(study.VERDICT_CAPTION)]
+
+
+def not_run(records: Sequence[Row]) -> list[parts.Part]:
+    """What has not been run."""
+    made = [parts.heading("What has not been run")]
+    if len(table := coverage.not_run(records, (*ARTEFACTS, scale_t5))):
+        made.append(parts.table(table))
+    note = (
+        "A trial that several artefacts read counts in each. `scale_t5` is the paper's own "
+        "setting, beside the study. Models with 6 or 12 of SmolLM2's layers were not made."
+    )
+    return [*made, parts.paragraph(note)]
 
 
 def models(rungs: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -176,6 +169,8 @@ def models(rungs: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "parameters of the layers": f"{one['parameters']:,}",
             "tokens": f"{one['tokens']:,}",
             "held-out loss (nats)": f"{one['loss']:.3f}",
+            "minutes": f"{one['minutes']:.1f}",
+            "commit": short(one["commit"]),
             "recipe": one["recipe"],
             "corpus": one["corpus"],
         }
@@ -185,39 +180,76 @@ def models(rungs: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def ending(rungs: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """What differs from the paper, and the models, as Markdown and as HTML."""
-    table = models(rungs)
-    lines = ["## What differs from the paper", "\n".join(f"* {one}" for one in DEVIATIONS)]
-    items = "".join(f"<li>{html.escape(one)}</li>" for one in DEVIATIONS)
-    page = [f"<h2>What differs from the paper</h2><ul>{items}</ul>"]
-    if len(table):
-        lines += ["## Pretrained models", to_markdown(table).rstrip()]
-        page.append(f'<h2>Pretrained models</h2><div class="wide">{to_html(table)}</div>')
-    return "\n\n".join(lines), "\n".join(page)
+def short(commit: str | None) -> str:
+    """The beginning of a commit's id."""
+    return (commit or "unknown")[:7]
+
+
+def versions(done: Sequence[Row]) -> str:
+    """The versions and devices of trials, as text."""
+    numbers: dict[str, set[str]] = {}
+    for row in done:
+        for name, one in row.get("versions", {}).items():
+            numbers.setdefault("Python" if name == "python" else name, set()).add(str(one))
+    told = [f"{name} {' and '.join(sorted(numbers[name]))}" for name in sorted(numbers)]
+    found = [one for row in done if (one := row.get("devices"))]
+    kinds = {f"{one['count']} {one['kind']} of {one['host_cores']} cores" for one in found}
+    return f"{', '.join(told)}. Devices: {', '.join(sorted(kinds))}."
+
+
+def provenance(records: Sequence[Row]) -> list[parts.Part]:
+    """The versions, devices and commits of the records; [] for records that have none."""
+    done = [row for row in study.select(records) if "commit" in row]
+    if not done:
+        return []
+    commits = Counter(short(row["commit"]) for row in done)
+    lines = [
+        {"commit": one, "records": count, "now": REWRITTEN.get(one, "")}
+        for one, count in sorted(commits.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    note = (
+        "Now: a commit that is not in the history was made before the history was rewritten, and "
+        "has this name since (`experiments/LOG.md`)."
+    )
+    return [
+        parts.heading("Versions"),
+        parts.paragraph(versions(done)),
+        parts.table(pd.DataFrame(lines)),
+        parts.paragraph(note),
+    ]
+
+
+def ending(records: Sequence[Row], rungs: Sequence[dict[str, Any]]) -> list[parts.Part]:
+    """What was not run, what differs from the paper, its errata, and where the numbers are from."""
+    made = not_run(records)
+    made += [parts.heading("What differs from the paper"), parts.items(deviations.DEVIATIONS)]
+    made += [parts.heading("Errata of the paper"), parts.table(errata.table())]
+    made += provenance(records)
+    if len(table := models(rungs)):
+        note = (
+            "Minutes: of the whole run, of which d0@1of2 is the state after half of its tokens, "
+            "and t0@lm10 that after 10 % of the adaptation."
+        )
+        made += [parts.heading("Pretrained models"), parts.table(table), parts.paragraph(note)]
+    return made
 
 
 def write(
-    records: Sequence[Row], folder: Path, rungs: Sequence[dict[str, Any]] = (), *, page: bool = True
+    records: Sequence[Row],
+    folder: Path,
+    rungs: Sequence[dict[str, Any]] = (),
+    *,
+    page: bool = True,
 ) -> None:
     """Writes report.md, its figures and, as a `page`, report.html."""
-    heading = "Prompt tuning at the scale of a laptop"
     found = {artefact: findings(artefact, records) for artefact in ARTEFACTS}
-    told = summary(records, found)
-    parts = (part(artefact, some, records, folder) for artefact, some in found.items())
-    made = [verdicts({one: some for one, some in found.items() if some}), *parts, ending(rungs)]
-    markdown = [f"# {heading}", told, *(text for text, _ in made)]
-    write_text(folder / "report.md", "\n\n".join(markdown) + "\n")
-    if not page:
-        return
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    pages = [f"<h1>{heading}</h1><p>{html.escape(told)}</p>", *(p for _, p in made)]
-    write_text(
-        folder / "report.html",
-        f"<!doctype html><html lang=en><head>{head}<title>softprompt: report</title>"
-        f"<style>{STYLE}</style></head><body>{chr(10).join(pages)}"
-        f"<script>{SORT}</script></body></html>\n",
-    )
+    made = [parts.heading(TITLE, 1), parts.paragraph(summary(records, found)), *verdicts(found)]
+    for artefact, some in found.items():
+        made += part(artefact, some, records, folder)
+    made += ending(records, rungs)
+    write_text(folder / "report.md", parts.to_markdown(made))
+    if page:
+        write_text(folder / "report.html", parts.to_page(f"softprompt: {TITLE}", made))
 
 
 def measured(workdir: str) -> list[Row]:

@@ -291,9 +291,10 @@ def mean(trials: Sequence[Row], task: str = "") -> Estimate | None:
     return in_points(mean_score(scores(trials, task))) if trials else None
 
 
-def shown(found: Estimate | None) -> str:
+def shown(found: Estimate | None, decimals: int = 1) -> str:
     """An estimate with its interval, as text."""
-    return f"{found.value:.1f} ({found.low:.1f} to {found.high:.1f})" if found else ""
+    numbers = (found.value, found.low, found.high) if found else ()
+    return "{} ({} to {})".format(*(f"{one:.{decimals}f}" for one in numbers)) if found else ""
 
 
 def in_points(found: Estimate) -> Estimate:
@@ -348,6 +349,7 @@ class Finding:
         found: our number, with its interval; None if trials are missing, or it is not defined.
         prediction: the ranges in which it holds and is refuted.
         seeds: the fewest seeds of any number in it; 0 if trials are missing.
+        examples: test examples of its tasks, where it compares scores; else 0.
     """
 
     claim: str
@@ -355,6 +357,7 @@ class Finding:
     found: Estimate | None
     prediction: Prediction
     seeds: int
+    examples: int = 0
 
     @property
     def verdict(self) -> str:
@@ -373,18 +376,23 @@ def compared(
 ) -> Finding:
     """A finding about our trials minus theirs."""
     paired = pairs(ours, theirs)
-    count = seed_count([one for one, _ in paired])
-    return Finding(claim, paper, difference(paired), prediction, count)
+    first = [one for one, _ in paired]
+    examples = sum(found.shape[1] for found in scores(first).values())
+    return Finding(claim, paper, difference(paired), prediction, seed_count(first), examples)
 
 
 def finding_table(found: Sequence[Finding]) -> pd.DataFrame:
-    """A line a prediction: what the paper found, what was found here, and the verdict."""
+    """A line a prediction: the verdict, what the paper found, and what was found here.
+
+    A claim that ends in "(share)" is about a number from 0 to 1.
+    """
     return pd.DataFrame(
         {
+            "verdict": [one.verdict for one in found],
             "prediction": [one.claim for one in found],
             "in the paper": [one.paper for one in found],
-            "here (95 %)": [shown(one.found) for one in found],
+            "here (95 %)": [shown(one.found, 1 + one.claim.endswith("(share)")) for one in found],
             "seeds": pd.Series([one.seeds if one.found else None for one in found], dtype=object),
-            "verdict": [one.verdict for one in found],
+            "test examples": pd.Series([one.examples or None for one in found], dtype=object),
         }
     )

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from experiments.paper import everything, figure1, report, study
+from experiments.paper import coverage, everything, figure1, report, study
 from softprompt.config import trial_id
 from softprompt.trials.outputs import experiment_name
 from softprompt.trials.records import read_records
@@ -32,7 +32,7 @@ def test_the_report_is_a_function_of_the_records(tmp_path):
     assert page.count("<svg") == len(drawn)
     assert not re.search(r'(src|href)="?(https?:|//)', page.replace('xlink:href="#', ""))
     text = (tmp_path / "a" / "report.md").read_text()
-    assert re.search(r"6 holds, 0 refuted, 1 undecided, \d+ not run", text)
+    assert re.search(r"6 hold, 0 refuted, 1 undecided, \d+ not run", text)
     for artefact in report.ARTEFACTS:
         assert f"## {report.title(artefact)}" in text
         assert report.section(artefact, "Question"), artefact
@@ -77,7 +77,8 @@ def test_without_trials(tmp_path, capsys):
     """Breaks when a study that has not begun is an error, or a missing folder none."""
     report.write([], tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "0 trials" in text and text.count("\n\nNot run.") == len(everything.ARTEFACTS)
+    assert f"0 of {coverage.whole_study([])[1]} trials" in text
+    assert text.count("\n\nNot run.") == len(everything.ARTEFACTS)
     assert report.main(["--workdir", str(tmp_path / "none"), "--to", str(tmp_path)]) == 2
     assert "no folder" in capsys.readouterr().err
 

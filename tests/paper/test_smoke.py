@@ -135,6 +135,6 @@ def test_the_study(place, monkeypatch, capsys):
     text = (place / "report/report.md").read_text()
     assert text == (place / "again/report.md").read_text() == (place / "DOCS/report.md").read_text()
     assert "| ladder/d4 " in text and "4.500" in text
-    assert f"{len(rows)} trials" in text
+    assert f"{len(rows)} of {len(rows)} trials of the whole study" in text
     assert ", 2 not run." in text  # the scaling law's, which needs five models
     assert "\n\nNot run." not in text

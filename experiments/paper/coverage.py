@@ -1,0 +1,139 @@
+"""Which trials each artefact of the study reads, and which of them have run."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+
+from experiments.paper import (
+    continual,
+    everything,
+    figure1,
+    figure3_length,
+    scaling_law,
+    section7,
+    study,
+    style,
+    table1,
+    table5,
+)
+from softprompt.config import ConfigDict, task_names
+from softprompt.results import Row
+from softprompt.trials.outputs import experiment_name
+
+
+def _of_figure1(models: Sequence[str], lines: Sequence[str]) -> list[ConfigDict]:
+    return [one for model in models for line in lines for one in figure1.configs(model, line)]
+
+
+def _on_movies(configs: Sequence[ConfigDict]) -> list[ConfigDict]:
+    return [one for one in configs if everything.on_movies(one)]
+
+
+# The trials of artefacts without a sweep, which are those of others.
+SHARED: dict[ModuleType, Callable[[], list[ConfigDict]]] = {
+    scaling_law: lambda: [
+        *_of_figure1(scaling_law.LADDER, figure1.METHODS),
+        *figure3_length.sweep(),
+    ],
+    table1: lambda: _on_movies(_of_figure1([table1.MODEL], figure1.METHODS)),
+    section7: lambda: _on_movies(_of_figure1([section7.MODEL], ["prompt"])),
+    table5: figure3_length.sweep,
+    continual: lambda: _on_movies(_of_figure1([continual.MODEL], ["full"])),
+}
+# What a trial's record must have beside.
+MEASURED: dict[ModuleType, Callable[[Row], bool]] = {
+    table1: lambda row: set(table1.TASKS) <= row.get("answers", {}).keys(),
+    section7: lambda row: "geometry" in row,
+    table5: lambda row: bool(table5.by_length([row])),
+    style: lambda row: "style" in row,
+}
+
+
+def planned(artefact: ModuleType) -> list[ConfigDict]:
+    """The trials that an artefact reads; [] for one that reads none.
+
+    Those of `continual` on later tasks are missing: the name of their model is a folder.
+    """
+    configs: list[ConfigDict] = SHARED.get(artefact, getattr(artefact, "sweep", list))()
+    return configs
+
+
+def done(artefact: ModuleType, records: Sequence[Row]) -> list[Row]:
+    """Those that have run, and were measured as the artefact needs."""
+    found = study.own(records, planned(artefact), answered=False)
+    measured = MEASURED.get(artefact, lambda row: True)
+    later = later_tasks(records) if artefact is continual else []
+    return [*(row for row in found if measured(row)), *later]
+
+
+def later_tasks(records: Sequence[Row]) -> list[Row]:
+    """The finished trials of `continual` on tasks after the first, one for each seed and task."""
+    found = {}
+    for row in study.select(records):
+        for task in continual.LATER:
+            end = f"{continual.FOLDER}/s{study.value(row, 'seed')}/{task}/start"
+            if str(study.value(row, "model.name")).endswith(end):
+                found[study.value(row, "seed"), task] = row
+    return list(found.values())
+
+
+def planned_count(artefact: ModuleType) -> int:
+    """The number of trials that an artefact reads."""
+    later = len(study.SEEDS) * len(continual.LATER) if artefact is continual else 0
+    return len(planned(artefact)) + later
+
+
+def whole_study(records: Sequence[Row]) -> tuple[int, int]:
+    """How many trials of the study have run, and how many it has; each counts once."""
+    configs = everything.sweep()
+    ran = len(study.own(records, configs, answered=False)) + len(later_tasks(records))
+    return ran, len(configs) + len(study.SEEDS) * len(continual.LATER)
+
+
+def example_counts(artefact: ModuleType, trials: Sequence[Row]) -> dict[str, int]:
+    """Task -> the test examples of an artefact's trials; of other domains for Table 1 alone."""
+    found: dict[str, int] = {}
+    for row in trials:
+        counts = {task: one["examples"] for task, one in row.get("answers", {}).items()}
+        counts |= {task: len(one["nats"]) for task, one in row.get("targets", {}).items()}
+        skipped = set() if artefact is table1 else set(study.SHIFTED)
+        for task in counts.keys() - (skipped - set(task_names(row["config"]))):
+            found[task] = max(found.get(task, 0), counts[task])
+    return dict(sorted(found.items()))
+
+
+def not_run(records: Sequence[Row], artefacts: Sequence[ModuleType]) -> pd.DataFrame:
+    """A line for each artefact that lacks trials: how many, and of which tasks and models."""
+    lines = []
+    for artefact in artefacts:
+        found, count = done(artefact, records), planned_count(artefact)
+        if len(found) < count:
+            configs = planned(artefact)
+            rows = [row["config"] for row in found]
+            lines.append(
+                {
+                    "artefact": experiment_name(artefact),
+                    "trials": count,
+                    "not run": count - len(found),
+                    "tasks": _missing(configs, rows, lambda one: " + ".join(task_names(one))),
+                    "models": _missing(configs, rows, _model),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def _model(config: Mapping[str, Any]) -> str:
+    return str(config["model"]["name"]).removeprefix("ladder/")
+
+
+def _missing(
+    wanted: Sequence[Mapping[str, Any]],
+    found: Sequence[Mapping[str, Any]],
+    name: Callable[[Mapping[str, Any]], str],
+) -> str:
+    """How many trials of each name are wanted and not found, as text."""
+    counts = Counter(map(name, wanted)) - Counter(map(name, found))
+    return ", ".join(f"{count} {one}" for one, count in counts.items())
