@@ -144,9 +144,11 @@ def test_evaluate(trained, capsys):
     assert 0 <= scores["generated"]["illegal"] <= 1
 
 
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_predict_answers_each_line(trained, capsys, monkeypatch, form):
+@pytest.mark.parametrize(("form", "terminal"), [("text", True), ("json", False)])
+def test_predict_answers_each_line(trained, capsys, monkeypatch, form, terminal):
+    """Mutation: on a terminal `predict_lines` gets an option that it does not have."""
     give(monkeypatch, "a warm film\nthe jokes are old\r\n")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal)
     assert cli.main(["predict", "--run", str(trained), "--format", form]) == 0
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == 2
