@@ -206,14 +206,14 @@ def is_done(folder: epath.PathLike) -> bool:
     return row is not None and row["status"] == "done"
 
 
-def find_trial(workdir: epath.PathLike, identity: str) -> epath.Path | None:
-    """Returns the folder in WORKDIR of the trial with this id, which ends its name; None if none.
+def folders_by_id(workdir: epath.PathLike) -> dict[str, epath.Path]:
+    """Returns the folders in WORKDIR by the id (see `trial_id`) that ends their name.
 
-    `identity` is what `trial_id` returns.
+    Of folders with equal ids it is the first by name.
     """
     root = epath.Path(workdir)
-    folders = sorted(root.iterdir()) if root.is_dir() else []
-    return next((one for one in folders if one.name.endswith(f"-{identity}")), None)
+    folders = sorted(root.iterdir(), reverse=True) if root.is_dir() else []
+    return {folder.name.rpartition("-")[2]: folder for folder in folders}
 
 
 def read_rows(folder: epath.PathLike) -> list[Row]:

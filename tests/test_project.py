@@ -79,7 +79,7 @@ def run_python(code: str) -> tuple[str, float]:
 HEAVY = ("jax", "flax", "transformers", "tensorflow_datasets", "torch", "tensorflow", "sklearn")
 
 
-# Mutation: `import jax` at the top of cli.py, config.py or errors.py.
+# Mutation: `import jax` at the top of cli.py, commands/base.py or errors.py.
 @pytest.mark.parametrize("module", ["softprompt", "softprompt.cli"])
 def test_help_is_instant(module):
     code = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"

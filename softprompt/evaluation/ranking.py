@@ -157,7 +157,10 @@ def _outputs(
 ) -> list[np.ndarray]:
     """The outputs of `run` for each batch."""
     assert at_once == 1 or mesh.size == 1, "programs that communicate start in one order everywhere"
-    start = lambda batch: run(*put_batch(mesh, (batch.rows, batch.pairs)))  # noqa: E731
+
+    def start(batch: EvalBatch) -> jax.Array:
+        return run(*put_batch(mesh, (batch.rows, batch.pairs)))
+
     outputs: list[np.ndarray] = []
     for output in (
         _pipelined(start, batches) if at_once == 1 else _concurrent(start, batches, at_once)

@@ -85,7 +85,10 @@ def pad_context(context: Context, slots: int) -> Context:
 
 def lane_axes(lane: Lane) -> Lane:
     """The axis along which lanes are stacked, for each leaf: behind L for what layers scan."""
-    axis = lambda path, leaf: int(path[0].key == "layers")  # noqa: E731
+
+    def axis(path: Any, leaf: Any) -> int:
+        return int(path[0].key == "layers")
+
     variables = jax.tree_util.tree_map_with_path(axis, lane.variables)
     return Lane(Context(1, 1, used=0), variables)  # type: ignore[arg-type]
 

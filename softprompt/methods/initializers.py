@@ -68,10 +68,7 @@ def fixed(ids: Sequence[Sequence[int]], rest: Initializer) -> Initializer:
     def rows(key: jax.Array, embedding_VD: jax.Array, length: int) -> jax.Array:
         groups = [np.asarray(g, np.int32) for g in ids[:length]]
         first = jnp.stack([jnp.mean(embedding_VD[g].astype(jnp.float32), axis=0) for g in groups])
-        missing = length - len(groups)
-        if missing == 0:
-            return first
-        return jnp.concatenate([first, rest(key, embedding_VD, missing).astype(first.dtype)])
+        return _extended(first, rest, key, embedding_VD, length)
 
     return rows
 
@@ -105,12 +102,19 @@ def from_rows(prompt_PD: np.ndarray, rest: Initializer, *, name: str) -> Initial
                 f"allowed: [any length, {width}]"
             )
         first = jnp.asarray(prompt_PD[:length])
-        missing = length - len(first)
-        if missing == 0:
-            return first
-        return jnp.concatenate([first, rest(key, embedding_VD, missing).astype(first.dtype)])
+        return _extended(first, rest, key, embedding_VD, length)
 
     return rows
+
+
+def _extended(
+    first_PD: jax.Array, rest: Initializer, key: jax.Array, embedding_VD: jax.Array, length: int
+) -> jax.Array:
+    """Rows, followed by rows of `rest` up to the prompt's length."""
+    missing = length - len(first_PD)
+    if missing == 0:
+        return first_PD
+    return jnp.concatenate([first_PD, rest(key, embedding_VD, missing).astype(first_PD.dtype)])
 
 
 def common_tokens(texts: Iterable[Iterable[int]], number: int) -> list[int]:
@@ -118,24 +122,24 @@ def common_tokens(texts: Iterable[Iterable[int]], number: int) -> list[int]:
 
     The paper samples "from the 5,000 most common tokens", which T5's vocabulary lists first. Other
     vocabularies are not sorted by frequency, so tokens are counted. Ties go to the smaller id.
-
-    Raises:
-        UserError: the texts have no tokens.
     """
     counts: collections.Counter[int] = collections.Counter()
     for ids in texts:
         counts.update(ids)
-    if not counts:
-        raise UserError("config.method.common_text: no tokens to sample a prompt from")
     order = sorted(counts, key=lambda i: (-counts[i], i))
     return order[:number]
 
 
 @dataclasses.dataclass(frozen=True)
 class InitializerSettings(Settings):
-    """Base class of the initialisers' settings."""
+    """Base class of the initialisers' settings.
+
+    Attributes:
+        from_file: it reads the prompt's first rows from `method.init_file`.
+    """
 
     section = "method"
+    from_file: ClassVar[bool] = False
 
     def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
         """The initialiser for a model.
@@ -194,17 +198,27 @@ class Vocabulary(InitializerSettings):
         if self.common_text == "vocabulary":
             return list(range(min(self.common_tokens, loaded.tokenizer.vocab_size)))
         added = {loaded.tokenizer.bos_id, loaded.tokenizer.eos_id}
+        texts: Iterable[Sequence[int]]
         if self.common_text == "train":
             texts = ([i for i in ids.tolist() if i not in added] for ids in train.inputs)
-            return common_tokens(texts, self.common_tokens)
+        else:
+            texts = map(loaded.tokenizer.encode, self._lines())
+        found = common_tokens(texts, self.common_tokens)
+        if not found:
+            raise UserError(
+                f"config key 'method.common_text' is {self.common_text!r}; allowed: a text that "
+                "has tokens"
+            )
+        return found
+
+    def _lines(self) -> list[str]:
         try:
-            lines = epath.Path(self.common_text).read_text().splitlines()
+            return epath.Path(self.common_text).read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"config key 'method.common_text' is {self.common_text!r}: {error}; allowed: "
                 "train, vocabulary, or a text file"
             ) from error
-        return common_tokens(map(loaded.tokenizer.encode, lines), self.common_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +258,8 @@ class Text(InitializerSettings):
 class File(Vocabulary):
     """The vectors of a trained prompt, then embeddings of common tokens."""
 
+    from_file = True
+
     init_file: str = setting(
         "",
         "a delta.safetensors, whose prompt is cut or extended to `length`; or trial:ID for that of "
@@ -259,11 +275,13 @@ class File(Vocabulary):
             raise UserError("config key 'method.init_file' is empty; method.init=file needs it")
 
     def initializer(self, loaded: "Loaded", train: Encoded, *, place: str) -> Initializer:
-        """See `from_rows`.
+        """See `from_rows`; without a file, all rows are embeddings of common tokens.
 
         Raises:
             UserError: see `prompt_rows`; or the prompt was trained on other weights.
         """
+        if not self.init_file:  # in an estimate, if the other trial's prompt does not exist yet
+            return super().initializer(loaded, train, place=place)
         rows_PD, origin = prompt_rows(self.init_file, place)
         trained = origin.get("fingerprint", loaded.fingerprint)
         fits = rows_PD.shape[-1:] == (loaded.config.prompt_width,)  # else `from_rows` raises

@@ -263,7 +263,8 @@ def train(recipe: Recipe, work: Path, session: Session) -> dict[str, Any]:
         pauses=session.pauses,
     )
     state = run_loop(recipe, steps, inputs, state, session)
-    shares = {name: mean_share(work, name) for name in ("peak_share", "input_wait_share")}
+    lines = read_log(work)
+    shares = {name: mean_share(lines, name) for name in ("peak_share", "input_wait_share")}
     return {
         "corpus": {"digest": text.digest, "sources": list(recipe.corpus), **text.facts},
         "steps": steps,

@@ -1,6 +1,7 @@
 """One pass of continuous batching: waiting requests join pools, and all rows make a step."""
 
 import dataclasses
+import functools
 import math
 import threading
 from collections import Counter
@@ -78,7 +79,7 @@ class Batcher:
         """Runs the inputs of requests, oldest first, within the budget; returns the others."""
         budget, left, batches = PREFILL, list[Ticket](), dict[object, list[Ticket]]()
         demand = Counter(ticket.task.info.digest for ticket in waiting)
-        taking = {id(kind): kind.open_pools(len(waiting)) for kind in self._kinds.values()}
+        taking = {kind: made.open_pools(len(waiting)) for kind, made in self._kinds.items()}
         for ticket in waiting:
             size = padded(len(ticket.request.tokens))
             if ticket.cancelled:
@@ -91,7 +92,7 @@ class Batcher:
                 self.finish(ticket, "length")
             elif pool_slot := self._assign(ticket, demand, taking):
                 ticket.pool_slot, budget = pool_slot, budget - size
-                batches.setdefault((id(pool_slot.pool), size), []).append(ticket)
+                batches.setdefault((pool_slot.pool, size), []).append(ticket)
             else:
                 left.append(ticket)
         for batch in batches.values():
@@ -130,11 +131,11 @@ class Batcher:
         ticket.emit(Finish(reason, len(ticket.request.tokens), ticket.made, error))
 
     def _assign(
-        self, ticket: Ticket, demand: Counter[str], taking: Mapping[int, set[int]]
+        self, ticket: Ticket, demand: Counter[str], taking: Mapping[Kind, set[int]]
     ) -> PoolSlot | None:
-        digest, kind = ticket.task.info.digest, self.pools(ticket.task)
-        lane = lambda: self._bank.lane(ticket.task)  # noqa: E731
-        return kind.assign(digest, demand[digest], lane, taking.get(id(kind), set()))
+        task, digest = ticket.task, ticket.task.info.digest
+        lane, open_ = functools.partial(self._bank.lane, task), taking.get(task.kind, set())
+        return self.pools(task).assign(digest, demand[digest], lane, open_)
 
     def _prefill(self, batch: Sequence[Ticket]) -> None:
         """Runs the inputs of requests in one program."""

@@ -225,9 +225,10 @@ def train(
     """
     pending: tuple[int, dict[str, jax.Array], float] | None = None
     last: dict[str, float] = {}
-    steps = {"start": state.step, "stop": loop.steps}
-    batches = iter(train_batches(inputs.source, **steps, row_multiple=inputs.row_multiple))
-    with deferred_signals(), Prefetcher(inputs.mesh, batches) as prefetcher:
+    batches = train_batches(
+        inputs.source, start=state.step, stop=loop.steps, row_multiple=inputs.row_multiple
+    )
+    with deferred_signals(), Prefetcher(inputs.mesh, iter(batches)) as prefetcher:
         if state.step == 0:
             with inputs.pauses():
                 validate(loop, inputs, state, log)

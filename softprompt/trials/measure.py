@@ -10,12 +10,13 @@ from etils import epath
 
 from softprompt.config import ConfigDict, transfers
 from softprompt.evaluation import latency
-from softprompt.evaluation.evaluators import Evaluator, Split, generation, ranking
+from softprompt.evaluation.evaluators import Evaluator, Result, Split, generation, ranking
 from softprompt.evaluation.metrics import over_tasks
 from softprompt.evaluation.perplexity import likelihood, perplexity
 from softprompt.evaluation.ranking import shared_function
 from softprompt.files import write_text
 from softprompt.methods import METHODS
+from softprompt.training.step import Shared
 from softprompt.trials.data import evaluators_of
 from softprompt.trials.prepare import Prepared, prepare_scoring
 
@@ -56,7 +57,7 @@ def measure(prepared: Prepared, delta: Tree, split: str) -> tuple[dict[str, floa
     return over_tasks(metrics), predictions
 
 
-def measure_one(name: str, prepared: Prepared, shared: Any, part: Split, split: str) -> Any:
+def measure_one(name: str, prepared: Prepared, shared: Shared, part: Split, split: str) -> Result:
     """Runs one evaluator on one task."""
     verb = "generate" if name == "generation" else "score"
     report = functools.partial(prepared.session.progress.stage, f"{verb} {split}")

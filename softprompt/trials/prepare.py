@@ -125,10 +125,10 @@ def train_source(prepared: Prepared) -> TrainSource:
 
 def keep_probabilities(config: ConfigDict) -> dict[str, np.ndarray]:
     """The keep probabilities of a trial's `Dropout`, float32 []; a rate of 0 has no field."""
-    rates, drops = {"model": config.train.dropout}, method_settings(config).drops
+    drop_rates, drops = {"model": config.train.dropout}, method_settings(config).drops
     if drops:
-        rates[drops] = config.method.dropout
-    return {name: np.asarray(1 - rate, np.float32) for name, rate in rates.items() if rate}
+        drop_rates[drops] = config.method.dropout
+    return {name: np.asarray(1 - rate, np.float32) for name, rate in drop_rates.items() if rate}
 
 
 def trial_dropout(prepared: Prepared) -> Dropout | None:
@@ -232,8 +232,8 @@ def check_read(step: StepConfig, weights: Tree, delta: Tree, batch: TrainBatch) 
 
 def _paths(tree: Tree) -> set[str]:
     """Names of a tree's leaves; a tuple is a leaf (Flax's `sow` in the collection "read")."""
-    stop = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-    return {path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(tree, stop)[0]}
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return {path_name(path) for path, _ in leaves}
 
 
 def learning_rates(prepared: Prepared) -> np.ndarray:

@@ -3,8 +3,8 @@
 import functools
 import json
 import time
-from collections.abc import Generator, Mapping
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -96,32 +96,32 @@ def trial_steps(config: ConfigDict, folder: epath.PathLike, *, session: Session)
             return row
         prepared = prepare(config, session, folder.parent)
         if method_settings(config).trains:
-            delta, metrics, facts = yield from train_delta(prepared, folder)
+            made = yield from train_delta(prepared, folder)
         else:
             write_config(folder, config)
-            delta, metrics, facts = {}, {"validation": measure(prepared, {}, "validation")[0]}, {}
+            made = Trained({}, {"validation": measure(prepared, {}, "validation")[0]}, {})
         with session.pauses():
-            metrics |= final_metrics(prepared, folder, delta)
+            metrics = made.metrics | final_metrics(prepared, folder, made.delta)
             save_delta(
                 folder / DELTA,
-                delta,
+                made.delta,
                 provenance(config, prepared.loaded) | {"data": prepared.data.digests},
             )
-        if jax.process_index() == 0:
-            facts["delta_bytes"] = (folder / DELTA).stat().length
+        size = (folder / DELTA).stat().length if jax.process_index() == 0 else None
         row = make_row(
             config,
             status="done",
             metrics=metrics,
-            seconds=facts.pop("seconds", 0.0) + time.monotonic() - began,
+            seconds=made.seconds + time.monotonic() - began,
             compile_seconds=session.compile_seconds - compiled_before,
             peak_memory_bytes=peak_memory(),
-            trainable=facts.pop("trained", 0),
-            stored=parameters(delta),
+            trainable=made.parameters,
+            stored=parameters(made.delta),
+            delta_bytes=size,
             weight_bytes=bytes_of(prepared.frozen),
             data=prepared.data.digests,
             shared_texts=sum(one.shared_texts for one in prepared.tasks),
-            **facts,
+            **made.facts,
         )
         write_result(folder, row)
     return row
@@ -187,16 +187,26 @@ def read_config(folder: epath.PathLike) -> ConfigDict:
         raise UserError(f"{file}: {error}") from error
 
 
-def train_delta(
-    prepared: Prepared, folder: epath.Path
-) -> Generator[StepCall, StepResult, tuple[Tree, dict[str, Any], dict[str, Any]]]:
-    """Trains the delta, from the newest checkpoint if there is one.
+class Trained(NamedTuple):
+    """The result of training, or of a method that trains nothing.
 
-    Returns:
-        The selected delta without parameters that only training needs, its metrics, and facts for
-        the row: steps, flops, peak_share, input_wait_share, trained parameters, seconds and memory
-        of a step, and the seconds of earlier processes.
+    Attributes:
+        delta: the selected delta, without parameters that only training needs.
+        metrics: its "validation" scores and "selected_step".
+        facts: entries of the trial's row, see `training_facts`.
+        parameters: number of trained parameters, including those that only training needs.
+        seconds: wall time of the trial's earlier processes.
     """
+
+    delta: Tree
+    metrics: dict[str, Any]
+    facts: dict[str, Any]
+    parameters: int = 0
+    seconds: float = 0.0
+
+
+def train_delta(prepared: Prepared, folder: epath.Path) -> Generator[StepCall, StepResult, Trained]:
+    """Trains the delta, from the newest checkpoint if there is one."""
     config, session = prepared.config, prepared.session
     state = initial_state(prepared)
     inputs = loop_inputs(prepared, state, folder)
@@ -219,8 +229,13 @@ def train_delta(
             log = MetricsLog(folder, step=restored.step if restored else None, sinks=sinks)
             state = yield from loop.train(loop_config(config), inputs, state, log, manager)
     chosen, scores, at = state.selected(config.eval.select)
-    facts = training_facts(inputs, state, session)
-    return inputs.fold(chosen), {"validation": scores, "selected_step": at}, facts
+    return Trained(
+        delta=inputs.fold(chosen),
+        metrics={"validation": scores, "selected_step": at},
+        facts=training_facts(inputs, state, session),
+        parameters=parameters(state.delta),
+        seconds=state.seconds,
+    )
 
 
 def loop_inputs(prepared: Prepared, state: loop.State, folder: epath.Path) -> loop.LoopInputs:
@@ -254,18 +269,16 @@ def loop_inputs(prepared: Prepared, state: loop.State, folder: epath.Path) -> lo
 
 
 def training_facts(inputs: loop.LoopInputs, state: loop.State, session: Session) -> dict[str, Any]:
-    """The facts that `train_delta` returns."""
-    lines = [line for line in read_log(inputs.folder) if "examples_per_second" in line]
-    seconds = [inputs.source.examples / line["examples_per_second"] for line in lines]
+    """The entries of a trial's row about its training steps."""
+    lines, speed = read_log(inputs.folder), "examples_per_second"
+    seconds = [inputs.source.examples / line[speed] for line in lines if speed in line]
     return {
         "steps": state.step,
         "flops": state.step * inputs.step_flops,
-        **{name: mean_share(inputs.folder, name) for name in ("peak_share", "input_wait_share")},
+        **{name: mean_share(lines, name) for name in ("peak_share", "input_wait_share")},
         "step_seconds": float(np.median(seconds)) if seconds else None,
         "step_memory_bytes": inputs.program.memory(),
         "members": session.members,
-        "seconds": state.seconds,
-        "trained": parameters(state.delta),
     }
 
 
@@ -274,9 +287,12 @@ def parameters(delta: Tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(delta))
 
 
-def mean_share(folder: epath.Path, name: str) -> float | None:
-    """The mean of a share, such as peak_share, over all logged steps; evaluations do not count."""
-    lines = [line for line in read_log(folder) if name in line]
+def mean_share(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The mean of a share, such as peak_share, over the steps in a log's lines; None without any.
+
+    The time of evaluations does not count.
+    """
+    lines = [line for line in lines if name in line]
     seconds = sum(line["seconds"] for line in lines)
     return sum(line[name] * line["seconds"] for line in lines) / seconds if lines else None
 

@@ -6,16 +6,15 @@ folders are. Its folder is beside this trial's, and it must be done before this 
 Source: Vu et al. 2022 (arXiv 2110.07904), section 2, for prompts that start from a source task's.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 from etils import epath
 
-from softprompt.config import ConfigDict, initializer_settings, trial_id
+from softprompt.config import ConfigDict, flatten, initializer_settings, trial_id
 from softprompt.errors import UserError
 from softprompt.methods.delta_file import DELTA
-from softprompt.methods.initializers import INITIALIZERS, File, InitializerSettings
-from softprompt.results import find_trial, is_done
+from softprompt.methods.initializers import InitializerSettings
+from softprompt.results import folders_by_id, is_done
 
 PREFIX = "trial:"
 
@@ -23,9 +22,8 @@ PREFIX = "trial:"
 def start_id(config: ConfigDict) -> str:
     """Returns the id of the trial whose prompt a trial starts from; "" if there is none."""
     settings = initializer_settings(config)
-    if not isinstance(settings, File) or not settings.init_file.startswith(PREFIX):
-        return ""
-    return settings.init_file.removeprefix(PREFIX)
+    file: str = config.method.init_file if settings is not None and settings.from_file else ""
+    return file.removeprefix(PREFIX) if file.startswith(PREFIX) else ""
 
 
 def located(config: ConfigDict, workdir: epath.Path | None) -> InitializerSettings | None:
@@ -34,24 +32,24 @@ def located(config: ConfigDict, workdir: epath.Path | None) -> InitializerSettin
     Args:
         config: of the trial.
         workdir: has the folders of both trials. None if only shapes matter, such as in an estimate,
-            which may come before the other trial is done: embeddings of common tokens stand in.
+            which may come before the other trial is done; the settings then have no file.
 
     Raises:
         UserError: the folder has no finished trial with this id.
     """
     settings, identity = initializer_settings(config), start_id(config)
-    if not identity:
+    if settings is None or not identity:
         return settings
+    values = flatten(config)
     if workdir is None:
-        return INITIALIZERS["vocabulary"]()
-    folder = find_trial(workdir, identity)
+        return settings.of(values | {"method.init_file": ""})
+    folder = folders_by_id(workdir).get(identity)
     if folder is None or not is_done(folder):
         raise UserError(
             f"config key 'method.init_file' is '{PREFIX}{identity}'; allowed: the id of a finished "
             f"trial in {workdir}"
         )
-    assert isinstance(settings, File)
-    return dataclasses.replace(settings, init_file=str(folder / DELTA))
+    return settings.of(values | {"method.init_file": str(folder / DELTA)})
 
 
 def stages(trials: Sequence[ConfigDict]) -> list[list[int]]:

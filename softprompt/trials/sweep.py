@@ -16,10 +16,18 @@ from softprompt.console import Progress
 from softprompt.distributed import agreed, agreed_text
 from softprompt.errors import UserError
 from softprompt.files import check_writable, write_text
-from softprompt.results import Row, is_done, make_row, outcome, read_result, write_result
+from softprompt.results import (
+    Row,
+    folders_by_id,
+    is_done,
+    make_row,
+    outcome,
+    read_result,
+    write_result,
+)
 from softprompt.training.loop import Diverged
 from softprompt.trials.engine.sharing import is_sweep, sweep_claims
-from softprompt.trials.estimate import estimate
+from softprompt.trials.estimate import estimate as estimate_trial
 from softprompt.trials.forecast import Estimate, Forecast
 from softprompt.trials.groups import run_group, trial_groups
 from softprompt.trials.lock import Locked
@@ -35,11 +43,9 @@ def trial_folder(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
 
 def trial_folders(workdir: epath.PathLike, trials: Sequence[ConfigDict]) -> list[epath.Path]:
     """Returns the folder of each trial; lists the working directory once."""
-    root = epath.Path(workdir)
-    there = sorted(child.name for child in root.iterdir()) if root.is_dir() else []
-    by_id = {name.rpartition("-")[2]: name for name in reversed(there)}
+    root, there = epath.Path(workdir), folders_by_id(workdir)
     names = [(trial_id(config), trial_name(config)) for config in trials]
-    return [root / by_id.get(identity, f"{name}-{identity}") for identity, name in names]
+    return [there.get(identity, root / f"{name}-{identity}") for identity, name in names]
 
 
 def run_sweep(
@@ -154,7 +160,7 @@ def run_trials(
 ) -> list[Row]:
     """Runs the trials that are not done; returns the rows of failed trials. See `run_sweep`."""
     with sweep_claims(workdir) as session.claims:
-        expected = functools.partial(estimate, session=session)
+        expected = functools.partial(estimate_trial, session=session)
         return run_sweep(trials, workdir, session, estimate=expected, minutes=minutes)
 
 

@@ -108,8 +108,7 @@ def test_common_tokens_are_counted():
     texts = [[9, 9, 9, 5], [5, 30, 2, 9], [2, 40, 40, 40, 40, 40]]
     assert common_tokens(texts, 4) == [40, 9, 2, 5]
     assert common_tokens(texts, 100) == [40, 9, 2, 5, 30]
-    with pytest.raises(UserError, match="common_text"):
-        initializers.common_tokens([[], []], 3)
+    assert common_tokens([[], []], 3) == []
 
 
 def started(common_text, train, cls=initializers.Vocabulary, **loaded):
@@ -130,6 +129,9 @@ def test_the_most_common_tokens_may_be_the_first_of_the_vocabulary():
     train = encoded()
     assert sorted(where(started("train", train)(KEY, EMBEDDING, 6))) == [40, 41, 42, 43, 44, 45]
     assert sorted(where(started("vocabulary", train)(KEY, EMBEDDING, 6))) == [0, 1, 2, 3, 4, 5]
+    empty = dataclasses.replace(train, inputs=[np.array([1]), np.array([1])])  # EOS alone
+    with pytest.raises(UserError, match="config key 'method.common_text' is 'train'; allowed: "):
+        started("train", empty)
 
 
 def test_a_label_starts_as_its_words_alone():

@@ -189,11 +189,12 @@ def test_the_share_of_waiting_for_input(tmp_path, source):
     shares = {}
     for name, run in runs.items():
         run()
-        lines = [line for line in read_log(tmp_path / name) if "loss" in line]
+        log = read_log(tmp_path / name)
+        lines = [line for line in log if "loss" in line]
         shares[name] = np.median([line["input_wait_share"] for line in lines])
         waits = [line["input_wait_share"] * line["seconds"] for line in lines]
         mean = sum(waits) / sum(line["seconds"] for line in lines)
-        assert mean_share(tmp_path / name, "input_wait_share") == pytest.approx(mean)
+        assert mean_share(log, "input_wait_share") == pytest.approx(mean)
     assert 0.6 < shares["idle"] <= 1
     assert shares["busy"] < 0.2
 

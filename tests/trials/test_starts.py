@@ -8,7 +8,7 @@ import pytest
 from softprompt.config import set_key, trial_id
 from softprompt.errors import UserError
 from softprompt.methods.delta_file import DELTA, load_delta
-from softprompt.results import find_trial
+from softprompt.results import folders_by_id
 from softprompt.trials.estimate import estimate
 from softprompt.trials.lock import Locked
 from softprompt.trials.run import CONFIG, run_trial
@@ -72,7 +72,7 @@ def test_a_sweep_starts_a_prompt_from_another_trials(tmp_path, tiny_folder):
     assert estimate(second, session)["trainable"] > 0
     with pytest.raises(UserError, match=f"'trial:{trial_id(first)}'; allowed: .* finished"):
         run_trial(second, trial_folder(workdir, second), session=session)
-    assert find_trial(workdir, trial_id(second)) is None
+    assert trial_id(second) not in folders_by_id(workdir)
     assert run_trials([second, same, first], workdir, session) == []
     prompts = [
         load_delta(trial_folder(workdir, one) / DELTA)[0]["prompt"] for one in (first, same, second)
