@@ -146,12 +146,19 @@ def test_evaluate(trained, capsys):
 
 @pytest.mark.parametrize(("form", "terminal"), [("text", True), ("json", False)])
 def test_predict_answers_each_line(trained, capsys, monkeypatch, form, terminal):
-    """Mutation: on a terminal `predict_lines` gets an option that it does not have."""
+    """Breaks when a line that is typed on a terminal waits for the next one."""
     give(monkeypatch, "a warm film\nthe jokes are old\r\n")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal)
+    batches, predict = [], Predictor.predict
+
+    def watched(self, texts, **options):
+        batches.append(len(texts))
+        return predict(self, texts, **options)
+
+    monkeypatch.setattr(Predictor, "predict", watched)
     assert cli.main(["predict", "--run", str(trained), "--format", form]) == 0
     answers = capsys.readouterr().out.splitlines()
-    assert len(answers) == 2
+    assert len(answers) == 2 and batches == ([1, 1] if terminal else [2])
     for text, answer in zip(("a warm film", "the jokes are old"), answers, strict=True):
         if form == "json":
             found = json.loads(answer)
@@ -162,22 +169,6 @@ def test_predict_answers_each_line(trained, capsys, monkeypatch, form, terminal)
             label, *shares = answer.split("\t")
             assert label in ("good", "bad")
             assert sorted(share.split("=")[0] for share in shares) == ["bad", "good"]
-
-
-def test_predict_on_a_terminal(trained, capsys, monkeypatch):
-    """Breaks when a line that is typed is not answered before the next one is read."""
-    give(monkeypatch, "a warm film\n")
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    batches = []
-    predict = Predictor.predict
-
-    def watched(self, texts, **options):
-        batches.append(len(texts))
-        return predict(self, texts, **options)
-
-    monkeypatch.setattr(Predictor, "predict", watched)
-    assert cli.main(["predict", "--run", str(trained)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(batches) == batches[0] == 1
 
 
 def test_predict_needs_no_data(place, trained, capsys, monkeypatch, tmp_path):
