@@ -1,5 +1,6 @@
 """Which trials each artefact of the study reads, and which of them have run."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -43,6 +44,8 @@ SHARED: dict[ModuleType, Callable[[], list[ConfigDict]]] = {
     table5: figure3_length.sweep,
     continual: lambda: _on_movies(_of_figure1([continual.MODEL], ["full"])),
 }
+# Trials of `continual` on tasks after the first.
+LATER = len(study.SEEDS) * len(continual.LATER)
 # What a trial's record must have beside.
 MEASURED: dict[ModuleType, Callable[[Row], bool]] = {
     table1: lambda row: set(table1.TASKS) <= row.get("answers", {}).keys(),
@@ -52,21 +55,32 @@ MEASURED: dict[ModuleType, Callable[[Row], bool]] = {
 }
 
 
-def planned(artefact: ModuleType) -> list[ConfigDict]:
-    """The trials that an artefact reads; [] for one that reads none.
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """The trials that an artefact reads.
 
-    Those of `continual` on later tasks are missing: the name of their model is a folder.
+    Attributes:
+        artefact: a module of the study.
+        planned: their configs, without those of `continual` on later tasks, whose model is a
+            folder.
+        count: how many there are in all.
+        done: records of those that have run, and were measured as the artefact needs.
     """
-    configs: list[ConfigDict] = SHARED.get(artefact, getattr(artefact, "sweep", list))()
-    return configs
+
+    artefact: ModuleType
+    planned: Sequence[ConfigDict]
+    count: int
+    done: Sequence[Row]
 
 
-def done(artefact: ModuleType, records: Sequence[Row]) -> list[Row]:
-    """Those that have run, and were measured as the artefact needs."""
-    found = study.own(records, planned(artefact), answered=False)
+def cover(artefact: ModuleType, records: Sequence[Row]) -> Coverage:
+    """The trials that an artefact reads, and those of them that have run."""
+    planned: list[ConfigDict] = SHARED.get(artefact, getattr(artefact, "sweep", list))()
     measured = MEASURED.get(artefact, lambda row: True)
-    later = later_tasks(records) if artefact is continual else []
-    return [*(row for row in found if measured(row)), *later]
+    done = [row for row in study.own(records, planned, answered=False) if measured(row)]
+    if artefact is not continual:
+        return Coverage(artefact, planned, len(planned), done)
+    return Coverage(artefact, planned, len(planned) + LATER, [*done, *later_tasks(records)])
 
 
 def later_tasks(records: Sequence[Row]) -> list[Row]:
@@ -80,46 +94,38 @@ def later_tasks(records: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def planned_count(artefact: ModuleType) -> int:
-    """The number of trials that an artefact reads."""
-    later = len(study.SEEDS) * len(continual.LATER) if artefact is continual else 0
-    return len(planned(artefact)) + later
-
-
 def whole_study(records: Sequence[Row]) -> tuple[int, int]:
     """How many trials of the study have run, and how many it has; each counts once."""
     configs = everything.sweep()
     ran = len(study.own(records, configs, answered=False)) + len(later_tasks(records))
-    return ran, len(configs) + len(study.SEEDS) * len(continual.LATER)
+    return ran, len(configs) + LATER
 
 
-def example_counts(artefact: ModuleType, trials: Sequence[Row]) -> dict[str, int]:
+def example_counts(covered: Coverage) -> dict[str, int]:
     """Task -> the test examples of an artefact's trials; of other domains for Table 1 alone."""
     found: dict[str, int] = {}
-    for row in trials:
+    skipped = set() if covered.artefact is table1 else set(study.SHIFTED)
+    for row in covered.done:
         counts = {task: one["examples"] for task, one in row.get("answers", {}).items()}
         counts |= {task: len(one["nats"]) for task, one in row.get("targets", {}).items()}
-        skipped = set() if artefact is table1 else set(study.SHIFTED)
         for task in counts.keys() - (skipped - set(task_names(row["config"]))):
             found[task] = max(found.get(task, 0), counts[task])
     return dict(sorted(found.items()))
 
 
-def not_run(records: Sequence[Row], artefacts: Sequence[ModuleType]) -> pd.DataFrame:
+def not_run(covered: Sequence[Coverage]) -> pd.DataFrame:
     """A line for each artefact that lacks trials: how many, and of which tasks and models."""
     lines = []
-    for artefact in artefacts:
-        found, count = done(artefact, records), planned_count(artefact)
-        if len(found) < count:
-            configs = planned(artefact)
-            rows = [row["config"] for row in found]
+    for one in covered:
+        if left := one.count - len(one.done):
+            done = [row["config"] for row in one.done]
             lines.append(
                 {
-                    "artefact": experiment_name(artefact),
-                    "trials": count,
-                    "not run": count - len(found),
-                    "tasks": _missing(configs, rows, lambda one: " + ".join(task_names(one))),
-                    "models": _missing(configs, rows, _model),
+                    "artefact": experiment_name(one.artefact),
+                    "trials": one.count,
+                    "not run": left,
+                    "tasks": _missing(one.planned, done, lambda c: " + ".join(task_names(c))),
+                    "models": _missing(one.planned, done, _model),
                 }
             )
     return pd.DataFrame(lines)

@@ -87,14 +87,19 @@ def findings(artefact: ModuleType, records: Sequence[Row]) -> list[study.Finding
 def summary(records: Sequence[Row], found: Findings) -> str:
     """How many trials there are, what they took, and what the verdicts are."""
     done = study.select(records)
+    ran, whole = coverage.whole_study(records)
+    return (
+        f"{ran} of {whole} trials of the whole study; {len(done)} records, "
+        f"{duration(spent(done))} in all. Predictions: {verdict_counts(found)}."
+    )
+
+
+def verdict_counts(found: Findings) -> str:
+    """How many predictions have each verdict, as text."""
     each = [one.verdict for some in found.values() for one in some]
     counts = {word: each.count(word) for word in VERDICTS}
     told = (f"{n} {word if n == 1 else PLURAL.get(word, word)}" for word, n in counts.items())
-    ran, all_ = coverage.whole_study(records)
-    return (
-        f"{ran} of {all_} trials of the whole study; {len(done)} records, "
-        f"{duration(spent(done))} in all. Predictions: {', '.join(told)}."
-    )
+    return ", ".join(told)
 
 
 def spent(trials: Sequence[Row]) -> float:
@@ -102,14 +107,14 @@ def spent(trials: Sequence[Row]) -> float:
     return float(sum(row.get("seconds") or 0 for row in trials))
 
 
-def trials_of(artefact: ModuleType, records: Sequence[Row]) -> str:
+def trials_of(covered: coverage.Coverage) -> str:
     """How many of an artefact's trials have run, what they took, and what they were tested on."""
-    if not (count := coverage.planned_count(artefact)):
+    if not covered.count:
         return "None."
-    found = coverage.done(artefact, records)
-    examples = coverage.example_counts(artefact, found).items()
+    examples = coverage.example_counts(covered).items()
     tested = ", ".join(f"{n:,} of {task}" for task, n in examples)
-    said = f"{len(found)} of {count} have run, {duration(spent(found))} in all"
+    took = duration(spent(covered.done))
+    said = f"{len(covered.done)} of {covered.count} have run, {took} in all"
     return f"{said}; test examples: {tested}." if tested else f"{said}."
 
 
@@ -124,15 +129,19 @@ def svg(artefact: ModuleType, records: Sequence[Row]) -> str:
 
 
 def part(
-    artefact: ModuleType, found: Sequence[study.Finding], records: Sequence[Row], folder: Path
+    covered: coverage.Coverage,
+    found: Sequence[study.Finding],
+    records: Sequence[Row],
+    folder: Path,
 ) -> list[parts.Part]:
     """An artefact's part of the report; its figure is also a file in the folder."""
+    artefact = covered.artefact
     table = artefact.table(records)
     made = [parts.heading(title(artefact))]
     for word in ("Question", "Prediction"):
         made += [parts.paragraph(text, word)] if (text := section(artefact, word)) else []
     made.append(parts.paragraph(deviations.BY_ARTEFACT[artefact], "Deviations from the paper"))
-    made.append(parts.paragraph(trials_of(artefact, records), "Trials"))
+    made.append(parts.paragraph(trials_of(covered), "Trials"))
     made.append(parts.commands(command(artefact).splitlines()))
     made += [parts.table(one) for one in (study.finding_table(found), table) if len(one)]
     if not len(table):
@@ -149,10 +158,10 @@ def verdicts(found: Findings) -> list[parts.Part]:
     return [parts.heading("Verdicts"), parts.table(table), parts.paragraph(study.VERDICT_CAPTION)]
 
 
-def not_run(records: Sequence[Row]) -> list[parts.Part]:
+def not_run(covered: Sequence[coverage.Coverage]) -> list[parts.Part]:
     """What has not been run."""
     made = [parts.heading("What has not been run")]
-    if len(table := coverage.not_run(records, (*ARTEFACTS, scale_t5))):
+    if len(table := coverage.not_run(covered)):
         made.append(parts.table(table))
     note = (
         "A trial that several artefacts read counts in each. `scale_t5` is the paper's own "
@@ -219,9 +228,11 @@ def provenance(records: Sequence[Row]) -> list[parts.Part]:
     ]
 
 
-def ending(records: Sequence[Row], rungs: Sequence[dict[str, Any]]) -> list[parts.Part]:
+def ending(
+    covered: Sequence[coverage.Coverage], records: Sequence[Row], rungs: Sequence[dict[str, Any]]
+) -> list[parts.Part]:
     """What was not run, what differs from the paper, its errata, and where the numbers are from."""
-    made = not_run(records)
+    made = not_run([*covered, coverage.cover(scale_t5, records)])
     made += [parts.heading("What differs from the paper"), parts.items(deviations.DEVIATIONS)]
     made += [parts.heading("Errata of the paper"), parts.table(errata.table())]
     made += provenance(records)
@@ -244,9 +255,10 @@ def write(
     """Writes report.md, its figures and, as a `page`, report.html."""
     found = {artefact: findings(artefact, records) for artefact in ARTEFACTS}
     made = [parts.heading(TITLE, 1), parts.paragraph(summary(records, found)), *verdicts(found)]
-    for artefact, some in found.items():
-        made += part(artefact, some, records, folder)
-    made += ending(records, rungs)
+    covered = [coverage.cover(artefact, records) for artefact in ARTEFACTS]
+    for one in covered:
+        made += part(one, found[one.artefact], records, folder)
+    made += ending(covered, records, rungs)
     write_text(folder / "report.md", parts.to_markdown(made))
     if page:
         write_text(folder / "report.html", parts.to_page(f"softprompt: {TITLE}", made))

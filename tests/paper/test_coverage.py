@@ -36,12 +36,12 @@ def test_what_has_run():
     """Breaks when a trial counts twice, one that was not measured counts, or a command's do not."""
     rows = [*simulated(), *lengths(LONGER), *later_tasks()]
     ran = {figure1: 18, table1: 6, section7: 0, figure3_length: 9, table5: 9, continual: 4}
-    assert {one: len(coverage.done(one, rows)) for one in ran} == ran
-    assert [coverage.planned_count(one) for one in (table1, section7, continual)] == [6, 3, 9]
+    covered = {one: coverage.cover(one, rows) for one in ran}
+    assert {one: len(found.done) for one, found in covered.items()} == ran
+    assert [covered[one].count for one in (table1, section7, continual)] == [6, 3, 9]
     whole = len(everything.sweep()) + 6
-    assert coverage.whole_study(rows) == (18 + 6 + 4, whole)
     assert report.summary(rows, {}).startswith(f"28 of {whole} trials of the whole study")
-    (line,) = coverage.not_run(rows, [figure1, table1]).to_dict("records")
+    (line,) = coverage.not_run([covered[figure1], covered[table1]]).to_dict("records")
     assert (line["artefact"], line["not run"]) == ("figure1", len(figure1.sweep()) - 18)
     assert "60 question_type" in line["tasks"] and "26 d1" in line["models"]
 
@@ -49,31 +49,30 @@ def test_what_has_run():
 def test_continuations_that_were_not_judged():
     """Breaks when the prompts alone count for `style`, whose command comes after its sweep."""
     rows = style_trials(dict.fromkeys(style.KINDS, {"verses": 60}))
-    assert len(coverage.done(style, rows)) == coverage.planned_count(style) == 7
+    assert coverage.not_run([coverage.cover(style, rows)]).empty
     without = [{key: row[key] for key in row if key != "style"} for row in rows]
-    (line,) = coverage.not_run(without, [style]).to_dict("records")
-    assert line["not run"] == 7
+    (line,) = coverage.not_run([coverage.cover(style, without)]).to_dict("records")
+    assert line["not run"] == line["trials"] == 7
 
 
 def test_test_examples_are_those_of_an_artefact():
     """Breaks when Figure 1 counts other domains, or Table 1 does not."""
-    rows = simulated()
-    assert coverage.example_counts(figure1, rows) == {study.TASK: 1000}
-    assert coverage.example_counts(table1, rows).keys() == set(table1.TASKS)
+    found = [coverage.example_counts(coverage.cover(one, simulated())) for one in (figure1, table1)]
+    assert found == [{study.TASK: 1000}, dict.fromkeys(table1.TASKS, 1000)]
 
 
 def test_verdicts_have_a_plural():
     """Breaks when one prediction "hold" or several "holds"."""
     found = figure1.findings(simulated())
-    assert "Predictions: 3 hold, 0 refuted" in report.summary([], {figure1: found})
-    assert "Predictions: 1 holds, 0 refuted" in report.summary([], {figure1: found[:1]})
+    for count, told in ((3, "3 hold, 0 refuted"), (1, "1 holds, 0 refuted")):
+        assert report.verdict_counts({figure1: found[:count]}).startswith(told)
 
 
 @pytest.mark.parametrize("artefact", report.ARTEFACTS, ids=experiment_name)
 def test_an_artefact_says_what_differs(artefact):
     """Breaks when its deviations from the paper are missing."""
     assert deviations.BY_ARTEFACT[artefact].endswith(".")
-    if LARGE in {config.model.name for config in coverage.planned(artefact)}:
+    if LARGE in {config.model.name for config in coverage.cover(artefact, []).planned}:
         assert any(word in deviations.BY_ARTEFACT[artefact] for word in ("SmolLM2", "decoder"))
 
 
