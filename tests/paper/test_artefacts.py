@@ -130,9 +130,14 @@ def test_verses():
             )
         ]
 
-    assert verdicts(table2, trials(prompt=0.8, full=0.7)) == ["holds"] * 2
+    assert verdicts(table2, trials(prompt=0.8, full=0.7)) == ["holds"] * 6
     found = trials(prompt=0.7, full=0.8)
-    assert verdicts(table2, found) == ["refuted"] * 2
+    assert verdicts(table2, found) == ["refuted"] * 2 + ["holds"] * 4
+    assert table2.findings(found)[2].found.value == pytest.approx(40 - 92, abs=0.5)
+    good = trials(prompt=0.75, full=0.999)  # 7.8 and 6.1 points above the thresholds
+    assert verdicts(table2, good)[2:] == ["holds", "refuted"] * 2
+    near = trials(prompt=0.98, full=0.75)  # 4 and 2.3 above them
+    assert verdicts(table2, near)[2:] == ["undecided", "holds", "holds", "holds"]
     assert table2.table(found)["threshold"].tolist() == ["92.0", "92.0", "93.7", "93.7"]
 
 
