@@ -53,6 +53,14 @@ def test_renderings_are_current():
     assert sum(path.stat().st_size for path in written.values()) < LARGEST
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["results_explorer", "scaling_laws"])
+def test_renderings_have_the_committed_numbers(name):
+    """Breaks when records or losses are replaced and `make notebooks` is not run."""
+    rendered = shown(nbformat.read(FOLDER / f"{name}.ipynb", as_version=4))
+    assert shown(execute(name)).splitlines() == rendered.splitlines(), "run `make notebooks`"
+
+
 def test_results_explorer(tmp_path):
     """Breaks when a cell fails, a gap is not the study's, or a record's curve is not drawn."""
     accuracies = {"prompt": (0.58, 0.6, 0.59), "full": (0.76, 0.77, 0.75)}
