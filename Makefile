@@ -64,7 +64,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart paper paper-full report test notebooks lint format parity docs bench bench-full lock version clean
+.PHONY: help quickstart paper paper-full paper-smoke report test notebooks lint format parity docs bench bench-full lock version clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 - /p' Makefile
@@ -79,7 +79,10 @@ paper: $(VENV)/.base  ## run the study for a laptop (90 minutes on two cores) in
 	@$(call study,--subset laptop,continual)
 
 paper-full: $(VENV)/.base  ## run the whole study (hours) into runs/paper (ARGS="--minutes 80")
-	@$(call study,,continual style)
+	@$(call study,,continual style figure2)
+
+paper-smoke: $(VENV)/.test  ## run the whole study on tiny models (minutes), as the tests do
+	@$(VENV)/bin/python -m pytest tests/paper/test_smoke.py -m long $(ARGS)
 
 report: $(VENV)/.base  ## write the study's report from the committed records, into runs/report
 	@$(VENV)/bin/python -m experiments.paper.report

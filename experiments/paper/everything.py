@@ -10,9 +10,9 @@ Command:
     python -m experiments.paper.report --workdir runs/paper
 
 Cost: "laptop" is what two cores do in about 90 minutes, with two seeds for some. `make paper`
-runs these three commands. "full" is all trials, the most telling first; --minutes stops a sweep in
-time, and the same command goes on. `make paper-full` runs it, and `style` too. The ladder's models
-must be there (`softprompt ladder`).
+runs these three commands. "full" is all trials, the laptop's first; --minutes stops a sweep in
+time, and the same command goes on. `make paper-full` runs it, `style` and `figure2` too. The
+ladder's models must be there (`softprompt ladder`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,7 @@ from experiments.paper import (
     data_size,
     domain,
     figure1,
+    figure2,
     figure3_length,
     figure3_pretraining,
     figure3_start,
@@ -58,6 +59,7 @@ ARTEFACTS: tuple[ModuleType, ...] = (
     table3,
     figure3_start,
     spot,
+    figure2,
     figure3_pretraining,
     table2,
     continual,
@@ -97,17 +99,18 @@ CAPTION = study.VERDICT_CAPTION
 def sweep(subset: str = "full") -> list[ConfigDict]:
     """Returns the configs of "full", those of all artefacts, or of "laptop"; each trial once.
 
+    "full" begins with those of "laptop", so that a part of it is the laptop's study.
+
     Raises:
         UserError: another subset.
     """
     if subset not in ("full", "laptop"):
         raise unknown("subset", subset, ("full", "laptop"))
-    configs = [
-        config
-        for artefact in SWEPT
-        for config in artefact.sweep()
-        if subset == "full" or LAPTOP.get(artefact, lambda config: False)(config)
+    every = [(artefact, config) for artefact in SWEPT for config in artefact.sweep()]
+    laptop = [
+        config for artefact, config in every if artefact in LAPTOP and LAPTOP[artefact](config)
     ]
+    configs = [*laptop, *(config for _, config in every)] if subset == "full" else laptop
     return list({trial_id(resolve(config)): config for config in configs}.values())
 
 

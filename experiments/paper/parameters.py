@@ -31,7 +31,7 @@ from softprompt.models.t5_layers import T5Config
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.results import Row
 from softprompt.trials.delta_checks import trained_count
-from softprompt.trials.outputs import write_outputs
+from softprompt.trials.outputs import experiment_name, write_outputs
 
 SIZES = ("small", "base", "large", "xl", "xxl")
 LENGTHS = (1, 20, 50, 100, 150)
@@ -119,20 +119,25 @@ def figure(rows: Sequence[Row] = ()) -> Figure:
     return plot
 
 
-def main() -> int:
-    """Writes the table and the figure."""
-    parser = argparse.ArgumentParser(prog="experiments.paper.parameters")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/paper/parameters"))
-    workdir = parser.parse_args().workdir
-    own: ModuleType = sys.modules[__name__]
+def write_tables(artefact: ModuleType, arguments: Sequence[str] | None) -> int:
+    """Writes the table and the figure of an artefact without trials; returns the exit code."""
+    name = experiment_name(artefact)
+    parser = argparse.ArgumentParser(prog=f"experiments.paper.{name}")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/paper") / name)
+    workdir = parser.parse_args(arguments).workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        names = write_outputs(own, (), workdir)
+        names = write_outputs(artefact, (), workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {', '.join(str(workdir / name) for name in names)}")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the table and the figure."""
+    return write_tables(sys.modules[__name__], arguments)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,14 @@ from experiments.paper import (
     deviations,
     errata,
     everything,
+    figure2,
     parameters,
     parts,
     scale_t5,
     section7,
     study,
     style,
+    table7,
 )
 from softprompt.analysis.comparisons import VERDICTS
 from softprompt.console import Progress, duration
@@ -47,7 +49,7 @@ from softprompt.trials.records import collect, read_records, write_records
 from softprompt.trials.run import DELTA
 from softprompt.trials.session import Session
 
-ARTEFACTS: tuple[ModuleType, ...] = (*everything.ARTEFACTS, parameters)
+ARTEFACTS: tuple[ModuleType, ...] = (*everything.ARTEFACTS, parameters, table7)
 RESULTS = Path(__file__).parent / "results"
 RECORDS, PROMPTS, LADDER = RESULTS / "records.jsonl", RESULTS / "prompts", RESULTS / "ladder.json"
 DOCS = Path(__file__).parents[2] / "docs" / "study"
@@ -271,7 +273,10 @@ def measured(workdir: str) -> list[Row]:
     """
     records = collect(workdir)
     wanted = {row["trial"] for row in section7.prompts(records)}
-    found = {row["trial"]: style.measure(path) for path, row in read_trials(workdir)}
+    found = {
+        row["trial"]: style.measure(path) | figure2.measure(path)
+        for path, row in read_trials(workdir)
+    }
     with Progress() as progress:
         session = Session(progress)
         for path, row in read_trials(workdir):

@@ -20,7 +20,15 @@ def test_the_report_is_a_function_of_the_records(tmp_path):
     for name in ("a", "b"):
         report.write(records if name == "a" else records[::-1], tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
-    drawn = ("figure1", "figure3_length", "figure3_start", "parameters", "table1", "table5")
+    drawn = (
+        "figure1",
+        "figure3_length",
+        "figure3_start",
+        "parameters",
+        "table1",
+        "table5",
+        "table7",
+    )
     assert [str(file) for file in files] == [
         *(f"figures/{name}.svg" for name in drawn),
         "report.html",

@@ -12,6 +12,7 @@ from experiments.paper import (
     domain,
     everything,
     figure1,
+    figure2,
     report,
     spot,
     steps,
@@ -123,6 +124,11 @@ def test_the_study(place, monkeypatch, capsys):
         assert all(path.stat().st_mtime_ns == time for path, time in times.items())
         assert continual.main(["--workdir", "runs"]) == 0
         assert style.main(["--workdir", "runs"]) == 0
+        assert figure2.main(["--workdir", "runs"]) == 0
+        (mixed,) = (json.loads(path.read_text()) for path in place.glob("runs/*/mixed.json"))
+        assert mixed["mixed rows"] > 0 and len(mixed["tasks"]) == 3
+        for one in mixed["tasks"].values():
+            assert one["difference"] < 1e-4 and one["changed"] == 0
         rows = read_rows("runs")
         for name in ("PROMPTS", "DOCS"):
             patch.setattr(report, name, place / name)
