@@ -302,19 +302,31 @@ def test_data_size():
 
 
 def test_geometry():
-    """Breaks when seeds that agree are taken for certainty, or another share is the verdict's."""
-    rows = seeds(LARGE, "prompt", (0.86, 0.85, 0.86))
+    """Breaks when vectors of a prompt are taken for independent, prompts that agree for certainty,
+    another share for the verdict's, or prompts of another model or start are counted."""
+    starts = [figure3_length.sweep(), spot.sweep(), data_size.sweep(), figure3_start.sweep()]
+    starts += [table2.sweep(), table6.sweep("smollm2"), table3.sweep()]
+    rows = list({row["trial"]: row for some in starts for row in map(made, some)}.values())
     assert verdicts(section7, rows) == ["not run"]
-    numbers = dict.fromkeys(section7.NUMBERS, 0.4)
-    for labels, share, verdict in ((2, 1.0, "undecided"), (40, 1.0, "holds"), (40, 0.0, "refuted")):
+    numbers = dict.fromkeys(section7.NUMBERS, 0.4) | {"labels": 100}
+    numbers["nearest"] = [[" positive", " good"], [" negative"]]
+    for count, share, verdict in (
+        (33, 1.0, "undecided"),
+        (35, 1.0, "holds"),
+        (35, 0.0, "refuted"),
+        (35, 0.6, "undecided"),
+    ):
         for row in rows:
-            row["geometry"] = numbers | {
-                section7.SHARES[0]: share,
-                "labels": labels,
-                "nearest": [[" positive", " good"], [" negative"]],
-            }
-        assert verdicts(section7, rows) == [verdict]
-    assert section7.table(rows)["nearest to the first two"][0] == "positive; good | negative"
+            row["geometry"] = numbers | {section7.SHARES[0]: share}
+        some = section7.measured(rows)[:count]
+        assert verdicts(section7, some) == [verdict]
+        assert f"{count} prompts, {100 * count} vectors" in section7.findings(some)[0].claim
+    assert {study.value(row, "method.init") for row in section7.measured(rows)} == {"labels"}
+    assert {study.value(row, "model.name") for row in section7.measured(rows)} == {LARGE}
+    assert len(section7.trials(rows)) == 3
+    lines = section7.table(rows)
+    assert lines["prompts"].sum() == len(section7.measured(rows)) > 35
+    assert lines["nearest to the first two"][0] == "positive; good | negative"
 
 
 @pytest.mark.parametrize("artefact", everything.ARTEFACTS, ids=experiment_name)
@@ -330,9 +342,10 @@ def test_records_that_lack_a_part(artefact):
 
 
 def test_the_study_for_a_laptop():
-    """Mutations: other trials than the study's; a length, or all of table3, is left out."""
-    ids = {name: {trial_id(resolve(c)) for c in everything.sweep(name)} for name in TIERS}
-    assert ids["laptop"] < ids["full"]
+    """Mutations: other trials than the study's; a length, or all of table3, is left out; the whole
+    study begins with trials of Figure 1 that the laptop's has not."""
+    ids = {name: [trial_id(resolve(c)) for c in everything.sweep(name)] for name in TIERS}
+    assert ids["full"][: len(ids["laptop"])] == ids["laptop"] != ids["full"]
     with pytest.raises(UserError, match="subset.*'small'.*full, laptop"):
         everything.sweep("small")
     rows = [made(config) for config in everything.sweep("laptop")]
@@ -340,7 +353,7 @@ def test_the_study_for_a_laptop():
         experiment_name(artefact): sum(one.seeds < 2 for one in artefact.findings(rows))
         for artefact in everything.ARTEFACTS
     }
-    alone = {"section7", "continual", "spot", "data_size", "domain", "style"}
+    alone = {"section7", "continual", "spot", "figure2", "data_size", "domain", "style"}
     some = {"figure1": 2, "scaling_law": 3, "table6": 1}
     assert {name for name, count in lacking.items() if count} == alone | some.keys()
     assert {name: lacking[name] for name in some} == some
