@@ -176,10 +176,11 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
     found = by_line(rows)
     gap = differences(found, "full", "prompt")
     paired = pairs_by_model(found, "full", "prompt").values()
+    learnt = study.above_chance(*(group for pairs in paired for group in zip(*pairs, strict=True)))
     shrinks = study.Finding(
         "the gap shrinks with size (points per tenfold parameters)",
         "3.0 points at Small, 10.6 at Base, 6.8 at Large, 3.9 at XL, 1.1 at XXL",
-        size_slope(gap),
+        size_slope(gap) if learnt else None,
         at_most(0),
         min((study.seed_count([one for one, _ in pairs]) for pairs in paired), default=0),
     )

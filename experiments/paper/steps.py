@@ -3,7 +3,7 @@
 Question: how much does a prompt on a rung of the ladder gain from four times the steps?
 
 Prediction: at most 3 points. It is refuted if it gains more: then a part of Figure 1's gap is
-missing training.
+missing training. It counts where prompts are at chance too: then they have learnt nothing more.
 
 Command:
     softprompt sweep paper/steps --workdir runs/paper
@@ -60,6 +60,7 @@ def findings(rows: Sequence[Row]) -> list[study.Finding]:
             found.get(MORE, []),
             found.get(USUAL, []),
             at_most(3),
+            at_chance=True,
         )
     ]
 

@@ -1,8 +1,7 @@
 """What the artefacts of the study share: models, tasks, rates, trials, and findings.
 
-The study asks the paper's questions on models that a laptop can train: the ladder of
-`softprompt pretrain`, and SmolLM2. A score is the mean over tasks of (accuracy - majority) /
-(1 - majority), so that 0 is the most frequent label and 1 is perfect.
+The study asks the paper's questions on models that a laptop can train: the ladder, and SmolLM2. A
+score is the mean over tasks of (accuracy - majority) / (1 - majority).
 """
 
 import argparse
@@ -73,9 +72,9 @@ SCORE_CAPTION = (
 )
 VERDICT_CAPTION = (
     "A prediction holds, or is refuted, if the whole 95 % interval lies in the range that says so; "
-    "otherwise, with one seed, and where nothing compared is above chance, it is undecided. Two "
-    'that are equal are undecided too: "at least as good" holds only if the interval has nothing '
-    "below zero."
+    "otherwise, with one seed, and where no score that is compared is above chance (but for "
+    "`steps` and Table 2's threshold: that little is gained), it is undecided. Two that are equal "
+    'are undecided too: "at least as good" holds only if the interval has nothing below zero.'
 )
 
 
@@ -270,12 +269,9 @@ def _for_seeds_of(
     return dict(found) | {key: zero_shot[key[0]] for key in wanted if key[0] in zero_shot}
 
 
-def above_chance(*groups: Sequence[Row]) -> bool:
-    """Whether the score of any group of trials is above the most frequent label's, beyond chance.
-
-    Where none is, a difference between groups only says which label each of them always gives.
-    """
-    return any((found := mean(trials)) is not None and found.low > 0 for trials in groups)
+def above_chance(*groups: Sequence[Row], task: str = "") -> bool:
+    """Whether the score of any group is above the most frequent label's, beyond chance."""
+    return any((found := mean(trials, task)) is not None and found.low > 0 for trials in groups)
 
 
 def difference(paired: Sequence[tuple[Row, Row]], task: str = "") -> Estimate | None:
@@ -292,9 +288,11 @@ def mean(trials: Sequence[Row], task: str = "") -> Estimate | None:
 
 
 def shown(found: Estimate | None, decimals: int = 1) -> str:
-    """An estimate with its interval, as text."""
-    numbers = (found.value, found.low, found.high) if found else ()
-    return "{} ({} to {})".format(*(f"{one:.{decimals}f}" for one in numbers)) if found else ""
+    """An estimate with its interval, if it has one, as text."""
+    if not found:
+        return ""
+    value, low, high = (f"{one:.{decimals}f}" for one in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})" if found.low < found.high else value
 
 
 def in_points(found: Estimate) -> Estimate:
@@ -361,7 +359,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """One of `comparisons.VERDICTS`: "holds", "refuted", "undecided" or "not run".
+        """One of `comparisons.VERDICTS`.
 
         One seed decides nothing: its interval is that of the test examples alone. Nor do trials
         whose number is not defined, such as a half of a lead that there is not.
@@ -372,13 +370,25 @@ class Finding:
 
 
 def compared(
-    claim: str, paper: str, ours: Sequence[Row], theirs: Sequence[Row], prediction: Prediction
+    claim: str,
+    paper: str,
+    ours: Sequence[Row],
+    theirs: Sequence[Row],
+    prediction: Prediction,
+    *,
+    task: str = "",
+    at_chance: bool = False,
 ) -> Finding:
-    """A finding about our trials minus theirs."""
+    """A finding about our trials minus theirs; without a number where neither is above chance.
+
+    There a difference only says which label each of them gives; but see `at_chance`.
+    """
     paired = pairs(ours, theirs)
     first = [one for one, _ in paired]
-    examples = sum(found.shape[1] for found in scores(first).values())
-    return Finding(claim, paper, difference(paired), prediction, seed_count(first), examples)
+    learnt = at_chance or above_chance(*zip(*paired, strict=True), task=task)
+    found = difference(paired, task) if learnt else None
+    examples = sum(one.shape[1] for one in scores(first, task).values())
+    return Finding(claim, paper, found, prediction, seed_count(first), examples)
 
 
 def finding_table(found: Sequence[Finding]) -> pd.DataFrame:

@@ -49,8 +49,11 @@ def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 
 def saved(paired: Sequence[tuple[Row, Row]]) -> Estimate | None:
-    """The points that full fine-tuning loses more than a prompt, the mean over other domains."""
-    if not paired:
+    """The points that full fine-tuning loses more than a prompt, the mean over other domains.
+
+    None without pairs, or if neither is above chance on the task that was trained on.
+    """
+    if not study.above_chance(*zip(*paired, strict=True)):
         return None
     prompt, full = zip(*paired, strict=True)
     ahead = {task: example_scores(prompt, task) - example_scores(full, task) for task in TASKS}

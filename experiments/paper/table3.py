@@ -55,13 +55,14 @@ def members(rows: Sequence[Row]) -> list[Row]:
 def findings(rows: Sequence[Row]) -> list[study.Finding]:
     """The prediction, and what was found."""
     prompts, lead = members(rows), None
-    if prompts:
+    if study.above_chance(*([one] for one in prompts)):
         scores_ME = study.scores(prompts)[study.TASK]
         ahead_1E = vote(prompts, study.TASK) - scores_ME.mean(0, keepdims=True)
         lead = study.in_points(mean_score({study.TASK: ahead_1E}))
     return [
         study.Finding(
-            "the majority vote of these five prompts is at least as good as their mean (points)",
+            "the majority vote of these five prompts is at least as good as their mean (points; "
+            "interval over test examples, not over other prompts)",
             "SuperGLUE at XXL: mean 90.5, best 91.0, vote 91.3",
             lead,
             at_least(0),

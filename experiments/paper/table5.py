@@ -10,7 +10,8 @@ Command:
     softprompt sweep paper/figure3_length --workdir runs/paper
 
 Cost: none of its own. The trials are those of Figure 3a. Validation comes a quarter of the
-steps apart, and a time is exact to that.
+steps apart, and a time is exact to that. The machine had other work meanwhile: the intervals are
+wide, and some begin at a negative time.
 """
 
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ WITHIN = 0.01  # of validation accuracy
 
 CAPTION = (
     "Seconds of training (without validation and compilation) until validation accuracy is within "
-    "1 point of a trial's best, the mean over seeds, with small marks for seeds. Other work on the "
-    "machine lengthens them."
+    "1 point of a trial's best, the mean over seeds, with small marks for seeds. The machine had "
+    "other work, which lengthens them, for some trials more than for others. Intervals are "
+    "Student's over three seeds and may begin below zero, where no time is."
 )
 
 
