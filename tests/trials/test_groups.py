@@ -173,7 +173,7 @@ def test_an_interrupted_sweep_saves_every_member(tiny_folder, tmp_path, monkeypa
 def test_what_is_never_grouped(tiny_folder, tmp_path, monkeypatch):
     """Mutations: full fine-tuning shares a program, which has a copy of the weights for each; a
     population of one is a group; trials are timed beside others; what does not fit into memory is
-    grouped nevertheless."""
+    grouped nevertheless; a group is wider than one of its trials allows."""
     source = (*({**FIRST, "seed": seed} for seed in range(2)),)
     with session() as shared:
         assert [*trial_groups(shared, configs(tiny_folder, tmp_path, source, **ANY))] == [
@@ -186,6 +186,9 @@ def test_what_is_never_grouped(tiny_folder, tmp_path, monkeypatch):
         ):
             trials = configs(tiny_folder, tmp_path, source, **(ANY | changes))
             assert [*trial_groups(shared, trials)] == [([0], 1), ([1], 1)]
+        widths = [{**FIRST, "seed": n, "compute__population": p} for n, p in enumerate((4, 2, 4))]
+        found = trial_groups(shared, configs(tiny_folder, tmp_path, widths))
+        assert [*found] == [([0, 1, 2], 2)]
         none = {"method__name": "none", **ANY}
         assert [*trial_groups(shared, configs(tiny_folder, tmp_path, (none,)))] == [([0], 1)]
         monkeypatch.setattr(groups, "device_memory", lambda: 1)
