@@ -15,6 +15,11 @@ Command:
     softprompt sweep paper/figure3_length --workdir runs/paper
 
 Cost: no trials of its own.
+
+Found: 1 refuted, 2 undecided. Refuted: ten times the length lowers the loss by at most 10 % (%):
+16.3 (11.6 to 21.0). Undecided: the law of the smaller models is within 10 % of full fine-tuning's
+loss on d4 (% away): 5.2 (0.2 to 19.4); the law of the smaller models is within 10 % of a prompt's
+loss on d4 (% away).
 """
 
 from collections.abc import Mapping, Sequence

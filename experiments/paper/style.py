@@ -13,6 +13,12 @@ Command:
 Cost: 3 trials on SmolLM2 of about 3 minutes on one core, the four of `domain`, and 2 minutes for
 the continuations. The judge, naive Bayes over words, has to know 95 % of held-out verses and of
 held-out headlines.
+
+Found: 1 holds, 1 refuted, 2 undecided. Holds: at most 10 % of the continuations without a prompt
+are verses: 2.6 (1.1 to 6.0). Refuted: at most 10 % of the continuations without a prompt are
+headlines: 17.2 (12.5 to 23.2). Undecided: at least 80 % of the continuations behind a verse prompt
+are verses: 60.9 (36.7 to 85.2); at least 80 % of the continuations behind a headline prompt are
+headlines: 50.5 (19.2 to 81.9).
 """
 
 import json

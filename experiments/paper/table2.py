@@ -13,6 +13,15 @@ Command:
 
 Cost: 12 trials on d1, 150 minutes on two x86 cores beside other work. The second command computes
 the thresholds' scores anew, in seconds.
+
+Found: 4 holds, 2 undecided. Holds: law_verses to gospel_verses: a prompt is at most 5 points above
+the threshold: -100.8 (-107.5 to -94.2); law_verses to gospel_verses: full fine-tuning is at most 5
+points above the threshold: -75.3 (-98.3 to -52.2); gospel_verses to law_verses: a prompt is at most
+5 points above the threshold: -82.4 (-87.7 to -77.1); gospel_verses to law_verses: full fine-tuning
+is at most 5 points above the threshold: -82.2 (-91.8 to -72.6). Undecided: law_verses to
+gospel_verses: a prompt is at least as good as full fine-tuning; gospel_verses to law_verses: a
+prompt is at least as good as full fine-tuning: -0.2 (-8.4 to 7.9). Both methods are 75 to 101
+points below the threshold: far below the floor, not near it.
 """
 
 import re

@@ -279,6 +279,17 @@ def test_steps():
     assert verdicts(steps, both) == ["undecided"]
 
 
+def test_nothing_learnt_decides_nothing():
+    """Breaks when labels that are always given decide a comparison, but for the control's."""
+    low, high = (0.47, 0.47, 0.47), (0.5, 0.5, 0.5)
+    found = figure3_length.findings(lengths({1: low, 20: high, 100: low}))
+    assert [(one.verdict, one.found) for one in found] == [("undecided", None)] * 2
+    more = {"train__steps": 1600, "optimizer__warmup": 160, "eval__every": 400}
+    long = seeds(steps.MODEL, "prompt", low, **more)
+    assert verdicts(steps, [*seeds(steps.MODEL, "prompt", high), *long]) == ["holds"]
+    assert verdicts(table3, [record(LARGE, "prompt", n, 0.47) for n in range(5)]) == ["undecided"]
+
+
 def test_data_size():
     """Breaks when a size's trials count for another, or all seeds train on the same examples."""
 
