@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 import softprompt as sp
 from experiments.paper import figure1, study
+from experiments.paper.command_line import run_command
 from softprompt.analysis.comparisons import at_least
 from softprompt.analysis.plots import category_plot
 from softprompt.config import ConfigDict, resolve
@@ -132,7 +133,7 @@ def run_all(workdir: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains on the tasks in turn, for each seed."""
-    return study.command("continual", run_all, arguments)
+    return run_command("continual", run_all, arguments)
 
 
 if __name__ == "__main__":

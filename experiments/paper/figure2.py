@@ -33,6 +33,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from experiments.paper import spot, study
+from experiments.paper.command_line import run_command
 from softprompt.analysis.comparisons import Estimate, Prediction, at_most
 from softprompt.analysis.plots import Point, category_plot
 from softprompt.config import ConfigDict, resolve
@@ -239,7 +240,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Scores three tasks alone and in one batch."""
-    return study.command("figure2", run, arguments)
+    return run_command("figure2", run, arguments)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@ The study asks the paper's questions on models that a laptop can train: the ladd
 score is the mean over tasks of (accuracy - majority) / (1 - majority).
 """
 
-import argparse
 import dataclasses
 import functools
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +31,7 @@ from softprompt.config import (
     to_dict,
     trial_id,
 )
-from softprompt.errors import UserError, unknown
+from softprompt.errors import unknown
 from softprompt.models.shapes import parameter_count
 from softprompt.pretrained.catalog import CATALOG
 from softprompt.pretrained.ladder import RUNGS
@@ -123,24 +121,6 @@ def trial(model: str, method: str, seed: int = 0, **changes: Any) -> ConfigDict:
     for key, value in changed.items():
         set_key(config, key, value)
     return config
-
-
-def command(name: str, run: Callable[[str], None], arguments: Sequence[str] | None) -> int:
-    """The command line of an artefact that has more to do than its trials; returns its exit code.
-
-    Args:
-        name: of the artefact.
-        run: does it, in the folder of the study's trials.
-        arguments: of the command line; None for this process'.
-    """
-    parser = argparse.ArgumentParser(prog=f"experiments.paper.{name}")
-    parser.add_argument("--workdir", required=True, help="the folder of the study's trials")
-    try:
-        run(parser.parse_args(arguments).workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def check_full(subset: str) -> None:

@@ -36,6 +36,7 @@ from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from experiments.paper import domain, study
+from experiments.paper.command_line import run_command
 from experiments.paper.domain import START, VERSES
 from softprompt.analysis.comparisons import Estimate, Prediction, at_least, at_most, mean_score
 from softprompt.analysis.plots import category_plot
@@ -267,7 +268,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Continues behind each prompt, and judges what was written."""
-    return study.command("style", run, arguments)
+    return run_command("style", run, arguments)
 
 
 if __name__ == "__main__":
