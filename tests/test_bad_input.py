@@ -61,7 +61,7 @@ def refuse(capsys, tmp_path):
         ),
         (
             {"wurst": 1},
-            "unknown config key 'wurst'; sections: data, eval, log, mesh, method, model",
+            "unknown config key 'wurst'; sections: compute, data, eval, log, mesh, method, model",
         ),
         ({"method__length": 2.5}, "config key 'method.length' is '2.5'; it takes a whole number"),
         ({"train__steps": "many"}, "config key 'train.steps' is 'many'; it takes a whole number"),

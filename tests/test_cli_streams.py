@@ -50,7 +50,7 @@ SAVING = """
 import sys, time
 from softprompt import interrupts
 interrupts.exit_at_once()
-with interrupts.saving():
+with interrupts.deferred_signals():
     print("ready", flush=True)
     time.sleep(60)
 """

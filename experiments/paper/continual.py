@@ -13,7 +13,7 @@ Cost: 6 trials on d1, and three of Figure 1's. Each starts from the merged weigh
 one before.
 
 Found: 1 holds. Holds: full fine-tuning on two more tasks loses at least 10 points on the first:
-48.3 (39.1 to 57.6).
+48.3 (40.2 to 56.5).
 """
 
 import os

@@ -10,9 +10,10 @@ Command:
 
 Cost: 18 trials on SmolLM2, of which 11 have run: 24 minutes on two x86 cores, beside other work.
 
-Found: 2 undecided, 1 not run. Undecided: with 30 examples a prompt is at least as good as full
-fine-tuning: -3.7 (-8.9 to 1.6); with 300 examples full fine-tuning is at least as good as a prompt:
--3.5 (-8.0 to 1.0). Not run: with 3,000 examples full fine-tuning is at least as good as a prompt.
+Found: 1 holds, 2 undecided. Holds: with 3,000 examples full fine-tuning is at least as good as a
+prompt: 5.9 (2.2 to 9.7). Undecided: with 30 examples a prompt is at least as good as full
+fine-tuning: -3.7 (-9.4 to 2.0); with 300 examples full fine-tuning is at least as good as a prompt:
+-0.1 (-5.9 to 5.7).
 """
 
 from collections.abc import Sequence

@@ -18,12 +18,12 @@ Command:
 Cost: 156 trials, 26 on each model ("pilot": d1, d3 and SmolLM2, 78). The ladder's models must be
 there (`softprompt pretrain`, or `softprompt ladder import`). The report says what they took.
 
-Found: 2 holds, 2 undecided, 2 not run. Holds: the gap shrinks with size (points per tenfold
-parameters): -16.9 (-20.6 to -13.2); the gap is at least 15 points at the smallest model: 42.9 (34.9
-to 51.0). Undecided: the gap is at most 5 points at the largest model: 2.3 (-4.6 to 9.3); a prompt
-is ahead of few-shot prompting at the largest model: 41.5 (-20.1 to 102.6). Not run: full
-fine-tuning on both tasks at once is at least as good at the largest model; one prompt for both
-tasks loses at most 5 points at the largest model.
+Found: 2 holds, 1 refuted, 3 undecided. Holds: the gap shrinks with size (points per tenfold
+parameters): -16.9 (-20.2 to -13.6); the gap is at least 15 points at the smallest model: 42.9 (34.9
+to 51.0). Refuted: full fine-tuning on both tasks at once is at least as good at the largest model:
+-3.3 (-5.8 to -0.7). Undecided: the gap is at most 5 points at the largest model: 2.3 (-3.6 to 8.2);
+a prompt is ahead of few-shot prompting at the largest model: 41.5 (-20.5 to 103.5); one prompt for
+both tasks loses at most 5 points at the largest model: 5.9 (-0.6 to 12.4).
 """
 
 import math

@@ -11,8 +11,8 @@ Command:
 Cost: 15 trials on SmolLM2, 73 minutes on two x86 cores beside other work. Three of them are
 Figure 1's. On the ladder prompts stay at chance.
 
-Found: 1 holds, 1 undecided. Holds: 20 vectors are better than one: 13.2 (3.8 to 22.7). Undecided:
-100 vectors gain at most 2 points over 20: -1.2 (-9.4 to 7.3).
+Found: 1 holds, 1 undecided. Holds: 20 vectors are better than one: 13.2 (5.9 to 20.5). Undecided:
+100 vectors gain at most 2 points over 20: -1.2 (-9.6 to 7.3).
 """
 
 from collections.abc import Sequence

@@ -11,8 +11,8 @@ Command:
 Cost: 9 trials on SmolLM2, 48 minutes on two x86 cores beside other work. Three of them are
 Figure 1's. On the ladder prompts stay at chance.
 
-Found: 2 undecided. Undecided: a start from labels is at least as good as from vocabulary: 2.7 (-9.4
-to 14.5); a start from vocabulary is at least as good as from uniform: 2.9 (-9.8 to 15.6).
+Found: 2 undecided. Undecided: a start from labels is at least as good as from vocabulary: 2.7
+(-10.3 to 15.6); a start from vocabulary is at least as good as from uniform: 2.9 (-11.0 to 16.7).
 """
 
 from collections.abc import Sequence

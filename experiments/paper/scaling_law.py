@@ -17,8 +17,8 @@ Command:
 Cost: no trials of its own.
 
 Found: 1 refuted, 2 undecided. Refuted: ten times the length lowers the loss by at most 10 % (%):
-16.3 (11.6 to 21.0). Undecided: the law of the smaller models is within 10 % of full fine-tuning's
-loss on d4 (% away): 5.2 (0.2 to 19.4); the law of the smaller models is within 10 % of a prompt's
+16.3 (12.3 to 20.1). Undecided: the law of the smaller models is within 10 % of full fine-tuning's
+loss on d4 (% away): 5.2 (0.2 to 18.6); the law of the smaller models is within 10 % of a prompt's
 loss on d4 (% away).
 """
 

@@ -14,7 +14,7 @@ Cost: 12 trials on SmolLM2 of about 3 minutes on one core, and three of Figure 1
 runs first.
 
 Found: 2 undecided. Undecided: from a movie prompt amazon_sentiment gains: 2.5 (-0.4 to 5.4); from a
-movie prompt question_type gains at most 3 points: 2.3 (-5.7 to 10.5).
+movie prompt question_type gains at most 3 points: 2.3 (-6.8 to 11.5).
 """
 
 from collections.abc import Sequence

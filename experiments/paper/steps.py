@@ -10,7 +10,7 @@ Command:
 
 Cost: 6 trials of 1,600 steps on d1, of three minutes on one core, and Figure 1's.
 
-Found: 1 undecided. Undecided: four times the steps gain at most 3 points at d1: 1.2 (-3.0 to 5.4).
+Found: 1 undecided. Undecided: four times the steps gain at most 3 points at d1: 1.2 (-3.1 to 5.4).
 Both are at chance.
 """
 

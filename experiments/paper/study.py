@@ -267,11 +267,11 @@ def mean(trials: Sequence[Row], task: str = "") -> Estimate | None:
     return in_points(mean_score(scores(trials, task))) if trials else None
 
 
-def shown(found: Estimate | None, decimals: int = 1) -> str:
+def shown(found: Estimate | None) -> str:
     """An estimate with its interval, if it has one, as text."""
     if not found:
         return ""
-    value, low, high = (f"{one:.{decimals}f}" for one in (found.value, found.low, found.high))
+    value, low, high = (f"{one:.1f}" for one in (found.value, found.low, found.high))
     return f"{value} ({low} to {high})" if found.low < found.high else value
 
 
@@ -372,16 +372,13 @@ def compared(
 
 
 def finding_table(found: Sequence[Finding]) -> pd.DataFrame:
-    """A line a prediction: the verdict, what the paper found, and what was found here.
-
-    A claim that ends in "(share)" is about a number from 0 to 1.
-    """
+    """A line a prediction: the verdict, what the paper found, and what was found here."""
     return pd.DataFrame(
         {
             "verdict": [one.verdict for one in found],
             "prediction": [one.claim for one in found],
             "in the paper": [one.paper for one in found],
-            "here (95 %)": [shown(one.found, 1 + one.claim.endswith("(share)")) for one in found],
+            "here (95 %)": [shown(one.found) for one in found],
             "seeds": pd.Series([one.seeds if one.found else None for one in found], dtype=object),
             "test examples": pd.Series([one.examples or None for one in found], dtype=object),
         }

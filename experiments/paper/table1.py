@@ -13,7 +13,7 @@ Cost: Figure 1's trials on SmolLM2 are tested on 3,000 more examples: about four
 one core.
 
 Found: 1 undecided. Undecided: on other domains full fine-tuning loses more than a prompt (points):
-1.1 (-33.7 to 35.7).
+1.1 (-32.5 to 34.7).
 """
 
 from collections.abc import Sequence

@@ -15,12 +15,12 @@ Cost: 12 trials on d1, 150 minutes on two x86 cores beside other work. The secon
 the thresholds' scores anew, in seconds.
 
 Found: 4 holds, 2 undecided. Holds: law_verses to gospel_verses: a prompt is at most 5 points above
-the threshold: -100.8 (-107.5 to -94.2); law_verses to gospel_verses: full fine-tuning is at most 5
-points above the threshold: -75.3 (-98.3 to -52.2); gospel_verses to law_verses: a prompt is at most
+the threshold: -100.8 (-106.8 to -94.8); law_verses to gospel_verses: full fine-tuning is at most 5
+points above the threshold: -75.3 (-97.0 to -53.6); gospel_verses to law_verses: a prompt is at most
 5 points above the threshold: -82.4 (-87.7 to -77.1); gospel_verses to law_verses: full fine-tuning
-is at most 5 points above the threshold: -82.2 (-91.8 to -72.6). Undecided: law_verses to
+is at most 5 points above the threshold: -82.2 (-89.6 to -74.8). Undecided: law_verses to
 gospel_verses: a prompt is at least as good as full fine-tuning; gospel_verses to law_verses: a
-prompt is at least as good as full fine-tuning: -0.2 (-8.4 to 7.9). Both methods are 75 to 101
+prompt is at least as good as full fine-tuning: -0.2 (-7.9 to 7.5). Both methods are 75 to 101
 points below the threshold: far below the floor, not near it.
 """
 

@@ -92,12 +92,12 @@ def test_errata():
     assert len(table) == 6
 
 
-def test_a_share_has_two_decimals():
-    """Breaks when a share is printed as if it were points."""
+def test_a_finding_says_how_many_examples_it_has():
+    """Breaks when a finding without test examples shows some, or one with them none."""
     geometry = dict.fromkeys(section7.NUMBERS, 0.975) | {"labels": 2, "nearest": []}
     rows = [row | {"geometry": geometry} for row in simulated()]
     (line,) = study.finding_table(section7.findings(rows)).to_dict("records")
-    assert line["here (95 %)"].startswith("0.97 (0.") and line["test examples"] is None
+    assert line["here (95 %)"].startswith("97.5 (") and line["test examples"] is None
     (line, _) = study.finding_table(figure3_length.findings(lengths(LONGER))).to_dict("records")
     assert line["test examples"] == 1000 and line["verdict"] == "holds"
 
