@@ -179,8 +179,9 @@ def measure(folder: epath.PathLike) -> dict[str, Any]:
 
 def compared(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Task -> its comparison; {} for none."""
-    found = study.own(rows, [spot.source(SEED)])
-    return next((row["mixed"]["tasks"] for row in found if "mixed" in row), {})
+    own = study.own(rows, [spot.source(SEED)])
+    found = next((row["mixed"]["tasks"] for row in own if "mixed" in row), {})
+    return {task: found[task] for task in trained() if task in found}
 
 
 def findings(rows: Sequence[Row]) -> list[study.Finding]:

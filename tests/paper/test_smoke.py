@@ -79,6 +79,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(data_size, "SIZES", (4, 8, 12))
     monkeypatch.setitem(figure1.MODELS, "full", ("ladder/d0", "ladder/d1", MODEL))
     monkeypatch.setattr(spot, "EXAMPLES", 6)
+    monkeypatch.setattr(figure2, "COUNT", 12)
     monkeypatch.setattr(table6, "COUNT", 3)
     monkeypatch.setattr(table6, "LEAST", 3)
     return tmp_path
