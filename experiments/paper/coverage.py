@@ -40,7 +40,7 @@ SHARED: dict[ModuleType, Callable[[], list[ConfigDict]]] = {
         *figure3_length.sweep(),
     ],
     table1: lambda: _on_movies(_of_figure1([table1.MODEL], figure1.METHODS)),
-    section7: lambda: _on_movies(_of_figure1([section7.MODEL], ["prompt"])),
+    section7: section7.configs,
     table5: figure3_length.sweep,
     continual: lambda: _on_movies(_of_figure1([continual.MODEL], ["full"])),
 }

@@ -180,7 +180,7 @@ def measure(folder: epath.PathLike) -> dict[str, Any]:
 def compared(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Task -> its comparison; {} for none."""
     own = study.own(rows, [spot.source(SEED)])
-    found = next((row["mixed"]["tasks"] for row in own if "mixed" in row), {})
+    found: dict[str, Any] = next((row["mixed"]["tasks"] for row in own if "mixed" in row), {})
     return {task: found[task] for task in trained() if task in found}
 
 

@@ -35,7 +35,7 @@ from softprompt.analysis import geometry
 from softprompt.analysis.comparisons import Estimate, at_least
 from softprompt.analysis.plots import Point, category_plot
 from softprompt.analysis.tables import wilson_interval
-from softprompt.config import task_names
+from softprompt.config import ConfigDict, task_names, trial_id
 from softprompt.methods.delta_file import load_delta
 from softprompt.models.quantize import embedding
 from softprompt.results import Row
@@ -88,17 +88,22 @@ def measure(folder: epath.PathLike, session: Session) -> dict[str, Any]:
     }
 
 
-def prompts(rows: Sequence[Row]) -> list[Row]:
-    """The study's prompts of the largest model that start from labels."""
+def configs() -> list[ConfigDict]:
+    """The study's prompts of the largest model that start from labels, each once."""
     swept = (figure1, figure3_length, table3, spot, data_size, table6)
-    configs = [
-        config
+    found = {
+        trial_id(config): config
         for artefact in swept
         for config in artefact.sweep()
         if (config.model.name, config.method.name) == (MODEL, "prompt")
         and config.method.init == "labels"
-    ]
-    return study.select(study.own(rows, configs))
+    }
+    return list(found.values())
+
+
+def prompts(rows: Sequence[Row]) -> list[Row]:
+    """Their finished trials."""
+    return study.select(study.own(rows, configs()))
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
