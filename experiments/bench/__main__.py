@@ -26,7 +26,7 @@ and 11 times its speed on Gemma 3 270M; without the context, packing and targets
 Every cell is measured in processes of ours and PEFT's in turns, two of each (--processes; ours at
 P = 100 has twice as many, beside each of PEFT's dtypes), each on other examples. Of the claimed
 cells PEFT in float32 has few steps or none where no claim is made against it. Rows are appended to
-WORKDIR/rows.jsonl as they are made; the same command goes on where it stopped, tries again what
+WORKDIR/rows.jsonl as they are made; the same command continues where it stopped, tries again what
 failed, and does nothing once all is done. Rows of either side that were made at another commit, or
 with changes that are in none, are measured anew: a table is of one code. The exit code is 1 where a
 process failed; running out of memory, or a model whose terms are not accepted, is no failure.
@@ -96,7 +96,7 @@ def main() -> int:
         with Progress() as progress:
             rows = run(tasks, workdir, said.peft_python, progress=progress)
     except KeyboardInterrupt:
-        print("experiments.bench: interrupted; the same command goes on", file=sys.stderr)
+        print("experiments.bench: interrupted; the same command continues", file=sys.stderr)
         return 130
     write_outputs(report, rows, workdir)
     told = to_markdown(report.claims(rows))

@@ -11,7 +11,7 @@ Command:
 
 Cost: "laptop" is what two cores do in about 90 minutes, with two seeds for some. `make paper`
 runs these three commands. "full" is all trials, the laptop's first; --minutes stops a sweep in
-time, and the same command goes on. `make paper-full` runs it, `style` and `figure2` too. The
+time, and the same command continues. `make paper-full` runs it, `style` and `figure2` too. The
 ladder's models must be there (`softprompt ladder`).
 """
 
