@@ -44,8 +44,6 @@ SHARED: dict[ModuleType, Callable[[], list[ConfigDict]]] = {
     table5: figure3_length.sweep,
     continual: lambda: _on_movies(_of_figure1([continual.MODEL], ["full"])),
 }
-# Trials of `continual` on tasks after the first.
-LATER = len(study.SEEDS) * len(continual.LATER)
 # What a trial's record must have beside.
 MEASURED: dict[ModuleType, Callable[[Row], bool]] = {
     table1: lambda row: set(table1.TASKS) <= row.get("answers", {}).keys(),
@@ -80,7 +78,12 @@ def cover(artefact: ModuleType, records: Sequence[Row]) -> Coverage:
     done = [row for row in study.own(records, planned, answered=False) if measured(row)]
     if artefact is not continual:
         return Coverage(artefact, planned, len(planned), done)
-    return Coverage(artefact, planned, len(planned) + LATER, [*done, *later_tasks(records)])
+    return Coverage(artefact, planned, len(planned) + later_count(), [*done, *later_tasks(records)])
+
+
+def later_count() -> int:
+    """The number of `continual`'s trials on tasks after the first."""
+    return len(study.SEEDS) * len(continual.LATER)
 
 
 def later_tasks(records: Sequence[Row]) -> list[Row]:
@@ -98,7 +101,7 @@ def whole_study(records: Sequence[Row]) -> tuple[int, int]:
     """How many trials of the study have run, and how many it has; each counts once."""
     configs = everything.sweep()
     ran = len(study.own(records, configs, answered=False)) + len(later_tasks(records))
-    return ran, len(configs) + LATER
+    return ran, len(configs) + later_count()
 
 
 def example_counts(covered: Coverage) -> dict[str, int]:
