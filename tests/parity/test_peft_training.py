@@ -53,7 +53,7 @@ SPREADS = {"prompt": 1.5, "prefix": 0.4, "lora": 0.1, "dora": 0.1, "ia3": 0.4}
 RATES = {"sgd": 0.02, "adamw": 0.003}
 REAL_SPREADS = {"prompt": 0.3, "prefix": 0.4, "lora": 0.02, "ia3": 0.2}
 REAL_RATE = 0.0003
-STEPS, BATCHES = 50, 10  # steps on tiny models; batches, and so steps, on the real one
+STEPS, BATCHES = 50, 6  # steps on tiny models; batches, and so steps, on the real one
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def real_pair(base, smollm2, shared_data, tmp_path):
 
 
 def check_real(real_pair, name):
-    """Gradients, then ten steps, each on another batch."""
+    """Gradients, then six steps, each on another batch."""
     check_gradients(real_pair(name), name, 1e-4)
     check_training(real_pair(name), name, optimizer="adamw", rate=REAL_RATE, steps=BATCHES)
 
