@@ -269,7 +269,8 @@ def write(
 def measured(workdir: str) -> list[Row]:
     """The records of a folder's trials, with what artefacts measure beside.
 
-    Those of Section 7 have their prompts' geometry, those of `style` their continuations' styles.
+    Those of Section 7 have their prompts' geometry, those of `style` their continuations' styles,
+    that of `figure2` its comparison.
     """
     records = collect(workdir)
     wanted = {row["trial"] for row in section7.prompts(records)}
